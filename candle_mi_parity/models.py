@@ -1,0 +1,229 @@
+"""Where a model comes from: generated, out of a PyPI package, the hub, or a local directory.
+
+Whatever the source, the result is a directory with ``config.json`` and ``model.safetensors`` that the oracle
+and the candidate both read. Generated and unpacked directories live in the cache under a content key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+
+from candle_mi_parity.cases import FIXTURES, HubModel, LocalModel, Model, PackageModel, TinyModel
+from candle_mi_parity.errors import ModelError
+from candle_mi_parity.families import family_of
+
+GENERATOR = 1
+"""Raise it when the generated weights change: it is part of every cache key."""
+
+
+def model_directory(model: Model, cache: Path) -> Path:
+    """The directory of a model, made or downloaded if it is not there yet.
+
+    :raises ModelError: missing directory, package, repository or weights; says what to do.
+    """
+    if isinstance(model, TinyModel):
+        config = json.loads((FIXTURES / model.config).read_text(encoding="utf-8")) | model.change
+        key = _key("tiny", GENERATOR, config, model.dialect, _transformers(model.dialect))
+        directory = publish(cache / "models" / key, lambda out: _generate(config, model.dialect, out))
+    elif isinstance(model, PackageModel):
+        from candle_mi_parity import package_model
+
+        source = Path(package_model.__file__).read_text(encoding="utf-8")
+        key = _key("package", model.package, source, model.dialect, _transformers(model.dialect))
+        directory = publish(cache / "models" / key, lambda out: _unpack(model.dialect, out))
+    elif isinstance(model, HubModel):
+        directory = _download(model)
+    else:
+        directory = Path(model.path).expanduser()
+    return require_model(directory)
+
+
+def require_model(directory: Path) -> Path:
+    """The directory itself, once it is known to hold a config and one file of weights.
+
+    :raises ModelError: naming the first thing that is missing.
+    """
+    if not directory.is_dir():
+        raise ModelError(f"model directory {directory} does not exist")
+    there = ", ".join(sorted(path.name for path in directory.iterdir())[:8]) or "nothing"
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"model directory {directory} has no config.json; it holds {there}")
+    if not weight_files(directory):
+        raise ModelError(f"model directory {directory} has no *.safetensors weights; it holds {there}")
+    return directory
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model, one or several shards, sorted by name."""
+    return sorted(directory.glob("*.safetensors"))
+
+
+def read_config(directory: Path) -> dict[str, object]:
+    """``config.json`` as it stands, in its own dialect.
+
+    :raises ModelError: when it is not a JSON object.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def model_digest(directory: Path) -> str:
+    """sha256 over the ``name:sha256(file)`` lines of ``config.json`` and the weights; as the emitter computes it."""
+    return digest_files([directory / "config.json", *weight_files(directory)])
+
+
+def digest_files(paths: list[Path]) -> str:
+    """One digest for a set of files: sha256 of the lines ``name:sha256-of-bytes``, sorted by name.
+
+    A file's own digest is remembered by path, size, mtime and inode while the process lives.
+    """
+    lines = [f"{path.name}:{_file_digest(path)}\n" for path in sorted(paths, key=lambda path: path.name)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+_digests: dict[tuple[str, int, int, int], str] = {}
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        stat = path.stat()
+        key = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        if key not in _digests:
+            with path.open("rb") as file:
+                _digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from error
+    return _digests[key]
+
+
+def publish(target: Path, make: Callable[[Path], None]) -> Path:
+    """Make a directory once: fill a temporary one beside it, then rename, so that nobody reads half of it."""
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ModelError(f"cannot write to the cache {target.parent}: {error.strerror}") from error
+    try:
+        make(temporary)
+        temporary.rename(target)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        if not target.is_dir():  # another process may have published the same content meanwhile
+            raise ModelError(f"cannot write {target}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _transformers(dialect: str) -> str:
+    """The v5 dialect is whatever the installed transformers writes, so its version is part of the content."""
+    if dialect == "hub":
+        return ""
+    import transformers
+
+    return str(transformers.__version__)
+
+
+def _generate(hub: dict[str, object], dialect: str, out: Path) -> None:
+    """A tiny model: the tensors that transformers expects for the config, filled by :func:`tensor_values`."""
+    import torch
+    import transformers
+    from safetensors.numpy import save_file
+
+    offset = family_of(str(hub["model_type"])).norm_offset
+    write_config(hub, dialect, out)
+    config = transformers.AutoConfig.from_pretrained(out)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight")
+    tensors = {name: tensor_values(name, shape, offset) for name, shape in sorted(shapes.items())}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_config(hub: dict[str, object], dialect: str, out: Path) -> None:
+    """``config.json`` as a hub file has it, or as the installed transformers saves the same configuration."""
+    if dialect == "hub":
+        (out / "config.json").write_text(json.dumps(hub, indent=2) + "\n", encoding="utf-8")
+        return
+    import transformers
+
+    settings = {name: value for name, value in hub.items() if name != "model_type"}
+    transformers.AutoConfig.for_model(str(hub["model_type"]), **settings).save_pretrained(out)
+
+
+def tensor_values(name: str, shape: tuple[int, ...], norm_offset: int) -> np.ndarray:
+    """Weights of a generated tensor, float32, bit-identical on every machine.
+
+    Norm weights are 1 + 0.2·N (0.2·N where the norm adds the 1 itself), biases 0.1·N, matrices N/sqrt(fan_in):
+    nothing is zero or at a default, so a dropped bias or an ignored weight shows. N is the sum of twelve 16-bit
+    integers minus its mean (Irwin-Hall: deviation 1), exact in float32; the integers are PCG64's raw
+    stream, which numpy guarantees, seeded by the tensor's name.
+    """
+    count = math.prod(shape)
+    words = np.frombuffer(seeded_words(f"{GENERATOR}:{name}", 3 * count).tobytes(), dtype="<u2").reshape(count, 12)
+    normal = (words.astype(np.int64).sum(axis=1) - 12 * 65535 // 2) / 65536.0
+    if name.endswith(".bias"):
+        values = 0.1 * normal
+    elif len(shape) == 1:
+        values = (1 - norm_offset) + 0.2 * normal
+    else:
+        values = normal / math.sqrt(shape[-1])
+    return np.ascontiguousarray(values.astype(np.float32).reshape(shape))
+
+
+def seeded_words(name: str, count: int) -> np.ndarray:
+    """``count`` uniform 64-bit words, little-endian, from the raw PCG64 stream that ``name`` seeds."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    return np.asarray(np.random.PCG64(seed).random_raw(count), dtype="<u8")
+
+
+def _unpack(dialect: str, out: Path) -> None:
+    from candle_mi_parity.package_model import materialise_smollm2
+
+    materialise_smollm2(out)
+    if dialect == "v5":
+        hub = read_config(out)
+        (out / "config.json").unlink()
+        write_config(hub, dialect, out)
+
+
+def _download(model: HubModel) -> Path:
+    """A snapshot of a hub repository through huggingface_hub's own cache (``HF_HOME``, ``HF_TOKEN``, …)."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json"]
+    try:
+        return Path(snapshot_download(model.repo, revision=model.revision, allow_patterns=wanted))
+    except Exception as error:  # the hub client's own errors, one line of which says it all
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"cannot get {model.repo}@{model.revision} from the hub: {reason}") from error
+
+
+def as_model(id_or_directory: str) -> Model:
+    """A model named on the command line: an existing directory, or else a hub repository."""
+    if Path(id_or_directory).expanduser().is_dir() or id_or_directory.startswith((".", "/", "~")):
+        return LocalModel(source="local", path=id_or_directory)
+    repo, _, revision = id_or_directory.partition("@")
+    return HubModel(source="hub", repo=repo, revision=revision or "main")

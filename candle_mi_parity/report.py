@@ -1,0 +1,159 @@
+"""Views of a :class:`RunResult`: the terminal's table and ``report.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from candle_mi_parity.errors import ParityError
+from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
+
+REPORT_FORMAT = "candle-mi-parity/report/1"
+_COLOURS = {"PASS": "green", "KNOWN": "yellow", "FAIL": "bold red", "UNMEASURED": "magenta", "ERROR": "bold red"}
+
+
+class ReportError(ParityError):
+    """The report cannot be written."""
+
+
+def coloured(status: Status | Verdict) -> Text:
+    return Text(status.value, style=_COLOURS.get(status.value, "bold magenta"))
+
+
+def case_table(result: RunResult) -> Table:
+    """One row a case: what was compared, the worst tensor and its ratio, the verdict, the first divergence."""
+    table = Table(title=f"candle-mi {result.candidate} against transformers {result.versions['transformers']}")
+    for heading, justify in (("case", "left"), ("tensors", "right"), ("worst tensor", "left"), ("pos / 8", "right"),
+                             ("elem / 32", "right"), ("verdict", "left"), ("first divergence", "left")):  # fmt: skip
+        table.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
+    for case in result.cases:
+        worst, first = case.worst, case.first_divergence
+        table.add_row(
+            escape(case.id),
+            f"{case.compared}/{case.expected}",
+            escape(worst.name) if worst else "-",
+            f"{worst.position_ratio:.3g}" if worst else "-",
+            f"{worst.element_ratio:.3g}" if worst else "-",
+            coloured(case.status),
+            escape(first.name) if first else "-",
+        )
+    return table
+
+
+def terminal(result: RunResult, console: Console) -> None:
+    """The table, what to read about each case that is not a pass, and the verdict in the last line."""
+    console.print(case_table(result))
+    for case in result.cases:
+        if case.status not in (Status.PASS, Status.KNOWN):
+            console.print(Group(coloured(case.status), Text(case.message())))
+        if case.known:
+            console.print(Text(f"{case.id}: {case.status.value}: {case.known}", style="yellow"))
+    for name, reason in result.skipped.items():
+        console.print(Text(f"{name}: not run: {reason}", style="dim"))
+    for line in result.stale:
+        console.print(Text(f"stale: {line}", style="bold red"))
+    console.print(Text.assemble("verdict: ", (result.line(), _COLOURS.get(result.verdict.value, "bold magenta"))))
+
+
+def clean_ratios(result: RunResult) -> Table:
+    """The clean bands of the gate, per case: every ratio of a tensor that passed, exact ones counted apart."""
+    table = Table(title=f"clean ratios of candle-mi {result.candidate} (bands: rms 0.2 to 3, position < 4, element < 16)")
+    for heading in ("case", "tensors", "exact", "rms from", "rms to", "position to", "element to", "in the bands"):
+        table.add_column(heading, justify="left" if heading == "case" else "right")
+    for case in result.cases:
+        row = clean_row(case.tensors)
+        table.add_row(escape(case.id), *row[:-1], Text(row[-1], style="green" if row[-1] == "yes" else "red"))
+    return table
+
+
+def clean_row(tensors: list[TensorResult]) -> list[str]:
+    """Counts and extremes of one case's tensors, ``yes`` last where all lie in the bands of the design."""
+    matrices = [tensor for tensor in tensors if tensor.worst is not None and tensor.worst.index]
+    exact = [tensor for tensor in matrices if tensor.element_ratio == 0]
+    noisy = [tensor for tensor in matrices if tensor.element_ratio > 0]
+    if not noisy:
+        return [str(len(matrices)), str(len(exact)), "-", "-", "-", "-", "no"]
+    rms = [tensor.rms_ratio for tensor in noisy]
+    position = max(tensor.position_ratio for tensor in noisy)
+    element = max(tensor.element_ratio for tensor in noisy)
+    inside = min(rms) >= 0.2 and max(rms) <= 3 and position < 4 and element < 16
+    figures = [f"{min(rms):.2f}", f"{max(rms):.2f}", f"{position:.2f}", f"{element:.2f}"]
+    return [str(len(matrices)), str(len(exact)), *figures, "yes" if inside else "no"]
+
+
+def document(result: RunResult) -> dict[str, Any]:
+    """The report as JSON-ready data; a number that JSON has not is spelt as a string."""
+    cases = [_case(case) for case in result.cases]
+    return {
+        "format": REPORT_FORMAT,
+        "verdict": result.verdict.value,
+        "line": result.line(),
+        "candidate": result.candidate,
+        "candle_mi": result.identity,
+        "versions": result.versions,
+        "strict": result.strict,
+        "counts": {status.value: result.count(status) for status in Status},
+        "cases": cases,
+        "skipped": result.skipped,
+        "stale": result.stale,
+    }
+
+
+def _case(case: CaseResult) -> dict[str, Any]:
+    first = case.first_divergence
+    return {
+        "id": case.id,
+        "family": case.family,
+        "digest": case.digest,
+        "status": case.status.value,
+        "compared": case.compared,
+        "expected": case.expected,
+        "first_divergence": first.name if first else None,
+        "error": case.error,
+        "known": case.known,
+        "reproduce": case.reproduce,
+        "seconds": round(case.seconds, 3),
+        "tensors": [_plain(asdict(tensor)) for tensor in case.tensors],
+        "forced": [_plain(asdict(tensor)) for tensor in case.forced],
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value
+
+
+def write_json(data: Any, path: Path) -> None:
+    """Write whole or not at all: a temporary file beside it, flushed to disk, renamed.
+
+    :raises ReportError: the disk is full or read-only.
+    """
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise ReportError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,244 @@
+"""Float64 everywhere, and on request the rounding noise that float32 would have added.
+
+transformers is not float64 inside when it is loaded in float64: norms, softmax and rotary cast to float32 and
+back. :class:`Float64` is a dispatch mode that turns every float32 (or narrower) result type into float64, so
+that one mode mends every family. :class:`RoundingNoise` extends it: Monte-Carlo arithmetic after Verificarlo
+(Denis et al. 2016; Sohier et al., TOMS 47(2) 2021), where each operation adds a random error of the size that
+float32 rounding has, without any float32 run.
+
+Rules, with u = 2⁻²⁴ the unit roundoff of float32 and o the result of an operation (per-element standard
+deviation):
+
+==================================  =====================================================================
+matmul over K terms                 u·sqrt(K/16 · Σa²b² + o²/3)   zero-mean accumulation, then one rounding
+mean, sum over N terms              u·sqrt(N/3)·\\|o\\|
+softmax over N terms                u·sqrt(2/3)·\\|o\\| each, and one common factor u·sqrt(N/3) a row
+add, sub, mul, div, pow, …          u/sqrt(3)·\\|o\\|               the deviation of a uniform error in ±u
+exp, silu, gelu, tanh, rsqrt, …     2u/sqrt(3)·\\|o\\|
+layer norm over N terms             mean, variance, rsqrt and affine, each by its rule above
+views, copies, gathers              exact
+==================================  =====================================================================
+
+An operation without a rule is an error, not a default.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from candle_mi_parity.errors import OracleError
+
+UNIT = 2.0**-24
+"""Unit roundoff of float32."""
+
+UNITS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+_NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+_EXACT = frozenset(
+    """
+    alias arange argmax as_strided bitwise_and bitwise_not cat clone contiguous copy_ detach detach_ embedding
+    empty empty_like empty_strided eq expand fill_ full full_like gather ge gt index index_select is_nonzero
+    item lift_fresh lift_fresh_copy logical_and logical_not logical_or lt le masked_fill masked_fill_
+    _local_scalar_dense max min minimum maximum ne neg new_empty new_empty_strided new_full new_ones new_zeros
+    ones ones_like permute relu repeat reshape resize_ scalar_tensor select slice split split_with_sizes
+    squeeze stack t topk to _to_copy transpose tril triu unbind unfold unsqueeze _unsafe_view view where zero_
+    zeros zeros_like abs clamp clamp_min _reshape_alias random_
+    """.split()
+)
+_ONE_ROUNDING = frozenset({"add", "sub", "mul", "div", "rsub", "pow", "sqrt", "reciprocal"})
+_TWO_ROUNDINGS = frozenset(
+    {"exp", "silu", "gelu", "tanh", "rsqrt", "sin", "cos", "sigmoid", "log", "log1p", "softplus", "erf"}
+)
+_REDUCTIONS = frozenset({"mean", "sum"})
+_MATMULS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
+
+
+def _name(func: Any) -> str:
+    """``aten.add_.Tensor`` → ``add``: the in-place form rounds as the other does."""
+    name = str(func.overloadpacket.__name__)
+    in_place = name.endswith("_") and name[:-1] in _ONE_ROUNDING | _TWO_ROUNDINGS | _REDUCTIONS
+    return name[:-1] if in_place else name
+
+
+class Float64(TorchDispatchMode):
+    """Every floating result is float64, whatever dtype the code asked for.
+
+    Integer and boolean results are left alone. Composite operations never reach a dispatch mode under
+    ``torch.no_grad``; where one does (``torch.inference_mode``) its inner casts would escape, so it is refused.
+
+    :raises OracleError: on a composite operation, or a floating result that is not float64.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            raise OracleError(f"{func} is composite and reached the float64 mode; run under torch.no_grad")
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in _NARROW:
+            kwargs["dtype"] = torch.float64
+        if func is torch.ops.aten._softmax.default:
+            args = (args[0], args[1], False)  # half_to_float asks for a float32 result
+        if func is not torch.ops.aten.copy_.default:
+            args = _widen(args)
+        out = self.round(func, args, func(*args, **kwargs))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype in _NARROW:
+                if func is torch.ops.aten.copy_.default:
+                    continue  # a checkpoint's own buffer being filled, before it is widened
+                raise OracleError(f"{func} gave {tensor.dtype} inside the float64 mode")
+        return out
+
+    def round(self, func: Any, args: Any, out: Any) -> Any:
+        """Hook for the noise; the truth adds none."""
+        return out
+
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.dtype in _NARROW else value
+    if isinstance(value, tuple | list):
+        return type(value)(_widen(item) for item in value)
+    return value
+
+
+class NoisePool:
+    """Standard normal numbers for one case, drawn once and read from random offsets.
+
+    Drawing a fresh number for every element of every operation costs more than the forward pass; two reads
+    share an alignment with probability 2⁻²², which no variance estimate can see. numpy's PCG64 makes the
+    numbers the same for a seed whatever the machine's vector unit (torch's ``normal_`` does not).
+    """
+
+    SIZE = 1 << 22
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.Generator(np.random.PCG64(seed))
+        numbers = self._rng.standard_normal(self.SIZE, dtype=np.float32)
+        self._numbers = torch.from_numpy(numbers).to(torch.float64)
+
+    def draw(self, like: torch.Tensor) -> torch.Tensor:
+        """Independent N(0, 1) numbers of the shape of ``like``, float64, on its device."""
+        count = like.numel()
+        offset = int(self._rng.integers(self.SIZE))
+        pieces = []
+        while count > 0:
+            take = min(count, self.SIZE - offset)
+            pieces.append(self._numbers[offset : offset + take])
+            count, offset = count - take, int(self._rng.integers(self.SIZE))
+        flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return flat.view(like.shape).to(like.device) if pieces else torch.zeros_like(like)
+
+
+class MatmulScales:
+    """Σa²b² of every matmul of the truth pass, in call order.
+
+    The samples differ from the truth by parts in 10⁷, and so do these sums; computing them once, in the truth
+    pass, saves a second matmul in each of the samples.
+    """
+
+    def __init__(self) -> None:
+        self._squares: list[torch.Tensor] = []
+
+    def record(self, squares: torch.Tensor) -> None:
+        self._squares.append(squares)
+
+    def replay(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function that yields the sums again, repeated over the sample rows of a batched pass."""
+        remaining = iter(self._squares)
+
+        def squares_for(out: torch.Tensor) -> torch.Tensor:
+            squares = next(remaining, None)
+            if squares is None or out.shape[0] % squares.shape[0] or out.shape[1:] != squares.shape[1:]:
+                found = "nothing" if squares is None else tuple(squares.shape)
+                raise OracleError(f"a sample's matmul of shape {tuple(out.shape)} met {found} in the truth pass")
+            rows = out.shape[0] // squares.shape[0]
+            return squares.repeat(rows, *[1] * (out.dim() - 1)) if rows > 1 else squares
+
+        return squares_for
+
+
+class Truth64(Float64):
+    """The truth pass: float64, no noise; notes each matmul's Σa²b² for the samples."""
+
+    def __init__(self, scales: MatmulScales) -> None:
+        super().__init__()
+        self._scales = scales
+
+    def round(self, func: Any, args: Any, out: Any) -> Any:
+        if (name := _name(func)) in _MATMULS:
+            left, right = args[-2:]
+            product = torch.mm if name.endswith("mm") and left.dim() == 2 else torch.bmm
+            # float32 is enough for the size of a noise, and twice as fast.
+            squares = product(left.float().square(), right.float().square())
+            self._scales.record(squares.double())
+        return out
+
+
+class RoundingNoise(Float64):
+    """A sample: float64 plus, at every operation, an error of the size of that operation's rounding.
+
+    :param pool: source of N(0, 1) numbers.
+    :param scales: the truth pass's matmul sums.
+    :param unit: unit roundoff of the format whose rounding is simulated.
+    :raises OracleError: on a floating operation that has no rule.
+    """
+
+    def __init__(self, pool: NoisePool, scales: MatmulScales, unit: float = UNIT) -> None:
+        super().__init__()
+        self._pool = pool
+        self._squares = scales.replay()
+        self._unit = unit
+
+    def round(self, func: Any, args: Any, out: Any) -> Any:
+        name = _name(func)
+        if name == "native_layer_norm":
+            return (self._layer_norm(args), *out[1:])
+        if not isinstance(out, torch.Tensor) or not out.dtype.is_floating_point or name in _EXACT:
+            if name not in _EXACT and isinstance(out, tuple | list):
+                raise OracleError(f"{func} has no noise rule")
+            return out
+        if name in _MATMULS:
+            variance = self._squares(out) * (args[-1].shape[-2] / 16) + out.square() / 3
+            return out.addcmul_(variance.sqrt_(), self._pool.draw(out), value=self._unit)
+        if name == "_softmax":
+            row = out.select(args[1], 0).unsqueeze(args[1])
+            common = self._pool.draw(row) * math.sqrt(out.shape[args[1]] / 3)
+            return self._relative(out, math.sqrt(2 / 3), common)
+        if name in _REDUCTIONS:
+            return self._relative(out, math.sqrt(args[0].numel() / max(out.numel(), 1) / 3))
+        if name in _ONE_ROUNDING:
+            return self._relative(out, 1 / math.sqrt(3))
+        if name in _TWO_ROUNDINGS:
+            return self._relative(out, 2 / math.sqrt(3))
+        raise OracleError(f"{func} has no noise rule: add one to rounding.py with the reason for its size")
+
+    def _relative(self, out: torch.Tensor, size: float, common: torch.Tensor | None = None) -> torch.Tensor:
+        """``out·(1 + unit·(size·N(0,1) + common))``, in place: a dispatch result belongs to nobody else yet."""
+        noise = self._pool.draw(out) * size
+        return out.addcmul_(out, noise if common is None else noise + common, value=self._unit)
+
+    def _layer_norm(self, args: Any) -> torch.Tensor:
+        """LayerNorm in its steps, each with its own rounding; the fused op would hide them.
+
+        :param args: ``(x, normalized_shape, weight, bias, eps)`` of ``aten.native_layer_norm``.
+        """
+        x, shape, weight, bias, eps = args
+        dims = list(range(x.dim() - len(shape), x.dim()))
+        n = math.prod(shape)
+        one = 1 / math.sqrt(3)
+        mean = x.mean(dims, keepdim=True)
+        # The error of a mean scales with the terms, not with their sum, which may cancel.
+        spread = x.square().mean(dims, keepdim=True).sqrt()
+        mean = mean.addcmul_(spread, self._pool.draw(mean), value=self._unit * one)
+        centred = self._relative(x - mean, one)
+        variance = self._relative(centred.square().mean(dims, keepdim=True), math.sqrt(n / 3))
+        scale = self._relative((variance + eps).rsqrt_(), 2 * one)
+        out = self._relative(centred * scale, one)
+        if weight is not None:
+            out = self._relative(out * weight, one)
+        return self._relative(out + bias, one) if bias is not None else out

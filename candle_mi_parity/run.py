@@ -1,0 +1,125 @@
+"""A run: each case's truth against a candidate's trace, the ledger applied, one :class:`RunResult`."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from candle_mi_parity.candidate import EmitterError, parse_candidate
+from candle_mi_parity.cases import Case
+from candle_mi_parity.compare import check_header, compare
+from candle_mi_parity.errors import ParityError
+from candle_mi_parity.ledger import Ledger, apply_ledger
+from candle_mi_parity.oracle import Mode, Oracle
+from candle_mi_parity.sae import load_npz
+from candle_mi_parity.sources import Source, open_source
+from candle_mi_parity.store import stored_selection
+from candle_mi_parity.subject import Subject, prepare
+from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult
+
+
+class Progress:
+    """What a run tells while it works; the terminal overrides it."""
+
+    def case_starts(self, case: Case, step: str) -> None: ...
+
+    def case_ends(self, result: CaseResult) -> None: ...
+
+    def note(self, line: str) -> None: ...
+
+
+def run(
+    spec: str,
+    cases: list[Case],
+    skipped: dict[str, str],
+    cache: Path,
+    out: Path,
+    ledger: Ledger,
+    progress: Progress,
+    strict: bool = False,
+) -> RunResult:
+    """Judge a candidate on cases.
+
+    :param skipped: cases that do not run, with reason and remedy; they are counted in the report.
+    :param out: where traces and reports go.
+    :raises ParityError: the candidate cannot be built or found; a fault of one case is that case's ERROR.
+    """
+    candidate = parse_candidate(spec)
+    results: list[CaseResult] = []
+    stale: list[str] = []
+    with open_source(candidate, cache, out / "traces", progress.note) as source:
+        for case in cases:
+            result = judge_case(case, source, spec, cache, ledger, progress)
+            progress.case_ends(result)
+            results.append(result)
+            stale += ledger.stale(result, source.identity)
+        identity = {name: str(value) for name, value in source.identity.model_dump().items() if value}
+    return RunResult(spec, identity, library_versions(), results, skipped, stale, strict)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that decide the truth, and the machine it was computed on."""
+    packages = ("candle-mi-parity", "torch", "transformers", "numpy", "safetensors")
+    return {name: version(name) for name in packages} | {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def judge_case(
+    case: Case, source: Source, spec: str, cache: Path, ledger: Ledger, progress: Progress
+) -> CaseResult:
+    """One case from its row to its verdict."""
+    started = time.monotonic()
+    command = f"candle-mi-parity run --candidate {shlex.quote(spec)} --cases {shlex.quote(case.id)}"
+    result = CaseResult(case.id, case.family, "", Status.ERROR, command)
+    try:
+        progress.case_starts(case, "model")
+        subject = prepare(case, cache)
+        result.digest = subject.digest
+        oracle = Oracle(subject, cache)
+        progress.case_starts(case, "truth")
+        result.tensors = judge_mode(oracle, source, "free", progress)
+        result.expected = len(result.tensors)
+        result.status = _status(result.tensors)
+        if result.status is Status.FAIL:
+            result.forced = judge_mode(oracle, source, "forced", progress)
+    except EmitterError as error:
+        result.error, result.status = str(error), Status.ERROR
+    except ParityError as error:
+        result.error, result.status = f"{error}", Status.ERROR
+    apply_ledger(result, source.identity, ledger)
+    result.seconds = time.monotonic() - started
+    return result
+
+
+def judge_mode(oracle: Oracle, source: Source, mode: Mode, progress: Progress) -> list[TensorResult]:
+    """Truth, trace and comparison of one mode.
+
+    :raises ParityError: whichever of the three cannot be had.
+    """
+    subject = oracle.subject
+    truth = oracle.truth(mode)
+    inputs = oracle.inputs() if mode == "forced" or subject.sae_file is not None else None
+    progress.case_starts(subject.case, "candle-mi")
+    trace = source.trace(subject, mode, inputs)
+    check_header(truth, trace, source.accepted_inputs(trace, inputs))
+    progress.case_starts(subject.case, "compare")
+    in_part = any(entry.part is not None for entry in trace.entries.values())
+    selection = stored_selection(list(truth.tensors)) if in_part else None
+    return compare(truth, trace, _decoder(subject, mode), selection)
+
+
+def _decoder(subject: Subject, mode: Mode) -> np.ndarray | None:
+    return load_npz(subject.sae_file).W_dec if subject.sae_file is not None and mode == "free" else None
+
+
+def _status(tensors: list[TensorResult]) -> Status:
+    found = {tensor.status for tensor in tensors}
+    return next((status for status in (Status.FAIL, Status.UNMEASURED) if status in found), Status.PASS)

@@ -1,0 +1,223 @@
+"""Where traces come from: an emitter that runs now, or a directory of stored ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+from pydantic import ValidationError
+from safetensors.numpy import load_file
+
+from candle_mi_parity.build import build
+from candle_mi_parity.candidate import Candidate, CandidateError, EmitterError, EmitterProcess, stored_dir
+from candle_mi_parity.cases import ROOT
+from candle_mi_parity.errors import TraceError
+from candle_mi_parity.oracle import Mode
+from candle_mi_parity.subject import Subject
+from candle_mi_parity.trace import CandleMi, Trace, read_json
+
+REQUEST_FORMAT = "candle-mi-parity/request/1"
+REFUSAL_FORMAT = "candle-mi-parity/refusal/1"
+TIMEOUT_SECONDS = 600.0
+
+
+class Source(Protocol):
+    """Yields a candidate's trace of a subject.
+
+    :ivar identity: which candle-mi the traces are of.
+    """
+
+    identity: CandleMi
+
+    def trace(self, subject: Subject, mode: Mode, inputs: Path | None) -> Trace: ...
+
+    def accepted_inputs(self, trace: Trace, inputs: Path | None) -> str | None:
+        """The digest that the trace's header must give for its inputs; None when it was to have none."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_source(candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None]) -> Source:
+    """Build or find the candidate.
+
+    :param out: where an emitter writes its traces.
+    :raises CandidateError: it cannot be built, or nothing is stored.
+    """
+    if candidate.kind == "stored":
+        return StoredSource(stored_dir(candidate, ROOT))
+    return LiveSource(candidate, cache, out, log)
+
+
+def trace_path(directory: Path, case_id: str, mode: Mode) -> Path:
+    """``<family>/<rest>.json``, and ``.forced.json`` for the teacher-forced run."""
+    return directory / f"{case_id}{'' if mode == 'free' else '.forced'}.json"
+
+
+def request(subject: Subject, mode: Mode, inputs: Path | None, out: Path) -> dict[str, object]:
+    """The emitter's instructions for a subject; forced, every ``resid_pre`` is replaced by the truth's."""
+    sae = None
+    if subject.case.sae is not None and mode == "free":
+        sae = {"path": str(subject.sae_file), "layer": subject.case.sae.layer, "hook": subject.case.sae.hook}
+    edits = [
+        {"hook": name, "kind": "replace", "tensor": f"resid_pre.{name.split('.')[1]}"}
+        for name in subject.captures
+        if name.endswith("hook_resid_pre") and mode == "forced"
+    ]
+    skipped = {edit["hook"] for edit in edits}
+    return {
+        "format": REQUEST_FORMAT,
+        "case": {"id": subject.case.id, "digest": subject.digest},
+        "model_dir": str(subject.model_dir),
+        "tokens": subject.tokens,
+        "captures": [name for name in subject.captures if name not in skipped],
+        "logits": True,
+        "dtype": subject.case.dtype,
+        "device": "cpu",
+        "sae": sae,
+        "inputs": str(inputs) if inputs else None,
+        "sae_input": "sae" if sae else None,
+        "edits": edits,
+        "out": str(out),
+    }
+
+
+class LiveSource:
+    """An emitter, built or taken from the cache, one process for all cases."""
+
+    def __init__(self, candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None]) -> None:
+        built = build(candidate, cache, log)
+        try:
+            self.identity = CandleMi.model_validate(built.identity.get("candle_mi"))
+        except ValidationError as error:
+            raise CandidateError(f"{built.path} does not say which candle-mi it holds") from error
+        self._out = out.resolve()
+        self._emitter = EmitterProcess(built.path)
+
+    def trace(self, subject: Subject, mode: Mode, inputs: Path | None) -> Trace:
+        """Emit and open the trace.
+
+        :raises EmitterError: the emitter refused, failed, crashed or hung.
+        :raises TraceError: what it wrote is not a trace of this candidate.
+        """
+        out = trace_path(self._out, subject.case.id, mode)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        trace = Trace(self._emitter.emit(request(subject, mode, inputs, out), TIMEOUT_SECONDS))
+        return same_candidate(trace, self.identity)
+
+    def accepted_inputs(self, trace: Trace, inputs: Path | None) -> str | None:
+        return file_digest(inputs) if inputs is not None else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._emitter.close()
+
+
+class StoredSource:
+    """Traces that were emitted earlier, with ``candidate.json`` that says by which candle-mi."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        try:
+            self.identity = CandleMi.model_validate(read_json(directory / "candidate.json"))
+        except ValidationError as error:
+            raise TraceError(f"{directory}/candidate.json: {error.errors()[0]['msg']}") from error
+
+    def trace(self, subject: Subject, mode: Mode, inputs: Path | None) -> Trace:
+        """Open the stored trace.
+
+        :raises EmitterError: the stored outcome is a refusal.
+        :raises TraceError: nothing is stored, or it is not a trace of this candidate.
+        """
+        path = trace_path(self._directory, subject.case.id, mode)
+        if not path.is_file():
+            raise TraceError(f"nothing is stored for {subject.case.id} ({mode}) at {path}")
+        raw = read_json(path)
+        if isinstance(raw, dict) and raw.get("format") == REFUSAL_FORMAT:
+            _check_refusal(path, raw, subject, self.identity)
+            raise EmitterError(str(raw["kind"]), str(raw["error"]))
+        return same_candidate(Trace(path), self.identity)
+
+    def accepted_inputs(self, trace: Trace, inputs: Path | None) -> str | None:
+        """Ours, or those stored beside the trace when they are the truth's within one ULP.
+
+        Inputs are the truth rounded to float32; on another machine a last bit may round elsewhere.
+
+        :raises TraceError: the trace was fed something else.
+        """
+        if inputs is None:
+            return None
+        if trace.header.inputs_digest != file_digest(inputs):
+            _check_stored_inputs(trace, inputs)
+        return trace.header.inputs_digest
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+def same_candidate(trace: Trace, identity: CandleMi) -> Trace:
+    """:raises TraceError: the trace was emitted by another candle-mi."""
+    found = trace.header.candle_mi
+    if found != identity:
+        raise TraceError(
+            f"{trace.path}: emitted by candle-mi {found.version} ({found.checksum or found.tree_digest}), "
+            f"expected {identity.version} ({identity.checksum or identity.tree_digest})"
+        )
+    return trace
+
+
+def _check_refusal(path: Path, raw: dict[str, object], subject: Subject, identity: CandleMi) -> None:
+    expected = {"format", "candle_mi", "case", "digest", "kind", "error"}
+    if set(raw) != expected:
+        raise TraceError(f"{path}: keys {sorted(raw)}, expected {sorted(expected)}")
+    if raw["digest"] != subject.digest or raw["candle_mi"] != identity.model_dump():
+        raise TraceError(f"{path}: a refusal of another case or by another candle-mi")
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_stored_inputs(trace: Trace, inputs: Path) -> None:
+    kept = trace.path.with_name(trace.path.name.split(".")[0] + ".inputs.safetensors")
+    if not kept.is_file() or file_digest(kept) != trace.header.inputs_digest:
+        raise TraceError(f"{trace.path}: was fed inputs {trace.header.inputs_digest}, which are not those stored")
+    ours, theirs = load_file(inputs), load_file(kept)
+    for name, array in ours.items():
+        other = theirs.get(name)
+        if other is None or other.shape != array.shape:
+            raise TraceError(f"{kept}: lacks {name} of shape {array.shape}")
+        if not bool((np.abs(other - array) <= np.spacing(np.abs(array))).all()):
+            raise TraceError(f"{kept}: {name} is not the truth's within one ULP; emit it again")
+
+
+def write_refusal(path: Path, subject: Subject, identity: CandleMi, error: EmitterError) -> None:
+    """Store that a candidate refused a case, in place of a trace."""
+    document = {
+        "format": REFUSAL_FORMAT,
+        "candle_mi": identity.model_dump(),
+        "case": subject.case.id,
+        "digest": subject.digest,
+        "kind": error.kind,
+        "error": error.message,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,89 @@
+"""Keeping traces: ``rust_outputs/<candle-mi version>/<case>.json`` with a safetensors beside each.
+
+Tiny cases are kept whole. Of a large model a part is kept: the first, middle and last layer at the last
+position, and the hundred largest logits there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from candle_mi_parity.cases import Case
+from candle_mi_parity.errors import TraceError
+from candle_mi_parity.trace import Trace
+
+TOP_LOGITS = 100
+
+
+def stored_selection(names: list[str]) -> set[str]:
+    """The tensors of a case that is stored in part."""
+    layers = sorted({int(name.split(".")[1]) for name in names if name.startswith("blocks.")})
+    kept = {layers[0], layers[len(layers) // 2], layers[-1]} if layers else set()
+    return {name for name in names if not name.startswith("blocks.") or int(name.split(".")[1]) in kept}
+
+
+def store_trace(trace: Trace, case: Case, target: Path, inputs: Path | None) -> None:
+    """Copy a trace, whole or in part as its case says, and the inputs that it was fed.
+
+    :param target: the JSON file to write; its safetensors is named after it.
+    :raises TraceError: when what was written does not read back as the same numbers.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tensors_file = target.with_suffix(".safetensors")
+    document = trace.document.model_dump(exclude_none=False)
+    names = list(trace.entries)
+    selection = set(names) if case.stored == "whole" else stored_selection(names)
+    arrays: dict[str, np.ndarray] = {}
+    entries = []
+    for entry in document["tensors"]:
+        if entry["name"] not in selection:
+            continue
+        array, part = trace.tensor(entry["name"]), None
+        if case.stored == "part":
+            array, part = _part(entry["name"], array)
+        array = np.ascontiguousarray(array)
+        arrays[entry["name"]] = array
+        entries.append(
+            {
+                "name": entry["name"],
+                "shape": list(array.shape),
+                "dtype": entry["dtype"],
+                "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
+                "nonfinite": int(np.count_nonzero(~np.isfinite(array))),
+                "file": tensors_file.name,
+                "key": entry["name"],
+                **({"part": part} if part else {}),
+            }
+        )
+    save_file(arrays, tensors_file)
+    document["tensors"] = entries
+    target.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if inputs is not None:
+        shutil.copyfile(inputs, target.with_name(target.name.split(".")[0] + ".inputs.safetensors"))
+    _read_back(target, arrays)
+
+
+def _part(name: str, array: np.ndarray) -> tuple[np.ndarray, dict[str, object]]:
+    """The last position, of logits its hundred largest, with the record of what was kept."""
+    shape, row = list(array.shape), array.shape[-2] - 1
+    columns = None
+    if name == "logits":
+        columns = sorted(int(i) for i in np.argsort(array[0, row])[::-1][:TOP_LOGITS])
+    kept = array[..., [row], :]
+    return kept if columns is None else kept[..., columns], {"shape": shape, "rows": [row], "columns": columns}
+
+
+def _read_back(target: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writers of tensors have stored memory order for logical order; what is on disk is what counts."""
+    again = Trace(target)
+    for name, array in arrays.items():
+        if not np.array_equal(again.tensor(name), array, equal_nan=True):
+            raise TraceError(f"{target}: {name} did not read back as it was written")
+    if set(load_file(target.with_suffix(".safetensors"))) != set(arrays):
+        raise TraceError(f"{target}: tensors appeared or vanished while writing")

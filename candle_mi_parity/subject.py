@@ -1,0 +1,98 @@
+"""A case made concrete on this machine: model directory, token ids, captures, SAE file, and their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from candle_mi_parity.cases import Case, RandomTokens
+from candle_mi_parity.errors import CaseTableError, ModelError
+from candle_mi_parity.families import hook_names
+from candle_mi_parity.models import digest_files, model_digest, model_directory, read_config, seeded_words
+from candle_mi_parity.sae import sae_path
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What both sides are given for one case.
+
+    :ivar captures: hook names in execution order, without ``logits``.
+    :ivar digest: over everything that decides the numbers, not over the name.
+    """
+
+    case: Case
+    model_dir: Path
+    model_type: str
+    tokens: list[list[int]]
+    captures: list[str]
+    sae_file: Path | None
+    model_digest: str
+    sae_digest: str | None
+    digest: str
+
+
+def prepare(case: Case, cache: Path) -> Subject:
+    """Resolve a row of the table.
+
+    :raises ParityError: whatever is missing, in one line.
+    """
+    model_dir = model_directory(case.model, cache)
+    config = read_config(model_dir)
+    tokens = [_token_ids(case, model_dir, config)]
+    n_layers = _whole_number(config, "num_hidden_layers", model_dir)
+    sae_file = sae_path(case.sae) if case.sae else None
+    if case.sae and case.sae.layer >= n_layers:
+        raise CaseTableError(f"{case.id}: SAE layer {case.sae.layer}, but the model has {n_layers} layers")
+    weights = model_digest(model_dir)
+    sae_digest = digest_files([sae_file]) if sae_file else None
+    content = {
+        "model": weights,
+        "tokens": tokens,
+        "sae": [sae_digest, case.sae.layer] if case.sae else None,
+        "dtype": case.dtype,
+    }
+    return Subject(
+        case=case,
+        model_dir=model_dir,
+        model_type=str(config.get("model_type")),
+        tokens=tokens,
+        captures=hook_names(n_layers),
+        sae_file=sae_file,
+        model_digest=weights,
+        sae_digest=sae_digest,
+        digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+def _whole_number(config: dict[str, object], key: str, model_dir: Path) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ModelError(f"{model_dir}/config.json: {key} is {value!r}, expected a positive whole number")
+    return value
+
+
+def _token_ids(case: Case, model_dir: Path, config: dict[str, object]) -> list[int]:
+    if isinstance(case.tokens, RandomTokens):
+        vocab = _whole_number(config, "vocab_size", model_dir)
+        words = seeded_words(f"tokens:{case.tokens.seed}", case.tokens.random - 1)
+        return [1, *(3 + int(word) % (vocab - 3) for word in words)]
+    if case.tokens is not None:
+        return list(case.tokens)
+    assert case.text is not None
+    return list(tokenizer(model_dir)(case.text)["input_ids"])
+
+
+def tokenizer(model_dir: Path) -> Any:
+    """The Hugging Face tokenizer of a model directory.
+
+    :raises ModelError: when there is none.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except Exception as error:  # whichever way the tokenizers library puts it
+        raise ModelError(f"no usable tokenizer in {model_dir}: {str(error).splitlines()[0]}") from error

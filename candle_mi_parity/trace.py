@@ -1,0 +1,222 @@
+"""Trace: what a candidate emitted; a JSON header and tensors, inline or in a safetensors file beside it.
+
+Every byte is untrusted: the document is checked against its schema before anything else reads it, a file may
+only be named, not located, and each tensor's digest is computed again from its bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+
+from candle_mi_parity.errors import TraceError
+
+FORMAT = "candle-mi-parity/trace/1"
+MAX_JSON_BYTES = 64 << 20
+_DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "float64": np.dtype("<f8")}
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=0)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class CandleMi(Part):
+    """Which candle-mi: a release with its registry checksum, or a path's tree digest, or a git revision."""
+
+    version: str
+    source: Literal["registry", "path", "git"]
+    checksum: Digest | None
+    revision: str | None
+    tree_digest: Digest | None
+
+
+class CaseRef(Part):
+    id: str
+    digest: Digest
+
+
+class Header(Part):
+    """All that decides the numbers; digests are the emitter's own, of the bytes that it read."""
+
+    emitter: str
+    candle_mi: CandleMi
+    candle: str
+    features: list[str]
+    device: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    case: CaseRef
+    model_digest: Digest
+    sae_digest: Digest | None
+    inputs_digest: Digest | None
+
+
+class Run(Part):
+    """What differs between two runs of the same case; outside every digest."""
+
+    started: str
+    seconds: dict[str, float]
+    threads: int
+    peak_rss_bytes: int
+
+
+class Selection(Part):
+    """A stored trace may keep a part of a tensor.
+
+    :ivar shape: the whole tensor's shape.
+    :ivar rows: positions kept on axis −2.
+    :ivar columns: entries kept on the last axis; None keeps all.
+    """
+
+    shape: list[Size]
+    rows: list[Size]
+    columns: list[Size] | None
+
+
+class TensorEntry(Part):
+    """One tensor; exactly one of ``values`` (row-major) and ``file`` with ``key``."""
+
+    name: str
+    shape: list[Size]
+    dtype: Literal["float32", "bfloat16", "float16", "float64"]
+    sha256: Digest
+    nonfinite: Size
+    values: list[float] | None = None
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")] | None = None
+    key: str | None = None
+    part: Selection | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> TensorEntry:
+        if (self.values is None) == (self.file is None) or (self.file is None) != (self.key is None):
+            raise ValueError("give exactly one of `values` and `file` with `key`")
+        if self.values is not None and len(self.values) != math.prod(self.shape):
+            raise ValueError(f"{len(self.values)} values for shape {self.shape}")
+        return self
+
+
+class Feature(Part):
+    index: Size
+    value: float
+
+
+class Document(Part):
+    """The JSON file."""
+
+    format: Literal["candle-mi-parity/trace/1"]
+    header: Header
+    run: Run
+    tokens: list[list[Size]]
+    tensors: list[TensorEntry]
+    scalars: dict[str, float]
+    top_features_last_pos: list[Feature]
+
+    @model_validator(mode="after")
+    def _unique(self) -> Document:
+        names = [tensor.name for tensor in self.tensors]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"tensors given twice: {', '.join(doubled)}")
+        return self
+
+
+class Trace:
+    """A trace on disk; tensors are read and verified when they are asked for.
+
+    :param path: the JSON file.
+    :raises TraceError: unreadable, unknown format, or not what the schema says; names the first place.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        raw = read_json(path)
+        found = raw.get("format") if isinstance(raw, dict) else None
+        if found != FORMAT:
+            raise TraceError(f"{path}: format is {found!r}, expected {FORMAT!r}")
+        try:
+            self.document = Document.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise TraceError(f"{path}: {where or 'document'}: {first['msg']}") from error
+
+    @property
+    def header(self) -> Header:
+        return self.document.header
+
+    @cached_property
+    def entries(self) -> dict[str, TensorEntry]:
+        return {entry.name: entry for entry in self.document.tensors}
+
+    def tensor(self, name: str) -> np.ndarray:
+        """The tensor, float64 for the arithmetic of the comparison, after its bytes were verified.
+
+        :raises TraceError: absent, of another shape or dtype than declared, or bytes that differ from the
+            digest.
+        """
+        entry = self.entries[name]
+        if entry.dtype not in _DTYPES:
+            raise TraceError(f"{self.path}: {name} is {entry.dtype}, which this reader has no arithmetic for")
+        dtype = _DTYPES[entry.dtype]
+        if entry.values is not None:
+            array = np.array(entry.values, dtype=dtype).reshape(entry.shape)
+        else:
+            array = self._from_file(entry)
+            if list(array.shape) != entry.shape or array.dtype != dtype:
+                raise TraceError(
+                    f"{self.path}: {name} is {array.dtype}{list(array.shape)} in {entry.file}, "
+                    f"declared {entry.dtype}{entry.shape}"
+                )
+        digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+        if digest != entry.sha256:
+            raise TraceError(f"{self.path}: bytes of {name} have sha256 {digest[:12]}…, declared {entry.sha256[:12]}…")
+        return array
+
+    def _from_file(self, entry: TensorEntry) -> np.ndarray:
+        file = self.path.parent / str(entry.file)
+        try:
+            if file.is_symlink() or not file.is_file():
+                raise TraceError(f"{self.path}: {entry.file} is not beside it, but {entry.name} is said to be there")
+            with safe_open(file, framework="numpy") as tensors:
+                return np.asarray(tensors.get_tensor(str(entry.key)))
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            raise TraceError(f"{file}: cannot read {entry.key}: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """JSON with nothing forgiven: no duplicate key, no NaN or Infinity, bounded size and depth.
+
+    :raises TraceError: naming the file and the reason.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise TraceError(f"{path}: {size} bytes of JSON, more than {MAX_JSON_BYTES}")
+        return json.loads(
+            path.read_bytes().decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+        )
+    except FileNotFoundError as error:
+        raise TraceError(f"{path}: no such file") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise TraceError(f"{path}: not valid JSON: {error}") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key given twice: {next(name for name in names if names.count(name) > 1)!r}")
+    return found
+
+
+def _refuse_constant(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")

@@ -1,0 +1,138 @@
+//! One forward pass through candle-mi with the captures and edits of a request.
+
+use candle_core::Tensor;
+use candle_mi::{HookCache, HookPoint, HookSpec, Intervention, MIBackend};
+
+use crate::error::EmitError;
+use crate::inputs::Inputs;
+use crate::model::LoadedModel;
+use crate::request::{Edit, Request};
+use crate::tensor::Named;
+
+/// What a forward pass left behind.
+pub struct Forward {
+    /// The requested captures in the request's order, then `logits` `[B,T,V]` if asked for.
+    pub tensors: Vec<Named>,
+    /// The tensor at the SAE's hook point, `[B,T,d]`, if there is an SAE.
+    pub residual: Option<Tensor>,
+}
+
+/// Runs the model.
+///
+/// # Errors
+/// `Request` where a hook point did not fire: candle-mi takes any string for a hook point, and one that it does not
+/// know is silently never reached. `Forward` where candle-mi or candle failed.
+pub fn run(loaded: &LoadedModel, request: &Request, inputs: &Inputs) -> Result<Forward, EmitError> {
+    let mut spec = HookSpec::new();
+    let mut asked: Vec<(&str, HookPoint)> = Vec::new();
+    let sae_hook = request.sae.as_ref().map(|sae| sae.hook.as_str());
+    // An edited point is captured too: that is how it is known to have been reached, and with which shape.
+    for name in request
+        .captures
+        .iter()
+        .map(String::as_str)
+        .chain(sae_hook)
+        .chain(request.edits.iter().map(Edit::hook))
+    {
+        let point = point(name)?;
+        spec.capture(point.clone());
+        asked.push((name, point));
+    }
+    for edit in &request.edits {
+        spec.intervene(point(edit.hook())?, intervention(edit, inputs, loaded)?);
+    }
+
+    let failed = |error: candle_mi::MIError| EmitError::Forward(error.to_string());
+    let tokens = token_tensor(request, loaded)?;
+    let cache = loaded.model.forward(&tokens, &spec).map_err(failed)?;
+
+    let silent: Vec<&str> = asked
+        .iter()
+        .filter(|(_, point)| cache.get(point).is_none())
+        .map(|(name, _)| *name)
+        .collect();
+    if !silent.is_empty() {
+        return Err(EmitError::Request(format!(
+            "hook points that candle-mi never reached in this model of {} layers: {}",
+            loaded.layers(),
+            silent.join(", ")
+        )));
+    }
+    check_replacements(request, inputs, &cache)?;
+
+    let captured = |name: &str| -> Result<Tensor, EmitError> {
+        cache.require(&point(name)?).cloned().map_err(failed)
+    };
+    let mut tensors = Vec::with_capacity(request.captures.len() + 1);
+    for name in &request.captures {
+        tensors.push(Named::new(name, captured(name)?));
+    }
+    if request.logits {
+        tensors.push(Named::new("logits", cache.output().clone()));
+    }
+    let residual = sae_hook.map(captured).transpose()?;
+    Ok(Forward { tensors, residual })
+}
+
+/// The hook point called `name`, which must be candle-mi's own spelling of it: `blocks.01.…` would parse as layer 1
+/// and put a name into the trace that no one else knows.
+fn point(name: &str) -> Result<HookPoint, EmitError> {
+    let point = HookPoint::from(name);
+    let spelt = point.to_string();
+    if spelt != name {
+        return Err(EmitError::Request(format!(
+            "hook point \"{name}\" is spelt \"{spelt}\""
+        )));
+    }
+    Ok(point)
+}
+
+fn token_tensor(request: &Request, loaded: &LoadedModel) -> Result<Tensor, EmitError> {
+    let rows = request.tokens.len();
+    let width = request.tokens.first().map_or(0, Vec::len);
+    Tensor::from_vec(request.tokens.concat(), (rows, width), &loaded.device)
+        .map_err(|error| EmitError::Forward(format!("token tensor: {error}")))
+}
+
+/// Tensors are brought to the model's dtype: the truth is float64, and `Replace` puts in what it is given.
+fn intervention(
+    edit: &Edit,
+    inputs: &Inputs,
+    loaded: &LoadedModel,
+) -> Result<Intervention, EmitError> {
+    let tensor = |key: &str| {
+        inputs.get(key)?.to_dtype(loaded.dtype).map_err(|error| {
+            EmitError::Request(format!("inputs tensor \"{key}\" cannot be used: {error}"))
+        })
+    };
+    Ok(match edit {
+        Edit::Replace { tensor: key, .. } => Intervention::Replace(tensor(key)?),
+        Edit::Add { tensor: key, .. } => Intervention::Add(tensor(key)?),
+        Edit::Knockout { tensor: key, .. } => Intervention::Knockout(tensor(key)?),
+        Edit::Scale { factor, .. } => Intervention::Scale(*factor),
+        Edit::Zero { .. } => Intervention::Zero,
+    })
+}
+
+/// A replacement of another shape can pass through candle by broadcasting and give numbers that mean nothing.
+fn check_replacements(
+    request: &Request,
+    inputs: &Inputs,
+    cache: &HookCache,
+) -> Result<(), EmitError> {
+    for edit in &request.edits {
+        let Edit::Replace { hook, tensor } = edit else {
+            continue;
+        };
+        let given = inputs.get(tensor)?.dims();
+        let Some(there) = cache.get(&point(hook)?).map(Tensor::dims) else {
+            continue;
+        };
+        if given != there {
+            return Err(EmitError::Request(format!(
+                "replacement \"{tensor}\" has shape {given:?}, {hook} has {there:?}"
+            )));
+        }
+    }
+    Ok(())
+}

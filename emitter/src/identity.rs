@@ -1,0 +1,50 @@
+//! Who computed the numbers: fixed when the program was built (see `build.rs`), never taken from a request.
+
+use serde::Serialize;
+
+/// The part of a trace's header that is the same for every case.
+#[derive(Debug, Serialize)]
+pub struct Identity {
+    pub emitter: &'static str,
+    pub candle_mi: CandleMi,
+    pub candle: &'static str,
+    pub features: Vec<&'static str>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct CandleMi {
+    pub version: &'static str,
+    /// `registry`, `path` or `git`.
+    pub source: &'static str,
+    pub checksum: Option<&'static str>,
+    pub revision: Option<&'static str>,
+    pub tree_digest: Option<&'static str>,
+}
+
+impl Identity {
+    pub fn of_this_build() -> Self {
+        let mut features = Vec::new();
+        if cfg!(feature = "cuda") {
+            features.push("cuda");
+        }
+        // Cargo.toml asks for these two unconditionally.
+        features.extend(["sae", "transformer"]);
+        Self {
+            emitter: env!("CARGO_PKG_VERSION"),
+            candle_mi: CandleMi {
+                version: env!("PARITY_CANDLE_MI_VERSION"),
+                source: env!("PARITY_CANDLE_MI_SOURCE"),
+                checksum: told(env!("PARITY_CANDLE_MI_CHECKSUM")),
+                revision: told(env!("PARITY_CANDLE_MI_REVISION")),
+                tree_digest: told(env!("PARITY_CANDLE_MI_TREE_DIGEST")),
+            },
+            candle: env!("PARITY_CANDLE_VERSION"),
+            features,
+        }
+    }
+}
+
+/// `build.rs` can only hand over strings; an empty one means that there is nothing to tell.
+fn told(value: &'static str) -> Option<&'static str> {
+    (!value.is_empty()).then_some(value)
+}

@@ -1,0 +1,194 @@
+//! One request: what to run, what to capture, where to write. Everything in it is untrusted.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+use candle_core::DType;
+use serde::{Deserialize, Serialize};
+
+use crate::error::EmitError;
+
+pub const FORMAT: &str = "candle-mi-parity/request/1";
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Checked before the rest (see [`parse`]); kept so that the key is known.
+    #[serde(rename = "format")]
+    pub _format: String,
+    pub case: Case,
+    pub model_dir: PathBuf,
+    /// Token ids, `[B][T]`.
+    pub tokens: Vec<Vec<u32>>,
+    /// Hook points in candle-mi's spelling, in execution order.
+    pub captures: Vec<String>,
+    pub logits: bool,
+    pub dtype: Precision,
+    pub device: String,
+    #[serde(default)]
+    pub sae: Option<SaeRequest>,
+    /// A safetensors file that `sae_input` and the edits take tensors from.
+    #[serde(default)]
+    pub inputs: Option<PathBuf>,
+    /// Key in `inputs`: a residual `[B,T,d]` for the SAE alone.
+    #[serde(default)]
+    pub sae_input: Option<String>,
+    #[serde(default)]
+    pub edits: Vec<Edit>,
+    pub out: PathBuf,
+}
+
+/// Copied into the header; never interpreted.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Case {
+    pub id: String,
+    pub digest: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SaeRequest {
+    /// A `.npz` file, or a directory with `cfg.json` and weights.
+    pub path: PathBuf,
+    pub layer: usize,
+    /// The hook point whose tensor is encoded.
+    pub hook: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    Float32,
+    BFloat16,
+    Float16,
+}
+
+impl Precision {
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::Float32 => DType::F32,
+            Self::BFloat16 => DType::BF16,
+            Self::Float16 => DType::F16,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Float32 => "float32",
+            Self::BFloat16 => "bfloat16",
+            Self::Float16 => "float16",
+        }
+    }
+}
+
+/// One intervention; `tensor` is a key in `inputs`.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Edit {
+    Replace { hook: String, tensor: String },
+    Add { hook: String, tensor: String },
+    Knockout { hook: String, tensor: String },
+    Scale { hook: String, factor: f64 },
+    Zero { hook: String },
+}
+
+impl Edit {
+    pub fn hook(&self) -> &str {
+        match self {
+            Self::Replace { hook, .. }
+            | Self::Add { hook, .. }
+            | Self::Knockout { hook, .. }
+            | Self::Scale { hook, .. }
+            | Self::Zero { hook } => hook,
+        }
+    }
+
+    pub fn tensor(&self) -> Option<&str> {
+        match self {
+            Self::Replace { tensor, .. }
+            | Self::Add { tensor, .. }
+            | Self::Knockout { tensor, .. } => Some(tensor),
+            Self::Scale { .. } | Self::Zero { .. } => None,
+        }
+    }
+}
+
+/// The least that is read of a line that may be of another format, or broken further down.
+#[derive(Deserialize)]
+struct Envelope {
+    format: Option<String>,
+    case: Option<EnvelopeCase>,
+}
+
+#[derive(Deserialize)]
+struct EnvelopeCase {
+    id: Option<String>,
+}
+
+/// The case id in a line that may be bad otherwise, so that the error reply can name its case.
+pub fn case_id(line: &[u8]) -> Option<String> {
+    let envelope: Envelope = serde_json::from_slice(line).ok()?;
+    envelope.case?.id
+}
+
+/// Parses and checks one request; all that can be judged without reading a file.
+pub fn parse(line: &[u8]) -> Result<Request, EmitError> {
+    let bad =
+        |error: serde_json::Error| EmitError::Request(format!("request is not valid: {error}"));
+    // The format first: a newer request should be told so, not that it has an unknown key.
+    let envelope: Envelope = serde_json::from_slice(line).map_err(bad)?;
+    if envelope.format.as_deref() != Some(FORMAT) {
+        return Err(EmitError::Request(format!(
+            "request format is {}, this emitter reads \"{FORMAT}\"",
+            envelope
+                .format
+                .map_or("missing".to_owned(), |format| format!("\"{format}\""))
+        )));
+    }
+    let request: Request = serde_json::from_slice(line).map_err(bad)?;
+    check(&request)?;
+    Ok(request)
+}
+
+fn check(request: &Request) -> Result<(), EmitError> {
+    let refuse = |message: String| Err(EmitError::Request(message));
+    let Some(width) = request.tokens.first().map(Vec::len) else {
+        return refuse("tokens are empty: expected [B][T] with B, T >= 1".to_owned());
+    };
+    for (row, tokens) in request.tokens.iter().enumerate() {
+        if tokens.is_empty() {
+            return refuse(format!("tokens row {row} is empty"));
+        }
+        if tokens.len() != width {
+            return refuse(format!(
+                "tokens are ragged: row 0 has {width}, row {row} has {}",
+                tokens.len()
+            ));
+        }
+    }
+    let mut seen = HashSet::new();
+    if let Some(twice) = request.captures.iter().find(|name| !seen.insert(*name)) {
+        return refuse(format!("capture named twice: {twice}"));
+    }
+    let needs_inputs =
+        request.sae_input.is_some() || request.edits.iter().any(|edit| edit.tensor().is_some());
+    if needs_inputs && request.inputs.is_none() {
+        return refuse("an edit or sae_input names a tensor, but inputs is null".to_owned());
+    }
+    if request.sae_input.is_some() && request.sae.is_none() {
+        return refuse("sae_input is given, but sae is null".to_owned());
+    }
+    if request
+        .out
+        .extension()
+        .is_none_or(|ending| ending != "json")
+    {
+        return refuse(format!("out must end in .json: {}", request.out.display()));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "request_tests.rs"]
+mod tests;

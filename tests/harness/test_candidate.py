@@ -1,0 +1,395 @@
+"""The candidate's side of the harness: spellings, an emitter that lies, and the real one on bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from candle_mi_parity import build as builder
+from candle_mi_parity.candidate import (
+    CandidateError,
+    EmitterError,
+    EmitterProcess,
+    default_cache,
+    parse_candidate,
+    stored_dir,
+)
+
+# --- spelling -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "target", "revision"),
+    [
+        ("0.2.2", "version", "0.2.2", None),
+        ("0.3.0-rc.1", "version", "0.3.0-rc.1", None),
+        ("path:../candle-mi", "path", "../candle-mi", None),
+        ("git:https://example.org/candle-mi@main", "git", "https://example.org/candle-mi", "main"),
+        ("git:git@example.org:a/candle-mi@abc123", "git", "git@example.org:a/candle-mi", "abc123"),
+        ("stored:0.2.2", "stored", "0.2.2", None),
+        ("stored:some/dir", "stored", "some/dir", None),
+    ],
+)
+def test_spellings(spec: str, kind: str, target: str, revision: str | None) -> None:
+    candidate = parse_candidate(spec)
+    assert (candidate.kind, candidate.target, candidate.revision) == (kind, target, revision)
+    assert candidate.spec == spec
+    assert candidate.label
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "",
+        "0.2",
+        "v0.2.2",
+        "path:",
+        "git:https://example.org/x",
+        "git:@main",
+        "git:url@",
+        "git:--upload@x",
+        "hub:x",
+    ],
+)
+def test_an_unknown_spelling_lists_the_accepted_ones(spec: str) -> None:
+    with pytest.raises(CandidateError) as caught:
+        parse_candidate(spec)
+    message = str(caught.value)
+    assert "\n" not in message
+    for form in ("0.2.2", "path:DIR", "git:URL@REV", "stored:VERSION_OR_DIR"):
+        assert form in message
+
+
+def test_stored_versions_lie_in_rust_outputs(tmp_path: Path) -> None:
+    (tmp_path / "rust_outputs" / "0.2.2").mkdir(parents=True)
+    assert stored_dir(parse_candidate("stored:0.2.2"), tmp_path) == tmp_path / "rust_outputs" / "0.2.2"
+    assert stored_dir(parse_candidate(f"stored:{tmp_path}"), tmp_path) == tmp_path
+    with pytest.raises(CandidateError, match=r"stored versions: 0\.2\.2"):
+        stored_dir(parse_candidate("stored:9.9.9"), tmp_path)
+
+
+# --- an emitter that lies -------------------------------------------------------------------------
+
+Fake = Callable[[str], Path]
+
+GOOD = """
+    Path(request["out"]).unlink(missing_ok=True)
+    temporary = Path(request["out"] + ".tmp")
+    temporary.write_text("{}")
+    temporary.rename(request["out"])
+    reply({"case": request["case"]["id"], "ok": True, "trace": request["out"]})
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Fake:
+    """Make an emitter that runs ``body`` for each ``request``."""
+
+    def make(body: str) -> Path:
+        script = tmp_path / "fake-emitter"
+        script.write_text(
+            f"#!{sys.executable}\n"
+            "import json, os, signal, sys, time\n"
+            "from pathlib import Path\n"
+            "def reply(value): print(json.dumps(value), flush=True)\n"
+            "for line in sys.stdin:\n"
+            "    request = json.loads(line)\n" + textwrap.indent(textwrap.dedent(body), "    ")
+        )
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        return script
+
+    return make
+
+
+def ask(out: Path, case: str = "a/b/1", **more: object) -> dict[str, object]:
+    return {"case": {"id": case, "digest": "00"}, "out": str(out), **more}
+
+
+def fails(emitter: EmitterProcess, request: dict[str, object], timeout: float = 20.0) -> EmitterError:
+    with pytest.raises(EmitterError) as caught:
+        emitter.emit(request, timeout=timeout)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_an_honest_emitter_answers_many(fake: Fake, tmp_path: Path) -> None:
+    with EmitterProcess(fake(GOOD)) as emitter:
+        for number in range(3):
+            out = tmp_path / f"{number}.json"
+            assert emitter.emit(ask(out, case=str(number)), timeout=20) == out
+
+
+def test_a_refusal_keeps_its_kind_and_the_process(fake: Fake, tmp_path: Path) -> None:
+    body = (
+        'reply({"case": request["case"]["id"], "ok": False, "kind": "model", "error": f"no {os.getpid()}"})'
+    )
+    with EmitterProcess(fake(body)) as emitter:
+        first, second = (fails(emitter, ask(tmp_path / "o.json")) for _ in range(2))
+    assert first.kind == "model"
+    assert first.message == second.message  # the same process
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ('print("out of cheese", file=sys.stderr); sys.exit(3)', ("code 3", "out of cheese")),
+        ("os.kill(os.getpid(), signal.SIGABRT)", ("SIGABRT",)),
+        ("os.close(1); time.sleep(60)", ("SIGKILL",)),
+    ],
+)
+def test_a_crash_costs_its_own_case(fake: Fake, tmp_path: Path, body: str, told: tuple[str, ...]) -> None:
+    crashing = f'if request["case"]["id"] == "bad":\n{textwrap.indent(body, "    ")}\n' + textwrap.dedent(
+        GOOD
+    )
+    with EmitterProcess(fake(crashing)) as emitter:
+        error = fails(emitter, ask(tmp_path / "o.json", case="bad"))
+        assert error.kind == "crash"
+        for part in told:
+            assert part in error.message
+        emitter.emit(ask(tmp_path / "o.json"), timeout=20)
+
+
+def test_a_hang_ends_at_the_time_out(fake: Fake, tmp_path: Path) -> None:
+    hanging = 'if request["case"]["id"] == "bad": time.sleep(600)\n' + textwrap.dedent(GOOD)
+    with EmitterProcess(fake(hanging)) as emitter:
+        started = time.monotonic()
+        error = fails(emitter, ask(tmp_path / "o.json", case="bad"), timeout=0.5)
+        assert error.kind == "timeout"
+        assert time.monotonic() - started < 15
+        emitter.emit(ask(tmp_path / "o.json"), timeout=20)
+
+
+def test_an_emitter_that_does_not_read_hangs_nothing(tmp_path: Path) -> None:
+    script = tmp_path / "deaf"
+    script.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(600)\n")
+    script.chmod(0o755)
+    with EmitterProcess(script) as emitter:
+        # More than a pipe holds.
+        assert fails(emitter, ask(tmp_path / "o.json", filler="x" * 2_000_000), timeout=1.0).kind == "timeout"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        'print("Loading weights…", flush=True)',
+        'print("[1, 2]", flush=True)',
+        'reply({"ok": True})',
+        'reply({"case": "another", "ok": True, "trace": request["out"]})',
+        'reply({"case": request["case"]["id"], "ok": "yes", "trace": request["out"]})',
+        # Says that it wrote, and did not.
+        'reply({"case": request["case"]["id"], "ok": True, "trace": request["out"]})',
+        'reply({"case": request["case"]["id"], "ok": True, "trace": "/elsewhere.json"})',
+    ],
+)
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_liar_is_caught_and_replaced(fake: Fake, tmp_path: Path, answer: str, stale: bool) -> None:
+    out = tmp_path / "o.json"
+    if stale:
+        # A trace of an earlier run must not pass for an answer.
+        out.write_text("{}")
+    body = f'if request["case"]["id"] == "bad":\n    {answer}\n    continue\n' + textwrap.dedent(GOOD)
+    with EmitterProcess(fake(body)) as emitter:
+        assert fails(emitter, ask(out, case="bad")).kind == "protocol"
+        assert emitter.emit(ask(out), timeout=20) == out
+
+
+def test_no_binary_is_one_error(tmp_path: Path) -> None:
+    with EmitterProcess(tmp_path / "absent") as emitter:
+        assert fails(emitter, ask(tmp_path / "o.json")).kind == "crash"
+
+
+def test_what_json_cannot_say_is_not_sent(fake: Fake, tmp_path: Path) -> None:
+    with EmitterProcess(fake(GOOD)) as emitter:
+        assert fails(emitter, ask(tmp_path / "o.json", factor=float("nan"))).kind == "request"
+
+
+# --- building, without a compiler -----------------------------------------------------------------
+
+
+def write_crate(root: Path, name: str = "candle-mi", candle: str = "0.11") -> Path:
+    (root / "src").mkdir(parents=True)
+    (root / "Cargo.toml").write_text(
+        f'[package]\nname = "{name}"\nversion = "9.9.9"\n[dependencies]\ncandle-core = "{candle}"\n'
+    )
+    (root / "src" / "lib.rs").write_text("// a")
+    return root
+
+
+def test_the_digest_of_a_tree_sees_sources_only(tmp_path: Path) -> None:
+    crate = write_crate(tmp_path / "c")
+    before = builder.tree_digest(crate)
+    (crate / "target").mkdir()
+    (crate / "target" / "CACHEDIR.TAG").write_text("")
+    (crate / "target" / "x.rs").write_text("// out")
+    (crate / "notes.md").write_text("a")
+    assert builder.tree_digest(crate) == before
+    (crate / "src" / "lib.rs").write_text("// b")
+    assert builder.tree_digest(crate) != before
+
+
+@pytest.mark.parametrize(("name", "candle"), [("other", "0.11"), ("candle-mi", "*")])
+def test_a_path_must_hold_candle_mi(tmp_path: Path, name: str, candle: str) -> None:
+    crate = write_crate(tmp_path / "c", name, candle)
+    with pytest.raises(CandidateError, match=r"Cargo\.toml of "):
+        builder.build(parse_candidate(f"path:{crate}"), tmp_path, print)
+    with pytest.raises(CandidateError, match=r"no Cargo\.toml"):
+        builder.build(parse_candidate(f"path:{tmp_path}"), tmp_path, print)
+
+
+def test_no_rust_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CandidateError, match=r"not on PATH.*stored:") as caught:
+        builder.build(parse_candidate("0.2.2"), tmp_path, print)
+    assert "\n" not in str(caught.value)
+
+
+def test_cargo_failures_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, script in {
+        "rustc": "echo rustc 9.9.9",
+        "cargo": (
+            "echo '    Updating index' >&2; echo 'error: failed to get serde' >&2; echo >&2; "
+            "echo 'Caused by:' >&2; echo '  could not resolve host' >&2; exit 101"
+        ),
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}/bin{os.pathsep}/usr/bin")
+    said: list[str] = []
+    with pytest.raises(CandidateError) as caught:
+        builder.build(parse_candidate("0.2.2"), tmp_path / "cache", said.append)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "error: failed to get serde: could not resolve host" in message
+    log = Path(message.rpartition("full log: ")[2].rstrip(")"))
+    assert "Updating index" in log.read_text()
+    assert any("Updating" in line for line in said)
+
+
+# --- the real emitter -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    if shutil.which("cargo") is None:
+        pytest.skip("no cargo on PATH")
+    return builder.build(parse_candidate("0.2.2"), default_cache(), print).path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random llama: d = 16, two layers, 40 tokens in the vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    directory = tmp_path_factory.mktemp("llama")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def real_request(model: Path, out: Path, **changes: object) -> dict[str, object]:
+    return {
+        "format": "candle-mi-parity/request/1",
+        "case": {"id": "tiny", "digest": "00"},
+        "model_dir": str(model),
+        "tokens": [[1, 5, 7, 2]],
+        "captures": ["hook_embed", "blocks.0.attn.hook_pattern", "blocks.1.hook_resid_post"],
+        "logits": True,
+        "dtype": "float32",
+        "device": "cpu",
+        "out": str(out),
+        **changes,
+    }
+
+
+def without_run(path: Path) -> str:
+    document: dict[str, Any] = json.loads(path.read_text())
+    del document["run"]
+    return json.dumps(document)
+
+
+@pytest.mark.rust
+def test_the_same_case_twice_gives_the_same_bytes(built: Path, llama: Path, tmp_path: Path) -> None:
+    kept = []
+    for name in ("first", "second"):
+        out = tmp_path / name / "case.json"
+        # A process each: nothing may depend on what was run before.
+        with EmitterProcess(built) as emitter:
+            emitter.emit(real_request(llama, out), timeout=120)
+        kept.append((without_run(out), out.with_suffix(".safetensors").read_bytes()))
+        assert sorted(path.name for path in out.parent.iterdir()) == ["case.json", "case.safetensors"]
+    assert kept[0] == kept[1]
+    names = [tensor["name"] for tensor in json.loads(kept[0][0])["tensors"]]
+    assert names == ["hook_embed", "blocks.0.attn.hook_pattern", "blocks.1.hook_resid_post", "logits"]
+
+
+@pytest.mark.rust
+@pytest.mark.parametrize(
+    ("changes", "kind", "told"),
+    [
+        ({"colour": "red"}, "request", "colour"),
+        ({"format": "candle-mi-parity/request/9"}, "request", "request/9"),
+        ({"captures": ["hook_embed", "blocks.0.hook_nope"]}, "request", "blocks.0.hook_nope"),
+        ({"captures": ["blocks.2.hook_resid_pre"]}, "request", "blocks.2.hook_resid_pre"),
+        ({"edits": [{"kind": "zero", "hook": "blocks.9.hook_resid_pre"}]}, "request", "blocks.9"),
+        ({"tokens": [[1, 40]]}, "request", "token 40"),
+        ({"tokens": []}, "request", "empty"),
+        ({"tokens": [[1, 2], [3]]}, "request", "ragged"),
+        ({"device": "tpu"}, "request", "tpu"),
+        ({"model_dir": "/nonexistent"}, "model", "/nonexistent"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    built: Path, llama: Path, tmp_path: Path, changes: dict[str, object], kind: str, told: str
+) -> None:
+    out = tmp_path / "case.json"
+    with EmitterProcess(built) as emitter:
+        error = fails(emitter, real_request(llama, out, **changes), timeout=120)
+        assert error.kind == kind
+        assert told in error.message
+        assert list(tmp_path.iterdir()) == []
+        # The process that refused goes on.
+        emitter.emit(real_request(llama, out), timeout=120)
+
+
+@pytest.mark.rust
+@pytest.mark.parametrize("held", [[], ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]])
+def test_weights_must_be_one_file(built: Path, llama: Path, tmp_path: Path, held: list[str]) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(llama / "config.json", model)
+    for name in held:
+        (model / name).write_text("")
+    with EmitterProcess(built) as emitter:
+        error = fails(emitter, real_request(model, tmp_path / "case.json"), timeout=120)
+    assert error.kind == "model"
+    assert "model.safetensors" in error.message
+    for name in held or ["no weights file"]:
+        assert name in error.message
+
+
+@pytest.mark.rust
+def test_a_changed_model_is_loaded_again(built: Path, llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    digests = []
+    with EmitterProcess(built) as emitter:
+        for name in ("first", "second"):
+            emitter.emit(real_request(model, tmp_path / f"{name}.json"), timeout=120)
+            digests.append(json.loads((tmp_path / f"{name}.json").read_text())["header"]["model_digest"])
+            config = json.loads((model / "config.json").read_text())
+            (model / "config.json").write_text(json.dumps({**config, "note": "changed"}))
+    assert digests[0] != digests[1]
