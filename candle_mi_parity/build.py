@@ -180,9 +180,7 @@ def _fetch(candidate: Candidate, cache: Path) -> tuple[str, str]:
 
     def git(*arguments: str) -> str:
         try:
-            done = subprocess.run(
-                ["git", *arguments], capture_output=True, text=True, check=False, env=environment
-            )
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, env=environment)
         except FileNotFoundError:
             raise CandidateError("git is not on PATH: install it, or use path:DIR") from None
         if done.returncode != 0:
@@ -246,17 +244,13 @@ def _rustc_version() -> str:
 
 
 def _no_rust(program: str) -> CandidateError:
-    return CandidateError(
-        f"{program} is not on PATH: install Rust (rustup, 1.91 or newer), or use stored:VERSION"
-    )
+    return CandidateError(f"{program} is not on PATH: install Rust (rustup, 1.91 or newer), or use stored:VERSION")
 
 
 # --- building it ----------------------------------------------------------------------------------
 
 
-def _cargo_build(
-    candidate: Candidate, plan: _Plan, cache: Path, log: Progress, features: Sequence[str]
-) -> Path:
+def _cargo_build(candidate: Candidate, plan: _Plan, cache: Path, log: Progress, features: Sequence[str]) -> Path:
     """Run cargo and return the binary it left in the shared target directory."""
     slug = re.sub(r"[^0-9A-Za-z.]+", "-", candidate.target)[-40:].strip("-")
     spelt = hashlib.sha256(f"{candidate.kind}:{candidate.target}:{plan.candle}".encode()).hexdigest()[:8]

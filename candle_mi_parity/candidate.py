@@ -76,12 +76,6 @@ class BuiltEmitter:
     identity: dict[str, object]
 
 
-def default_cache() -> Path:
-    """``PARITY_CACHE``, else ``~/.cache/candle-mi-parity``."""
-    told = os.environ.get("PARITY_CACHE")
-    return Path(told).expanduser() if told else Path.home() / ".cache" / "candle-mi-parity"
-
-
 def parse_candidate(spec: str) -> Candidate:
     """Read a candidate's spelling; whether it exists is found out when it is used.
 

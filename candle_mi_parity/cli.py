@@ -14,7 +14,7 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from candle_mi_parity import report
-from candle_mi_parity.cases import ROOT, Case, cache_root, load_cases, select
+from candle_mi_parity.cases import Case, cache_root, load_cases, select
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.ledger import load_ledger, proposed_entry
 from candle_mi_parity.run import Progress, run

@@ -51,9 +51,7 @@ def flips(sae: SaeTruth, features: np.ndarray) -> Flips:
     return Flips(differ & inside, differ & ~inside, active, margin, sigma)
 
 
-def judge_sae(
-    name: str, truth: Truth, trace: Trace, decoder: np.ndarray | None, agreed: bool | None
-) -> TensorResult:
+def judge_sae(name: str, truth: Truth, trace: Trace, decoder: np.ndarray | None, agreed: bool | None) -> TensorResult:
     """``sae.features``, ``sae.recon`` and their ``sae_on_truth`` twins.
 
     :raises TraceError: a tensor whose bytes are not what the trace declares.
@@ -104,7 +102,12 @@ def _judge_features(name: str, sae: SaeTruth, got: np.ndarray, agreed: bool | No
 
 
 def _with_excused(
-    sae: SaeTruth, trace: Trace, features: str, decoder: np.ndarray | None, recon: np.ndarray, noise: np.ndarray
+    sae: SaeTruth,
+    trace: Trace,
+    features: str,
+    decoder: np.ndarray | None,
+    recon: np.ndarray,
+    noise: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """The truth's reconstruction once the candidate's excused flips are granted, and its noise.
 
@@ -153,7 +156,7 @@ def judge_sae_scalars(truth: Truth, trace: Trace, decoder: np.ndarray | None) ->
 def _margin_ratio(sae: SaeTruth) -> np.ndarray:
     """``|pre − θ|/σ`` of every feature, [B, T, d_sae]."""
     sigma = measure(np.zeros_like(sae.pre.value), sae.pre.value, sae.pre.noise).sigma
-    return np.abs(sae.pre.value - sae.threshold) / sigma
+    return np.asarray(np.abs(sae.pre.value - sae.threshold) / sigma)
 
 
 def _last_position(truth: Truth, trace: Trace) -> list[TensorResult]:
@@ -180,7 +183,9 @@ def _judge_count(name: str, active: int, doubtful: int, trace: Trace) -> TensorR
         return TensorResult(name, Status.FAIL, "missing", detail="the trace has no such scalar")
     fine = abs(got - active) <= doubtful
     detail = f"got {got:g}, expected {active}" + (f" ± {doubtful} with |pre − θ| < 32σ" if doubtful else "")
-    return TensorResult(name, Status.PASS if fine else Status.FAIL, "" if fine else "values", compared=1, detail=detail)
+    return TensorResult(
+        name, Status.PASS if fine else Status.FAIL, "" if fine else "values", compared=1, detail=detail
+    )
 
 
 def _judge_scalar(name: str, value: float, noise: float, trace: Trace, doubtful: bool = False) -> TensorResult:

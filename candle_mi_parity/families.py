@@ -101,7 +101,11 @@ def inputs_of(name: str) -> list[str]:
     return [layer + feeder for feeder in _LAYER_INPUTS[point]]
 
 
-_GLOBAL_INPUTS = {"logits": ["hook_final_norm"], "sae.recon": ["sae.features"], "sae_on_truth.recon": ["sae_on_truth.features"]}
+_GLOBAL_INPUTS = {
+    "logits": ["hook_final_norm"],
+    "sae.recon": ["sae.features"],
+    "sae_on_truth.recon": ["sae_on_truth.features"],
+}
 _LAYER_INPUTS = {
     "attn.hook_q": ["hook_resid_pre"],
     "attn.hook_k": ["hook_resid_pre"],

@@ -11,10 +11,10 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -97,15 +97,19 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float64, device: str 
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        with Float64() if dtype == torch.float64 else torch.no_grad(), torch.no_grad(), _quiet():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+        with _mode_for(dtype), torch.no_grad(), _quiet():
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype, attn_implementation=ATTENTION, local_files_only=True
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"transformers cannot load {directory}: {str(error).splitlines()[0]}") from error
     finally:
         torch.set_default_dtype(before)
-    return model.to(device).eval()
+    return cast(nn.Module, model.to(device).eval())
+
+
+def _mode_for(dtype: torch.dtype) -> AbstractContextManager[object]:
+    return Float64() if dtype == torch.float64 else nullcontext()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -113,7 +117,7 @@ def _quiet() -> Iterator[None]:
     """transformers reports loading on stderr; a wrong checkpoint is judged by :func:`load_model`, not read there."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
-    transformers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -207,7 +211,7 @@ def _heads(name: str, head_dim: int, recorder: Recorder) -> Callable[..., None]:
 
 def _fused(names: list[str], heads: list[int], head_dim: int, recorder: Recorder) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: Any, out: torch.Tensor) -> None:
-        parts = out.split([n * head_dim for n in heads], dim=-1)
+        parts = torch.split(out, [n * head_dim for n in heads], dim=-1)
         for name, part in zip(names, parts, strict=True):
             recorder.at(name, part.reshape(*part.shape[:2], -1, head_dim).transpose(1, 2))
 

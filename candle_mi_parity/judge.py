@@ -31,7 +31,10 @@ def malformed(entry: TensorEntry, shape: tuple[int, ...], dtype: str, agreed: bo
     if entry.part is not None:
         limits = [(entry.part.rows, shape[-2]), (entry.part.columns or [], shape[-1])]
         kept = [len(entry.part.rows), shape[-1] if entry.part.columns is None else len(entry.part.columns)]
-        if any(i >= limit for indices, limit in limits for i in indices) or entry.shape != [*shape[:-2], *kept]:
+        if any(i >= limit for indices, limit in limits for i in indices) or entry.shape != [
+            *shape[:-2],
+            *kept,
+        ]:
             return fail("shape", f"the part {entry.part.rows} × {entry.part.columns} does not fit {list(shape)}")
     if entry.dtype != dtype:
         return fail("dtype", f"got {entry.dtype}, expected {dtype}")

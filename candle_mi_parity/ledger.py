@@ -131,7 +131,8 @@ def load_ledger(path: Path = FIXTURES / "known_divergences.toml") -> Ledger:
     except ValidationError as error:
         first = error.errors()[0]
         raise LedgerError(f"{path}: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}") from error
-    keys = [(entry.case, entry.version, entry.checksum) for entry in (*ledger.known, *ledger.refused)]
+    keys = [(entry.case, entry.version, entry.checksum) for entry in ledger.known]
+    keys += [(entry.case, entry.version, entry.checksum) for entry in ledger.refused]
     if doubled := next((key for key in keys if keys.count(key) > 1), None):
         raise LedgerError(f"{path}: two entries for {doubled[0]} at {doubled[1]}")
     return ledger

@@ -154,7 +154,7 @@ def _generate(hub: dict[str, object], dialect: str, out: Path) -> None:
     write_config(hub, dialect, out)
     config = transformers.AutoConfig.from_pretrained(out)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight")
@@ -213,7 +213,13 @@ def _download(model: HubModel) -> Path:
     """A snapshot of a hub repository through huggingface_hub's own cache (``HF_HOME``, ``HF_TOKEN``, …)."""
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json"]
+    wanted = [
+        "config.json",
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "tokenizer*",
+        "special_tokens_map.json",
+    ]
     try:
         return Path(snapshot_download(model.repo, revision=model.revision, allow_patterns=wanted))
     except Exception as error:  # the hub client's own errors, one line of which says it all

@@ -88,7 +88,7 @@ class Oracle:
         tokens = torch.tensor(self.subject.tokens)
         seed = int(self.subject.digest[:16], 16)
         recorder, values, squares = sample(self.model, tokens, seed, then, replace)
-        return _as_truth(self.subject, mode, self.model, recorder, values, squares, chain)
+        return _as_truth(self.subject, mode, recorder, values, squares, chain)
 
 
 def sample(
@@ -184,7 +184,6 @@ def truth_key(subject: Subject) -> str:
 def _as_truth(
     subject: Subject,
     mode: Mode,
-    model: nn.Module,
     recorder: Recorder,
     values: Captured,
     squares: Captured,
@@ -213,7 +212,11 @@ def _as_truth(
             "model": subject.model_digest,
             "mode": mode,
             "dtype": subject.case.dtype,
-            **({"sae": str(subject.sae_digest), "sae_hook": subject.case.sae.hook} if chain and subject.case.sae else {}),
+            **(
+                {"sae": str(subject.sae_digest), "sae_hook": subject.case.sae.hook}
+                if chain and subject.case.sae
+                else {}
+            ),
             "samples": str(SAMPLES),
             "modeling": models.digest_files(modeling_files(subject.model_type)),
             "torch": torch.__version__,

@@ -64,9 +64,7 @@ def materialise_smollm2(out: Path) -> None:
     if kind != ("llama", "gpt2", "smollm"):
         raise ModelError(f"{GGUF_NAME}: expected llama, gpt2, smollm; its metadata says {kind}")
     out.mkdir(parents=True, exist_ok=True)
-    tensors = _weights(
-        reader, heads=meta["llama.attention.head_count"], kv=meta["llama.attention.head_count_kv"]
-    )
+    tensors = _weights(reader, heads=meta["llama.attention.head_count"], kv=meta["llama.attention.head_count_kv"])
     # "output.weight" in the file would mean an untied unembedding; SmolLM2 has none and so no lm_head here.
     config = _config(meta, tied=not any(t.name == "output.weight" for t in reader.tensors))
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
@@ -151,9 +149,7 @@ def _special_tokens(meta: dict[str, Any]) -> dict[str, Any]:
     """Return the named special tokens as text; GGUF keeps them as ids."""
     tokens = meta["tokenizer.ggml.tokens"]
     names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    return {
-        f"{ours}_token": tokens[meta[f"tokenizer.ggml.{theirs}_token_id"]] for ours, theirs in names.items()
-    }
+    return {f"{ours}_token": tokens[meta[f"tokenizer.ggml.{theirs}_token_id"]] for ours, theirs in names.items()}
 
 
 def _tokenizer(meta: dict[str, Any]) -> dict[str, Any]:
@@ -177,9 +173,7 @@ def _tokenizer(meta: dict[str, Any]) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": i, "content": vocab[i], **flags} for i, kind in enumerate(kinds) if kind == _CONTROL
-        ],
+        "added_tokens": [{"id": i, "content": vocab[i], **flags} for i, kind in enumerate(kinds) if kind == _CONTROL],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
@@ -19,7 +20,13 @@ from candle_mi_parity.errors import ParityError
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
 
 REPORT_FORMAT = "candle-mi-parity/report/1"
-_COLOURS = {"PASS": "green", "KNOWN": "yellow", "FAIL": "bold red", "UNMEASURED": "magenta", "ERROR": "bold red"}
+_COLOURS = {
+    "PASS": "green",
+    "KNOWN": "yellow",
+    "FAIL": "bold red",
+    "UNMEASURED": "magenta",
+    "ERROR": "bold red",
+}
 
 
 class ReportError(ParityError):
@@ -32,10 +39,12 @@ def coloured(status: Status | Verdict) -> Text:
 
 def case_table(result: RunResult) -> Table:
     """One row a case: what was compared, the worst tensor and its ratio, the verdict, the first divergence."""
-    table = Table(title=f"candle-mi {result.candidate} against transformers {result.versions['transformers']}")
-    for heading, justify in (("case", "left"), ("tensors", "right"), ("worst tensor", "left"), ("pos / 8", "right"),
-                             ("elem / 32", "right"), ("verdict", "left"), ("first divergence", "left")):  # fmt: skip
-        table.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
+    title = f"candle-mi {result.candidate} against transformers {result.versions['transformers']}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    for heading in ("case", "tensors", "worst tensor", "pos / 8", "elem / 32", "verdict", "first divergence"):
+        narrow = heading in ("case", "verdict")
+        right = heading in ("tensors", "pos / 8", "elem / 32")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=narrow, overflow="fold")
     for case in result.cases:
         worst, first = case.worst, case.first_divergence
         table.add_row(
@@ -67,8 +76,18 @@ def terminal(result: RunResult, console: Console) -> None:
 
 def clean_ratios(result: RunResult) -> Table:
     """The clean bands of the gate, per case: every ratio of a tensor that passed, exact ones counted apart."""
-    table = Table(title=f"clean ratios of candle-mi {result.candidate} (bands: rms 0.2 to 3, position < 4, element < 16)")
-    for heading in ("case", "tensors", "exact", "rms from", "rms to", "position to", "element to", "in the bands"):
+    bands = "bands: rms 0.2 to 3, position < 4, element < 16"
+    table = Table(title=f"clean ratios of candle-mi {result.candidate} ({bands})", box=box.SIMPLE_HEAD)
+    for heading in (
+        "case",
+        "tensors",
+        "exact",
+        "rms from",
+        "rms to",
+        "position to",
+        "element to",
+        "in the bands",
+    ):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for case in result.cases:
         row = clean_row(case.tensors)

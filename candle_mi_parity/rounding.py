@@ -42,14 +42,14 @@ _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 _EXACT = frozenset(
     """
-    alias arange argmax as_strided bitwise_and bitwise_not cat clone contiguous copy_ detach detach_ embedding
-    empty empty_like empty_strided eq expand fill_ full full_like gather ge gt index index_select is_nonzero
-    item lift_fresh lift_fresh_copy logical_and logical_not logical_or lt le masked_fill masked_fill_
-    _local_scalar_dense max min minimum maximum ne neg new_empty new_empty_strided new_full new_ones new_zeros
-    ones ones_like permute relu repeat reshape resize_ scalar_tensor select slice split split_with_sizes
-    squeeze stack t topk to _to_copy transpose tril triu unbind unfold unsqueeze _unsafe_view view where zero_
-    zeros zeros_like abs clamp clamp_min _reshape_alias random_
-    """.split()
+    alias arange argmax as_strided bitwise_and bitwise_not cat clone contiguous copy_ detach detach_
+    embedding empty empty_like empty_strided eq expand fill_ full full_like gather ge gt index index_select
+    is_nonzero item lift_fresh lift_fresh_copy logical_and logical_not logical_or lt le masked_fill
+    masked_fill_ _local_scalar_dense max min minimum maximum ne neg new_empty new_empty_strided new_full
+    new_ones new_zeros ones ones_like permute relu repeat reshape resize_ scalar_tensor select slice split
+    split_with_sizes squeeze stack t topk to _to_copy transpose tril triu unbind unfold unsqueeze
+    _unsafe_view view where zero_ zeros zeros_like abs clamp clamp_min _reshape_alias random_
+    """.split()  # noqa: SIM905 -- a list of ninety quoted names is no easier to read
 )
 _ONE_ROUNDING = frozenset({"add", "sub", "mul", "div", "rsub", "pow", "sqrt", "reciprocal"})
 _TWO_ROUNDINGS = frozenset(
@@ -66,7 +66,7 @@ def _name(func: Any) -> str:
     return name[:-1] if in_place else name
 
 
-class Float64(TorchDispatchMode):
+class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every floating result is float64, whatever dtype the code asked for.
 
     Integer and boolean results are left alone. Composite operations never reach a dispatch mode under
@@ -93,7 +93,7 @@ class Float64(TorchDispatchMode):
                 raise OracleError(f"{func} gave {tensor.dtype} inside the float64 mode")
         return out
 
-    def round(self, func: Any, args: Any, out: Any) -> Any:
+    def round(self, _func: Any, _args: Any, out: Any) -> Any:
         """Hook for the noise; the truth adds none."""
         return out
 
@@ -162,11 +162,11 @@ class MatmulScales:
         return squares_for
 
 
-class Truth64(Float64):
+class Truth64(Float64):  # type: ignore[no-untyped-call]
     """The truth pass: float64, no noise; notes each matmul's Σa²b² for the samples."""
 
     def __init__(self, scales: MatmulScales) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._scales = scales
 
     def round(self, func: Any, args: Any, out: Any) -> Any:
@@ -179,7 +179,7 @@ class Truth64(Float64):
         return out
 
 
-class RoundingNoise(Float64):
+class RoundingNoise(Float64):  # type: ignore[no-untyped-call]
     """A sample: float64 plus, at every operation, an error of the size of that operation's rounding.
 
     :param pool: source of N(0, 1) numbers.
@@ -189,7 +189,7 @@ class RoundingNoise(Float64):
     """
 
     def __init__(self, pool: NoisePool, scales: MatmulScales, unit: float = UNIT) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._pool = pool
         self._squares = scales.replay()
         self._unit = unit

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shlex
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -72,9 +71,7 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def judge_case(
-    case: Case, source: Source, spec: str, cache: Path, ledger: Ledger, progress: Progress
-) -> CaseResult:
+def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledger, progress: Progress) -> CaseResult:
     """One case from its row to its verdict."""
     started = time.monotonic()
     command = f"candle-mi-parity run --candidate {shlex.quote(spec)} --cases {shlex.quote(case.id)}"

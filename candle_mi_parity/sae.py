@@ -91,7 +91,13 @@ def load_npz(path: Path) -> Sae:
             raise SaeError(f"{path}: {name} has shape {arrays[name].shape}, expected {shape}")
     # candle-mi computes its SAE in float32 whatever the file holds.
     weights = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
-    return Sae(*(weights[name] for name in _REQUIRED), threshold=weights.get("threshold"))
+    return Sae(
+        W_enc=weights["W_enc"],
+        W_dec=weights["W_dec"],
+        b_enc=weights["b_enc"],
+        b_dec=weights["b_dec"],
+        threshold=weights.get("threshold"),
+    )
 
 
 class TorchSae:

@@ -76,7 +76,11 @@ def _part(name: str, array: np.ndarray) -> tuple[np.ndarray, dict[str, object]]:
     if name == "logits":
         columns = sorted(int(i) for i in np.argsort(array[0, row])[::-1][:TOP_LOGITS])
     kept = array[..., [row], :]
-    return kept if columns is None else kept[..., columns], {"shape": shape, "rows": [row], "columns": columns}
+    return kept if columns is None else kept[..., columns], {
+        "shape": shape,
+        "rows": [row],
+        "columns": columns,
+    }
 
 
 def _read_back(target: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -21,7 +21,11 @@ from candle_mi_parity.errors import TraceError
 
 FORMAT = "candle-mi-parity/trace/1"
 MAX_JSON_BYTES = 64 << 20
-_DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "float64": np.dtype("<f8")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "float64": np.dtype("<f8"),
+}
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0)]
@@ -67,7 +71,7 @@ class Run(Part):
     started: str
     seconds: dict[str, float]
     threads: int
-    peak_rss_bytes: int
+    peak_rss_bytes: int | None
 
 
 class Selection(Part):
@@ -168,7 +172,7 @@ class Trace:
             raise TraceError(f"{self.path}: {name} is {entry.dtype}, which this reader has no arithmetic for")
         dtype = _DTYPES[entry.dtype]
         if entry.values is not None:
-            array = np.array(entry.values, dtype=dtype).reshape(entry.shape)
+            array: np.ndarray = np.array(entry.values, dtype=dtype).reshape(entry.shape)
         else:
             array = self._from_file(entry)
             if list(array.shape) != entry.shape or array.dtype != dtype:
@@ -178,7 +182,9 @@ class Trace:
                 )
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
         if digest != entry.sha256:
-            raise TraceError(f"{self.path}: bytes of {name} have sha256 {digest[:12]}…, declared {entry.sha256[:12]}…")
+            raise TraceError(
+                f"{self.path}: bytes of {name} have sha256 {digest[:12]}…, declared {entry.sha256[:12]}…"
+            )
         return array
 
     def _from_file(self, entry: TensorEntry) -> np.ndarray:

@@ -55,9 +55,11 @@ class Worst:
     def of(index: list[int], got: float, expected: float, noise: float, ratio: float) -> Worst:
         """Absolute, relative and ULP error follow from the two values."""
         size = abs(got - expected)
-        spacing = float(np.spacing(np.float32(abs(expected))))
-        relative = size / abs(expected) if expected else (math.inf if size else 0.0)
-        return Worst(index, got, expected, size, relative, size / spacing, noise, ratio)
+        if expected == 0:
+            endless = math.inf if size else 0.0
+            return Worst(index, got, expected, size, endless, endless, noise, ratio)
+        ulp = size / float(np.spacing(np.float32(abs(expected))))
+        return Worst(index, got, expected, size, size / abs(expected), ulp, noise, ratio)
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,14 @@ class TensorResult:
             w = self.worst
             text += (
                 f"\n  {w.index} got {w.got:.9g}, expected {w.expected:.9g}"
-                f"\n  absolute {w.absolute:.3g}, relative {w.relative:.3g}, {w.ulp:.3g} ULP, noise {w.noise:.3g},"
-                f" ratio {w.ratio:.3g} (gate 32)"
-                f"\n  position ratio {self.position_ratio:.3g} (gate 8), {self.past} of {self.compared} past the gate"
+                f"\n  absolute {w.absolute:.3g}, relative {w.relative:.3g}, {w.ulp:.3g} ULP,"
+                f" noise {w.noise:.3g}, ratio {w.ratio:.3g} (gate 32)"
+                f"\n  position ratio {self.position_ratio:.3g} (gate 8),"
+                f" {self.past} of {self.compared} past the gate"
             )
             text += f", {self.left_out} masked left out" if self.left_out else ""
-            agreed = {True: "inputs agreed", False: "inputs DIFFER: inherited until shown otherwise", None: ""}
-            text += f"\n  {agreed[self.inputs_agreed]}" if self.inputs_agreed is not None else ""
+            agreed = {True: "\n  inputs agreed", False: "\n  inputs DIFFER: inherited until shown otherwise"}
+            text += agreed.get(self.inputs_agreed is True, "") if self.inputs_agreed is not None else ""
         return text + (f"\n  {self.detail}" if self.detail else "")
 
 

@@ -20,10 +20,10 @@ from candle_mi_parity.candidate import (
     CandidateError,
     EmitterError,
     EmitterProcess,
-    default_cache,
     parse_candidate,
     stored_dir,
 )
+from candle_mi_parity.cases import cache_root
 
 # --- spelling -------------------------------------------------------------------------------------
 
@@ -130,9 +130,7 @@ def test_an_honest_emitter_answers_many(fake: Fake, tmp_path: Path) -> None:
 
 
 def test_a_refusal_keeps_its_kind_and_the_process(fake: Fake, tmp_path: Path) -> None:
-    body = (
-        'reply({"case": request["case"]["id"], "ok": False, "kind": "model", "error": f"no {os.getpid()}"})'
-    )
+    body = 'reply({"case": request["case"]["id"], "ok": False, "kind": "model", "error": f"no {os.getpid()}"})'
     with EmitterProcess(fake(body)) as emitter:
         first, second = (fails(emitter, ask(tmp_path / "o.json")) for _ in range(2))
     assert first.kind == "model"
@@ -148,9 +146,7 @@ def test_a_refusal_keeps_its_kind_and_the_process(fake: Fake, tmp_path: Path) ->
     ],
 )
 def test_a_crash_costs_its_own_case(fake: Fake, tmp_path: Path, body: str, told: tuple[str, ...]) -> None:
-    crashing = f'if request["case"]["id"] == "bad":\n{textwrap.indent(body, "    ")}\n' + textwrap.dedent(
-        GOOD
-    )
+    crashing = f'if request["case"]["id"] == "bad":\n{textwrap.indent(body, "    ")}\n' + textwrap.dedent(GOOD)
     with EmitterProcess(fake(crashing)) as emitter:
         error = fails(emitter, ask(tmp_path / "o.json", case="bad"))
         assert error.kind == "crash"
@@ -284,7 +280,7 @@ def test_cargo_failures_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def built() -> Path:
     if shutil.which("cargo") is None:
         pytest.skip("no cargo on PATH")
-    return builder.build(parse_candidate("0.2.2"), default_cache(), print).path
+    return builder.build(parse_candidate("0.2.2"), cache_root(), print).path
 
 
 @pytest.fixture(scope="module")
