@@ -26,9 +26,9 @@ from typing import IO, Literal, Self
 
 from candle_mi_parity.errors import ParityError
 
-Kind = Literal["version", "path", "git", "stored"]
+Kind = Literal["version", "path", "git", "stored", "torch"]
 
-ACCEPTED = "a version such as 0.2.2, path:DIR, git:URL@REV or stored:VERSION_OR_DIR"
+ACCEPTED = "a version such as 0.2.2, path:DIR, git:URL@REV stored:VERSION_OR_DIR, or torch (float32, the control)"
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?")
 
@@ -84,6 +84,8 @@ def parse_candidate(spec: str) -> Candidate:
     text = spec.strip()
     if _VERSION.fullmatch(text):
         return Candidate(text, "version", f"candle-mi {text}", text)
+    if text == "torch":
+        return Candidate(text, "torch", "torch float32", text)
     form, _, rest = text.partition(":")
     if form == "path" and rest:
         return Candidate(text, "path", f"candle-mi in {rest}", rest)

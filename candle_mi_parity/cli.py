@@ -14,10 +14,14 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from candle_mi_parity import report
-from candle_mi_parity.cases import Case, cache_root, load_cases, select
+from candle_mi_parity.candidate import CandidateError, parse_candidate
+from candle_mi_parity.cases import ROOT, Case, cache_root, load_cases, select
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.ledger import load_ledger, proposed_entry
+from candle_mi_parity.oracle import Oracle
+from candle_mi_parity.reference import environment, is_last_layer, make_reference, reference_case
 from candle_mi_parity.run import Progress, run
+from candle_mi_parity.subject import prepare
 from candle_mi_parity.trace import CandleMi
 from candle_mi_parity.verdict import CaseResult, RunResult, Status
 
@@ -28,6 +32,7 @@ CandidateOption = Annotated[
 ]
 CasesOption = Annotated[str | None, typer.Option(help="Glob over case ids; without it, the default lane.")]
 OutOption = Annotated[Path, typer.Option(help="Where traces and reports go.")]
+GEMMA_SCOPE = "google/gemma-scope-2b-pt-res:layer_0/width_16k/average_l0_105/params.npz"
 DEFAULT_CANDIDATE = "0.2.2"
 OUT = Path("build/parity")
 
@@ -59,7 +64,7 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def judge(candidate: str, cases: str | None, out: Path, strict: bool) -> RunResult:
+def judge(candidate: str, cases: str | None, out: Path, strict: bool, keep: Path | None = None) -> RunResult:
     """Select, run with progress, and write ``report.json``."""
     table = load_cases()
     chosen = select(table, cases)
@@ -71,7 +76,7 @@ def judge(candidate: str, cases: str | None, out: Path, strict: bool) -> RunResu
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         progress = Terminal(bar, len(chosen))
-        result = run(candidate, chosen, skipped, cache_root(), out, load_ledger(), progress, strict)
+        result = run(candidate, chosen, skipped, cache_root(), out, load_ledger(), progress, strict, keep)
     report.write_json(report.document(result), out / "report.json")
     return result
 
@@ -93,6 +98,29 @@ def run_command(
 
 
 @app.command()
+def reference(
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")],
+    model: Annotated[str, typer.Option(help="Hub id (ID or ID@REVISION) or directory.")] = "google/gemma-2-2b",
+    sae: Annotated[str, typer.Option(help="NPZ file or REPO:PATH.")] = GEMMA_SCOPE,
+    layer: Annotated[int, typer.Option(min=0)] = 0,
+    prompt: Annotated[str, typer.Option()] = "The capital of France is",
+    top_k: Annotated[int, typer.Option(min=1)] = 10,
+) -> None:
+    """Write the flat JSON that sae_validation.py writes and candle-mi's validate_sae.rs reads, from float64."""
+    with _one_line_errors():
+        for name, value in environment().items():
+            print(f"{name + ':':<18}{value}")
+        subject = prepare(reference_case(model, sae, layer, prompt), cache_root())
+        document = make_reference(Oracle(subject, cache_root()), model, sae, top_k)
+        if is_last_layer(subject, layer):
+            print("warning: hidden_states[-1] is after the final norm; this is the last layer's true resid_post")
+        report.write_json(document, out)
+        for key in ("d_in", "d_sae", "architecture", "n_tokens", "reconstruction_mse", "n_active_last_pos"):
+            print(f"{key + ':':<20}{document[key]}")
+        print(f"wrote {out}")
+
+
+@app.command()
 def ratios(candidate: CandidateOption = DEFAULT_CANDIDATE, cases: CasesOption = None, out: OutOption = OUT) -> None:
     """The clean-ratio table: how close the passing cases come to the gate. `torch` judges torch's own float32."""
     with _one_line_errors():
@@ -102,6 +130,18 @@ def ratios(candidate: CandidateOption = DEFAULT_CANDIDATE, cases: CasesOption = 
         Console().print(report.clean_ratios(result))
     outside = [case.id for case in clean if report.clean_row(case.tensors)[-1] != "yes"]
     raise typer.Exit(1 if outside or not clean else 0)
+
+
+@app.command()
+def store(
+    candidate: Annotated[str, typer.Argument(help="A released version, as 0.2.2.")], out: OutOption = OUT
+) -> None:
+    """Emit every case of the default lane and keep the outcome in rust_outputs/, replacing what was there."""
+    with _one_line_errors():
+        if parse_candidate(candidate).kind != "version":
+            raise CandidateError(f"only releases are stored, not {candidate}")
+        result = judge(candidate, None, out, strict=False, keep=ROOT / "rust_outputs" / candidate)
+        print(result.line())
 
 
 @app.command()

@@ -14,7 +14,7 @@ from candle_mi_parity.errors import TraceError
 from candle_mi_parity.families import inputs_of
 from candle_mi_parity.gate import ELEMENT_GATE, Measure, measure
 from candle_mi_parity.judge import judged, malformed, nonfinite, selected
-from candle_mi_parity.trace import Trace
+from candle_mi_parity.trace import Emitted, Trace
 from candle_mi_parity.truth import Truth, TruthTensor
 from candle_mi_parity.verdict import Status, TensorResult, Worst
 
@@ -50,7 +50,9 @@ def _token_difference(expected: list[list[int]], found: list[list[int]]) -> str:
     return f"{hint}; expected {expected}, found {found}"
 
 
-def compare(truth: Truth, trace: Trace, decoder: np.ndarray | None, selection: set[str] | None) -> list[TensorResult]:
+def compare(
+    truth: Truth, trace: Emitted, decoder: np.ndarray | None, selection: set[str] | None
+) -> list[TensorResult]:
     """All tensors of a case, in execution order, then the SAE's scalars.
 
     :param decoder: ``W_dec`` [d_sae, d_in], to give the reconstruction the features that were excused.
@@ -80,7 +82,8 @@ def compare(truth: Truth, trace: Trace, decoder: np.ndarray | None, selection: s
         for name in trace.entries
         if name not in truth.tensors
     ]
-    return results + judge_sae_scalars(truth, trace, decoder)
+    chains = [name for name in truth.sae if selection is None or f"{name}.features" in selection]
+    return results + judge_sae_scalars(truth, trace, decoder, chains)
 
 
 def _feeders(name: str, truth: Truth) -> list[str]:
@@ -89,14 +92,14 @@ def _feeders(name: str, truth: Truth) -> list[str]:
     return [truth.meta["sae_hook"]] if name == "sae.features" else inputs_of(name)
 
 
-def _there(trace: Trace) -> str:
+def _there(trace: Emitted) -> str:
     names = list(trace.entries)
     return f"the trace holds {len(names)} tensors" + (f": {', '.join(names[:4])}, …" if names else "")
 
 
-def _judge(name: str, expected: TruthTensor, trace: Trace, agreed: bool | None) -> TensorResult:
+def _judge(name: str, expected: TruthTensor, trace: Emitted, agreed: bool | None) -> TensorResult:
     entry = trace.entries[name]
-    if broken := malformed(entry, expected.value.shape, trace.header.dtype, agreed):
+    if broken := malformed(entry, expected.value.shape, trace.dtype, agreed):
         return broken
     got = trace.tensor(name).astype(np.float64)
     value, noise = selected(expected.value, entry.part), selected(expected.noise, entry.part)

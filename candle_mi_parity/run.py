@@ -10,15 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
+from candle_mi_parity import __version__
 from candle_mi_parity.candidate import EmitterError, parse_candidate
 from candle_mi_parity.cases import Case
-from candle_mi_parity.compare import check_header, compare
+from candle_mi_parity.compare import compare
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.ledger import Ledger, apply_ledger
 from candle_mi_parity.oracle import Mode, Oracle
+from candle_mi_parity.reference import case_of, judge_reference, read_reference
 from candle_mi_parity.sae import load_npz
 from candle_mi_parity.sources import Source, open_source
-from candle_mi_parity.store import stored_selection
+from candle_mi_parity.store import StoringSource, stored_selection
 from candle_mi_parity.subject import Subject, prepare
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult
 
@@ -42,33 +44,67 @@ def run(
     ledger: Ledger,
     progress: Progress,
     strict: bool = False,
+    keep: Path | None = None,
 ) -> RunResult:
     """Judge a candidate on cases.
 
     :param skipped: cases that do not run, with reason and remedy; they are counted in the report.
     :param out: where traces and reports go.
+    :param keep: store what the candidate emits in this directory, see :mod:`store`.
     :raises ParityError: the candidate cannot be built or found; a fault of one case is that case's ERROR.
     """
     candidate = parse_candidate(spec)
+    if candidate.kind == "stored" and Path(candidate.target).expanduser().is_file():
+        return run_reference(spec, Path(candidate.target).expanduser(), cache)
     results: list[CaseResult] = []
     stale: list[str] = []
-    with open_source(candidate, cache, out / "traces", progress.note) as source:
+    with open_source(candidate, cache, out / "traces", progress.note) as opened:
+        source = StoringSource(opened, keep) if keep else opened
         for case in cases:
             result = judge_case(case, source, spec, cache, ledger, progress)
             progress.case_ends(result)
             results.append(result)
-            stale += ledger.stale(result, source.identity)
-        identity = {name: str(value) for name, value in source.identity.model_dump().items() if value}
+            stale += ledger.stale(result, source.identity) if source.identity else []
+        identity = source.identity.model_dump(exclude_none=True) if source.identity else {}
     return RunResult(spec, identity, library_versions(), results, skipped, stale, strict)
+
+
+def run_reference(spec: str, path: Path, cache: Path) -> RunResult:
+    """Judge a flat reference JSON; without provenance even a perfect one is only UNMEASURED.
+
+    :raises ParityError: the file is not such a JSON; what it is about that cannot be had is an ERROR.
+    """
+    started = time.monotonic()
+    reference = read_reference(path)
+    case = case_of(reference)
+    command = f"candle-mi-parity run --candidate {shlex.quote(spec)}"
+    result = CaseResult(case.id, case.family, "", Status.ERROR, command)
+    try:
+        subject = prepare(case, cache)
+        result.digest = subject.digest
+        result.tensors = judge_reference(reference, Oracle(subject, cache))
+        result.expected = len(result.tensors)
+        result.status = _status(result.tensors)
+        if result.status is Status.PASS:
+            result.status = Status.UNMEASURED
+            result.error = "every number agrees with the truth, but the file does not say what made it"
+    except ParityError as error:
+        result.error = str(error)
+    result.seconds = time.monotonic() - started
+    return RunResult(spec, {}, library_versions(), [result], {}, [])
 
 
 def library_versions() -> dict[str, str]:
     """Versions that decide the truth, and the machine it was computed on."""
-    packages = ("candle-mi-parity", "torch", "transformers", "numpy", "safetensors")
-    return {name: version(name) for name in packages} | {
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-    }
+    packages = ("torch", "transformers", "numpy", "safetensors")
+    return (
+        {"candle-mi-parity": __version__}
+        | {name: version(name) for name in packages}
+        | {
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}",
+        }
+    )
 
 
 def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledger, progress: Progress) -> CaseResult:
@@ -91,7 +127,8 @@ def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledge
         result.error, result.status = str(error), Status.ERROR
     except ParityError as error:
         result.error, result.status = f"{error}", Status.ERROR
-    apply_ledger(result, source.identity, ledger)
+    if source.identity is not None:
+        apply_ledger(result, source.identity, ledger)
     result.seconds = time.monotonic() - started
     return result
 
@@ -105,8 +142,7 @@ def judge_mode(oracle: Oracle, source: Source, mode: Mode, progress: Progress) -
     truth = oracle.truth(mode)
     inputs = oracle.inputs() if mode == "forced" or subject.sae_file is not None else None
     progress.case_starts(subject.case, "candle-mi")
-    trace = source.trace(subject, mode, inputs)
-    check_header(truth, trace, source.accepted_inputs(trace, inputs))
+    trace = source.trace(subject, mode, truth, inputs)
     progress.case_starts(subject.case, "compare")
     in_part = any(entry.part is not None for entry in trace.entries.values())
     selection = stored_selection(list(truth.tensors)) if in_part else None

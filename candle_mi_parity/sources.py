@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +15,13 @@ from safetensors.numpy import load_file
 from candle_mi_parity.build import build
 from candle_mi_parity.candidate import Candidate, CandidateError, EmitterError, EmitterProcess, stored_dir
 from candle_mi_parity.cases import ROOT
+from candle_mi_parity.compare import check_header
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.oracle import Mode
 from candle_mi_parity.subject import Subject
-from candle_mi_parity.trace import CandleMi, Trace, read_json
+from candle_mi_parity.torch_source import TorchSource
+from candle_mi_parity.trace import CandleMi, Emitted, Trace, read_json
+from candle_mi_parity.truth import Truth
 
 REQUEST_FORMAT = "candle-mi-parity/request/1"
 REFUSAL_FORMAT = "candle-mi-parity/refusal/1"
@@ -32,12 +34,14 @@ class Source(Protocol):
     :ivar identity: which candle-mi the traces are of.
     """
 
-    identity: CandleMi
+    @property
+    def identity(self) -> CandleMi | None: ...
 
-    def trace(self, subject: Subject, mode: Mode, inputs: Path | None) -> Trace: ...
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path | None) -> Emitted:
+        """The tensors of a subject, their header checked against the truth's.
 
-    def accepted_inputs(self, trace: Trace, inputs: Path | None) -> str | None:
-        """The digest that the trace's header must give for its inputs; None when it was to have none."""
+        :param inputs: what is fed in beside the tokens; None for nothing.
+        """
         ...
 
     def __enter__(self) -> Self: ...
@@ -53,6 +57,8 @@ def open_source(candidate: Candidate, cache: Path, out: Path, log: Callable[[str
     :param out: where an emitter writes its traces.
     :raises CandidateError: it cannot be built, or nothing is stored.
     """
+    if candidate.kind == "torch":
+        return TorchSource()
     if candidate.kind == "stored":
         return StoredSource(stored_dir(candidate, ROOT))
     return LiveSource(candidate, cache, out, log)
@@ -103,7 +109,7 @@ class LiveSource:
         self._out = out.resolve()
         self._emitter = EmitterProcess(built.path)
 
-    def trace(self, subject: Subject, mode: Mode, inputs: Path | None) -> Trace:
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path | None) -> Trace:
         """Emit and open the trace.
 
         :raises EmitterError: the emitter refused, failed, crashed or hung.
@@ -112,10 +118,8 @@ class LiveSource:
         out = trace_path(self._out, subject.case.id, mode)
         out.parent.mkdir(parents=True, exist_ok=True)
         trace = Trace(self._emitter.emit(request(subject, mode, inputs, out), TIMEOUT_SECONDS))
-        return same_candidate(trace, self.identity)
-
-    def accepted_inputs(self, trace: Trace, inputs: Path | None) -> str | None:
-        return file_digest(inputs) if inputs is not None else None
+        check_header(truth, same_candidate(trace, self.identity), file_digest(inputs) if inputs else None)
+        return trace
 
     def __enter__(self) -> Self:
         return self
@@ -136,7 +140,7 @@ class StoredSource:
         except ValidationError as error:
             raise TraceError(f"{directory}/candidate.json: {error.errors()[0]['msg']}") from error
 
-    def trace(self, subject: Subject, mode: Mode, inputs: Path | None) -> Trace:
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path | None) -> Trace:
         """Open the stored trace.
 
         :raises EmitterError: the stored outcome is a refusal.
@@ -149,20 +153,14 @@ class StoredSource:
         if isinstance(raw, dict) and raw.get("format") == REFUSAL_FORMAT:
             _check_refusal(path, raw, subject, self.identity)
             raise EmitterError(str(raw["kind"]), str(raw["error"]))
-        return same_candidate(Trace(path), self.identity)
-
-    def accepted_inputs(self, trace: Trace, inputs: Path | None) -> str | None:
-        """Ours, or those stored beside the trace when they are the truth's within one ULP.
-
-        Inputs are the truth rounded to float32; on another machine a last bit may round elsewhere.
-
-        :raises TraceError: the trace was fed something else.
-        """
-        if inputs is None:
-            return None
-        if trace.header.inputs_digest != file_digest(inputs):
+        trace = same_candidate(Trace(path), self.identity)
+        accepted = file_digest(inputs) if inputs else None
+        if inputs is not None and trace.header.inputs_digest != accepted:
+            # Inputs are the truth rounded to float32; on another machine a last bit may round elsewhere.
             _check_stored_inputs(trace, inputs)
-        return trace.header.inputs_digest
+            accepted = trace.header.inputs_digest
+        check_header(truth, trace, accepted)
+        return trace
 
     def __enter__(self) -> Self:
         return self
@@ -208,16 +206,3 @@ def _check_stored_inputs(trace: Trace, inputs: Path) -> None:
             raise TraceError(f"{kept}: lacks {name} of shape {array.shape}")
         if not bool((np.abs(other - array) <= np.spacing(np.abs(array))).all()):
             raise TraceError(f"{kept}: {name} is not the truth's within one ULP; emit it again")
-
-
-def write_refusal(path: Path, subject: Subject, identity: CandleMi, error: EmitterError) -> None:
-    """Store that a candidate refused a case, in place of a trace."""
-    document = {
-        "format": REFUSAL_FORMAT,
-        "candle_mi": identity.model_dump(),
-        "case": subject.case.id,
-        "digest": subject.digest,
-        "kind": error.kind,
-        "error": error.message,
-    }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

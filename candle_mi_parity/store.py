@@ -10,15 +10,76 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from candle_mi_parity.candidate import CandidateError, EmitterError
 from candle_mi_parity.cases import Case
 from candle_mi_parity.errors import TraceError
-from candle_mi_parity.trace import Trace
+from candle_mi_parity.oracle import Mode
+from candle_mi_parity.sources import REFUSAL_FORMAT, Source, trace_path
+from candle_mi_parity.subject import Subject
+from candle_mi_parity.trace import CandleMi, Emitted, Trace
+from candle_mi_parity.truth import Truth
 
 TOP_LOGITS = 100
+
+
+class StoringSource:
+    """A source whose every outcome is kept: traces, and refusals as refusals.
+
+    :param directory: ``rust_outputs/<version>``; emptied first.
+    :raises CandidateError: the source is not a candle-mi that can be named.
+    """
+
+    def __init__(self, source: Source, directory: Path) -> None:
+        if source.identity is None:
+            raise CandidateError("only what candle-mi emits is stored")
+        self._source, self._directory = source, directory
+        self.identity: CandleMi = source.identity
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        write_json(directory / "candidate.json", self.identity.model_dump())
+
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path | None) -> Emitted:
+        """Pass on what the source yields, after it was stored."""
+        target = trace_path(self._directory, subject.case.id, mode)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            trace = self._source.trace(subject, mode, truth, inputs)
+        except EmitterError as error:
+            write_json(target, refusal(subject, self.identity, error))
+            raise
+        assert isinstance(trace, Trace)
+        store_trace(trace, subject.case, target, inputs)
+        return trace
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+def refusal(subject: Subject, identity: CandleMi, error: EmitterError) -> dict[str, object]:
+    """What stands in place of a trace when a candidate refused the case."""
+    return {
+        "format": REFUSAL_FORMAT,
+        "candle_mi": identity.model_dump(),
+        "case": subject.case.id,
+        "digest": subject.digest,
+        "kind": error.kind,
+        "error": error.message,
+    }
+
+
+def write_json(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def stored_selection(names: list[str]) -> set[str]:
@@ -63,7 +124,7 @@ def store_trace(trace: Trace, case: Case, target: Path, inputs: Path | None) -> 
         )
     save_file(arrays, tensors_file)
     document["tensors"] = entries
-    target.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(target, document)
     if inputs is not None:
         shutil.copyfile(inputs, target.with_name(target.name.split(".")[0] + ".inputs.safetensors"))
     _read_back(target, arrays)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -133,6 +134,56 @@ class Document(Part):
         return self
 
 
+class Emitted(Protocol):
+    """What the comparison reads, whether from disk or from memory."""
+
+    @property
+    def entries(self) -> dict[str, TensorEntry]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def scalars(self) -> dict[str, float]: ...
+
+    @property
+    def top_features(self) -> list[Feature]: ...
+
+    def tensor(self, name: str) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Tensors that never were a file: torch's own, or those of a reference JSON.
+
+    :param arrays: name → array and, where only a part of the tensor is there, which.
+    """
+
+    arrays: dict[str, tuple[np.ndarray, Selection | None]]
+    dtype: str
+    scalars: dict[str, float]
+    top_features: list[Feature]
+
+    @cached_property
+    def entries(self) -> dict[str, TensorEntry]:
+        return {
+            name: TensorEntry(
+                name=name,
+                shape=list(array.shape),
+                dtype=str(array.dtype),  # type: ignore[arg-type]
+                sha256="0" * 64,
+                nonfinite=int(np.count_nonzero(~np.isfinite(array))),
+                file="memory",
+                key=name,
+                part=part,
+            )
+            for name, (array, part) in self.arrays.items()
+        }
+
+    def tensor(self, name: str) -> np.ndarray:
+        return self.arrays[name][0]
+
+
 class Trace:
     """A trace on disk; tensors are read and verified when they are asked for.
 
@@ -160,6 +211,18 @@ class Trace:
     @cached_property
     def entries(self) -> dict[str, TensorEntry]:
         return {entry.name: entry for entry in self.document.tensors}
+
+    @property
+    def dtype(self) -> str:
+        return self.header.dtype
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        return self.document.scalars
+
+    @property
+    def top_features(self) -> list[Feature]:
+        return self.document.top_features_last_pos
 
     def tensor(self, name: str) -> np.ndarray:
         """The tensor, float64 for the arithmetic of the comparison, after its bytes were verified.

@@ -1,0 +1,101 @@
+"""The control: transformers itself in float32, judged as a candidate is.
+
+It shows that the gate passes honest float32 arithmetic, and on CUDA what a GPU makes of it. Models and SAEs stay
+on the device for as long as the source lives, so that a whole test session loads each once.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from candle_mi_parity.hooks import Captured, forward, load_model
+from candle_mi_parity.oracle import Mode
+from candle_mi_parity.sae import TorchSae, load_npz
+from candle_mi_parity.subject import Subject
+from candle_mi_parity.trace import Feature, InMemory
+from candle_mi_parity.truth import Truth
+
+TOP_FEATURES = 10
+
+
+class TorchSource:
+    """Float32 on one device.
+
+    :param device: ``cpu`` or ``cuda``.
+    """
+
+    identity = None
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self._models: dict[Path, nn.Module] = {}
+        self._saes: dict[Path, TorchSae] = {}
+        # A reference with TF32 on is not float32 (10 bits of mantissa); refuse it for this process.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+
+    def model(self, directory: Path) -> nn.Module:
+        """The float32 model of a directory, on the device, loaded once."""
+        if directory not in self._models:
+            self._models[directory] = load_model(directory, torch.float32, self.device)
+        return self._models[directory]
+
+    def sae(self, file: Path) -> TorchSae:
+        """The float32 SAE of a file, on the device, loaded once."""
+        if file not in self._saes:
+            self._saes[file] = TorchSae(load_npz(file), self.device, torch.float32)
+        return self._saes[file]
+
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path | None) -> InMemory:
+        """Run the model, and the SAE on its residual and on the truth's; every hook as float32 on the CPU."""
+        given = load_file(inputs, device=self.device) if inputs is not None else {}
+        replace: Captured = {}
+        if mode == "forced":
+            layers = (name for name in given if name.startswith("resid_pre."))
+            replace = {f"blocks.{name.split('.')[1]}.hook_resid_pre": given[name] for name in layers}
+        tokens = torch.tensor(subject.tokens, device=self.device)
+        captured = forward(self.model(subject.model_dir), tokens, replace).tensors
+        scalars: dict[str, float] = {}
+        top: list[Feature] = []
+        if subject.sae_file is not None and subject.case.sae is not None and mode == "free":
+            sae, resid = self.sae(subject.sae_file), captured[subject.case.sae.hook]
+            captured |= _encode(sae, "sae", resid, scalars)
+            captured |= _encode(sae, "sae_on_truth", given["sae"], scalars)
+            features = captured["sae.features"][0, -1]
+            scalars["sae.n_active_last_pos"] = float((features > 0).sum())
+            for name, tensor in (
+                ("resid", resid),
+                ("encoded", features[None, None]),
+                ("decoded", captured["sae.recon"]),
+            ):
+                scalars[f"sae.{name}_last_norm"] = float(tensor[0, -1].double().norm())
+            values, indices = features.topk(min(TOP_FEATURES, int(scalars["sae.n_active_last_pos"])))
+            top = [Feature(index=int(i), value=float(v)) for i, v in zip(indices, values, strict=True)]
+        arrays = {name: (tensor.cpu().numpy(), None) for name, tensor in captured.items() if name in truth.tensors}
+        return InMemory(dict(arrays), "float32", scalars, top)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._models.clear()
+        self._saes.clear()
+        gc.collect()
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
+
+def _encode(sae: TorchSae, name: str, resid: torch.Tensor, scalars: dict[str, float]) -> Captured:
+    features = sae.encode(resid)
+    recon = sae.decode(features)
+    scalars[f"{name}.reconstruction_mse"] = float((resid - recon).pow(2).mean())
+    return {f"{name}.features": features, f"{name}.recon": recon}

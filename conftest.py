@@ -1,0 +1,103 @@
+"""Fixtures: each model and SAE is loaded once a session and stays on its device; each case is judged once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from candle_mi_parity import pytest_plugin
+from candle_mi_parity.candidate import parse_candidate
+from candle_mi_parity.cases import ROOT, Case, cache_root, load_cases
+from candle_mi_parity.ledger import Ledger, load_ledger
+from candle_mi_parity.run import Progress, judge_case
+from candle_mi_parity.sources import Source, StoredSource, open_source
+from candle_mi_parity.torch_source import TorchSource
+from candle_mi_parity.verdict import CaseResult
+
+CASES = {case.id: case for case in load_cases()}
+STORED = sorted(path.name for path in (ROOT / "rust_outputs").glob("*") if path.is_dir())
+LIVE = "0.2.2"
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where models live: CUDA, or the CPU where there is none."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def torch_cpu() -> Iterator[TorchSource]:
+    """transformers in float32 on the CPU; keeps every model and SAE that a test asked for."""
+    with TorchSource("cpu") as source:
+        yield source
+
+
+@pytest.fixture(scope="session")
+def torch_cuda() -> Iterator[TorchSource]:
+    """The same on CUDA, freed at the end of the session."""
+    with TorchSource("cuda") as source:
+        yield source
+
+
+@pytest.fixture(scope="session")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
+    """The emitter of the default release, built or from the cache, one process for all tests."""
+    out = tmp_path_factory.mktemp("traces")
+    with open_source(parse_candidate(LIVE), cache_root(), out, print) as source:
+        yield source
+
+
+@pytest.fixture(scope="session")
+def ledger() -> Ledger:
+    return load_ledger()
+
+
+@pytest.fixture(scope="session")
+def judged(request: pytest.FixtureRequest, ledger: Ledger) -> Callable[[str, str], CaseResult]:
+    """Judge a case against a candidate, once a session."""
+
+    @functools.cache
+    def judge(candidate: str, case_id: str) -> CaseResult:
+        stored = candidate in STORED
+        source = StoredSource(ROOT / "rust_outputs" / candidate) if stored else request.getfixturevalue(candidate)
+        spec = {"live": LIVE}.get(candidate, f"stored:{candidate}" if stored else "torch")
+        result = judge_case(CASES[case_id], source, spec, cache_root(), ledger, Progress())
+        pytest_plugin.record(request.config, candidate, result)
+        return result
+
+    return judge
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``candidate`` and ``case_id`` runs for each pair; ``sae_case_id`` for cases with an SAE."""
+    for name in ("case_id", "sae_case_id"):
+        if name not in metafunc.fixturenames or "judged" not in metafunc.fixturenames:
+            continue
+        cases = [case for case in CASES.values() if case.sae or name == "case_id"]
+        if "candidate" in metafunc.fixturenames:
+            pairs = [_pair(candidate, case) for candidate in _candidates() for case in cases]
+            metafunc.parametrize(("candidate", name), pairs)
+        else:
+            metafunc.parametrize(name, [pytest.param(case.id, marks=_marks(case)) for case in cases])
+
+
+def _candidates() -> list[str]:
+    return [*STORED, "torch_cpu", "torch_cuda", "live"]
+
+
+def _marks(case: Case) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.hub] if case.lane == "hub" else []
+
+
+def _pair(candidate: str, case: Case) -> object:
+    """A pair with its markers; only the ledger's own entry makes a failure expected."""
+    marks = _marks(case)
+    marks += {"torch_cuda": [pytest.mark.gpu], "live": [pytest.mark.rust]}.get(candidate, [])
+    version = LIVE if candidate == "live" else candidate
+    entries = load_ledger()
+    if any((entry.case, entry.version) == (case.id, version) for entry in (*entries.known, *entries.refused)):
+        marks.append(pytest.mark.xfail(raises=pytest_plugin.KnownDivergence, strict=True, reason="known divergence"))
+    return pytest.param(candidate, case.id, id=f"{candidate}-{case.id}", marks=marks)

@@ -1,0 +1,14 @@
+"""Queries, keys, values, scores and patterns of every case are the truth's, within rounding.
+
+Rotary faults show at `hook_scores` (q and k are captured before rotary), mask and softcap faults at
+`hook_pattern` (scores are captured before both).
+"""
+
+from collections.abc import Callable
+
+from candle_mi_parity.pytest_plugin import check
+from candle_mi_parity.verdict import CaseResult
+
+
+def test_attention(candidate: str, case_id: str, judged: Callable[[str, str], CaseResult]) -> None:
+    check(judged(candidate, case_id), lambda name: ".attn." in name)
