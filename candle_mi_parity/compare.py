@@ -66,8 +66,8 @@ def compare(
         if selection is not None and name not in selection:
             continue
         feeders = [feeder for feeder in _feeders(name, truth) if feeder in passed]
-        if forced:  # what arrives at a layer is given, and agrees by construction
-            feeders = [feeder for feeder in feeders if not feeder.endswith("resid_pre")]
+        if forced:  # what a half-layer starts from is given, and agrees by construction
+            feeders = [feeder for feeder in feeders if not feeder.endswith(("resid_pre", "resid_mid"))]
         agreed = all(passed[feeder] for feeder in feeders) if feeders else None
         if name not in trace.entries:
             result = TensorResult(name, Status.FAIL, "missing", detail=_there(trace))

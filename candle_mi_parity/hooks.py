@@ -43,13 +43,21 @@ class Recorder:
         self.tensors: Captured = {}
         self.allowed: dict[int, torch.Tensor] = {}
         self.replace = replace or {}
+        self._owed: Captured = {}
 
     def at(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name in self.tensors:
             raise OracleError(f"{name} fired twice in one forward pass")
+        if name.endswith("hook_resid_post") and (owed := self._owed.pop(name, None)) is not None:
+            tensor = tensor + owed
         self.tensors[name] = tensor
         replacement = self.replace.get(name)
-        return tensor if replacement is None else replacement.expand_as(tensor)
+        if replacement is None:
+            return tensor
+        if name.endswith("hook_resid_mid"):
+            # A hook on the norm sees the stream but cannot replace it for the residual sum that ends the layer.
+            self._owed[name.replace("resid_mid", "resid_post")] = replacement - tensor
+        return replacement.expand_as(tensor)
 
 
 def attention(
@@ -128,7 +136,7 @@ def forward(model: nn.Module, tokens: torch.Tensor, replace: Captured | None = N
     """One forward pass with every hook point recorded, ``logits`` last.
 
     :param tokens: int64 [B, T].
-    :param replace: see :class:`Recorder`; honoured at ``hook_resid_pre``.
+    :param replace: see :class:`Recorder`; honoured at the inputs and outputs of modules, not inside attention.
     """
     recorder = Recorder(replace)
     handles = _attach(model, recorder)
@@ -193,9 +201,11 @@ def _input(name: str, recorder: Recorder) -> Callable[..., Any]:
     return hook
 
 
-def _output(name: str, recorder: Recorder) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: Any, out: Any) -> None:
-        recorder.at(name, out[0] if isinstance(out, tuple) else out)
+def _output(name: str, recorder: Recorder) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: Any, out: Any) -> Any:
+        if isinstance(out, tuple):
+            return (recorder.at(name, out[0]), *out[1:])
+        return recorder.at(name, out)
 
     return hook
 

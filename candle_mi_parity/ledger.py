@@ -1,7 +1,7 @@
 """Known divergences: ``fixtures/known_divergences.toml``, what each excuses and when it is stale.
 
 An entry excuses one divergence of one case of one candle-mi, recognised by its first tensor, its size and the
-set of tensors that still diverge when every layer is fed the truth. Anything else in that case is a failure.
+set of tensors that still diverge when every half-layer is fed the truth. Anything else in that case is a failure.
 """
 
 from __future__ import annotations

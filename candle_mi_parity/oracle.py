@@ -32,7 +32,10 @@ SAMPLES = 16
 """K, the number of noise samples."""
 
 Mode = Literal["free", "forced"]
-"""``free``: the whole forward. ``forced``: every layer starts from the truth's own resid_pre."""
+"""``free``: the whole forward. ``forced``: the attention half of every layer starts from the truth's own
+``hook_resid_pre`` and the MLP half from its ``hook_resid_mid``, so that a divergence belongs to its half-layer."""
+
+FORCED = ("hook_resid_pre", "hook_resid_mid")
 
 Then = Callable[[Captured], Captured]
 
@@ -59,29 +62,31 @@ class Oracle:
 
         return Truth.load(models.publish(self._directory / mode, compute) / "truth.safetensors")
 
-    def inputs(self) -> Path:
-        """A safetensors file of float32 inputs taken from the truth: ``resid_pre.<layer>`` and ``sae``.
+    def inputs(self, mode: Mode) -> Path | None:
+        """A safetensors file of float32 inputs taken from the truth; None where the mode needs none.
 
-        Both sides are given these very numbers, so they carry no noise of their own.
+        ``free``: ``sae``, the residual for the SAE alone. ``forced``: each layer's :data:`FORCED` hooks under
+        their own names. Both sides are given these very numbers, so they carry no noise of their own.
         """
+        case = self.subject.case
+        if mode == "free" and case.sae is None:
+            return None
 
         def write(out: Path) -> None:
             free = self.truth().tensors
-            resid_pre = {f"resid_pre.{name.split('.')[1]}": name for name in free if name.endswith("hook_resid_pre")}
-            if self.subject.case.sae is not None:
-                resid_pre["sae"] = self.subject.case.sae.hook
-            arrays = {key: np.ascontiguousarray(free[name].value, np.float32) for key, name in resid_pre.items()}
-            save_file(arrays, out / "inputs.safetensors")
+            keys = {name: name for name in free if name.endswith(FORCED)}
+            if mode == "free" and case.sae is not None:
+                keys = {"sae": case.sae.hook}
+            save_file({key: coarse(free[name].value) for key, name in keys.items()}, out / "inputs.safetensors")
 
-        return models.publish(self._directory / "inputs", write) / "inputs.safetensors"
+        return models.publish(self._directory / f"inputs.{mode}", write) / "inputs.safetensors"
 
     def _compute(self, mode: Mode) -> Truth:
         replace: Captured = {}
         chain: SaeChain | None = None
         if mode == "forced":
-            for key, array in load_file(self.inputs()).items():
-                if key.startswith("resid_pre."):
-                    replace[f"blocks.{key.split('.')[1]}.hook_resid_pre"] = torch.from_numpy(array).double()
+            given = load_file(str(self.inputs("forced")))
+            replace = {name: torch.from_numpy(array).double() for name, array in given.items()}
         elif self.subject.sae_file is not None:
             chain = SaeChain(self.subject)
         then: Then = chain or (lambda captured: {})
@@ -89,6 +94,16 @@ class Oracle:
         seed = int(self.subject.digest[:16], 16)
         recorder, values, squares = sample(self.model, tokens, seed, then, replace)
         return _as_truth(self.subject, mode, recorder, values, squares, chain)
+
+
+def coarse(values: np.ndarray) -> np.ndarray:
+    """Round to 16 significant bits, float32: near the truth, and the same bytes on every machine.
+
+    The last bits of a float64 sum depend on the machine; at float32's 24 bits one element in 10⁸ would then round
+    elsewhere and change the file's digest, at 16 bits one in 10¹¹.
+    """
+    mantissa, exponent = np.frexp(values)
+    return np.ascontiguousarray(np.ldexp(np.round(mantissa * 2.0**16), exponent - 16), np.float32)
 
 
 def sample(
@@ -146,8 +161,7 @@ class SaeChain:
     def __call__(self, captured: Captured) -> Captured:
         resid = captured[self._hook]
         if self._fixed is None:
-            # Inside the float64 mode a cast to float32 would not round; numpy's does.
-            self._fixed = torch.from_numpy(resid.numpy().astype(np.float32).astype(np.float64))
+            self._fixed = torch.from_numpy(coarse(resid.numpy()).astype(np.float64))
         rows = resid.shape[0] // self._batch
         return self._encode("sae", resid, rows) | self._encode("sae_on_truth", self._fixed.repeat(rows, 1, 1), rows)
 

@@ -140,7 +140,7 @@ def judge_mode(oracle: Oracle, source: Source, mode: Mode, progress: Progress) -
     """
     subject = oracle.subject
     truth = oracle.truth(mode)
-    inputs = oracle.inputs() if mode == "forced" or subject.sae_file is not None else None
+    inputs = oracle.inputs(mode)
     progress.case_starts(subject.case, "candle-mi")
     trace = source.trace(subject, mode, truth, inputs)
     progress.case_starts(subject.case, "compare")

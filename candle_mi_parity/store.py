@@ -54,7 +54,7 @@ class StoringSource:
             write_json(target, refusal(subject, self.identity, error))
             raise
         assert isinstance(trace, Trace)
-        store_trace(trace, subject.case, target, inputs)
+        store_trace(trace, subject.case, target)
         return trace
 
     def __enter__(self) -> Self:
@@ -89,8 +89,8 @@ def stored_selection(names: list[str]) -> set[str]:
     return {name for name in names if not name.startswith("blocks.") or int(name.split(".")[1]) in kept}
 
 
-def store_trace(trace: Trace, case: Case, target: Path, inputs: Path | None) -> None:
-    """Copy a trace, whole or in part as its case says, and the inputs that it was fed.
+def store_trace(trace: Trace, case: Case, target: Path) -> None:
+    """Copy a trace, whole or in part as its case says.
 
     :param target: the JSON file to write; its safetensors is named after it.
     :raises TraceError: when what was written does not read back as the same numbers.
@@ -125,8 +125,6 @@ def store_trace(trace: Trace, case: Case, target: Path, inputs: Path | None) -> 
     save_file(arrays, tensors_file)
     document["tensors"] = entries
     write_json(target, document)
-    if inputs is not None:
-        shutil.copyfile(inputs, target.with_name(target.name.split(".")[0] + ".inputs.safetensors"))
     _read_back(target, arrays)
 
 

@@ -58,8 +58,7 @@ class TorchSource:
         given = load_file(inputs, device=self.device) if inputs is not None else {}
         replace: Captured = {}
         if mode == "forced":
-            layers = (name for name in given if name.startswith("resid_pre."))
-            replace = {f"blocks.{name.split('.')[1]}.hook_resid_pre": given[name] for name in layers}
+            replace = dict(given)
         tokens = torch.tensor(subject.tokens, device=self.device)
         captured = forward(self.model(subject.model_dir), tokens, replace).tensors
         scalars: dict[str, float] = {}

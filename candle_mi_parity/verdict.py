@@ -120,7 +120,7 @@ class CaseResult:
     """One case judged.
 
     :ivar tensors: of the whole forward, in execution order.
-    :ivar forced: the same with every layer fed the truth's resid_pre; only when the case diverged.
+    :ivar forced: the same with every half-layer fed the truth's residual; only when the case diverged.
     :ivar expected: number of tensors that could be compared.
     :ivar error: why there is nothing to compare, one line.
     :ivar known: the ledger's note when the divergence is a known one.

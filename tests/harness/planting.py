@@ -1,0 +1,183 @@
+"""A real trace, and copies of it with one mistake planted in each.
+
+The real trace is torch's own float32 run of a case, written to disk as the emitter writes one; it is honest
+float32 arithmetic, so whatever is planted in a copy is the only thing that can fail. A fault in the numbers is
+planted with :func:`write`, a fault in the model with :func:`changed_model` and :func:`rerun`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from candle_mi_parity.cases import Case, cache_root, load_cases
+from candle_mi_parity.compare import check_header, compare
+from candle_mi_parity.models import read_config, weight_files
+from candle_mi_parity.oracle import Mode, Oracle
+from candle_mi_parity.sae import load_npz
+from candle_mi_parity.sources import file_digest
+from candle_mi_parity.subject import Subject, prepare
+from candle_mi_parity.torch_source import TorchSource
+from candle_mi_parity.trace import FORMAT, CandleMi, InMemory, Trace
+from candle_mi_parity.truth import Truth
+from candle_mi_parity.verdict import Status, TensorResult
+
+RELEASE = CandleMi(version="0.2.2", source="registry", checksum="a" * 64, revision=None, tree_digest=None)
+CASES = {case.id: case for case in load_cases()}
+
+Arrays = dict[str, np.ndarray]
+Edit = Callable[[dict[str, Any]], object]
+
+
+@dataclass(frozen=True)
+class Real:
+    """One case, its truth, and what torch's float32 makes of it.
+
+    :ivar inputs: what is fed in beside the tokens.
+    """
+
+    subject: Subject
+    oracle: Oracle
+    truth: Truth
+    emitted: InMemory
+    inputs: Path | None
+
+    @property
+    def arrays(self) -> Arrays:
+        """Fresh copies, in execution order."""
+        return {name: array.copy() for name, (array, _) in self.emitted.arrays.items()}
+
+    @property
+    def decoder(self) -> np.ndarray | None:
+        free_sae = self.subject.sae_file is not None and self.truth.meta["mode"] == "free"
+        return load_npz(self.subject.sae_file).W_dec if free_sae and self.subject.sae_file else None
+
+
+@functools.cache
+def real(case_id: str, mode: Mode = "free") -> Real:
+    """A case of the table, once a session."""
+    return real_of(CASES[case_id], mode)
+
+
+def real_of(case: Case, mode: Mode = "free") -> Real:
+    subject = prepare(case, cache_root())
+    oracle = Oracle(subject, cache_root())
+    truth, inputs = oracle.truth(mode), oracle.inputs(mode)
+    with TorchSource() as source:
+        return Real(subject, oracle, truth, source.trace(subject, mode, truth, inputs), inputs)
+
+
+def changed_model(directory: Path, base: Path, **change: object) -> Path:
+    """The weights of a model directory under another config; None takes a key away."""
+    directory.mkdir(parents=True)
+    config = {key: value for key, value in (read_config(base) | change).items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(config))
+    for file in weight_files(base):
+        (directory / file.name).symlink_to(file)
+    return directory
+
+
+def rerun(there: Real, model_dir: Path) -> Arrays:
+    """What float32 makes of another model directory, on the same tokens."""
+    mode: Mode = "forced" if there.truth.meta["mode"] == "forced" else "free"
+    with TorchSource() as source:
+        emitted = source.trace(replace(there.subject, model_dir=model_dir), mode, there.truth, there.inputs)
+    return {name: array for name, (array, _) in emitted.arrays.items()}
+
+
+def entry(name: str, array: np.ndarray, file: str) -> dict[str, Any]:
+    """One item of the document's ``tensors``, as the emitter writes it."""
+    return {
+        "name": name,
+        "shape": list(array.shape),
+        "dtype": str(array.dtype),
+        "sha256": hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest(),
+        "nonfinite": int(np.count_nonzero(~np.isfinite(array))),
+        "file": file,
+        "key": name,
+    }
+
+
+def document(there: Real, arrays: Mapping[str, np.ndarray], file: str) -> dict[str, Any]:
+    """The whole JSON document of a trace."""
+    subject = there.subject
+    free = there.truth.meta["mode"] == "free"
+    return {
+        "format": FORMAT,
+        "header": {
+            "emitter": "0.1.0",
+            "candle_mi": RELEASE.model_dump(),
+            "candle": "0.11.1",
+            "features": ["sae", "transformer"],
+            "device": "cpu",
+            "dtype": "float32",
+            "case": {"id": subject.case.id, "digest": subject.digest},
+            "model_digest": subject.model_digest,
+            "sae_digest": subject.sae_digest if free else None,
+            "inputs_digest": file_digest(there.inputs) if there.inputs else None,
+        },
+        "run": {
+            "started": "2026-11-25T00:00:00Z",
+            "seconds": {"load": 0.1, "forward": 0.1},
+            "threads": 2,
+            "peak_rss_bytes": None,
+        },
+        "tokens": subject.tokens,
+        "tensors": [entry(name, array, file) for name, array in arrays.items()],
+        "scalars": dict(there.emitted.scalars),
+        "top_features_last_pos": [feature.model_dump() for feature in there.emitted.top_features],
+    }
+
+
+def write(
+    directory: Path, there: Real, arrays: Mapping[str, np.ndarray] | None = None, edit: Edit | None = None
+) -> Path:
+    """Write a trace.
+
+    :param arrays: its tensors; None for the honest ones.
+    :param edit: changes the document after its digests were computed.
+    :returns: the JSON file.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    kept = {name: np.ascontiguousarray(array) for name, array in (arrays or there.arrays).items()}
+    if arrays is not None and not arrays:
+        kept = {}
+    save_file(kept, directory / "trace.safetensors")
+    content = document(there, kept, "trace.safetensors")
+    if edit is not None:
+        edit(content)
+    path = directory / "trace.json"
+    path.write_text(json.dumps(content, allow_nan=False))
+    return path
+
+
+def judge(there: Real, path: Path) -> list[TensorResult]:
+    """Header, then every tensor, as a run does it."""
+    trace = Trace(path)
+    check_header(there.truth, trace, file_digest(there.inputs) if there.inputs else None)
+    return compare(there.truth, trace, there.decoder, None)
+
+
+def planted(directory: Path, there: Real, **arrays: np.ndarray) -> list[TensorResult]:
+    """Judge a copy in which some tensors are others."""
+    return judge(there, write(directory, there, there.arrays | arrays))
+
+
+def failures(results: list[TensorResult]) -> list[str]:
+    """Names that failed, in execution order."""
+    return [result.name for result in results if result.status is Status.FAIL]
+
+
+def first(results: list[TensorResult]) -> TensorResult:
+    """The first divergence."""
+    found = next((result for result in results if result.status is Status.FAIL), None)
+    assert found is not None, "nothing failed: the planted fault went through"
+    return found

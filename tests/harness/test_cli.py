@@ -1,0 +1,134 @@
+"""The command as a user meets it: exit codes, one line for a bad input, nothing half-written.
+
+It runs in a process of its own, as from a shell, on stored traces: no Rust is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from candle_mi_parity.cases import ROOT, cache_root
+
+
+def command(
+    *arguments: str, limit: int | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run ``candle-mi-parity``; ``limit`` is the largest file, in bytes, that the process can write."""
+
+    def full_disk() -> None:
+        assert limit is not None
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    extra = environment or {}
+    defaults = {"PYTHONPATH": str(ROOT), "COLUMNS": "160", "PARITY_CACHE": str(cache_root())}
+    code = "from candle_mi_parity.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **defaults, **extra},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        preexec_fn=full_disk if limit is not None else None,
+    )
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return command("run", "--out", str(tmp_path), *arguments)
+
+
+def test_a_clean_case_passes_and_writes_its_report(tmp_path: Path) -> None:
+    done = run(tmp_path, "--candidate", "stored:0.2.2", "--cases", "llama/hub")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["verdict"] == "PASS"
+    assert report["counts"]["PASS"] == 1
+    assert len(report["cases"][0]["tensors"]) == 39
+
+
+def test_a_known_divergence_is_named_in_the_line_and_fails_when_strict(tmp_path: Path) -> None:
+    arguments = ("--candidate", "stored:0.2.2", "--cases", "llama/v5")
+    lenient, strict = run(tmp_path, *arguments), run(tmp_path, *arguments, "--strict")
+    assert lenient.returncode == 0, lenient.stdout + lenient.stderr
+    assert "PASS except 1 known divergence (llama)" in lenient.stdout
+    assert strict.returncode == 1
+
+
+def test_a_tampered_trace_fails_with_the_command_that_shows_it_again(tmp_path: Path) -> None:
+    stored = tmp_path / "stored"
+    (stored / "llama").mkdir(parents=True)
+    source = ROOT / "rust_outputs" / "0.2.2"
+    (stored / "candidate.json").write_bytes((source / "candidate.json").read_bytes())
+    (stored / "llama" / "hub.safetensors").write_bytes((source / "llama" / "hub.safetensors").read_bytes())
+    document = json.loads((source / "llama" / "hub.json").read_text())
+    document["tensors"] = [entry for entry in document["tensors"] if entry["name"] != "blocks.1.mlp.hook_pre"]
+    (stored / "llama" / "hub.json").write_text(json.dumps(document))
+    done = run(tmp_path, "--candidate", f"stored:{stored}", "--cases", "llama/hub")
+    assert done.returncode == 1, done.stdout
+    assert "blocks.1.mlp.hook_pre: FAIL (missing)" in done.stdout
+    assert "reproduce: candle-mi-parity run --candidate" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "--candidate", "newest"), "unknown candidate 'newest'"),
+        (("run", "--candidate", "stored:9.9.9"), "no stored traces"),
+        (("run", "--candidate", "path:/nonexistent"), "no Cargo.toml in /nonexistent"),
+        (("run", "--candidate", "stored:0.2.2", "--cases", "nothing/*"), "no case matches 'nothing/*'"),
+        (("reference", "--model", "/nonexistent", "--out", "x.json"), "model directory /nonexistent does not exist"),
+    ],
+)
+def test_a_bad_input_is_one_line_and_exit_code_2(arguments: tuple[str, ...], said: str) -> None:
+    assert said in one_line(command(*arguments))
+
+
+def test_no_network_is_one_line(tmp_path: Path) -> None:
+    environment = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+    done = command("reference", "--out", str(tmp_path / "x.json"), environment=environment)
+    assert "cannot get google/gemma-2-2b@main from the hub" in done.stderr
+    assert done.returncode == 2
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    arguments = ("run", "--out", str(out), "--candidate", "stored:0.2.2", "--cases", "llama/hub")
+    done = command(*arguments, limit=200_000, environment={"PARITY_CACHE": str(cache)})
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "File too large" in done.stdout + done.stderr
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+    again = command(*arguments, environment={"PARITY_CACHE": str(cache)})
+    assert again.returncode == 0, again.stdout + again.stderr
+
+
+def test_a_report_that_cannot_be_written_is_one_line_and_leaves_no_temporary(tmp_path: Path) -> None:
+    arguments = ("run", "--out", str(tmp_path), "--candidate", "stored:0.2.2", "--cases", "llama/hub")
+    assert "cannot write" in one_line(command(*arguments, limit=1000))
+    assert list(tmp_path.rglob("*report*")) == []
+
+
+def test_no_cargo_names_the_remedy(tmp_path: Path) -> None:
+    empty_cache = {"PARITY_CACHE": str(tmp_path / "cache"), "PATH": str(tmp_path)}
+    said = one_line(command("run", "--out", str(tmp_path), "--cases", "llama/hub", environment=empty_cache))
+    assert "cargo" in said
+    assert "rustup" in said

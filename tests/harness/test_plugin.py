@@ -1,0 +1,95 @@
+"""Only the ledger's own divergence excuses a test, and `-m gpu` without a GPU is not a pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest_plugins = ["pytester"]
+
+PREAMBLE = """
+import dataclasses
+import pytest
+from candle_mi_parity.ledger import Known, Ledger, apply_ledger
+from candle_mi_parity.pytest_plugin import KnownDivergence, check
+from candle_mi_parity.trace import CandleMi
+from candle_mi_parity.verdict import CaseResult, Status, TensorResult
+
+SHA = "a" * 64
+RELEASE = CandleMi(version="0.2.2", source="registry", checksum=SHA, revision=None, tree_digest=None)
+ENTRY = Known(case="llama/v5", digest=SHA, version="0.2.2", checksum=SHA, first="blocks.0.attn.hook_scores",
+              ratio=1e6, forced=["blocks.0.attn.hook_scores"], why="rope_theta is not read")
+LEDGER = Ledger(format=1, known=[ENTRY])
+known = pytest.mark.xfail(raises=KnownDivergence, strict=True)
+
+
+def tensor(name, ratio):
+    status = Status.FAIL if ratio >= 8 else Status.PASS
+    return TensorResult(name, status, "values" if ratio >= 8 else "", position_ratio=ratio, compared=10)
+
+
+def judged(ratio=1e6, forced=("blocks.0.attn.hook_scores",), first="blocks.0.attn.hook_scores", error=""):
+    case = CaseResult("llama/v5", "llama", SHA, Status.ERROR if error else Status.FAIL, "command", error=error)
+    if not error:
+        case.tensors = [tensor("blocks.0.attn.hook_q", 1.0), tensor(first, ratio)]
+        case.forced = [tensor(name, 1e6) for name in forced]
+        case.status = Status.FAIL if ratio >= 8 else Status.PASS
+    apply_ledger(case, RELEASE, LEDGER)
+    return case
+"""
+
+
+def outcomes(pytester: pytest.Pytester, body: str, *arguments: str) -> pytest.RunResult:
+    pytester.makepyfile(PREAMBLE + body)
+    return pytester.runpytest_inprocess("-p", "candle_mi_parity.pytest_plugin", *arguments)
+
+
+def test_the_recorded_divergence_is_an_expected_failure(pytester: pytest.Pytester) -> None:
+    done = outcomes(pytester, "@known\ndef test_it(): check(judged(), lambda name: True)\n")
+    done.assert_outcomes(xfailed=1)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "judged(error='crash: emitter was ended by SIGKILL')",
+        "judged(error='model directory /x does not exist')",
+        "judged(forced=('blocks.0.attn.hook_scores', 'blocks.1.mlp.hook_post'))",
+        "judged(first='blocks.0.attn.hook_pattern')",
+        "judged(ratio=1e8)",
+    ],
+    ids=["crashed emitter", "missing model", "second divergence", "another first tensor", "grown ratio"],
+)
+def test_anything_else_in_that_case_fails(pytester: pytest.Pytester, what: str) -> None:
+    done = outcomes(pytester, f"@known\ndef test_it(): check({what}, lambda name: True)\n")
+    done.assert_outcomes(failed=1)
+
+
+def test_an_entry_that_no_longer_diverges_fails(pytester: pytest.Pytester) -> None:
+    done = outcomes(pytester, "@known\ndef test_it(): check(judged(ratio=1.0), lambda name: True)\n")
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines(["*XPASS(strict)*"])
+
+
+def test_a_group_with_nothing_to_compare_fails(pytester: pytest.Pytester) -> None:
+    done = outcomes(pytester, "def test_it(): check(judged(ratio=1.0), lambda name: False)\n")
+    done.assert_outcomes(failed=1)
+    done.stdout.fnmatch_lines(["*nothing was compared*"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA; this machine has it")
+def test_gpu_asked_for_and_none_there_is_inconclusive(pytester: pytest.Pytester) -> None:
+    body = "@pytest.mark.gpu\ndef test_it(): pass\n\ndef test_other(): pass\n"
+    done = outcomes(pytester, body, "-m", "gpu")
+    assert done.ret == 3
+    done.stdout.fnmatch_lines(["*INCONCLUSIVE: -m gpu was asked for and no gpu test ran (no CUDA device*"])
+    assert outcomes(pytester, body, "-m", "not gpu").ret == 0
+    required = outcomes(pytester, body, "-m", "gpu", "--require-gpu")
+    required.assert_outcomes(errors=1)
+    assert required.ret == 1
+
+
+def test_goldens_are_not_regenerated_without_a_reason(pytester: pytest.Pytester) -> None:
+    done = outcomes(pytester, "def test_it(): pass\n", "--force-regen", "--reason", "short")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines(["*only with --reason*"])
