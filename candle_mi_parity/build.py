@@ -302,29 +302,30 @@ def _cargo_build(candidate: Candidate, plan: _Plan, cache: Path, log: Progress, 
 
 
 def _lay_out(crate: Path, plan: _Plan) -> None:
-    """Write the crate; a file that is already right keeps its time, or cargo would build it again."""
+    """Write the crate anew, also where it is already right.
+
+    The target directory is shared, and cargo tells two crates of one name and version apart by their files' times
+    alone: with an old time, what another candidate left there would pass for this one's.
+    """
     (crate / "src").mkdir(parents=True, exist_ok=True)
     manifest, lock = crate / "Cargo.toml", crate / "Cargo.lock"
     # A lock that cargo resolved for this very manifest is kept: resolving again would need the network.
     resolved = manifest.is_file() and manifest.read_text(encoding="utf-8") == plan.manifest and lock.is_file()
     if plan.locked or not resolved:
         if plan.lock:
-            _write_if_different(lock, plan.lock)
+            lock.write_bytes(plan.lock)
         else:
             lock.unlink(missing_ok=True)
+    if lock.is_file():
+        os.utime(lock)
     sources = {path.relative_to(EMITTER): path for path in _emitter_sources()}
     for stale in (crate / "src").rglob("*.rs"):
         if stale.relative_to(crate) not in sources:
             stale.unlink()
     for relative, path in sources.items():
-        _write_if_different(crate / relative, path.read_bytes())
-    _write_if_different(manifest, plan.manifest.encode())
-
-
-def _write_if_different(path: Path, content: bytes) -> None:
-    if not path.is_file() or path.read_bytes() != content:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        (crate / relative).parent.mkdir(parents=True, exist_ok=True)
+        (crate / relative).write_bytes(path.read_bytes())
+    manifest.write_bytes(plan.manifest.encode())
 
 
 def condense(lines: Sequence[str]) -> str:

@@ -64,7 +64,14 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def judge(candidate: str, cases: str | None, out: Path, strict: bool, keep: Path | None = None) -> RunResult:
+def judge(
+    candidate: str,
+    cases: str | None,
+    out: Path,
+    strict: bool = False,
+    keep: Path | None = None,
+    device: str = "cpu",
+) -> RunResult:
     """Select, run with progress, and write ``report.json``."""
     table = load_cases()
     chosen = select(table, cases)
@@ -76,7 +83,7 @@ def judge(candidate: str, cases: str | None, out: Path, strict: bool, keep: Path
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         progress = Terminal(bar, len(chosen))
-        result = run(candidate, chosen, skipped, cache_root(), out, load_ledger(), progress, strict, keep)
+        result = run(candidate, chosen, skipped, cache_root(), out, load_ledger(), progress, strict, keep, device)
     report.write_json(report.document(result), out / "report.json")
     return result
 
@@ -86,11 +93,12 @@ def run_command(
     candidate: CandidateOption = DEFAULT_CANDIDATE,
     cases: CasesOption = None,
     out: OutOption = OUT,
+    device: Annotated[str, typer.Option(help="cpu | cuda:N (the emitter is then built with CUDA)")] = "cpu",
     strict: Annotated[bool, typer.Option(help="Known divergences fail too.")] = False,
 ) -> None:
     """Judge a candle-mi against PyTorch. Exit code 0 PASS, 1 FAIL, 2 ERROR, 3 INCONCLUSIVE."""
     with _one_line_errors():
-        result = judge(candidate, cases, out, strict)
+        result = judge(candidate, cases, out, strict, device=device)
         console = Console()
         report.terminal(result, console)
         console.print(f"report: {out / 'report.json'}", highlight=False)
@@ -124,7 +132,7 @@ def reference(
 def ratios(candidate: CandidateOption = DEFAULT_CANDIDATE, cases: CasesOption = None, out: OutOption = OUT) -> None:
     """The clean-ratio table: how close the passing cases come to the gate. `torch` judges torch's own float32."""
     with _one_line_errors():
-        result = judge(candidate, cases, out, strict=False)
+        result = judge(candidate, cases, out)
         clean = [case for case in result.cases if case.status is Status.PASS]
         result.cases = clean
         Console().print(report.clean_ratios(result))
@@ -140,7 +148,7 @@ def store(
     with _one_line_errors():
         if parse_candidate(candidate).kind != "version":
             raise CandidateError(f"only releases are stored, not {candidate}")
-        result = judge(candidate, None, out, strict=False, keep=ROOT / "rust_outputs" / candidate)
+        result = judge(candidate, None, out, keep=ROOT / "rust_outputs" / candidate)
         print(result.line())
 
 
@@ -148,7 +156,7 @@ def store(
 def known(candidate: CandidateOption = DEFAULT_CANDIDATE, cases: CasesOption = None, out: OutOption = OUT) -> None:
     """Print ledger entries for the cases that diverge unexcused; a person adds the `why` and pastes them."""
     with _one_line_errors():
-        result = judge(candidate, cases, out, strict=False)
+        result = judge(candidate, cases, out)
         identity = CandleMi.model_validate({field: result.identity.get(field) for field in CandleMi.model_fields})
         for case in result.cases:
             if case.status is Status.FAIL and case.first_divergence:

@@ -58,13 +58,14 @@ def require_model(directory: Path) -> Path:
     if not (directory / "config.json").is_file():
         raise ModelError(f"model directory {directory} has no config.json; it holds {there}")
     if not weight_files(directory):
-        raise ModelError(f"model directory {directory} has no *.safetensors weights; it holds {there}")
+        raise ModelError(f"model directory {directory} has no model.safetensors nor its shards; it holds {there}")
     return directory
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model, one or several shards, sorted by name."""
-    return sorted(directory.glob("*.safetensors"))
+    """``model.safetensors``, or else its shards ``model-*-of-*.safetensors`` in order; as the emitter chooses."""
+    whole = directory / "model.safetensors"
+    return [whole] if whole.is_file() else sorted(directory.glob("model-*-of-*.safetensors"))
 
 
 def read_config(directory: Path) -> dict[str, object]:
@@ -215,8 +216,8 @@ def _download(model: HubModel) -> Path:
 
     wanted = [
         "config.json",
-        "*.safetensors",
-        "*.safetensors.index.json",
+        "model*.safetensors",
+        "model*.safetensors.index.json",
         "tokenizer*",
         "special_tokens_map.json",
     ]

@@ -46,6 +46,7 @@ class Oracle:
     def __init__(self, subject: Subject, cache: Path) -> None:
         self.subject = subject
         self._directory = cache / "truth" / truth_key(subject)
+        self._truths: dict[Mode, Truth] = {}
 
     @cached_property
     def model(self) -> nn.Module:
@@ -60,7 +61,10 @@ class Oracle:
         def compute(out: Path) -> None:
             self._compute(mode).save(out / "truth.safetensors")
 
-        return Truth.load(models.publish(self._directory / mode, compute) / "truth.safetensors")
+        if mode not in self._truths:
+            path = models.publish(self._directory / mode, compute) / "truth.safetensors"
+            self._truths[mode] = Truth.load(path)
+        return self._truths[mode]
 
     def inputs(self, mode: Mode) -> Path | None:
         """A safetensors file of float32 inputs taken from the truth; None where the mode needs none.

@@ -49,7 +49,7 @@ def case_table(result: RunResult) -> Table:
         worst, first = case.worst, case.first_divergence
         table.add_row(
             escape(case.id),
-            f"{case.compared}/{case.expected}",
+            f"{case.compared}/{case.expected}" + (" in part" if case.in_part else ""),
             escape(worst.name) if worst else "-",
             f"{worst.position_ratio:.3g}" if worst else "-",
             f"{worst.element_ratio:.3g}" if worst else "-",
@@ -128,6 +128,7 @@ def _case(case: CaseResult) -> dict[str, Any]:
         "status": case.status.value,
         "compared": case.compared,
         "expected": case.expected,
+        "in_part": case.in_part,
         "first_divergence": first.name if first else None,
         "error": case.error,
         "known": case.known,

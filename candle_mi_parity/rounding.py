@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from candle_mi_parity.errors import OracleError
@@ -66,6 +67,17 @@ def _name(func: Any) -> str:
     return name[:-1] if in_place else name
 
 
+class _Literals(TorchFunctionMode):
+    """``torch.tensor(0.1, dtype=torch.float32)`` is rounded before any dispatch mode sees it: ask for float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        out = func(*args, **kwargs)
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and out.is_floating_point():
+            return func(*args, **{**kwargs, "dtype": torch.float64})
+        return out
+
+
 class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every floating result is float64, whatever dtype the code asked for.
 
@@ -74,6 +86,15 @@ class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     :raises OracleError: on a composite operation, or a floating result that is not float64.
     """
+
+    def __enter__(self) -> Any:
+        self._literals = _Literals()
+        self._literals.__enter__()  # type: ignore[no-untyped-call]
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._literals.__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):

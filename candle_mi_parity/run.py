@@ -45,11 +45,13 @@ def run(
     progress: Progress,
     strict: bool = False,
     keep: Path | None = None,
+    device: str = "cpu",
 ) -> RunResult:
     """Judge a candidate on cases.
 
     :param skipped: cases that do not run, with reason and remedy; they are counted in the report.
     :param out: where traces and reports go.
+    :param device: of the candidate; the truth is always the CPU's.
     :param keep: store what the candidate emits in this directory, see :mod:`store`.
     :raises ParityError: the candidate cannot be built or found; a fault of one case is that case's ERROR.
     """
@@ -58,7 +60,7 @@ def run(
         return run_reference(spec, Path(candidate.target).expanduser(), cache)
     results: list[CaseResult] = []
     stale: list[str] = []
-    with open_source(candidate, cache, out / "traces", progress.note) as opened:
+    with open_source(candidate, cache, out / "traces", progress.note, device) as opened:
         source = StoringSource(opened, keep) if keep else opened
         for case in cases:
             result = judge_case(case, source, spec, cache, ledger, progress)
@@ -120,6 +122,7 @@ def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledge
         progress.case_starts(case, "truth")
         result.tensors = judge_mode(oracle, source, "free", progress)
         result.expected = len(result.tensors)
+        result.in_part = len(result.tensors) < len(oracle.truth().tensors)
         result.status = _status(result.tensors)
         if result.status is Status.FAIL:
             result.forced = judge_mode(oracle, source, "forced", progress)

@@ -49,17 +49,22 @@ class Source(Protocol):
     ) -> None: ...
 
 
-def open_source(candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None]) -> Source:
+def open_source(
+    candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None], device: str = "cpu"
+) -> Source:
     """Build or find the candidate.
 
+    :param device: ``cpu`` or ``cuda:N``; on CUDA the emitter is built with candle's own kernels and needs nvcc.
     :param out: where an emitter writes its traces.
     :raises CandidateError: it cannot be built, or nothing is stored.
     """
     if candidate.kind == "torch":
-        return TorchSource()
+        return TorchSource(device)
     if candidate.kind == "stored":
+        if device != "cpu":
+            raise CandidateError(f"{candidate.spec} was emitted on a CPU; --device {device} needs a build")
         return StoredSource(stored_dir(candidate, ROOT))
-    return LiveSource(candidate, cache, out, log)
+    return LiveSource(candidate, cache, out, log, device)
 
 
 def trace_path(directory: Path, case_id: str, mode: Mode) -> Path:
@@ -67,7 +72,7 @@ def trace_path(directory: Path, case_id: str, mode: Mode) -> Path:
     return directory / f"{case_id}{'' if mode == 'free' else '.forced'}.json"
 
 
-def request(subject: Subject, mode: Mode, inputs: Path | None, out: Path) -> dict[str, object]:
+def request(subject: Subject, mode: Mode, inputs: Path | None, out: Path, device: str) -> dict[str, object]:
     """The emitter's instructions for a subject; forced, the residual stream is replaced by the truth's."""
     sae = None
     if subject.case.sae is not None and mode == "free":
@@ -82,7 +87,7 @@ def request(subject: Subject, mode: Mode, inputs: Path | None, out: Path) -> dic
         "captures": [name for name in subject.captures if name not in forced or name.endswith("resid_mid")],
         "logits": True,
         "dtype": subject.case.dtype,
-        "device": "cpu",
+        "device": device,
         "sae": sae,
         "inputs": str(inputs) if inputs else None,
         "sae_input": "sae" if sae else None,
@@ -94,8 +99,9 @@ def request(subject: Subject, mode: Mode, inputs: Path | None, out: Path) -> dic
 class LiveSource:
     """An emitter, built or taken from the cache, one process for all cases."""
 
-    def __init__(self, candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None]) -> None:
-        built = build(candidate, cache, log)
+    def __init__(self, candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None], device: str) -> None:
+        built = build(candidate, cache, log, ("cuda",) if device.startswith("cuda") else ())
+        self._device = device
         try:
             self.identity = CandleMi.model_validate(built.identity.get("candle_mi"))
         except ValidationError as error:
@@ -111,7 +117,9 @@ class LiveSource:
         """
         out = trace_path(self._out, subject.case.id, mode)
         out.parent.mkdir(parents=True, exist_ok=True)
-        trace = Trace(self._emitter.emit(request(subject, mode, inputs, out), TIMEOUT_SECONDS))
+        trace = Trace(self._emitter.emit(request(subject, mode, inputs, out, self._device), TIMEOUT_SECONDS))
+        if trace.header.device != self._device:
+            raise TraceError(f"{trace.path}: made on {trace.header.device}, expected {self._device}")
         check_header(truth, same_candidate(trace, self.identity), file_digest(inputs) if inputs else None)
         return trace
 

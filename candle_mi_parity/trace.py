@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 
 from candle_mi_parity.errors import TraceError
@@ -28,6 +28,15 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "float64": np.dtype("<f8"),
 }
 
+
+def _printable(text: str) -> str:
+    """Texts go to terminals and reports: no line break, escape sequence or lone surrogate."""
+    if not text.isprintable():
+        raise ValueError(f"{ascii(text)} holds unprintable characters")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_printable)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0)]
 
@@ -39,26 +48,26 @@ class Part(BaseModel):
 class CandleMi(Part):
     """Which candle-mi: a release with its registry checksum, or a path's tree digest, or a git revision."""
 
-    version: str
+    version: Text
     source: Literal["registry", "path", "git"]
     checksum: Digest | None
-    revision: str | None
+    revision: Text | None
     tree_digest: Digest | None
 
 
 class CaseRef(Part):
-    id: str
+    id: Text
     digest: Digest
 
 
 class Header(Part):
     """All that decides the numbers; digests are the emitter's own, of the bytes that it read."""
 
-    emitter: str
+    emitter: Text
     candle_mi: CandleMi
-    candle: str
-    features: list[str]
-    device: str
+    candle: Text
+    features: list[Text]
+    device: Text
     dtype: Literal["float32", "bfloat16", "float16"]
     case: CaseRef
     model_digest: Digest
@@ -69,8 +78,8 @@ class Header(Part):
 class Run(Part):
     """What differs between two runs of the same case; outside every digest."""
 
-    started: str
-    seconds: dict[str, float]
+    started: Text
+    seconds: dict[Text, float]
     threads: int
     peak_rss_bytes: int | None
 
@@ -91,14 +100,14 @@ class Selection(Part):
 class TensorEntry(Part):
     """One tensor; exactly one of ``values`` (row-major) and ``file`` with ``key``."""
 
-    name: str
+    name: Text
     shape: list[Size]
     dtype: Literal["float32", "bfloat16", "float16", "float64"]
     sha256: Digest
     nonfinite: Size
     values: list[float] | None = None
     file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")] | None = None
-    key: str | None = None
+    key: Text | None = None
     part: Selection | None = None
 
     @model_validator(mode="after")
@@ -123,7 +132,7 @@ class Document(Part):
     run: Run
     tokens: list[list[Size]]
     tensors: list[TensorEntry]
-    scalars: dict[str, float]
+    scalars: dict[Text, float]
     top_features_last_pos: list[Feature]
 
     @model_validator(mode="after")
@@ -201,7 +210,7 @@ class Trace:
             self.document = Document.model_validate(raw)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+            where = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
             raise TraceError(f"{path}: {where or 'document'}: {first['msg']}") from error
 
     @property
@@ -235,7 +244,8 @@ class Trace:
             raise TraceError(f"{self.path}: {name} is {entry.dtype}, which this reader has no arithmetic for")
         dtype = _DTYPES[entry.dtype]
         if entry.values is not None:
-            array: np.ndarray = np.array(entry.values, dtype=dtype).reshape(entry.shape)
+            with np.errstate(over="ignore"):  # too large becomes Inf, which is judged as such
+                array: np.ndarray = np.array(entry.values, dtype=dtype).reshape(entry.shape)
         else:
             array = self._from_file(entry)
             if list(array.shape) != entry.shape or array.dtype != dtype:

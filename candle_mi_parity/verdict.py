@@ -122,6 +122,7 @@ class CaseResult:
     :ivar tensors: of the whole forward, in execution order.
     :ivar forced: the same with every half-layer fed the truth's residual; only when the case diverged.
     :ivar expected: number of tensors that could be compared.
+    :ivar in_part: the candidate's trace was stored in part; ``expected`` counts that part.
     :ivar error: why there is nothing to compare, one line.
     :ivar known: the ledger's note when the divergence is a known one.
     :ivar reproduce: the one command that shows it again.
@@ -135,6 +136,7 @@ class CaseResult:
     tensors: list[TensorResult] = field(default_factory=list)
     forced: list[TensorResult] = field(default_factory=list)
     expected: int = 0
+    in_part: bool = False
     error: str = ""
     known: str = ""
     seconds: float = 0.0

@@ -18,7 +18,7 @@ pub fn sha256(bytes: &[u8]) -> String {
 
 /// One digest for several files: SHA-256 over the lines `<name>:<sha256 of the file>\n`, sorted by name, so that it
 /// says neither where the files lie nor in which order they were read.
-pub fn of_files(files: &[(&str, String)]) -> String {
+pub fn of_files<N: std::fmt::Display>(files: &[(N, String)]) -> String {
     let mut lines: Vec<String> = files
         .iter()
         .map(|(name, sha)| format!("{name}:{sha}\n"))

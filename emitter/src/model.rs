@@ -1,5 +1,6 @@
 //! Loading a model from a local directory, and keeping the last one: most requests of a run share theirs.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -19,7 +20,7 @@ pub struct LoadedModel {
     pub device: Device,
     pub dtype: DType,
     pub vocab_size: usize,
-    /// Over the very bytes of `config.json` and `model.safetensors` that the model was built from.
+    /// Over the very bytes of `config.json` and the weights that the model was built from.
     pub digest: String,
 }
 
@@ -47,7 +48,7 @@ impl LoadedModel {
 /// What must be equal for a loaded model to be used again.
 #[derive(PartialEq)]
 struct Key {
-    files: [Stamp; 2],
+    files: Vec<Stamp>,
     precision: Precision,
     device: String,
 }
@@ -68,7 +69,10 @@ impl ModelCache {
     ) -> Result<&LoadedModel, EmitError> {
         let files = files_of(directory)?;
         let key = Key {
-            files: [Stamp::of(&files[0])?, Stamp::of(&files[1])?],
+            files: files
+                .iter()
+                .map(|file| Stamp::of(file))
+                .collect::<Result<_, _>>()?,
             precision,
             device: device.to_owned(),
         };
@@ -112,81 +116,108 @@ fn open_device(name: &str) -> Result<Device, EmitError> {
         .map_err(|error| EmitError::Request(format!("device \"{name}\" cannot be opened: {error}")))
 }
 
-/// `config.json` and the one weights file of `directory`.
-fn files_of(directory: &Path) -> Result<[PathBuf; 2], EmitError> {
+/// `config.json`, then the weights: `model.safetensors`, or the shards `model-*-of-*.safetensors` in order.
+fn files_of(directory: &Path) -> Result<Vec<PathBuf>, EmitError> {
     let listing = fs::read_dir(directory).map_err(|error| {
         EmitError::Model(format!(
             "model directory {} cannot be read: {error}",
             directory.display()
         ))
     })?;
-    let mut weights: Vec<String> = listing
+    let mut names: Vec<String> = listing
         .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
-        .filter(|name| {
-            name.ends_with(".safetensors")
-                || name.ends_with(".safetensors.index.json")
-                || name.ends_with(".bin")
-                || name.ends_with(".gguf")
-        })
         .collect();
-    weights.sort();
-    let sharded = weights
-        .iter()
-        .any(|name| name.ends_with(".index.json") || name.contains("-of-"));
-    if sharded || !weights.iter().any(|name| name == WEIGHTS) {
-        let found = match weights.as_slice() {
-            [] => "no weights file".to_owned(),
-            names => names
-                .iter()
-                .take(4)
-                .cloned()
-                .chain((names.len() > 4).then(|| format!("{} more", names.len() - 4)))
-                .collect::<Vec<_>>()
-                .join(", "),
-        };
+    names.sort();
+    let shards: Vec<&String> = if names.iter().any(|name| name == WEIGHTS) {
+        names.iter().filter(|name| *name == WEIGHTS).collect()
+    } else {
+        names.iter().filter(|name| is_shard(name)).collect()
+    };
+    if shards.is_empty() {
         return Err(EmitError::Model(format!(
-            "expected one {WEIGHTS} (not sharded) in {}, found {found}",
-            directory.display()
+            "expected {WEIGHTS} or its shards in {}, found {}",
+            directory.display(),
+            some_of(&names)
         )));
     }
-    if !directory.join(CONFIG).is_file() {
+    if !names.iter().any(|name| name == CONFIG) {
         return Err(EmitError::Model(format!(
             "expected {CONFIG} in {}, found none",
             directory.display()
         )));
     }
-    Ok([directory.join(CONFIG), directory.join(WEIGHTS)])
+    Ok(std::iter::once(CONFIG)
+        .chain(shards.into_iter().map(String::as_str))
+        .map(|name| directory.join(name))
+        .collect())
 }
 
-/// Reads both files once: what is hashed is what is used.
-fn load(files: &[PathBuf; 2], dtype: DType, device: Device) -> Result<LoadedModel, EmitError> {
-    let [config_path, weights_path] = files;
+fn is_shard(name: &str) -> bool {
+    name.starts_with("model-") && name.contains("-of-") && name.ends_with(".safetensors")
+}
+
+fn some_of(names: &[String]) -> String {
+    match names {
+        [] => "nothing".to_owned(),
+        names if names.len() > 4 => format!("{}, …", names[..4].join(", ")),
+        names => names.join(", "),
+    }
+}
+
+/// Reads every file once: what is hashed is what is used.
+fn load(files: &[PathBuf], dtype: DType, device: Device) -> Result<LoadedModel, EmitError> {
     let read = |path: &Path| fs::read(path).map_err(|error| EmitError::io(path, &error));
+    let (config_path, shards) = files
+        .split_first()
+        .ok_or_else(|| EmitError::Model("no files to load".to_owned()))?;
     let config_bytes = read(config_path)?;
-    let weights = read(weights_path)?;
-    let digest = digest::of_files(&[
-        (CONFIG, digest::sha256(&config_bytes)),
-        (WEIGHTS, digest::sha256(&weights)),
-    ]);
     let json: serde_json::Value = serde_json::from_slice(&config_bytes).map_err(|error| {
         EmitError::Model(format!("{} is not JSON: {error}", config_path.display()))
     })?;
     let refused = |error: candle_mi::MIError| EmitError::Model(error.to_string());
     let config = TransformerConfig::from_hf_config(&json).map_err(refused)?;
     let vocab_size = config.vocab_size;
-    let builder =
-        VarBuilder::from_buffered_safetensors(weights, dtype, &device).map_err(|error| {
-            EmitError::Model(format!(
-                "{} cannot be read as safetensors: {error}",
-                weights_path.display()
-            ))
-        })?;
+
+    let mut digests = vec![(CONFIG.to_owned(), digest::sha256(&config_bytes))];
+    let builder = if let [only] = shards {
+        let weights = read(only)?;
+        digests.push((name_of(only), digest::sha256(&weights)));
+        VarBuilder::from_buffered_safetensors(weights, dtype, &device)
+            .map_err(|error| unreadable(only, &error))?
+    } else {
+        let mut tensors = HashMap::new();
+        for shard in shards {
+            let weights = read(shard)?;
+            digests.push((name_of(shard), digest::sha256(&weights)));
+            let part = candle_core::safetensors::load_buffer(&weights, &device)
+                .map_err(|error| unreadable(shard, &error))?;
+            for (name, tensor) in part {
+                if tensors.insert(name.clone(), tensor).is_some() {
+                    return Err(EmitError::Model(format!("{name} is in two shards")));
+                }
+            }
+        }
+        VarBuilder::from_tensors(tensors, dtype, &device)
+    };
     let model = GenericTransformer::load(config, &device, dtype, builder).map_err(refused)?;
     Ok(LoadedModel {
         model,
         device,
         dtype,
         vocab_size,
-        digest,
+        digest: digest::of_files(&digests),
     })
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+fn unreadable(path: &Path, error: &candle_core::Error) -> EmitError {
+    EmitError::Model(format!(
+        "{} cannot be read as safetensors: {error}",
+        path.display()
+    ))
 }

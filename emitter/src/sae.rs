@@ -143,19 +143,14 @@ pub fn run(
     let mse = sae.reconstruction_error(residual).map_err(failed)?;
     let encoded = last_position(&features)?;
     let active = encoded.iter().filter(|value| **value > 0.0).count();
-    let mut scalars = vec![
-        (
-            "sae.reconstruction_mse",
-            finite("sae.reconstruction_mse", mse)?,
-        ),
-        ("sae.n_active_last_pos", serde_json::Number::from(active)),
-    ];
+    let mut scalars = vec![("sae.n_active_last_pos", serde_json::Number::from(active))];
+    scalars.extend(finite("sae.reconstruction_mse", mse));
     for (name, values) in [
         ("sae.resid_last_norm", &last_position(residual)?),
         ("sae.encoded_last_norm", &encoded),
         ("sae.decoded_last_norm", &last_position(&recon)?),
     ] {
-        scalars.push((name, finite(name, norm(values))?));
+        scalars.extend(finite(name, norm(values)));
     }
     let mut tensors = vec![
         Named::new("sae.features", features),
@@ -170,7 +165,7 @@ pub fn run(
         let recon = sae.decode(&features).map_err(failed)?;
         let name = "sae_on_truth.reconstruction_mse";
         let mse = sae.reconstruction_error(&truth).map_err(failed)?;
-        scalars.push((name, finite(name, mse)?));
+        scalars.extend(finite(name, mse));
         tensors.push(Named::new("sae_on_truth.features", features));
         tensors.push(Named::new("sae_on_truth.recon", recon));
     }
@@ -195,9 +190,10 @@ fn norm(values: &[f64]) -> f64 {
     values.iter().map(|value| value * value).sum::<f64>().sqrt()
 }
 
-fn finite(name: &str, value: f64) -> Result<serde_json::Number, EmitError> {
-    serde_json::Number::from_f64(value)
-        .ok_or_else(|| EmitError::Sae(format!("scalar {name} is not finite: {value}")))
+/// `None` leaves a non-finite scalar out: JSON has no word for it, the tensors it comes from show it, and its absence
+/// is a failure of its own.
+fn finite(name: &'static str, value: f64) -> Option<(&'static str, serde_json::Number)> {
+    serde_json::Number::from_f64(value).map(|number| (name, number))
 }
 
 /// The largest active features, ties by index.
@@ -205,7 +201,7 @@ fn top_features(encoded: &[f64]) -> Vec<Feature> {
     let mut active: Vec<Feature> = encoded
         .iter()
         .enumerate()
-        .filter(|(_, value)| **value > 0.0)
+        .filter(|(_, value)| **value > 0.0 && value.is_finite())
         .map(|(index, value)| Feature {
             index,
             value: *value,

@@ -1,0 +1,203 @@
+"""The oracle: float64 from the rotary tables to the logits, every hook in its place, and the same each time.
+
+The only source of expectations must not be wrong unseen: it is held against a layer written by hand, against the
+identities that tie the hooks together, and against what transformers itself returns.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from planting import CASES, changed_model, real
+from safetensors.numpy import load_file
+from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from candle_mi_parity.cases import cache_root
+from candle_mi_parity.errors import OracleError
+from candle_mi_parity.families import FAMILIES, hook_names
+from candle_mi_parity.hooks import Recorder, attention, forward, load_model
+from candle_mi_parity.oracle import Oracle, sample
+from candle_mi_parity.rounding import MatmulScales, Truth64
+from candle_mi_parity.truth import Truth
+
+HEAD_DIM, THETA = 20, 500000.0
+PLAIN = THETA ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+SHORT, LONG = [1.0 + 0.1 * i for i in range(10)], [2.0 + 0.3 * i for i in range(10)]
+
+
+def llama3(plain: np.ndarray) -> np.ndarray:
+    """Factor 32 below the low frequency of a context of 64, none above the high one, a blend between."""
+    turns = 64 / (2 * math.pi / plain)
+    smooth = np.clip((turns - 1) / (4 - 1), 0, 1)
+    return np.asarray((1 - smooth) * plain / 32 + smooth * plain)
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 3.0},
+    "dynamic": {"factor": 3.0},
+    "yarn": {"factor": 3.0, "original_max_position_embeddings": 64},
+    "longrope": {
+        "short_factor": SHORT,
+        "long_factor": LONG,
+        "factor": 3.0,
+        "original_max_position_embeddings": 64,
+    },
+    "llama3": {
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "proportional": {},
+}
+EXPECTED = {
+    "default": PLAIN,
+    "linear": PLAIN / 3,
+    "dynamic": PLAIN,
+    "longrope": PLAIN / SHORT,
+    "llama3": llama3(PLAIN),
+    "proportional": PLAIN,
+}
+
+
+def llama_dir() -> Path:
+    return real("llama/hub").subject.model_dir
+
+
+@pytest.fixture(params=sorted({"default", *ROPE_INIT_FUNCTIONS}))
+def rope(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    """A rope type and a llama that has it; one that is new in transformers must be entered in ROPES."""
+    kind: str = request.param
+    parameters = {"rope_type": kind, "rope_theta": THETA, **ROPES[kind]}
+    change = {"rope_parameters": parameters, "rope_theta": None, "rope_scaling": None}
+    return kind, changed_model(tmp_path / kind, llama_dir(), **change)
+
+
+def test_every_parameter_and_buffer_is_float64(rope: tuple[str, Path]) -> None:
+    model = load_model(rope[1])
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert any("inv_freq" in name for name in held)
+    narrow = [name for name, value in held.items() if value.is_floating_point() and value.dtype != torch.float64]
+    assert not narrow, f"{rope[0]}: {narrow} are not float64"
+    control = dict(load_model(rope[1], torch.float32).named_buffers())
+    assert all(value.dtype == torch.float32 for name, value in control.items() if "inv_freq" in name)
+
+
+def test_rotary_frequencies_are_not_rounded_to_float32(rope: tuple[str, Path]) -> None:
+    kind, directory = rope
+    found = dict(load_model(directory).named_buffers())["model.rotary_emb.inv_freq"].numpy()
+    assert (found != found.astype(np.float32)).sum() >= 8, f"{kind}: inv_freq holds float32 numbers: {found}"
+    if kind in EXPECTED:
+        np.testing.assert_allclose(found, EXPECTED[kind], rtol=2e-15, err_msg=kind)
+
+
+def test_a_forward_leaves_nothing_but_float64(rope: tuple[str, Path]) -> None:
+    tensors = captured(load_model(rope[1]), [[1, 5, 9]]).tensors
+    assert {value.dtype for value in tensors.values()} == {torch.float64}
+
+
+def test_a_seed_decides_every_bit() -> None:
+    model, tokens = real("llama/hub").oracle.model, torch.tensor([[1, 5, 9]])
+
+    def run(seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        return sample(model, tokens, seed, lambda captured: {}, {})[1:]
+
+    (value, noise), (value_2, noise_2), (value_3, noise_3) = run(1), run(1), run(2)
+    assert all(torch.equal(value[name], value_2[name]) and torch.equal(value[name], value_3[name]) for name in value)
+    assert all(torch.equal(noise[name], noise_2[name]) for name in noise)
+    assert not torch.equal(noise["logits"], noise_3["logits"])
+
+
+def test_a_truth_computed_again_is_the_cached_one_bit_for_bit(tmp_path: Path) -> None:
+    there = real("gemma2/hub")
+    again = Oracle(there.subject, tmp_path).truth()
+    assert list(again.tensors) == list(there.truth.tensors)
+    for name, tensor in again.tensors.items():
+        np.testing.assert_array_equal(tensor.value, there.truth.tensors[name].value, err_msg=name)
+        np.testing.assert_array_equal(tensor.noise, there.truth.tensors[name].noise, err_msg=name)
+    assert again.scalars == there.truth.scalars and again.meta == there.truth.meta
+
+
+def test_a_cached_truth_that_was_cut_off_is_one_line(tmp_path: Path) -> None:
+    there = real("llama/hub")
+    whole = tmp_path / "truth.safetensors"
+    there.truth.save(whole)
+    assert list(Truth.load(whole).tensors) == list(there.truth.tensors)
+    content = whole.read_bytes()
+    for length in (0, 7, 500, len(content) - 1):
+        whole.write_bytes(content[:length])
+        with pytest.raises(OracleError, match="delete it") as caught:
+            Truth.load(whole)
+        assert "\n" not in str(caught.value)
+
+
+def test_forced_truth_is_the_free_one_within_the_rounding_of_its_inputs() -> None:
+    there = real("llama/hub", "forced")
+    free, forced = real("llama/hub").truth.tensors, there.truth.tensors
+    assert there.inputs is not None
+    given = load_file(there.inputs)
+    assert len(given) == 6 and not any(name.endswith("hook_resid_pre") for name in forced)
+    for name, array in given.items():
+        error = np.abs(array - free[name].value)
+        assert array.dtype == np.float32 and (error <= 2.0**-16 * np.abs(free[name].value)).all(), name
+    moved = 0
+    for name, tensor in forced.items():
+        error = float(np.sqrt(np.square(tensor.value - free[name].value).mean() / np.square(tensor.value).mean()))
+        assert error < 2.0**-14, f"{name}: forced is {error:.3g} from free"
+        moved += error > 0
+    assert moved > 30, "forced equals free: nothing was replaced"
+
+
+def test_each_forced_half_layer_starts_from_what_is_given() -> None:
+    there = real("llama/hub", "forced")
+    assert there.inputs is not None
+    given, forced = load_file(there.inputs), there.truth.tensors
+    for layer in range(3):
+        at = f"blocks.{layer}.hook_"
+        for start, added, end in (("resid_pre", "attn_out", "resid_mid"), ("resid_mid", "mlp_out", "resid_post")):
+            expected = given[at + start].astype(np.float64) + forced[at + added].value
+            np.testing.assert_allclose(forced[at + end].value, expected, rtol=0, atol=1e-14, err_msg=at + end)
+
+
+def test_the_cases_cover_every_family() -> None:
+    assert {case.id.split("/")[0] for case in CASES.values()} >= set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_fires_the_38_hooks_and_logits_in_execution_order(family: str) -> None:
+    there = real(f"{family}/hub")
+    names = [name for name in there.truth.tensors if not name.startswith("sae")]
+    assert names == [*hook_names(3), "logits"] and len(names) == 39
+    # In what order modules were really reached, q, k and v aside, which nothing orders.
+    fired = list(captured(load_model(there.subject.model_dir), there.subject.tokens).tensors)
+    order = [name for name in hook_names(3) if not name.endswith(("hook_q", "hook_k", "hook_v"))]
+    assert [name for name in fired if name in order] == order
+    for name, tensor in there.truth.tensors.items():
+        assert tensor.noise.shape == tensor.value.shape and np.isfinite(tensor.noise).all(), name
+
+
+def captured(model: nn.Module, tokens: list[list[int]]) -> Recorder:
+    with Truth64(MatmulScales()), torch.no_grad():
+        return forward(model, torch.tensor(tokens))
+
+
+def test_no_model_is_run_without_a_mask_or_scale() -> None:
+    one = torch.zeros(1, 1, 1, 4)
+    with pytest.raises(OracleError, match="no attention mask"):
+        attention(nn.Identity(), one, one, one, None, 0.5)
+
+
+def test_weights_are_read_as_they_are() -> None:
+    weights = load_file(llama_dir() / "model.safetensors")
+    state = load_model(llama_dir()).state_dict()
+    assert set(weights) == set(state)
+    for name, value in weights.items():
+        np.testing.assert_array_equal(state[name].numpy(), value.astype(np.float64), err_msg=name)
+    assert cache_root() in llama_dir().parents

@@ -1,0 +1,236 @@
+"""A trace is untrusted input: whatever is wrong with it is one line of TraceError, and never another exception.
+
+A trace that is half written, tampered with, or of another version must end as an ERROR that names the file, and
+neither as numbers that look like a divergence nor as a stack trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planting import Edit, entry, judge, real, write
+
+from candle_mi_parity.errors import TraceError
+from candle_mi_parity.trace import MAX_JSON_BYTES, Trace, read_json
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A good trace; each test spoils it."""
+    return write(tmp_path, real("llama/hub"))
+
+
+def read_all(path: Path) -> int:
+    trace = Trace(path)
+    return sum(trace.tensor(name).size for name in trace.entries)
+
+
+def refused(path: Path) -> str:
+    """The one line with which a trace is refused."""
+    with pytest.raises(TraceError) as caught:
+        read_all(path)
+    message = str(caught.value)
+    assert "\n" not in message, f"not one line: {message!r}"
+    assert path.name in message or "trace.safetensors" in message, f"does not name the file: {message!r}"
+    return message
+
+
+def edited(path: Path, edit: Edit) -> Path:
+    document = json.loads(path.read_text())
+    edit(document)
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_the_unspoilt_twin_is_read_whole(path: Path) -> None:
+    expected = sum(tensor.value.size for tensor in real("llama/hub").truth.tensors.values())
+    assert read_all(path) == expected
+    assert all(result.status == "PASS" for result in judge(real("llama/hub"), path))
+
+
+def test_a_document_cut_off_anywhere_is_refused(path: Path) -> None:
+    content = path.read_bytes()
+    for length in [*range(64), *range(64, len(content), 199), len(content) - 1]:
+        path.write_bytes(content[:length])
+        assert "not valid JSON" in refused(path), f"cut after {length} bytes"
+
+
+@pytest.mark.parametrize("form", ["candle-mi-parity/trace/2", "", None, 1, ["candle-mi-parity/trace/1"]])
+def test_an_unknown_format_is_refused_before_anything_else(path: Path, form: object) -> None:
+    spoilt = edited(path, lambda document: document.update(format=form, header="nonsense"))
+    assert f"format is {form!r}, expected 'candle-mi-parity/trace/1'" in refused(spoilt)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "1", '"x"', "{}", "[[1]]"])
+def test_json_that_is_no_trace_is_refused(path: Path, text: str) -> None:
+    path.write_text(text)
+    assert "format is None" in refused(path)
+
+
+SPOILT: dict[str, tuple[str, str, str]] = {
+    "duplicate key": ('"device": "cpu"', '"device": "cpu", "device": "cpu"', "key given twice: 'device'"),
+    "duplicate key with a line break": ('"device": "cpu"', '"a\\nb": 1, "a\\nb": 1', "key given twice"),
+    "NaN": ('"threads": 2', '"threads": NaN', "NaN is not JSON"),
+    "Infinity": ('"threads": 2', '"threads": -Infinity', "-Infinity is not JSON"),
+    "null": ('"threads": 2', '"threads": null', "run.threads"),
+    "null for a number": ('"forward": 0.1', '"forward": null', "run.seconds.forward"),
+    "unknown key": ('"threads": 2', '"threads": 2, "colour": "red"', "run.colour"),
+    "unknown key with a line break": ('"threads": 2', '"threads": 2, "col\\nour": "red"', "run.col"),
+    "missing key": ('"candle": "0.11.1", ', "", "header.candle: Field required"),
+    "text for a number": ('"threads": 2', '"threads": "2"', "run.threads"),
+    "true for a number": ('"threads": 2', '"threads": true', "run.threads"),
+    "huge number": ('"threads": 2', f'"threads": {"9" * 5000}', "not valid JSON"),
+    "huge number for a float": ('"forward": 0.1', f'"forward": {"9" * 400}', "run.seconds.forward"),
+    "negative token": ('"tokens": [[1,', '"tokens": [[-1,', "tokens.0.0"),
+    "digest too short": ('"sae_digest": null', '"sae_digest": "abc"', "header.sae_digest"),
+    "lone surrogate": ('"device": "cpu"', '"device": "\\ud800"', "header.device"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_document_that_breaks_the_schema_is_refused_where_it_breaks(path: Path, name: str) -> None:
+    old, new, said = SPOILT[name]
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    assert said in refused(path)
+
+
+def test_bytes_that_are_no_utf8_are_refused(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"cpu"', b'"\xff\xfe"'))
+    assert "not valid JSON" in refused(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "[" * 200_000 + "]" * 200_000])
+def test_json_nested_too_deep_is_refused(path: Path, text: str) -> None:
+    path.write_text(text)
+    assert "not valid JSON" in refused(path)
+
+
+def test_json_too_large_is_refused_unread(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(MAX_JSON_BYTES + 1)
+    assert "bytes of JSON, more than" in refused(path)
+
+
+def test_a_file_that_is_not_there_or_a_directory_is_refused(path: Path) -> None:
+    path.unlink()
+    assert "no such file" in refused(path)
+    path.mkdir()
+    assert "Is a directory" in refused(path)
+
+
+def tensor(**change: Any) -> Edit:
+    return lambda document: document["tensors"][3].update(change)
+
+
+def inline(values: list[Any], shape: list[int], **change: Any) -> Edit:
+    def edit(document: dict[str, Any]) -> None:
+        kept = {key: value for key, value in document["tensors"][3].items() if key not in ("file", "key")}
+        document["tensors"][3] = kept | {"values": values, "shape": shape} | change
+
+    return edit
+
+
+def twice(document: dict[str, Any]) -> None:
+    document["tensors"].append(dict(document["tensors"][3]))
+
+
+TENSORS: dict[str, tuple[Edit, str]] = {
+    "name given twice": (twice, "tensors given twice: blocks.0.attn.hook_k"),
+    "wrong digest": (tensor(sha256="0" * 64), "bytes of blocks.0.attn.hook_k have sha256"),
+    "digest of another tensor": (lambda d: d["tensors"][3].update(sha256=d["tensors"][2]["sha256"]), "have sha256"),
+    "a key that is not there": (tensor(key="nothing"), "cannot read nothing"),
+    "a file that is not there": (tensor(file="other.safetensors"), "other.safetensors is not beside it"),
+    "the JSON itself as the file": (tensor(file="trace.json"), "cannot read"),
+    "path to the parent": (tensor(file="../trace.safetensors"), "tensors.3.file"),
+    "absolute path": (tensor(file="/etc/passwd"), "tensors.3.file"),
+    "path below": (tensor(file="a/trace.safetensors"), "tensors.3.file"),
+    "hidden file": (tensor(file=".trace.safetensors"), "tensors.3.file"),
+    "the directory": (tensor(file="."), "tensors.3.file"),
+    "file name with a line break": (tensor(file="trace.safetensors\n"), "tensors.3.file"),
+    "wrong shape": (tensor(shape=[1, 24, 2, 20]), "declared float32[1, 24, 2, 20]"),
+    "shape without the batch": (tensor(shape=[2, 24, 20]), "declared float32[2, 24, 20]"),
+    "huge shape": (tensor(shape=[2**62, 2**62]), "declared float32"),
+    "negative shape": (tensor(shape=[-1, 24, 20]), "tensors.3.shape"),
+    "wrong dtype": (tensor(dtype="float64"), "declared float64[1, 2, 24, 20]"),
+    "unknown dtype": (tensor(dtype="int8"), "tensors.3.dtype"),
+    "dtype without arithmetic": (tensor(dtype="bfloat16"), "no arithmetic"),
+    "both places": (tensor(values=[1.0]), "exactly one of `values` and `file`"),
+    "no place": (tensor(file=None, key=None), "exactly one of `values` and `file`"),
+    "file without key": (tensor(key=None), "exactly one of `values` and `file`"),
+    "too few inline values": (inline([1.0], [1, 2]), "1 values for shape [1, 2]"),
+    "inline values of a huge shape": (inline([1.0], [2**62, 2**62]), "1 values for shape"),
+    "inline null": (inline([None], [1]), "tensors.3.values.0"),
+    "inline text": (inline(["1"], [1]), "tensors.3.values.0"),
+    "inline too large for float32": (inline([1e39], [1]), "have sha256"),
+    "inline too large for a float": (inline([10**400], [1]), "tensors.3.values.0"),
+    "tensor name with a line break": (tensor(name="a\nb"), "'a\\nb' holds unprintable characters"),
+    "tensor name that colours a terminal": (tensor(name="\x1b[31m"), "holds unprintable characters"),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_tensor_that_is_not_what_it_says_is_refused(path: Path, name: str) -> None:
+    edit, said = TENSORS[name]
+    assert said in refused(edited(path, edit))
+
+
+def test_good_inline_values_are_accepted(path: Path) -> None:
+    value = np.array([[0.1, -2.0]], np.float32)
+    good = inline([float(v) for v in value.ravel()], [1, 2], sha256=entry("x", value, "")["sha256"])
+    np.testing.assert_array_equal(Trace(edited(path, good)).tensor("blocks.0.attn.hook_k"), value)
+
+
+def test_a_link_is_not_followed(path: Path, tmp_path: Path) -> None:
+    beside = path.with_suffix(".safetensors")
+    elsewhere = tmp_path / "elsewhere"
+    beside.rename(elsewhere)
+    beside.symlink_to(elsewhere)
+    assert "trace.safetensors is not beside it" in refused(path)
+
+
+def test_a_tensor_file_cut_off_anywhere_is_refused(path: Path) -> None:
+    beside = path.with_suffix(".safetensors")
+    content = beside.read_bytes()
+    for length in [*range(0, 64, 3), *range(64, len(content), len(content) // 40), len(content) - 1]:
+        beside.write_bytes(content[:length])
+        refused(path)
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(st.integers(0, 2**31), st.integers(1, 255))
+def test_one_flipped_byte_in_the_tensors_never_goes_through(tmp_path_factory: Any, where: int, flip: int) -> None:
+    path = write(tmp_path_factory.mktemp("flipped"), real("llama/hub"))
+    beside = path.with_suffix(".safetensors")
+    content = bytearray(beside.read_bytes())
+    data = 8 + int.from_bytes(content[:8], "little")
+    content[data + where % (len(content) - data)] ^= flip
+    beside.write_bytes(content)
+    assert "sha256" in refused(path)
+
+
+@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@given(st.binary(max_size=40), st.integers(0, 2**31))
+def test_random_bytes_in_the_document_are_refused_or_harmless(
+    tmp_path_factory: Any, noise: bytes, where: int
+) -> None:
+    path = write(tmp_path_factory.mktemp("noise"), real("llama/hub"))
+    content = path.read_bytes()
+    at = where % len(content)
+    path.write_bytes(content[:at] + noise + content[at + len(noise) :])
+    with contextlib.suppress(TraceError):  # and no other exception type
+        read_all(path)
+
+
+def test_read_json_is_strict_about_any_document(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"a": [1, {"b": 0.1}]}')
+    assert read_json(path) == {"a": [1, {"b": 0.1}]}
