@@ -40,7 +40,7 @@ def coloured(status: Status | Verdict) -> Text:
 def case_table(result: RunResult) -> Table:
     """One row a case: what was compared, the worst tensor and its ratio, the verdict, the first divergence."""
     title = f"candle-mi {result.candidate} against transformers {result.versions['transformers']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
     for heading in ("case", "tensors", "worst tensor", "pos / 8", "elem / 32", "verdict", "first divergence"):
         narrow = heading in ("case", "verdict")
         right = heading in ("tensors", "pos / 8", "elem / 32")
@@ -65,8 +65,9 @@ def terminal(result: RunResult, console: Console) -> None:
     for case in result.cases:
         if case.status not in (Status.PASS, Status.KNOWN):
             console.print(Group(coloured(case.status), Text(case.message())))
-        if case.known:
-            console.print(Text(f"{case.id}: {case.status.value}: {case.known}", style="yellow"))
+    for note in dict.fromkeys(case.known for case in result.cases if case.known):
+        ids = ", ".join(case.id for case in result.cases if case.known == note)
+        console.print(Text(f"{ids}: {note}", style="yellow"))
     for name, reason in result.skipped.items():
         console.print(Text(f"{name}: not run: {reason}", style="dim"))
     for line in result.stale:
@@ -77,7 +78,7 @@ def terminal(result: RunResult, console: Console) -> None:
 def clean_ratios(result: RunResult) -> Table:
     """The clean bands of the gate, per case: every ratio of a tensor that passed, exact ones counted apart."""
     bands = "bands: rms 0.2 to 3, position < 4, element < 16"
-    table = Table(title=f"clean ratios of candle-mi {result.candidate} ({bands})", box=box.SIMPLE_HEAD)
+    table = Table(title=f"clean ratios of {result.candidate} ({bands})", box=box.SIMPLE_HEAD)
     for heading in ("case", "tensors", "exact", "rms from", "rms to", "position", "element", "inside"):
         table.add_column(heading, justify="left" if heading == "case" else "right", no_wrap=True)
     for case in result.cases:

@@ -32,7 +32,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 def _printable(text: str) -> str:
     """Texts go to terminals and reports: no line break, escape sequence or lone surrogate."""
     if not text.isprintable():
-        raise ValueError(f"{ascii(text)} holds unprintable characters")
+        raise ValueError(f"{text!a} holds unprintable characters")
     return text
 
 

@@ -1,0 +1,203 @@
+"""SAE files that are not what they say, the edge of JumpReLU, and features that flip.
+
+A feature is a decision: it may differ only where rounding can turn it, and then the reconstruction and the MSE
+have to follow the candidate's decision, or one excused flip would fail both.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from planting import Arrays, failures, first, judge, real, write
+
+from candle_mi_parity.errors import SaeError
+from candle_mi_parity.oracle import Oracle
+from candle_mi_parity.sae import Sae, TorchSae, load_npz
+from candle_mi_parity.verdict import TensorResult
+
+
+def arrays(d_in: int = 4, d_sae: int = 6) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shapes = {
+        "W_enc": (d_in, d_sae),
+        "W_dec": (d_sae, d_in),
+        "b_enc": (d_sae,),
+        "b_dec": (d_in,),
+        "threshold": (d_sae,),
+    }
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+class Payload:
+    """Unpickling this makes a directory."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (os.environ["PARITY_TEST_PAYLOAD"],)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "array missing": ({"W_dec": None}, "lacks W_dec; it holds W_enc"),
+    "array unknown": ({"scale": np.ones(1, np.float32)}, "unknown arrays scale"),
+    "W_enc not a matrix": ({"W_enc": np.ones(4, np.float32)}, "W_enc has shape (4,)"),
+    "W_dec transposed": ({"W_dec": np.ones((4, 6), np.float32)}, "W_dec has shape (4, 6), expected (6, 4)"),
+    "one threshold for all": ({"threshold": np.ones((), np.float32)}, "threshold has shape (), expected (6,)"),
+    "b_dec too wide": ({"b_dec": np.ones(6, np.float32)}, "b_dec has shape (6,), expected (4,)"),
+    "float16": ({"W_enc": np.ones((4, 6), np.float16)}, "W_enc is float16"),
+    "integers": ({"b_enc": np.ones(6, np.int64)}, "b_enc is int64"),
+    "text": ({"b_enc": np.array(["a"] * 6)}, "b_enc is <U1"),
+    "NaN": ({"b_enc": np.full(6, np.nan, np.float32)}, "b_enc holds NaN or Inf"),
+    "infinity": ({"W_dec": np.full((6, 4), np.inf, np.float32)}, "W_dec holds NaN or Inf"),
+    "too large for float32": ({"b_dec": np.full(4, 1e300)}, "b_dec holds NaN or Inf"),
+    "no array": (dict.fromkeys(arrays()), "it holds nothing"),
+}
+
+
+def saved(path: Path, content: dict[str, Any]) -> Path:
+    np.savez(path, **{name: array for name, array in content.items() if array is not None})
+    return path
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(SaeError) as caught:
+        load_npz(path)
+    assert "\n" not in str(caught.value) and path.name in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_an_npz_that_is_no_sae_is_refused(tmp_path: Path, name: str) -> None:
+    change, said = BAD[name]
+    assert said in refused(saved(tmp_path / "sae.npz", arrays() | change))
+
+
+def test_the_unspoilt_twin_is_read_with_and_without_a_threshold(tmp_path: Path) -> None:
+    whole = load_npz(saved(tmp_path / "a.npz", arrays()))
+    assert (whole.d_in, whole.d_sae, whole.architecture) == (4, 6, "JumpReLU")
+    assert load_npz(saved(tmp_path / "b.npz", arrays() | {"threshold": None})).architecture == "ReLU"
+    wide = load_npz(saved(tmp_path / "c.npz", {name: array.astype(float) for name, array in arrays().items()}))
+    np.testing.assert_array_equal(wide.W_enc, whole.W_enc)
+
+
+def test_a_pickled_object_is_refused_and_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARITY_TEST_PAYLOAD", str(tmp_path / "executed"))
+    bomb = np.array([Payload()], dtype=object)
+    path = saved(tmp_path / "sae.npz", arrays() | {"b_enc": bomb})
+    assert "not a readable NPZ" in refused(path)
+    assert not (tmp_path / "executed").exists(), "the file was unpickled"
+    np.load(path, allow_pickle=True)["b_enc"]
+    assert (tmp_path / "executed").exists(), "the payload does nothing: the test excites nothing"
+
+
+def test_what_is_no_zip_or_cut_off_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "sae.npz", arrays())
+    content = path.read_bytes()
+    for bad in (b"", b"PK", b"not a zip at all", *(content[:n] for n in range(30, len(content), 97))):
+        path.write_bytes(bad)
+        refused(path)
+    path.unlink()
+    refused(path)
+    np.save(tmp_path / "one.npy", arrays()["W_enc"])
+    refused(tmp_path / "one.npy")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_jumprelu_fires_strictly_above_its_threshold(dtype: torch.dtype) -> None:
+    theta = np.float32(1.3)
+    eye, zero = np.eye(1, dtype=np.float32), np.zeros(1, np.float32)
+    sae = TorchSae(Sae(eye, eye, zero, zero, np.full(1, theta, np.float32)), dtype=dtype)
+    for value, fires in (
+        (np.nextafter(theta, np.float32(0)), False),
+        (theta, False),
+        (np.nextafter(theta, np.float32(2)), True),
+    ):
+        found = sae.encode(torch.tensor([[float(value)]], dtype=dtype))
+        assert found.item() == (float(value) if fires else 0.0), f"{value:.9g} against {theta:.9g}"
+    relu = TorchSae(Sae(eye, eye, zero, zero, None), dtype=dtype)
+    assert relu.encode(torch.tensor([[-0.0], [1e-30]], dtype=dtype)).flatten().tolist() == [0.0, pytest.approx(1e-30)]
+
+
+def test_an_sae_of_another_width_is_one_line(tmp_path: Path) -> None:
+    there = real("gemma2/hub")
+    subject = replace(there.subject, sae_file=saved(tmp_path / "sae.npz", arrays()))
+    with pytest.raises(SaeError, match="SAE has d_in 4, the model has hidden_size 64"):
+        Oracle(subject, tmp_path).truth()
+
+
+def spoilt(tmp_path: Path, arrays: Arrays, scalars: dict[str, float] | None = None) -> list[TensorResult]:
+    there = real("gemma2/hub")
+    path = write(tmp_path, there, arrays, lambda document: document["scalars"].update(scalars or {}))
+    return judge(there, path)
+
+
+def strongest() -> tuple[int, int, int]:
+    features = real("gemma2/hub").arrays["sae.features"]
+    position = features[0, -1]
+    return 0, 23, int(position.argmax())
+
+
+@pytest.mark.parametrize("fault", ["lost", "gained", "halved", "negated"])
+def test_a_feature_that_is_wrong_fails_at_the_features(tmp_path: Path, fault: str) -> None:
+    plant = real("gemma2/hub").arrays
+    features, index = plant["sae.features"], strongest()
+    if fault == "gained":
+        features[0, 23, int((real("gemma2/hub").truth.sae["sae"].pre.value[0, 23]).argmin())] = 1.0
+    else:
+        features[index] *= {"lost": 0, "halved": 0.5, "negated": -1}[fault]
+    found = first(spoilt(tmp_path, plant))
+    assert found.name == "sae.features"
+    assert found.reason == ("flips" if fault in ("lost", "gained") else "values")
+
+
+def test_relu_in_place_of_jumprelu_fails_at_the_features(tmp_path: Path) -> None:
+    plant, pre = real("gemma2/hub").arrays, real("gemma2/hub").truth.sae["sae"].pre.value
+    plant["sae.features"] = np.maximum(pre, 0).astype(np.float32)
+    found = first(spoilt(tmp_path, plant))
+    assert (found.name, found.reason) == ("sae.features", "flips") and "0 with |pre − θ| < 32σ" in found.detail
+
+
+def test_a_wrong_decoder_bias_fails_at_the_reconstruction_while_features_pass(tmp_path: Path) -> None:
+    there = real("gemma2/hub")
+    assert there.subject.sae_file is not None
+    b_dec = load_npz(there.subject.sae_file).b_dec
+    plant = there.arrays
+    for chain in ("sae", "sae_on_truth"):
+        plant[f"{chain}.recon"] -= np.float32(0.5) * b_dec
+    results = spoilt(tmp_path, plant)
+    assert failures(results) == ["sae.recon", "sae_on_truth.recon"]
+
+
+SCALARS = [
+    "sae.reconstruction_mse",
+    "sae_on_truth.reconstruction_mse",
+    "sae.resid_last_norm",
+    "sae.decoded_last_norm",
+]
+
+
+@pytest.mark.parametrize("name", [*SCALARS, "sae.encoded_last_norm"])
+@pytest.mark.parametrize("factor", [1 + 1e-4, float("1e30"), -1.0])
+def test_a_wrong_scalar_fails_alone(tmp_path: Path, name: str, factor: float) -> None:
+    value = real("gemma2/hub").emitted.scalars[name]
+    assert failures(spoilt(tmp_path, real("gemma2/hub").arrays, {name: value * factor})) == [name]
+
+
+def test_a_wrong_count_fails_alone(tmp_path: Path) -> None:
+    count = real("gemma2/hub").emitted.scalars["sae.n_active_last_pos"]
+    name = "sae.n_active_last_pos"
+    assert failures(spoilt(tmp_path, real("gemma2/hub").arrays, {name: count + 1})) == [name]
+
+
+def test_missing_scalars_and_top_features_fail(tmp_path: Path) -> None:
+    there = real("gemma2/hub")
+
+    def nothing(document: dict[str, Any]) -> None:
+        document.update(scalars={}, top_features_last_pos=[])
+
+    found = failures(judge(there, write(tmp_path, there, edit=nothing)))
+    assert set(found) == {*there.emitted.scalars, "sae.top_features_last_pos"}
