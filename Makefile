@@ -13,7 +13,7 @@ parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
 
 test: lint rust-lint
-	$(PY) -m pytest --require-rust
+	$(PY) -m pytest --require-rust -n auto --dist loadgroup
 
 lint: setup
 	$(PY) -m ruff check .

@@ -18,8 +18,9 @@ from candle_mi_parity.torch_source import TorchSource
 from candle_mi_parity.verdict import CaseResult
 
 CASES = {case.id: case for case in load_cases()}
-STORED = sorted(path.name for path in (ROOT / "rust_outputs").glob("*") if path.is_dir())
+STORED = sorted(path.parent.name for path in (ROOT / "rust_outputs").glob("*/candidate.json"))
 LIVE = "0.2.2"
+LEDGER = load_ledger()
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +98,11 @@ def _pair(candidate: str, case: Case) -> object:
     marks = _marks(case)
     marks += {"torch_cuda": [pytest.mark.gpu], "live": [pytest.mark.rust]}.get(candidate, [])
     version = LIVE if candidate == "live" else candidate
-    entries = load_ledger()
-    if any((entry.case, entry.version) == (case.id, version) for entry in (*entries.known, *entries.refused)):
+    entries = LEDGER
+    keys = {(known.case, known.version) for known in entries.known}
+    keys |= {(refused.case, refused.version) for refused in entries.refused}
+    if (case.id, version) in keys:
         marks.append(pytest.mark.xfail(raises=pytest_plugin.KnownDivergence, strict=True, reason="known divergence"))
+    # One worker judges a case against a candidate, whatever is asserted of it.
+    marks.append(pytest.mark.xdist_group(f"{candidate}-{case.id}"))
     return pytest.param(candidate, case.id, id=f"{candidate}-{case.id}", marks=marks)

@@ -113,7 +113,7 @@ def stored_dir(candidate: Candidate, repo_root: Path) -> Path:
     found = root / candidate.target if is_version else Path(candidate.target).expanduser()
     if found.is_dir():
         return found
-    held = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+    held = sorted(entry.name for entry in root.glob("*") if entry.is_dir() and _VERSION.fullmatch(entry.name))
     raise CandidateError(f"no stored traces at {found}; stored versions: {', '.join(held) or 'none'}")
 
 

@@ -29,22 +29,37 @@ class Row(BaseModel):
 
 
 class RandomTokens(Row):
-    """BOS (id 1) and then ``random - 1`` ids drawn from the vocabulary without the special ids 0, 1, 2."""
+    """BOS (id 1) and then ``random - 1`` ids drawn from the vocabulary without the special ids 0, 1, 2.
+
+    :ivar batch: number of such rows, of equal length and different ids.
+    """
 
     random: Annotated[int, Field(ge=1)]
     seed: int = 0
+    batch: Annotated[int, Field(ge=1)] = 1
+
+
+Scalar = int | float | str | bool
+Setting = Scalar | list[int] | list[float] | list[str] | dict[str, Scalar | list[float]]
+"""A value of ``config.json`` as TOML can say it."""
 
 
 class TinyModel(Row):
     """A generated model: the shape from ``fixtures/<config>``, weights from a hash of each tensor's name.
 
+    :ivar shards: number of safetensors files.
     :ivar change: config keys that this case sets otherwise than the file.
+    :ivar null: config keys that this case sets to null, which TOML cannot say.
+    :ivar absent: config keys of the file that this case leaves out, so that each library's own default holds.
     """
 
     source: Literal["tiny"]
     config: str
     dialect: Literal["hub", "v5"]
-    change: dict[str, int | float | str | bool | list[int]] = {}
+    shards: Annotated[int, Field(ge=1)] = 1
+    change: dict[str, Setting] = {}
+    null: list[str] = []
+    absent: list[str] = []
 
 
 class PackageModel(Row):
@@ -93,17 +108,20 @@ class Case(Row):
     """One comparison: a model, what is fed to it, an SAE.
 
     :ivar lane: ``default`` runs on every machine; ``hub`` needs a download and runs when it is selected.
+    :ivar unmeasured: the tensors that are too noisy to judge, all of them and no other: opening or closing such a
+        gap is an edit of the row. ``blocks.*.x`` stands for every layer.
     :ivar stored: how much of a trace is kept in ``rust_outputs/``.
     """
 
     id: str
     model: Model
-    tokens: RandomTokens | list[int] | None = None
+    tokens: RandomTokens | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     text: str | None = None
     sae: SaeFile | None = None
-    dtype: Literal["float32"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     lane: Literal["default", "hub"] = "default"
-    stored: Literal["whole", "part"] = "whole"
+    stored: Literal["whole", "part"] = "part"
+    unmeasured: list[str] = []
 
     @model_validator(mode="after")
     def _one_input(self) -> Case:

@@ -14,14 +14,22 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from candle_mi_parity import report
+from candle_mi_parity.build import build
 from candle_mi_parity.candidate import CandidateError, parse_candidate
 from candle_mi_parity.cases import ROOT, Case, cache_root, load_cases, select
+from candle_mi_parity.census import take_census
+from candle_mi_parity.census_record import STORED, Entry
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.ledger import load_ledger, proposed_entry
+from candle_mi_parity.families import family_of
+from candle_mi_parity.field_check import check
+from candle_mi_parity.fields import load_fields
+from candle_mi_parity.ledger import is_refusal, load_ledger, proposed_entry
+from candle_mi_parity.models import model_directory
 from candle_mi_parity.oracle import Oracle
 from candle_mi_parity.reference import environment, is_last_layer, make_reference, reference_case
 from candle_mi_parity.run import Progress, run
 from candle_mi_parity.subject import prepare
+from candle_mi_parity.tokens import emit_tokens
 from candle_mi_parity.trace import CandleMi
 from candle_mi_parity.verdict import CaseResult, RunResult, Status
 
@@ -149,7 +157,54 @@ def store(
         if parse_candidate(candidate).kind != "version":
             raise CandidateError(f"only releases are stored, not {candidate}")
         result = judge(candidate, None, out, keep=ROOT / "rust_outputs" / candidate)
+        model = next(case.model for case in load_cases() if case.id == "smollm2/hub")
+        directory = model_directory(model, cache_root())
+        target = ROOT / "rust_outputs" / candidate / "tokens.json"
+        emit_tokens(parse_candidate(candidate), cache_root(), directory, target, print)
         print(result.line())
+
+
+@app.command()
+def versions(out: OutOption = OUT) -> None:
+    """The table family × version of every stored release, in Markdown."""
+    with _one_line_errors():
+        stored = sorted((path.parent.name for path in (ROOT / "rust_outputs").glob("*/candidate.json")), key=_numbers)
+        results = {version: judge(f"stored:{version}", None, out / version) for version in stored}
+        print(report.versions_table(results))
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
+
+
+@app.command("census")
+def census_command(
+    candidate: CandidateOption = DEFAULT_CANDIDATE,
+    family: Annotated[str, typer.Option(help="Glob over model types; a part is shown, not stored.")] = "*",
+    out: OutOption = OUT,
+) -> None:
+    """What candle-mi does with every causal language model of transformers: refused, same, different, not asked."""
+    with _one_line_errors():
+        chosen = parse_candidate(candidate)
+        if chosen.kind in ("stored", "torch"):
+            raise CandidateError(f"the census asks an emitter: it needs a candidate to build, not {candidate}")
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("starting", total=None)
+            done: list[Entry] = []
+
+            def progress(entry: Entry, total: int) -> None:
+                done.append(entry)
+                bar.update(task, description=f"[{len(done)}/{total}] {entry.model_type}: {entry.outcome}")
+
+            built = build(chosen, cache_root(), lambda line: bar.update(task, description=line))
+            identity = CandleMi.model_validate(built.identity["candle_mi"])
+            census = take_census(built.path, identity, family, cache_root(), out / "census", progress)
+        whole = family == "*"
+        path = STORED / f"{candidate}.json" if whole and chosen.kind == "version" else out / "census.json"
+        report.write_json(census.model_dump(exclude_defaults=True), path)
+        report.census(census, Console())
+        print(f"wrote {path}")
 
 
 @app.command()
@@ -159,8 +214,22 @@ def known(candidate: CandidateOption = DEFAULT_CANDIDATE, cases: CasesOption = N
         result = judge(candidate, cases, out)
         identity = CandleMi.model_validate({field: result.identity.get(field) for field in CandleMi.model_fields})
         for case in result.cases:
-            if case.status is Status.FAIL and case.first_divergence:
+            if case.status is Status.FAIL or (case.status is Status.ERROR and is_refusal(case)):
                 print(proposed_entry(case, identity))
+
+
+@app.command("fields")
+def fields_command(
+    family: Annotated[str | None, typer.Option(help="One model family; without it, all.")] = None,
+) -> None:
+    """The config-field ledger: every field that transformers reads, what covers it, its effect over noise."""
+    with _one_line_errors():
+        if family is not None:
+            family_of(family)
+        families = None if family is None else [family]
+        findings = check(load_fields(), load_cases(), cache_root(), families)
+        report.fields_table(findings, Console())
+    raise typer.Exit(1 if any(finding.fault for finding in findings) else 0)
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ import math
 import numpy as np
 
 from candle_mi_parity.compare_sae import judge_sae, judge_sae_scalars
+from candle_mi_parity.diagnose import Diagnosis, diagnose
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.families import inputs_of
-from candle_mi_parity.gate import ELEMENT_GATE, Measure, measure
+from candle_mi_parity.gate import ELEMENT_GATE, UNITS, measure
 from candle_mi_parity.judge import judged, malformed, nonfinite, selected
 from candle_mi_parity.trace import Emitted, Trace
 from candle_mi_parity.truth import Truth, TruthTensor
@@ -83,7 +84,23 @@ def compare(
         if name not in truth.tensors
     ]
     chains = [name for name in truth.sae if selection is None or f"{name}.features" in selection]
-    return results + judge_sae_scalars(truth, trace, decoder, chains)
+    return results + _judge_tokens(truth, trace) + judge_sae_scalars(truth, trace, decoder, chains)
+
+
+def look(truth: Truth, trace: Emitted, results: list[TensorResult]) -> Diagnosis | None:
+    """What the error of the first diverging tensor looks like; None where there are no two tensors to look at."""
+    first = next((result for result in results if result.status is Status.FAIL), None)
+    if first is None or first.reason not in ("values", "masked", "nonfinite", "flips"):
+        return None
+    entry, expected = trace.entries.get(first.name), truth.tensors.get(first.name)
+    if entry is None or expected is None:
+        return None
+    got = trace.tensor(first.name).astype(np.float64)
+    value, noise = selected(expected.value, entry.part), selected(expected.noise, entry.part)
+    mask = None
+    if expected.allowed is not None:
+        mask = np.broadcast_to(selected(expected.allowed, entry.part), got.shape)
+    return diagnose(first.name, got, value, noise, mask)
 
 
 def _feeders(name: str, truth: Truth) -> list[str]:
@@ -111,11 +128,10 @@ def _judge(name: str, expected: TruthTensor, trace: Emitted, agreed: bool | None
         if name.endswith("hook_pattern") and (leaked := np.argwhere((got != 0) & ~mask)).size:
             return _leak(name, leaked, got, mask, agreed)
     error = got - value
-    measured = measure(error, value, noise, mask)
-    detail = _argmax_flips(got, value, measured) if name == "logits" and entry.part is None else ""
+    measured = measure(error, value, noise, mask, unit=UNITS[trace.dtype])
     if not noise.any() and (mask is None or mask.all()):
         return judged(name, measured, got, value, mask, agreed, "exact by construction", exact=True)
-    return judged(name, measured, got, value, mask, agreed, detail)
+    return judged(name, measured, got, value, mask, agreed)
 
 
 def _leak(name: str, leaked: np.ndarray, got: np.ndarray, mask: np.ndarray, agreed: bool | None) -> TensorResult:
@@ -128,13 +144,40 @@ def _leak(name: str, leaked: np.ndarray, got: np.ndarray, mask: np.ndarray, agre
     )  # fmt: skip
 
 
-def _argmax_flips(got: np.ndarray, truth: np.ndarray, measured: Measure) -> str:
-    """The next token may differ only where the truth's own margin is inside the gate; counted either way."""
-    ours, theirs = truth.argmax(-1)[..., None], got.argmax(-1)[..., None]
-    margin = (np.take_along_axis(truth, ours, -1) - np.take_along_axis(truth, theirs, -1))[..., 0]
-    sigma = sum(np.take_along_axis(measured.sigma, index, -1)[..., 0] for index in (ours, theirs))
+def _judge_tokens(truth: Truth, trace: Emitted) -> list[TensorResult]:
+    """The greedy next token at every position, and the ten likeliest at the last.
+
+    A token may take another's place only where the truth's own margin between the two is inside the gate; such
+    a tie is counted, not failed.
+    """
+    entry, expected = trace.entries.get("logits"), truth.tensors.get("logits")
+    if entry is None or expected is None or entry.part is not None or tuple(entry.shape) != expected.value.shape:
+        return []
+    got, value = trace.tensor("logits").astype(np.float64), expected.value
+    if not np.isfinite(got).all():
+        return []
+    sigma = measure(np.zeros_like(value), value, expected.noise, unit=UNITS[trace.dtype]).sigma
+    ours, theirs = value.argmax(-1)[..., None], got.argmax(-1)[..., None]
+    margin = (np.take_along_axis(value, ours, -1) - np.take_along_axis(value, theirs, -1))[..., 0]
+    allowed = ELEMENT_GATE * sum(np.take_along_axis(sigma, index, -1)[..., 0] for index in (ours, theirs))
     flips = ours[..., 0] != theirs[..., 0]
-    excused = flips & (margin < ELEMENT_GATE * sigma)
-    if not flips.any():
-        return "argmax equal at every position"
-    return f"argmax differs at {int(flips.sum())} positions, {int(excused.sum())} of them ties inside the gate"
+    first = _discrete("logits.next_token", flips.size, int(flips.sum()), int((flips & ~(margin < allowed)).sum()))
+    return [first, _top_tokens(value[0, -1], got[0, -1], sigma[0, -1])]
+
+
+TOP_TOKENS = 10
+
+
+def _top_tokens(value: np.ndarray, got: np.ndarray, sigma: np.ndarray) -> TensorResult:
+    """Of one position [V]: a token of one side's top ten that the other has not must tie with its tenth."""
+    ours, theirs = (set(np.argsort(-logits, kind="stable")[:TOP_TOKENS].tolist()) for logits in (value, got))
+    tenth = min(ours, key=lambda token: value[token])
+    odd = ours ^ theirs
+    wrong = [t for t in odd if not abs(value[t] - value[tenth]) < ELEMENT_GATE * (sigma[t] + sigma[tenth])]
+    return _discrete("logits.top10_last_pos", TOP_TOKENS, len(odd) // 2, (len(wrong) + 1) // 2)
+
+
+def _discrete(name: str, decisions: int, flipped: int, wrong: int) -> TensorResult:
+    status, reason = (Status.FAIL, "values") if wrong else (Status.PASS, "")
+    detail = f"{flipped} of {decisions} differ, {flipped - wrong} of them ties inside the gate"
+    return TensorResult(name, status, reason, compared=decisions, past=wrong, detail=detail)

@@ -226,7 +226,9 @@ def _judge_top(truth: Truth, trace: Emitted) -> TensorResult:
     if not found:
         return result("")
     weakest = min(found, key=lambda index: value[index])
-    left = [int(i) for i in np.flatnonzero(expected) if int(i) not in found]
+    # A feature that rounding may turn off need not be listed, however strong it is when on.
+    certain = np.abs(value - truth.sae["sae"].threshold) >= ELEMENT_GATE * sigma
+    left = [int(i) for i in np.flatnonzero((expected != 0) & certain) if int(i) not in found]
     tie = ELEMENT_GATE * (sigma + sigma[weakest])
     stronger = [index for index in left if value[index] - value[weakest] >= tie[index]]
     return result(f"feature {stronger[0]} is stronger than {weakest} and not listed" if stronger else "")

@@ -33,3 +33,7 @@ class LedgerError(ParityError):
 
 class GoldenError(ParityError):
     """A golden is absent, stale, or not made by the oracle."""
+
+
+class CensusError(ParityError):
+    """The auto-config census cannot be made, or a stored one is not valid."""

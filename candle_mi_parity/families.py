@@ -38,6 +38,7 @@ class Family:
     :ivar mlp_out: output is what the MLP block adds to the residual stream.
     :ivar norm_offset: the norm multiplies by ``norm_offset + weight`` (1 in the Gemma families); a generated
         weight is centred so that the multiplier stays near 1.
+    :ivar heads_first: ``q`` and ``k`` come out as [B, n, T, D], not as [B, T, n·D].
     """
 
     q: str = "self_attn.q_proj"
@@ -48,6 +49,7 @@ class Family:
     resid_mid: str = "post_attention_layernorm"
     mlp_out: str = "mlp"
     norm_offset: int = 0
+    heads_first: bool = False
 
 
 FAMILIES = {

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-UNIT = 2.0**-24
+UNITS = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""Unit roundoff of each format."""
+UNIT = UNITS["float32"]
 TINY = 2.0**-149
 POSITION_GATE = 8.0
 ELEMENT_GATE = 32.0
@@ -55,9 +57,8 @@ class Measure:
 
     def passes(self) -> bool:
         """Written so that NaN fails."""
-        position = (self.position < POSITION_GATE) | self.unresolved
-        element = (self.element < ELEMENT_GATE) | spread(self.unresolved, self.element)
-        return bool(position.all() and element.all())
+        check_gate(POSITION_GATE, ELEMENT_GATE)
+        return bool((self.position < POSITION_GATE).all() and (self.element < ELEMENT_GATE).all())
 
     def past(self) -> int:
         """Elements not inside the element gate."""
@@ -75,13 +76,19 @@ def by_position(array: np.ndarray) -> np.ndarray:
 
 
 def measure(
-    error: np.ndarray, truth: np.ndarray, noise: np.ndarray, mask: np.ndarray | None = None, samples: int = 16
+    error: np.ndarray,
+    truth: np.ndarray,
+    noise: np.ndarray,
+    mask: np.ndarray | None = None,
+    samples: int = 16,
+    unit: float = UNIT,
 ) -> Measure:
     """Ratios of an error to its noise.
 
     :param error: candidate − truth, float64 [B, …, T, entries]; axis −2 is the position.
     :param truth: the expected values, same shape.
     :param noise: s_i, same shape.
+    :param unit: unit roundoff of the format in which the tensor was emitted.
     :param mask: True where an entry is compared; None compares all.
     """
     kept = np.ones(error.shape, bool) if mask is None else np.broadcast_to(mask, error.shape)
@@ -98,8 +105,8 @@ def measure(
     mean_square = mean(np.square(error))
     with np.errstate(invalid="ignore", over="ignore"):
         sigma = np.sqrt((samples * variance + spread(n2, error)) / (samples + 1))
-        sigma = sigma + (UNIT / 4) * np.abs(truth) + TINY
-        position = np.where(mean_square == 0, 0.0, np.sqrt(mean_square) / (n_p + (UNIT / 4) * t_p + TINY))
+        sigma = sigma + (unit / 4) * np.abs(truth) + TINY
+        position = np.where(mean_square == 0, 0.0, np.sqrt(mean_square) / (n_p + (unit / 4) * t_p + TINY))
         element = np.where(error == 0, 0.0, np.abs(error) / sigma)
         total = np.sqrt(variance[kept].mean()) if kept.any() else 0.0
         rms = float(np.sqrt(np.square(error[kept]).mean()) / total) if total > 0 else 0.0

@@ -54,10 +54,12 @@ class Recorder:
         replacement = self.replace.get(name)
         if replacement is None:
             return tensor
+        # Samples share a pass as further rows.
+        replacement = replacement.repeat(tensor.shape[0] // replacement.shape[0], 1, 1)
         if name.endswith("hook_resid_mid"):
             # A hook on the norm sees the stream but cannot replace it for the residual sum that ends the layer.
             self._owed[name.replace("resid_mid", "resid_post")] = replacement - tensor
-        return replacement.expand_as(tensor)
+        return replacement
 
 
 def attention(
@@ -68,12 +70,14 @@ def attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **unknown: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Eager attention for every family: query [B,H,T,D], key and value [B,K,T,D], rotated, before repetition.
 
     :raises OracleError: without a mask or a scale; causality would have to be guessed.
     """
+    if unknown.get("s_aux") is not None:
+        raise OracleError(f"{type(module).__name__} passes attention sinks, which are not implemented here")
     if attention_mask is None or scaling is None:
         raise OracleError(f"{type(module).__name__} passes no attention mask or no scaling to its attention")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
@@ -86,7 +90,8 @@ def attention(
         scores = torch.tanh(scores / softcap) * softcap
     allowed = attention_mask == 0
     recorder.allowed[layer] = allowed[0, 0]
-    pattern = torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    pattern = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     recorder.at(f"blocks.{layer}.attn.hook_pattern", pattern)
     return torch.matmul(pattern, value).transpose(1, 2).contiguous(), pattern
 
@@ -95,7 +100,9 @@ transformers.AttentionInterface.register(ATTENTION, attention)
 transformers.AttentionMaskInterface.register(ATTENTION, transformers.masking_utils.eager_mask)
 
 
-def load_model(directory: Path, dtype: torch.dtype = torch.float64, device: str = "cpu") -> nn.Module:
+def load_model(
+    directory: Path, dtype: torch.dtype = torch.float64, device: str = "cpu", attention: str = ATTENTION
+) -> nn.Module:
     """The causal language model of a directory, in eval mode, with our attention.
 
     In float64 it is also *loaded* under the float64 mode: rotary tables are computed at construction.
@@ -107,7 +114,7 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float64, device: str 
         torch.set_default_dtype(dtype)
         with _mode_for(dtype), torch.no_grad(), _quiet():
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, attn_implementation=ATTENTION, local_files_only=True
+                directory, dtype=dtype, attn_implementation=attention, local_files_only=True
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"transformers cannot load {directory}: {str(error).splitlines()[0]}") from error
@@ -132,14 +139,17 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
 
 
-def forward(model: nn.Module, tokens: torch.Tensor, replace: Captured | None = None) -> Recorder:
+def forward(
+    model: nn.Module, tokens: torch.Tensor, replace: Captured | None = None, family: Family | None = None
+) -> Recorder:
     """One forward pass with every hook point recorded, ``logits`` last.
 
     :param tokens: int64 [B, T].
     :param replace: see :class:`Recorder`; honoured at the inputs and outputs of modules, not inside attention.
+    :param family: where the hook points are; None looks it up by the model's own type.
     """
     recorder = Recorder(replace)
-    handles = _attach(model, recorder)
+    handles = _attach(model, recorder, family)
     token = _recorder.set(recorder)
     # One row of positions a sequence, so that samples that share a batch share no rotary noise.
     positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
@@ -154,9 +164,9 @@ def forward(model: nn.Module, tokens: torch.Tensor, replace: Captured | None = N
     return recorder
 
 
-def _attach(model: Any, recorder: Recorder) -> list[Any]:
+def _attach(model: Any, recorder: Recorder, family: Family | None) -> list[Any]:
     config = model.config
-    family = family_of(config.model_type)
+    family = family or family_of(config.model_type)
     handles = [
         model.model.layers[0].register_forward_pre_hook(_input("hook_embed", recorder), with_kwargs=True),
         model.model.norm.register_forward_hook(_output("hook_final_norm", recorder)),
@@ -183,7 +193,8 @@ def _layer_hooks(
         yield "output", family.qkv, _fused(names, [n_heads, n_kv, n_kv], head_dim, recorder)
     else:
         for name, module in zip(names, (family.q, family.k, family.v), strict=True):
-            yield "output", module, _heads(name, head_dim, recorder)
+            first = family.heads_first and name[-1] in "qk"
+            yield "output", module, _output(name, recorder) if first else _heads(name, head_dim, recorder)
     yield "output", family.attn_out, _output(f"{prefix}hook_attn_out", recorder)
     yield "input", family.resid_mid, _input(f"{prefix}hook_resid_mid", recorder)
     yield "input", "mlp", _input(f"{prefix}mlp.hook_pre", recorder)

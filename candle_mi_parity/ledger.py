@@ -7,6 +7,7 @@ set of tensors that still diverge when every half-layer is fed the truth. Anythi
 from __future__ import annotations
 
 import fnmatch
+import json
 import math
 import tomllib
 from pathlib import Path
@@ -142,7 +143,7 @@ def apply_ledger(case: CaseResult, candidate: CandleMi, ledger: Ledger) -> None:
     """Turn a case into KNOWN when it does what its entry records; say what differs when it does not."""
     if case.status is Status.ERROR:
         refusal = ledger.refusal(case, candidate)
-        if refusal is not None and case.error.startswith("model:") and refusal.error in case.error:
+        if refusal is not None and is_refusal(case) and refusal.error in case.error:
             case.status, case.known = Status.KNOWN, f"refused: {refusal.why}"
         return
     entry = ledger.entry(case, candidate)
@@ -156,9 +157,13 @@ def apply_ledger(case: CaseResult, candidate: CandleMi, ledger: Ledger) -> None:
 
 
 def proposed_entry(case: CaseResult, candidate: CandleMi) -> str:
-    """The TOML of an entry for a diverging case; ``why`` is left for a person, and refused while empty."""
+    """The TOML of an entry for a diverging or refused case; ``why`` is a person's, and refused while empty."""
     first = case.first_divergence
-    assert first is not None
+    if first is None:
+        return (
+            f'[[refused]]\ncase = "{case.id}"\nversion = "{candidate.version}"\n'
+            f'checksum = "{candidate.checksum or ""}"\nerror = {json.dumps(case.error)}\nwhy = ""\n'
+        )
     names = [tensor.name for tensor in case.forced]
     forced = ", ".join(f'"{name}"' for name in _compress(case.forced_divergences, names))
     return (
@@ -166,6 +171,11 @@ def proposed_entry(case: CaseResult, candidate: CandleMi) -> str:
         f'checksum = "{candidate.checksum or ""}"\nfirst = "{first.name}"\nratio = {first.ratio:.3e}\n'
         f'forced = [{forced}]\nwhy = ""\n'
     )
+
+
+def is_refusal(case: CaseResult) -> bool:
+    """Whether candle-mi itself said no, at loading or running; a crash, a hang or a bad file is none."""
+    return case.error.startswith(("model:", "forward:"))
 
 
 def _compress(diverging: list[str], names: list[str]) -> list[str]:

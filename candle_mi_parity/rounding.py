@@ -31,14 +31,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from candle_mi_parity.errors import OracleError
 
 UNIT = 2.0**-24
 """Unit roundoff of float32."""
 
-UNITS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+_ONE = 1 / math.sqrt(3)
+"""Deviation of one rounding in units of the roundoff: a uniform error in ±1."""
+
+_UNIT_OF = "_candle_mi_parity_unit"
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 _EXACT = frozenset(
@@ -67,14 +70,24 @@ def _name(func: Any) -> str:
     return name[:-1] if in_place else name
 
 
-class _Literals(TorchFunctionMode):
-    """``torch.tensor(0.1, dtype=torch.float32)`` is rounded before any dispatch mode sees it: ask for float64."""
+class _AboveDispatch(TorchFunctionMode):
+    """What a dispatch mode cannot see.
+
+    ``torch.tensor(0.1, dtype=torch.float32)`` is rounded before any dispatch: ask for float64. ``x.to(dtype)``
+    where x has that dtype already dispatches nothing, though in a narrower model it would round.
+    """
+
+    def __init__(self, narrow: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._narrow = narrow
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         out = func(*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and out.is_floating_point():
             return func(*args, **{**kwargs, "dtype": torch.float64})
+        if func in (torch.Tensor.to, torch.Tensor.type_as) and out is args[0] and out.is_floating_point():
+            return self._narrow(out)
         return out
 
 
@@ -88,25 +101,30 @@ class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __enter__(self) -> Any:
-        self._literals = _Literals()
-        self._literals.__enter__()  # type: ignore[no-untyped-call]
+        self._above = _AboveDispatch(self.narrow)
+        self._above.__enter__()  # type: ignore[no-untyped-call]
+        # An integer tensor times a Python float takes the default dtype (dynamic rotary's sequence length does).
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        self._literals.__exit__(*exception)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(self._default)
+        self._above.__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             raise OracleError(f"{func} is composite and reached the float64 mode; run under torch.no_grad")
         kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in _NARROW:
+        asked = kwargs.get("dtype")
+        if asked in _NARROW:
             kwargs["dtype"] = torch.float64
         if func is torch.ops.aten._softmax.default:
             args = (args[0], args[1], False)  # half_to_float asks for a float32 result
         if func is not torch.ops.aten.copy_.default:
             args = _widen(args)
-        out = self.round(func, args, func(*args, **kwargs))
+        out = self.round(func, args, func(*args, **kwargs), asked)
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor) and tensor.dtype in _NARROW:
                 if func is torch.ops.aten.copy_.default:
@@ -114,9 +132,13 @@ class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise OracleError(f"{func} gave {tensor.dtype} inside the float64 mode")
         return out
 
-    def round(self, _func: Any, _args: Any, out: Any) -> Any:
-        """Hook for the noise; the truth adds none."""
+    def round(self, _func: Any, _args: Any, out: Any, _asked: torch.dtype | None) -> Any:
+        """Hook for the noise; the truth adds none. ``_asked`` is the dtype that the code asked for."""
         return out
+
+    def narrow(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Hook for a cast to the model's own dtype, which in float64 is no operation at all."""
+        return tensor
 
 
 def _widen(value: Any) -> Any:
@@ -190,7 +212,7 @@ class Truth64(Float64):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._scales = scales
 
-    def round(self, func: Any, args: Any, out: Any) -> Any:
+    def round(self, func: Any, args: Any, out: Any, _asked: torch.dtype | None) -> Any:
         if (name := _name(func)) in _MATMULS:
             left, right = args[-2:]
             product = torch.mm if name.endswith("mm") and left.dim() == 2 else torch.bmm
@@ -203,9 +225,14 @@ class Truth64(Float64):  # type: ignore[no-untyped-call]
 class RoundingNoise(Float64):  # type: ignore[no-untyped-call]
     """A sample: float64 plus, at every operation, an error of the size of that operation's rounding.
 
+    In a model of a narrower format some code asks for float32 (norms, softmax, rotary tables). All tensors being
+    float64 here, the format that one would have is carried along as its unit roundoff: float32's where the code
+    asked for float32 or an operand has it, the model's elsewhere. Matmuls and layer norms accumulate in float32
+    whatever the format, as kernels do, and round once to it.
+
     :param pool: source of N(0, 1) numbers.
     :param scales: the truth pass's matmul sums.
-    :param unit: unit roundoff of the format whose rounding is simulated.
+    :param unit: unit roundoff of the model's format.
     :raises OracleError: on a floating operation that has no rule.
     """
 
@@ -213,53 +240,92 @@ class RoundingNoise(Float64):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._pool = pool
         self._squares = scales.replay()
-        self._unit = unit
+        self._model_unit = unit
 
-    def round(self, func: Any, args: Any, out: Any) -> Any:
+    def round(self, func: Any, args: Any, out: Any, asked: torch.dtype | None) -> Any:
         name = _name(func)
+        unit = self._unit_of_result(args, asked)
         if name == "native_layer_norm":
-            return (self._layer_norm(args), *out[1:])
-        if not isinstance(out, torch.Tensor) or not out.dtype.is_floating_point or name in _EXACT:
-            if name not in _EXACT and isinstance(out, tuple | list):
+            return (_tag(self._layer_norm(args, unit), unit), *out[1:])
+        if not isinstance(out, torch.Tensor) or not out.dtype.is_floating_point:
+            if isinstance(out, tuple | list) and name not in _EXACT:
                 raise OracleError(f"{func} has no noise rule")
+            for part in out if isinstance(out, tuple | list) else ():
+                _tag(part, unit)
             return out
+        if name == "_to_copy" and unit > self._unit_of(args[0]):
+            out = self._relative(out, _ONE, unit)
+        return _tag(out if name in _EXACT else self._noisy(func, name, args, out, unit), unit)
+
+    def narrow(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._unit_of(tensor) >= self._model_unit:
+            return tensor
+        with _disable_current_modes():
+            rounded = self._relative(tensor.clone(), _ONE, self._model_unit)
+        _tag(rounded, self._model_unit)
+        return rounded
+
+    def _unit_of(self, tensor: torch.Tensor) -> float:
+        return float(getattr(tensor, _UNIT_OF, self._model_unit))
+
+    def _unit_of_result(self, args: Any, asked: torch.dtype | None) -> float:
+        if asked is not None and asked.is_floating_point:
+            return UNIT if asked == torch.float32 else self._model_unit
+        operands = [item for arg in args for item in (arg if isinstance(arg, tuple | list) else (arg,))]
+        # A zero-dimensional operand does not promote, as in torch.
+        units = [
+            self._unit_of(operand)
+            for operand in operands
+            if isinstance(operand, torch.Tensor) and operand.dtype.is_floating_point and operand.dim() > 0
+        ]
+        return min(units, default=self._model_unit)
+
+    def _noisy(self, func: Any, name: str, args: Any, out: torch.Tensor, unit: float) -> torch.Tensor:
         if name in _MATMULS:
-            variance = self._squares(out) * (args[-1].shape[-2] / 16) + out.square() / 3
-            return out.addcmul_(variance.sqrt_(), self._pool.draw(out), value=self._unit)
+            variance = self._squares(out) * (UNIT**2 * args[-1].shape[-2] / 16) + out.square() * (unit**2 / 3)
+            return out.addcmul_(variance.sqrt_(), self._pool.draw(out))
         if name == "_softmax":
             row = out.select(args[1], 0).unsqueeze(args[1])
             common = self._pool.draw(row) * math.sqrt(out.shape[args[1]] / 3)
-            return self._relative(out, math.sqrt(2 / 3), common)
+            return self._relative(out, math.sqrt(2) * _ONE, unit, common)
         if name in _REDUCTIONS:
-            return self._relative(out, math.sqrt(args[0].numel() / max(out.numel(), 1) / 3))
+            return self._relative(out, math.sqrt(args[0].numel() / max(out.numel(), 1)) * _ONE, unit)
         if name in _ONE_ROUNDING:
-            return self._relative(out, 1 / math.sqrt(3))
+            return self._relative(out, _ONE, unit)
         if name in _TWO_ROUNDINGS:
-            return self._relative(out, 2 / math.sqrt(3))
+            return self._relative(out, 2 * _ONE, unit)
         raise OracleError(f"{func} has no noise rule: add one to rounding.py with the reason for its size")
 
-    def _relative(self, out: torch.Tensor, size: float, common: torch.Tensor | None = None) -> torch.Tensor:
+    def _relative(
+        self, out: torch.Tensor, size: float, unit: float, common: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """``out·(1 + unit·(size·N(0,1) + common))``, in place: a dispatch result belongs to nobody else yet."""
         noise = self._pool.draw(out) * size
-        return out.addcmul_(out, noise if common is None else noise + common, value=self._unit)
+        return out.addcmul_(out, noise if common is None else noise + common, value=unit)
 
-    def _layer_norm(self, args: Any) -> torch.Tensor:
-        """LayerNorm in its steps, each with its own rounding; the fused op would hide them.
+    def _layer_norm(self, args: Any, unit: float) -> torch.Tensor:
+        """LayerNorm in its float32 steps, each with its own rounding; the fused op would hide them.
 
         :param args: ``(x, normalized_shape, weight, bias, eps)`` of ``aten.native_layer_norm``.
         """
         x, shape, weight, bias, eps = args
         dims = list(range(x.dim() - len(shape), x.dim()))
-        n = math.prod(shape)
-        one = 1 / math.sqrt(3)
         mean = x.mean(dims, keepdim=True)
         # The error of a mean scales with the terms, not with their sum, which may cancel.
         spread = x.square().mean(dims, keepdim=True).sqrt()
-        mean = mean.addcmul_(spread, self._pool.draw(mean), value=self._unit * one)
-        centred = self._relative(x - mean, one)
-        variance = self._relative(centred.square().mean(dims, keepdim=True), math.sqrt(n / 3))
-        scale = self._relative((variance + eps).rsqrt_(), 2 * one)
-        out = self._relative(centred * scale, one)
+        mean = mean.addcmul_(spread, self._pool.draw(mean), value=UNIT * _ONE)
+        centred = self._relative(x - mean, _ONE, UNIT)
+        variance = self._relative(centred.square().mean(dims, keepdim=True), math.sqrt(math.prod(shape)) * _ONE, UNIT)
+        scale = self._relative((variance + eps).rsqrt_(), 2 * _ONE, UNIT)
+        out = self._relative(centred * scale, _ONE, UNIT)
         if weight is not None:
-            out = self._relative(out * weight, one)
-        return self._relative(out + bias, one) if bias is not None else out
+            out = self._relative(out * weight, _ONE, UNIT)
+        out = out if bias is None else self._relative(out + bias, _ONE, UNIT)
+        return self._relative(out, _ONE, unit) if unit > UNIT else out
+
+
+def _tag(value: Any, unit: float) -> Any:
+    """Remember the format that a tensor would have."""
+    if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+        setattr(value, _UNIT_OF, unit)
+    return value

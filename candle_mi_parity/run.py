@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import platform
 import shlex
 import time
@@ -11,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from candle_mi_parity import __version__
-from candle_mi_parity.candidate import EmitterError, parse_candidate
+from candle_mi_parity.candidate import parse_candidate
 from candle_mi_parity.cases import Case
-from candle_mi_parity.compare import compare
+from candle_mi_parity.compare import compare, look
+from candle_mi_parity.diagnose import Diagnosis
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.ledger import Ledger, apply_ledger
 from candle_mi_parity.oracle import Mode, Oracle
@@ -86,7 +88,7 @@ def run_reference(spec: str, path: Path, cache: Path) -> RunResult:
         result.digest = subject.digest
         result.tensors = judge_reference(reference, Oracle(subject, cache))
         result.expected = len(result.tensors)
-        result.status = _status(result.tensors)
+        result.status, result.error = _status(result.tensors, case)
         if result.status is Status.PASS:
             result.status = Status.UNMEASURED
             result.error = "every number agrees with the truth, but the file does not say what made it"
@@ -120,24 +122,26 @@ def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledge
         result.digest = subject.digest
         oracle = Oracle(subject, cache)
         progress.case_starts(case, "truth")
-        result.tensors = judge_mode(oracle, source, "free", progress)
+        result.tensors, result.diagnosis = judge_mode(oracle, source, "free", progress)
         result.expected = len(result.tensors)
         result.in_part = len(result.tensors) < len(oracle.truth().tensors)
-        result.status = _status(result.tensors)
+        result.status, result.error = _status(result.tensors, case)
         if result.status is Status.FAIL:
-            result.forced = judge_mode(oracle, source, "forced", progress)
-    except EmitterError as error:
-        result.error, result.status = str(error), Status.ERROR
+            result.forced, _ = judge_mode(oracle, source, "forced", progress)
     except ParityError as error:
-        result.error, result.status = f"{error}", Status.ERROR
+        result.error, result.status = str(error), Status.ERROR
+    except Exception as error:  # a fault of ours costs its own case, loudly, and not those already judged
+        result.error, result.status = f"internal: {type(error).__name__}: {error}", Status.ERROR
     if source.identity is not None:
         apply_ledger(result, source.identity, ledger)
     result.seconds = time.monotonic() - started
     return result
 
 
-def judge_mode(oracle: Oracle, source: Source, mode: Mode, progress: Progress) -> list[TensorResult]:
-    """Truth, trace and comparison of one mode.
+def judge_mode(
+    oracle: Oracle, source: Source, mode: Mode, progress: Progress
+) -> tuple[list[TensorResult], Diagnosis | None]:
+    """Truth, trace and comparison of one mode, and a look at the first divergence.
 
     :raises ParityError: whichever of the three cannot be had.
     """
@@ -149,13 +153,24 @@ def judge_mode(oracle: Oracle, source: Source, mode: Mode, progress: Progress) -
     progress.case_starts(subject.case, "compare")
     in_part = any(entry.part is not None for entry in trace.entries.values())
     selection = stored_selection(list(truth.tensors)) if in_part else None
-    return compare(truth, trace, _decoder(subject, mode), selection)
+    results = compare(truth, trace, _decoder(subject, mode), selection)
+    return results, look(truth, trace, results)
 
 
 def _decoder(subject: Subject, mode: Mode) -> np.ndarray | None:
     return load_npz(subject.sae_file).W_dec if subject.sae_file is not None and mode == "free" else None
 
 
-def _status(tensors: list[TensorResult]) -> Status:
-    found = {tensor.status for tensor in tensors}
-    return next((status for status in (Status.FAIL, Status.UNMEASURED) if status in found), Status.PASS)
+def _status(tensors: list[TensorResult], case: Case) -> tuple[Status, str]:
+    """Of a case, and what its row says wrongly of the tensors that are too noisy to judge."""
+    if any(tensor.status is Status.FAIL for tensor in tensors):
+        return Status.FAIL, ""
+    unmeasured = {tensor.name for tensor in tensors if tensor.status is Status.UNMEASURED}
+    names = [tensor.name for tensor in tensors]
+    declared = {name for pattern in case.unmeasured for name in fnmatch.filter(names, pattern)}
+    if unmeasured == declared:
+        return Status.PASS, ""
+    opened, closed = sorted(unmeasured - declared), sorted(declared - unmeasured)
+    said = f"too noisy to judge, and not declared so: {', '.join(opened)}. " if opened else ""
+    said += f"declared unmeasured, but measured: {', '.join(closed)}. " if closed else ""
+    return Status.UNMEASURED, f"{said}Edit `unmeasured` of this case in fixtures/cases.toml"

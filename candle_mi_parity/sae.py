@@ -69,7 +69,10 @@ def load_npz(path: Path) -> Sae:
         not finite.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        with archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise SaeError(f"{path}: not a readable NPZ: {error}") from error
@@ -80,8 +83,6 @@ def load_npz(path: Path) -> Sae:
     for name, array in arrays.items():
         if array.dtype not in (np.float32, np.float64):
             raise SaeError(f"{path}: {name} is {array.dtype}, expected float32 or float64")
-        if not np.isfinite(array).all():
-            raise SaeError(f"{path}: {name} holds NaN or Inf")
     if arrays["W_enc"].ndim != 2:
         raise SaeError(f"{path}: W_enc has shape {arrays['W_enc'].shape}, expected [d_in, d_sae]")
     d_in, d_sae = arrays["W_enc"].shape
@@ -90,7 +91,11 @@ def load_npz(path: Path) -> Sae:
         if name in arrays and arrays[name].shape != shape:
             raise SaeError(f"{path}: {name} has shape {arrays[name].shape}, expected {shape}")
     # candle-mi computes its SAE in float32 whatever the file holds.
-    weights = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
+    with np.errstate(over="ignore"):
+        weights = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
+    for name, array in weights.items():
+        if not np.isfinite(array).all():
+            raise SaeError(f"{path}: {name} holds NaN or Inf, or a value too large for float32")
     return Sae(
         W_enc=weights["W_enc"],
         W_dec=weights["W_dec"],

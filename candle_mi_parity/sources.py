@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +12,10 @@ from pydantic import ValidationError
 from candle_mi_parity.build import build
 from candle_mi_parity.candidate import Candidate, CandidateError, EmitterError, EmitterProcess, stored_dir
 from candle_mi_parity.cases import ROOT
+from candle_mi_parity.chains import is_lens
 from candle_mi_parity.compare import check_header
 from candle_mi_parity.errors import TraceError
+from candle_mi_parity.models import file_digest
 from candle_mi_parity.oracle import FORCED, Mode
 from candle_mi_parity.subject import Subject
 from candle_mi_parity.torch_source import TorchSource
@@ -35,10 +36,10 @@ class Source(Protocol):
     @property
     def identity(self) -> CandleMi | None: ...
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path | None) -> Emitted:
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
         """The tensors of a subject, their header checked against the truth's.
 
-        :param inputs: what is fed in beside the tokens; None for nothing.
+        :param inputs: what is fed in beside the tokens.
         """
         ...
 
@@ -72,7 +73,7 @@ def trace_path(directory: Path, case_id: str, mode: Mode) -> Path:
     return directory / f"{case_id}{'' if mode == 'free' else '.forced'}.json"
 
 
-def request(subject: Subject, mode: Mode, inputs: Path | None, out: Path, device: str) -> dict[str, object]:
+def request(subject: Subject, mode: Mode, inputs: Path, out: Path, device: str) -> dict[str, object]:
     """The emitter's instructions for a subject; forced, the residual stream is replaced by the truth's."""
     sae = None
     if subject.case.sae is not None and mode == "free":
@@ -89,8 +90,9 @@ def request(subject: Subject, mode: Mode, inputs: Path | None, out: Path, device
         "dtype": subject.case.dtype,
         "device": device,
         "sae": sae,
-        "inputs": str(inputs) if inputs else None,
+        "inputs": str(inputs),
         "sae_input": "sae" if sae else None,
+        "project": [name for name in subject.captures if is_lens(name) and mode == "free"],
         "edits": [{"hook": name, "kind": "replace", "tensor": name} for name in forced],
         "out": str(out),
     }
@@ -109,7 +111,7 @@ class LiveSource:
         self._out = out.resolve()
         self._emitter = EmitterProcess(built.path)
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path | None) -> Trace:
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Trace:
         """Emit and open the trace.
 
         :raises EmitterError: the emitter refused, failed, crashed or hung.
@@ -118,9 +120,11 @@ class LiveSource:
         out = trace_path(self._out, subject.case.id, mode)
         out.parent.mkdir(parents=True, exist_ok=True)
         trace = Trace(self._emitter.emit(request(subject, mode, inputs, out, self._device), TIMEOUT_SECONDS))
+        if any(entry.part is not None for entry in trace.entries.values()):
+            raise TraceError(f"{trace.path}: an emitter writes whole tensors, and this trace holds parts")
         if trace.header.device != self._device:
             raise TraceError(f"{trace.path}: made on {trace.header.device}, expected {self._device}")
-        check_header(truth, same_candidate(trace, self.identity), file_digest(inputs) if inputs else None)
+        check_header(truth, same_candidate(trace, self.identity), file_digest(inputs))
         return trace
 
     def __enter__(self) -> Self:
@@ -142,7 +146,7 @@ class StoredSource:
         except ValidationError as error:
             raise TraceError(f"{directory}/candidate.json: {error.errors()[0]['msg']}") from error
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path | None) -> Trace:
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Trace:
         """Open the stored trace.
 
         :raises EmitterError: the stored outcome is a refusal.
@@ -156,7 +160,12 @@ class StoredSource:
             _check_refusal(path, raw, subject, self.identity)
             raise EmitterError(str(raw["kind"]), str(raw["error"]))
         trace = same_candidate(Trace(path), self.identity)
-        check_header(truth, trace, file_digest(inputs) if inputs else None)
+        for entry in trace.entries.values():
+            # Of a case that is kept in part just the last position is: anything else would choose what is judged.
+            last = entry.part is None or entry.part.rows == [entry.part.shape[-2] - 1]
+            if (entry.part is None) != (subject.case.stored == "whole") or not last:
+                raise TraceError(f"{path}: {entry.name} is not kept as this case is ({subject.case.stored})")
+        check_header(truth, trace, file_digest(inputs))
         return trace
 
     def __enter__(self) -> Self:
@@ -185,8 +194,3 @@ def _check_refusal(path: Path, raw: dict[str, object], subject: Subject, identit
         raise TraceError(f"{path}: keys {sorted(raw)}, expected {sorted(expected)}")
     if raw["digest"] != subject.digest or raw["candle_mi"] != identity.model_dump():
         raise TraceError(f"{path}: a refusal of another case or by another candle-mi")
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

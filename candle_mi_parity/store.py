@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +45,7 @@ class StoringSource:
         directory.mkdir(parents=True)
         write_json(directory / "candidate.json", self.identity.model_dump())
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path | None) -> Emitted:
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
         """Pass on what the source yields, after it was stored."""
         target = trace_path(self._directory, subject.case.id, mode)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,9 +85,10 @@ def write_json(path: Path, document: object) -> None:
 
 def stored_selection(names: list[str]) -> set[str]:
     """The tensors of a case that is stored in part."""
-    layers = sorted({int(name.split(".")[1]) for name in names if name.startswith("blocks.")})
+    layer_of = {name: int(found[1]) for name in names if (found := re.match(r"(?:lens\.)?blocks\.(\d+)\.", name))}
+    layers = sorted(set(layer_of.values()))
     kept = {layers[0], layers[len(layers) // 2], layers[-1]} if layers else set()
-    return {name for name in names if not name.startswith("blocks.") or int(name.split(".")[1]) in kept}
+    return {name for name in names if name not in layer_of or layer_of[name] in kept}
 
 
 def store_trace(trace: Trace, case: Case, target: Path) -> None:
@@ -132,7 +134,7 @@ def _part(name: str, array: np.ndarray) -> tuple[np.ndarray, dict[str, object]]:
     """The last position, of logits its hundred largest, with the record of what was kept."""
     shape, row = list(array.shape), array.shape[-2] - 1
     columns = None
-    if name == "logits":
+    if name == "logits" or name.startswith("lens"):
         columns = sorted(int(i) for i in np.argsort(array[0, row])[::-1][:TOP_LOGITS])
     kept = array[..., [row], :]
     return kept if columns is None else kept[..., columns], {

@@ -41,7 +41,8 @@ def prepare(case: Case, cache: Path) -> Subject:
     """
     model_dir = model_directory(case.model, cache)
     config = read_config(model_dir)
-    tokens = [_token_ids(case, model_dir, config)]
+    tokens = _token_ids(case, model_dir, config)
+    _check_tokens(case, tokens[0], _whole_number(config, "vocab_size", model_dir))
     n_layers = _whole_number(config, "num_hidden_layers", model_dir)
     sae_file = sae_path(case.sae) if case.sae else None
     if case.sae and case.sae.layer >= n_layers:
@@ -74,15 +75,27 @@ def _whole_number(config: dict[str, object], key: str, model_dir: Path) -> int:
     return value
 
 
-def _token_ids(case: Case, model_dir: Path, config: dict[str, object]) -> list[int]:
+def _check_tokens(case: Case, tokens: list[int], vocabulary: int) -> None:
+    if not tokens:
+        raise CaseTableError(f"{case.id}: no token; nothing would be compared")
+    if odd := [token for token in tokens if not 0 <= token < vocabulary]:
+        raise CaseTableError(f"{case.id}: token {odd[0]} is outside the vocabulary of {vocabulary}")
+
+
+def _token_ids(case: Case, model_dir: Path, config: dict[str, object]) -> list[list[int]]:
     if isinstance(case.tokens, RandomTokens):
-        vocab = _whole_number(config, "vocab_size", model_dir)
-        words = seeded_words(f"tokens:{case.tokens.seed}", case.tokens.random - 1)
-        return [1, *(3 + int(word) % (vocab - 3) for word in words)]
+        return random_tokens(case.tokens, _whole_number(config, "vocab_size", model_dir))
     if case.tokens is not None:
-        return list(case.tokens)
+        return [list(case.tokens)]
     assert case.text is not None
-    return list(tokenizer(model_dir)(case.text)["input_ids"])
+    return [list(tokenizer(model_dir)(case.text)["input_ids"])]
+
+
+def random_tokens(wanted: RandomTokens, vocabulary: int) -> list[list[int]]:
+    """Token ids [B][T], the same on every machine."""
+    seeds = [f"tokens:{wanted.seed}", *(f"tokens:{wanted.seed}:{i}" for i in range(1, wanted.batch))]
+    rows = [seeded_words(seed, wanted.random - 1) for seed in seeds]
+    return [[1, *(3 + int(word) % (vocabulary - 3) for word in words)] for words in rows]
 
 
 def tokenizer(model_dir: Path) -> Any:

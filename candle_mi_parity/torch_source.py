@@ -11,10 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from candle_mi_parity.chains import is_lens, unembed
 from candle_mi_parity.hooks import Captured, forward, load_model
 from candle_mi_parity.oracle import Mode
 from candle_mi_parity.sae import TorchSae, load_npz
@@ -35,17 +37,18 @@ class TorchSource:
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
-        self._models: dict[Path, nn.Module] = {}
+        self._models: dict[tuple[Path, torch.dtype], nn.Module] = {}
         self._saes: dict[Path, TorchSae] = {}
         # A reference with TF32 on is not float32 (10 bits of mantissa); refuse it for this process.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
 
-    def model(self, directory: Path) -> nn.Module:
-        """The float32 model of a directory, on the device, loaded once."""
-        if directory not in self._models:
-            self._models[directory] = load_model(directory, torch.float32, self.device)
-        return self._models[directory]
+    def model(self, directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The model of a directory in a format, on the device, loaded once."""
+        key = directory, dtype
+        if key not in self._models:
+            self._models[key] = load_model(directory, dtype, self.device)
+        return self._models[key]
 
     def sae(self, file: Path) -> TorchSae:
         """The float32 SAE of a file, on the device, loaded once."""
@@ -53,18 +56,25 @@ class TorchSource:
             self._saes[file] = TorchSae(load_npz(file), self.device, torch.float32)
         return self._saes[file]
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path | None) -> InMemory:
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
         """Run the model, and the SAE on its residual and on the truth's; every hook as float32 on the CPU."""
-        given = load_file(inputs, device=self.device) if inputs is not None else {}
+        given = load_file(inputs, device=self.device)
         replace: Captured = {}
         if mode == "forced":
             replace = dict(given)
         tokens = torch.tensor(subject.tokens, device=self.device)
-        captured = forward(self.model(subject.model_dir), tokens, replace).tensors
+        dtype: torch.dtype = getattr(torch, subject.case.dtype)
+        replace = {name: tensor.to(dtype) for name, tensor in replace.items()}
+        model = self.model(subject.model_dir, dtype)
+        captured = forward(model, tokens, replace).tensors
+        if mode == "free":
+            lens = {name: x.to(dtype) for name, x in given.items() if is_lens(name)}
+            with torch.no_grad():
+                captured |= {f"lens.{name}": unembed(model, x) for name, x in lens.items()}
         scalars: dict[str, float] = {}
         top: list[Feature] = []
         if subject.sae_file is not None and subject.case.sae is not None and mode == "free":
-            sae, resid = self.sae(subject.sae_file), captured[subject.case.sae.hook]
+            sae, resid = self.sae(subject.sae_file), captured[subject.case.sae.hook].float()
             captured |= _encode(sae, "sae", resid, scalars)
             captured |= _encode(sae, "sae_on_truth", given["sae"], scalars)
             features = captured["sae.features"][0, -1]
@@ -77,8 +87,8 @@ class TorchSource:
                 scalars[f"sae.{name}_last_norm"] = float(tensor[0, -1].double().norm())
             values, indices = features.topk(min(TOP_FEATURES, int(scalars["sae.n_active_last_pos"])))
             top = [Feature(index=int(i), value=float(v)) for i, v in zip(indices, values, strict=True)]
-        arrays = {name: (tensor.cpu().numpy(), None) for name, tensor in captured.items() if name in truth.tensors}
-        return InMemory(dict(arrays), "float32", scalars, top)
+        arrays = {name: (as_numpy(tensor), None) for name, tensor in captured.items() if name in truth.tensors}
+        return InMemory(dict(arrays), subject.case.dtype, scalars, top)
 
     def __enter__(self) -> Self:
         return self
@@ -91,6 +101,12 @@ class TorchSource:
         gc.collect()
         if self.device != "cpu":
             torch.cuda.empty_cache()
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """On the CPU; numpy has no bfloat16, and float32 holds each of its values."""
+    tensor = tensor.cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _encode(sae: TorchSae, name: str, resid: torch.Tensor, scalars: dict[str, float]) -> Captured:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 
 from candle_mi_parity.errors import TraceError
 
@@ -179,7 +179,7 @@ class InMemory:
             name: TensorEntry(
                 name=name,
                 shape=list(array.shape),
-                dtype=str(array.dtype),  # type: ignore[arg-type]
+                dtype=self.dtype if not name.startswith("sae") else "float32",  # type: ignore[arg-type]
                 sha256="0" * 64,
                 nonfinite=int(np.count_nonzero(~np.isfinite(array))),
                 file="memory",
@@ -234,14 +234,14 @@ class Trace:
         return self.document.top_features_last_pos
 
     def tensor(self, name: str) -> np.ndarray:
-        """The tensor, float64 for the arithmetic of the comparison, after its bytes were verified.
+        """The tensor in its own dtype (a bfloat16 one as float32), after its bytes were verified.
 
         :raises TraceError: absent, of another shape or dtype than declared, or bytes that differ from the
             digest.
         """
         entry = self.entries[name]
-        if entry.dtype not in _DTYPES:
-            raise TraceError(f"{self.path}: {name} is {entry.dtype}, which this reader has no arithmetic for")
+        if entry.dtype == "bfloat16":
+            return self._bfloat16(entry)
         dtype = _DTYPES[entry.dtype]
         if entry.values is not None:
             with np.errstate(over="ignore"):  # too large becomes Inf, which is judged as such
@@ -253,18 +253,44 @@ class Trace:
                     f"{self.path}: {name} is {array.dtype}{list(array.shape)} in {entry.file}, "
                     f"declared {entry.dtype}{entry.shape}"
                 )
-        digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-        if digest != entry.sha256:
-            raise TraceError(
-                f"{self.path}: bytes of {name} have sha256 {digest[:12]}…, declared {entry.sha256[:12]}…"
-            )
+        self._verify(entry, np.ascontiguousarray(array).tobytes())
+        if (found := int(np.count_nonzero(~np.isfinite(array)))) != entry.nonfinite:
+            raise TraceError(f"{self.path}: {name} holds {found} non-finite values, declared {entry.nonfinite}")
         return array
 
-    def _from_file(self, entry: TensorEntry) -> np.ndarray:
+    def _verify(self, entry: TensorEntry, content: bytes) -> None:
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != entry.sha256:
+            raise TraceError(
+                f"{self.path}: bytes of {entry.name} have sha256 {digest[:12]}…, declared {entry.sha256[:12]}…"
+            )
+
+    def _beside(self, entry: TensorEntry) -> Path:
         file = self.path.parent / str(entry.file)
+        if file.is_symlink() or not file.is_file():
+            raise TraceError(f"{self.path}: {entry.file} is not beside it, but {entry.name} is said to be there")
+        return file
+
+    def _bfloat16(self, entry: TensorEntry) -> np.ndarray:
+        """numpy has no bfloat16: its 16 bits are the upper half of a float32's."""
+        if entry.values is not None:
+            bits = (np.array(entry.values, "<f4").view("<u4") >> 16).astype("<u2")
+        else:
+            path = self._beside(entry)
+            try:
+                tensors = dict(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
+                found = tensors[str(entry.key)]
+            except (SafetensorError, OSError, KeyError) as error:
+                raise TraceError(f"{path}: cannot read {entry.key}: {error}") from error
+            if found["dtype"] != "BF16" or list(found["shape"]) != entry.shape:
+                raise TraceError(f"{path}: {entry.key} is {found['dtype']}{list(found['shape'])}, declared bfloat16")
+            bits = np.frombuffer(found["data"], "<u2")
+        self._verify(entry, bits.tobytes())
+        return (bits.astype("<u4") << 16).view("<f4").reshape(entry.shape)
+
+    def _from_file(self, entry: TensorEntry) -> np.ndarray:
+        file = self._beside(entry)
         try:
-            if file.is_symlink() or not file.is_file():
-                raise TraceError(f"{self.path}: {entry.file} is not beside it, but {entry.name} is said to be there")
             with safe_open(file, framework="numpy") as tensors:
                 return np.asarray(tensors.get_tensor(str(entry.key)))
         except (SafetensorError, OSError, ValueError, TypeError) as error:

@@ -8,6 +8,8 @@ from enum import StrEnum
 
 import numpy as np
 
+from candle_mi_parity.diagnose import Diagnosis
+
 
 class Status(StrEnum):
     """Of a tensor or a case. UNMEASURED is neither a pass nor a divergence."""
@@ -121,6 +123,7 @@ class CaseResult:
 
     :ivar tensors: of the whole forward, in execution order.
     :ivar forced: the same with every half-layer fed the truth's residual; only when the case diverged.
+    :ivar diagnosis: what the error of the first diverging tensor looks like.
     :ivar expected: number of tensors that could be compared.
     :ivar in_part: the candidate's trace was stored in part; ``expected`` counts that part.
     :ivar error: why there is nothing to compare, one line.
@@ -135,6 +138,7 @@ class CaseResult:
     reproduce: str
     tensors: list[TensorResult] = field(default_factory=list)
     forced: list[TensorResult] = field(default_factory=list)
+    diagnosis: Diagnosis | None = None
     expected: int = 0
     in_part: bool = False
     error: str = ""
@@ -144,6 +148,10 @@ class CaseResult:
     @property
     def compared(self) -> int:
         return sum(1 for tensor in self.tensors if tensor.compared)
+
+    @property
+    def unmeasured(self) -> int:
+        return sum(1 for tensor in self.tensors if tensor.status is Status.UNMEASURED)
 
     @property
     def first_divergence(self) -> TensorResult | None:
@@ -161,6 +169,7 @@ class CaseResult:
         """The case in full: its error, or each diverging tensor's first and the command that shows it."""
         first = self.first_divergence
         body = self.error or (first.message() if first else "nothing diverges")
+        body += f"\n  shape of the error: {self.diagnosis.shape}" if self.diagnosis else ""
         return f"{self.id}: {self.status.value}\n{body}\n  reproduce: {self.reproduce}"
 
 
@@ -208,5 +217,7 @@ class RunResult:
         tensors = sum(case.compared for case in self.cases)
         counts = ", ".join(f"{self.count(status)} {status.value}" for status in Status if self.count(status))
         text += f": {len(self.cases)} cases ({counts or 'none'}), {tensors} tensors compared"
+        unmeasured = sum(case.unmeasured for case in self.cases)
+        text += f", {unmeasured} too noisy to judge" if unmeasured else ""
         text += f", {len(self.skipped)} cases not run" if self.skipped else ""
         return text + (f", {len(self.stale)} stale ledger entries" if self.stale else "")

@@ -28,9 +28,12 @@ pub fn emit(request: &Request, session: &mut Session) -> Result<(), EmitError> {
     prepare_directory(request)?;
 
     let clock = Instant::now();
-    let loaded = session
-        .models
-        .get(&request.model_dir, request.dtype, &request.device)?;
+    let loaded = session.models.get(
+        &request.model_dir,
+        request.dtype,
+        request.config,
+        &request.device,
+    )?;
     loaded.check_tokens(&request.tokens)?;
     let inputs = Inputs::read(request.inputs.as_deref(), &loaded.device)?;
     seconds.load = clock.elapsed().as_secs_f64();
@@ -100,11 +103,7 @@ pub fn emit(request: &Request, session: &mut Session) -> Result<(), EmitError> {
 /// Makes the trace's directory, and refuses to write beside the model: `model.json` would bring a
 /// `model.safetensors` with it.
 fn prepare_directory(request: &Request) -> Result<(), EmitError> {
-    let directory = match request.out.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    fs::create_dir_all(directory).map_err(|error| EmitError::io(directory, &error))?;
+    let directory = trace::prepare_directory(&request.out)?;
     let real = |path: &Path| fs::canonicalize(path).ok();
     if real(directory).is_some() && real(directory) == real(&request.model_dir) {
         return Err(EmitError::Request(format!(

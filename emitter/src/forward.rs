@@ -11,7 +11,7 @@ use crate::tensor::Named;
 
 /// What a forward pass left behind.
 pub struct Forward {
-    /// The requested captures in the request's order, then `logits` `[B,T,V]` if asked for.
+    /// The requested captures in the request's order, then `logits` `[B,T,V]` if asked for, then the projections.
     pub tensors: Vec<Named>,
     /// The tensor at the SAE's hook point, `[B,T,d]`, if there is an SAE.
     pub residual: Option<Tensor>,
@@ -63,12 +63,15 @@ pub fn run(loaded: &LoadedModel, request: &Request, inputs: &Inputs) -> Result<F
     let captured = |name: &str| -> Result<Tensor, EmitError> {
         cache.require(&point(name)?).cloned().map_err(failed)
     };
-    let mut tensors = Vec::with_capacity(request.captures.len() + 1);
+    let mut tensors = Vec::with_capacity(request.captures.len() + 1 + request.project.len());
     for name in &request.captures {
         tensors.push(Named::new(name, captured(name)?));
     }
     if request.logits {
         tensors.push(Named::new("logits", cache.output().clone()));
+    }
+    for key in &request.project {
+        tensors.push(project(key, inputs, loaded)?);
     }
     let residual = sae_hook.map(captured).transpose()?;
     Ok(Forward { tensors, residual })
@@ -94,17 +97,35 @@ fn token_tensor(request: &Request, loaded: &LoadedModel) -> Result<Tensor, EmitE
         .map_err(|error| EmitError::Forward(format!("token tensor: {error}")))
 }
 
-/// Tensors are brought to the model's dtype: the truth is float64, and `Replace` puts in what it is given.
+/// An input tensor in the model's dtype: the truth is float64, and candle-mi takes what it is given.
+fn in_model_dtype(key: &str, inputs: &Inputs, loaded: &LoadedModel) -> Result<Tensor, EmitError> {
+    inputs.get(key)?.to_dtype(loaded.dtype).map_err(|error| {
+        EmitError::Request(format!("inputs tensor \"{key}\" cannot be used: {error}"))
+    })
+}
+
+/// candle-mi's logit lens: a residual of the inputs through the final norm and the unembedding.
+fn project(key: &str, inputs: &Inputs, loaded: &LoadedModel) -> Result<Named, EmitError> {
+    let residual = in_model_dtype(key, inputs, loaded)?;
+    let width = loaded.model.hidden_size();
+    // Of another rank or width it could still broadcast through the norm and give numbers that mean nothing.
+    if !matches!(residual.dims(), [_, last] | [_, _, last] if *last == width) {
+        return Err(EmitError::Request(format!(
+            "projected tensor \"{key}\" has shape {:?}, expected [B,T,{width}] or [B,{width}]",
+            residual.dims()
+        )));
+    }
+    let projected = loaded.model.project_to_vocab(&residual);
+    let projected = projected.map_err(|error| EmitError::Forward(format!("{key}: {error}")))?;
+    Ok(Named::new(&format!("lens.{key}"), projected))
+}
+
 fn intervention(
     edit: &Edit,
     inputs: &Inputs,
     loaded: &LoadedModel,
 ) -> Result<Intervention, EmitError> {
-    let tensor = |key: &str| {
-        inputs.get(key)?.to_dtype(loaded.dtype).map_err(|error| {
-            EmitError::Request(format!("inputs tensor \"{key}\" cannot be used: {error}"))
-        })
-    };
+    let tensor = |key: &str| in_model_dtype(key, inputs, loaded);
     Ok(match edit {
         Edit::Replace { tensor: key, .. } => Intervention::Replace(tensor(key)?),
         Edit::Add { tensor: key, .. } => Intervention::Add(tensor(key)?),

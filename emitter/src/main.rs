@@ -1,5 +1,5 @@
-//! `parity-emitter` reads requests as JSON Lines on stdin, runs candle-mi on each, and writes a trace per request and
-//! one reply line on stdout. It knows nothing of the truth and judges nothing.
+//! `parity-emitter` reads requests as JSON Lines on stdin, runs candle-mi on each, and writes a trace (or a
+//! document of token ids) per request and one reply line on stdout. It knows nothing of the truth and judges nothing.
 
 mod digest;
 mod emit;
@@ -12,7 +12,9 @@ mod model;
 mod request;
 mod sae;
 mod tensor;
+mod tokenize;
 mod trace;
+mod weights;
 
 use std::io::{BufRead, Write};
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -24,6 +26,7 @@ use serde::Serialize;
 
 use crate::emit::Session;
 use crate::error::{one_line, EmitError};
+use crate::request::Asked;
 
 const USAGE: &str = "usage: parity-emitter < requests.jsonl | --once FILE | --version";
 
@@ -35,7 +38,8 @@ static PANIC: Mutex<String> = Mutex::new(String::new());
 #[serde(untagged)]
 enum Reply {
     Done {
-        case: String,
+        /// `None` for a tokenising request, which has none.
+        case: Option<String>,
         ok: bool,
         trace: PathBuf,
     },
@@ -100,9 +104,16 @@ fn once(file: &str) -> Result<(), String> {
 
 fn answer(line: &[u8], session: &mut Session) -> Reply {
     let outcome = catch_unwind(AssertUnwindSafe(|| {
-        let request = request::parse(line)?;
-        emit::emit(&request, session)?;
-        Ok((request.case.id, request.out))
+        Ok(match request::parse(line)? {
+            Asked::Trace(request) => {
+                emit::emit(&request, session)?;
+                (Some(request.case.id), request.out)
+            }
+            Asked::Tokens(request) => {
+                tokenize::run(&request)?;
+                (None, request.out)
+            }
+        })
     }))
     .unwrap_or_else(|_| {
         // What a panic left half done is not used again.

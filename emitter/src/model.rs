@@ -1,19 +1,14 @@
 //! Loading a model from a local directory, and keeping the last one: most requests of a run share theirs.
 
-use std::collections::HashMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use candle_mi::{GenericTransformer, MIBackend, TransformerConfig};
-use candle_nn::VarBuilder;
 
 use crate::digest::{self, Stamp};
 use crate::error::EmitError;
-use crate::request::Precision;
-
-const CONFIG: &str = "config.json";
-const WEIGHTS: &str = "model.safetensors";
+use crate::request::{ConfigReader, Precision};
+use crate::weights::{self, Weights, CONFIG};
 
 pub struct LoadedModel {
     pub model: GenericTransformer,
@@ -50,6 +45,7 @@ impl LoadedModel {
 struct Key {
     files: Vec<Stamp>,
     precision: Precision,
+    reader: ConfigReader,
     device: String,
 }
 
@@ -65,15 +61,17 @@ impl ModelCache {
         &mut self,
         directory: &Path,
         precision: Precision,
+        reader: ConfigReader,
         device: &str,
     ) -> Result<&LoadedModel, EmitError> {
-        let files = files_of(directory)?;
+        let files = weights::files_of(directory)?;
         let key = Key {
             files: files
                 .iter()
                 .map(|file| Stamp::of(file))
                 .collect::<Result<_, _>>()?,
             precision,
+            reader,
             device: device.to_owned(),
         };
         let held = match self.held.take() {
@@ -82,7 +80,7 @@ impl ModelCache {
                 // Freed before the next one is read: two large models may not fit beside each other.
                 drop(other);
                 let on = self.device(device)?;
-                (key, load(&files, precision.dtype(), on)?)
+                (key, load(&files, precision.dtype(), reader, on)?)
             }
         };
         Ok(&self.held.insert(held).1)
@@ -116,90 +114,34 @@ fn open_device(name: &str) -> Result<Device, EmitError> {
         .map_err(|error| EmitError::Request(format!("device \"{name}\" cannot be opened: {error}")))
 }
 
-/// `config.json`, then the weights: `model.safetensors`, or the shards `model-*-of-*.safetensors` in order.
-fn files_of(directory: &Path) -> Result<Vec<PathBuf>, EmitError> {
-    let listing = fs::read_dir(directory).map_err(|error| {
-        EmitError::Model(format!(
-            "model directory {} cannot be read: {error}",
-            directory.display()
-        ))
-    })?;
-    let mut names: Vec<String> = listing
-        .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
-        .collect();
-    names.sort();
-    let shards: Vec<&String> = if names.iter().any(|name| name == WEIGHTS) {
-        names.iter().filter(|name| *name == WEIGHTS).collect()
-    } else {
-        names.iter().filter(|name| is_shard(name)).collect()
-    };
-    if shards.is_empty() {
-        return Err(EmitError::Model(format!(
-            "expected {WEIGHTS} or its shards in {}, found {}",
-            directory.display(),
-            some_of(&names)
-        )));
-    }
-    if !names.iter().any(|name| name == CONFIG) {
-        return Err(EmitError::Model(format!(
-            "expected {CONFIG} in {}, found none",
-            directory.display()
-        )));
-    }
-    Ok(std::iter::once(CONFIG)
-        .chain(shards.into_iter().map(String::as_str))
-        .map(|name| directory.join(name))
-        .collect())
-}
-
-fn is_shard(name: &str) -> bool {
-    name.starts_with("model-") && name.contains("-of-") && name.ends_with(".safetensors")
-}
-
-fn some_of(names: &[String]) -> String {
-    match names {
-        [] => "nothing".to_owned(),
-        names if names.len() > 4 => format!("{}, …", names[..4].join(", ")),
-        names => names.join(", "),
-    }
-}
-
-/// Reads every file once: what is hashed is what is used.
-fn load(files: &[PathBuf], dtype: DType, device: Device) -> Result<LoadedModel, EmitError> {
-    let read = |path: &Path| fs::read(path).map_err(|error| EmitError::io(path, &error));
+fn load(
+    files: &[PathBuf],
+    dtype: DType,
+    reader: ConfigReader,
+    device: Device,
+) -> Result<LoadedModel, EmitError> {
     let (config_path, shards) = files
         .split_first()
         .ok_or_else(|| EmitError::Model("no files to load".to_owned()))?;
-    let config_bytes = read(config_path)?;
+    let config_bytes = weights::read(config_path)?;
     let json: serde_json::Value = serde_json::from_slice(&config_bytes).map_err(|error| {
         EmitError::Model(format!("{} is not JSON: {error}", config_path.display()))
     })?;
-    let refused = |error: candle_mi::MIError| EmitError::Model(error.to_string());
-    let config = TransformerConfig::from_hf_config(&json).map_err(refused)?;
-    let vocab_size = config.vocab_size;
-
-    let mut digests = vec![(CONFIG.to_owned(), digest::sha256(&config_bytes))];
-    let builder = if let [only] = shards {
-        let weights = read(only)?;
-        digests.push((name_of(only), digest::sha256(&weights)));
-        VarBuilder::from_buffered_safetensors(weights, dtype, &device)
-            .map_err(|error| unreadable(only, &error))?
-    } else {
-        let mut tensors = HashMap::new();
-        for shard in shards {
-            let weights = read(shard)?;
-            digests.push((name_of(shard), digest::sha256(&weights)));
-            let part = candle_core::safetensors::load_buffer(&weights, &device)
-                .map_err(|error| unreadable(shard, &error))?;
-            for (name, tensor) in part {
-                if tensors.insert(name.clone(), tensor).is_some() {
-                    return Err(EmitError::Model(format!("{name} is in two shards")));
-                }
-            }
-        }
-        VarBuilder::from_tensors(tensors, dtype, &device)
+    // Before the weights are read where it can be: a family that candle-mi refuses must not cost gigabytes first.
+    let known = match reader {
+        ConfigReader::Hf => Some(TransformerConfig::from_hf_config(&json).map_err(refused)?),
+        ConfigReader::Auto => None,
     };
-    let model = GenericTransformer::load(config, &device, dtype, builder).map_err(refused)?;
+    let weights = Weights::read(shards, dtype, &device)?;
+    let config = match known {
+        Some(config) => config,
+        None => auto_config(&json, &weights.names)?,
+    };
+    let vocab_size = config.vocab_size;
+    let model =
+        GenericTransformer::load(config, &device, dtype, weights.builder).map_err(refused)?;
+    let mut digests = weights.digests;
+    digests.push((CONFIG.to_owned(), digest::sha256(&config_bytes)));
     Ok(LoadedModel {
         model,
         device,
@@ -209,15 +151,19 @@ fn load(files: &[PathBuf], dtype: DType, device: Device) -> Result<LoadedModel, 
     })
 }
 
-fn name_of(path: &Path) -> String {
-    path.file_name()
-        .map(|name| name.to_string_lossy().into_owned())
-        .unwrap_or_default()
+fn refused(error: candle_mi::MIError) -> EmitError {
+    EmitError::Model(error.to_string())
 }
 
-fn unreadable(path: &Path, error: &candle_core::Error) -> EmitError {
-    EmitError::Model(format!(
-        "{} cannot be read as safetensors: {error}",
-        path.display()
-    ))
+/// candle-mi's own verdict comes first: the parser alone has a default for most of what it does not find, and would
+/// turn a model of another make into numbers.
+fn auto_config(json: &serde_json::Value, names: &[String]) -> Result<TransformerConfig, EmitError> {
+    let report = TransformerConfig::check_auto_compatibility(json, names);
+    let issues = report.issues.join("; ");
+    report.into_result().map_err(|_| {
+        EmitError::Model(format!(
+            "candle-mi calls the model incompatible with its auto-config: {issues}"
+        ))
+    })?;
+    TransformerConfig::from_hf_config_auto(json, names).map_err(refused)
 }

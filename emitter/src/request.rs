@@ -1,12 +1,13 @@
 //! One request: what to run, what to capture, where to write. Everything in it is untrusted.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use crate::error::EmitError;
+use crate::tokenize::{self, TokenizeRequest};
 
 pub const FORMAT: &str = "candle-mi-parity/request/1";
 
@@ -27,7 +28,7 @@ pub struct Request {
     pub device: String,
     #[serde(default)]
     pub sae: Option<SaeRequest>,
-    /// A safetensors file that `sae_input` and the edits take tensors from.
+    /// A safetensors file that `sae_input`, `project` and the edits take tensors from.
     #[serde(default)]
     pub inputs: Option<PathBuf>,
     /// Key in `inputs`: a residual `[B,T,d]` for the SAE alone.
@@ -35,6 +36,12 @@ pub struct Request {
     pub sae_input: Option<String>,
     #[serde(default)]
     pub edits: Vec<Edit>,
+    /// Which of candle-mi's parsers reads `config.json`.
+    #[serde(default)]
+    pub config: ConfigReader,
+    /// Keys in `inputs`: residuals `[B,T,d]` or `[B,d]` that are taken to logits by themselves.
+    #[serde(default)]
+    pub project: Vec<String>,
     pub out: PathBuf,
 }
 
@@ -80,6 +87,16 @@ impl Precision {
             Self::Float16 => "float16",
         }
     }
+}
+
+/// candle-mi's two ways from a `config.json` to a model: by its family's own parser, or for a family that it does not
+/// know by what the tensors are called.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConfigReader {
+    #[default]
+    Hf,
+    Auto,
 }
 
 /// One intervention; `tensor` is a key in `inputs`.
@@ -132,23 +149,35 @@ pub fn case_id(line: &[u8]) -> Option<String> {
     envelope.case?.id
 }
 
+/// What a line asks for.
+pub enum Asked {
+    Trace(Box<Request>),
+    Tokens(TokenizeRequest),
+}
+
 /// Parses and checks one request; all that can be judged without reading a file.
-pub fn parse(line: &[u8]) -> Result<Request, EmitError> {
+pub fn parse(line: &[u8]) -> Result<Asked, EmitError> {
     let bad =
         |error: serde_json::Error| EmitError::Request(format!("request is not valid: {error}"));
     // The format first: a newer request should be told so, not that it has an unknown key.
     let envelope: Envelope = serde_json::from_slice(line).map_err(bad)?;
-    if envelope.format.as_deref() != Some(FORMAT) {
-        return Err(EmitError::Request(format!(
-            "request format is {}, this emitter reads \"{FORMAT}\"",
-            envelope
-                .format
-                .map_or("missing".to_owned(), |format| format!("\"{format}\""))
-        )));
+    match envelope.format.as_deref() {
+        Some(FORMAT) => {
+            let request: Request = serde_json::from_slice(line).map_err(bad)?;
+            check(&request)?;
+            Ok(Asked::Trace(Box::new(request)))
+        }
+        Some(tokenize::REQUEST_FORMAT) => {
+            let request: TokenizeRequest = serde_json::from_slice(line).map_err(bad)?;
+            check_out(&request.out)?;
+            Ok(Asked::Tokens(request))
+        }
+        other => Err(EmitError::Request(format!(
+            "request format is {}, this emitter reads \"{FORMAT}\" and \"{}\"",
+            other.map_or("missing".to_owned(), |format| format!("\"{format}\"")),
+            tokenize::REQUEST_FORMAT
+        ))),
     }
-    let request: Request = serde_json::from_slice(line).map_err(bad)?;
-    check(&request)?;
-    Ok(request)
 }
 
 fn check(request: &Request) -> Result<(), EmitError> {
@@ -171,20 +200,30 @@ fn check(request: &Request) -> Result<(), EmitError> {
     if let Some(twice) = request.captures.iter().find(|name| !seen.insert(*name)) {
         return refuse(format!("capture named twice: {twice}"));
     }
-    let needs_inputs =
-        request.sae_input.is_some() || request.edits.iter().any(|edit| edit.tensor().is_some());
+    let mut seen = HashSet::new();
+    if let Some(twice) = request.project.iter().find(|key| !seen.insert(*key)) {
+        return refuse(format!("project names a tensor twice: {twice}"));
+    }
+    let needs_inputs = request.sae_input.is_some()
+        || !request.project.is_empty()
+        || request.edits.iter().any(|edit| edit.tensor().is_some());
     if needs_inputs && request.inputs.is_none() {
-        return refuse("an edit or sae_input names a tensor, but inputs is null".to_owned());
+        return refuse(
+            "an edit, sae_input or project names a tensor, but inputs is null".to_owned(),
+        );
     }
     if request.sae_input.is_some() && request.sae.is_none() {
         return refuse("sae_input is given, but sae is null".to_owned());
     }
-    if request
-        .out
-        .extension()
-        .is_none_or(|ending| ending != "json")
-    {
-        return refuse(format!("out must end in .json: {}", request.out.display()));
+    check_out(&request.out)
+}
+
+fn check_out(out: &Path) -> Result<(), EmitError> {
+    if out.extension().is_none_or(|ending| ending != "json") {
+        return Err(EmitError::Request(format!(
+            "out must end in .json: {}",
+            out.display()
+        )));
     }
     Ok(())
 }

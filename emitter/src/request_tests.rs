@@ -1,6 +1,7 @@
 use serde_json::{json, Value};
 
-use super::{case_id, parse, Edit, Precision};
+use super::{case_id, parse, Asked, ConfigReader, Edit, Precision, Request};
+use crate::tokenize::TokenizeRequest;
 
 fn good() -> Value {
     json!({
@@ -25,11 +26,74 @@ fn refusal(change: impl Fn(&mut Value)) -> String {
     }
 }
 
+fn trace_request(value: &Value) -> Request {
+    match parse(value.to_string().as_bytes()) {
+        Ok(Asked::Trace(request)) => *request,
+        Ok(Asked::Tokens(_)) => panic!("taken for a tokenising request"),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn tokenize_request(value: &Value) -> Result<TokenizeRequest, String> {
+    match parse(value.to_string().as_bytes()) {
+        Ok(Asked::Tokens(request)) => Ok(request),
+        Ok(Asked::Trace(_)) => Err("taken for a trace request".to_owned()),
+        Err(error) => Err(error.one_line()),
+    }
+}
+
 #[test]
 fn a_good_request() {
-    let request = parse(good().to_string().as_bytes()).expect("a good request parses");
+    let request = trace_request(&good());
     assert_eq!(request.dtype, Precision::BFloat16);
     assert!(matches!(request.edits.first(), Some(Edit::Scale { factor, .. }) if *factor == 1.5));
+}
+
+#[test]
+fn a_request_from_before_the_optional_keys_means_what_it_meant() {
+    let request = trace_request(&good());
+    assert_eq!(request.config, ConfigReader::Hf);
+    assert!(request.project.is_empty());
+}
+
+#[test]
+fn the_config_reader_is_one_of_two() {
+    let mut value = good();
+    value["config"] = json!("auto");
+    assert_eq!(trace_request(&value).config, ConfigReader::Auto);
+    assert!(refusal(|r| r["config"] = json!("guess")).contains("guess"));
+    assert!(!refusal(|r| r["config"] = Value::Null).is_empty());
+}
+
+#[test]
+fn projections_need_inputs_and_a_name_each() {
+    assert!(refusal(|r| r["project"] = json!(["k"])).contains("inputs is null"));
+    assert!(refusal(|r| {
+        r["inputs"] = json!("/i");
+        r["project"] = json!(["k", "k"]);
+    })
+    .contains("twice: k"));
+}
+
+#[test]
+fn a_tokenising_request_is_told_apart_by_its_format() {
+    let good = json!({
+        "format": "candle-mi-parity/tokenize/1", "tokenizer": "/t/tokenizer.json", "texts": ["a", ""],
+        "out": "/o/a.json"
+    });
+    let request = tokenize_request(&good).expect("a good request");
+    assert_eq!(request.texts, ["a", ""]);
+    for (key, value, told) in [
+        ("case", json!({"id": "a", "digest": "00"}), "case"),
+        ("out", json!("/o/a.txt"), ".json"),
+        ("texts", json!([1]), "integer"),
+        ("format", json!("candle-mi-parity/tokenize/2"), "tokenize/1"),
+    ] {
+        let mut bad = good.clone();
+        bad[key] = value;
+        let message = tokenize_request(&bad).expect_err("a bad request");
+        assert!(message.contains(told), "{message}");
+    }
 }
 
 #[test]

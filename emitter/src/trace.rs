@@ -201,8 +201,18 @@ pub fn write_tensors(out: &Path, tensors: &[Encoded]) -> Result<(), EmitError> {
     pending.publish()
 }
 
+/// Makes the directory that `out` is to lie in, and returns it.
+pub fn prepare_directory(out: &Path) -> Result<&Path, EmitError> {
+    let directory = match out.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(directory).map_err(|error| EmitError::io(directory, &error))?;
+    Ok(directory)
+}
+
 /// Writes the document, last: while it is absent or old, there is no new trace.
-pub fn write_document(out: &Path, document: &Document<'_>) -> Result<(), EmitError> {
+pub fn write_document(out: &Path, document: &impl Serialize) -> Result<(), EmitError> {
     let pending = Pending::new(out);
     let failed = |error: &dyn std::fmt::Display| EmitError::io(out, &error);
     let mut bytes = serde_json::to_vec(document).map_err(|error| failed(&error))?;

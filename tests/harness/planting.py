@@ -20,10 +20,9 @@ from safetensors.numpy import save_file
 
 from candle_mi_parity.cases import Case, cache_root, load_cases
 from candle_mi_parity.compare import check_header, compare
-from candle_mi_parity.models import read_config, weight_files
+from candle_mi_parity.models import file_digest, read_config, weight_files
 from candle_mi_parity.oracle import Mode, Oracle
 from candle_mi_parity.sae import load_npz
-from candle_mi_parity.sources import file_digest
 from candle_mi_parity.subject import Subject, prepare
 from candle_mi_parity.torch_source import TorchSource
 from candle_mi_parity.trace import FORMAT, CandleMi, InMemory, Trace
@@ -48,7 +47,7 @@ class Real:
     oracle: Oracle
     truth: Truth
     emitted: InMemory
-    inputs: Path | None
+    inputs: Path
 
     @property
     def arrays(self) -> Arrays:
@@ -63,7 +62,7 @@ class Real:
 
 @functools.cache
 def real(case_id: str, mode: Mode = "free") -> Real:
-    """A case of the table, once a session."""
+    """A case of the table, computed once."""
     return real_of(CASES[case_id], mode)
 
 
@@ -122,7 +121,7 @@ def document(there: Real, arrays: Mapping[str, np.ndarray], file: str) -> dict[s
             "case": {"id": subject.case.id, "digest": subject.digest},
             "model_digest": subject.model_digest,
             "sae_digest": subject.sae_digest if free else None,
-            "inputs_digest": file_digest(there.inputs) if there.inputs else None,
+            "inputs_digest": file_digest(there.inputs),
         },
         "run": {
             "started": "2026-11-25T00:00:00Z",
@@ -162,7 +161,7 @@ def write(
 def judge(there: Real, path: Path) -> list[TensorResult]:
     """Header, then every tensor, as a run does it."""
     trace = Trace(path)
-    check_header(there.truth, trace, file_digest(there.inputs) if there.inputs else None)
+    check_header(there.truth, trace, file_digest(there.inputs))
     return compare(there.truth, trace, there.decoder, None)
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from planting import Arrays, Edit, failures, first, judge, planted, real, write
 
-from candle_mi_parity.compare import check_header, compare
+from candle_mi_parity.compare import compare
 from candle_mi_parity.errors import TraceError
-from candle_mi_parity.trace import InMemory, Trace
+from candle_mi_parity.trace import InMemory
 from candle_mi_parity.truth import Truth, TruthTensor
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
 
@@ -66,7 +66,7 @@ def test_other_tokens_are_refused_with_both_lists(
     (ids,) = there.subject.tokens
     path = write(tmp_path, there, edit=lambda document: document.update(tokens=[change(ids)]))
     with pytest.raises(TraceError) as caught:
-        check_header(there.truth, Trace(path), None)
+        judge(there, path)
     message = str(caught.value)
     assert said in message and "\n" not in message
     assert str(ids) in message and str(change(ids)) in message
@@ -109,8 +109,11 @@ def test_no_case_and_no_tensor_is_inconclusive() -> None:
 
 
 def test_the_twin_says_how_many_were_compared(tmp_path: Path) -> None:
-    run = run_of(judge(real("llama/hub"), write(tmp_path, real("llama/hub"))))
-    assert run.verdict is Verdict.PASS and "39 tensors compared" in run.line()
+    results = judge(real("llama/hub"), write(tmp_path, real("llama/hub")))
+    truth = list(real("llama/hub").truth.tensors)
+    assert [result.name for result in results][: len(truth)] == truth and len(truth) >= 39
+    run = run_of(results)
+    assert run.verdict is Verdict.PASS and f"{len(results)} tensors compared" in run.line()
 
 
 @pytest.mark.parametrize("garbage", [-1e5, float(np.finfo(np.float32).min), 3.0])
@@ -167,8 +170,9 @@ def synthetic(name: str, value: np.ndarray) -> tuple[Truth, np.ndarray]:
 
 def judge_one(truth: Truth, array: np.ndarray) -> TensorResult:
     name = next(iter(truth.tensors))
-    (result,) = compare(truth, InMemory({name: (array, None)}, "float32", {}, []), None, None)
-    return result
+    results = compare(truth, InMemory({name: (array, None)}, "float32", {}, []), None, None)
+    assert results[0].name == name
+    return results[0]
 
 
 @pytest.mark.parametrize("index", [0, 31000, 49151])
@@ -192,11 +196,13 @@ def test_a_position_beside_a_massive_activation_is_judged_by_its_own_size() -> N
     assert result.rms_ratio < 8, "a mean over all positions would have seen it too: the case excites nothing"
 
 
-def test_an_argmax_that_differs_at_a_tie_is_counted_as_a_tie() -> None:
+@pytest.mark.parametrize(("gap", "status"), [(1e-8, Status.PASS), (1e-3, Status.FAIL)])
+def test_a_next_token_may_differ_only_at_a_tie(gap: float, status: Status) -> None:
     value = np.random.default_rng(0).standard_normal((1, 3, 50))
-    value[0, 2, 7], value[0, 2, 9] = 5.0, 5.0 - 1e-8
+    value[0, 2, 7], value[0, 2, 9] = 5.0, 5.0 - gap
     truth, array = synthetic("logits", value)
     array[0, 2, 7], array[0, 2, 9] = 5.0, np.nextafter(np.float32(5), np.float32(6))
-    result = judge_one(truth, array)
-    assert result.status is Status.PASS
-    assert "argmax differs at 1 positions, 1 of them ties inside the gate" in result.detail
+    results = compare(truth, InMemory({"logits": (array, None)}, "float32", {}, []), None, None)
+    found = {result.name: result for result in results}
+    assert found["logits.next_token"].status is status, found["logits.next_token"].message()
+    assert found["logits.next_token"].past == (status is Status.FAIL)

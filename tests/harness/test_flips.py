@@ -52,7 +52,7 @@ def candidate(there: Real, feature: int, flipped: bool, follow: bool = True) -> 
     for chain, sae in there.truth.sae.items():
         features = there.truth.tensors[f"{chain}.features"].value.copy()
         recon = there.truth.tensors[f"{chain}.recon"].value.copy()
-        if flipped:
+        if flipped and chain == "sae":  # the SAE alone has less noise, and its own margin
             if follow:
                 recon[LAST] -= features[LAST][feature] * decoder[feature]
             features[LAST][feature] = 0

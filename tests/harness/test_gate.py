@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from candle_mi_parity import gate
 from candle_mi_parity.gate import ELEMENT_GATE, POSITION_GATE, UNIT, check_gate, measure
 from candle_mi_parity.judge import judged
 from candle_mi_parity.verdict import Status
@@ -74,6 +75,16 @@ def test_a_gate_that_cannot_fail_is_refused(bad: float, which: str) -> None:
 def test_the_gate_in_force_is_accepted_and_is_the_documented_one() -> None:
     check_gate(POSITION_GATE, ELEMENT_GATE)
     assert (POSITION_GATE, ELEMENT_GATE) == (8.0, 32.0)
+
+
+@pytest.mark.parametrize("name", ["POSITION_GATE", "ELEMENT_GATE"])
+@pytest.mark.parametrize("bad", [math.inf, math.nan, -1.0])
+def test_a_gate_that_was_disarmed_passes_nothing(monkeypatch: pytest.MonkeyPatch, name: str, bad: float) -> None:
+    truth, noise, error = honest(0)
+    assert status(error, truth, noise) is Status.PASS
+    monkeypatch.setattr(gate, name, bad)
+    with pytest.raises(ValueError, match="invalid tolerance"):
+        status(error, truth, noise)
 
 
 @few

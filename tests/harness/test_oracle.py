@@ -141,7 +141,6 @@ def test_a_cached_truth_that_was_cut_off_is_one_line(tmp_path: Path) -> None:
 def test_forced_truth_is_the_free_one_within_the_rounding_of_its_inputs() -> None:
     there = real("llama/hub", "forced")
     free, forced = real("llama/hub").truth.tensors, there.truth.tensors
-    assert there.inputs is not None
     given = load_file(there.inputs)
     assert len(given) == 6 and not any(name.endswith("hook_resid_pre") for name in forced)
     for name, array in given.items():
@@ -157,7 +156,6 @@ def test_forced_truth_is_the_free_one_within_the_rounding_of_its_inputs() -> Non
 
 def test_each_forced_half_layer_starts_from_what_is_given() -> None:
     there = real("llama/hub", "forced")
-    assert there.inputs is not None
     given, forced = load_file(there.inputs), there.truth.tensors
     for layer in range(3):
         at = f"blocks.{layer}.hook_"
@@ -173,7 +171,7 @@ def test_the_cases_cover_every_family() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_fires_the_38_hooks_and_logits_in_execution_order(family: str) -> None:
     there = real(f"{family}/hub")
-    names = [name for name in there.truth.tensors if not name.startswith("sae")]
+    names = [name for name in there.truth.tensors if not name.startswith(("sae", "lens"))]
     assert names == [*hook_names(3), "logits"] and len(names) == 39
     # In what order modules were really reached, q, k and v aside, which nothing orders.
     fired = list(captured(load_model(there.subject.model_dir), there.subject.tokens).tensors)

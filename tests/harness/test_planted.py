@@ -179,6 +179,14 @@ def test_equal_axes_swapped_are_caught_by_their_values(tmp_path: Path) -> None:
     assert not failures(planted(tmp_path / "twin", there))
 
 
+def test_equal_length_and_head_size_swapped_are_caught_by_their_values(tmp_path: Path) -> None:
+    there, name = real("qwen3/hub"), "blocks.0.attn.hook_q"
+    found = there.arrays[name]
+    assert found.shape == (1, 4, 24, 24)
+    results = planted(tmp_path, there, **{name: np.ascontiguousarray(found.swapaxes(2, 3))})
+    assert (first(results).name, first(results).reason) == (name, "values")
+
+
 def test_a_forced_run_leaves_a_fault_in_its_own_half_layer(tmp_path: Path) -> None:
     there = real("llama/hub", "forced")
     assert not failures(judge(there, write(tmp_path / "twin", there)))

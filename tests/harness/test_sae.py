@@ -53,7 +53,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "text": ({"b_enc": np.array(["a"] * 6)}, "b_enc is <U1"),
     "NaN": ({"b_enc": np.full(6, np.nan, np.float32)}, "b_enc holds NaN or Inf"),
     "infinity": ({"W_dec": np.full((6, 4), np.inf, np.float32)}, "W_dec holds NaN or Inf"),
-    "too large for float32": ({"b_dec": np.full(4, 1e300)}, "b_dec holds NaN or Inf"),
+    "too large for float32": ({"b_dec": np.full(4, 1e300)}, "b_dec holds NaN or Inf, or a value too large"),
     "no array": (dict.fromkeys(arrays()), "it holds nothing"),
 }
 

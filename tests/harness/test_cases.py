@@ -1,0 +1,120 @@
+"""The table: a row that does not say what a case must say is one line that names the place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from candle_mi_parity import subject
+from candle_mi_parity.cases import Case, cache_root, load_cases, select
+from candle_mi_parity.errors import CaseTableError, ModelError, ParityError
+from candle_mi_parity.subject import prepare
+
+MODEL = 'model = { source = "tiny", config = "models/llama.json", dialect = "hub" }\n'
+GOOD = f'[[case]]\nid = "a/b"\n{MODEL}tokens = [1, 5]\n'
+
+
+def table(tmp_path: Path, text: str, form: str = "format = 1\n") -> Path:
+    path = tmp_path / "cases.toml"
+    path.write_text(form + text)
+    return path
+
+
+BAD: dict[str, tuple[str, str]] = {
+    "no row": ("case = []\n", "no case; nothing would be compared"),
+    "no table of rows": ("", "case: Field required"),
+    "unknown key": (GOOD + "colour = 1\n", "case.0.colour"),
+    "unknown key of a model": (GOOD.replace("dialect =", "size = 1, dialect ="), "case.0.model.tiny.size"),
+    "unknown source": (GOOD.replace('"tiny"', '"moon"'), "case.0.model"),
+    "unknown dialect": (GOOD.replace('"hub"', '"v4"'), "case.0.model.tiny.dialect"),
+    "two inputs": (GOOD + 'text = "x"\n', "give exactly one of `tokens` and `text`"),
+    "no input": (GOOD.replace("tokens = [1, 5]\n", ""), "give exactly one of `tokens` and `text`"),
+    "empty tokens": (GOOD.replace("[1, 5]", "[]"), "case.0.tokens"),
+    "negative token": (GOOD.replace("[1, 5]", "[1, -5]"), "case.0.tokens"),
+    "text for a token": (GOOD.replace("[1, 5]", '[1, "5"]'), "case.0.tokens"),
+    "no random token": (GOOD.replace("[1, 5]", "{ random = 0 }"), "case.0.tokens"),
+    "negative SAE layer": (GOOD + 'sae = { path = "a", layer = -1 }\n', "case.0.sae.layer"),
+    "duplicate id": (GOOD + GOOD, "case ids given twice: a/b"),
+    "half a table": ("[[case", "cases.toml"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_table_is_one_line(tmp_path: Path, name: str) -> None:
+    text, said = BAD[name]
+    assert [case.id for case in load_cases(table(tmp_path, GOOD))] == ["a/b"]
+    with pytest.raises(CaseTableError) as caught:
+        load_cases(table(tmp_path, text))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["", "format = 2\n", 'format = "1"\n'])
+def test_an_unknown_format_is_refused(tmp_path: Path, form: str) -> None:
+    with pytest.raises(CaseTableError, match="format"):
+        load_cases(table(tmp_path, GOOD, form))
+
+
+def test_a_table_that_is_not_there_or_no_text_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CaseTableError, match="No such file"):
+        load_cases(tmp_path / "cases.toml")
+    (tmp_path / "cases.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(CaseTableError, match="utf-8"):
+        load_cases(tmp_path / "cases.toml")
+
+
+def test_a_glob_selects_by_id_and_by_case() -> None:
+    cases = load_cases()
+    ids = [case.id for case in cases]
+    llamas = [name for name in ids if name.startswith("llama/")]
+    assert [case.id for case in select(cases, "llama/*")] == llamas and len(llamas) >= 2
+    assert [case.id for case in select(cases, "*/window")] == [name for name in ids if name.endswith("/window")]
+    assert [case.id for case in select(cases, "gemma2/hub")] == ["gemma2/hub"]
+    with pytest.raises(CaseTableError, match="no case matches 'LLAMA/hub'; there are: llama/hub"):
+        select(cases, "LLAMA/hub")
+
+
+def test_without_a_pattern_what_needs_a_download_waits_to_be_selected() -> None:
+    cases = load_cases()
+    waiting = {case.id for case in cases} - {case.id for case in select(cases, None)}
+    assert waiting == {case.id for case in cases if case.lane == "hub"} != set()
+    assert select(cases, waiting.copy().pop())
+
+
+def concrete(**row: object) -> Case:
+    model = {"source": "tiny", "config": "models/llama.json", "dialect": "hub"}
+    return Case.model_validate({"id": "a/b", "model": model, **row})
+
+
+def test_token_ids_outside_the_vocabulary_are_one_line() -> None:
+    assert prepare(concrete(tokens=[1, 210]), cache_root()).tokens == [[1, 210]]
+    with pytest.raises(ParityError, match=r"token 211.*vocabulary of 211"):
+        prepare(concrete(tokens=[1, 211]), cache_root())
+
+
+def test_a_text_that_has_no_token_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "tokenizer", lambda _: lambda text: {"input_ids": [5] if text else []})
+    assert prepare(concrete(text="x"), cache_root()).tokens == [[5]]
+    with pytest.raises(CaseTableError, match="a/b: no token; nothing would be compared"):
+        prepare(concrete(text=""), cache_root())
+
+
+def test_an_sae_on_a_layer_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(CaseTableError, match="SAE layer 3, but the model has 3 layers"):
+        prepare(concrete(tokens=[1, 5], sae={"path": "saes/gemma2_l1.npz", "layer": 3}), cache_root())
+
+
+def test_text_without_a_tokenizer_is_one_line() -> None:
+    with pytest.raises(ModelError, match="no usable tokenizer in") as caught:
+        prepare(concrete(text="hello"), cache_root())
+    assert "\n" not in str(caught.value)
+
+
+def test_the_digest_is_of_what_decides_the_numbers_and_not_of_the_name() -> None:
+    def digest(**row: object) -> str:
+        return prepare(concrete(**{"tokens": [1, 5], **row}), cache_root()).digest
+
+    assert digest() == digest(id="c/d", lane="hub", stored="part")
+    sae = {"path": "saes/gemma2_l1.npz", "layer": 1}
+    others = [digest(tokens=[1, 6]), digest(tokens={"random": 2}), digest(sae=sae), digest(sae=sae | {"layer": 2})]
+    assert len({digest(), *others}) == 5

@@ -1,0 +1,196 @@
+"""The auto-config census: the stored ones are whole and up to date, and an answer is sorted where it belongs."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import shutil
+import signal
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from candle_mi_parity.build import build
+from candle_mi_parity.candidate import parse_candidate
+from candle_mi_parity.cases import cache_root
+from candle_mi_parity.census import take_census
+from candle_mi_parity.census_models import hub_rotary, mapped_classes
+from candle_mi_parity.census_record import FORMAT, STORED, Census, Entry, count, read_census
+from candle_mi_parity.errors import CensusError
+from candle_mi_parity.isolated import Lost, each
+from candle_mi_parity.trace import CandleMi
+
+PLANTED = CandleMi(version="9.9.9", source="registry", checksum="0" * 64, revision=None, tree_digest=None)
+
+# Answers every request with a trace of {logits}; what the harness would verify of an honest one is in order.
+LIAR = """
+    import hashlib, struct
+    directory, out = Path(request["model_dir"]), Path(request["out"])
+    files = sorted([directory / "config.json", *directory.glob("model*.safetensors")], key=lambda path: path.name)
+    lines = [f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()}\\n" for path in files]
+    values = [0.25] * (len(request["tokens"][0]) * 211)
+    logits = {"name": "logits", "shape": [1, len(request["tokens"][0]), 211], "dtype": "float32", "nonfinite": 0,
+              "sha256": hashlib.sha256(struct.pack(f"<{len(values)}f", *values)).hexdigest(), "values": values}
+    header = {"emitter": "liar", "candle_mi": IDENTITY, "candle": "0", "features": [], "device": "cpu",
+              "dtype": "float32", "case": request["case"], "sae_digest": None, "inputs_digest": None,
+              "model_digest": hashlib.sha256("".join(lines).encode()).hexdigest()}
+    run = {"started": "now", "seconds": {}, "threads": 1, "peak_rss_bytes": None}
+    trace = {"format": "candle-mi-parity/trace/1", "header": header, "run": run, "tokens": request["tokens"],
+             "tensors": [logits], "scalars": {}, "top_features_last_pos": []}
+    temporary = Path(request["out"] + ".tmp")
+    temporary.write_text(json.dumps(trace))
+    temporary.rename(out)
+    reply({"case": request["case"]["id"], "ok": True, "trace": request["out"]})
+"""
+REFUSES = """
+    known = "unsupported model_type: 'x'" if request["config"] == "hf" else "no rotary of this kind"
+    reply({"case": request["case"]["id"], "ok": False, "kind": "model", "error": known})
+"""
+DIES = "os.abort()"
+
+
+def census_by(body: str, pattern: str, tmp_path: Path) -> Census:
+    """A census by an emitter that runs ``body`` for each request."""
+    script = tmp_path / "emitter"
+    script.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\nfrom pathlib import Path\nIDENTITY = {PLANTED.model_dump()!r}\n"
+        "def reply(value): print(json.dumps(value), flush=True)\n"
+        "for line in sys.stdin:\n    request = json.loads(line)\n" + textwrap.indent(textwrap.dedent(body), "    ")
+    )
+    script.chmod(0o755)
+    return take_census(script, PLANTED, pattern, cache_root(), tmp_path / "out", lambda entry, total: None)
+
+
+def only(census: Census) -> Entry:
+    assert len(census.classes) == 1
+    return census.classes[0]
+
+
+def stored() -> list[Path]:
+    return sorted(STORED.glob("*.json"))
+
+
+def test_a_census_of_the_default_candidate_is_stored() -> None:
+    assert STORED / "0.2.2.json" in stored()
+
+
+@pytest.mark.parametrize("path", stored(), ids=lambda path: path.stem)
+def test_a_stored_census_has_every_class_of_the_installed_transformers(path: Path) -> None:
+    census = read_census(path)
+    assert census.candle_mi.version == path.stem
+    found = {entry.model_type: entry.class_name for entry in census.classes}
+    remedy = f"take it again: candle-mi-parity census --candidate {path.stem}"
+    assert found == mapped_classes(), f"{path.name} is of transformers {census.transformers}; {remedy}"
+
+
+@pytest.mark.parametrize("path", stored(), ids=lambda path: path.stem)
+def test_nothing_is_dropped_and_every_outcome_says_why(path: Path) -> None:
+    census = read_census(path)
+    assert sum(census.counts.values()) == len(census.classes) == len(mapped_classes())
+    for entry in census.classes:
+        if entry.outcome in ("refused", "not-asked"):
+            assert entry.reason and entry.first is None, entry
+        elif entry.outcome == "different":
+            assert entry.first and entry.reader and entry.compared, entry
+        else:
+            assert entry.first is None and entry.reader and entry.compared, entry
+        if entry.model_type == "llama":
+            assert entry.outcome == "same", "nothing of this census can be believed"
+        assert str(Path.home()) not in entry.reason and "/tmp" not in entry.reason, entry
+
+
+def test_a_census_that_does_not_add_up_is_refused(tmp_path: Path) -> None:
+    entry = Entry(model_type="llama", class_name="LlamaForCausalLM", outcome="refused", reason="no")
+    good = Census(
+        format=FORMAT, candle_mi=PLANTED, transformers="5", counts=count([entry]), classes=[entry]
+    ).model_dump()
+    path = tmp_path / "census.json"
+    for change in ({"counts": good["counts"] | {"same": 1}}, {"classes": good["classes"] * 2}, {"seconds": 3}):
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(CensusError, match=r"census\.json"):
+            read_census(path)
+    with pytest.raises(ValidationError):
+        Entry(model_type="llama", class_name="x", outcome="skipped")  # type: ignore[arg-type]
+
+
+def test_wrong_logits_are_different(tmp_path: Path) -> None:
+    entry = only(census_by(LIAR, "llama", tmp_path))
+    assert (entry.outcome, entry.reader) == ("different", "hf")
+    assert entry.first == "hook_embed", "the liar emits no hook; the first one is missing"
+    assert entry.logits_ratio is not None and entry.logits_ratio > 1e4
+    # It never looks at the weights.
+    assert "model.layers.*.self_attn.q_proj.weight" in entry.unread
+
+
+def test_a_refusal_keeps_the_message_of_the_reader_that_knows_every_type(tmp_path: Path) -> None:
+    entry = only(census_by(REFUSES, "llama", tmp_path))
+    assert (entry.outcome, entry.reason) == ("refused", "model: no rotary of this kind")
+
+
+def test_a_crash_is_neither_a_refusal_nor_a_divergence(tmp_path: Path) -> None:
+    entry = only(census_by(DIES, "llama", tmp_path))
+    assert entry.outcome == "not-asked"
+    assert "SIGABRT" in entry.reason
+
+
+def test_a_class_that_does_not_get_tiny_is_not_asked(tmp_path: Path) -> None:
+    entry = only(census_by(LIAR, "blt", tmp_path))
+    assert entry.outcome == "not-asked"
+    assert "does not get tiny" in entry.reason
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CensusError, match="matches 'nothing'"):
+        census_by(LIAR, "nothing", tmp_path)
+
+
+@pytest.mark.rust
+def test_llama_is_the_same(tmp_path: Path) -> None:
+    if shutil.which("cargo") is None:
+        pytest.skip("no cargo on PATH")
+    built = build(parse_candidate("0.2.2"), cache_root(), print)
+    identity = CandleMi.model_validate(built.identity["candle_mi"])
+    census = take_census(built.path, identity, "llama", cache_root(), tmp_path, lambda entry, total: None)
+    entry = only(census)
+    assert (entry.outcome, entry.dialect, entry.reason) == ("same", "hub", "")
+    assert entry.compared == 39
+    assert entry.logits_ratio is not None and 0 < entry.logits_ratio < 4
+
+
+def test_a_process_that_dies_or_hangs_costs_its_own_item() -> None:
+    assert list(each(operator.add, [(1, 2), (3, 4)], 2, 60)) == [3, 7]
+    assert list(each(os.abort, [()], 1, 60)) == [Lost(-signal.SIGABRT)]
+    assert list(each(time.sleep, [(600,)], 1, 0.5)) == [Lost(None)]
+    assert list(each(os._exit, [(3,)], 1, 60)) == [Lost(3)]
+
+
+def test_a_fault_of_the_census_itself_is_not_blamed_on_the_classes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("candle_mi_parity.census.each", lambda *_: iter([Lost(1)]))
+    with pytest.raises(CensusError, match=r"llama: .* ended with code 1"):
+        census_by(LIAR, "llama", tmp_path)
+
+
+def test_hooks_are_not_used_where_they_change_what_the_class_computes(tmp_path: Path) -> None:
+    entry = only(census_by(LIAR, "granite_swa", tmp_path))
+    assert entry.compared <= 1, "our attention drops the sinks of this class, and its truth with hooks is another's"
+    assert only(census_by(LIAR, "granite", tmp_path)).first == "hook_embed"
+
+
+def test_rotary_parameters_in_the_spelling_of_hub_files() -> None:
+    default = {"rope_type": "default", "rope_theta": 5e5}
+    assert hub_rotary(default) == {"rope_theta": 5e5}
+    assert hub_rotary(default | {"partial_rotary_factor": 0.5}) == {"rope_theta": 5e5, "partial_rotary_factor": 0.5}
+    scaled = {"rope_type": "linear", "factor": 2.0}
+    assert hub_rotary(default | scaled) == {"rope_theta": 5e5, "rope_scaling": scaled}
+    local = {"rope_type": "default", "rope_theta": 1e4}
+    by_layer = {"full_attention": default, "sliding_attention": local}
+    assert hub_rotary(by_layer) == {"rope_theta": 5e5, "rope_local_base_freq": 1e4}
+    assert hub_rotary(by_layer | {"sliding_attention": local | scaled}) is None
+    assert hub_rotary(None) is None

@@ -1,0 +1,96 @@
+"""Nothing lies about unused, and what nothing compares is named here: opening or closing a gap is an edit.
+
+The sets are asserted exactly, in both directions.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from candle_mi_parity.cases import FIXTURES, ROOT, TinyModel, load_cases, select
+from candle_mi_parity.families import FAMILIES, LAYER_POINTS
+from candle_mi_parity.ledger import load_ledger
+
+CASES = load_cases()
+DEFAULT = select(CASES, None)
+VERSIONS = [path.parent for path in (ROOT / "rust_outputs").glob("*/candidate.json")]
+
+NO_ORACLE = {
+    "Dream": "transformers has no such model",
+    "a2d-qwen2": "transformers has no such model",
+    "a2d-qwen3": "transformers has no such model",
+}
+"""Model types of candle-mi 0.2.2 that no case can cover."""
+
+NO_TRANSFORMER = {
+    "RwkvState": "RWKV only",
+    "RwkvDecay": "RWKV only",
+    "RwkvEffectiveAttn": "RWKV only",
+    "Custom": "a name of the user's own; never fires in a transformer",
+}
+"""Hook points of candle-mi 0.2.2 that GenericTransformer does not fire."""
+
+
+def candle_mi_source(name: str) -> str:
+    """A source file of candle-mi 0.2.2 as cargo unpacked it."""
+    home = Path(os.environ.get("CARGO_HOME", Path.home() / ".cargo"))
+    found = sorted(home.glob(f"registry/src/*/candle-mi-0.2.2/src/{name}"))
+    assert found, "cargo has not unpacked candle-mi 0.2.2 here: run `make parity` once"
+    return found[0].read_text(encoding="utf-8")
+
+
+def test_every_fixture_file_belongs_to_something() -> None:
+    tiny = {case.model.config for case in CASES if isinstance(case.model, TinyModel)}
+    saes = {case.sae.path for case in CASES if case.sae and case.sae.repo is None}
+    goldens = {case.id.replace("/", "-") for case in DEFAULT if not case.id.endswith("/v5")}
+    used = tiny | saes | {f"goldens/{name}{suffix}" for name in goldens for suffix in (".npz", ".json")}
+    tables = {"cases.toml", "known_divergences.toml", "config_fields.toml", "census.toml", "texts.json"}
+    makers = {"saes/README.md", "saes/make_tiny.py", "saes/train_smollm2.py"}
+    there = {
+        str(path.relative_to(FIXTURES)) for path in FIXTURES.rglob("*") if path.is_file() and path.suffix != ".pyc"
+    }
+    assert there == used | tables | makers
+
+
+@pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
+def test_every_stored_file_is_a_case_and_every_case_is_stored(version: Path) -> None:
+    ids = {case.id for case in DEFAULT}
+    stored = {str(path.relative_to(version)) for path in version.rglob("*") if path.is_file()} - {
+        "candidate.json",
+        "tokens.json",
+    }
+    names = {re.sub(r"(\.forced)?\.(json|safetensors)$", "", name) for name in stored}
+    assert names == ids
+
+
+def test_every_ledger_entry_is_of_a_case_and_a_stored_release() -> None:
+    ledger = load_ledger()
+    keys = {(entry.case, entry.version) for entry in ledger.known}
+    keys |= {(entry.case, entry.version) for entry in ledger.refused}
+    possible = {(case.id, version.name) for case in DEFAULT for version in VERSIONS}
+    assert keys <= possible
+
+
+@pytest.mark.rust
+def test_every_model_type_of_candle_mi_has_a_family_or_a_reason() -> None:
+    source = candle_mi_source("config.rs")
+    block = re.search(r"SUPPORTED_MODEL_TYPES: &\[&str\] = &\[(.*?)\];", source, re.DOTALL)
+    assert block
+    assert set(re.findall(r'"([^"]+)"', block.group(1))) == set(FAMILIES) | set(NO_ORACLE)
+    assert {case.family for case in DEFAULT} >= set(FAMILIES)
+
+
+@pytest.mark.rust
+def test_every_hook_point_of_candle_mi_is_compared_or_has_a_reason() -> None:
+    source = candle_mi_source("hooks.rs")
+    block = re.search(r"pub enum HookPoint \{(.*?)\n\}", source, re.DOTALL)
+    assert block
+    variants = set(re.findall(r"^    ([A-Z]\w+)(?:\(\w+\))?,", block.group(1), re.MULTILINE))
+    camel = {
+        "".join(word.title() for word in re.split(r"[._]", point.replace("hook_", ""))) for point in LAYER_POINTS
+    }
+    assert variants == camel | {"Embed", "FinalNorm"} | set(NO_TRANSFORMER)

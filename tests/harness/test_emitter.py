@@ -1,0 +1,359 @@
+"""The real emitter: requests it refuses, what it reads of a model, and each thing that a request can ask for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from candle_mi_parity.build import build
+from candle_mi_parity.candidate import EmitterError, EmitterProcess, parse_candidate
+from candle_mi_parity.cases import cache_root
+
+WIDTH = 16
+RESIDUAL = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    if shutil.which("cargo") is None:
+        pytest.skip("no cargo on PATH")
+    return build(parse_candidate("0.2.2"), cache_root(), print).path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random llama: d = WIDTH, two layers, 40 tokens in the vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    directory = tmp_path_factory.mktemp("llama")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def real_request(model: Path, out: Path, **changes: object) -> dict[str, object]:
+    return {
+        "format": "candle-mi-parity/request/1",
+        "case": {"id": "tiny", "digest": "00"},
+        "model_dir": str(model),
+        "tokens": [[1, 5, 7, 2]],
+        "captures": ["hook_embed", "blocks.0.attn.hook_pattern", RESIDUAL],
+        "logits": True,
+        "dtype": "float32",
+        "device": "cpu",
+        "out": str(out),
+        **changes,
+    }
+
+
+def fails(emitter: EmitterProcess, request: dict[str, object]) -> EmitterError:
+    with pytest.raises(EmitterError) as caught:
+        emitter.emit(request, timeout=120)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def tensors(out: Path) -> dict[str, np.ndarray]:
+    """The float32 tensors of a trace, in its order."""
+    stored = load_file(out.with_suffix(".safetensors"))
+    found = {}
+    for entry in json.loads(out.read_text())["tensors"]:
+        values = entry.get("values")
+        array = stored[entry["key"]] if values is None else np.array(values, np.float32).reshape(entry["shape"])
+        found[entry["name"]] = array
+    return found
+
+
+def copy_model(model: Path, to: Path, **config: object) -> Path:
+    """A copy of a model with some of its configuration changed."""
+    shutil.copytree(model, to)
+    known = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**known, **config}))
+    return to
+
+
+def without_run(path: Path) -> str:
+    document: dict[str, Any] = json.loads(path.read_text())
+    del document["run"]
+    return json.dumps(document)
+
+
+@pytest.mark.rust
+def test_the_same_case_twice_gives_the_same_bytes(built: Path, llama: Path, tmp_path: Path) -> None:
+    kept = []
+    for name in ("first", "second"):
+        out = tmp_path / name / "case.json"
+        # A process each: nothing may depend on what was run before.
+        with EmitterProcess(built) as emitter:
+            emitter.emit(real_request(llama, out), timeout=120)
+        kept.append((without_run(out), out.with_suffix(".safetensors").read_bytes()))
+        assert sorted(path.name for path in out.parent.iterdir()) == ["case.json", "case.safetensors"]
+    assert kept[0] == kept[1]
+    names = [tensor["name"] for tensor in json.loads(kept[0][0])["tensors"]]
+    assert names == ["hook_embed", "blocks.0.attn.hook_pattern", RESIDUAL, "logits"]
+
+
+@pytest.mark.rust
+@pytest.mark.parametrize(
+    ("changes", "kind", "told"),
+    [
+        ({"colour": "red"}, "request", "colour"),
+        ({"format": "candle-mi-parity/request/9"}, "request", "request/9"),
+        ({"captures": ["hook_embed", "blocks.0.hook_nope"]}, "request", "blocks.0.hook_nope"),
+        ({"captures": ["blocks.2.hook_resid_pre"]}, "request", "blocks.2.hook_resid_pre"),
+        ({"edits": [{"kind": "zero", "hook": "blocks.9.hook_resid_pre"}]}, "request", "blocks.9"),
+        ({"tokens": [[1, 40]]}, "request", "token 40"),
+        ({"tokens": []}, "request", "empty"),
+        ({"tokens": [[1, 2], [3]]}, "request", "ragged"),
+        ({"project": ["absent"]}, "request", "inputs is null"),
+        ({"config": "guess"}, "request", "guess"),
+        ({"device": "tpu"}, "request", "tpu"),
+        ({"model_dir": "/nonexistent"}, "model", "/nonexistent"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    built: Path, llama: Path, tmp_path: Path, changes: dict[str, object], kind: str, told: str
+) -> None:
+    out = tmp_path / "case.json"
+    with EmitterProcess(built) as emitter:
+        error = fails(emitter, real_request(llama, out, **changes))
+        assert error.kind == kind
+        assert told in error.message
+        assert list(tmp_path.iterdir()) == []
+        # The process that refused goes on.
+        emitter.emit(real_request(llama, out), timeout=120)
+
+
+@pytest.mark.rust
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        ([], "expected model.safetensors or its shards"),
+        (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], "model-00001-of-00002.safetensors"),
+    ],
+)
+def test_weights_must_be_there_and_whole(
+    built: Path, llama: Path, tmp_path: Path, held: list[str], told: str
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(llama / "config.json", model)
+    for name in held:
+        (model / name).write_text("")
+    with EmitterProcess(built) as emitter:
+        error = fails(emitter, real_request(model, tmp_path / "case.json"))
+    assert error.kind == "model" and told in error.message
+
+
+@pytest.mark.rust
+def test_a_changed_model_is_loaded_again(built: Path, llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    digests = []
+    with EmitterProcess(built) as emitter:
+        for name in ("first", "second"):
+            emitter.emit(real_request(model, tmp_path / f"{name}.json"), timeout=120)
+            digests.append(json.loads((tmp_path / f"{name}.json").read_text())["header"]["model_digest"])
+            config = json.loads((model / "config.json").read_text())
+            (model / "config.json").write_text(json.dumps({**config, "note": "changed"}))
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.rust
+@pytest.mark.parametrize("reader", ["hf", "auto"])
+def test_rows_of_a_batch_are_what_each_is_alone(built: Path, llama: Path, tmp_path: Path, reader: str) -> None:
+    rows = [[1, 5, 7, 2], [39, 0, 3, 3]]
+    runs = []
+    with EmitterProcess(built) as emitter:
+        for name, tokens in (("both", rows), ("first", rows[:1]), ("second", rows[1:])):
+            out = tmp_path / f"{name}.json"
+            emitter.emit(real_request(llama, out, tokens=tokens, config=reader), timeout=120)
+            runs.append(tensors(out))
+    both, *alone = runs
+    assert both["logits"].shape == (2, 4, 40)
+    assert not np.allclose(both["logits"][0], both["logits"][1], atol=1e-3)
+    for row, single in enumerate(alone):
+        assert list(single) == list(both)
+        for name, array in single.items():
+            np.testing.assert_allclose(both[name][row : row + 1], array, rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.rust
+@pytest.mark.parametrize(("dtype", "stored"), [("float32", "F32"), ("bfloat16", "BF16"), ("float16", "F16")])
+def test_tensors_keep_the_dtype_that_was_computed_in(
+    built: Path, llama: Path, tmp_path: Path, dtype: str, stored: str
+) -> None:
+    inputs, out = tmp_path / "inputs.safetensors", tmp_path / "case.json"
+    # float64, as the truth is.
+    save_file({RESIDUAL: np.ones((1, 4, WIDTH))}, inputs)
+    changes: dict[str, object] = {"inputs": str(inputs), "project": [RESIDUAL], "dtype": dtype}
+    with EmitterProcess(built) as emitter:
+        emitter.emit(real_request(llama, out, **changes), timeout=120)
+    document = json.loads(out.read_text())
+    assert document["header"]["dtype"] == dtype
+    assert {entry["dtype"] for entry in document["tensors"]} == {dtype}
+    with safe_open(out.with_suffix(".safetensors"), framework="numpy") as file:
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {stored}  # noqa: SIM118
+
+
+# --- the other reader of config.json --------------------------------------------------------------
+
+
+@pytest.mark.rust
+def test_auto_reads_a_family_that_is_not_known(built: Path, llama: Path, tmp_path: Path) -> None:
+    unknown = copy_model(llama, tmp_path / "model", model_type="mystery")
+    known, guessed = tmp_path / "known.json", tmp_path / "guessed.json"
+    with EmitterProcess(built) as emitter:
+        emitter.emit(real_request(llama, known), timeout=120)
+        emitter.emit(real_request(unknown, guessed, config="auto"), timeout=120)
+        # The model that is held was read the other way: it must not answer for this one.
+        error = fails(emitter, real_request(unknown, tmp_path / "refused.json", config="hf"))
+        assert error.kind == "model" and "mystery" in error.message
+    for name, array in tensors(known).items():
+        np.testing.assert_array_equal(tensors(guessed)[name], array, err_msg=name)
+
+
+@pytest.mark.rust
+@pytest.mark.parametrize("shards", [1, 2])
+def test_auto_refuses_what_candle_mi_calls_incompatible(
+    built: Path, llama: Path, tmp_path: Path, shards: int
+) -> None:
+    model = copy_model(llama, tmp_path / "model", model_type="mystery")
+    weights = load_file(model / "model.safetensors")
+    if shards == 2:
+        (model / "model.safetensors").unlink()
+    names = sorted(weights)
+
+    def write(held: list[str]) -> None:
+        for shard in range(shards):
+            file = f"model-0000{shard + 1}-of-00002.safetensors" if shards == 2 else "model.safetensors"
+            save_file({name: weights[name] for name in held[shard::shards]}, model / file)
+
+    request = real_request(model, tmp_path / "case.json", config="auto")
+    with EmitterProcess(built) as emitter:
+        write(names)
+        emitter.emit(request, timeout=120)
+        # Every shard's names count: without these two, there are two issues.
+        write([name for name in names if name not in {"model.norm.weight", "model.embed_tokens.weight"}])
+        errors = [fails(emitter, request) for _ in range(2)]
+    assert errors[0].kind == "model"
+    assert "model.norm.weight" in errors[0].message and "model.embed_tokens.weight" in errors[0].message
+    assert errors[0].message == errors[1].message
+
+
+# --- the logit lens -------------------------------------------------------------------------------
+
+
+@pytest.mark.rust
+def test_the_last_residual_projects_to_the_logits(built: Path, llama: Path, tmp_path: Path) -> None:
+    inputs, first, second = tmp_path / "inputs.safetensors", tmp_path / "first.json", tmp_path / "second.json"
+    with EmitterProcess(built) as emitter:
+        emitter.emit(real_request(llama, first), timeout=120)
+        given = tensors(first)
+        last = np.ascontiguousarray(given[RESIDUAL][:, -1])
+        save_file({RESIDUAL: given[RESIDUAL], "last": last, "zero": np.zeros((1, WIDTH), np.float32)}, inputs)
+        project = ["last", RESIDUAL, "zero"]
+        emitter.emit(real_request(llama, second, inputs=str(inputs), project=project), timeout=120)
+    got = tensors(second)
+    assert list(got) == [*given, "lens.last", f"lens.{RESIDUAL}", "lens.zero"]
+    np.testing.assert_allclose(got[f"lens.{RESIDUAL}"], given["logits"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(got["lens.last"], given["logits"][:, -1], rtol=0, atol=1e-6)
+    assert not got["lens.zero"].any()
+    header = json.loads(second.read_text())["header"]
+    assert header["inputs_digest"] == hashlib.sha256(inputs.read_bytes()).hexdigest()
+
+
+@pytest.mark.rust
+@pytest.mark.parametrize("shape", [(WIDTH,), (1, 4, 1), (1, 1, 4, WIDTH), None])
+def test_what_cannot_be_projected_is_refused(
+    built: Path, llama: Path, tmp_path: Path, shape: tuple[int, ...] | None
+) -> None:
+    inputs = tmp_path / "inputs.safetensors"
+    save_file({"other" if shape is None else "key": np.ones(shape or (1, WIDTH), np.float32)}, inputs)
+    with EmitterProcess(built) as emitter:
+        request = real_request(llama, tmp_path / "case.json", inputs=str(inputs), project=["key"])
+        error = fails(emitter, request)
+    assert error.kind == "request" and '"key"' in error.message
+    assert not (tmp_path / "case.json").exists()
+
+
+# --- tokenising -----------------------------------------------------------------------------------
+
+
+def words(directory: Path, unknown: str) -> Path:
+    """A tokenizer of three words that puts ``<s>`` in front of every text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"<s>": 0, "a": 1, "b": 2, "c": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    template = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.post_processor = template
+    path = directory / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def tokenize_request(tokenizer: Path, out: Path) -> dict[str, object]:
+    return {
+        "format": "candle-mi-parity/tokenize/1",
+        "tokenizer": str(tokenizer),
+        "texts": ["a b", "", "c d", "b"],
+        "out": str(out),
+    }
+
+
+@pytest.mark.rust
+def test_tokens_of_texts(built: Path, tmp_path: Path) -> None:
+    tokenizer = words(tmp_path, unknown="<nothing>")
+    written = []
+    with EmitterProcess(built) as emitter:
+        for name in ("first", "second"):
+            out = emitter.emit(tokenize_request(tokenizer, tmp_path / name / "tokens.json"), timeout=120)
+            written.append(out.read_bytes())
+    assert written[0] == written[1]
+    document: dict[str, Any] = json.loads(written[0])
+    assert document.pop("candle_mi")["version"] == "0.2.2"
+    assert document.pop("emitter")
+    errors = document.pop("errors")
+    assert document == {
+        "format": "candle-mi-parity/tokens/1",
+        "tokenizer_digest": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+        "encode": [[0, 1, 2], [0], None, [0, 2]],
+        "encode_raw": [[1, 2], [], None, [2]],
+        "decode": ["<s> a b", "<s>", None, "<s> b"],
+    }
+    assert list(errors) == ["2"] and "\n" not in errors["2"] and "encode" in errors["2"]
+
+
+@pytest.mark.rust
+def test_bad_tokenising_requests_are_one_line(built: Path, llama: Path, tmp_path: Path) -> None:
+    tokenizer = words(tmp_path, unknown="<s>")
+    broken, out = tmp_path / "broken.json", tmp_path / "out" / "tokens.json"
+    broken.write_text("{}")
+    before = tokenizer.read_bytes()
+    with EmitterProcess(built) as emitter:
+        for changes, kind, told in (
+            ({"colour": "red"}, "request", "colour"),
+            ({"texts": "a"}, "request", "sequence"),
+            ({"tokenizer": "/nonexistent"}, "model", "/nonexistent"),
+            ({"tokenizer": str(broken)}, "model", "broken.json"),
+            ({"out": str(tokenizer)}, "request", "tokenizer itself"),
+        ):
+            error = fails(emitter, {**tokenize_request(tokenizer, out), **changes})
+            assert error.kind == kind and told in error.message
+            assert not out.exists()
+        assert tokenizer.read_bytes() == before
+        # The process that refused goes on, with either kind of request.
+        emitter.emit(real_request(llama, tmp_path / "case.json"), timeout=120)
+        emitter.emit(tokenize_request(tokenizer, out), timeout=120)
+    assert json.loads(out.read_text())["errors"] == {}

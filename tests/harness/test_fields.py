@@ -1,0 +1,182 @@
+"""The config-field ledger holds, and each way in which a row could lie is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import transformers
+from planting import CASES
+from transformers import LlamaConfig, modeling_rope_utils
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from candle_mi_parity import field_check
+from candle_mi_parity.cases import Case, Setting, cache_root
+from candle_mi_parity.effects import effect
+from candle_mi_parity.families import FAMILIES
+from candle_mi_parity.field_check import EXCITING, INERT, Finding, check
+from candle_mi_parity.fields import Excited, Excused, FieldError, FieldLedger, FieldRow, fields_read, load_fields
+from candle_mi_parity.models import model_directory
+
+TABLE = list(CASES.values())
+Plant = Callable[[FieldLedger], FieldLedger]
+
+
+def faults(ledger: FieldLedger, family: str = "llama") -> dict[str, str]:
+    """Field → fault of the rows that do not hold."""
+    found: list[Finding] = check(ledger, TABLE, cache_root(), [family])
+    return {finding.field: finding.fault for finding in found if finding.fault}
+
+
+def planted(field: str, row: FieldRow | None, family: str = "llama") -> FieldLedger:
+    """The real ledger with one row of a family replaced, or taken away from the family and the common table."""
+    ledger = load_fields()
+    common, own = dict(ledger.common), dict(ledger.family.get(family, {}))
+    if row is None:
+        common.pop(field, None)
+        own.pop(field, None)
+    else:
+        own[field] = row
+    return ledger.model_copy(update={"common": common, "family": {**ledger.family, family: own}})
+
+
+def inert(other: Setting) -> Excused:
+    return Excused(kind="inert", other=other, reason="planted")
+
+
+@pytest.mark.slow
+def test_every_field_that_transformers_reads_is_covered_as_the_ledger_says() -> None:
+    found = check(load_fields(), TABLE, cache_root())
+    assert not [finding for finding in found if finding.fault]
+    assert {finding.family for finding in found} == set(FAMILIES)
+    excited = [finding for finding in found if "/" in finding.cover and ":" not in finding.cover]
+    assert len(excited) > 200 and all(finding.ratio and finding.ratio > EXCITING for finding in excited)
+
+
+@pytest.mark.parametrize("field", ["rms_norm_eps", "mlp_bias", "rope_parameters.low_freq_factor", "rope_scaling"])
+def test_an_unlisted_field_fails(field: str) -> None:
+    found = faults(planted(field, None))
+    assert set(found) == {field} and "unlisted" in found[field]
+
+
+@pytest.mark.parametrize("field", ["attn_logit_softcapping", "rope_parameters.nonsense", "intermediate"])
+def test_a_listed_field_that_nobody_reads_fails(field: str) -> None:
+    found = faults(planted(field, inert(1.0)))
+    assert set(found) == {field} and "stale" in found[field]
+
+
+def test_a_common_row_that_no_family_uses_fails() -> None:
+    ledger = load_fields()
+    ledger = ledger.model_copy(update={"common": {**ledger.common, "nonsense": inert(1.0)}})
+    found = {finding.field: finding for finding in check(ledger, TABLE, cache_root()) if finding.fault}
+    assert set(found) == {"nonsense"} and "stale" in found["nonsense"].fault
+
+
+WEAK: dict[str, tuple[str, Excited, str]] = {
+    "at the default": ("hidden_act", Excited(excited_by="llama/hub"), "moves the truth by only 0"),
+    "too near": (
+        "rms_norm_eps",
+        Excited(excited_by="llama/norm-eps", against=0.001000001),
+        "moves the truth by only",
+    ),
+    "not set": ("rope_parameters.low_freq_factor", Excited(excited_by="llama/hub"), "does not set it"),
+    "no such case": ("rms_norm_eps", Excited(excited_by="llama/nowhere"), "no such generated case"),
+    "another family's": ("rms_norm_eps", Excited(excited_by="qwen2/norm-eps"), "no such generated case"),
+    "needed": ("rope_parameters.factor", Excited(excited_by="llama/rope-linear"), "no ratio: refused"),
+    "structural": ("head_dim", Excited(excited_by="llama/hub"), "no ratio: structural"),
+}
+
+
+@pytest.mark.parametrize("name", WEAK)
+def test_a_case_that_does_not_excite_its_field_fails(name: str) -> None:
+    field, row, said = WEAK[name]
+    found = faults(planted(field, row))
+    assert set(found) == {field} and said in found[field]
+
+
+LIES: dict[str, tuple[str, Excused, str]] = {
+    "inert, but it moves the truth": ("rms_norm_eps", inert(0.001), "not inert"),
+    "inert, but it changes shapes": ("head_dim", inert(32), "not inert"),
+    "inert, but it is refused": ("return_dict", inert(False), "not inert"),
+    "structural, but it moves numbers": (
+        "attention_bias",
+        Excused(kind="structural", other=True, reason="planted"),
+        "not structural",
+    ),
+    "refused, but it is accepted": ("mlp_bias", Excused(kind="refused", other=True, reason="planted"), "not refused"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_an_excuse_that_does_not_hold_fails(name: str) -> None:
+    field, row, said = LIES[name]
+    found = faults(planted(field, row))
+    assert set(found) == {field} and said in found[field], "the liar, and none of the honest rows tried beside it"
+
+
+def test_a_rope_type_without_a_case_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = modeling_rope_utils.ROPE_INIT_FUNCTIONS
+    monkeypatch.setattr(field_check, "ROPE_INIT_FUNCTIONS", {**known, "spiral": known["linear"]})
+    assert faults(load_fields()) == {"rope_parameters = spiral": "no case has this rope type"}
+
+
+def test_a_rope_type_said_to_be_refused_is_tried() -> None:
+    ledger = load_fields()
+    without = [case for case in TABLE if case.id != "mistral/rope-llama3"]
+    assert "rope_parameters = llama3" in _faults_of(ledger, without)
+    ledger = ledger.model_copy(update={"refused_ropes": {**ledger.refused_ropes, "mistral": ["llama3"]}})
+    assert _faults_of(ledger, without)["rope_parameters = llama3"] == "not refused: moved"
+
+
+def _faults_of(ledger: FieldLedger, cases: list[Case]) -> dict[str, str]:
+    found = check(ledger, cases, cache_root(), ["mistral"])
+    return {finding.field: finding.fault for finding in found if finding.fault}
+
+
+def test_fields_are_recorded_from_what_the_code_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = model_directory(CASES["llama/rope-llama3"].model, cache_root())
+    before = fields_read(directory)
+    assert {"rms_norm_eps", "rope_scaling", "rope_parameters.high_freq_factor", "pad_token_id"} <= before
+    assert not {"model_type", "to_dict", "base_model_tp_plan", "eos_token_id", "_attn_implementation"} & before
+
+    honest = LlamaMLP.__init__
+
+    def newer(self: LlamaMLP, config: LlamaConfig) -> None:
+        honest(self, config)  # type: ignore[no-untyped-call]
+        getattr(config, "brand_new_field", None)
+
+    monkeypatch.setattr(LlamaMLP, "__init__", newer)
+    library = Path(str(transformers.__file__)).parent  # a read counts only when transformers' own code makes it
+    assert "brand_new_field" not in fields_read(directory)
+    newer.__code__ = newer.__code__.replace(co_filename=str(library / "newer.py"))
+    assert fields_read(directory) - before == {"brand_new_field"}
+    assert "__getattribute__" not in vars(LlamaConfig), "the class is left as it was"
+
+
+def test_effect_is_in_units_of_noise() -> None:
+    case = CASES["llama/norm-eps"]
+    assert effect(case, {"rms_norm_eps": 0.001}, cache_root()).ratio <= INERT
+    small = effect(case, {"rms_norm_eps": 0.001 * (1 + 1e-4)}, cache_root())
+    large = effect(case, {"rms_norm_eps": 0.001 * (1 + 1e-3)}, cache_root())
+    assert small.outcome == large.outcome == "moved"
+    assert large.ratio / small.ratio == pytest.approx(10, rel=0.05), "the effect is linear where it is small"
+    assert large.detail.startswith("blocks.0.")
+
+
+BAD = {
+    "neither": "a = { }",
+    "unknown kind": 'a = { kind = "boring", other = 1, reason = "x" }',
+    "no other value": 'a = { kind = "inert", reason = "x" }',
+    "both": 'a = { excited_by = "a/b", kind = "inert", other = 1, reason = "x" }',
+    "twice": 'a = { excited_by = "a/b" }\na = { excited_by = "a/b" }',
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_malformed_row_is_one_line(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "config_fields.toml"
+    path.write_text(f"format = 1\n[refused_ropes]\n[family]\n[common]\n{BAD[name]}\n")
+    with pytest.raises(FieldError) as caught:
+        load_fields(path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,172 @@
+"""Models: the same generated weights on every machine, nothing zero that should excite, nothing half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from planting import CASES, real
+from safetensors.numpy import load_file
+
+from candle_mi_parity import models
+from candle_mi_parity.cases import LocalModel, TinyModel, cache_root
+from candle_mi_parity.errors import ModelError
+from candle_mi_parity.families import FAMILIES
+from candle_mi_parity.models import model_digest, model_directory, publish, require_model
+from candle_mi_parity.subject import prepare
+
+LLAMA = TinyModel(source="tiny", config="models/llama.json", dialect="hub")
+LLAMA_TENSORS = "9954571900e0c06a6c2ef09d8dc276896c4ab781796a8c5636c3634dea0823be"
+
+
+def tensors_digest(directory: Path) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(load_file(directory / "model.safetensors").items()):
+        digest.update(f"{name}{list(array.shape)}{array.dtype}".encode() + array.astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def test_generated_weights_are_bit_identical_everywhere(tmp_path: Path) -> None:
+    assert tensors_digest(model_directory(LLAMA, tmp_path)) == LLAMA_TENSORS
+
+
+def test_both_dialects_hold_the_same_weights_under_other_configs(tmp_path: Path) -> None:
+    v5 = model_directory(LLAMA.model_copy(update={"dialect": "v5"}), tmp_path)
+    assert tensors_digest(v5) == LLAMA_TENSORS
+    hub, saved = models.read_config(real("llama/hub").subject.model_dir), models.read_config(v5)
+    assert hub["rope_theta"] == 500000.0 and "rope_theta" not in saved
+    assert isinstance(saved["rope_parameters"], dict) and saved["rope_parameters"]["rope_theta"] == 500000.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_weight_is_zero_or_at_a_default(family: str) -> None:
+    offset = FAMILIES[family].norm_offset
+    biases = 0
+    for name, array in load_file(real(f"{family}/hub").subject.model_dir / "model.safetensors").items():
+        assert array.dtype == np.float32 and array.std() > 0.01, f"{family}: {name} is constant"
+        assert (array == 0).mean() < 0.01, f"{family}: {name} holds zeros"
+        if name.endswith(".bias"):
+            biases += 1
+            assert 0.05 < array.std() < 0.2, name
+        elif array.ndim == 1:
+            assert abs(array.mean() - (1 - offset)) < 0.15 and 0.1 < array.std() < 0.3, name
+        else:
+            assert array.std() * array.shape[-1] ** 0.5 == pytest.approx(1, abs=0.15), name
+    assert (biases > 0) == (family in ("qwen2", "starcoder2")), "a dropped bias would not show"
+
+
+def test_the_fixture_set_can_show_how_key_heads_are_repeated() -> None:
+    configs = [models.read_config(real(f"{family}/hub").subject.model_dir) for family in FAMILIES]
+    shapes = [(config["num_attention_heads"], config["num_key_value_heads"]) for config in configs]
+    assert any(isinstance(h, int) and isinstance(k, int) and 1 < k < h and h // k >= 2 for h, k in shapes), shapes
+
+
+def test_no_prompt_that_carries_a_family_is_as_long_as_there_are_heads() -> None:
+    for case in CASES.values():
+        if isinstance(case.model, TinyModel) and case.id.endswith(("/hub", "/v5", "/window")):
+            subject = prepare(case, cache_root())
+            config, length = models.read_config(subject.model_dir), len(subject.tokens[0])
+            assert length not in (config["num_attention_heads"], config["num_key_value_heads"], 1), case.id
+
+
+def test_a_second_call_does_not_make_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = model_directory(LLAMA, tmp_path)
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+
+    def never(*_: object) -> None:
+        raise AssertionError("generated again")
+
+    monkeypatch.setattr(models, "_generate", never)
+    assert model_directory(LLAMA, tmp_path) == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(AssertionError, match="generated again"):
+        model_directory(LLAMA.model_copy(update={"change": {"vocab_size": 50}}), tmp_path)
+
+
+def refused(directory: Path) -> str:
+    with pytest.raises(ModelError) as caught:
+        model_directory(LocalModel(source="local", path=str(directory)), directory)
+    assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_directory_that_lacks_something_says_what_and_what_it_holds(tmp_path: Path) -> None:
+    where = tmp_path / "model"
+    assert "does not exist" in refused(where)
+    where.mkdir()
+    assert "has no config.json; it holds nothing" in refused(where)
+    (where / "config.json").write_text("{}")
+    assert "safetensors" in refused(where) and "it holds config.json" in refused(where)
+    (where / "pytorch_model.bin").write_text("")
+    assert "it holds config.json, pytorch_model.bin" in refused(where)
+    (where / "model.safetensors").write_text("")
+    assert require_model(where) == where
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\ufeff{}"])
+def test_a_config_that_is_no_json_object_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ModelError) as caught:
+        models.read_config(tmp_path)
+    assert "\n" not in str(caught.value) and "config.json" in str(caught.value)
+
+
+def test_the_digest_of_a_model_sees_config_and_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"a")
+    before = model_digest(tmp_path)
+    lines = "".join(
+        f"{n}:{hashlib.sha256(c).hexdigest()}\n" for n, c in (("config.json", b"{}"), ("model.safetensors", b"a"))
+    )
+    assert before == hashlib.sha256(lines.encode()).hexdigest()
+    (tmp_path / "notes.md").write_text("x")
+    assert model_digest(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"b ")
+    weights = model_digest(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
+    assert len({before, weights, model_digest(tmp_path)}) == 3
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("a bug"), KeyboardInterrupt()])
+def test_nothing_half_made_is_ever_published(tmp_path: Path, error: BaseException) -> None:
+    target = tmp_path / "models" / "key"
+
+    def make(out: Path) -> None:
+        (out / "config.json").write_text("{}")
+        raise error
+
+    with pytest.raises(ModelError if isinstance(error, OSError) else type(error)):
+        publish(target, make)
+    assert list(target.parent.iterdir()) == [], "a half-made directory was left behind"
+    assert publish(target, lambda out: (out / "a").touch()) == target
+    assert [path.name for path in target.iterdir()] == ["a"]
+
+
+def test_what_another_process_published_meanwhile_is_taken(tmp_path: Path) -> None:
+    target = tmp_path / "key"
+
+    def slow(out: Path) -> None:
+        (out / "mine").touch()
+        publish(target, lambda other: (other / "theirs").touch())
+
+    publish(target, slow)
+    assert [path.name for path in target.iterdir()] == ["theirs"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match="cannot write to the cache") as caught:
+        model_directory(LLAMA, tmp_path / "file")
+    assert "\n" not in str(caught.value)
+
+    def read_only(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    with pytest.raises(ModelError, match=r"cannot write to the cache .*: Permission denied"):
+        model_directory(LLAMA, tmp_path / "cache")

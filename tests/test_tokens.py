@@ -1,0 +1,37 @@
+"""candle-mi's tokenizer gives transformers' token ids on a corpus that is meant to break one."""
+
+from pathlib import Path
+
+import pytest
+
+from candle_mi_parity.candidate import parse_candidate
+from candle_mi_parity.cases import ROOT, cache_root, load_cases
+from candle_mi_parity.models import model_directory
+from candle_mi_parity.tokens import Tokens, differences, emit_tokens, read_tokens
+
+STORED = sorted((ROOT / "rust_outputs").glob("*/tokens.json"))
+
+
+@pytest.fixture(scope="module")
+def model_dir() -> Path:
+    return model_directory(next(case.model for case in load_cases() if case.id == "smollm2/hub"), cache_root())
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.parent.name)
+def test_stored_tokens(path: Path, model_dir: Path) -> None:
+    assert differences(read_tokens(path), model_dir) == []
+
+
+@pytest.mark.rust
+def test_live_tokens(model_dir: Path, tmp_path: Path) -> None:
+    path = emit_tokens(parse_candidate("0.2.2"), cache_root(), model_dir, tmp_path / "tokens.json", print)
+    assert differences(read_tokens(path), model_dir) == []
+
+
+def test_one_wrong_id_is_seen(model_dir: Path) -> None:
+    tokens = read_tokens(STORED[0])
+    encode = [list(ids) if ids is not None else None for ids in tokens.encode]
+    assert encode[1]
+    encode[1][0] += 1
+    spoilt = Tokens(**(dict(tokens) | {"encode": encode}))
+    assert len(differences(spoilt, model_dir)) == 1
