@@ -56,9 +56,10 @@ class Known(BaseModel):
             return f"the case's digest is {case.digest[:12]}…, recorded {self.digest[:12]}…"
         if first is None or first.name != self.first:
             return f"first divergence at {first.name if first else 'no tensor'}, recorded at {self.first}"
-        if not _same_size(first.ratio, self.ratio):
+        # Of a stored part the largest ratio may lie elsewhere: there it may be smaller, never larger.
+        if not (_same_size(first.ratio, self.ratio) or (case.in_part and first.ratio < self.ratio)):
             return f"ratio {first.ratio:.3g} at {first.name}, recorded {self.ratio:.3g}"
-        names = [tensor.name for tensor in case.forced]
+        names = [tensor.name for tensor in case.forced if not tensor.name.startswith("logits.")]
         recorded = {name for pattern in self.forced for name in fnmatch.filter(names, pattern)}
         if recorded != set(case.forced_divergences):
             odd = sorted(recorded ^ set(case.forced_divergences))
@@ -164,7 +165,7 @@ def proposed_entry(case: CaseResult, candidate: CandleMi) -> str:
             f'[[refused]]\ncase = "{case.id}"\nversion = "{candidate.version}"\n'
             f'checksum = "{candidate.checksum or ""}"\nerror = {json.dumps(case.error)}\nwhy = ""\n'
         )
-    names = [tensor.name for tensor in case.forced]
+    names = [tensor.name for tensor in case.forced if not tensor.name.startswith("logits.")]
     forced = ", ".join(f'"{name}"' for name in _compress(case.forced_divergences, names))
     return (
         f'[[known]]\ncase = "{case.id}"\ndigest = "{case.digest}"\nversion = "{candidate.version}"\n'

@@ -15,7 +15,9 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from candle_mi_parity.candidate import CandidateError, EmitterError
 from candle_mi_parity.cases import Case
@@ -103,6 +105,7 @@ def store_trace(trace: Trace, case: Case, target: Path) -> None:
     names = list(trace.entries)
     selection = set(names) if case.stored == "whole" else stored_selection(names)
     arrays: dict[str, np.ndarray] = {}
+    tensors: dict[str, torch.Tensor] = {}
     entries = []
     for entry in document["tensors"]:
         if entry["name"] not in selection:
@@ -112,19 +115,22 @@ def store_trace(trace: Trace, case: Case, target: Path) -> None:
             array, part = _part(entry["name"], array)
         array = np.ascontiguousarray(array)
         arrays[entry["name"]] = array
+        # numpy has no bfloat16, torch has.
+        tensor = torch.from_numpy(array).to(getattr(torch, entry["dtype"]))
+        tensors[entry["name"]] = tensor
         entries.append(
             {
                 "name": entry["name"],
                 "shape": list(array.shape),
                 "dtype": entry["dtype"],
-                "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
+                "sha256": hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest(),
                 "nonfinite": int(np.count_nonzero(~np.isfinite(array))),
                 "file": tensors_file.name,
                 "key": entry["name"],
                 **({"part": part} if part else {}),
             }
         )
-    save_file(arrays, tensors_file)
+    save_file(tensors, tensors_file)
     document["tensors"] = entries
     write_json(target, document)
     _read_back(target, arrays)
@@ -150,5 +156,6 @@ def _read_back(target: Path, arrays: dict[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         if not np.array_equal(again.tensor(name), array, equal_nan=True):
             raise TraceError(f"{target}: {name} did not read back as it was written")
-    if set(load_file(target.with_suffix(".safetensors"))) != set(arrays):
-        raise TraceError(f"{target}: tensors appeared or vanished while writing")
+    with safe_open(target.with_suffix(".safetensors"), framework="pt") as file:
+        if set(file.keys()) != set(arrays):
+            raise TraceError(f"{target}: tensors appeared or vanished while writing")

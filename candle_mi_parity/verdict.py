@@ -163,7 +163,8 @@ class CaseResult:
 
     @property
     def forced_divergences(self) -> list[str]:
-        return [tensor.name for tensor in self.forced if tensor.status is Status.FAIL]
+        """Tensors only: a next token that flips with its logits is no divergence of its own."""
+        return [t.name for t in self.forced if t.status is Status.FAIL and not t.name.startswith("logits.")]
 
     def message(self) -> str:
         """The case in full: its error, or each diverging tensor's first and the command that shows it."""
