@@ -244,7 +244,10 @@ def _rustc_version() -> str:
 
 
 def _no_rust(program: str) -> CandidateError:
-    return CandidateError(f"{program} is not on PATH: install Rust (rustup, 1.91 or newer), or use stored:VERSION")
+    return CandidateError(
+        f"no {program} on PATH: install a Rust toolchain (cargo and rustc 1.91 or newer, see rustup.rs), "
+        "or use stored:VERSION"
+    )
 
 
 # --- building it ----------------------------------------------------------------------------------

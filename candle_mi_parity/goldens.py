@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from candle_mi_parity.cases import Case
 from candle_mi_parity.errors import GoldenError, TraceError
 from candle_mi_parity.models import digest_files
 from candle_mi_parity.subject import Subject
@@ -47,6 +48,11 @@ class Meta(BaseModel):
     reason: Annotated[str, Field(min_length=10)]
 
 
+def has_golden(case: Case) -> bool:
+    """Each family's plain case and its window's; the v5 dialect is whatever the installed transformers writes."""
+    return case.lane == "default" and case.id.endswith(("/hub", "/window"))
+
+
 @dataclass(frozen=True)
 class Golden:
     """The golden of one case.
@@ -67,7 +73,7 @@ class Golden:
     @property
     def names(self) -> list[str]:
         wanted = ("hook_embed", "hook_resid_post", "attn.hook_pattern", "logits", "sae.features", "sae.recon")
-        return [name for name in self.truth.tensors if name.endswith(wanted)]
+        return [name for name in self.truth.tensors if name.endswith(wanted) and not name.startswith("lens")]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Name → float64 array of the last position, batch row 0; scalars as arrays of one."""

@@ -126,7 +126,7 @@ def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledge
         result.expected = len(result.tensors)
         result.status, result.error = _status(result.tensors, case, result.in_part)
         if result.status is Status.FAIL:
-            result.forced, _, _ = judge_mode(oracle, source, "forced", progress)
+            result.forced, result.known = _forced(oracle, source, progress)
     except ParityError as error:
         result.error, result.status = str(error), Status.ERROR
     except Exception as error:  # a fault of ours costs its own case, loudly, and not those already judged
@@ -135,6 +135,14 @@ def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledge
         apply_ledger(result, source.identity, ledger)
     result.seconds = time.monotonic() - started
     return result
+
+
+def _forced(oracle: Oracle, source: Source, progress: Progress) -> tuple[list[TensorResult], str]:
+    """The teacher-forced run of a case that diverged; where it cannot be had, the case stays a failure."""
+    try:
+        return judge_mode(oracle, source, "forced", progress)[0], ""
+    except ParityError as error:
+        return [], f"no teacher-forced run: {error}"
 
 
 def judge_mode(

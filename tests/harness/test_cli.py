@@ -62,7 +62,7 @@ def test_a_clean_case_passes_and_writes_its_report(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["verdict"] == "PASS"
     assert report["counts"]["PASS"] == 1
-    assert len(report["cases"][0]["tensors"]) == 41
+    assert len(report["cases"][0]["tensors"]) == 44
 
 
 def test_a_known_divergence_is_named_in_the_line_and_fails_when_strict(tmp_path: Path) -> None:

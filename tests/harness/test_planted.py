@@ -179,8 +179,8 @@ def test_equal_axes_swapped_are_caught_by_their_values(tmp_path: Path) -> None:
     assert not failures(planted(tmp_path / "twin", there))
 
 
-def test_equal_length_and_head_size_swapped_are_caught_by_their_values(tmp_path: Path) -> None:
-    there, name = real("qwen3/hub"), "blocks.0.attn.hook_q"
+def test_two_axes_of_equal_length_swapped_are_caught_by_their_values(tmp_path: Path) -> None:
+    there, name = real("llama/hub"), "blocks.0.attn.hook_scores"
     found = there.arrays[name]
     assert found.shape == (1, 4, 24, 24)
     results = planted(tmp_path, there, **{name: np.ascontiguousarray(found.swapaxes(2, 3))})
