@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -66,7 +66,7 @@ def terminal(result: RunResult, console: Console) -> None:
     console.print(case_table(result))
     for case in result.cases:
         if case.status not in (Status.PASS, Status.KNOWN):
-            console.print(Group(coloured(case.status), Text(case.message())))
+            console.print(coloured(case.status), Text(case.message()), soft_wrap=True)  # a command must copy whole
     for note in dict.fromkeys(case.known for case in result.cases if case.known):
         ids = ", ".join(case.id for case in result.cases if case.known == note)
         console.print(Text(f"{ids}: {note}", style="yellow"))
@@ -99,8 +99,10 @@ def clean_row(tensors: list[TensorResult]) -> list[str]:
     rms = [tensor.rms_ratio for tensor in noisy]
     position = max(tensor.position_ratio for tensor in noisy)
     element = max(tensor.element_ratio for tensor in noisy)
-    inside = min(rms) >= 0.2 and max(rms) <= 3 and position < 4 and element < 16
-    figures = [f"{min(rms):.2f}", f"{max(rms):.2f}", f"{position:.2f}", f"{element:.2f}"]
+    # At the lens's one position all entries share the norm's one random factor, which may come out near zero.
+    spread = [tensor.rms_ratio for tensor in noisy if not tensor.name.startswith("lens")]
+    inside = min(spread) >= 0.2 and max(rms) <= 3 and position < 4 and element < 16
+    figures = [f"{min(spread):.2f}", f"{max(rms):.2f}", f"{position:.2f}", f"{element:.2f}"]
     return [str(len(matrices)), str(len(exact)), *figures, "yes" if inside else "no"]
 
 

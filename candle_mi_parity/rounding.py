@@ -11,8 +11,8 @@ deviation):
 
 ==================================  =====================================================================
 matmul over K terms                 u·sqrt(K/16 · Σa²b² + o²/3)   zero-mean accumulation, then one rounding
-mean, sum over N terms              u·sqrt(N/3)·\\|o\\|
-softmax over N terms                u·sqrt(2/3)·\\|o\\| each, and one common factor u·sqrt(N/3) a row
+mean, sum over N terms              u·sqrt(N)/3·\\|o\\|               partial sums k/N·o, rounded one by one
+softmax over N terms                u·sqrt(2/3)·\\|o\\| each, and one common factor u·sqrt(N)/3 a row
 add, sub, mul, div, pow, …          u/sqrt(3)·\\|o\\|               the deviation of a uniform error in ±u
 exp, silu, gelu, tanh, rsqrt, …     2u/sqrt(3)·\\|o\\|
 layer norm over N terms             mean, variance, rsqrt and affine, each by its rule above
@@ -286,10 +286,11 @@ class RoundingNoise(Float64):  # type: ignore[no-untyped-call]
             return out.addcmul_(variance.sqrt_(), self._pool.draw(out))
         if name == "_softmax":
             row = out.select(args[1], 0).unsqueeze(args[1])
-            common = self._pool.draw(row) * math.sqrt(out.shape[args[1]] / 3)
+            common = self._pool.draw(row) * (math.sqrt(out.shape[args[1]]) / 3)
             return self._relative(out, math.sqrt(2) * _ONE, unit, common)
         if name in _REDUCTIONS:
-            return self._relative(out, math.sqrt(args[0].numel() / max(out.numel(), 1)) * _ONE, unit)
+            # Of positive terms the k-th partial sum is k/N of the whole: Σ (k/N)²/3 = N/9.
+            return self._relative(out, math.sqrt(args[0].numel() / max(out.numel(), 1)) / 3, unit)
         if name in _ONE_ROUNDING:
             return self._relative(out, _ONE, unit)
         if name in _TWO_ROUNDINGS:
@@ -315,7 +316,7 @@ class RoundingNoise(Float64):  # type: ignore[no-untyped-call]
         spread = x.square().mean(dims, keepdim=True).sqrt()
         mean = mean.addcmul_(spread, self._pool.draw(mean), value=UNIT * _ONE)
         centred = self._relative(x - mean, _ONE, UNIT)
-        variance = self._relative(centred.square().mean(dims, keepdim=True), math.sqrt(math.prod(shape)) * _ONE, UNIT)
+        variance = self._relative(centred.square().mean(dims, keepdim=True), math.sqrt(math.prod(shape)) / 3, UNIT)
         scale = self._relative((variance + eps).rsqrt_(), 2 * _ONE, UNIT)
         out = self._relative(centred * scale, _ONE, UNIT)
         if weight is not None:
