@@ -248,7 +248,7 @@ def test_a_path_must_hold_candle_mi(tmp_path: Path, name: str, candle: str) -> N
 
 def test_no_rust_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(CandidateError, match=r"not on PATH.*stored:") as caught:
+    with pytest.raises(CandidateError, match=r"on PATH.*cargo.*stored:") as caught:
         builder.build(parse_candidate("0.2.2"), tmp_path, print)
     assert "\n" not in str(caught.value)
 
