@@ -48,7 +48,8 @@ cat >.venv/bin/candle-mi-parity <<EOF
 #!$PWD/.venv/bin/python
 from candle_mi_parity.cli import main
 
-main()
+if __name__ == "__main__":  # the census starts processes that import this file again
+    main()
 EOF
 chmod +x .venv/bin/candle-mi-parity
 printf '%s' "$packages" >.venv/packages
