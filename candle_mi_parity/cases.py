@@ -6,11 +6,11 @@ import fnmatch
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from candle_mi_parity.errors import CaseTableError
+from candle_mi_parity.errors import CaseTableError, ParityError
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "fixtures"
@@ -139,19 +139,29 @@ class Table(Row):
     case: list[Case]
 
 
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_toml(path: Path, model: type[M], fault: type[ParityError]) -> M:
+    """A data file of the suite, checked against its model; a key that nobody reads is an error.
+
+    :param fault: what is raised when it is unreadable, has an unknown or missing key, or a wrong type.
+    """
+    try:
+        return model.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise fault(f"{path}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise fault(f"{path}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from error
+
+
 def load_cases(path: Path = FIXTURES / "cases.toml") -> list[Case]:
     """All rows of the table.
 
     :raises CaseTableError: unreadable file, unknown or missing key, wrong type, duplicate id, no row at all.
     """
-    try:
-        table = Table.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise CaseTableError(f"{path}: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CaseTableError(f"{path}: {where}: {first['msg']}") from error
+    table = read_toml(path, Table, CaseTableError)
     ids = [case.id for case in table.case]
     if doubled := sorted({name for name in ids if ids.count(name) > 1}):
         raise CaseTableError(f"{path}: case ids given twice: {', '.join(doubled)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache as remembered
@@ -12,13 +11,13 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from candle_mi_parity import models
-from candle_mi_parity.cases import FIXTURES, Row, Scalar
+from candle_mi_parity.cases import FIXTURES, Row, Scalar, read_toml
 from candle_mi_parity.errors import CensusError, ModelError
 
 Dialect = Literal["hub", "v5"]
@@ -73,13 +72,7 @@ def load_table(path: Path = FIXTURES / "census.toml") -> Table:
 
     :raises CensusError: unreadable, unknown or missing key, wrong type.
     """
-    try:
-        return Table.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise CensusError(f"{path}: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise CensusError(f"{path}: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}") from error
+    return read_toml(path, Table, CensusError)
 
 
 def mapped_classes() -> dict[str, str]:

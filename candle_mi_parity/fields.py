@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +17,9 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from pydantic import ValidationError
 
 from candle_mi_parity import models
-from candle_mi_parity.cases import FIXTURES, Row, Setting
+from candle_mi_parity.cases import FIXTURES, Row, Setting, read_toml
 from candle_mi_parity.effects import ROTARY
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.hooks import forward, load_model
@@ -89,13 +87,7 @@ def load_fields(path: Path = FIXTURES / "config_fields.toml") -> FieldLedger:
 
     :raises FieldError: unreadable, unknown or missing key, wrong type.
     """
-    try:
-        return FieldLedger.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise FieldError(f"{path}: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise FieldError(f"{path}: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}") from error
+    return read_toml(path, FieldLedger, FieldError)
 
 
 def fields_read(directory: Path) -> set[str]:

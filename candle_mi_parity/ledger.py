@@ -9,13 +9,12 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from candle_mi_parity.cases import FIXTURES
+from candle_mi_parity.cases import FIXTURES, read_toml
 from candle_mi_parity.errors import LedgerError
 from candle_mi_parity.trace import CandleMi
 from candle_mi_parity.verdict import CaseResult, Status
@@ -126,13 +125,7 @@ def load_ledger(path: Path = FIXTURES / "known_divergences.toml") -> Ledger:
 
     :raises LedgerError: unreadable, unknown key, wrong type, or two entries for one case and release.
     """
-    try:
-        ledger = Ledger.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise LedgerError(f"{path}: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise LedgerError(f"{path}: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}") from error
+    ledger = read_toml(path, Ledger, LedgerError)
     keys = [(entry.case, entry.version, entry.checksum) for entry in ledger.known]
     keys += [(entry.case, entry.version, entry.checksum) for entry in ledger.refused]
     if doubled := next((key for key in keys if keys.count(key) > 1), None):
