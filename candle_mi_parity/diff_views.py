@@ -128,7 +128,12 @@ def _moved_table(cases: list[CaseDiff], total: int) -> Table:
     )
     for heading in ("case", "moved", "first tensor that moved", "A–B", "A", "B", "direction"):
         left = heading in ("case", "first tensor that moved", "direction")
-        table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "first tensor that moved")
+        table.add_column(
+            heading,
+            justify="left" if left else "right",
+            overflow="fold",
+            no_wrap=heading != "first tensor that moved",
+        )
     for case in cases:
         first = case.moved()[0]
         direction = first.direction or first.kind

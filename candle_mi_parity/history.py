@@ -86,7 +86,8 @@ class Summary:
 
     @property
     def text(self) -> str:
-        return ", ".join(f"{number} {found.value}" for found, number in self.counts.items() if number) or "-"
+        said = [f"{n} {found if n == 1 else found.removesuffix('s')}" for found, n in self.counts.items() if n]
+        return ", ".join(said) or "-"
 
 
 @dataclass(frozen=True)

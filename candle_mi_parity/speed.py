@@ -34,11 +34,12 @@ class Figure:
 
 
 def figures(cases: list[CaseDiff]) -> list[Figure]:
-    """The median seconds of each phase, and the most memory that was held over the same cases."""
+    """The median seconds of each phase, its slowest forward and the most memory held, over the same cases."""
     runs = [(case.a.run, case.b.run) for case in cases]
     timed = [_figure(f"{phase}, median", "s", runs, _seconds(phase), statistics.median) for phase in PHASES]
+    slowest = _figure("forward, slowest case", "s", runs, _seconds("forward"), max)
     # The recorded peak is the process's so far, so only its largest means the same on both sides.
-    return [*timed, _figure("peak memory", "MiB", runs, _peak, max)]
+    return [*timed, slowest, _figure("peak memory", "MiB", runs, _peak, max)]
 
 
 def _figure(
