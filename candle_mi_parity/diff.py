@@ -21,7 +21,7 @@ DECADE = 10.0
 
 
 class Kind(StrEnum):
-    """What became of one tensor. APART: each side kept another part of it, and there is nothing to compare."""
+    """What became of one tensor. APART: nothing to compare, as where each side kept another part of it."""
 
     IDENTICAL = "identical"
     ROUNDING = "rounding"

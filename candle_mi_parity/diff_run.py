@@ -89,11 +89,11 @@ class PairedSource:
         return self._pair.sources[self._side].identity
 
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
-        """The trace of the whole forward as the pair shows it; teacher-forced, the side's own.
+        """The trace of the whole forward as the pair shows it; in any other mode, the side's own.
 
         :raises ParityError: what the side raised.
         """
-        if mode == "forced":
+        if mode != "free":
             return self._pair.sources[self._side].trace(subject, mode, truth, inputs)
         found = self._pair.emission(self._side, subject, truth, inputs)
         if found.error is not None:

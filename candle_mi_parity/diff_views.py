@@ -91,8 +91,9 @@ def terminal(diff: Diff, console: Console) -> None:
     if cut:
         console.print(f"{cut} cases are stored in part on one side; the other side was cut to that part")
     console.print(f"tensors: {_count_line(tensor_counts(diff))}", highlight=False)
+    console.print("speed and memory, as each trace recorded them when it was emitted:")
     for figure in figures(diff.cases):
-        console.print(_figure_line(figure), highlight=False)
+        console.print(f"  {_figure_line(figure)}", highlight=False)
     console.print(Text(diff.line(), style=_STYLES.get(diff.verdict, "bold magenta")))
 
 
@@ -156,7 +157,7 @@ def _say_the_rest(count: int, console: Console) -> None:
 
 def _count_line(counts: dict[str, int]) -> str:
     ways = ", ".join(f"{counts[way.value]} {way.value}" for way in Direction)
-    names = {Kind.IDENTICAL: "identical to the bit", Kind.ROUNDING: "within rounding", Kind.APART: "not kept alike"}
+    names = {Kind.IDENTICAL: "identical to the bit", Kind.ROUNDING: "within rounding", Kind.APART: "not comparable"}
     said = [
         f"{counts[kind.value]} {names.get(kind, kind.value)}" + (f" ({ways})" if kind is Kind.MOVED else "")
         for kind in Kind
