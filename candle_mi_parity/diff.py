@@ -283,7 +283,7 @@ def _tensor_changes(case: CaseDiff) -> None:
         ([row.better for row in case.rows if row.better], case.better),
     ):
         if rows and into:  # the verdict's line has named the first
-            into.append(f"{len(rows)} tensors")
+            into.append(f"in {len(rows)} tensors")
         elif rows:
             into.append(rows[0] + (f", and {len(rows) - 1} more" if len(rows) > 1 else ""))
 

@@ -90,7 +90,7 @@ def terminal(diff: Diff, console: Console) -> None:
     cut = sum(1 for case in diff.cases if case.cut)
     if cut:
         console.print(f"{cut} cases are stored in part on one side; the other side was cut to that part")
-    console.print(f"tensors: {_count_line(tensor_counts(diff))}", highlight=False)
+    console.print(f"tensors: {_count_line(tensor_counts(diff))}", highlight=False, soft_wrap=True)
     console.print("speed and memory, as each trace recorded them when it was emitted:")
     for figure in figures(diff.cases):
         console.print(f"  {_figure_line(figure)}", highlight=False)
