@@ -13,12 +13,14 @@ from rich.progress import Progress as Bar
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from candle_mi_parity import report
+from candle_mi_parity import diff_views, history, report
 from candle_mi_parity.build import build
 from candle_mi_parity.candidate import CandidateError, parse_candidate
 from candle_mi_parity.cases import ROOT, Case, cache_root, load_cases, select
 from candle_mi_parity.census import take_census
 from candle_mi_parity.census_record import STORED, Entry
+from candle_mi_parity.compare_page import write_page
+from candle_mi_parity.diff_run import diff
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.families import family_of
 from candle_mi_parity.field_check import check
@@ -168,9 +170,45 @@ def store(
 def versions(out: OutOption = OUT) -> None:
     """The table family × version of every stored release, in Markdown."""
     with _one_line_errors():
-        stored = sorted((path.parent.name for path in (ROOT / "rust_outputs").glob("*/candidate.json")), key=_numbers)
-        results = {version: judge(f"stored:{version}", None, out / version) for version in stored}
-        print(report.versions_table(results))
+        print(report.versions_table(_stored_releases(out)))
+
+
+@app.command("history")
+def history_command(out: OutOption = OUT) -> None:
+    """When each divergence came and went, over every stored release; writes history.html and history.json."""
+    with _one_line_errors():
+        told = history.make_history(_stored_releases(out))
+        report.write_json(history.document(told), out / "history.json")
+        write_page(history.page(told), out / "history.html")
+        history.terminal(told, Console())
+        print(f"wrote {out / 'history.html'}")
+
+
+def _stored_releases(out: Path) -> dict[str, RunResult]:
+    stored = sorted((path.parent.name for path in (ROOT / "rust_outputs").glob("*/candidate.json")), key=_numbers)
+    return {version: judge(f"stored:{version}", None, out / version) for version in stored}
+
+
+@app.command("diff")
+def diff_command(
+    a: Annotated[str, typer.Argument(help="The candidate before, spelt as for `run`.")],
+    b: Annotated[str, typer.Argument(help="The candidate after.")],
+    cases: Annotated[
+        str | None, typer.Option("--cases", "--case", help="Glob over case ids; without it, the default lane.")
+    ] = None,
+    out: OutOption = OUT,
+) -> None:
+    """Compare two candidates with each other and with PyTorch. Exit code 0, or 1 when B is worse anywhere."""
+    with _one_line_errors():
+        chosen = select(load_cases(), cases)
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            found = diff((a, b), chosen, cache_root(), out / "diff", load_ledger(), Terminal(bar, len(chosen)))
+        report.write_json(diff_views.document(found), out / "diff.json")
+        write_page(diff_views.page(found), out / "diff.html")
+        diff_views.terminal(found, Console())
+        print(f"wrote {out / 'diff.html'}")
+    raise typer.Exit(found.verdict.exit_code)
 
 
 def _numbers(version: str) -> list[int]:

@@ -1,0 +1,337 @@
+"""Two candidates compared: what was planted in one is what moved, and it is worse only where the gate says so."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import pytest
+from planting import CASES, RELEASE, Arrays, Real, real
+from test_planted import FAULTS
+
+from candle_mi_parity.alike import common
+from candle_mi_parity.candidate import EmitterError
+from candle_mi_parity.cases import cache_root
+from candle_mi_parity.diff import CaseDiff, Diff, Direction, Kind, Row
+from candle_mi_parity.diff_run import Pair, diff_one
+from candle_mi_parity.distance import ENDLESS, SAME, figure_distance, tensor_distance
+from candle_mi_parity.errors import ParityError, TraceError
+from candle_mi_parity.ledger import Ledger
+from candle_mi_parity.oracle import Mode
+from candle_mi_parity.outcome import Outcome
+from candle_mi_parity.run import Progress
+from candle_mi_parity.subject import Subject
+from candle_mi_parity.trace import Emitted, Feature, InMemory, Selection
+from candle_mi_parity.truth import Truth
+from candle_mi_parity.verdict import Verdict
+
+POST, PATTERN = "blocks.1.mlp.hook_post", "blocks.1.attn.hook_pattern"
+LLAMA = "llama/hub"
+Change = Callable[[Arrays], object]
+
+
+@dataclass
+class Held:
+    """A source that has what it was given, for every case the same kind of answer."""
+
+    free: dict[str, Emitted | ParityError]
+    forced: dict[str, Emitted] = field(default_factory=dict)
+    identity = RELEASE
+
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
+        held = (self.free if mode == "free" else self.forced).get(subject.case.id)
+        if held is None:
+            raise TraceError(f"nothing is stored for {subject.case.id} ({mode})")
+        if isinstance(held, ParityError):
+            raise held
+        return held
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def emitted(there: Real, change: Change | None = None) -> InMemory:
+    """The honest trace of a case, or a copy with something planted in it."""
+    arrays = there.arrays
+    if change is not None:
+        change(arrays)
+    return of_arrays(there, arrays)
+
+
+def of_arrays(there: Real, arrays: Arrays, parts: dict[str, Selection] | None = None) -> InMemory:
+    told = there.emitted
+    found = {name: (array, (parts or {}).get(name)) for name, array in arrays.items()}
+    return InMemory(found, told.dtype, told.scalars, told.top_features)
+
+
+def scale(name: str, factor: float) -> Change:
+    return lambda arrays: arrays.update({name: arrays[name] * np.float32(factor)})
+
+
+def compared(a: Held, b: Held, case_ids: tuple[str, ...] = (LLAMA,)) -> Diff:
+    pair = Pair(a, b)
+    empty = Ledger(format=1)
+    cases = [diff_one(CASES[name], pair, ("A", "B"), cache_root(), empty, Progress()) for name in case_ids]
+    return Diff("A", "B", {}, {}, {"transformers": "5"}, cases)
+
+
+def between(a: Change | None, b: Change | None) -> Diff:
+    """Two candidates on one case, something planted in either."""
+    there = real(LLAMA)
+    return compared(Held({LLAMA: emitted(there, a)}), Held({LLAMA: emitted(there, b)}))
+
+
+def only(diff: Diff) -> CaseDiff:
+    (case,) = diff.cases
+    return case
+
+
+def row(case: CaseDiff, name: str) -> Row:
+    return next(row for row in case.rows if row.name == name)
+
+
+def test_two_that_are_the_same_differ_in_nothing() -> None:
+    diff = between(None, None)
+    assert {row.kind for row in only(diff).rows} == {Kind.IDENTICAL}
+    assert (diff.verdict, diff.verdict.exit_code) == (Verdict.PASS, 0)
+
+
+# In memory one dtype is declared for all tensors: what a file declares is test_planted's.
+@pytest.mark.parametrize("name", sorted(set(FAULTS) - {"float64"}))
+def test_a_fault_planted_in_b_is_worse_and_named_and_in_a_it_is_mended(name: str) -> None:
+    plant, where, _ = FAULTS[name]
+    worse, mended = between(None, plant), between(plant, None)
+    assert worse.verdict.exit_code == 1
+    assert where in "; ".join(only(worse).worse)
+    assert where in [row.name for row in only(worse).moved() if row.worse]
+    assert mended.verdict.exit_code == 0, only(mended).worse
+    assert only(mended).better and not only(mended).worse
+
+
+def test_direction_and_size_are_those_of_what_was_planted() -> None:
+    away = row(only(between(None, scale(POST, 1.001))), POST)
+    towards = row(only(between(scale(POST, 1.001), None)), POST)
+    assert away.direction is Direction.AWAY and towards.direction is Direction.TOWARDS
+    assert away.distance and away.b and away.distance.ratio == pytest.approx(away.b.ratio, rel=0.05)
+    case = only(between(None, scale(POST, 1.001)))
+    assert [row.name for row in case.moved()] == [POST], "nothing else moved"
+
+
+def test_what_rounding_can_explain_is_counted_and_no_more() -> None:
+    def jitter(arrays: Arrays) -> None:
+        arrays[POST] = np.nextafter(arrays[POST], np.float32(np.inf))
+
+    diff = between(None, jitter)
+    case = only(diff)
+    assert case.count(Kind.ROUNDING) == 1 and not case.moved()
+    assert diff.verdict.exit_code == 0 and not case.worse and not case.better
+
+
+def test_as_far_from_the_truth_on_the_other_side_is_sideways() -> None:
+    there = real(LLAMA)
+
+    def error(sign: float) -> Change:
+        value = there.truth.tensors[POST].value
+        return lambda arrays: arrays.update({POST: (value * (1 + sign * 1e-3)).astype(np.float32)})
+
+    diff = between(error(1), error(-1))
+    found = row(only(diff), POST)
+    assert found.kind is Kind.MOVED and found.direction is Direction.SIDEWAYS
+    assert diff.verdict.exit_code == 0
+
+
+@pytest.mark.parametrize(("factor", "worse"), [(1.02, True), (1.004, False)])
+def test_a_divergence_is_worse_when_it_grew_by_a_decade(factor: float, worse: bool) -> None:
+    diff = between(scale(POST, 1.001), scale(POST, factor))
+    assert row(only(diff), POST).direction is Direction.AWAY
+    assert (diff.verdict is Verdict.FAIL) == worse
+    back = between(scale(POST, factor), scale(POST, 1.001))
+    assert back.verdict is Verdict.PASS and bool(only(back).better) == worse
+
+
+def test_a_hook_that_vanished_is_worse_and_one_that_appeared_is_better() -> None:
+    lost, found = between(None, lambda a: a.pop(POST)), between(lambda a: a.pop(POST), None)
+    assert row(only(lost), POST).kind is Kind.VANISHED and lost.verdict.exit_code == 1
+    assert row(only(found), POST).kind is Kind.APPEARED and found.verdict.exit_code == 0
+    neither = between(lambda a: a.pop(POST), lambda a: a.pop(POST))
+    assert POST not in [row.name for row in only(neither).rows] and neither.verdict.exit_code == 0
+
+
+def test_a_second_fault_behind_the_first_shows_when_fed_the_truth() -> None:
+    there, fed, case_id = real(LLAMA), real(LLAMA, "forced"), LLAMA
+    bad = emitted(there, scale(POST, 1.001))
+    one = Held({case_id: bad}, {case_id: emitted(fed, scale(POST, 1.001))})
+
+    def second(arrays: Arrays) -> None:
+        scale(POST, 1.001)(arrays)
+        scale("blocks.2.mlp.hook_post", 1.001)(arrays)
+
+    two = Held({case_id: bad}, {case_id: emitted(fed, second)})
+    assert only(compared(one, two)).worse == ["fed the truth, 1 more tensors diverge, as blocks.2.mlp.hook_post"]
+    assert compared(two, one).verdict.exit_code == 0
+
+
+REFUSED, CRASHED = EmitterError("model", "no such rope"), EmitterError("crash", "emitter was ended by SIGKILL")
+VERDICTS: list[tuple[Emitted | ParityError | None, Emitted | ParityError | None, int]] = [
+    (None, REFUSED, 1),
+    (REFUSED, None, 0),
+    (None, CRASHED, 1),
+    (REFUSED, CRASHED, 1),
+    (CRASHED, REFUSED, 0),
+    (REFUSED, REFUSED, 3),
+    (None, TraceError("nothing is stored for llama/hub (free) at x"), 3),
+    (TraceError("nothing is stored for llama/hub (free) at x"), None, 3),
+    (None, TraceError("x.json: bytes of logits have sha256 …"), 2),
+]
+
+
+@pytest.mark.parametrize("number", range(len(VERDICTS)))
+def test_what_became_of_a_case_decides_the_exit_code(number: int) -> None:
+    honest = emitted(real(LLAMA))
+    a, b, code = VERDICTS[number]
+    diff = compared(Held({LLAMA: a or honest}), Held({LLAMA: b or honest}))
+    assert diff.verdict.exit_code == code, diff.line()
+
+
+def test_a_refusal_is_better_than_a_wrong_number() -> None:
+    wrong = emitted(real(LLAMA), scale(POST, 1.001))
+    said, silent = Held({LLAMA: REFUSED}), Held({LLAMA: wrong})
+    better, worse = compared(silent, said), compared(said, silent)
+    assert (better.verdict.exit_code, worse.verdict.exit_code) == (0, 1)
+    (said_of_it,) = only(better).better
+    assert said_of_it.startswith(f"diverges → refused at {POST}") and said_of_it.endswith("model: no such rope")
+    assert only(worse).worse[0].startswith("refused → diverges at blocks.1.mlp.hook_post")
+
+
+def test_a_case_of_one_side_alone_does_not_hide_the_others() -> None:
+    there, other = real(LLAMA), real("gemma2/hub")
+    both: dict[str, Emitted | ParityError] = {LLAMA: emitted(there), "gemma2/hub": emitted(other)}
+    fewer = Held({LLAMA: emitted(there)})
+    diff = compared(Held(both), fewer, (LLAMA, "gemma2/hub"))
+    assert diff.verdict.exit_code == 0
+    assert [(case.id, case.b.outcome) for case in diff.cases if not case.judged] == [("gemma2/hub", Outcome.ABSENT)]
+    broken = Held({LLAMA: emitted(there, scale(POST, 1.001))})
+    assert compared(Held(both), broken, (LLAMA, "gemma2/hub")).verdict.exit_code == 1
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def last_row(there: Real, arrays: Arrays) -> InMemory:
+    """As a case of a large model is stored: the last position, and some logits of it."""
+    kept, parts = {}, {}
+    for name, array in arrays.items():
+        if name.startswith(("blocks.1", "lens.blocks.1")):
+            continue
+        row, columns = array.shape[-2] - 1, None
+        if name == "logits":
+            columns = [3, 5, 200]
+        part = Selection(shape=list(array.shape), rows=[row], columns=columns)
+        array = array[..., [row], :]
+        kept[name], parts[name] = (array if columns is None else array[..., columns]), part
+    return of_arrays(there, kept, parts)
+
+
+def whole_against_part(change: Change, monkeypatch: pytest.MonkeyPatch) -> Diff:
+    monkeypatch.setattr("candle_mi_parity.diff_run.stored_selection", _without_layer_1)
+    monkeypatch.setattr("candle_mi_parity.run.stored_selection", _without_layer_1)
+    there = real(LLAMA)
+    return compared(Held({LLAMA: last_row(there, there.arrays)}), Held({LLAMA: emitted(there, change)}))
+
+
+def _without_layer_1(names: list[str]) -> set[str]:
+    return {name for name in names if not name.startswith(("blocks.1", "lens.blocks.1"))}
+
+
+def test_a_whole_trace_is_cut_to_what_the_other_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = whole_against_part(lambda arrays: None, monkeypatch)
+    assert honest.verdict.exit_code == 0 and only(honest).cut
+    assert {row.kind for row in only(honest).rows} == {Kind.IDENTICAL}
+    assert row(only(honest), "logits").a == row(only(honest), "logits").b
+
+    def put(name: str, index: tuple[int, ...]) -> Diff:
+        return whole_against_part(lambda arrays: arrays[name].__setitem__(index, 9.0), monkeypatch)
+
+    assert put("blocks.2.mlp.hook_post", (0, 23, 1)).verdict.exit_code == 1
+    assert put("logits", (0, 23, 5)).verdict.exit_code == 1
+    assert put("logits", (0, 23, 4)).verdict.exit_code == 0, "a logit that was not kept is not compared"
+
+
+def test_parts_that_share_nothing_are_said_to_share_nothing() -> None:
+    there = real(LLAMA)
+    part = Selection(shape=[1, 24, 256], rows=[23], columns=[0, 1])
+    other = part.model_copy(update={"columns": [1, 2]})
+    logits = there.arrays["logits"]
+    a = of_arrays(there, {"logits": logits[:, [23]][..., [0, 1]]}, {"logits": part})
+    b = of_arrays(there, {"logits": logits[:, [23]][..., [1, 2]]}, {"logits": other})
+    shared = common(a.entries["logits"], b.entries["logits"])
+    assert shared and shared.columns == [1]
+    assert tensor_distance("logits", there.truth, a, b) == SAME
+    apart = of_arrays(there, {"logits": b.tensor("logits")}, {"logits": part.model_copy(update={"columns": [7, 8]})})
+    assert tensor_distance("logits", there.truth, a, apart) is None
+
+
+# --- distances ------------------------------------------------------------------------------------
+
+
+def test_keys_that_the_mask_forbids_are_far_apart_only_when_one_reads_them() -> None:
+    there = real(LLAMA)
+
+    def leak(value: float) -> InMemory:
+        return emitted(there, lambda arrays: arrays[PATTERN].__setitem__((0, 2, 4, 5), value))
+
+    assert tensor_distance(PATTERN, there.truth, emitted(there), leak(1e-30)) == ENDLESS
+    alike = tensor_distance(
+        PATTERN, there.truth, leak(0.1), leak(float(np.nextafter(np.float32(0.1), np.float32(1))))
+    )
+    assert alike is not None and not alike.same and alike.inside
+    apart = tensor_distance(PATTERN, there.truth, leak(0.1), leak(0.101))
+    assert apart is not None and not apart.inside
+
+
+def test_decisions_and_scalars_that_differ_are_counted() -> None:
+    there = real("gemma2/hub")
+    told = emitted(there)
+    logits = there.arrays["logits"]
+    logits[0, 3] = logits[0, 3, ::-1]
+    flipped = of_arrays(there, there.arrays | {"logits": logits})
+    results = {result.name: result for result in only(compared(
+        Held({"gemma2/hub": told}), Held({"gemma2/hub": told}), ("gemma2/hub",))).a.result.tensors}  # fmt: skip
+
+    def distance(name: str, a: InMemory, b: InMemory) -> object:
+        return figure_distance(name, a, b, results[name], results[name])
+
+    found = figure_distance("logits.next_token", told, flipped, *[results["logits.next_token"]] * 2)
+    assert found is not None and found.decisions == 1
+    assert distance("logits.top10_last_pos", told, flipped) == SAME
+    other = copy.copy(told.top_features)
+    other[0] = Feature(index=other[0].index + 1, value=other[0].value)
+    fewer = InMemory(told.arrays, told.dtype, told.scalars | {"sae.n_active_last_pos": 1.0}, other)
+    top = figure_distance("sae.top_features_last_pos", told, fewer, *[results["sae.top_features_last_pos"]] * 2)
+    count = figure_distance("sae.n_active_last_pos", told, fewer, *[results["sae.n_active_last_pos"]] * 2)
+    assert top is not None and top.decisions == 1 and count is not None and count.decisions > 0
+    name = "sae.reconstruction_mse"
+    assert distance(name, told, told) == SAME
+
+
+def test_a_feature_that_fires_on_one_side_only_is_a_decision() -> None:
+    there = real("gemma2/hub")
+
+    def put_out(arrays: Arrays) -> None:
+        features = arrays["sae.features"]
+        features[tuple(np.argwhere(features)[0])] = 0
+
+    one, other = emitted(there), emitted(there, put_out)
+    found = tensor_distance("sae.features", there.truth, one, other)
+    assert found is not None and found.decisions == 1 and found.inside
+    diff = compared(Held({"gemma2/hub": one}), Held({"gemma2/hub": other}), ("gemma2/hub",))
+    assert row(only(diff), "sae.features").worse and diff.verdict.exit_code == 1

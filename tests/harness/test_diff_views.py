@@ -1,0 +1,113 @@
+"""What a reader of a diff sees: short on the terminal, whole in the files, every name escaped, nothing fetched."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from planting import real
+from rich.console import Console
+from test_cli import command, one_line
+from test_diff import LLAMA, POST, Held, between, compared, emitted, only, scale
+
+from candle_mi_parity import diff_views
+from candle_mi_parity.candidate import EmitterError
+from candle_mi_parity.diff import CaseDiff, Diff, Side
+from candle_mi_parity.report import write_json
+from candle_mi_parity.speed import figures
+from candle_mi_parity.trace import Run
+from candle_mi_parity.verdict import CaseResult, Status
+
+
+def terminal(diff: Diff) -> str:
+    stream = io.StringIO()
+    diff_views.terminal(diff, Console(file=stream, width=140, color_system=None))
+    return stream.getvalue()
+
+
+def test_the_terminal_names_the_tensor_the_sizes_and_the_verdict() -> None:
+    said = terminal(between(None, scale(POST, 1.001)))
+    assert POST in said and "agrees → diverges" in said and "away" in said
+    assert said.rstrip().splitlines()[-1].startswith("WORSE: 1 of 1 cases")
+    assert "not recorded → not recorded" in said, "traces in memory tell nothing of speed"
+    assert terminal(between(None, None)).rstrip().splitlines()[-1].startswith("NOTHING WORSE")
+
+
+def test_the_terminal_stays_short_however_much_moved() -> None:
+    diff = between(None, scale(POST, 1.001))
+    diff.cases = diff.cases * 150
+    assert len(terminal(diff).splitlines()) < 80
+    assert "and 130 more in diff.html" in terminal(diff)
+
+
+def test_a_page_escapes_every_name_and_fetches_nothing() -> None:
+    evil = "<script>alert(1)</script>"
+    refused = compared(Held({LLAMA: emitted(real(LLAMA))}), Held({LLAMA: EmitterError("model", evil)}))
+    page = diff_views.page(replace(refused, a=evil, b=f'"{evil}'))
+    assert "<script" not in page and "&lt;script&gt;" in page
+    moved = diff_views.page(between(None, scale(POST, 1.001)))
+    for reference in ("http:", "https:", "src=", "url(", "@import", "<link"):
+        assert reference not in page + moved
+    assert POST in moved and "away" in moved
+
+
+@pytest.mark.parametrize("change", [None, lambda arrays: arrays[POST].__setitem__((0, 5, 7), float("nan"))])
+def test_the_json_is_json_and_holds_what_moved(tmp_path: Path, change: object) -> None:
+    diff = between(None, change)  # type: ignore[arg-type]
+    write_json(diff_views.document(diff), tmp_path / "diff.json")
+    told = json.loads((tmp_path / "diff.json").read_text())
+    rows = [row for case in told["cases"] for row in case["tensors"]]
+    assert (told["verdict"] == "FAIL") == bool(rows) == (change is not None)
+    assert not rows or (rows[0]["name"], rows[0]["element"]) == (POST, "inf")
+    assert told["cases"][0]["identical"] == len(only(diff).rows) - len(rows)
+
+
+def ran(forward: float | None, peak: int | None) -> CaseDiff:
+    """A case whose two sides took a forward of ``forward`` and of 0.2 seconds."""
+    result = CaseResult(LLAMA, "llama", "", Status.PASS, "")
+    recorded = [
+        Run(started="", seconds={} if seconds is None else {"forward": seconds}, threads=2, peak_rss_bytes=memory)
+        for seconds, memory in ((forward, peak), (0.2, 4 << 20))
+    ]
+    return CaseDiff(Side(result, None, recorded[0]), Side(result, None, recorded[1]))
+
+
+def test_speed_is_compared_over_the_cases_that_both_recorded() -> None:
+    cases = [ran(0.1, 2 << 20), ran(0.1, 2 << 20), ran(9.0, 1 << 20), ran(None, None)]
+    told = {figure.name: figure for figure in figures(cases)}
+    forward = told["forward, median"]
+    assert (forward.a, forward.b, forward.factor, forward.cases) == (0.1, 0.2, 2.0, 3)
+    assert told["forward, slowest case"].a == 9.0
+    assert (told["peak memory"].a, told["peak memory"].b, told["peak memory"].cases) == (2.0, 4.0, 3)
+    assert (told["load, median"].a, told["load, median"].factor) == (None, None)
+    alone = {figure.name: figure for figure in figures([ran(None, None)])}["forward, median"]
+    assert (alone.a, alone.b, alone.factor) == (None, 0.2, None)
+    assert figures([])[0].a is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("stored:0.2.2", "stored:0.2.2", "--case", "llama/hub"), 0, "NOTHING WORSE; 0 better, 44 tensors"),
+        (("stored:0.1.10", "stored:0.2.2", "--case", "llama/rope-linear"), 0, "diverges → agrees"),
+        (("stored:0.1.10", "stored:0.2.2", "--cases", "qwen3/window"), 1, "refused → diverges"),
+        (("stored:0.2.2", "stored:0.2.2", "--case", "qwen3/rope-yarn"), 3, "INCONCLUSIVE: nothing was compared"),
+        pytest.param(
+            ("torch", "stored:0.2.2", "--case", "smollm2/hub"), 0, "cut to that part", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_the_command(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
+    done = command("diff", *arguments, "--out", str(tmp_path))
+    assert done.returncode == code, done.stdout + done.stderr
+    assert said in done.stdout
+    assert (tmp_path / "diff.html").is_file() and json.loads((tmp_path / "diff.json").read_text())
+
+
+def test_a_candidate_that_holds_no_trace_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "flat.json").write_text("{}")
+    flat = f"stored:{tmp_path / 'flat.json'}"
+    assert "is a flat JSON" in one_line(command("diff", flat, "stored:0.2.2", "--out", str(tmp_path)))
