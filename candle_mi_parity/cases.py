@@ -88,20 +88,44 @@ class LocalModel(Row):
 Model = Annotated[TinyModel | PackageModel | HubModel | LocalModel, Field(discriminator="source")]
 
 
-class SaeFile(Row):
-    """An SAE in Gemma Scope's NPZ layout, on ``blocks.<layer>.hook_resid_post``.
+class SaePlace(Row):
+    """Where in the model an SAE reads: ``blocks.<layer>.<point>``, a tensor [B, T, d]."""
+
+    layer: Annotated[int, Field(ge=0)]
+    point: Literal["hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post"] = (
+        "hook_resid_post"
+    )
+
+    @property
+    def hook(self) -> str:
+        return f"blocks.{self.layer}.{self.point}"
+
+
+class SaeFile(SaePlace):
+    """An SAE in Gemma Scope's NPZ layout.
 
     ``path`` is a file below ``fixtures/``; with ``repo`` it is a file of that hub repository.
     """
 
     path: str
-    layer: Annotated[int, Field(ge=0)]
     repo: str | None = None
     revision: str | None = None
 
-    @property
-    def hook(self) -> str:
-        return f"blocks.{self.layer}.hook_resid_post"
+
+class SaelensDirectory(SaePlace):
+    """A generated SAE in the layout of SAELens.
+
+    :ivar cfg: ``cfg.json`` beside ``d_in`` and ``d_sae``.
+    :ivar weights: format of the stored tensors.
+    :ivar threshold: the least θ of a JumpReLU; None stores no threshold.
+    :ivar scaling_factor: whether the file holds the ``scaling_factor`` of ones that versions 2 and 3 wrote.
+    """
+
+    d_sae: Annotated[int, Field(ge=1)]
+    cfg: dict[str, Setting]
+    weights: Literal["float32", "float64", "bfloat16"] = "float32"
+    threshold: float | None = None
+    scaling_factor: bool = False
 
 
 class Case(Row):
@@ -117,7 +141,7 @@ class Case(Row):
     model: Model
     tokens: RandomTokens | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     text: str | None = None
-    sae: SaeFile | None = None
+    sae: SaeFile | SaelensDirectory | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     lane: Literal["default", "hub"] = "default"
     stored: Literal["whole", "part"] = "part"

@@ -11,8 +11,9 @@ from torch import nn
 from candle_mi_parity import models
 from candle_mi_parity.errors import SaeError
 from candle_mi_parity.hooks import Captured
-from candle_mi_parity.sae import TorchSae, load_npz
+from candle_mi_parity.sae import TorchSae, load_sae
 from candle_mi_parity.subject import Subject
+from candle_mi_parity.truth import SaeTruth, TruthTensor
 
 BITS = {"float32": 16, "float16": 11, "bfloat16": 8}
 
@@ -72,7 +73,7 @@ class SaeChain:
 
     def __init__(self, subject: Subject) -> None:
         assert subject.case.sae is not None and subject.sae_file is not None
-        weights = load_npz(subject.sae_file)
+        weights = load_sae(subject.sae_file)
         width = models.read_config(subject.model_dir).get("hidden_size")
         if weights.d_in != width:
             raise SaeError(f"{subject.sae_file}: SAE has d_in {weights.d_in}, the model has hidden_size {width}")
@@ -82,7 +83,8 @@ class SaeChain:
         self._sae = TorchSae(weights)
         self._active: dict[str, torch.Tensor] = {}
         self._fixed: torch.Tensor | None = None
-        self.threshold = np.zeros(weights.d_sae) if weights.threshold is None else weights.threshold.astype(float)
+        self._k = weights.k or 0
+        self._threshold = np.zeros(weights.d_sae) if weights.threshold is None else weights.threshold.astype(float)
 
     def __call__(self, captured: Captured) -> Captured:
         resid = captured[self._hook]
@@ -96,7 +98,7 @@ class SaeChain:
         pre = self._sae.pre_activations(resid.float())
         active = self._active.setdefault(name, self._sae.active(pre))
         features = torch.where(active.repeat(rows, 1, 1), pre, 0.0)
-        recon = self._sae.decode(features)
+        recon = self._sae.decode(features, resid.float())
         mse = (resid - recon).pow(2).view(rows, -1).mean(-1)
         return {
             f"{name}.pre": pre,
@@ -105,6 +107,8 @@ class SaeChain:
             f"{name}.reconstruction_mse": mse,
         }
 
-    def residuals(self, values: Captured) -> dict[str, np.ndarray]:
+    def truth(self, name: str, pre: TruthTensor, values: Captured) -> SaeTruth:
+        """What judging the features of a chain needs beside the tensors."""
         assert self._fixed is not None
-        return {"sae": values[self._hook].numpy(), "sae_on_truth": self._fixed.numpy()}
+        residual = values[self._hook] if name == "sae" else self._fixed
+        return SaeTruth(pre, self._threshold, residual.numpy(), self._k, self._sae.out_scale(residual).numpy())

@@ -2,53 +2,103 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from candle_mi_parity.gate import ELEMENT_GATE, TINY, UNIT, measure
 from candle_mi_parity.judge import judged, malformed, nonfinite, selected
-from candle_mi_parity.trace import Emitted
-from candle_mi_parity.truth import SaeTruth, Truth
+from candle_mi_parity.trace import Emitted, Selection
+from candle_mi_parity.truth import SaeTruth, Truth, TruthTensor
 from candle_mi_parity.verdict import Status, TensorResult, Worst
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What the truth decides of each feature, and how far each decision is from turning. All [B, T, d_sae].
+
+    :ivar active: whether it fires.
+    :ivar margin: ``|pre − θ|``; for TopK θ is the largest value left out, or for one left out the least kept, and at
+        least 0.
+    :ivar sigma: noise of the pre-activation.
+    :ivar doubt: noise of the margin: TopK's θ is another feature's value, and has a noise of its own.
+    """
+
+    active: np.ndarray
+    margin: np.ndarray
+    sigma: np.ndarray
+    doubt: np.ndarray
+
+    @property
+    def turns(self) -> np.ndarray:
+        """Where rounding may decide otherwise."""
+        return np.asarray(self.margin < ELEMENT_GATE * self.doubt)
+
+    def part(self, part: Selection | None) -> Decisions:
+        return self if part is None else Decisions(*(selected(getattr(self, f.name), part) for f in fields(self)))
+
+
+def decisions(sae: SaeTruth) -> Decisions:
+    """The truth's decisions on all features."""
+    pre = sae.pre.value
+    sigma = measure(np.zeros_like(pre), pre, sae.pre.noise).sigma
+    if not sae.k:
+        return Decisions(pre > sae.threshold, np.abs(pre - sae.threshold), sigma, sigma)
+    # As the oracle keeps them: of equal values the first.
+    order = np.argsort(-pre, axis=-1, kind="stable")
+    kept = np.zeros(pre.shape, bool)
+    np.put_along_axis(kept, order[..., : sae.k], True, -1)
+    least = order[..., sae.k - 1 : sae.k]
+    # With as many kept as there are, nothing is left out to lose to.
+    left = order[..., sae.k : sae.k + 1] if sae.k < pre.shape[-1] else None
+    rival = np.where(kept, least if left is None else left, least)
+    theta, noise = np.take_along_axis(pre, rival, -1), np.take_along_axis(sigma, rival, -1)
+    at_zero = (theta <= 0) | (kept if left is None else False)
+    theta, noise = np.where(at_zero, 0.0, theta), np.where(at_zero, 0.0, noise)
+    return Decisions(kept & (pre > 0), np.abs(pre - theta), sigma, sigma + noise)
 
 
 @dataclass(frozen=True)
 class Flips:
     """Features that are active on one side only.
 
-    :ivar excused: boolean [B, T, d_sae], where ``|pre − θ| < 32·σ``.
+    :ivar excused: boolean [B, T, d_sae], where the margin is less than 32 times its noise.
     :ivar active: the candidate's active set, same shape.
     """
 
     excused: np.ndarray
     unexcused: np.ndarray
     active: np.ndarray
-    margin: np.ndarray
-    sigma: np.ndarray
+    truth: Decisions
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """Margin over its noise, [B, T, d_sae]."""
+        return np.asarray(self.truth.margin / self.truth.doubt)
 
     def describe(self) -> str:
         if not (self.excused.any() or self.unexcused.any()):
             return f"no feature flipped; {int(self.active[:, -1].sum())} active at the last position"
         flipped = self.excused | self.unexcused
-        worst = np.unravel_index(np.argmax(np.where(flipped, self.margin / self.sigma, -1)), flipped.shape)
+        worst = np.unravel_index(np.argmax(np.where(flipped, self.ratio, -1)), flipped.shape)
+        ties = int((flipped & (self.truth.margin == 0)).sum())
         return (
-            f"{int(flipped.sum())} features flipped, {int(self.excused.sum())} with |pre − θ| < 32σ; largest margin "
-            f"{self.margin[worst]:.3g} = {self.margin[worst] / self.sigma[worst]:.3g}σ at {[int(i) for i in worst]}"
+            f"{int(flipped.sum())} features flipped, {int(self.excused.sum())} with |pre − θ| < 32σ"
+            + (f", {ties} of them exact ties" if ties else "")
+            + f"; largest margin {self.truth.margin[worst]:.3g} = {self.ratio[worst]:.3g}σ at {[int(i) for i in worst]}"
+            + f"; active at the last position: got {int(self.active[:, -1].sum())},"
+            f" expected {int(self.truth.active[:, -1].sum())}"
         )
 
 
-def flips(sae: SaeTruth, features: np.ndarray) -> Flips:
+def flips(truth: Decisions, features: np.ndarray) -> Flips:
     """Which features differ in being active, and whether rounding explains it.
 
     :param features: the candidate's, float64 [B, T, d_sae].
     """
-    sigma = measure(np.zeros_like(features), sae.pre.value, sae.pre.noise).sigma
-    margin = np.abs(sae.pre.value - sae.threshold)
     active = features != 0
-    differ = active != (sae.pre.value > sae.threshold)
-    inside = margin < ELEMENT_GATE * sigma
-    return Flips(differ & inside, differ & ~inside, active, margin, sigma)
+    differ = active != truth.active
+    return Flips(differ & truth.turns, differ & ~truth.turns, active, truth)
 
 
 def judge_sae(
@@ -66,14 +116,15 @@ def judge_sae(
     if broken := nonfinite(name, got, value, agreed):
         return broken
     chain, kind = name.split(".")
+    sae = truth.sae[chain]
     if kind == "features":
-        sae = _part_of(truth.sae[chain], trace, name)
-        return _judge_features(name, sae, got, agreed)
+        pre = TruthTensor(selected(sae.pre.value, entry.part), selected(sae.pre.noise, entry.part))
+        return _judge_features(name, pre, decisions(sae).part(entry.part), got, agreed)
     noise = selected(expected.noise, entry.part).astype(np.float64)
     if not _whole_features(trace, chain):
         result = judged(name, measure(got - value, value, noise), got, value, None, agreed)
-        return _unless_doubtful(result, truth.sae[chain], -1)
-    value, noise, detail = _with_excused(truth.sae[chain], trace, f"{chain}.features", decoder, value, noise)
+        return _unless_doubtful(result, sae, -1)
+    value, noise, detail = _with_excused(sae, trace, f"{chain}.features", decoder, value, noise)
     return judged(name, measure(got - value, value, noise), got, value, None, agreed, detail)
 
 
@@ -85,8 +136,8 @@ def _whole_features(trace: Emitted, chain: str) -> bool:
 
 def _unless_doubtful(result: TensorResult, sae: SaeTruth, position: int | None) -> TensorResult:
     """A failure that a flip nobody can see might explain is not measured; a pass stays a pass."""
-    ratio = _margin_ratio(sae)
-    doubtful = bool(((ratio if position is None else ratio[:, position]) < ELEMENT_GATE).any())
+    turns = decisions(sae).turns
+    doubtful = bool((turns if position is None else turns[:, position]).any())
     if result.status is not Status.FAIL or not doubtful:
         return result
     return replace(
@@ -94,31 +145,23 @@ def _unless_doubtful(result: TensorResult, sae: SaeTruth, position: int | None) 
     )
 
 
-def _part_of(sae: SaeTruth, trace: Emitted, name: str) -> SaeTruth:
-    part = trace.entries[name].part
-    if part is None:
-        return sae
-    pre = type(sae.pre)(selected(sae.pre.value, part), selected(sae.pre.noise, part))
-    threshold = sae.threshold if part.columns is None else sae.threshold[part.columns]
-    return SaeTruth(pre, threshold, sae.residual[..., part.rows, :])
-
-
-def _judge_features(name: str, sae: SaeTruth, got: np.ndarray, agreed: bool | None) -> TensorResult:
-    found = flips(sae, got)
-    both = found.active & (sae.pre.value > sae.threshold)
+def _judge_features(
+    name: str, pre: TruthTensor, truth: Decisions, got: np.ndarray, agreed: bool | None
+) -> TensorResult:
+    found = flips(truth, got)
     # Where both fire, the value counts; where the candidate alone does, its value still has to be pre.
-    compared = both | (found.active & found.excused)
-    expected = np.where(compared, sae.pre.value, 0.0)
-    measured = measure(got - sae.pre.value, sae.pre.value, sae.pre.noise, compared)
+    compared = found.active & (truth.active | found.excused)
+    expected = np.where(compared, pre.value, 0.0)
+    measured = measure(got - pre.value, pre.value, pre.noise, compared)
     result = judged(name, measured, got, expected, compared, agreed, found.describe())
     # An inactive feature is compared too: as a decision.
     result = replace(result, compared=got.size, left_out=0)
     if not found.unexcused.any():
         return result
-    ratio = np.where(found.unexcused, found.margin / found.sigma, -1.0)
+    ratio = np.where(found.unexcused, found.ratio, -1.0)
     index = tuple(int(i) for i in np.unravel_index(np.argmax(ratio), ratio.shape))
-    truth_value = float(sae.pre.value[index]) if sae.pre.value[index] > sae.threshold[index[-1]] else 0.0
-    worst = Worst.of(list(index), float(got[index]), truth_value, float(found.sigma[index]), float(ratio[index]))
+    truth_value = float(pre.value[index]) if truth.active[index] else 0.0
+    worst = Worst.of(list(index), float(got[index]), truth_value, float(truth.doubt[index]), float(ratio[index]))
     past = result.past + int(found.unexcused.sum())
     return replace(
         result, status=Status.FAIL, reason="flips", element_ratio=float(ratio.max()), past=past, worst=worst
@@ -137,19 +180,22 @@ def _with_excused(
 
     The decisions that rounding may turn are taken from the candidate; every number stays the truth's.
     """
-    if features not in trace.entries or decoder is None:
+    entry = trace.entries.get(features)
+    if entry is None or decoder is None:
         return recon, noise, ""
-    sae = _part_of(sae, trace, features)
     got = trace.tensor(features).astype(np.float64)
-    if got.shape != sae.pre.value.shape:
+    pre, scale = selected(sae.pre.value, entry.part), sae.scale
+    if entry.part is not None:
+        scale = scale[..., entry.part.rows, :]
+    if got.shape != pre.shape:
         return recon, noise, ""
-    found = flips(sae, got)
+    found = flips(decisions(sae).part(entry.part), got)
     if not found.excused.any():
         return recon, noise, ""
+    # A feature that both a tie and ReLU leave at zero changes nothing by being named.
     sign = np.where(found.active, 1.0, -1.0) * found.excused
-    W_dec = decoder.astype(np.float64)
-    recon = recon + (sign * sae.pre.value) @ W_dec
-    noise = np.sqrt(noise**2 + (found.excused * found.sigma**2) @ W_dec**2)
+    recon = recon + ((sign * pre) @ decoder) * scale
+    noise = np.sqrt(noise**2 + ((found.excused * found.truth.sigma**2) @ decoder**2) * scale**2)
     return recon, noise, f"{int(found.excused.sum())} excused flips granted to the reconstruction"
 
 
@@ -177,12 +223,6 @@ def judge_sae_scalars(
     return results + (_last_position(truth, trace) if "sae" in chains else [])
 
 
-def _margin_ratio(sae: SaeTruth) -> np.ndarray:
-    """``|pre − θ|/σ`` of every feature, [B, T, d_sae]."""
-    sigma = measure(np.zeros_like(sae.pre.value), sae.pre.value, sae.pre.noise).sigma
-    return np.asarray(np.abs(sae.pre.value - sae.threshold) / sigma)
-
-
 def _last_position(truth: Truth, trace: Emitted) -> list[TensorResult]:
     sae = truth.sae["sae"]
     last: dict[str, tuple[np.ndarray, np.ndarray]] = {
@@ -190,8 +230,8 @@ def _last_position(truth: Truth, trace: Emitted) -> list[TensorResult]:
         "sae.decoded_last_norm": (truth.tensors["sae.recon"].value, truth.tensors["sae.recon"].noise),
         "sae.resid_last_norm": (sae.residual, truth.tensors[truth.meta["sae_hook"]].noise),
     }
-    doubtful = int((_margin_ratio(sae)[0, -1] < ELEMENT_GATE).sum())
-    active = int((sae.pre.value > sae.threshold)[0, -1].sum())
+    decided = decisions(sae)
+    doubtful, active = int(decided.turns[0, -1].sum()), int(decided.active[0, -1].sum())
     results = [_judge_count("sae.n_active_last_pos", active, doubtful, trace), _judge_top(truth, trace)]
     for name, (value, noise) in last.items():
         # The error of a norm is the error along one unit vector: an average over the elements.
@@ -204,10 +244,10 @@ def _last_position(truth: Truth, trace: Emitted) -> list[TensorResult]:
 def _judge_top(truth: Truth, trace: Emitted) -> TensorResult:
     """The strongest features of the last position: right values, none missing that is clearly stronger."""
     name = "sae.top_features_last_pos"
-    pre = truth.sae["sae"].pre
-    sigma = measure(np.zeros_like(pre.value), pre.value, pre.noise).sigma[0, -1]
+    decided = decisions(truth.sae["sae"])
+    sigma, turns = decided.sigma[0, -1], decided.turns[0, -1]
     expected = truth.tensors["sae.features"].value[0, -1]
-    value = pre.value[0, -1]
+    value = truth.sae["sae"].pre.value[0, -1]
     found = {feature.index: feature.value for feature in trace.top_features}
     active = int(np.count_nonzero(expected))
 
@@ -227,8 +267,7 @@ def _judge_top(truth: Truth, trace: Emitted) -> TensorResult:
         return result("")
     weakest = min(found, key=lambda index: value[index])
     # A feature that rounding may turn off need not be listed, however strong it is when on.
-    certain = np.abs(value - truth.sae["sae"].threshold) >= ELEMENT_GATE * sigma
-    left = [int(i) for i in np.flatnonzero((expected != 0) & certain) if int(i) not in found]
+    left = [int(i) for i in np.flatnonzero((expected != 0) & ~turns) if int(i) not in found]
     tie = ELEMENT_GATE * (sigma + sigma[weakest])
     stronger = [index for index in left if value[index] - value[weakest] >= tie[index]]
     return result(f"feature {stronger[0]} is stronger than {weakest} and not listed" if stronger else "")

@@ -19,14 +19,14 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from candle_mi_parity import chains, families, hooks, models, rounding, sae, truth
+from candle_mi_parity import chains, families, hooks, models, rounding, sae, saelens, truth
 from candle_mi_parity.chains import Lens, SaeChain, coarse, is_lens
 from candle_mi_parity.errors import OracleError
 from candle_mi_parity.gate import UNITS
 from candle_mi_parity.hooks import Captured, Recorder, forward, load_model, modeling_files
 from candle_mi_parity.rounding import MatmulScales, NoisePool, RoundingNoise, Truth64
 from candle_mi_parity.subject import Subject
-from candle_mi_parity.truth import SaeTruth, Truth, TruthTensor
+from candle_mi_parity.truth import Truth, TruthTensor
 
 SAMPLES = 16
 """K, the number of noise samples."""
@@ -162,7 +162,10 @@ def sample(
 
 # Read when the code is: a truth computed by code that was edited since must not pass for the new code's.
 _RULES = models.digest_files(
-    [Path(__file__), *(Path(str(module.__file__)) for module in (chains, families, hooks, rounding, sae, truth))]
+    [
+        Path(__file__),
+        *(Path(str(module.__file__)) for module in (chains, families, hooks, rounding, sae, saelens, truth)),
+    ]
 )
 
 
@@ -197,11 +200,10 @@ def _as_truth(
         allowed = recorder.allowed[int(name.split(".")[1])].numpy() if attention else None
         tensors[name] = TruthTensor(value.numpy(), noise.numpy(), allowed)
     pre = {name: tensors.pop(f"{name}.pre") for name in ("sae", "sae_on_truth") if chain}
-    residuals = chain.residuals(values) if chain else {}
     return Truth(
         tokens=subject.tokens,
         tensors=_execution_order(subject, tensors, forced=mode == "forced"),
-        sae={name: SaeTruth(pre[name], chain.threshold, residuals[name]) for name in pre if chain},
+        sae={name: chain.truth(name, pre[name], values) for name in pre if chain},
         scalars=scalars,
         meta={
             "case": subject.digest,

@@ -105,7 +105,7 @@ def make_reference(oracle: Oracle, model: str, sae: str, top_k: int) -> dict[str
     """
     subject = oracle.subject
     case = subject.case
-    if case.sae is None or case.text is None or subject.sae_file is None:
+    if not isinstance(case.sae, SaeFile) or case.text is None or subject.sae_file is None:
         raise CaseTableError(f"{case.id}: a reference needs a prompt and an SAE")
     truth = oracle.truth()
     weights = load_npz(subject.sae_file)

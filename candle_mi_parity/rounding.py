@@ -50,8 +50,8 @@ _EXACT = frozenset(
     embedding empty empty_like empty_strided eq expand fill_ full full_like gather ge gt index index_select
     is_nonzero item lift_fresh lift_fresh_copy logical_and logical_not logical_or lt le masked_fill
     masked_fill_ _local_scalar_dense max min minimum maximum ne neg new_empty new_empty_strided new_full
-    new_ones new_zeros ones ones_like permute relu repeat reshape resize_ scalar_tensor select slice split
-    split_with_sizes squeeze stack t topk to _to_copy transpose tril triu unbind unfold unsqueeze
+    new_ones new_zeros ones ones_like permute relu repeat reshape resize_ scalar_tensor scatter_ select slice
+    sort split split_with_sizes squeeze stack t topk to _to_copy transpose tril triu unbind unfold unsqueeze
     _unsafe_view view where zero_ zeros zeros_like abs clamp clamp_min _reshape_alias random_
     """.split()  # noqa: SIM905 -- a list of ninety quoted names is no easier to read
 )

@@ -20,7 +20,7 @@ from candle_mi_parity.errors import ParityError
 from candle_mi_parity.ledger import Ledger, apply_ledger
 from candle_mi_parity.oracle import Mode, Oracle
 from candle_mi_parity.reference import case_of, judge_reference, read_reference
-from candle_mi_parity.sae import load_npz
+from candle_mi_parity.sae import load_sae
 from candle_mi_parity.sources import Source, open_source
 from candle_mi_parity.store import StoringSource, stored_selection
 from candle_mi_parity.subject import Subject, prepare
@@ -165,7 +165,7 @@ def judge_mode(
 
 
 def _decoder(subject: Subject, mode: Mode) -> np.ndarray | None:
-    return load_npz(subject.sae_file).W_dec if subject.sae_file is not None and mode == "free" else None
+    return load_sae(subject.sae_file).decoder if subject.sae_file is not None and mode == "free" else None
 
 
 def _status(tensors: list[TensorResult], case: Case, in_part: bool) -> tuple[Status, str]:

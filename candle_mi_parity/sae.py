@@ -1,7 +1,9 @@
-"""Sparse autoencoders: weights in Gemma Scope's NPZ layout, and their maths in torch.
+"""Sparse autoencoders: weights in Gemma Scope's NPZ layout or as SAELens writes them, and their maths in torch.
 
-``pre = x·W_enc + b_enc``; JumpReLU ``f = pre·(pre > θ)`` where the file has a ``threshold``, ReLU where it has
-none; ``recon = f·W_dec + b_dec`` (Rajamanoharan et al. 2024, arXiv 2407.14435).
+``pre = x·W_enc + b_enc``; JumpReLU ``f = pre·(pre > θ)``, ReLU, or TopK, which keeps the k largest and of those
+the positive ones; ``recon = f·W_dec + b_dec`` (Rajamanoharan et al. 2024, arXiv 2407.14435; Gao et al. 2024,
+arXiv 2406.04093). SAELens adds to these what its config asks for: the decoder's bias taken from the input,
+normalised inputs, selection by decoder norm (:mod:`saelens`).
 """
 
 from __future__ import annotations
@@ -13,21 +15,34 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from candle_mi_parity.cases import FIXTURES, SaeFile
+from candle_mi_parity.cases import FIXTURES, SaeFile, SaelensDirectory
 from candle_mi_parity.errors import SaeError
+from candle_mi_parity.models import content_key, publish, tensor_values
+from candle_mi_parity.saelens import CONFIG, WEIGHTS, Normalization, read_directory, saelens_files
 
 _REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 
 @dataclass(frozen=True)
 class Sae:
-    """SAE weights as stored, float32: ``W_enc`` [d_in, d_sae], ``W_dec`` [d_sae, d_in], biases, θ or None."""
+    """An SAE, float32: ``W_enc`` [d_in, d_sae], ``W_dec`` [d_sae, d_in], biases, θ or None.
+
+    :ivar k: number of features that TopK keeps; None for JumpReLU and ReLU.
+    :ivar centred: whether ``b_dec`` is taken from the input.
+    :ivar normalize: what is done to the input, and undone on the reconstruction.
+    :ivar by_decoder_norm: whether pre-activations are multiplied by ‖W_dec row‖ before TopK selects, and features
+        divided by it again before they are decoded.
+    """
 
     W_enc: np.ndarray
     W_dec: np.ndarray
     b_enc: np.ndarray
     b_dec: np.ndarray
     threshold: np.ndarray | None
+    k: int | None = None
+    centred: bool = False
+    normalize: Normalization = "none"
+    by_decoder_norm: bool = False
 
     @property
     def d_in(self) -> int:
@@ -39,27 +54,99 @@ class Sae:
 
     @property
     def architecture(self) -> str:
+        if self.k is not None:
+            return "TopK"
         return "ReLU" if self.threshold is None else "JumpReLU"
 
+    @property
+    def decoder(self) -> np.ndarray:
+        """What one unit of each feature adds to the reconstruction, before normalisation is undone: [d_sae, d_in]."""
+        rows: np.ndarray = self.W_dec.astype(np.float64)
+        return rows / np.linalg.norm(rows, axis=-1, keepdims=True) if self.by_decoder_norm else rows
 
-def sae_path(file: SaeFile) -> Path:
-    """Where the NPZ is on this machine, downloading it when it lives on the hub.
 
+def sae_path(sae: SaeFile | SaelensDirectory, width: int, cache: Path) -> Path:
+    """Where an SAE is on this machine: a file, downloaded when it lives on the hub, or a generated directory.
+
+    :param width: the model's hidden size, which a generated SAE takes for its ``d_in``.
     :raises SaeError: when it is not there or cannot be fetched.
     """
-    if file.repo is None:
-        path = Path(file.path).expanduser()
+    if isinstance(sae, SaelensDirectory):
+        key = content_key("saelens", sae.model_dump(), width)
+        return publish(cache / "saes" / key, lambda out: _generate(sae, width, out))
+    if sae.repo is None:
+        path = Path(sae.path).expanduser()
         path = path if path.is_absolute() else FIXTURES / path
-        if not path.is_file():
+        if not path.exists():
             raise SaeError(f"SAE file {path} does not exist")
         return path
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(file.repo, file.path, revision=file.revision))
+        return Path(hf_hub_download(sae.repo, sae.path, revision=sae.revision))
     except Exception as error:  # the hub client's own errors, one line of which says it all
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SaeError(f"cannot get {file.repo}:{file.path} from the hub: {reason}") from error
+        raise SaeError(f"cannot get {sae.repo}:{sae.path} from the hub: {reason}") from error
+
+
+def sae_files(path: Path) -> list[Path]:
+    """The files that an SAE is read from."""
+    return saelens_files(path) if path.is_dir() else [path]
+
+
+def _generate(sae: SaelensDirectory, width: int, out: Path) -> None:
+    """Weights that excite every field: decoder rows of different norms, no bias or threshold at zero."""
+    import json
+
+    from safetensors.torch import save_file
+
+    encoder = tensor_values("sae.W_enc", (sae.d_sae, width), 0)
+    decoder = 0.2 * encoder + 0.1 * tensor_values("sae.W_dec", (sae.d_sae, width), 0)
+    arrays = {
+        "W_enc": encoder.T,
+        "W_dec": decoder * np.linspace(0.5, 2.0, sae.d_sae)[:, None],
+        "b_enc": tensor_values("sae.b_enc.bias", (sae.d_sae,), 0),
+        "b_dec": 3 * tensor_values("sae.b_dec.bias", (width,), 0),
+    }
+    if sae.threshold is not None:
+        arrays["threshold"] = np.abs(tensor_values("sae.threshold", (sae.d_sae,), 1)) + np.float32(sae.threshold)
+    if sae.scaling_factor:
+        arrays["scaling_factor"] = np.ones(sae.d_sae)
+    dtype: torch.dtype = getattr(torch, sae.weights)
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(dtype) for name, array in arrays.items()}
+    save_file(tensors, out / WEIGHTS[0])
+    (out / CONFIG).write_text(json.dumps({"d_in": width, "d_sae": sae.d_sae, **sae.cfg}, indent=2) + "\n")
+
+
+def load_sae(path: Path) -> Sae:
+    """Read and check an NPZ or a SAELens directory.
+
+    :raises SaeError: whatever is wrong with it, in one line.
+    """
+    if not path.is_dir():
+        return load_npz(path)
+    config, arrays = read_directory(path)
+    jump = config.architecture == "jumprelu"
+    _check_arrays(path, arrays, {*_REQUIRED, "threshold"} if jump else {*_REQUIRED})
+    if jump != ("threshold" in arrays):
+        raise SaeError(f"{path}: architecture {config.architecture}, threshold {'given' if not jump else 'missing'}")
+    weights = _as_float32(path, arrays)
+    if weights["W_enc"].shape != (config.d_in, config.d_sae):
+        shape = weights["W_enc"].shape
+        raise SaeError(f"{path}: W_enc has shape {shape}, cfg.json says {(config.d_in, config.d_sae)}")
+    # SAELens fires where pre > θ and then takes ReLU, so a negative θ is one at zero.
+    threshold = np.maximum(weights["threshold"], 0) if jump else None
+    return Sae(
+        weights["W_enc"],
+        weights["W_dec"],
+        weights["b_enc"],
+        weights["b_dec"],
+        threshold=threshold,
+        k=None if config.k is None else min(config.k, config.d_sae),
+        centred=config.apply_b_dec_to_input,
+        normalize=config.normalize_activations,
+        by_decoder_norm=config.rescale_acts_by_decoder_norm,
+    )
 
 
 def load_npz(path: Path) -> Sae:
@@ -76,9 +163,17 @@ def load_npz(path: Path) -> Sae:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise SaeError(f"{path}: not a readable NPZ: {error}") from error
+    _check_arrays(path, arrays, {*_REQUIRED, "threshold"})
+    weights = _as_float32(path, arrays)
+    return Sae(
+        weights["W_enc"], weights["W_dec"], weights["b_enc"], weights["b_dec"], threshold=weights.get("threshold")
+    )
+
+
+def _check_arrays(path: Path, arrays: dict[str, np.ndarray], known: set[str]) -> None:
     if missing := [name for name in _REQUIRED if name not in arrays]:
         raise SaeError(f"{path}: lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}")
-    if unknown := sorted(set(arrays) - {*_REQUIRED, "threshold"}):
+    if unknown := sorted(set(arrays) - known):
         raise SaeError(f"{path}: unknown arrays {', '.join(unknown)}; expected {', '.join(_REQUIRED)}, threshold")
     for name, array in arrays.items():
         if array.dtype not in (np.float32, np.float64):
@@ -90,19 +185,16 @@ def load_npz(path: Path) -> Sae:
     for name, shape in shapes.items():
         if name in arrays and arrays[name].shape != shape:
             raise SaeError(f"{path}: {name} has shape {arrays[name].shape}, expected {shape}")
+
+
+def _as_float32(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     # candle-mi computes its SAE in float32 whatever the file holds.
     with np.errstate(over="ignore"):
         weights = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
     for name, array in weights.items():
         if not np.isfinite(array).all():
             raise SaeError(f"{path}: {name} holds NaN or Inf, or a value too large for float32")
-    return Sae(
-        W_enc=weights["W_enc"],
-        W_dec=weights["W_dec"],
-        b_enc=weights["b_enc"],
-        b_dec=weights["b_dec"],
-        threshold=weights.get("threshold"),
-    )
+    return weights
 
 
 class TorchSae:
@@ -115,20 +207,61 @@ class TorchSae:
         self.W_enc, self.W_dec = tensor(sae.W_enc), tensor(sae.W_dec)
         self.b_enc, self.b_dec = tensor(sae.b_enc), tensor(sae.b_dec)
         self.threshold = None if sae.threshold is None else tensor(sae.threshold)
+        self.k, self._centred, self._normalize = sae.k, sae.centred, sae.normalize
+        self._by_decoder_norm = sae.by_decoder_norm
 
     def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` [..., d_in] → [..., d_sae], before the activation."""
-        return x @ self.W_enc + self.b_enc
+        """``x`` [..., d_in] → [..., d_sae], what the activation decides on."""
+        if self._normalize != "none":
+            centre, scale = self._measure(x)
+            # SAELens divides by std + 1e-5, and multiplies by std alone on the way out.
+            x = (x - centre) / (scale + 1e-5 if self._normalize == "layer_norm" else scale)
+        if self._centred:
+            x = x - self.b_dec
+        pre = x @ self.W_enc + self.b_enc
+        return pre * self._norms() if self._by_decoder_norm else pre
 
     def active(self, pre: torch.Tensor) -> torch.Tensor:
-        """Which features fire, boolean [..., d_sae]: strictly above θ, or above 0 for ReLU."""
-        return pre > (0.0 if self.threshold is None else self.threshold)
+        """Which features fire, boolean [..., d_sae]: above θ, above 0, or among the k largest and above 0."""
+        if self.k is None:
+            return pre > (0.0 if self.threshold is None else self.threshold)
+        chosen = torch.zeros_like(pre, dtype=torch.bool)
+        # Of equal values the first: a stable order, where topk's own is unspecified.
+        chosen.scatter_(-1, torch.sort(pre, dim=-1, descending=True, stable=True).indices[..., : self.k], True)
+        return chosen & (pre > 0)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [..., d_in] → features [..., d_sae]."""
         pre = self.pre_activations(x)
         return torch.where(self.active(pre), pre, 0.0)
 
-    def decode(self, features: torch.Tensor) -> torch.Tensor:
-        """Features [..., d_sae] → reconstruction [..., d_in]."""
-        return features @ self.W_dec + self.b_dec
+    def decode(self, features: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
+        """Features [..., d_sae] → reconstruction [..., d_in].
+
+        :param x: what was encoded; a normalised input's reconstruction is scaled back by it.
+        """
+        if self._by_decoder_norm:
+            features = features * (1 / self._norms())
+        recon = features @ self.W_dec + self.b_dec
+        if self._normalize == "none":
+            return recon
+        if x is None:
+            raise SaeError(f"an SAE with {self._normalize} decodes relative to what it encoded")
+        centre, scale = self._measure(x)
+        return recon * scale + centre
+
+    def out_scale(self, x: torch.Tensor) -> torch.Tensor:
+        """What the reconstruction is multiplied by at each position, [..., 1]."""
+        return torch.ones_like(x[..., :1]) if self._normalize == "none" else self._measure(x)[1]
+
+    def _measure(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The centre and the scale by which an input is normalised, each [..., 1]."""
+        width = x.shape[-1]
+        if self._normalize == "constant_norm_rescale":
+            return torch.zeros_like(x[..., :1]), (x.pow(2).sum(-1, keepdim=True) / width).sqrt()
+        # A product, not a mean: its rounding error scales with the terms, and the mean itself may be near zero.
+        centre = x @ torch.full_like(x[..., :1].reshape(-1)[:1], 1 / width).expand(width, 1)
+        return centre, ((x - centre).pow(2).sum(-1, keepdim=True) / (width - 1)).sqrt()
+
+    def _norms(self) -> torch.Tensor:
+        return self.W_dec.pow(2).sum(-1).sqrt()

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from candle_mi_parity.cases import Case, RandomTokens
+from candle_mi_parity.cases import Case, RandomTokens, SaePlace
 from candle_mi_parity.errors import CaseTableError, ModelError
 from candle_mi_parity.families import hook_names
 from candle_mi_parity.models import digest_files, model_digest, model_directory, read_config, seeded_words
-from candle_mi_parity.sae import sae_path
+from candle_mi_parity.sae import sae_files, sae_path
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,16 @@ def prepare(case: Case, cache: Path) -> Subject:
     tokens = _token_ids(case, model_dir, config)
     _check_tokens(case, tokens[0], _whole_number(config, "vocab_size", model_dir))
     n_layers = _whole_number(config, "num_hidden_layers", model_dir)
-    sae_file = sae_path(case.sae) if case.sae else None
+    width = _whole_number(config, "hidden_size", model_dir)
+    sae_file = sae_path(case.sae, width, cache) if case.sae else None
     if case.sae and case.sae.layer >= n_layers:
         raise CaseTableError(f"{case.id}: SAE layer {case.sae.layer}, but the model has {n_layers} layers")
     weights = model_digest(model_dir)
-    sae_digest = digest_files([sae_file]) if sae_file else None
+    sae_digest = digest_files(sae_files(sae_file)) if sae_file else None
     content = {
         "model": weights,
         "tokens": tokens,
-        "sae": [sae_digest, case.sae.layer] if case.sae else None,
+        "sae": [sae_digest, case.sae.layer, *_elsewhere(case.sae)] if case.sae else None,
         "dtype": case.dtype,
     }
     return Subject(
@@ -66,6 +67,11 @@ def prepare(case: Case, cache: Path) -> Subject:
         sae_digest=sae_digest,
         digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
     )
+
+
+def _elsewhere(sae: SaePlace) -> list[str]:
+    """The hook point, where it is not the layer's output."""
+    return [] if sae.point == "hook_resid_post" else [sae.point]
 
 
 def _whole_number(config: dict[str, object], key: str, model_dir: Path) -> int:

@@ -19,7 +19,7 @@ from torch import nn
 from candle_mi_parity.chains import is_lens, unembed
 from candle_mi_parity.hooks import Captured, forward, load_model
 from candle_mi_parity.oracle import Mode
-from candle_mi_parity.sae import TorchSae, load_npz
+from candle_mi_parity.sae import TorchSae, load_sae
 from candle_mi_parity.subject import Subject
 from candle_mi_parity.trace import Feature, InMemory
 from candle_mi_parity.truth import Truth
@@ -53,7 +53,7 @@ class TorchSource:
     def sae(self, file: Path) -> TorchSae:
         """The float32 SAE of a file, on the device, loaded once."""
         if file not in self._saes:
-            self._saes[file] = TorchSae(load_npz(file), self.device, torch.float32)
+            self._saes[file] = TorchSae(load_sae(file), self.device, torch.float32)
         return self._saes[file]
 
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
@@ -111,6 +111,6 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 def _encode(sae: TorchSae, name: str, resid: torch.Tensor, scalars: dict[str, float]) -> Captured:
     features = sae.encode(resid)
-    recon = sae.decode(features)
+    recon = sae.decode(features, resid)
     scalars[f"{name}.reconstruction_mse"] = float((resid - recon).pow(2).mean())
     return {f"{name}.features": features, f"{name}.recon": recon}

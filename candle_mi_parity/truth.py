@@ -35,13 +35,17 @@ class SaeTruth:
     """What judging a feature that flipped needs beside the tensors.
 
     :ivar pre: pre-activations with their noise, [B, T, d_sae].
-    :ivar threshold: θ, [d_sae]; zeros for ReLU.
+    :ivar threshold: θ, [d_sae]; zeros for ReLU and TopK.
     :ivar residual: the residual stream that was encoded, float64 [B, T, d_in].
+    :ivar k: number of features that TopK keeps; 0 where a feature fires by its threshold alone.
+    :ivar scale: by how much a position's decoded features are multiplied, [B, T, 1]; 1 without normalisation.
     """
 
     pre: TruthTensor
     threshold: np.ndarray
     residual: np.ndarray
+    k: int
+    scale: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Truth:
             _flatten(arrays, f"{name}.pre", sae.pre)
             arrays[f"{name}.pre|threshold"] = sae.threshold
             arrays[f"{name}.pre|residual"] = sae.residual
+            arrays[f"{name}.pre|k"] = np.array([sae.k])
+            arrays[f"{name}.pre|scale"] = sae.scale
         header = {
             "tokens": self.tokens,
             "order": list(self.tensors),
@@ -96,6 +102,8 @@ class Truth:
                     _unflatten(arrays, f"{name}.pre"),
                     arrays[f"{name}.pre|threshold"],
                     arrays[f"{name}.pre|residual"],
+                    int(arrays[f"{name}.pre|k"][0]),
+                    arrays[f"{name}.pre|scale"],
                 )
                 for name in header["sae"]
             }

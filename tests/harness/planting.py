@@ -22,7 +22,7 @@ from candle_mi_parity.cases import Case, cache_root, load_cases
 from candle_mi_parity.compare import check_header, compare
 from candle_mi_parity.models import file_digest, read_config, weight_files
 from candle_mi_parity.oracle import Mode, Oracle
-from candle_mi_parity.sae import load_npz
+from candle_mi_parity.sae import load_sae
 from candle_mi_parity.subject import Subject, prepare
 from candle_mi_parity.torch_source import TorchSource
 from candle_mi_parity.trace import FORMAT, CandleMi, InMemory, Trace
@@ -57,7 +57,7 @@ class Real:
     @property
     def decoder(self) -> np.ndarray | None:
         free_sae = self.subject.sae_file is not None and self.truth.meta["mode"] == "free"
-        return load_npz(self.subject.sae_file).W_dec if free_sae and self.subject.sae_file else None
+        return load_sae(self.subject.sae_file).decoder if free_sae and self.subject.sae_file else None
 
 
 @functools.cache

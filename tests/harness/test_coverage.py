@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.cases import FIXTURES, ROOT, TinyModel, load_cases, select
+from candle_mi_parity.cases import FIXTURES, ROOT, SaeFile, TinyModel, load_cases, select
 from candle_mi_parity.families import FAMILIES, LAYER_POINTS
 from candle_mi_parity.goldens import has_golden
 from candle_mi_parity.ledger import load_ledger
@@ -46,7 +46,7 @@ def candle_mi_source(name: str) -> str:
 
 def test_every_fixture_file_belongs_to_something() -> None:
     tiny = {case.model.config for case in CASES if isinstance(case.model, TinyModel)}
-    saes = {case.sae.path for case in CASES if case.sae and case.sae.repo is None}
+    saes = {case.sae.path for case in CASES if isinstance(case.sae, SaeFile) and case.sae.repo is None}
     goldens = {case.id.replace("/", "-") for case in DEFAULT if has_golden(case)}
     used = tiny | saes | {f"goldens/{name}{suffix}" for name in goldens for suffix in (".npz", ".json")}
     tables = {"cases.toml", "known_divergences.toml", "config_fields.toml", "census.toml", "texts.json"}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from planting import Arrays, Real, failures, judge, real, write
 
-from candle_mi_parity.compare_sae import flips
+from candle_mi_parity.compare_sae import decisions, flips
 from candle_mi_parity.gate import measure
 from candle_mi_parity.sae import load_npz
 from candle_mi_parity.truth import SaeTruth, Truth, TruthTensor
@@ -33,7 +33,7 @@ def near_threshold(margin: float) -> tuple[Real, int]:
     threshold[feature] = sae.pre.value[LAST][feature] - margin * sigma[LAST][feature]
     tensors, saes, scalars = dict(there.truth.tensors), dict(there.truth.sae), dict(there.truth.scalars)
     for chain, old in there.truth.sae.items():
-        saes[chain] = SaeTruth(old.pre, threshold, old.residual)
+        saes[chain] = replace(old, threshold=threshold)
         features = np.where(old.pre.value > threshold, old.pre.value, 0.0)
         recon = features @ np.asarray(there.decoder, np.float64) + b_dec
         for name, value in (("features", features), ("recon", recon)):
@@ -104,7 +104,9 @@ def test_a_flip_outside_the_gate_fails(tmp_path: Path) -> None:
 
 def test_a_flip_is_seen_in_both_directions_and_at_the_threshold_itself() -> None:
     pre = np.array([[[1.0, 2.0, 3.0]]])
-    sae = SaeTruth(TruthTensor(pre, np.full_like(pre, 1e-7)), np.array([1.0, 1.0, 3.5]), np.zeros((1, 1, 2)))
+    noise = np.full_like(pre, 1e-7)
+    theta = np.array([1.0, 1.0, 3.5])
+    sae = decisions(SaeTruth(TruthTensor(pre, noise), theta, np.zeros((1, 1, 2)), 0, np.ones((1, 1, 1))))
     honest = np.array([[[0.0, 2.0, 0.0]]])
     assert not flips(sae, honest).excused.any() and not flips(sae, honest).unexcused.any()
     at_threshold = flips(sae, np.array([[[1.0, 2.0, 0.0]]]))
