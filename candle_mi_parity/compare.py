@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from candle_mi_parity.compare_sae import judge_sae, judge_sae_scalars
+from candle_mi_parity.compare_sae import judge_sae, judge_sae_scalars, say_whose_fault
 from candle_mi_parity.diagnose import Diagnosis, diagnose
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.families import inputs_of
@@ -84,6 +84,7 @@ def compare(
         if name not in truth.tensors
     ]
     chains = [name for name in truth.sae if selection is None or f"{name}.features" in selection]
+    results = say_whose_fault(results)
     return results + _judge_tokens(truth, trace) + judge_sae_scalars(truth, trace, decoder, chains)
 
 

@@ -85,7 +85,8 @@ class Flips:
         return (
             f"{int(flipped.sum())} features flipped, {int(self.excused.sum())} with |pre − θ| < 32σ"
             + (f", {ties} of them exact ties" if ties else "")
-            + f"; largest margin {self.truth.margin[worst]:.3g} = {self.ratio[worst]:.3g}σ at {[int(i) for i in worst]}"
+            + f"; largest margin {self.truth.margin[worst]:.3g} = {self.ratio[worst]:.3g}σ"
+            + f" at {[int(i) for i in worst]}"
             + f"; active at the last position: got {int(self.active[:, -1].sum())},"
             f" expected {int(self.truth.active[:, -1].sum())}"
         )
@@ -197,6 +198,24 @@ def _with_excused(
     recon = recon + ((sign * pre) @ decoder) * scale
     noise = np.sqrt(noise**2 + ((found.excused * found.truth.sigma**2) @ decoder**2) * scale**2)
     return recon, noise, f"{int(found.excused.sum())} excused flips granted to the reconstruction"
+
+
+def say_whose_fault(results: list[TensorResult]) -> list[TensorResult]:
+    """Of a chain that fails, whether the SAE fails alone too, fed the truth's residual."""
+    alone = {r.name.removeprefix("sae_on_truth."): r.status for r in results if r.name.startswith("sae_on_truth.")}
+
+    def said(result: TensorResult) -> TensorResult:
+        twin = alone.get(result.name.removeprefix("sae."))
+        if not result.name.startswith("sae.") or result.status is not Status.FAIL or twin is None:
+            return result
+        fault = (
+            "the SAE alone, fed the truth's residual, agrees: the model is at fault"
+            if twin is Status.PASS
+            else "the SAE alone, fed the truth's residual, fails too"
+        )
+        return replace(result, detail=f"{result.detail}; {fault}" if result.detail else fault)
+
+    return [said(result) for result in results]
 
 
 def judge_sae_scalars(

@@ -169,7 +169,7 @@ def proposed_entry(case: CaseResult, candidate: CandleMi) -> str:
 
 def is_refusal(case: CaseResult) -> bool:
     """Whether candle-mi itself said no, at loading or running; a crash, a hang or a bad file is none."""
-    return case.error.startswith(("model:", "forward:"))
+    return case.error.startswith(("model:", "sae:", "forward:"))
 
 
 def _compress(diverging: list[str], names: list[str]) -> list[str]:

@@ -1,0 +1,226 @@
+"""SAELens directories: what is read and refused, TopK with its ties, and one fault for each field of the config.
+
+SAELens itself is the definition. Where it is installed (`pip install '.[saelens]'`) each directory is encoded and
+decoded by it too; elsewhere that test is skipped with the remedy, and the formulas below stand alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from planting import CASES, Arrays, failures, first, judge, real, write
+from safetensors.numpy import load_file, save_file
+
+from candle_mi_parity.cases import SaelensDirectory
+from candle_mi_parity.compare_sae import decisions, flips
+from candle_mi_parity.errors import SaeError
+from candle_mi_parity.gate import measure
+from candle_mi_parity.sae import Sae, TorchSae, load_sae
+from candle_mi_parity.saelens import WEIGHTS
+from candle_mi_parity.truth import SaeTruth, TruthTensor
+
+SAELENS = sorted(case.id for case in CASES.values() if isinstance(case.sae, SaelensDirectory))
+
+
+def directory(path: Path, cfg: dict[str, Any], **arrays: np.ndarray) -> Path:
+    """The SAE of public case D11: identity weights, no bias."""
+    eye, zero = np.eye(4, dtype=np.float32), np.zeros(4, np.float32)
+    path.mkdir(exist_ok=True)
+    save_file({"W_enc": eye, "W_dec": eye, "b_enc": zero, "b_dec": zero} | arrays, path / WEIGHTS[0])
+    (path / "cfg.json").write_text(json.dumps(cfg))
+    return path
+
+
+PLAIN = {"d_in": 4, "d_sae": 4, "dtype": "float32", "apply_b_dec_to_input": False}
+X = torch.tensor([[4.0, 3.0, 2.0, 1.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {"architecture": "topk", "activation_fn_kwargs": {"k": 2}},
+        {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 2}},
+        {"architecture": "topk", "k": 2, "metadata": {"sae_lens_version": "6.0.0"}},
+    ],
+    ids=["architecture", "activation", "version 6"],
+)
+def test_topk_is_topk_in_each_dialect(tmp_path: Path, cfg: dict[str, Any]) -> None:
+    sae = load_sae(directory(tmp_path, PLAIN | cfg))
+    assert sae.architecture == "TopK" and TorchSae(sae).encode(X).tolist() == [[4, 3, 0, 0]]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "foreign dialect": ({"dict_class": "AutoEncoderTopK", "k": 2}, "d_in"),
+    "unknown key": (PLAIN | {"activation": "topk"}, "activation"),
+    "topk without k": (PLAIN | {"architecture": "topk"}, "with k = None"),
+    "k without topk": (
+        PLAIN | {"k": 3, "metadata": {"sae_lens_version": "6.1.0"}, "architecture": "standard"},
+        "k = 3",
+    ),
+    "gated": (PLAIN | {"architecture": "gated"}, "architecture"),
+    "tanh-relu": (PLAIN | {"activation_fn_str": "tanh-relu"}, "tanh-relu"),
+    "a scale that is not there": (PLAIN | {"normalize_activations": "expected_average_only_in"}, "needs a scale"),
+    "the same, as true": (PLAIN | {"normalize_activations": True}, "needs a scale"),
+    "unknown normalisation": (PLAIN | {"normalize_activations": "covariance_whitening"}, "normalize_activations"),
+    "hook_z": (PLAIN | {"reshape_activations": "hook_z"}, "reshape_activations"),
+    "jumprelu without a threshold": (PLAIN | {"architecture": "jumprelu"}, "threshold missing"),
+    "another width": (PLAIN | {"d_in": 5}, "cfg.json says (5, 4)"),
+    "not an object": ([], "expected a JSON object"),  # type: ignore[dict-item]
+    "decoder norm without topk": (PLAIN | {"rescale_acts_by_decoder_norm": True}, "belongs to topk"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_honoured_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    cfg, said = REFUSED[name]
+    with pytest.raises(SaeError) as caught:
+        load_sae(directory(tmp_path, cfg))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_and_tensors_that_are_not_as_they_should_be(tmp_path: Path) -> None:
+    for arrays, said in (
+        ({"threshold": np.zeros(4, np.float32)}, "unknown arrays threshold"),
+        ({"W_dec": np.full((4, 4), np.nan, np.float32)}, "NaN or Inf"),
+        ({"b_dec": np.zeros(3, np.float32)}, "b_dec has shape"),
+        ({"scaling_factor": np.full(4, 2, np.float32)}, "scaling_factor is not all ones"),
+    ):
+        with pytest.raises(SaeError, match=said):
+            load_sae(directory(tmp_path, PLAIN, **arrays))
+    (tmp_path / WEIGHTS[0]).write_bytes(b"\xff" * 64)
+    with pytest.raises(SaeError, match="not readable safetensors"):
+        load_sae(tmp_path)
+    (tmp_path / WEIGHTS[0]).unlink()
+    with pytest.raises(SaeError, match="expected cfg"):
+        load_sae(tmp_path)
+
+
+def test_a_norm_that_is_not_folded_into_the_decoder_bias_shows_in_the_reconstruction_alone() -> None:
+    """Public case D12: s = 0.5, features [2, 2] either way; [6, 8] is right, [5, 6] is not."""
+    eye = np.eye(2, dtype=np.float32)
+    folded = Sae(eye / 2, eye * 2, np.zeros(2, np.float32), np.array([2, 4], np.float32), None)
+    forgotten = replace(folded, b_dec=np.array([1, 2], np.float32))
+    x = torch.tensor([[4.0, 4.0]], dtype=torch.float64)
+    right, wrong = TorchSae(folded), TorchSae(forgotten)
+    assert right.encode(x).tolist() == wrong.encode(x).tolist() == [[2, 2]]
+    assert right.decode(right.encode(x)).tolist() == [[6, 8]]
+    assert wrong.decode(wrong.encode(x)).tolist() == [[5, 6]]
+
+
+def topk_truth(pre: list[float], k: int, noise: float = 1e-7) -> SaeTruth:
+    value = np.array([[pre]])
+    return SaeTruth(
+        TruthTensor(value, np.full_like(value, noise)),
+        np.zeros(len(pre)),
+        np.zeros((1, 1, 2)),
+        k,
+        np.ones((1, 1, 1)),
+    )
+
+
+def test_a_tie_at_the_k_boundary_may_go_either_way_and_is_counted() -> None:
+    """Public case D13."""
+    truth = decisions(topk_truth([3, 2, 3, 2, 1, 1], 3))
+    assert truth.active.tolist() == [[[True, True, True, False, False, False]]]
+    other = flips(truth, np.array([[[3.0, 0, 3, 2, 0, 0]]]))
+    assert not other.unexcused.any() and other.excused.sum() == 2
+    assert "2 of them exact ties" in other.describe()
+    near = flips(decisions(topk_truth([3, 2.001, 3, 2, 1, 1], 3)), np.array([[[3.0, 0, 3, 2, 0, 0]]]))
+    assert near.unexcused.tolist() == [[[False, True, False, True, False, False]]]
+    within = flips(decisions(topk_truth([3, 2.000001, 3, 2, 1, 1], 3)), np.array([[[3.0, 0, 3, 2, 0, 0]]]))
+    assert not within.unexcused.any() and "0 of them" not in within.describe()
+
+
+def test_a_boundary_has_a_noise_of_its_own() -> None:
+    """A margin between two noisy values is excused up to 32 times the sum of their noises, and no further."""
+    sigma = float(measure(np.zeros((1, 1, 2)), np.ones((1, 1, 2)), np.full((1, 1, 2), 1e-7)).sigma[0, 0, 0])
+    for margin, excused in ((60, True), (70, False)):
+        truth = decisions(topk_truth([1 + margin * sigma, 1.0], 1))
+        found = flips(truth, np.array([[[0.0, 1.0]]]))
+        assert bool(found.excused.all()) is excused and bool(found.unexcused.all()) is not excused
+
+
+def test_topk_keeps_no_more_than_is_positive() -> None:
+    truth = decisions(topk_truth([3, -1, -2, 2], 3))
+    assert truth.active.tolist() == [[[True, False, False, True]]]
+    kept = flips(truth, np.array([[[3.0, -1, 0, 2]]]))
+    assert kept.unexcused.tolist() == [[[False, True, False, False]]]
+    whole = decisions(topk_truth([3, -1, 2], 3))
+    assert whole.active.tolist() == [[[True, False, True]]] and whole.margin.tolist() == [[[3, 1, 2]]]
+
+
+def test_relu_in_place_of_topk_fails_at_the_features(tmp_path: Path) -> None:
+    there = real("llama/sae-topk")
+    plant = there.arrays
+    for chain in ("sae", "sae_on_truth"):
+        plant[f"{chain}.features"] = np.maximum(there.truth.sae[chain].pre.value, 0).astype(np.float32)
+    found = first(judge(there, write(tmp_path, there, plant)))
+    assert (found.name, found.reason) == ("sae.features", "flips")
+    assert "expected 8" in found.detail and "fails too" in found.detail
+
+
+def other_sae(case_id: str, **change: object) -> tuple[Arrays, dict[str, float]]:
+    """What float32 makes of a case whose SAE is another in one field."""
+    there = real(case_id)
+    assert there.subject.sae_file is not None
+    sae = TorchSae(replace(load_sae(there.subject.sae_file), **change), dtype=torch.float32)  # type: ignore[arg-type]
+    arrays, scalars = there.arrays, {}
+    for chain, truth in there.truth.sae.items():
+        x = torch.from_numpy(truth.residual).float()
+        features = sae.encode(x)
+        recon = sae.decode(features, x)
+        arrays[f"{chain}.features"], arrays[f"{chain}.recon"] = features.numpy(), recon.numpy()
+        scalars[f"{chain}.reconstruction_mse"] = float((x - recon).pow(2).mean())
+    return arrays, scalars
+
+
+FAULTS: dict[str, tuple[str, dict[str, object], str]] = {
+    "b_dec not taken from the input": ("llama/sae-b-dec", {"centred": False}, "sae.features"),
+    "b_dec taken from the input": ("llama/sae-standard", {"centred": True}, "sae.features"),
+    "layer norm dropped": ("llama/sae-layer-norm", {"normalize": "none"}, "sae.features"),
+    "another norm": ("llama/sae-layer-norm", {"normalize": "constant_norm_rescale"}, "sae.features"),
+    "constant norm dropped": ("llama/sae-constant-norm", {"normalize": "none"}, "sae.features"),
+    "decoder norm dropped": ("llama/sae-decoder-norm", {"by_decoder_norm": False}, "sae.features"),
+    "one feature more": ("llama/sae-topk", {"k": 9}, "sae.features"),
+    "TopK as ReLU": ("llama/sae-topk-few-positive", {"k": 40}, "sae.features"),
+    "no threshold": ("llama/sae-jumprelu", {"threshold": None}, "sae.features"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_field_of_the_config_is_excited(tmp_path: Path, name: str) -> None:
+    case_id, change, tensor = FAULTS[name]
+    there = real(case_id)
+    arrays, scalars = other_sae(case_id, **change)
+    spoilt = judge(there, write(tmp_path, there, arrays, lambda document: document["scalars"].update(scalars)))
+    assert first(spoilt).name == tensor and first(spoilt).ratio > 1000
+    arrays, scalars = other_sae(case_id)
+    twin = write(tmp_path / "twin", there, arrays, lambda document: document["scalars"].update(scalars))
+    assert failures(judge(there, twin)) == [], "the unspoilt twin"
+
+
+@pytest.mark.parametrize("case_id", SAELENS)
+def test_saelens_itself_agrees(case_id: str) -> None:
+    if importlib.util.find_spec("sae_lens") is None:
+        pytest.skip("sae-lens is not installed: pip install '.[saelens]' beside this suite's packages")
+    from sae_lens import SAE
+
+    path = real(case_id).subject.sae_file
+    assert path is not None
+    theirs = SAE.load_from_disk(path, dtype="float64")
+    ours = TorchSae(load_sae(path))
+    if json.loads((path / "cfg.json").read_text()).get("dtype") == "bfloat16":
+        stored = load_file(path / WEIGHTS[0]) if case_id.endswith("bf16-dtype") else {}
+        for name, array in stored.items():  # read_sae_components_from_disk casts to the config's dtype first
+            getattr(theirs, name).data = torch.from_numpy(array).bfloat16().double()
+    x = torch.from_numpy(real(case_id).truth.sae["sae_on_truth"].residual)
+    features = theirs.encode(x)
+    torch.testing.assert_close(ours.encode(x), features, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.decode(features, x), theirs.decode(features), rtol=1e-6, atol=1e-6)
