@@ -67,7 +67,7 @@ def judge_sae(
         return broken
     chain, kind = name.split(".")
     if kind == "features":
-        sae = _part_of(truth.sae[chain], trace, name)
+        sae = part_of(truth.sae[chain], trace, name)
         return _judge_features(name, sae, got, agreed)
     noise = selected(expected.noise, entry.part).astype(np.float64)
     if not _whole_features(trace, chain):
@@ -94,7 +94,8 @@ def _unless_doubtful(result: TensorResult, sae: SaeTruth, position: int | None) 
     )
 
 
-def _part_of(sae: SaeTruth, trace: Emitted, name: str) -> SaeTruth:
+def part_of(sae: SaeTruth, trace: Emitted, name: str) -> SaeTruth:
+    """The truth at the entries of a features tensor that a stored trace kept."""
     part = trace.entries[name].part
     if part is None:
         return sae
@@ -139,7 +140,7 @@ def _with_excused(
     """
     if features not in trace.entries or decoder is None:
         return recon, noise, ""
-    sae = _part_of(sae, trace, features)
+    sae = part_of(sae, trace, features)
     got = trace.tensor(features).astype(np.float64)
     if got.shape != sae.pre.value.shape:
         return recon, noise, ""
