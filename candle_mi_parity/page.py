@@ -103,8 +103,8 @@ def sentence(result: RunResult) -> str:
     if result.fault:
         return f"The run broke off: {result.fault}. What was judged until then is below."
     if fail:
-        s = "s" if fail > 1 else ""
-        return f"{fail} case{s} diverge{'' if s else 's'} from PyTorch by more than rounding, and no entry explains it."
+        said = "1 case diverges" if fail == 1 else f"{fail} cases diverge"
+        return f"{said} from PyTorch by more than rounding, and the ledger does not know of it."
     if result.verdict is Verdict.FAIL:
         stale = f"{len(result.stale)} ledger entries no longer hold." if result.stale else ""
         return stale or f"Nothing new diverges, but --strict lets no known divergence pass, and there are {known}."
@@ -118,7 +118,7 @@ def sentence(result: RunResult) -> str:
 
 def matrix(result: RunResult, families: list[str]) -> list[Row]:
     """Family × case, rows with the gravest cell first."""
-    cells = {name: Cell("NOT RUN", "–", f"not run: {reason}", "") for name, reason in result.skipped.items()}
+    cells = {name: Cell("NOT RUN", "", f"not run: {reason}", "") for name, reason in result.skipped.items()}
     cells |= {case.id: _cell(case, i) for i, case in enumerate(result.cases)}
     rows = []
     for kind in dict.fromkeys(_kind(name) for name in _ids(result)):
@@ -129,12 +129,12 @@ def matrix(result: RunResult, families: list[str]) -> list[Row]:
 
 
 def _reasons(cells: dict[str, Cell]) -> list[str]:
-    """Each reason once, with the families it holds for where it does not hold for all."""
+    """Each reason once, with its families where there are several; a cell that agrees needs none."""
     said: dict[str, list[str]] = {}
     for family, cell in cells.items():
-        said.setdefault("agrees" if cell.status == "PASS" else cell.why, []).append(family)
-    whole = len(said) == 1
-    return [reason if whole else f"{', '.join(names)}: {reason}" for reason, names in said.items() if reason != "agrees"]
+        if cell.status != "PASS":
+            said.setdefault(cell.why, []).append(family)
+    return [reason if len(said) == 1 else f"{', '.join(names)}: {reason}" for reason, names in said.items()]
 
 
 def _cell(case: CaseResult, index: int) -> Cell:

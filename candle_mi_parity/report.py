@@ -67,7 +67,9 @@ def terminal(result: RunResult, console: Console) -> None:
     console.print(case_table(result))
     for case in result.cases:
         if case.status not in (Status.PASS, Status.KNOWN):
-            console.print(coloured(case.status), Text(printable(case.message())), soft_wrap=True)  # a command must copy whole
+            console.print(
+                coloured(case.status), Text(printable(case.message())), soft_wrap=True
+            )  # a command must copy whole
     for note in dict.fromkeys(case.known for case in result.cases if case.known):
         ids = ", ".join(case.id for case in result.cases if case.known == note)
         console.print(Text(printable(f"{ids}: {note}"), style="yellow"))

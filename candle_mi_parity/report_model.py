@@ -1,6 +1,6 @@
 """The model of ``report.json``; ``docs/report.schema.json`` is made from it.
 
-    python -m candle_mi_parity.report_model > docs/report.schema.json
+python -m candle_mi_parity.report_model > docs/report.schema.json
 """
 
 from __future__ import annotations
