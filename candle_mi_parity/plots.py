@@ -11,6 +11,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup
@@ -38,7 +39,7 @@ _INKS = {
     "ERROR": "#080808",
 }
 """Stand-ins that become the page's CSS variables."""
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 9,
     "text.color": _INKS["ink"],
@@ -183,11 +184,11 @@ def _svg(figure: Figure, titles: dict[str, list[str]], label: str) -> Markup:
         for mark, title in zip(group.iter(f"{_SVG}use"), titles.get(group.get("id", ""), []), strict=False):
             ElementTree.SubElement(mark, "title").text = title
     _without_namespaces(root)
-    root.attrib = {"role": "img", "aria-label": label, "viewBox": root.attrib["viewBox"]}
+    root.attrib = {"role": "img", "aria-label": one_line(label), "viewBox": root.attrib["viewBox"]}
     text = ElementTree.tostring(root, encoding="unicode")
     for name, stand_in in _INKS.items():
         text = text.replace(stand_in, f"var(--{name.lower()})")
-    return Markup(text)  # noqa: S704 -- written by ElementTree, which escapes
+    return Markup(text)  # written by ElementTree, which escapes
 
 
 def _without_namespaces(root: ElementTree.Element) -> None:

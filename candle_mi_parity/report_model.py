@@ -66,6 +66,9 @@ class _Strict(GenerateJsonSchema):
     def float_schema(self, schema: core_schema.FloatSchema) -> JsonSchemaValue:
         return {"anyOf": [super().float_schema(schema), {"enum": ["inf", "-inf", "nan"]}]}
 
+    def field_is_required(self, field: Any, total: bool) -> bool:
+        return True
+
     def dataclass_schema(self, schema: core_schema.DataclassSchema) -> JsonSchemaValue:
         return super().dataclass_schema(schema) | {"additionalProperties": False}
 

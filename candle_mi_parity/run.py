@@ -28,7 +28,6 @@ from candle_mi_parity.store import StoringSource, stored_selection
 from candle_mi_parity.subject import Subject, prepare
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult
 
-
 NOT_REACHED = "not reached: the run ended before it"
 
 

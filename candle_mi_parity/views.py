@@ -13,7 +13,7 @@ from candle_mi_parity.printable import one_line
 from candle_mi_parity.verdict import RunResult
 
 
-class Interrupted(ParityError):
+class Interrupted(ParityError):  # noqa: N818 -- a person's wish, no error
     """Ctrl-C: what was judged until then is in the report, and the exit code is not a verdict's."""
 
 

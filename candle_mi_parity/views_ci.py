@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
-from junitparser.junitparser import Result
 
 from candle_mi_parity.printable import one_line, printable
 from candle_mi_parity.report import ReportError
@@ -35,8 +34,8 @@ def junit(result: RunResult) -> str:
         suite.add_testcase(_with(TestCase("the run", "run"), Error(printable(result.fault), "broke off")))
     document = JUnitXml("candle-mi-parity")
     document.add_testsuite(suite)
-    document.update_statistics()
-    return str(document.tostring().decode("utf-8"))
+    document.update_statistics()  # type: ignore[no-untyped-call]
+    return str(document.tostring().decode("utf-8"))  # type: ignore[no-untyped-call]
 
 
 def _test_case(case: CaseResult, strict: bool) -> TestCase:
@@ -53,7 +52,7 @@ def _test_case(case: CaseResult, strict: bool) -> TestCase:
     return _with(test, Skipped(known, "KNOWN")) if case.status is Status.KNOWN else test
 
 
-def _with(test: TestCase, outcome: Result, text: str = "") -> TestCase:
+def _with(test: TestCase, outcome: Skipped | Failure | Error, text: str = "") -> TestCase:
     if text:
         outcome.text = text
     test.result = [outcome]
@@ -129,7 +128,7 @@ def _table(headings: list[str], rows: list[list[str]]) -> str:
     return table + (f"\n\n{len(rows) - ROWS} more are in the report." if len(rows) > ROWS else "")
 
 
-def annotations(result: RunResult) -> list[str]:
+def workflow_commands(result: RunResult) -> list[str]:
     """GitHub's workflow commands: an error per failing case, a warning for what was not measured."""
     lines = [_command("error", "candle-mi-parity broke off", result.fault)] if result.fault else []
     lines += [_command("error", "stale ledger entry", line) for line in result.stale]
@@ -155,7 +154,7 @@ def tell_github(result: RunResult, text: str, environment: Mapping[str, str]) ->
     """
     if environment.get("GITHUB_ACTIONS") != "true":
         return
-    for line in annotations(result):
+    for line in workflow_commands(result):
         print(line, flush=True)
     if page := environment.get("GITHUB_STEP_SUMMARY"):
         try:
