@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from candle_mi_parity import page, report, views_ci
+from candle_mi_parity import report, views_ci
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.printable import one_line
 from candle_mi_parity.verdict import RunResult
@@ -56,7 +57,7 @@ def write(result: RunResult, out: Path) -> None:
         lambda: report.write_json(report.document(result), out / "report.json"),
         lambda: report.write_text(views_ci.junit(result), out / "junit.xml"),
         lambda: report.write_text(summary, out / "summary.md"),
-        lambda: report.write_text(page.render(result), out / "report.html"),
+        lambda: report.write_text(_html(result), out / "report.html"),
         lambda: views_ci.tell_github(result, summary, os.environ),
     ]
     faults: list[Exception] = []
@@ -67,3 +68,11 @@ def write(result: RunResult, out: Path) -> None:
             faults.append(error)
     if faults:
         raise faults[0]
+
+
+def _html(result: RunResult) -> str:
+    """Imported late, when matplotlib has been told not to talk of its font cache on stderr."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from candle_mi_parity import page
+
+    return page.render(result)

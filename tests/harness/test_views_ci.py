@@ -10,11 +10,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from results import HOSTILE, VERSIONS, case, everything, run_of
 
-from candle_mi_parity import cli, report, run, views, views_ci
+from candle_mi_parity import cli, page, report, run, views, views_ci
 from candle_mi_parity.errors import ModelError, ParityError
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, Verdict
-from tests.harness.test_page import HOSTILE, VERSIONS, case, everything, run_of
 
 VIEWS = ("report.json", "report.html", "junit.xml", "summary.md")
 
@@ -61,7 +61,7 @@ def test_junit_says_why() -> None:
         lambda result: result.cases.append(case("a/z", Status.ERROR)),
         lambda result: result.stale.append("a/b no longer diverges"),
         lambda result: setattr(result, "fault", "no space left"),
-        lambda result: (setattr(result, "strict", True), result.cases.append(case("a/z", Status.KNOWN))),
+        lambda result: result.__dict__.update(strict=True, cases=[case("a/z", Status.KNOWN)]),
     ],
     ids=["divergence", "error", "stale entry", "broke off", "strict"],
 )
@@ -190,8 +190,8 @@ def test_one_view_that_cannot_be_drawn_costs_no_other(tmp_path: Path, monkeypatc
     def broken(result: RunResult) -> str:
         raise ValueError("no such glyph")
 
-    monkeypatch.setattr(views.page, "render", broken)
-    monkeypatch.setattr(views.views_ci, "junit", broken)
+    monkeypatch.setattr(page, "render", broken)
+    monkeypatch.setattr(views_ci, "junit", broken)
     with pytest.raises(ValueError, match="no such glyph"):
         views.write(run_of(case("a/b")), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "summary.md"]
