@@ -175,6 +175,7 @@ def _counts(result: RunResult) -> list[dict[str, Any]]:
         (result.count(Status.UNMEASURED), "too noisy or of unknown origin"),
         (result.count(Status.ERROR), "with an error"),
         (len(result.skipped), "not run"),
+        (noisy, "single tensors too noisy"),
     ]
     refused = sum(1 for case in result.cases if case.status is Status.KNOWN and case.error)
     known = result.count(Status.KNOWN)
@@ -182,8 +183,7 @@ def _counts(result: RunResult) -> list[dict[str, Any]]:
         "compared": f"of {len(result.cases) + len(result.skipped)} cases; {tensors} tensors",
         "diverging": "beyond what rounding explains",
         "known": f"{known - refused} differ, {refused} refused by candle-mi" if known else "recorded in the ledger",
-        "unmeasured": ", ".join(f"{count} {what}" for count, what in parts if count)
-        or (f"cases; {noisy} single tensors are too noisy" if noisy else "everything was measured"),
+        "unmeasured": ", ".join(f"{count} {what}" for count, what in parts if count) or "everything was measured",
     }
     return [{"name": name, "count": count, "note": notes[name]} for name, count in result.four_counts.items()]
 

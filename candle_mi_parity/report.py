@@ -51,7 +51,7 @@ def case_table(result: RunResult) -> Table:
     for case in result.cases:
         worst, first = case.worst, case.first_divergence
         table.add_row(
-            escape(case.id),
+            escape(printable(case.id)),
             f"{case.compared}/{case.expected}" + (" in part" if case.in_part else ""),
             escape(printable(worst.name)) if worst else "-",
             f"{worst.position_ratio:.3g}" if worst else "-",
@@ -74,10 +74,12 @@ def terminal(result: RunResult, console: Console) -> None:
         ids = ", ".join(case.id for case in result.cases if case.known == note)
         console.print(Text(printable(f"{ids}: {note}"), style="yellow"))
     for name, reason in result.skipped.items():
-        console.print(Text(f"{name}: not run: {reason}", style="dim"))
+        console.print(Text(printable(f"{name}: not run: {reason}"), style="dim"))
     for line in result.stale:
         console.print(Text(f"stale: {line}", style="bold red"))
-    console.print(Text.assemble("verdict: ", (result.line(), _COLOURS.get(result.verdict.value, "bold magenta"))))
+    console.print(
+        Text.assemble("verdict: ", (printable(result.line()), _COLOURS.get(result.verdict.value, "bold magenta")))
+    )
 
 
 def clean_ratios(result: RunResult) -> Table:

@@ -27,7 +27,7 @@ def junit(result: RunResult) -> str:
         suite.add_property(name, printable(str(value)))
     suite.add_testcases([_test_case(case, result.strict) for case in result.cases])
     for name, reason in result.skipped.items():
-        suite.add_testcase(_with(TestCase(name, name.split("/")[0]), Skipped(printable(reason))))
+        suite.add_testcase(_with(TestCase(one_line(name), one_line(name.split("/")[0])), Skipped(printable(reason))))
     for line in result.stale:
         suite.add_testcase(_with(TestCase(one_line(line), "ledger"), Failure(printable(line), "stale")))
     if result.fault:
@@ -39,7 +39,7 @@ def junit(result: RunResult) -> str:
 
 
 def _test_case(case: CaseResult, strict: bool) -> TestCase:
-    test = TestCase(case.id, case.family, case.seconds)
+    test = TestCase(one_line(case.id), one_line(case.family), case.seconds)
     text = printable(case.message())
     known = one_line(f"known divergence: {case.known}")
     if case.status is Status.FAIL or (strict and case.status is Status.KNOWN):

@@ -83,7 +83,9 @@ def hostile() -> RunResult:
 
 
 def test_junit_stays_xml_whatever_a_name_holds() -> None:
-    kind, message, _ = outcome(suite_of(hostile()), "a/b")
+    result = hostile()
+    result.cases[0].id = "a/\x00\x1b"
+    kind, message, _ = outcome(suite_of(result), "a/\\x00\\x1b")
     assert kind == "failure"
     assert message.startswith("<script>alert(1)</script>\\x1b[2J")
 
