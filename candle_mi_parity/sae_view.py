@@ -35,10 +35,12 @@ class Ranked:
 class SaeView:
     """Of one chain, ``sae`` (on the candidate's own residual) or ``sae_on_truth``.
 
-    :ivar active: features that fire over the compared positions, the candidate's and the truth's number.
+    :ivar active_got: the candidate's features that fire over the compared positions; ``active_expected``, the truth's.
     :ivar flips: those nearest to mattering first, at most :data:`candle_mi_parity.look_sae.SHOWN`.
     :ivar flipped: their whole number.
-    :ivar mse: candidate's and truth's reconstruction MSE; the candidate's is None where its trace has none.
+    :ivar mse_got: the candidate's reconstruction MSE; None where its trace has none.
+    :ivar mse_noise: absolute, of ``mse_expected``.
+    :ivar top: of the last position.
     """
 
     chain: str
