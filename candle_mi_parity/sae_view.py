@@ -35,7 +35,7 @@ class Ranked:
 class SaeView:
     """Of one chain, ``sae`` (on the candidate's own residual) or ``sae_on_truth``.
 
-    :ivar active_got: the candidate's features that fire over the compared positions; ``active_expected``, the truth's.
+    :ivar active_got: features that fire at the compared positions; ``active_expected`` is the number of the truth.
     :ivar flips: those nearest to mattering first, at most :data:`candle_mi_parity.look_sae.SHOWN`.
     :ivar flipped: their whole number.
     :ivar mse_got: the candidate's reconstruction MSE; None where its trace has none.
