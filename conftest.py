@@ -72,6 +72,10 @@ def judged(request: pytest.FixtureRequest, ledger: Ledger) -> Callable[[str, str
     return judge
 
 
+def pytest_report_header() -> str:
+    return f"parity: candidates: {', '.join(_candidates())}; live is candle-mi {LIVE}"
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes ``candidate`` and ``case_id`` runs for each pair; ``sae_case_id`` for cases with an SAE."""
     for name in ("case_id", "sae_case_id"):

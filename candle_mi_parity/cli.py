@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,12 +30,14 @@ from candle_mi_parity.fields import load_fields
 from candle_mi_parity.ledger import is_refusal, load_ledger, proposed_entry
 from candle_mi_parity.models import model_directory
 from candle_mi_parity.oracle import Oracle
+from candle_mi_parity.printable import printable
 from candle_mi_parity.reference import environment, is_last_layer, make_reference, reference_case
-from candle_mi_parity.run import Progress, run
+from candle_mi_parity.run import Progress, blank, run
 from candle_mi_parity.subject import prepare
 from candle_mi_parity.tokens import emit_tokens
 from candle_mi_parity.trace import CandleMi
-from candle_mi_parity.verdict import CaseResult, RunResult, Status
+from candle_mi_parity.verdict import CaseResult, RunResult, Status, Verdict
+from candle_mi_parity.views import written
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -70,7 +74,7 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except ParityError as error:
-        Console(stderr=True, soft_wrap=True).print(Text(f"candle-mi-parity: {error}", style="bold red"))
+        Console(stderr=True, soft_wrap=True).print(Text(printable(f"candle-mi-parity: {error}"), "bold red"))
         raise typer.Exit(2) from error
 
 
@@ -82,19 +86,19 @@ def judge(
     keep: Path | None = None,
     device: str = "cpu",
 ) -> RunResult:
-    """Select, run with progress, and write ``report.json``."""
-    table = load_cases()
-    chosen = select(table, cases)
-    skipped = {
-        case.id: f"needs a download from the hub; run it with --cases '{case.id}'"
-        for case in table
-        if cases is None and case not in chosen
-    }
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        progress = Terminal(bar, len(chosen))
-        result = run(candidate, chosen, skipped, cache_root(), out, load_ledger(), progress, strict, keep, device)
-    report.write_json(report.document(result), out / "report.json")
+    """Select, run with progress, and write every view of the result, also of a run that breaks off."""
+    with written(blank(candidate, strict, device), out) as result:
+        table = load_cases()
+        chosen = select(table, cases)
+        skipped = {
+            case.id: f"needs a download from the hub; run it with --cases '{case.id}'"
+            for case in table
+            if cases is None and case not in chosen
+        }
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            progress, ledger = Terminal(bar, len(chosen)), load_ledger()
+            run(candidate, chosen, skipped, cache_root(), out, ledger, progress, strict, keep, device, result)
     return result
 
 
@@ -111,7 +115,7 @@ def run_command(
         result = judge(candidate, cases, out, strict, device=device)
         console = Console()
         report.terminal(result, console)
-        console.print(f"report: {out / 'report.json'}", highlight=False)
+        console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
     raise typer.Exit(result.verdict.exit_code)
 
 
@@ -271,4 +275,9 @@ def fields_command(
 
 
 def main() -> None:
-    app()
+    """The command; a crash of ours ends with 2, not with Python's 1, which would read as FAIL."""
+    try:
+        app()
+    except Exception:
+        traceback.print_exc()
+        sys.exit(Verdict.ERROR.exit_code)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
 import torch
 
+from candle_mi_parity.printable import one_line, printable
 from candle_mi_parity.run import library_versions
 from candle_mi_parity.verdict import CaseResult, Status
 
 INCONCLUSIVE = 3
 
-_LINES = pytest.StashKey[set[str]]()
+Seen = tuple[str, str, str, float, str]
+"""Candidate, case, status, worst ratio, and where it first diverges or why there is nothing to compare."""
+
+_SEEN = pytest.StashKey[set[Seen]]()
 _GPU_RAN = pytest.StashKey[list[str]]()
 
 
@@ -29,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_LINES] = set()
+    config.stash[_SEEN] = set()
     config.stash[_GPU_RAN] = []
     config.pluginmanager.register(_GpuWatch(config.stash[_GPU_RAN]))
     option = config.option
@@ -92,8 +97,8 @@ def _gpu_was_asked_for(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """xdist: a worker that ends hands its lines to the controller, so that ``-n`` prints what a serial run prints."""
-    node.config.stash[_LINES].update(getattr(node, "workeroutput", {}).get("parity", []))
+    """xdist: a worker that ends hands the controller what it saw, so that ``-n`` prints what a serial run does."""
+    node.config.stash[_SEEN].update(tuple(seen) for seen in getattr(node, "workeroutput", {}).get("parity", []))
 
 
 @pytest.hookimpl(trylast=True)
@@ -103,29 +108,55 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     nothing_failed = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
     on_controller = not hasattr(config, "workerinput")
     if not on_controller:
-        config.workeroutput["parity"] = sorted(config.stash[_LINES])  # type: ignore[attr-defined,index]
+        config.workeroutput["parity"] = sorted(config.stash[_SEEN])  # type: ignore[attr-defined,index]
     if on_controller and _gpu_was_asked_for(config) and not config.stash[_GPU_RAN] and nothing_failed:
         session.exitstatus = INCONCLUSIVE
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if lines := config.stash[_LINES]:
+    skips = Counter(_skip_reason(report) for report in terminalreporter.stats.get("skipped", []))
+    lines = [*_passing(config.stash[_SEEN]), *_others(config.stash[_SEEN])]
+    if lines:
+        lines += [f"skipped {count}: {reason}" for reason, count in sorted(skips.items())]
         terminalreporter.section("parity")
-        for line in sorted(lines):
+        for line in lines:
             terminalreporter.write_line(line)
     if _gpu_was_asked_for(config) and not config.stash[_GPU_RAN]:
         reason = missing_tool("gpu") or "none was collected"
         terminalreporter.write_line(f"INCONCLUSIVE: -m gpu was asked for and no gpu test ran ({reason})")
 
 
+def _skip_reason(report: Any) -> str:
+    """pytest keeps it as (file, line, ``Skipped: reason``)."""
+    last = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return one_line(last.removeprefix("Skipped: "))
+
+
+def _passing(seen: set[Seen]) -> list[str]:
+    """A line per candidate and family: each case's worst ratio, of which 8 is the gate."""
+    ratios: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for candidate, case, status, ratio, _ in sorted(seen):
+        if status == Status.PASS.value:
+            family, _, kind = case.partition("/")
+            ratios[candidate, family].append(f"{kind or case} {ratio:.2g}")
+    return [f"{candidate:<10} {family:<11} PASS  {', '.join(cases)}" for (candidate, family), cases in ratios.items()]
+
+
+def _others(seen: set[Seen]) -> list[str]:
+    """A line per case that is no plain pass: its worst ratio and its first divergence."""
+    return [
+        f"{candidate:<10} {case:<28} {status:<10} {detail}"
+        for candidate, case, status, _, detail in sorted(seen)
+        if status != Status.PASS.value
+    ]
+
+
 def record(config: pytest.Config, candidate: str, result: CaseResult) -> None:
-    """Keep a case that is not a plain pass for the summary."""
-    if result.status is Status.PASS:
-        return
-    first = result.first_divergence
-    line = f"{candidate:<10} {result.id:<28} {result.status.value:<10}"
-    line += f" first at {first.name}, ratio {first.ratio:.3g}" if first else f" {result.error}"
-    config.stash[_LINES].add(line)
+    """Keep a case for the summary."""
+    first, worst = result.first_divergence, result.worst
+    ratio = worst.ratio if worst else 0.0
+    detail = f"worst ratio {ratio:.3g}, first at {first.name}, ratio {first.ratio:.3g}" if first else result.error
+    config.stash[_SEEN].add((candidate, result.id, result.status.value, ratio, one_line(detail)))
 
 
 def check(result: CaseResult, belongs: Any) -> None:
@@ -136,10 +167,11 @@ def check(result: CaseResult, belongs: Any) -> None:
     """
     if result.status is Status.KNOWN:
         raise KnownDivergence(f"{result.id}: {result.known}")
-    assert not result.error, result.message()
+    assert not result.error, printable(result.message())
     group = [tensor for tensor in result.tensors if belongs(tensor.name)]
     assert group, f"{result.id}: nothing was compared; the case has {len(result.tensors)} tensors"
     # A case that passes has just the unmeasured tensors that its row declares.
     fine = (Status.PASS, Status.UNMEASURED) if result.status is Status.PASS else (Status.PASS,)
     bad = [tensor.message() for tensor in group if tensor.status not in fine]
-    assert not bad, f"{result.id}\n" + "\n".join(bad[:3]) + f"\n{result.known}\n  reproduce: {result.reproduce}"
+    said = f"{result.id}\n" + "\n".join(bad[:3]) + f"\n{result.known}\n  reproduce: {result.reproduce}"
+    assert not bad, printable(said)

@@ -19,9 +19,10 @@ from rich.text import Text
 from candle_mi_parity.census_record import Census
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.field_check import Finding
+from candle_mi_parity.printable import printable
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
 
-REPORT_FORMAT = "candle-mi-parity/report/1"
+REPORT_FORMAT = "candle-mi-parity/report/2"
 _COLOURS = {
     "PASS": "green",
     "KNOWN": "yellow",
@@ -50,13 +51,13 @@ def case_table(result: RunResult) -> Table:
     for case in result.cases:
         worst, first = case.worst, case.first_divergence
         table.add_row(
-            escape(case.id),
+            escape(printable(case.id)),
             f"{case.compared}/{case.expected}" + (" in part" if case.in_part else ""),
-            escape(worst.name) if worst else "-",
+            escape(printable(worst.name)) if worst else "-",
             f"{worst.position_ratio:.3g}" if worst else "-",
             f"{worst.element_ratio:.3g}" if worst else "-",
             coloured(case.status),
-            escape(first.name) if first else "-",
+            escape(printable(first.name)) if first else "-",
         )
     return table
 
@@ -66,15 +67,19 @@ def terminal(result: RunResult, console: Console) -> None:
     console.print(case_table(result))
     for case in result.cases:
         if case.status not in (Status.PASS, Status.KNOWN):
-            console.print(coloured(case.status), Text(case.message()), soft_wrap=True)  # a command must copy whole
+            console.print(
+                coloured(case.status), Text(printable(case.message())), soft_wrap=True
+            )  # a command must copy whole
     for note in dict.fromkeys(case.known for case in result.cases if case.known):
         ids = ", ".join(case.id for case in result.cases if case.known == note)
-        console.print(Text(f"{ids}: {note}", style="yellow"))
+        console.print(Text(printable(f"{ids}: {note}"), style="yellow"))
     for name, reason in result.skipped.items():
-        console.print(Text(f"{name}: not run: {reason}", style="dim"))
+        console.print(Text(printable(f"{name}: not run: {reason}"), style="dim"))
     for line in result.stale:
         console.print(Text(f"stale: {line}", style="bold red"))
-    console.print(Text.assemble("verdict: ", (result.line(), _COLOURS.get(result.verdict.value, "bold magenta"))))
+    console.print(
+        Text.assemble("verdict: ", (printable(result.line()), _COLOURS.get(result.verdict.value, "bold magenta")))
+    )
 
 
 def clean_ratios(result: RunResult) -> Table:
@@ -161,6 +166,7 @@ def document(result: RunResult) -> dict[str, Any]:
         "candle_mi": result.identity,
         "versions": result.versions,
         "strict": result.strict,
+        "fault": result.fault,
         "counts": {status.value: result.count(status) for status in Status},
         "cases": cases,
         "skipped": result.skipped,
@@ -181,6 +187,7 @@ def _case(case: CaseResult) -> dict[str, Any]:
         "in_part": case.in_part,
         "first_divergence": first.name if first else None,
         "diagnosis": asdict(case.diagnosis) if case.diagnosis else None,
+        "sae": [_plain(asdict(view)) for view in case.sae],
         "error": case.error,
         "known": case.known,
         "reproduce": case.reproduce,
@@ -193,7 +200,7 @@ def _case(case: CaseResult) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
@@ -205,11 +212,19 @@ def write_json(data: Any, path: Path) -> None:
 
     :raises ReportError: the disk is full or read-only.
     """
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """The same of any text, as UTF-8.
+
+    :raises ReportError: the disk is full or read-only.
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        prefix = f".{path.name}-"
+        with tempfile.NamedTemporaryFile("w", -1, "utf-8", dir=path.parent, prefix=prefix, delete=False) as file:
             temporary = Path(file.name)
             file.write(text)
             file.flush()

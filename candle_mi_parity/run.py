@@ -18,13 +18,17 @@ from candle_mi_parity.compare import compare, look
 from candle_mi_parity.diagnose import Diagnosis
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.ledger import Ledger, apply_ledger
+from candle_mi_parity.look_sae import look_sae
 from candle_mi_parity.oracle import Mode, Oracle
 from candle_mi_parity.reference import case_of, judge_reference, read_reference
 from candle_mi_parity.sae import load_sae
+from candle_mi_parity.sae_view import SaeView
 from candle_mi_parity.sources import Source, open_source
 from candle_mi_parity.store import StoringSource, stored_selection
 from candle_mi_parity.subject import Subject, prepare
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult
+
+NOT_REACHED = "not reached: the run ended before it"
 
 
 class Progress:
@@ -48,6 +52,7 @@ def run(
     strict: bool = False,
     keep: Path | None = None,
     device: str = "cpu",
+    result: RunResult | None = None,
 ) -> RunResult:
     """Judge a candidate on cases.
 
@@ -55,22 +60,31 @@ def run(
     :param out: where traces and reports go.
     :param device: of the candidate; the truth is always the CPU's.
     :param keep: store what the candidate emits in this directory, see :mod:`store`.
+    :param result: an empty one to fill as cases end, so that its owner has them when the run breaks off.
     :raises ParityError: the candidate cannot be built or found; a fault of one case is that case's ERROR.
     """
+    result = result or blank(spec, strict, device)
     candidate = parse_candidate(spec)
     if candidate.kind == "stored" and Path(candidate.target).expanduser().is_file():
-        return run_reference(spec, Path(candidate.target).expanduser(), cache)
-    results: list[CaseResult] = []
-    stale: list[str] = []
+        result.cases += run_reference(spec, Path(candidate.target).expanduser(), cache).cases
+        return result
+    result.skipped = skipped | {case.id: NOT_REACHED for case in cases}
     with open_source(candidate, cache, out / "traces", progress.note, device) as opened:
         source = StoringSource(opened, keep) if keep else opened
         for case in cases:
-            result = judge_case(case, source, spec, cache, ledger, progress)
-            progress.case_ends(result)
-            results.append(result)
-            stale += ledger.stale(result, source.identity) if source.identity else []
-        identity = source.identity.model_dump(exclude_none=True) if source.identity else {}
-    return RunResult(spec, identity, library_versions(), results, skipped, stale, strict)
+            judged = judge_case(case, source, spec, cache, ledger, progress)
+            progress.case_ends(judged)
+            del result.skipped[case.id]
+            result.cases.append(judged)
+            if source.identity:
+                result.identity = source.identity.model_dump(exclude_none=True)
+                result.stale += ledger.stale(judged, source.identity)
+    return result
+
+
+def blank(spec: str, strict: bool = False, device: str = "cpu") -> RunResult:
+    """The result of a run that has judged nothing yet."""
+    return RunResult(spec, {}, library_versions() | {"device": device}, [], {}, [], strict)
 
 
 def run_reference(spec: str, path: Path, cache: Path) -> RunResult:
@@ -122,7 +136,7 @@ def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledge
         result.digest = subject.digest
         oracle = Oracle(subject, cache)
         progress.case_starts(case, "truth")
-        result.tensors, result.diagnosis, result.in_part = judge_mode(oracle, source, "free", progress)
+        result.tensors, result.diagnosis, result.in_part, result.sae = judge_mode(oracle, source, "free", progress)
         result.expected = len(result.tensors)
         result.status, result.error = _status(result.tensors, case, result.in_part)
         if result.status is Status.FAIL:
@@ -147,8 +161,9 @@ def _forced(oracle: Oracle, source: Source, progress: Progress) -> tuple[list[Te
 
 def judge_mode(
     oracle: Oracle, source: Source, mode: Mode, progress: Progress
-) -> tuple[list[TensorResult], Diagnosis | None, bool]:
-    """Truth, trace and comparison of one mode, a look at the first divergence, and whether a part is all there is.
+) -> tuple[list[TensorResult], Diagnosis | None, bool, list[SaeView]]:
+    """Truth, trace and comparison of one mode, a look at the first divergence, whether a part is all there is, and
+    a look at the SAE.
 
     :raises ParityError: whichever of the three cannot be had.
     """
@@ -161,7 +176,7 @@ def judge_mode(
     in_part = any(entry.part is not None for entry in trace.entries.values())
     selection = stored_selection(list(truth.tensors)) if in_part else None
     results = compare(truth, trace, _decoder(subject, mode), selection)
-    return results, look(truth, trace, results), in_part
+    return results, look(truth, trace, results), in_part, look_sae(truth, trace)
 
 
 def _decoder(subject: Subject, mode: Mode) -> np.ndarray | None:

@@ -9,6 +9,7 @@ from enum import StrEnum
 import numpy as np
 
 from candle_mi_parity.diagnose import Diagnosis
+from candle_mi_parity.sae_view import SaeView
 
 
 class Status(StrEnum):
@@ -124,6 +125,7 @@ class CaseResult:
     :ivar tensors: of the whole forward, in execution order.
     :ivar forced: the same with every half-layer fed the truth's residual; only when the case diverged.
     :ivar diagnosis: what the error of the first diverging tensor looks like.
+    :ivar sae: flips, MSE and strongest features, per chain.
     :ivar expected: number of tensors that could be compared.
     :ivar in_part: the candidate's trace was stored in part; ``expected`` counts that part.
     :ivar error: why there is nothing to compare, one line.
@@ -139,6 +141,7 @@ class CaseResult:
     tensors: list[TensorResult] = field(default_factory=list)
     forced: list[TensorResult] = field(default_factory=list)
     diagnosis: Diagnosis | None = None
+    sae: list[SaeView] = field(default_factory=list)
     expected: int = 0
     in_part: bool = False
     error: str = ""
@@ -182,6 +185,7 @@ class RunResult:
     :ivar identity: what the traces say they came from; empty when none was read.
     :ivar skipped: case id → reason and remedy.
     :ivar stale: ledger entries that no longer diverge.
+    :ivar fault: what ended the run before its end, one line; what was judged until then is kept.
     """
 
     candidate: str
@@ -191,13 +195,27 @@ class RunResult:
     skipped: dict[str, str]
     stale: list[str]
     strict: bool = False
+    fault: str = ""
 
     def count(self, status: Status) -> int:
         return sum(1 for case in self.cases if case.status is status)
 
     @property
+    def four_counts(self) -> dict[str, int]:
+        """Cases by what a reader asks first; an ERROR or a case not run has measured nothing."""
+        unmeasured = self.count(Status.UNMEASURED) + self.count(Status.ERROR) + len(self.skipped)
+        return {
+            "compared": sum(1 for case in self.cases if case.compared),
+            "diverging": self.count(Status.FAIL),
+            "known": self.count(Status.KNOWN),
+            "unmeasured": unmeasured,
+        }
+
+    @property
     def verdict(self) -> Verdict:
-        """FAIL before ERROR before INCONCLUSIVE before PASS."""
+        """FAIL before ERROR before INCONCLUSIVE before PASS; a run that broke off is an ERROR whatever it saw."""
+        if self.fault:
+            return Verdict.ERROR
         if self.count(Status.FAIL) or self.stale or (self.strict and self.count(Status.KNOWN)):
             return Verdict.FAIL
         if self.count(Status.ERROR):
@@ -213,6 +231,7 @@ class RunResult:
         known = [case for case in self.cases if case.status is Status.KNOWN]
         families = ", ".join(sorted({case.family for case in known}))
         text = self.verdict.value
+        text += f" ({self.fault})" if self.fault else ""
         if known and self.verdict is Verdict.PASS:
             text += f" except {len(known)} known divergence{'s' * (len(known) > 1)} ({families})"
         tensors = sum(case.compared for case in self.cases)

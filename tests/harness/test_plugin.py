@@ -93,3 +93,51 @@ def test_goldens_are_not_regenerated_without_a_reason(pytester: pytest.Pytester)
     done = outcomes(pytester, "def test_it(): pass\n", "--force-regen", "--reason", "short")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     done.stderr.fnmatch_lines(["*only with --reason*"])
+
+
+SUMMARY = """
+import pytest
+from candle_mi_parity.pytest_plugin import record
+from candle_mi_parity.verdict import CaseResult, Status, TensorResult
+
+CASES = [("llama/hub", Status.PASS, 1.5), ("llama/v5", Status.FAIL, 2e6), ("phi3/hub", Status.PASS, 0.5)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it(case, request):
+    name, status, ratio = case
+    tensor = TensorResult("blocks.0.attn.hook_q\x1b[2J", status, position_ratio=ratio, compared=1)
+    record(request.config, "0.2.2", CaseResult(name, "", "", status, "command", [tensor]))
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_skipped(i):
+    pytest.skip("no such thing here")
+"""
+
+
+def section(pytester: pytest.Pytester, *arguments: str) -> list[str]:
+    pytester.makepyfile(SUMMARY)
+    done = pytester.runpytest_subprocess("-p", "candle_mi_parity.pytest_plugin", *arguments)
+    done.assert_outcomes(passed=3, skipped=3)
+    start = next(i for i, line in enumerate(done.outlines) if "= parity =" in line)
+    return [line for line in done.outlines[start + 1 :] if line and not line.startswith(("=", "SKIPPED"))]
+
+
+def test_the_summary_has_worst_ratios_first_divergences_and_skips_and_workers_change_nothing(
+    pytester: pytest.Pytester,
+) -> None:
+    serial = section(pytester)
+    assert serial == [
+        "0.2.2      llama       PASS  hub 1.5",
+        "0.2.2      phi3        PASS  hub 0.5",
+        "0.2.2      llama/v5                     FAIL       worst ratio 2e+06, first at "
+        "blocks.0.attn.hook_q\\x1b[2J, ratio 2e+06",
+        "skipped 3: no such thing here",
+    ]
+    assert section(pytester, "-n", "2") == serial
+
+
+def test_the_header_says_versions_device_and_gate(pytester: pytest.Pytester) -> None:
+    done = outcomes(pytester, "def test_it(): pass\n")
+    done.stdout.fnmatch_lines(["parity: torch *, transformers *", "parity: CUDA device: *; gate: position < 8*"])
