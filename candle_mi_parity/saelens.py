@@ -46,7 +46,7 @@ class SaelensConfig(BaseModel):
     d_in: int = Field(ge=1)
     d_sae: int = Field(ge=1)
     architecture: Literal["standard", "jumprelu", "topk"]
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "float64", "bfloat16", "float16"]
     apply_b_dec_to_input: bool = True
     normalize_activations: Normalization = "none"
     reshape_activations: Literal["none"] = "none"

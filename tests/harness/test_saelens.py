@@ -73,6 +73,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "jumprelu without a threshold": (PLAIN | {"architecture": "jumprelu"}, "threshold missing"),
     "another width": (PLAIN | {"d_in": 5}, "cfg.json says (5, 4)"),
     "not an object": ([], "expected a JSON object"),  # type: ignore[dict-item]
+    "no dtype": ({"d_in": 4, "d_sae": 4}, "dtype"),
     "decoder norm without topk": (PLAIN | {"rescale_acts_by_decoder_norm": True}, "belongs to topk"),
 }
 
