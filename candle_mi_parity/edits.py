@@ -233,6 +233,9 @@ def check(edits: list[Edit], hooks: list[str], width: int, n_heads: int, sae_hoo
         if isinstance(edit, Steer) and len(edits) > 1:
             # candle-mi steers a pattern that a run before gave: another edit would have to be in that run too.
             raise CaseTableError(f"{where}: a steer stands alone in its case")
+        cut = any(isinstance(other, Knockout) and other.hook == edit.hook for other in edits[:index])
+        if cut and isinstance(edit, Scale) and edit.factor <= 0:
+            raise CaseTableError(f"{where}: −inf, as a knockout leaves it, times {edit.factor} is no score")
         if isinstance(edit, Inject) and edit.hook != sae_hook:
             raise CaseTableError(f"{where}: an injection stands where the case's SAE does, at {sae_hook}")
 

@@ -66,7 +66,7 @@ def _change(edit: Edit, drawn: torch.Tensor | None, subject: Subject, n_heads: i
         chosen = edit.spec.chosen(n_heads, len(subject.tokens[0]))
         return _scale_steering(chosen, edit.value) if edit.how == "scale" else _set_steering(chosen, edit.value)
     if isinstance(edit, Scale):
-        return lambda tensor: tensor * edit.factor
+        return lambda tensor: _finite_only(tensor, tensor * edit.factor)
     if isinstance(edit, Zero):
         return torch.zeros_like
     if isinstance(edit, Inject):
@@ -76,8 +76,14 @@ def _change(edit: Edit, drawn: torch.Tensor | None, subject: Subject, n_heads: i
     if isinstance(edit, PatchAt):
         return lambda tensor: torch.where(_is_position(tensor, edit.position), drawn, tensor)
     if isinstance(edit, Add):
-        return lambda tensor: tensor + drawn.repeat(tensor.shape[0] // drawn.shape[0], *[1] * (drawn.dim() - 1))
+        there = replacing(drawn)
+        return lambda tensor: _finite_only(tensor, tensor + there(tensor))
     return replacing(drawn)
+
+
+def _finite_only(tensor: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
+    """``changed``, but −∞ where a knockout left it: a sample's roundings would make NaN of it."""
+    return torch.where(tensor.eq(-torch.inf), tensor, changed)
 
 
 def _is_position(tensor: torch.Tensor, position: int) -> torch.Tensor:
