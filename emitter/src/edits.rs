@@ -13,6 +13,29 @@ use crate::inputs::Inputs;
 use crate::model::LoadedModel;
 use crate::request::{Attention, Edit, Steering};
 
+/// `KnockoutSpec` and `SteeringSpec` name entries by the same methods, and share no trait.
+macro_rules! name_entries {
+    ($spec:expr, $chosen:expr) => {{
+        let mut spec = $spec;
+        if let Some(heads) = &$chosen.heads {
+            spec = spec.heads(heads);
+        }
+        for (query, key) in &$chosen.edges {
+            spec = spec.edge(*query, *key);
+        }
+        for query in &$chosen.from_positions {
+            spec = spec.from_position(*query);
+        }
+        for key in &$chosen.to_positions {
+            spec = spec.to_position(*key);
+        }
+        for fan in &$chosen.from_to {
+            spec = spec.from_to_positions(fan.query, &fan.keys);
+        }
+        spec
+    }};
+}
+
 /// What edits are made from.
 pub struct Editor<'a> {
     pub loaded: &'a LoadedModel,
@@ -68,22 +91,7 @@ impl Editor<'_> {
         let HookPoint::AttnScores(layer) = hook else {
             return Err(misplaced("knockout", "attn.hook_scores", hook));
         };
-        let mut spec = KnockoutSpec::new().layer(*layer);
-        if let Some(heads) = &chosen.heads {
-            spec = spec.heads(heads);
-        }
-        for (query, key) in &chosen.edges {
-            spec = spec.edge(*query, *key);
-        }
-        for query in &chosen.from_positions {
-            spec = spec.from_position(*query);
-        }
-        for key in &chosen.to_positions {
-            spec = spec.to_position(*key);
-        }
-        for fan in &chosen.from_to {
-            spec = spec.from_to_positions(fan.query, &fan.keys);
-        }
+        let spec = name_entries!(KnockoutSpec::new().layer(*layer), chosen);
         let (heads, width) = (self.loaded.model.num_heads(), self.width()?);
         spec.validate(self.loaded.layers(), heads, width)
             .map_err(|error| refused(hook, &error))?;
@@ -103,26 +111,11 @@ impl Editor<'_> {
         let HookPoint::AttnPattern(layer) = hook else {
             return Err(misplaced("steer", "attn.hook_pattern", hook));
         };
-        let mut spec = match how {
+        let spec = match how {
             Steering::Scale => SteeringSpec::scale(value),
             Steering::SetValue => SteeringSpec::set_value(value),
-        }
-        .layer(*layer);
-        if let Some(heads) = &chosen.heads {
-            spec = spec.heads(heads);
-        }
-        for (query, key) in &chosen.edges {
-            spec = spec.edge(*query, *key);
-        }
-        for query in &chosen.from_positions {
-            spec = spec.from_position(*query);
-        }
-        for key in &chosen.to_positions {
-            spec = spec.to_position(*key);
-        }
-        for fan in &chosen.from_to {
-            spec = spec.from_to_positions(fan.query, &fan.keys);
-        }
+        };
+        let spec = name_entries!(spec.layer(*layer), chosen);
         let (heads, width) = (self.loaded.model.num_heads(), self.width()?);
         spec.validate(self.loaded.layers(), heads, width)
             .map_err(|error| refused(hook, &error))?;
@@ -185,12 +178,8 @@ fn misplaced(kind: &str, wanted: &str, hook: &HookPoint) -> EmitError {
     EmitError::Request(format!("a {kind} works at {wanted}, not at {hook}"))
 }
 
-/// A replacement of another shape can pass through candle by broadcasting and give numbers that mean nothing.
-pub fn check_replacements(
-    edits: &[Edit],
-    inputs: &Inputs,
-    cache: &HookCache,
-) -> Result<(), EmitError> {
+/// A tensor of another shape can pass through candle by broadcasting and give numbers that mean nothing.
+pub fn check_shapes(edits: &[Edit], inputs: &Inputs, cache: &HookCache) -> Result<(), EmitError> {
     for edit in edits {
         let (Edit::Replace { hook, tensor } | Edit::Add { hook, tensor }) = edit else {
             continue;

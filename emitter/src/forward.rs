@@ -71,7 +71,7 @@ pub fn run(
             silent.join(", ")
         )));
     }
-    edits::check_replacements(&request.edits, inputs, &cache)?;
+    edits::check_shapes(&request.edits, inputs, &cache)?;
 
     let captured = |name: &str| -> Result<Tensor, EmitError> {
         cache.require(&point(name)?).cloned().map_err(failed)
