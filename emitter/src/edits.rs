@@ -160,7 +160,8 @@ fn patch_at(position: usize, value: Tensor) -> Result<Intervention, EmitError> {
 
 #[cfg(not(has_patch_at))]
 fn patch_at(_position: usize, _value: Tensor) -> Result<Intervention, EmitError> {
-    Err(EmitError::Request(format!(
+    // Not the request's fault: this candle-mi cannot run it, and the ledger may say so.
+    Err(EmitError::Forward(format!(
         "candle-mi {} has no PatchAt, which came with 0.1.24",
         env!("PARITY_CANDLE_MI_VERSION")
     )))
