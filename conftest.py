@@ -77,11 +77,17 @@ def pytest_report_header() -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes ``candidate`` and ``case_id`` runs for each pair; ``sae_case_id`` for cases with an SAE."""
-    for name in ("case_id", "sae_case_id"):
+    """A test that takes ``candidate`` and ``case_id`` runs for each pair; ``sae_case_id`` for cases with an SAE, and
+    ``edited_case_id`` for cases with edits."""
+    wanted = {
+        "case_id": lambda case: True,
+        "sae_case_id": lambda case: case.sae,
+        "edited_case_id": lambda case: case.edits,
+    }
+    for name, belongs in wanted.items():
         if name not in metafunc.fixturenames or "judged" not in metafunc.fixturenames:
             continue
-        cases = [case for case in CASES.values() if case.sae or name == "case_id"]
+        cases = [case for case in CASES.values() if belongs(case)]
         if "candidate" in metafunc.fixturenames:
             pairs = [_pair(candidate, case) for candidate in _candidates() for case in cases]
             metafunc.parametrize(("candidate", name), pairs)

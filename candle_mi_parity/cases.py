@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from candle_mi_parity.edits import Edit
 from candle_mi_parity.errors import CaseTableError, ParityError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,6 +136,7 @@ class Case(Row):
     :ivar unmeasured: the tensors that are too noisy to judge, all of them and no other: opening or closing such a
         gap is an edit of the row. ``blocks.*.x`` stands for every layer.
     :ivar stored: how much of a trace is kept in ``rust_outputs/``.
+    :ivar edits: interventions, in the order in which they are registered.
     """
 
     id: str
@@ -146,6 +148,7 @@ class Case(Row):
     lane: Literal["default", "hub"] = "default"
     stored: Literal["whole", "part"] = "part"
     unmeasured: list[str] = []
+    edits: list[Edit] = []
 
     @model_validator(mode="after")
     def _one_input(self) -> Case:

@@ -15,7 +15,7 @@ from torch import nn
 from candle_mi_parity import census_models, gate, hooks, models, oracle, rounding
 from candle_mi_parity.errors import OracleError, ParityError
 from candle_mi_parity.families import FAMILIES, Family, hook_names
-from candle_mi_parity.hooks import Captured, Recorder
+from candle_mi_parity.hooks import Edits, Recorder
 from candle_mi_parity.rounding import Float64
 from candle_mi_parity.subject import Subject
 from candle_mi_parity.truth import Truth, TruthTensor
@@ -62,7 +62,7 @@ def _compute(subject: Subject) -> Truth:
     return Truth(subject.tokens, {name: tensors[name] for name in order}, meta=meta)
 
 
-def logits_only(model: nn.Module, tokens: torch.Tensor, _replace: Captured) -> Recorder:
+def logits_only(model: nn.Module, tokens: torch.Tensor, _edits: Edits) -> Recorder:
     """One forward pass of any causal language model, ``logits`` recorded."""
     recorder = Recorder()
     with torch.no_grad():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
@@ -26,6 +26,8 @@ from candle_mi_parity.rounding import Float64
 
 ATTENTION = "candle_mi_parity"
 Captured = dict[str, torch.Tensor]
+Edits = Mapping[str, Sequence[Callable[[torch.Tensor], torch.Tensor]]]
+"""Hook → what is done to the tensor there, in order, each to what the one before left."""
 
 _recorder: ContextVar[Recorder] = ContextVar("recorder")
 
@@ -35,14 +37,15 @@ class Recorder:
 
     :ivar tensors: name → tensor.
     :ivar allowed: layer → boolean [T, T], what the attention mask lets through.
-    :param replace: hook → tensor that takes the place of what arrives there, after it was recorded
-        (candle-mi's ``Intervention::Replace``).
+    :ivar attended: layer → boolean [H, T, T], what is left of that where the scores were edited.
+    :param edits: changes to what arrives at a hook, after it was recorded (candle-mi's ``Intervention``).
     """
 
-    def __init__(self, replace: Captured | None = None) -> None:
+    def __init__(self, edits: Edits | None = None) -> None:
         self.tensors: Captured = {}
         self.allowed: dict[int, torch.Tensor] = {}
-        self.replace = replace or {}
+        self.attended: dict[int, torch.Tensor] = {}
+        self.edits = edits or {}
         self._owed: Captured = {}
 
     def at(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -51,15 +54,20 @@ class Recorder:
         if name.endswith("hook_resid_post") and (owed := self._owed.pop(name, None)) is not None:
             tensor = tensor + owed
         self.tensors[name] = tensor
-        replacement = self.replace.get(name)
-        if replacement is None:
-            return tensor
-        # Samples share a pass as further rows.
-        replacement = replacement.repeat(tensor.shape[0] // replacement.shape[0], 1, 1)
-        if name.endswith("hook_resid_mid"):
+        edited = tensor
+        for edit in self.edits.get(name, ()):
+            edited = edit(edited)
+            if edited.shape != tensor.shape:
+                raise OracleError(f"an edit at {name} made {tuple(edited.shape)} of {tuple(tensor.shape)}")
+        if edited is not tensor and name.endswith("hook_resid_mid"):
             # A hook on the norm sees the stream but cannot replace it for the residual sum that ends the layer.
-            self._owed[name.replace("resid_mid", "resid_post")] = replacement - tensor
-        return replacement
+            self._owed[name.replace("resid_mid", "resid_post")] = edited - tensor
+        return edited
+
+
+def replacing(replacement: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The edit that puts a tensor [B, ...] in place of what arrives; samples share a pass as further rows."""
+    return lambda tensor: replacement.repeat(tensor.shape[0] // replacement.shape[0], *[1] * (replacement.dim() - 1))
 
 
 def attention(
@@ -85,14 +93,21 @@ def attention(
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     recorder = _recorder.get()
-    recorder.at(f"blocks.{layer}.attn.hook_scores", scores)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    arrived = scores
+    scores = recorder.at(f"blocks.{layer}.attn.hook_scores", scores)
     allowed = attention_mask == 0
     recorder.allowed[layer] = allowed[0, 0]
+    if scores is not arrived:
+        # A score of −∞ is a knocked-out edge: it has no weight, also behind a softcap, which would make it finite.
+        allowed = allowed & (scores != -torch.inf)
+        recorder.attended[layer] = allowed[0]
+        if not bool(allowed.any(-1).all()):
+            raise OracleError(f"layer {layer}: a query has all its keys knocked out; its softmax is NaN on any side")
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(~allowed, -torch.inf)
     pattern = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    recorder.at(f"blocks.{layer}.attn.hook_pattern", pattern)
+    pattern = recorder.at(f"blocks.{layer}.attn.hook_pattern", pattern)
     return torch.matmul(pattern, value).transpose(1, 2).contiguous(), pattern
 
 
@@ -140,15 +155,15 @@ def _quiet() -> Iterator[None]:
 
 
 def forward(
-    model: nn.Module, tokens: torch.Tensor, replace: Captured | None = None, family: Family | None = None
+    model: nn.Module, tokens: torch.Tensor, edits: Edits | None = None, family: Family | None = None
 ) -> Recorder:
     """One forward pass with every hook point recorded, ``logits`` last.
 
     :param tokens: int64 [B, T].
-    :param replace: see :class:`Recorder`; honoured at the inputs and outputs of modules, not inside attention.
+    :param edits: see :class:`Recorder`; honoured at every hook, not at ``logits``.
     :param family: where the hook points are; None looks it up by the model's own type.
     """
-    recorder = Recorder(replace)
+    recorder = Recorder(edits)
     handles = _attach(model, recorder, family)
     token = _recorder.set(recorder)
     # One row of positions a sequence, so that samples that share a batch share no rotary noise.
@@ -221,20 +236,27 @@ def _output(name: str, recorder: Recorder) -> Callable[..., Any]:
     return hook
 
 
-def _heads(name: str, head_dim: int, recorder: Recorder) -> Callable[..., None]:
-    """[B,T,n·D] or [B,T,n,D] → [B,n,T,D], candle-mi's layout."""
+def _heads(name: str, head_dim: int, recorder: Recorder) -> Callable[..., torch.Tensor]:
+    """[B,T,n·D] or [B,T,n,D] → [B,n,T,D], candle-mi's layout, and back."""
 
-    def hook(_module: nn.Module, _args: Any, out: torch.Tensor) -> None:
-        recorder.at(name, out.view(*out.shape[:2], -1, head_dim).transpose(1, 2))
+    def hook(_module: nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
+        return _at_heads(name, out, head_dim, recorder)
 
     return hook
 
 
-def _fused(names: list[str], heads: list[int], head_dim: int, recorder: Recorder) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: Any, out: torch.Tensor) -> None:
+def _at_heads(name: str, out: torch.Tensor, head_dim: int, recorder: Recorder) -> torch.Tensor:
+    heads = out.reshape(*out.shape[:2], -1, head_dim).transpose(1, 2)
+    edited = recorder.at(name, heads)
+    return out if edited is heads else edited.transpose(1, 2).reshape(out.shape)
+
+
+def _fused(names: list[str], heads: list[int], head_dim: int, recorder: Recorder) -> Callable[..., torch.Tensor]:
+    def hook(_module: nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
         parts = torch.split(out, [n * head_dim for n in heads], dim=-1)
-        for name, part in zip(names, parts, strict=True):
-            recorder.at(name, part.reshape(*part.shape[:2], -1, head_dim).transpose(1, 2))
+        left = [_at_heads(name, part, head_dim, recorder) for name, part in zip(names, parts, strict=True)]
+        same = all(one is other for one, other in zip(left, parts, strict=True))
+        return out if same else torch.cat(left, dim=-1)
 
     return hook
 

@@ -14,16 +14,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from candle_mi_parity import chains, families, hooks, models, rounding, sae, saelens, truth
+from candle_mi_parity import chains, edits, families, hooks, interventions, models, rounding, sae, saelens, truth
 from candle_mi_parity.chains import Lens, SaeChain, coarse, is_lens
 from candle_mi_parity.errors import OracleError
 from candle_mi_parity.gate import UNITS
-from candle_mi_parity.hooks import Captured, Recorder, forward, load_model, modeling_files
+from candle_mi_parity.hooks import Captured, Edits, Recorder, forward, load_model, modeling_files, replacing
 from candle_mi_parity.rounding import MatmulScales, NoisePool, RoundingNoise, Truth64
 from candle_mi_parity.subject import Subject
 from candle_mi_parity.truth import Truth, TruthTensor
@@ -38,7 +39,7 @@ Mode = Literal["free", "forced"]
 FORCED = ("hook_resid_pre", "hook_resid_mid")
 
 Then = Callable[[Captured], Captured]
-Run = Callable[[nn.Module, torch.Tensor, Captured], Recorder]
+Run = Callable[[nn.Module, torch.Tensor, Edits], Recorder]
 
 
 class Oracle:
@@ -58,8 +59,11 @@ class Oracle:
     def truth(self, mode: Mode = "free") -> Truth:
         """The truth of a mode, from the cache or computed.
 
-        :raises OracleError: an op without a noise rule, a non-finite truth, an unreadable cache file.
+        :raises OracleError: an op without a noise rule, a non-finite truth, an unreadable cache file, a case with
+            edits teacher-forced.
         """
+        if mode == "forced" and self.subject.case.edits:
+            raise OracleError(f"{self.subject.case.id}: a case with edits has no teacher-forced truth")
 
         def compute(out: Path) -> None:
             self._compute(mode).save(out / "truth.safetensors")
@@ -73,8 +77,8 @@ class Oracle:
         """A safetensors file of float32 inputs taken from the truth.
 
         ``free``: every layer's output at the last position, [B, 1, d], for the logit lens, and ``sae``, the
-        residual for the SAE alone. ``forced``: each layer's :data:`FORCED` hooks. Both sides are given these
-        very numbers, so they carry no noise of their own.
+        residual for the SAE alone, and the tensors of the case's edits. ``forced``: each layer's :data:`FORCED`
+        hooks. Both sides are given these very numbers, so they carry no noise of their own.
         """
         case = self.subject.case
 
@@ -86,18 +90,31 @@ class Oracle:
                 arrays = {name: value[:, -1:] for name, value in free.items() if is_lens(name)}
                 arrays |= {"sae": free[case.sae.hook]} if case.sae else {}
             given = {name: coarse(value, case.dtype) for name, value in arrays.items()}
+            given |= self._drawn() if mode == "free" else {}
             save_file(given, out / "inputs.safetensors")
 
         return models.publish(self._directory / f"inputs.{mode}", write) / "inputs.safetensors"
 
+    def _drawn(self) -> dict[str, np.ndarray]:
+        """The tensors of the case's edits, float32, from the cache or drawn."""
+        if not self.subject.case.edits:
+            return {}
+
+        def write(out: Path) -> None:
+            save_file(interventions.drawn_tensors(self.subject, self.model), out / "edits.safetensors")
+
+        return load_file(models.publish(self._directory / "edits", write) / "edits.safetensors")
+
     def _compute(self, mode: Mode) -> Truth:
-        replace: Captured = {}
+        changes: Edits
         chains: list[Then] = []
         sae: SaeChain | None = None
         if mode == "forced":
             given = load_file(self.inputs("forced"))
-            replace = {name: torch.from_numpy(array).double() for name, array in given.items()}
+            changes = {name: [replacing(torch.from_numpy(array).double())] for name, array in given.items()}
         else:
+            drawn = {key: torch.from_numpy(array).double() for key, array in self._drawn().items()}
+            changes = interventions.edits_of(self.subject, drawn)
             chains.append(Lens(self.subject, self.model))
             if self.subject.sae_file is not None:
                 sae = SaeChain(self.subject)
@@ -108,7 +125,7 @@ class Oracle:
 
         tokens = torch.tensor(self.subject.tokens)
         seed = int(self.subject.digest[:16], 16)
-        recorder, values, squares = sample(self.model, tokens, seed, then, replace, UNITS[self.subject.case.dtype])
+        recorder, values, squares = sample(self.model, tokens, seed, then, changes, UNITS[self.subject.case.dtype])
         return _as_truth(self.subject, mode, recorder, values, squares, sae)
 
 
@@ -124,7 +141,7 @@ def sample(
     tokens: torch.Tensor,
     seed: int,
     then: Then,
-    replace: Captured,
+    edits: Edits,
     unit: float = rounding.UNIT,
     samples: int = SAMPLES,
     run: Run = forward,
@@ -135,7 +152,7 @@ def sample(
     :param tokens: int64 [B, T].
     :param then: what is computed from the captured tensors inside the same mode; called first for the truth.
     :param unit: unit roundoff of the model's format.
-    :param replace: hook → tensor fed in place of what arrives there.
+    :param edits: what is done at the hooks, see :class:`hooks.Recorder`.
     :param run: one recorded forward pass, as :func:`hooks.forward`.
     :param batch: rows × tokens that a pass of samples may have; 1 takes the samples one by one.
     :returns: the truth's recorder, its tensors with those of ``then``, and of each s² (mean square over the
@@ -143,7 +160,7 @@ def sample(
     """
     scales = MatmulScales()
     with Truth64(scales), torch.no_grad():
-        recorder = run(model, tokens, replace)
+        recorder = run(model, tokens, edits)
         values = recorder.tensors | then(recorder.tensors)
     squares = {name: torch.zeros_like(value) for name, value in values.items()}
     pool = NoisePool(seed)
@@ -152,7 +169,7 @@ def sample(
         # Samples as batch rows win while a pass is small (rows × tokens near 160) and lose after.
         rows = max(1, min(samples - done, batch // tokens.numel()))
         with RoundingNoise(pool, scales, unit), torch.no_grad():
-            captured = run(model, tokens.repeat(rows, 1), replace).tensors
+            captured = run(model, tokens.repeat(rows, 1), edits).tensors
             captured = captured | then(captured)
         for name, value in values.items():
             squares[name] += (captured[name].reshape(rows, *value.shape) - value).square_().sum(0)
@@ -164,7 +181,10 @@ def sample(
 _RULES = models.digest_files(
     [
         Path(__file__),
-        *(Path(str(module.__file__)) for module in (chains, families, hooks, rounding, sae, saelens, truth)),
+        *(
+            Path(str(module.__file__))
+            for module in (chains, edits, families, hooks, interventions, rounding, sae, saelens, truth)
+        ),
     ]
 )
 
@@ -197,7 +217,7 @@ def _as_truth(
             scalars[name] = (float(value), float(noise))
             continue
         attention = name.endswith(("hook_scores", "hook_pattern"))
-        allowed = recorder.allowed[int(name.split(".")[1])].numpy() if attention else None
+        allowed = _allowed(recorder, name).numpy() if attention else None
         tensors[name] = TruthTensor(value.numpy(), noise.numpy(), allowed)
     pre = {name: tensors.pop(f"{name}.pre") for name in ("sae", "sae_on_truth") if chain}
     return Truth(
@@ -221,6 +241,13 @@ def _as_truth(
             "transformers": transformers.__version__,
         },
     )
+
+
+def _allowed(recorder: Recorder, name: str) -> torch.Tensor:
+    """What of scores, [T, T], or of a pattern, [T, T] or [H, T, T], is compared; the rest of a pattern is to be 0."""
+    layer = int(name.split(".")[1])
+    allowed = recorder.allowed[layer]
+    return recorder.attended.get(layer, allowed) if name.endswith("hook_pattern") else allowed
 
 
 def _execution_order(subject: Subject, tensors: dict[str, TruthTensor], forced: bool) -> dict[str, TruthTensor]:

@@ -139,7 +139,7 @@ def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledge
         result.tensors, result.diagnosis, result.in_part, result.sae = judge_mode(oracle, source, "free", progress)
         result.expected = len(result.tensors)
         result.status, result.error = _status(result.tensors, case, result.in_part)
-        if result.status is Status.FAIL:
+        if result.status is Status.FAIL and not case.edits:  # edits act on the whole trace
             result.forced, result.known = _forced(oracle, source, progress)
     except ParityError as error:
         result.error, result.status = str(error), Status.ERROR

@@ -14,6 +14,7 @@ from candle_mi_parity.candidate import Candidate, CandidateError, EmitterError, 
 from candle_mi_parity.cases import ROOT
 from candle_mi_parity.chains import is_lens
 from candle_mi_parity.compare import check_header
+from candle_mi_parity.edits import for_emitter
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.models import file_digest
 from candle_mi_parity.oracle import FORCED, Mode
@@ -93,7 +94,8 @@ def request(subject: Subject, mode: Mode, inputs: Path, out: Path, device: str) 
         "inputs": str(inputs),
         "sae_input": "sae" if sae else None,
         "project": [name for name in subject.captures if is_lens(name) and mode == "free"],
-        "edits": [{"hook": name, "kind": "replace", "tensor": name} for name in forced],
+        "edits": [{"hook": name, "kind": "replace", "tensor": name} for name in forced]
+        or for_emitter(subject.case.edits),
         "out": str(out),
     }
 

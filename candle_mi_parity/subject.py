@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from candle_mi_parity import edits
 from candle_mi_parity.cases import Case, RandomTokens, SaePlace
 from candle_mi_parity.errors import CaseTableError, ModelError
 from candle_mi_parity.families import hook_names
@@ -50,18 +51,23 @@ def prepare(case: Case, cache: Path) -> Subject:
         raise CaseTableError(f"{case.id}: SAE layer {case.sae.layer}, but the model has {n_layers} layers")
     weights = model_digest(model_dir)
     sae_digest = digest_files(sae_files(sae_file)) if sae_file else None
-    content = {
+    content: dict[str, object] = {
         "model": weights,
         "tokens": tokens,
         "sae": [sae_digest, case.sae.layer, *_elsewhere(case.sae)] if case.sae else None,
         "dtype": case.dtype,
     }
+    captures = hook_names(n_layers)
+    if case.edits:
+        n_heads = _whole_number(config, "num_attention_heads", model_dir)
+        edits.check(case.edits, captures, len(tokens[0]), n_heads, case.sae.hook if case.sae else None)
+        content["edits"] = [edit.model_dump() for edit in case.edits]
     return Subject(
         case=case,
         model_dir=model_dir,
         model_type=str(config.get("model_type")),
         tokens=tokens,
-        captures=hook_names(n_layers),
+        captures=captures,
         sae_file=sae_file,
         model_digest=weights,
         sae_digest=sae_digest,

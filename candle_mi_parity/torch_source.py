@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from candle_mi_parity.chains import is_lens, unembed
-from candle_mi_parity.hooks import Captured, forward, load_model
+from candle_mi_parity.hooks import Captured, Edits, forward, load_model, replacing
+from candle_mi_parity.interventions import edits_of
 from candle_mi_parity.oracle import Mode
 from candle_mi_parity.sae import TorchSae, load_sae
 from candle_mi_parity.subject import Subject
@@ -59,14 +60,14 @@ class TorchSource:
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
         """Run the model, and the SAE on its residual and on the truth's; every hook as float32 on the CPU."""
         given = load_file(inputs, device=self.device)
-        replace: Captured = {}
-        if mode == "forced":
-            replace = dict(given)
         tokens = torch.tensor(subject.tokens, device=self.device)
         dtype: torch.dtype = getattr(torch, subject.case.dtype)
-        replace = {name: tensor.to(dtype) for name, tensor in replace.items()}
+        fed = {name: tensor.to(dtype) for name, tensor in given.items()}
+        edits: Edits = edits_of(subject, fed)
+        if mode == "forced":
+            edits = {name: [replacing(tensor)] for name, tensor in fed.items()}
         model = self.model(subject.model_dir, dtype)
-        captured = forward(model, tokens, replace).tensors
+        captured = forward(model, tokens, edits).tensors
         if mode == "free":
             lens = {name: x.to(dtype) for name, x in given.items() if is_lens(name)}
             with torch.no_grad():

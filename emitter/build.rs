@@ -6,6 +6,9 @@
 use std::fs;
 use std::path::Path;
 
+/// The candle-mi whose `Intervention` has `PatchAt` for the first time.
+const FIRST_WITH_PATCH_AT: [u64; 3] = [0, 1, 24];
+
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=Cargo.lock");
@@ -35,14 +38,16 @@ fn main() {
             from_env("PARITY_TREE_DIGEST"),
         )
     };
+    let version = field(&candle_mi, "version").unwrap_or_default();
+    println!("cargo:rustc-check-cfg=cfg(has_patch_at)");
+    if numbers(&version) >= FIRST_WITH_PATCH_AT.to_vec() {
+        println!("cargo:rustc-cfg=has_patch_at");
+    }
     let candle = package(&lock, "candle-core")
         .and_then(|block| field(&block, "version"))
         .unwrap_or_default();
     for (name, value) in [
-        (
-            "CANDLE_MI_VERSION",
-            field(&candle_mi, "version").unwrap_or_default(),
-        ),
+        ("CANDLE_MI_VERSION", version),
         ("CANDLE_MI_SOURCE", kind.to_owned()),
         (
             "CANDLE_MI_CHECKSUM",
@@ -54,6 +59,17 @@ fn main() {
     ] {
         println!("cargo:rustc-env=PARITY_{name}={value}");
     }
+}
+
+/// `1.2.3-alpha` as `[1, 2, 3]`; what is not a number counts as 0.
+fn numbers(version: &str) -> Vec<u64> {
+    version
+        .split(['-', '+'])
+        .next()
+        .unwrap_or_default()
+        .split('.')
+        .map(|part| part.parse().unwrap_or(0))
+        .collect()
 }
 
 /// The `[[package]]` block of `name`, as its lines.

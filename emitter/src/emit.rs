@@ -39,14 +39,20 @@ pub fn emit(request: &Request, session: &mut Session) -> Result<(), EmitError> {
     seconds.load = clock.elapsed().as_secs_f64();
 
     let clock = Instant::now();
-    let forward = forward::run(loaded, request, &inputs)?;
+    let sae = match &request.sae {
+        Some(wanted) => Some(session.saes.get(wanted, &loaded.device, &request.device)?),
+        None => None,
+    };
+    seconds.sae = clock.elapsed().as_secs_f64();
+
+    let clock = Instant::now();
+    let forward = forward::run(loaded, request, &inputs, sae.map(|loaded| &loaded.sae))?;
     seconds.forward = clock.elapsed().as_secs_f64();
 
     let clock = Instant::now();
     let mut sae_digest = None;
     let mut of_sae = SaeResult::default();
-    if let (Some(wanted), Some(residual)) = (&request.sae, &forward.residual) {
-        let sae = session.saes.get(wanted, &loaded.device, &request.device)?;
+    if let (Some(sae), Some(residual)) = (sae, &forward.residual) {
         let truth = request
             .sae_input
             .as_deref()
@@ -55,7 +61,7 @@ pub fn emit(request: &Request, session: &mut Session) -> Result<(), EmitError> {
         of_sae = sae::run(sae, residual, truth)?;
         sae_digest = Some(sae.digest.as_str());
     }
-    seconds.sae = clock.elapsed().as_secs_f64();
+    seconds.sae += clock.elapsed().as_secs_f64();
 
     let clock = Instant::now();
     let tensors = forward

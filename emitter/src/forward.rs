@@ -1,8 +1,10 @@
 //! One forward pass through candle-mi with the captures and edits of a request.
 
 use candle_core::Tensor;
-use candle_mi::{HookCache, HookPoint, HookSpec, Intervention, MIBackend};
+use candle_mi::sae::SparseAutoencoder;
+use candle_mi::{HookPoint, HookSpec, MIBackend};
 
+use crate::edits::{self, Editor};
 use crate::error::EmitError;
 use crate::inputs::Inputs;
 use crate::model::LoadedModel;
@@ -22,7 +24,12 @@ pub struct Forward {
 /// # Errors
 /// `Request` where a hook point did not fire: candle-mi takes any string for a hook point, and one that it does not
 /// know is silently never reached. `Forward` where candle-mi or candle failed.
-pub fn run(loaded: &LoadedModel, request: &Request, inputs: &Inputs) -> Result<Forward, EmitError> {
+pub fn run(
+    loaded: &LoadedModel,
+    request: &Request,
+    inputs: &Inputs,
+    sae: Option<&SparseAutoencoder>,
+) -> Result<Forward, EmitError> {
     let mut spec = HookSpec::new();
     let mut asked: Vec<(&str, HookPoint)> = Vec::new();
     let sae_hook = request.sae.as_ref().map(|sae| sae.hook.as_str());
@@ -38,12 +45,18 @@ pub fn run(loaded: &LoadedModel, request: &Request, inputs: &Inputs) -> Result<F
         spec.capture(point.clone());
         asked.push((name, point));
     }
-    for edit in &request.edits {
-        spec.intervene(point(edit.hook())?, intervention(edit, inputs, loaded)?);
-    }
-
     let failed = |error: candle_mi::MIError| EmitError::Forward(error.to_string());
     let tokens = token_tensor(request, loaded)?;
+    let editor = Editor {
+        loaded,
+        inputs,
+        tokens: &tokens,
+        sae,
+    };
+    for edit in &request.edits {
+        editor.register(edit, &mut spec)?;
+    }
+
     let cache = loaded.model.forward(&tokens, &spec).map_err(failed)?;
 
     let silent: Vec<&str> = asked
@@ -58,7 +71,7 @@ pub fn run(loaded: &LoadedModel, request: &Request, inputs: &Inputs) -> Result<F
             silent.join(", ")
         )));
     }
-    check_replacements(request, inputs, &cache)?;
+    edits::check_shapes(&request.edits, inputs, &cache)?;
 
     let captured = |name: &str| -> Result<Tensor, EmitError> {
         cache.require(&point(name)?).cloned().map_err(failed)
@@ -79,7 +92,7 @@ pub fn run(loaded: &LoadedModel, request: &Request, inputs: &Inputs) -> Result<F
 
 /// The hook point called `name`, which must be candle-mi's own spelling of it: `blocks.01.…` would parse as layer 1
 /// and put a name into the trace that no one else knows.
-fn point(name: &str) -> Result<HookPoint, EmitError> {
+pub fn point(name: &str) -> Result<HookPoint, EmitError> {
     let point = HookPoint::from(name);
     let spelt = point.to_string();
     if spelt != name {
@@ -98,7 +111,11 @@ fn token_tensor(request: &Request, loaded: &LoadedModel) -> Result<Tensor, EmitE
 }
 
 /// An input tensor in the model's dtype: the truth is float64, and candle-mi takes what it is given.
-fn in_model_dtype(key: &str, inputs: &Inputs, loaded: &LoadedModel) -> Result<Tensor, EmitError> {
+pub fn in_model_dtype(
+    key: &str,
+    inputs: &Inputs,
+    loaded: &LoadedModel,
+) -> Result<Tensor, EmitError> {
     inputs.get(key)?.to_dtype(loaded.dtype).map_err(|error| {
         EmitError::Request(format!("inputs tensor \"{key}\" cannot be used: {error}"))
     })
@@ -118,42 +135,4 @@ fn project(key: &str, inputs: &Inputs, loaded: &LoadedModel) -> Result<Named, Em
     let projected = loaded.model.project_to_vocab(&residual);
     let projected = projected.map_err(|error| EmitError::Forward(format!("{key}: {error}")))?;
     Ok(Named::new(&format!("lens.{key}"), projected))
-}
-
-fn intervention(
-    edit: &Edit,
-    inputs: &Inputs,
-    loaded: &LoadedModel,
-) -> Result<Intervention, EmitError> {
-    let tensor = |key: &str| in_model_dtype(key, inputs, loaded);
-    Ok(match edit {
-        Edit::Replace { tensor: key, .. } => Intervention::Replace(tensor(key)?),
-        Edit::Add { tensor: key, .. } => Intervention::Add(tensor(key)?),
-        Edit::Knockout { tensor: key, .. } => Intervention::Knockout(tensor(key)?),
-        Edit::Scale { factor, .. } => Intervention::Scale(*factor),
-        Edit::Zero { .. } => Intervention::Zero,
-    })
-}
-
-/// A replacement of another shape can pass through candle by broadcasting and give numbers that mean nothing.
-fn check_replacements(
-    request: &Request,
-    inputs: &Inputs,
-    cache: &HookCache,
-) -> Result<(), EmitError> {
-    for edit in &request.edits {
-        let Edit::Replace { hook, tensor } = edit else {
-            continue;
-        };
-        let given = inputs.get(tensor)?.dims();
-        let Some(there) = cache.get(&point(hook)?).map(Tensor::dims) else {
-            continue;
-        };
-        if given != there {
-            return Err(EmitError::Request(format!(
-                "replacement \"{tensor}\" has shape {given:?}, {hook} has {there:?}"
-            )));
-        }
-    }
-    Ok(())
 }

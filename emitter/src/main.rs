@@ -2,6 +2,7 @@
 //! document of token ids) per request and one reply line on stdout. It knows nothing of the truth and judges nothing.
 
 mod digest;
+mod edits;
 mod emit;
 mod error;
 mod forward;

@@ -101,13 +101,77 @@ pub enum ConfigReader {
 
 /// One intervention; `tensor` is a key in `inputs`.
 #[derive(Debug, Deserialize)]
-#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Edit {
-    Replace { hook: String, tensor: String },
-    Add { hook: String, tensor: String },
-    Knockout { hook: String, tensor: String },
-    Scale { hook: String, factor: f64 },
-    Zero { hook: String },
+    Replace {
+        hook: String,
+        tensor: String,
+    },
+    Add {
+        hook: String,
+        tensor: String,
+    },
+    /// Overwrites one position with a vector `[d]`.
+    PatchAt {
+        hook: String,
+        position: usize,
+        tensor: String,
+    },
+    Scale {
+        hook: String,
+        factor: f64,
+    },
+    Zero {
+        hook: String,
+    },
+    /// candle-mi's own mask of a `KnockoutSpec`.
+    Knockout {
+        hook: String,
+        spec: Attention,
+    },
+    /// candle-mi's own `apply_steering` of a `SteeringSpec`, on the pattern that a run before it gave.
+    Steer {
+        hook: String,
+        how: Steering,
+        value: f32,
+        spec: Attention,
+    },
+    /// The request's SAE's own `prepare_hook_injection`; features are pairs of index and strength.
+    Inject {
+        hook: String,
+        position: usize,
+        features: Vec<(usize, f32)>,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Steering {
+    Scale,
+    SetValue,
+}
+
+/// Entries of the attention matrix, by candle-mi's four ways of naming them; no `heads` is all of them.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Attention {
+    #[serde(default)]
+    pub heads: Option<Vec<usize>>,
+    #[serde(default)]
+    pub edges: Vec<(usize, usize)>,
+    #[serde(default)]
+    pub from_positions: Vec<usize>,
+    #[serde(default)]
+    pub to_positions: Vec<usize>,
+    #[serde(default)]
+    pub from_to: Vec<FromTo>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FromTo {
+    pub query: usize,
+    pub keys: Vec<usize>,
 }
 
 impl Edit {
@@ -115,9 +179,12 @@ impl Edit {
         match self {
             Self::Replace { hook, .. }
             | Self::Add { hook, .. }
-            | Self::Knockout { hook, .. }
+            | Self::PatchAt { hook, .. }
             | Self::Scale { hook, .. }
-            | Self::Zero { hook } => hook,
+            | Self::Zero { hook }
+            | Self::Knockout { hook, .. }
+            | Self::Steer { hook, .. }
+            | Self::Inject { hook, .. } => hook,
         }
     }
 
@@ -125,8 +192,19 @@ impl Edit {
         match self {
             Self::Replace { tensor, .. }
             | Self::Add { tensor, .. }
-            | Self::Knockout { tensor, .. } => Some(tensor),
-            Self::Scale { .. } | Self::Zero { .. } => None,
+            | Self::PatchAt { tensor, .. } => Some(tensor),
+            Self::Scale { .. }
+            | Self::Zero { .. }
+            | Self::Knockout { .. }
+            | Self::Steer { .. }
+            | Self::Inject { .. } => None,
+        }
+    }
+
+    fn position(&self) -> Option<usize> {
+        match self {
+            Self::PatchAt { position, .. } | Self::Inject { position, .. } => Some(*position),
+            _ => None,
         }
     }
 }
@@ -212,10 +290,36 @@ fn check(request: &Request) -> Result<(), EmitError> {
             "an edit, sae_input or project names a tensor, but inputs is null".to_owned(),
         );
     }
+    check_edits(request, width)?;
     if request.sae_input.is_some() && request.sae.is_none() {
         return refuse("sae_input is given, but sae is null".to_owned());
     }
     check_out(&request.out)
+}
+
+fn check_edits(request: &Request, width: usize) -> Result<(), EmitError> {
+    let refuse = |message: String| Err(EmitError::Request(message));
+    for edit in &request.edits {
+        let hook = edit.hook();
+        if let Some(position) = edit.position().filter(|position| *position >= width) {
+            return refuse(format!(
+                "edit at {hook}: position {position} is outside the prompt of {width} tokens"
+            ));
+        }
+        if matches!(edit, Edit::Steer { .. }) && request.edits.len() > 1 {
+            return refuse(format!(
+                "edit at {hook}: a steer takes the pattern of a run without edits, and stands alone"
+            ));
+        }
+        if matches!(edit, Edit::Inject { .. })
+            && request.sae.as_ref().is_none_or(|sae| sae.hook != hook)
+        {
+            return refuse(format!(
+                "edit at {hook}: an injection needs an SAE at this hook"
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn check_out(out: &Path) -> Result<(), EmitError> {

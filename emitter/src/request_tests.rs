@@ -158,3 +158,63 @@ fn a_bad_line_still_names_its_case() {
     );
     assert_eq!(case_id(b"{nonsense"), None);
 }
+
+fn with_edits(edits: &Value) -> String {
+    refusal(|value| value["edits"] = edits.clone())
+}
+
+#[test]
+fn every_kind_of_edit_is_read() {
+    let mut value = good();
+    value["inputs"] = json!("/i.safetensors");
+    let (scores, spec) = (
+        "blocks.0.attn.hook_scores",
+        json!({"heads": [1], "edges": [[2, 1]], "from_to": [{"query": 2, "keys": [0]}]}),
+    );
+    value["edits"] = json!([
+        {"hook": "hook_embed", "kind": "replace", "tensor": "edit.0"},
+        {"hook": "hook_embed", "kind": "add", "tensor": "edit.1"},
+        {"hook": "hook_embed", "kind": "patch_at", "position": 2, "tensor": "edit.2"},
+        {"hook": scores, "kind": "knockout", "spec": spec}
+    ]);
+    assert_eq!(trace_request(&value).edits.len(), 4);
+    value["edits"] = json!([
+        {"hook": "blocks.0.attn.hook_pattern", "kind": "steer", "how": "set_value", "value": 0.5, "spec": {}}
+    ]);
+    assert_eq!(trace_request(&value).edits.len(), 1);
+}
+
+#[test]
+fn an_edit_that_cannot_be_made_is_refused() {
+    let steer = json!({"hook": "h", "kind": "steer", "how": "scale", "value": 2.0, "spec": {}});
+    for (edits, said) in [
+        (json!([{"hook": "h", "kind": "negate"}]), "unknown variant"),
+        (
+            json!([{"hook": "h", "kind": "zero", "factor": 1.0}]),
+            "unknown field",
+        ),
+        (
+            json!([{"hook": "h", "kind": "inject", "position": 3, "features": []}]),
+            "position 3 is outside",
+        ),
+        (
+            json!([{"hook": "h", "kind": "inject", "position": 1, "features": [[0, 1.0]]}]),
+            "needs an SAE",
+        ),
+        (
+            json!([steer, {"hook": "h", "kind": "zero"}]),
+            "stands alone",
+        ),
+        (
+            json!([{"hook": "h", "kind": "add", "tensor": "a"}]),
+            "inputs is null",
+        ),
+        (
+            json!([{"hook": "h", "kind": "knockout", "spec": {"edges": [[1]]}}]),
+            "invalid length",
+        ),
+    ] {
+        let answer = with_edits(&edits);
+        assert!(answer.contains(said), "{edits}: {answer}");
+    }
+}

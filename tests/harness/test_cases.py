@@ -34,7 +34,7 @@ BAD: dict[str, tuple[str, str]] = {
     "negative token": (GOOD.replace("[1, 5]", "[1, -5]"), "case.0.tokens"),
     "text for a token": (GOOD.replace("[1, 5]", '[1, "5"]'), "case.0.tokens"),
     "no random token": (GOOD.replace("[1, 5]", "{ random = 0 }"), "case.0.tokens"),
-    "negative SAE layer": (GOOD + 'sae = { path = "a", layer = -1 }\n', "case.0.sae.layer"),
+    "negative SAE layer": (GOOD + 'sae = { path = "a", layer = -1 }\n', "case.0.sae.SaeFile.layer"),
     "duplicate id": (GOOD + GOOD, "case ids given twice: a/b"),
     "half a table": ("[[case", "cases.toml"),
 }

@@ -1,0 +1,256 @@
+"""Interventions as data: the rows of a case's ``edits``, and what they say to the emitter.
+
+An edit changes the tensor that arrives at a hook, after it was captured there. Several at one hook act in the order
+of the rows, each on what the one before left. Their torch maths is in :mod:`interventions`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from candle_mi_parity.errors import CaseTableError
+
+E = TypeVar("E", bound="_Edit")
+Position = Annotated[int, Field(ge=0)]
+
+
+class _Edit(BaseModel):
+    """What every edit has.
+
+    :ivar hook: candle-mi's name of the hook point.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    hook: str
+
+    def positions(self) -> Iterator[int]:
+        """The positions that the edit names; each must be inside the prompt."""
+        yield from ()
+
+
+class Drawn(_Edit):
+    """An edit with a tensor of uniform numbers.
+
+    :ivar size: their root mean square, in units of that of the hook's own tensor in the unedited model.
+    """
+
+    seed: int = 0
+    size: Annotated[float, Field(gt=0, le=1000)] = 1.0
+
+
+class Replace(Drawn):
+    kind: Literal["replace"]
+
+
+class Add(Drawn):
+    kind: Literal["add"]
+
+
+class PatchAt(Drawn):
+    """Overwrites one position of a hook that is [B, T, d] with a vector [d]."""
+
+    kind: Literal["patch_at"]
+    position: Position
+
+    def positions(self) -> Iterator[int]:
+        yield self.position
+
+    @model_validator(mode="after")
+    def _has_positions(self) -> PatchAt:
+        if ".attn." in self.hook:
+            raise ValueError(f"patch_at needs a hook that is [B, T, d], and {self.hook} is not")
+        return self
+
+
+class Scale(_Edit):
+    kind: Literal["scale"]
+    factor: float
+
+    @model_validator(mode="after")
+    def _is_short(self) -> Scale:
+        return _short(self, self.factor)
+
+
+class Zero(_Edit):
+    kind: Literal["zero"]
+
+
+class FromTo(BaseModel):
+    """One query position and the keys that it is cut from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    query: Position
+    keys: Annotated[list[Position], Field(min_length=1)]
+
+
+class Attention(BaseModel):
+    """Entries of the attention matrix, as candle-mi's ``KnockoutSpec`` and ``SteeringSpec`` take them.
+
+    :ivar heads: None for all.
+    :ivar edges: pairs [query, key].
+    :ivar from_positions: queries that are meant with every key.
+    :ivar to_positions: keys that are meant with every query.
+    :ivar from_to: a query with several keys.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    heads: Annotated[list[Position], Field(min_length=1)] | None = None
+    edges: list[Annotated[list[Position], Field(min_length=2, max_length=2)]] = []
+    from_positions: list[Position] = []
+    to_positions: list[Position] = []
+    from_to: list[FromTo] = []
+
+    def positions(self) -> Iterator[int]:
+        for edge in self.edges:
+            yield from edge
+        yield from self.from_positions
+        yield from self.to_positions
+        for fan in self.from_to:
+            yield fan.query
+            yield from fan.keys
+
+    def chosen(self, n_heads: int, width: int) -> np.ndarray:
+        """The entries that are meant, boolean [H, T, T]: query × key."""
+        pairs = np.zeros((width, width), bool)
+        for query, key in self.edges:
+            pairs[query, key] = True
+        pairs[self.from_positions] = True
+        pairs[:, self.to_positions] = True
+        for fan in self.from_to:
+            pairs[fan.query, fan.keys] = True
+        heads = np.isin(np.arange(n_heads), range(n_heads) if self.heads is None else self.heads)
+        return heads[:, None, None] & pairs
+
+
+class Knockout(_Edit):
+    """Attention weights that are to be 0: candle-mi's ``create_knockout_mask`` of a ``KnockoutSpec``."""
+
+    kind: Literal["knockout"]
+    spec: Attention
+
+    def positions(self) -> Iterator[int]:
+        return self.spec.positions()
+
+    @model_validator(mode="after")
+    def _is_at_scores(self) -> Knockout:
+        return _at(self, "attn.hook_scores")
+
+
+class Steer(_Edit):
+    """Attention weights multiplied or set, the rows normalised again: ``apply_steering`` of a ``SteeringSpec``.
+
+    :ivar how: ``scale`` multiplies by ``value``, ``set_value`` puts it there and takes the difference in equal
+        shares from the row's other weights.
+    """
+
+    kind: Literal["steer"]
+    how: Literal["scale", "set_value"]
+    value: Annotated[float, Field(ge=0)]
+    spec: Attention
+
+    def positions(self) -> Iterator[int]:
+        return self.spec.positions()
+
+    @model_validator(mode="after")
+    def _is_at_pattern(self) -> Steer:
+        if self.how == "set_value":
+            plain = not (self.spec.from_positions or self.spec.to_positions)
+            pairs = self.spec.edges + [[fan.query, key] for fan in self.spec.from_to for key in fan.keys]
+            if not plain or any(key > query for query, key in pairs):
+                raise ValueError("set_value would put a weight on a key in the future")
+        return _short(_at(self, "attn.hook_pattern"), self.value)
+
+
+class Inject(_Edit):
+    """Decoder rows of the case's SAE added at one position: ``SparseAutoencoder::prepare_hook_injection``.
+
+    :ivar features: pairs [feature, strength].
+    """
+
+    kind: Literal["inject"]
+    position: Position
+    features: Annotated[list[Annotated[list[float], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+
+    def positions(self) -> Iterator[int]:
+        yield self.position
+
+    @model_validator(mode="after")
+    def _has_features(self) -> Inject:
+        if odd := [index for index, _ in self.features if index != int(index) or index < 0]:
+            raise ValueError(f"{odd[0]} is no feature")
+        for _, strength in self.features:
+            _short(self, strength)
+        return self
+
+
+Edit = Annotated[
+    Replace | Add | PatchAt | Scale | Zero | Knockout | Steer | Inject,
+    Field(discriminator="kind"),
+]
+
+
+def _short(edit: E, number: float) -> E:
+    """A number that every format holds (8 bits): the two sides are to multiply by the same."""
+    mantissa = math.frexp(number)[0] * 256
+    if not math.isfinite(number) or mantissa != int(mantissa):
+        raise ValueError(f"{number} does not fit in bfloat16; take one such as 0.5, 1.5 or 0.8125")
+    return edit
+
+
+def _at(edit: E, point: str) -> E:
+    if not edit.hook.endswith(point):
+        raise ValueError(f"stands at {edit.hook}, and works at {point} only")
+    return edit
+
+
+def check(edits: list[Edit], hooks: list[str], width: int, n_heads: int, sae_hook: str | None) -> None:
+    """Hold a case's edits against its model.
+
+    :param hooks: the model's hook points.
+    :param width: tokens of the prompt.
+    :param sae_hook: where the case's SAE stands.
+    :raises CaseTableError: an unknown hook, a position or head outside, an edit that cannot stand where it does.
+    """
+    for index, edit in enumerate(edits):
+        where = f"edits[{index}] ({edit.kind} at {edit.hook})"
+        if edit.hook not in hooks:
+            raise CaseTableError(f"{where}: the model has no such hook point")
+        if odd := [position for position in edit.positions() if position >= width]:
+            raise CaseTableError(f"{where}: position {odd[0]} is outside the prompt of {width} tokens")
+        if isinstance(edit, Knockout | Steer):
+            if odd := [head for head in edit.spec.heads or [] if head >= n_heads]:
+                raise CaseTableError(f"{where}: head {odd[0]}, but the model has {n_heads}")
+            if not edit.spec.chosen(n_heads, width).any():
+                raise CaseTableError(f"{where}: names no entry of the attention matrix")
+        if isinstance(edit, Steer) and len(edits) > 1:
+            # candle-mi steers a pattern that a run before gave: another edit would have to be in that run too.
+            raise CaseTableError(f"{where}: a steer stands alone in its case")
+        cut = any(isinstance(other, Knockout) and other.hook == edit.hook for other in edits[:index])
+        if cut and isinstance(edit, Scale) and edit.factor <= 0:
+            raise CaseTableError(f"{where}: −inf, as a knockout leaves it, times {edit.factor} is no score")
+        if isinstance(edit, Inject) and edit.hook != sae_hook:
+            raise CaseTableError(f"{where}: an injection stands where the case's SAE does, at {sae_hook}")
+
+
+def tensor_key(index: int) -> str:
+    """What the inputs file calls the tensor of the edit at an index."""
+    return f"edit.{index}"
+
+
+def for_emitter(edits: list[Edit]) -> list[dict[str, Any]]:
+    """The ``edits`` of a request: the rows, with a key in the inputs in place of seed and size."""
+    rows = []
+    for index, edit in enumerate(edits):
+        row = edit.model_dump(exclude={"seed", "size"})
+        if isinstance(edit, Inject):
+            row["features"] = [[int(feature), strength] for feature, strength in edit.features]
+        rows.append(row | ({"tensor": tensor_key(index)} if isinstance(edit, Drawn) else {}))
+    return rows

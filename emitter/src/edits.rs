@@ -1,0 +1,193 @@
+//! A request's edits as candle-mi's interventions, each by candle-mi's own helper where it has one.
+
+use candle_core::Tensor;
+use candle_mi::sae::SparseAutoencoder;
+use candle_mi::{
+    apply_steering, create_knockout_mask, HookCache, HookPoint, HookSpec, Intervention,
+    KnockoutSpec, MIBackend, MIError, SteeringSpec,
+};
+
+use crate::error::EmitError;
+use crate::forward::{in_model_dtype, point};
+use crate::inputs::Inputs;
+use crate::model::LoadedModel;
+use crate::request::{Attention, Edit, Steering};
+
+/// `KnockoutSpec` and `SteeringSpec` name entries by the same methods, and share no trait.
+macro_rules! name_entries {
+    ($spec:expr, $chosen:expr) => {{
+        let mut spec = $spec;
+        if let Some(heads) = &$chosen.heads {
+            spec = spec.heads(heads);
+        }
+        for (query, key) in &$chosen.edges {
+            spec = spec.edge(*query, *key);
+        }
+        for query in &$chosen.from_positions {
+            spec = spec.from_position(*query);
+        }
+        for key in &$chosen.to_positions {
+            spec = spec.to_position(*key);
+        }
+        for fan in &$chosen.from_to {
+            spec = spec.from_to_positions(fan.query, &fan.keys);
+        }
+        spec
+    }};
+}
+
+/// What edits are made from.
+pub struct Editor<'a> {
+    pub loaded: &'a LoadedModel,
+    pub inputs: &'a Inputs,
+    /// Token ids `[B,T]`.
+    pub tokens: &'a Tensor,
+    pub sae: Option<&'a SparseAutoencoder>,
+}
+
+impl Editor<'_> {
+    /// Registers one edit behind those that `spec` holds.
+    ///
+    /// # Errors
+    /// `Request` where the edit names what is not there or this candle-mi has no such intervention, `Forward` and
+    /// `Sae` where candle-mi refuses to make it.
+    pub fn register(&self, edit: &Edit, spec: &mut HookSpec) -> Result<(), EmitError> {
+        let hook = point(edit.hook())?;
+        let tensor = |key: &str| in_model_dtype(key, self.inputs, self.loaded);
+        let intervention = match edit {
+            Edit::Replace { tensor: key, .. } => Intervention::Replace(tensor(key)?),
+            Edit::Add { tensor: key, .. } => Intervention::Add(tensor(key)?),
+            Edit::PatchAt {
+                position,
+                tensor: key,
+                ..
+            } => patch_at(*position, tensor(key)?)?,
+            Edit::Scale { factor, .. } => Intervention::Scale(*factor),
+            Edit::Zero { .. } => Intervention::Zero,
+            Edit::Knockout { spec: chosen, .. } => self.knockout(&hook, chosen)?,
+            Edit::Steer {
+                how,
+                value,
+                spec: chosen,
+                ..
+            } => self.steer(&hook, *how, *value, chosen)?,
+            Edit::Inject {
+                position, features, ..
+            } => {
+                spec.extend(&self.injection(&hook, *position, features)?);
+                return Ok(());
+            }
+        };
+        spec.intervene(hook, intervention);
+        Ok(())
+    }
+
+    fn width(&self) -> Result<usize, EmitError> {
+        let width = self.tokens.dim(1);
+        width.map_err(|error| EmitError::Forward(format!("token tensor: {error}")))
+    }
+
+    fn knockout(&self, hook: &HookPoint, chosen: &Attention) -> Result<Intervention, EmitError> {
+        let HookPoint::AttnScores(layer) = hook else {
+            return Err(misplaced("knockout", "attn.hook_scores", hook));
+        };
+        let spec = name_entries!(KnockoutSpec::new().layer(*layer), chosen);
+        let (heads, width) = (self.loaded.model.num_heads(), self.width()?);
+        spec.validate(self.loaded.layers(), heads, width)
+            .map_err(|error| refused(hook, &error))?;
+        let (device, dtype) = (&self.loaded.device, self.loaded.dtype);
+        let mask = create_knockout_mask(&spec, heads, width, device, dtype);
+        Ok(Intervention::Knockout(mask.map_err(failed)?))
+    }
+
+    /// A forward pass gives the pattern, candle-mi steers it, and the second pass is given the result.
+    fn steer(
+        &self,
+        hook: &HookPoint,
+        how: Steering,
+        value: f32,
+        chosen: &Attention,
+    ) -> Result<Intervention, EmitError> {
+        let HookPoint::AttnPattern(layer) = hook else {
+            return Err(misplaced("steer", "attn.hook_pattern", hook));
+        };
+        let spec = match how {
+            Steering::Scale => SteeringSpec::scale(value),
+            Steering::SetValue => SteeringSpec::set_value(value),
+        };
+        let spec = name_entries!(spec.layer(*layer), chosen);
+        let (heads, width) = (self.loaded.model.num_heads(), self.width()?);
+        spec.validate(self.loaded.layers(), heads, width)
+            .map_err(|error| refused(hook, &error))?;
+        let mut baseline = HookSpec::new();
+        baseline.capture(hook.clone());
+        let cache = self.loaded.model.forward(self.tokens, &baseline);
+        let cache = cache.map_err(failed)?;
+        let steered = cache
+            .require(hook)
+            .and_then(|pattern| apply_steering(pattern, &spec, heads, width));
+        Ok(Intervention::Replace(steered.map_err(failed)?))
+    }
+
+    fn injection(
+        &self,
+        hook: &HookPoint,
+        position: usize,
+        features: &[(usize, f32)],
+    ) -> Result<HookSpec, EmitError> {
+        let Some(sae) = self.sae else {
+            return Err(EmitError::Request(format!(
+                "edit at {hook}: an injection needs an SAE"
+            )));
+        };
+        let (width, device) = (self.width()?, &self.loaded.device);
+        // Run as it comes: where candle-mi aims it elsewhere, that is candle-mi's answer, and the trace shows it.
+        sae.prepare_hook_injection(features, position, width, device)
+            .map_err(|error| EmitError::Sae(error.to_string()))
+    }
+}
+
+#[cfg(has_patch_at)]
+fn patch_at(position: usize, value: Tensor) -> Result<Intervention, EmitError> {
+    Ok(Intervention::PatchAt { position, value })
+}
+
+#[cfg(not(has_patch_at))]
+fn patch_at(_position: usize, _value: Tensor) -> Result<Intervention, EmitError> {
+    // Not the request's fault: this candle-mi cannot run it, and the ledger may say so.
+    Err(EmitError::Forward(format!(
+        "candle-mi {} has no PatchAt, which came with 0.1.24",
+        env!("PARITY_CANDLE_MI_VERSION")
+    )))
+}
+
+fn failed(error: MIError) -> EmitError {
+    EmitError::Forward(error.to_string())
+}
+
+fn refused(hook: &HookPoint, error: &MIError) -> EmitError {
+    EmitError::Request(format!("edit at {hook}: {error}"))
+}
+
+fn misplaced(kind: &str, wanted: &str, hook: &HookPoint) -> EmitError {
+    EmitError::Request(format!("a {kind} works at {wanted}, not at {hook}"))
+}
+
+/// A tensor of another shape can pass through candle by broadcasting and give numbers that mean nothing.
+pub fn check_shapes(edits: &[Edit], inputs: &Inputs, cache: &HookCache) -> Result<(), EmitError> {
+    for edit in edits {
+        let (Edit::Replace { hook, tensor } | Edit::Add { hook, tensor }) = edit else {
+            continue;
+        };
+        let given = inputs.get(tensor)?.dims();
+        let Some(there) = cache.get(&point(hook)?).map(Tensor::dims) else {
+            continue;
+        };
+        if given != there {
+            return Err(EmitError::Request(format!(
+                "edit tensor \"{tensor}\" has shape {given:?}, {hook} has {there:?}"
+            )));
+        }
+    }
+    Ok(())
+}

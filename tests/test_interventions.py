@@ -1,0 +1,102 @@
+"""Interventions: of a case with edits the whole downstream trace is the truth's, not only that the logits moved.
+
+Each kind stands at every hook that takes it, on a family with a softcap and on one without; candle-mi makes its
+masks, steered patterns and injections with its own helpers, transformers is edited by hooks.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from candle_mi_parity.cases import Case, cache_root, load_cases
+from candle_mi_parity.families import LAYER_POINTS
+from candle_mi_parity.hooks import forward, load_model
+from candle_mi_parity.interventions import drawn_tensors, edits_of
+from candle_mi_parity.oracle import Oracle
+from candle_mi_parity.pytest_plugin import check
+from candle_mi_parity.rounding import Float64
+from candle_mi_parity.subject import prepare
+from candle_mi_parity.verdict import CaseResult
+
+EDITED = {case.id: case for case in load_cases() if case.edits}
+POINTS = {"hook_embed", "hook_final_norm", *LAYER_POINTS}
+STREAM = {point for point in POINTS if not point.startswith("attn.")}
+TAKES = {
+    "replace": POINTS,
+    "add": POINTS,
+    "scale": POINTS,
+    "zero": POINTS,
+    "patch_at": STREAM,
+    "knockout": {"attn.hook_scores"},
+    "steer": {"attn.hook_pattern"},
+}
+
+FAR = {"float32": 1000, "float16": 10}
+"""How far beyond its noise, in its own format, an edit must move a tensor."""
+
+UNSEEN = {
+    "gemma2/edit-scale-attention": {"blocks.0.attn.hook_v", "blocks.1.attn.hook_pattern"},
+    "gemma2/edit-scale-stream": {"blocks.1.mlp.hook_post"},
+}
+"""Gemma 2 norms what comes out of both blocks: a factor on all of it is taken out again, but for the norm's eps."""
+
+
+def test_interventions(candidate: str, edited_case_id: str, judged: Callable[[str, str], CaseResult]) -> None:
+    check(judged(candidate, edited_case_id), lambda name: True)
+
+
+@functools.cache
+def model_of(directory: Path) -> nn.Module:
+    return load_model(directory)
+
+
+def values(case: Case) -> dict[str, torch.Tensor]:
+    """The truth's own numbers, without their noise."""
+    subject = prepare(case, cache_root())
+    model = model_of(subject.model_dir)
+    drawn = {key: torch.from_numpy(array).double() for key, array in drawn_tensors(subject, model).items()}
+    with Float64(), torch.no_grad():  # type: ignore[no-untyped-call]
+        return forward(model, torch.tensor(subject.tokens), edits_of(subject, drawn)).tensors
+
+
+def rms(tensor: torch.Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt())
+
+
+@pytest.mark.parametrize("case_id", EDITED)
+def test_the_edits_of_a_case_move_its_logits_far_beyond_rounding(case_id: str) -> None:
+    case = EDITED[case_id]
+    moved = values(case)["logits"] - values(case.model_copy(update={"edits": []}))["logits"]
+    noise = Oracle(prepare(case, cache_root()), cache_root()).truth().tensors["logits"].noise
+    assert rms(moved) > FAR[case.dtype] * rms(torch.from_numpy(noise))
+
+
+@pytest.mark.parametrize("case_id", EDITED)
+def test_each_edit_of_a_case_moves_a_tensor_behind_it(case_id: str) -> None:
+    """The logits alone could not tell: an edit may hide another from them, and not from the trace between."""
+    case = EDITED[case_id]
+    there = values(case)
+    noise = Oracle(prepare(case, cache_root()), cache_root()).truth().tensors
+    unseen = set()
+    for index, edit in enumerate(case.edits):
+        rest = [other for place, other in enumerate(case.edits) if place != index]
+        without = values(case.model_copy(update={"edits": rest}))
+        moved = {name: rms(tensor - without[name]) for name, tensor in there.items()}
+        if not any(
+            size > FAR[case.dtype] * rms(torch.from_numpy(noise[name].noise)) and size > 1e-3 * rms(without[name])
+            for name, size in moved.items()
+        ):
+            unseen.add(edit.hook)
+    assert unseen == UNSEEN.get(case_id, set())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", TAKES)
+def test_every_kind_stands_at_every_hook_that_takes_it(family: str, kind: str) -> None:
+    cases = [case for case in EDITED.values() if case.family == family]
+    hooks = {edit.hook for case in cases for edit in case.edits if edit.kind == kind}
+    assert {hook.split(".", 2)[2] if hook.startswith("blocks") else hook for hook in hooks} == TAKES[kind]
