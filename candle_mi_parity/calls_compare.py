@@ -29,6 +29,9 @@ class KnownCall(Strict):
 
 
 class KnownCalls(Strict):
+    """:ivar absent: function → the releases that lack it."""
+
+    absent: dict[str, list[str]] = {}
     known: list[KnownCall] = []
 
 
@@ -41,21 +44,22 @@ class CallVerdict:
     why: str
 
 
-def load_known_calls(path: Path = FIXTURES / "known_calls.toml") -> list[KnownCall]:
+def load_known_calls(path: Path = FIXTURES / "known_calls.toml") -> KnownCalls:
     """:raises LedgerError: malformed, or a call twice for one version."""
-    known = read_toml(path, KnownCalls, LedgerError).known
-    pairs = [(entry.call, version) for entry in known for version in entry.versions]
+    known = read_toml(path, KnownCalls, LedgerError)
+    pairs = [(entry.call, version) for entry in known.known for version in entry.versions]
     if len(set(pairs)) != len(pairs):
         raise LedgerError(f"{path}: a call is listed twice for one version")
     return known
 
 
 def judge_calls(
-    table: CallTable, calls: Calls, truth: Callable[[CallRow], CallTruth], known: list[KnownCall]
+    table: CallTable, calls: Calls, truth: Callable[[CallRow], CallTruth], known: KnownCalls
 ) -> list[CallVerdict]:
     """One verdict per row of the table.
 
     :raises TraceError: another table, a call missing, unknown or answered twice.
+    :raises LedgerError: a known call that the table lacks.
     """
     if calls.case.digest != table.digest():
         raise TraceError("the calls are of another table; emit them again")
@@ -65,21 +69,35 @@ def judge_calls(
     rows = {row.id for row in table.call}
     if wrong := sorted(rows ^ set(counts)):
         raise TraceError(f"calls missing or unknown: {', '.join(wrong)}")
-    version = calls.candle_mi.version
-    listed = {entry.call for entry in known if version in entry.versions}
-    if unknown := sorted({entry.call for entry in known} - rows):
+    if unknown := sorted({entry.call for entry in known.known} - rows):
         raise LedgerError(f"known calls that the table lacks: {', '.join(unknown)}")
+    version = calls.candle_mi.version
+    listed = {entry.call: entry for entry in known.known if version in entry.versions}
+    lacking = {fn for fn, versions in known.absent.items() if version in versions}
     answers = {answer.id: answer for answer in calls.calls}
-    return [_verdict(row, answers[row.id], truth, row.id in listed) for row in table.call]
+    verdicts = []
+    for row in table.call:
+        answer = answers[row.id]
+        if (answer.outcome == "absent") != (row.fn in lacking):
+            verdicts.append(
+                CallVerdict(row.id, "FAIL", f"{row.fn} is {answer.outcome}, against the list of absent ones")
+            )
+        elif answer.outcome == "absent":
+            verdicts.append(CallVerdict(row.id, "ABSENT", f"{version} has no {row.fn}"))
+        else:
+            verdicts.append(_verdict(row, answer, truth(row), listed.get(row.id)))
+    return verdicts
 
 
-def _verdict(row: CallRow, answer: Answered, truth: Callable[[CallRow], CallTruth], listed: bool) -> CallVerdict:
-    if answer.outcome == "absent":
-        return CallVerdict(row.id, "STALE" if listed else "ABSENT", "")
-    why = fault(row, answer, truth(row))
-    if listed:
-        return CallVerdict(row.id, "KNOWN" if why else "STALE", why or "listed as known, but it passes")
-    return CallVerdict(row.id, "FAIL" if why else "PASS", why)
+def _verdict(row: CallRow, answer: Answered, truth: CallTruth, known: KnownCall | None) -> CallVerdict:
+    why = fault(row, answer, truth)
+    if known is None:
+        return CallVerdict(row.id, "FAIL" if why else "PASS", why)
+    if not why:
+        return CallVerdict(row.id, "STALE", "listed as known, but it passes")
+    if (known.kind == "refusal") != (answer.outcome == "error"):
+        return CallVerdict(row.id, "FAIL", f"not the {known.kind} that is known: {why}")
+    return CallVerdict(row.id, "KNOWN", f"{known.kind}: {known.why}")
 
 
 def fault(row: CallRow, answer: Answered, truth: CallTruth) -> str:
