@@ -1,4 +1,4 @@
-"""Direct calls of candle-mi's public functions: ``fixtures/calls.toml``, its inputs, and what the emitter answered."""
+"""Direct calls of candle-mi's public functions: ``fixtures/calls.toml``, its inputs, and the emitter's answers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class SaeRow(Strict):
     def write(self, directory: Path) -> None:
         """``cfg.json`` and ``sae_weights.safetensors``."""
         directory.mkdir(parents=True, exist_ok=True)
-        config = {"d_in": self.width, "d_sae": self.features, "architecture": self.architecture}
+        config: dict[str, object] = {"d_in": self.width, "d_sae": self.features, "architecture": self.architecture}
         config |= {"hook_name": "blocks.0.hook_resid_post"}
         if self.k:
             config["activation_fn_kwargs"] = {"k": self.k}

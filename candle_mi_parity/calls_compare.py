@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import Field
 
 from candle_mi_parity.calls import Answered, CallRow, Calls, CallTable, Strict
 from candle_mi_parity.calls_truth import CallTruth
@@ -31,8 +32,8 @@ class KnownCall(Strict):
 class KnownCalls(Strict):
     """:ivar absent: function → the releases that lack it."""
 
-    absent: dict[str, list[str]] = {}
-    known: list[KnownCall] = []
+    absent: dict[str, list[str]] = Field(default_factory=dict)
+    known: list[KnownCall] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _tensor(row: CallRow, name: str, got: np.ndarray, truth: np.ndarray, noise: 
         at = tuple(wrong[0])
         return f"{name}{list(map(int, at))} is {np.atleast_1d(got)[at]:.9g}, expected {np.atleast_1d(narrow)[at]:.9g}"
     shape = (1, -1, truth.shape[-1]) if truth.ndim else (1, 1, 1)
-    found = measure(*((array.reshape(shape)) for array in (got - truth, truth, noise)))
+    found = measure((got - truth).reshape(shape), truth.reshape(shape), noise.reshape(shape))
     if found.unresolved.any():
         return f"{name} cannot be judged: its noise is too large"
     if found.passes():

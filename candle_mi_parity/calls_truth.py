@@ -106,7 +106,7 @@ def _position_delta(direction: torch.Tensor, position: int, seq_len: int) -> Nam
 
 
 def _gram(matrix: torch.Tensor, k: int, iterations: int) -> Named:
-    """Scatter [d, d] of the centred rows; :func:`_eigen` takes it apart outside the mode, which has no rule for it."""
+    """Scatter [d, d] of the centred rows; :func:`_eigen` takes it apart outside the mode: no rule for eigh."""
     centred = matrix - matrix.mean(0, keepdim=True)
     return {"gram": centred.t().contiguous() @ centred}
 

@@ -165,6 +165,7 @@ def store(
         directory = model_directory(model, cache_root())
         target = ROOT / "rust_outputs" / candidate / "tokens.json"
         emit_tokens(parse_candidate(candidate), cache_root(), directory, target, print)
+        emit_calls(parse_candidate(candidate), cache_root(), target.with_name("calls.json"), print)
         print(result.line())
 
 

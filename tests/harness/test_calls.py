@@ -127,7 +127,7 @@ def judged(calls: list[Answered], known: KnownCalls | None = None) -> dict[str, 
 
 @pytest.mark.parametrize("calls", [STORED.calls[1:], [*STORED.calls, STORED.calls[0]], []])
 def test_missing_or_doubled_call(calls: list[Answered]) -> None:
-    with pytest.raises(TraceError, match="calls (missing|answered twice)"):
+    with pytest.raises(TraceError, match=r"calls (missing|answered twice)"):
         judged(calls)
 
 
