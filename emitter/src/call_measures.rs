@@ -26,7 +26,8 @@ pub enum Measure {
         ablated: String,
         k: usize,
     },
-    MeasureAttentionToTargets {
+    #[serde(rename = "measure_attention_to_targets")]
+    AttentionToTargets {
         attention: String,
         from: usize,
         targets: Vec<usize>,
@@ -93,7 +94,7 @@ pub fn run(measure: &Measure, inputs: &Inputs) -> Result<Outcome, EmitError> {
             ]),
             Err(error) => Outcome::Refused(error),
         },
-        Measure::MeasureAttentionToTargets {
+        Measure::AttentionToTargets {
             attention,
             from,
             targets,
