@@ -13,10 +13,14 @@ import typer
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from rich.text import Text
 
 from candle_mi_parity import diff_views, history, report
 from candle_mi_parity.build import build
+from candle_mi_parity.calls import emit_calls, load_calls, read_calls
+from candle_mi_parity.calls_compare import judge_calls, load_known_calls
+from candle_mi_parity.calls_truth import truth_of
 from candle_mi_parity.candidate import CandidateError, parse_candidate
 from candle_mi_parity.cases import ROOT, Case, cache_root, load_cases, select
 from candle_mi_parity.census import take_census
@@ -167,6 +171,7 @@ def store(
         directory = model_directory(model, cache_root())
         target = ROOT / "rust_outputs" / candidate / "tokens.json"
         emit_tokens(parse_candidate(candidate), cache_root(), directory, target, print)
+        emit_calls(parse_candidate(candidate), cache_root(), target.with_name("calls.json"), print)
         print(result.line())
 
 
@@ -258,6 +263,23 @@ def known(candidate: CandidateOption = DEFAULT_CANDIDATE, cases: CasesOption = N
         for case in result.cases:
             if case.status is Status.FAIL or (case.status is Status.ERROR and is_refusal(case)):
                 print(proposed_entry(case, identity))
+
+
+@app.command("calls")
+def calls_command(candidate: CandidateOption = DEFAULT_CANDIDATE, out: OutOption = OUT) -> None:
+    """Judge direct calls of candle-mi's public functions; exit code 1 where one diverges and is not listed."""
+    with _one_line_errors():
+        chosen = parse_candidate(candidate)
+        if chosen.kind not in ("version", "path", "git"):
+            raise CandidateError(f"calls need a candle-mi to run, not {candidate}")
+        path = emit_calls(chosen, cache_root(), out / "calls.json", lambda line: None)
+        table = load_calls()
+        verdicts = judge_calls(table, read_calls(path), lambda row: truth_of(row, table), load_known_calls())
+        shown = Table("call", "verdict", "why")
+        for verdict in verdicts:
+            shown.add_row(verdict.id, verdict.status, Text(verdict.why))
+        Console().print(shown)
+    raise typer.Exit(1 if any(verdict.status in ("FAIL", "STALE") for verdict in verdicts) else 0)
 
 
 @app.command("fields")

@@ -20,6 +20,16 @@ fn main() {
         println!("cargo:warning=no candle-mi in Cargo.lock");
         std::process::exit(1);
     };
+    // What a release lacks is compiled out, and its calls are answered "absent".
+    let version = field(&candle_mi, "version").unwrap_or_default();
+    let parts: Vec<u32> = version
+        .split(['.', '-', '+'])
+        .map_while(|part| part.parse().ok())
+        .collect();
+    println!("cargo:rustc-check-cfg=cfg(since_0_1_24)");
+    if parts >= vec![0, 1, 24] {
+        println!("cargo:rustc-cfg=since_0_1_24");
+    }
     let source = field(&candle_mi, "source").unwrap_or_default();
     let (kind, revision, digest) = if source.starts_with("registry+") {
         ("registry", String::new(), String::new())

@@ -1,6 +1,9 @@
 //! `parity-emitter` reads requests as JSON Lines on stdin, runs candle-mi on each, and writes a trace (or a
 //! document of token ids) per request and one reply line on stdout. It knows nothing of the truth and judges nothing.
 
+mod call;
+mod call_measures;
+mod call_sae;
 mod digest;
 mod edits;
 mod emit;
@@ -113,6 +116,10 @@ fn answer(line: &[u8], session: &mut Session) -> Reply {
             Asked::Tokens(request) => {
                 tokenize::run(&request)?;
                 (None, request.out)
+            }
+            Asked::Calls(request) => {
+                call::run(&request)?;
+                (Some(request.case.id), request.out)
             }
         })
     }))

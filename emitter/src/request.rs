@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
+use crate::call::{self, CallRequest};
 use crate::error::EmitError;
 use crate::tokenize::{self, TokenizeRequest};
 
@@ -231,6 +232,7 @@ pub fn case_id(line: &[u8]) -> Option<String> {
 pub enum Asked {
     Trace(Box<Request>),
     Tokens(TokenizeRequest),
+    Calls(CallRequest),
 }
 
 /// Parses and checks one request; all that can be judged without reading a file.
@@ -250,10 +252,17 @@ pub fn parse(line: &[u8]) -> Result<Asked, EmitError> {
             check_out(&request.out)?;
             Ok(Asked::Tokens(request))
         }
+        Some(call::REQUEST_FORMAT) => {
+            let request: CallRequest = serde_json::from_slice(line).map_err(bad)?;
+            call::check(&request)?;
+            check_out(&request.out)?;
+            Ok(Asked::Calls(request))
+        }
         other => Err(EmitError::Request(format!(
-            "request format is {}, this emitter reads \"{FORMAT}\" and \"{}\"",
+            "request format is {}, this emitter reads \"{FORMAT}\", \"{}\" and \"{}\"",
             other.map_or("missing".to_owned(), |format| format!("\"{format}\"")),
-            tokenize::REQUEST_FORMAT
+            tokenize::REQUEST_FORMAT,
+            call::REQUEST_FORMAT
         ))),
     }
 }

@@ -29,7 +29,7 @@ fn refusal(change: impl Fn(&mut Value)) -> String {
 fn trace_request(value: &Value) -> Request {
     match parse(value.to_string().as_bytes()) {
         Ok(Asked::Trace(request)) => *request,
-        Ok(Asked::Tokens(_)) => panic!("taken for a tokenising request"),
+        Ok(Asked::Tokens(_) | Asked::Calls(_)) => panic!("taken for another request"),
         Err(error) => panic!("{error}"),
     }
 }
@@ -37,7 +37,7 @@ fn trace_request(value: &Value) -> Request {
 fn tokenize_request(value: &Value) -> Result<TokenizeRequest, String> {
     match parse(value.to_string().as_bytes()) {
         Ok(Asked::Tokens(request)) => Ok(request),
-        Ok(Asked::Trace(_)) => Err("taken for a trace request".to_owned()),
+        Ok(Asked::Trace(_) | Asked::Calls(_)) => Err("taken for another request".to_owned()),
         Err(error) => Err(error.one_line()),
     }
 }
@@ -216,5 +216,32 @@ fn an_edit_that_cannot_be_made_is_refused() {
     ] {
         let answer = with_edits(&edits);
         assert!(answer.contains(said), "{edits}: {answer}");
+    }
+}
+
+fn call_refusal(calls: Value) -> String {
+    let value = json!({
+        "format": crate::call::REQUEST_FORMAT, "case": {"id": "calls", "digest": "00"},
+        "inputs": "/i.safetensors", "calls": calls, "out": "/o/a.json"
+    });
+    match parse(value.to_string().as_bytes()) {
+        Ok(Asked::Calls(_)) => String::new(),
+        Ok(_) => "taken for another request".to_owned(),
+        Err(error) => error.one_line(),
+    }
+}
+
+#[test]
+fn a_call_is_read_and_an_unknown_argument_function_or_second_id_is_refused() {
+    let good = json!({"id": "a", "run": {"fn": "sample_token", "logits": "x"}});
+    assert_eq!(call_refusal(json!([good])), "");
+    assert!(call_refusal(json!([good, good])).contains("twice"));
+    assert!(call_refusal(json!([])).contains("empty"));
+    for run in [
+        json!({"fn": "sample_token", "logits": "x", "temperature": 1.0}),
+        json!({"fn": "sample_tokens", "logits": "x"}),
+        json!({"fn": "encode", "sae": {"path": "/s", "layer": 0}}),
+    ] {
+        assert_ne!(call_refusal(json!([{"id": "a", "run": run}])), "");
     }
 }

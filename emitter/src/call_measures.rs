@@ -1,0 +1,233 @@
+//! Calls of the measures on logits and attention, of the masks, and of PCA.
+
+use candle_core::{DType, Device};
+use candle_mi::{AblationResult, InterventionType, KnockoutSpec, MIError, SteeringSpec};
+use serde::Deserialize;
+
+use crate::call::{Answer, Outcome};
+use crate::error::EmitError;
+use crate::inputs::Inputs;
+
+/// A function and its arguments; a string is a key of the inputs.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "fn", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Measure {
+    KlDivergence {
+        baseline: String,
+        other: String,
+    },
+    LogitDiff {
+        baseline: String,
+        ablated: String,
+        token: u32,
+    },
+    TopChangedTokens {
+        baseline: String,
+        ablated: String,
+        k: usize,
+    },
+    #[serde(rename = "measure_attention_to_targets")]
+    AttentionToTargets {
+        attention: String,
+        from: usize,
+        targets: Vec<usize>,
+    },
+    ExtractTokenProb {
+        logits: String,
+        token: u32,
+    },
+    SampleToken {
+        logits: String,
+    },
+    PcaTopK {
+        matrix: String,
+        k: usize,
+        iterations: usize,
+    },
+    CreateKnockoutMask {
+        heads: Option<Vec<usize>>,
+        edges: Vec<(usize, usize)>,
+        n_heads: usize,
+        seq_len: usize,
+    },
+    ApplySteering {
+        attention: String,
+        heads: Option<Vec<usize>>,
+        edges: Vec<(usize, usize)>,
+        #[serde(default)]
+        scale: Option<f32>,
+        #[serde(default)]
+        set_value: Option<f32>,
+    },
+    CreateCausalMask {
+        seq_len: usize,
+    },
+    #[cfg_attr(not(since_0_1_24), allow(dead_code))]
+    PositionDelta {
+        direction: String,
+        position: usize,
+        seq_len: usize,
+    },
+}
+
+pub fn run(measure: &Measure, inputs: &Inputs) -> Result<Outcome, EmitError> {
+    Ok(match measure {
+        Measure::KlDivergence { baseline, other } => scalar(candle_mi::kl_divergence(
+            inputs.get(baseline)?,
+            inputs.get(other)?,
+        )),
+        Measure::LogitDiff {
+            baseline,
+            ablated,
+            token,
+        } => scalar(ablation(inputs, baseline, ablated)?.logit_diff(*token)),
+        Measure::TopChangedTokens {
+            baseline,
+            ablated,
+            k,
+        } => match ablation(inputs, baseline, ablated)?.top_changed_tokens(*k) {
+            Ok(rows) => Outcome::Results(vec![
+                Answer::list("tokens", rows.iter().map(|row| f64::from(row.0))),
+                Answer::list("baseline", rows.iter().map(|row| f64::from(row.1))),
+                Answer::list("ablated", rows.iter().map(|row| f64::from(row.2))),
+                Answer::list("change", rows.iter().map(|row| f64::from(row.3))),
+            ]),
+            Err(error) => Outcome::Refused(error),
+        },
+        Measure::AttentionToTargets {
+            attention,
+            from,
+            targets,
+        } => scalar(candle_mi::measure_attention_to_targets(
+            inputs.get(attention)?,
+            *from,
+            targets,
+        )),
+        Measure::ExtractTokenProb { logits, token } => {
+            scalar(candle_mi::extract_token_prob(inputs.get(logits)?, *token))
+        }
+        Measure::SampleToken { logits } => {
+            match candle_mi::sample_token(inputs.get(logits)?, 0.0) {
+                Ok(token) => Outcome::Results(vec![Answer::scalar("token", f64::from(token))]),
+                Err(error) => Outcome::Refused(error),
+            }
+        }
+        Measure::PcaTopK {
+            matrix,
+            k,
+            iterations,
+        } => match candle_mi::pca_top_k(inputs.get(matrix)?, *k, *iterations) {
+            Ok(pca) => Outcome::Results(vec![
+                Answer::of("components", &pca.components)?,
+                Answer::list("eigenvalues", pca.eigenvalues.into_iter().map(f64::from)),
+                Answer::list(
+                    "explained",
+                    pca.explained_variance_ratio.into_iter().map(f64::from),
+                ),
+            ]),
+            Err(error) => Outcome::Refused(error),
+        },
+        Measure::CreateKnockoutMask {
+            heads,
+            edges,
+            n_heads,
+            seq_len,
+        } => {
+            let mut spec = KnockoutSpec::new();
+            if let Some(heads) = heads {
+                spec = spec.heads(heads);
+            }
+            for (from, to) in edges {
+                spec = spec.edge(*from, *to);
+            }
+            let device = Device::Cpu;
+            tensor(candle_mi::create_knockout_mask(
+                &spec,
+                *n_heads,
+                *seq_len,
+                &device,
+                DType::F32,
+            ))?
+        }
+        Measure::ApplySteering {
+            attention,
+            heads,
+            edges,
+            scale,
+            set_value,
+        } => {
+            let kind = match (scale, set_value) {
+                (Some(factor), None) => InterventionType::Scale(*factor),
+                (None, Some(target)) => InterventionType::SetValue(*target),
+                _ => {
+                    return Err(EmitError::Request(
+                        "apply_steering takes scale or set_value".to_owned(),
+                    ))
+                }
+            };
+            steer(inputs, attention, heads.as_deref(), edges, kind)?
+        }
+        Measure::CreateCausalMask { seq_len } => tensor(candle_mi::create_causal_mask(
+            *seq_len,
+            &Device::Cpu,
+            DType::F32,
+        ))?,
+        #[cfg(since_0_1_24)]
+        Measure::PositionDelta {
+            direction,
+            position,
+            seq_len,
+        } => tensor(candle_mi::position_delta(
+            inputs.get(direction)?,
+            *position,
+            *seq_len,
+        ))?,
+        #[cfg(not(since_0_1_24))]
+        Measure::PositionDelta { .. } => Outcome::Absent,
+    })
+}
+
+fn steer(
+    inputs: &Inputs,
+    attention: &str,
+    heads: Option<&[usize]>,
+    edges: &[(usize, usize)],
+    kind: InterventionType,
+) -> Result<Outcome, EmitError> {
+    let attention = inputs.get(attention)?;
+    let (_, n_heads, seq_len, _) = attention
+        .dims4()
+        .map_err(|error| EmitError::Request(format!("attention: {error}")))?;
+    let mut spec = SteeringSpec::new(kind);
+    if let Some(heads) = heads {
+        spec = spec.heads(heads);
+    }
+    for (from, to) in edges {
+        spec = spec.edge(*from, *to);
+    }
+    tensor(candle_mi::apply_steering(
+        attention, &spec, n_heads, seq_len,
+    ))
+}
+
+fn ablation(inputs: &Inputs, baseline: &str, ablated: &str) -> Result<AblationResult, EmitError> {
+    Ok(AblationResult::new(
+        inputs.get(baseline)?.clone(),
+        inputs.get(ablated)?.clone(),
+        KnockoutSpec::new(),
+    ))
+}
+
+fn scalar(value: Result<f32, MIError>) -> Outcome {
+    match value {
+        Ok(value) => Outcome::Results(vec![Answer::scalar("value", f64::from(value))]),
+        Err(error) => Outcome::Refused(error),
+    }
+}
+
+pub fn tensor(value: Result<candle_core::Tensor, MIError>) -> Result<Outcome, EmitError> {
+    match value {
+        Ok(value) => Ok(Outcome::Results(vec![Answer::of("value", &value)?])),
+        Err(error) => Ok(Outcome::Refused(error)),
+    }
+}
