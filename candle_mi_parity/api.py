@@ -116,7 +116,9 @@ class _Walk:
         else:
             kind = next((kind for kind in ("struct", "enum", "union") if kind in inner), None)
             for impl in self._items(inner[kind]["impls"]) if kind else []:
-                self._impl(impl, here)
+                # rustdoc lists `impl From<A> for B` under A too.
+                if impl["inner"]["impl"]["for"].get("resolved_path", {}).get("id") == item["id"]:
+                    self._impl(impl, here)
 
     def _impl(self, item: dict[str, Any], path: tuple[str, ...]) -> None:
         impl = item["inner"]["impl"]
