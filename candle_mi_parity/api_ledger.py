@@ -1,4 +1,4 @@
-"""The ledger of public functions: ``fixtures/api.toml``, what compares each function of candle-mi, or why nothing does.
+"""The ledger of public functions: ``fixtures/api.toml``, what compares each one of candle-mi's, or why nothing does.
 
 Which functions there are comes from rustdoc (:mod:`api`). Every function of every release matches one row.
 """
@@ -145,7 +145,7 @@ def _rows(path: Path, key: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class ApiTotals:
-    """One release in numbers; ``covers`` counts ``compared`` and each reason, ``added`` is since the release before."""
+    """One release in numbers; ``covers`` counts ``compared`` and each reason, ``added`` since the release before."""
 
     version: str
     functions: int
@@ -165,7 +165,7 @@ def _matches(item: str, pattern: str) -> bool:
 
 
 def faults(ledger: ApiLedger, surfaces: list[Surface], known: Comparisons) -> list[str]:
-    """All that is wrong with the ledger, a line each: unlisted, listed twice, stale, a dead reference, a false reason."""
+    """What is wrong with the ledger, a line each: unlisted, listed twice, stale, a dead reference, a false reason."""
     signatures = {item: signature for surface in surfaces for item, signature in surface.items.items()}
     lines = []
     for item, signature in sorted(signatures.items()):

@@ -37,6 +37,8 @@ def record(version: str, cache: Path) -> Path:
 def _rustdoc(crate: Path, target: Path) -> dict[str, Any]:
     manifest = ["--manifest-path", str(crate / "Cargo.toml"), "--locked"]
     environment = {**os.environ, "CARGO_TARGET_DIR": str(target)}
+    # A cross-compilation target set by the user would move the libraries elsewhere.
+    environment.pop("CARGO_BUILD_TARGET", None)
     build = ["cargo", "build", "--release", "-p", "candle-mi", "--message-format", "json", *manifest]
     told = [json.loads(line) for line in _run(build, environment).splitlines()]
     made = {one["package_id"]: one for one in told if _is_library(one)}

@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_totals_add_up() -> None:
     for total, surface in zip(found, SURFACES, strict=True):
         assert sum(total.covers.values()) == total.functions == len(surface.items)
         assert "unlisted" not in total.covers and total.covers["compared"] > 0
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in pairwise(found):
         assert after.functions == before.functions + len(after.added) - len(after.removed)
     assert "nn_ops::rope" in found[-1].added and "cache::KVCache::new" in found[-1].removed
 
