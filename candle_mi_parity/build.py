@@ -75,6 +75,13 @@ def build(candidate: Candidate, cache: Path, log: Progress, features: Sequence[s
     return BuiltEmitter(binary, identity)
 
 
+def crate_of(candidate: Candidate, cache: Path, crate: Path) -> Path:
+    """Write the emitter's crate for a candidate to ``crate``; returns the target directory it is built in."""
+    plan = _plan(candidate, cache)
+    _lay_out(crate, plan)
+    return cache / "target" / f"candle-{plan.candle}"
+
+
 def tree_digest(directory: Path) -> str:
     """SHA-256 over the names and contents of a crate's ``.rs`` and ``.toml`` files, without build outputs."""
     digest = hashlib.sha256()

@@ -16,7 +16,8 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from candle_mi_parity import diff_views, history, report
+from candle_mi_parity import api_ledger, api_rustdoc, diff_views, history, report
+from candle_mi_parity.api import RELEASES
 from candle_mi_parity.build import build
 from candle_mi_parity.calls import emit_calls, load_calls, read_calls
 from candle_mi_parity.calls_compare import judge_calls, load_known_calls
@@ -294,6 +295,20 @@ def fields_command(
         findings = check(load_fields(), load_cases(), cache_root(), families)
         report.fields_table(findings, Console())
     raise typer.Exit(1 if any(finding.fault for finding in findings) else 0)
+
+
+@app.command("api")
+def api_command(
+    record: Annotated[bool, typer.Option(help="List the releases' functions anew first; needs Rust.")] = False,
+) -> None:
+    """The ledger of candle-mi's public functions: how many of each release are compared, and why the rest is not."""
+    with _one_line_errors():
+        for version in RELEASES if record else ():
+            print(f"wrote {api_rustdoc.record(version, cache_root())}")
+        ledger, surfaces = api_ledger.load_api(), api_ledger.load_surfaces()
+        found = api_ledger.faults(ledger, surfaces, api_ledger.comparisons())
+        report.api_table(api_ledger.totals(ledger, surfaces), found, Console())
+    raise typer.Exit(1 if found else 0)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from candle_mi_parity.api_ledger import ApiTotals
 from candle_mi_parity.census_record import Census
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.field_check import Finding
@@ -248,3 +249,25 @@ def fields_table(findings: list[Finding], console: Console) -> None:
     console.print(table)
     faults = sum(1 for found in findings if found.fault)
     console.print(f"{len(findings)} fields, {faults} of them not covered as the ledger says")
+
+
+def api_table(totals: list[ApiTotals], faults: list[str], console: Console) -> None:
+    """Public functions per release: compared, and not compared by reason; then what each release added and took."""
+    table = Table(title="public functions of candle-mi", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for total in totals:
+        table.add_column(escape(total.version), justify="right")
+    for cover in ["compared", *sorted({cover for total in totals for cover in total.covers} - {"compared"})]:
+        table.add_row(escape(cover), *(str(total.covers.get(cover, 0)) for total in totals))
+    table.add_section()
+    table.add_row("all", *(str(total.functions) for total in totals))
+    table.add_row("added", *(str(len(total.added)) for total in totals))
+    table.add_row("removed", *(str(len(total.removed)) for total in totals))
+    console.print(table)
+    for total in totals:
+        for sign, items in (("+", total.added), ("-", total.removed)):
+            for item in items:
+                console.print(Text(f"{total.version} {sign} {item}"), soft_wrap=True)
+    for fault in faults:
+        console.print(Text(fault, style="bold red"), soft_wrap=True)
+    console.print(f"{len(faults)} faults of the ledger")
