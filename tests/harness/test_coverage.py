@@ -49,7 +49,8 @@ def test_every_fixture_file_belongs_to_something() -> None:
     saes = {case.sae.path for case in CASES if isinstance(case.sae, SaeFile) and case.sae.repo is None}
     goldens = {case.id.replace("/", "-") for case in DEFAULT if has_golden(case)}
     used = tiny | saes | {f"goldens/{name}{suffix}" for name in goldens for suffix in (".npz", ".json")}
-    tables = {"cases.toml", "known_divergences.toml", "config_fields.toml", "census.toml", "texts.json"}
+    tables = {"cases.toml", "known_divergences.toml", "config_fields.toml", "census.toml", "texts.json", "api.toml"}
+    tables |= {"calls.toml", "known_calls.toml", *(f"api/{path.name}.json" for path in VERSIONS)}
     makers = {"saes/README.md", "saes/make_tiny.py", "saes/train_smollm2.py"}
     there = {
         str(path.relative_to(FIXTURES)) for path in FIXTURES.rglob("*") if path.is_file() and path.suffix != ".pyc"
@@ -63,6 +64,7 @@ def test_every_stored_file_is_a_case_and_every_case_is_stored(version: Path) -> 
     stored = {str(path.relative_to(version)) for path in version.rglob("*") if path.is_file()} - {
         "candidate.json",
         "tokens.json",
+        "calls.json",
     }
     names = {re.sub(r"(\.forced)?\.(json|safetensors)$", "", name) for name in stored}
     assert names == ids
