@@ -22,12 +22,14 @@ class Decisions:
         least 0.
     :ivar sigma: noise of the pre-activation.
     :ivar doubt: noise of the margin: TopK's θ is another feature's value, and has a noise of its own.
+    :ivar paired: whether θ is another feature's value, so that the one can only fire in the other's place.
     """
 
     active: np.ndarray
     margin: np.ndarray
     sigma: np.ndarray
     doubt: np.ndarray
+    paired: np.ndarray
 
     @property
     def turns(self) -> np.ndarray:
@@ -43,7 +45,7 @@ def decisions(sae: SaeTruth) -> Decisions:
     pre = sae.pre.value
     sigma = measure(np.zeros_like(pre), pre, sae.pre.noise).sigma
     if not sae.k:
-        return Decisions(pre > sae.threshold, np.abs(pre - sae.threshold), sigma, sigma)
+        return Decisions(pre > sae.threshold, np.abs(pre - sae.threshold), sigma, sigma, np.zeros(pre.shape, bool))
     # As the oracle keeps them: of equal values the first.
     order = np.argsort(-pre, axis=-1, kind="stable")
     kept = np.zeros(pre.shape, bool)
@@ -55,14 +57,14 @@ def decisions(sae: SaeTruth) -> Decisions:
     theta, noise = np.take_along_axis(pre, rival, -1), np.take_along_axis(sigma, rival, -1)
     at_zero = (theta <= 0) | (kept if left is None else False)
     theta, noise = np.where(at_zero, 0.0, theta), np.where(at_zero, 0.0, noise)
-    return Decisions(kept & (pre > 0), np.abs(pre - theta), sigma, sigma + noise)
+    return Decisions(kept & (pre > 0), np.abs(pre - theta), sigma, sigma + noise, ~at_zero)
 
 
 @dataclass(frozen=True)
 class Flips:
     """Features that are active on one side only.
 
-    :ivar excused: boolean [B, T, d_sae], where the margin is less than 32 times its noise.
+    :ivar excused: boolean [B, T, d_sae], where the margin is less than 32 times its noise, and TopK keeps as many.
     :ivar active: the candidate's active set, same shape.
     """
 
@@ -99,7 +101,11 @@ def flips(truth: Decisions, features: np.ndarray) -> Flips:
     """
     active = features != 0
     differ = active != truth.active
-    return Flips(differ & truth.turns, differ & ~truth.turns, active, truth)
+    swapped = differ & truth.paired
+    # A tie excuses which of two features fires, not that both do or neither.
+    balance = np.where(active, 1, -1) * swapped
+    excused = differ & truth.turns & ~(truth.paired & (balance.sum(-1, keepdims=True) != 0))
+    return Flips(excused, differ & ~excused, active, truth)
 
 
 def judge_sae(

@@ -139,6 +139,12 @@ def test_a_tie_at_the_k_boundary_may_go_either_way_and_is_counted() -> None:
     assert not within.unexcused.any() and "0 of them" not in within.describe()
 
 
+@pytest.mark.parametrize("features", [[3.0, 2, 3, 2, 0, 0], [3.0, 0, 3, 0, 0, 0]], ids=["both", "neither"])
+def test_a_tie_excuses_no_feature_more_or_less(features: list[float]) -> None:
+    found = flips(decisions(topk_truth([3, 2, 3, 2, 1, 1], 3)), np.array([[features]]))
+    assert not found.excused.any() and found.unexcused.sum() == 1
+
+
 def test_a_boundary_has_a_noise_of_its_own() -> None:
     """A margin between two noisy values is excused up to 32 times the sum of their noises, and no further."""
     sigma = float(measure(np.zeros((1, 1, 2)), np.ones((1, 1, 2)), np.full((1, 1, 2), 1e-7)).sigma[0, 0, 0])
