@@ -59,8 +59,9 @@ def values(case: Case) -> dict[str, torch.Tensor]:
     subject = prepare(case, cache_root())
     model = model_of(subject.model_dir)
     drawn = {key: torch.from_numpy(array).double() for key, array in drawn_tensors(subject, model).items()}
+    edits = edits_of(subject, drawn)
     with Float64(), torch.no_grad():  # type: ignore[no-untyped-call]
-        return forward(model, torch.tensor(subject.tokens), edits_of(subject, drawn)).tensors
+        return forward(model, torch.tensor(subject.tokens), edits).tensors
 
 
 def rms(tensor: torch.Tensor) -> float:

@@ -211,8 +211,13 @@ def test_the_command_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, h
 
     monkeypatch.setattr(cli.Terminal, "case_ends", case_ends)
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
-    with pytest.raises((ParityError, ZeroDivisionError)):
-        cli.judge("stored:0.2.2", "llama/[hb]*", tmp_path)
+    # A job in the background inherits an ignored SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises((ParityError, ZeroDivisionError)):
+            cli.judge("stored:0.2.2", "llama/[hb]*", tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     document = json.loads((tmp_path / "report.json").read_text())
     assert document["verdict"] == "ERROR"
     assert len(document["cases"]) == 1 and document["skipped"][ended[1].id] == run.NOT_REACHED
