@@ -19,9 +19,16 @@ from candle_mi_parity.errors import ParityError
 
 RELEASES = ("0.1.6", "0.1.10", "0.1.24", "0.2.2")
 
+RUSTDOC_FORMATS = frozenset({57})
+"""``format_version`` of the JSON that the walk below was checked against (rustdoc 1.95)."""
+
 
 class ApiError(ParityError):
     """The public functions cannot be listed, or ``fixtures/api.toml`` is malformed."""
+
+
+class RustdocFormatError(ApiError):
+    """The toolchain's rustdoc writes JSON of a format that the walk was not checked against."""
 
 
 class Surface(Row):
@@ -62,8 +69,15 @@ def save_surface(surface: Surface, directory: Path = FIXTURES / "api") -> Path:
 def public_functions(doc: dict[str, Any]) -> dict[str, str]:
     """Documented path → signature of every public function in rustdoc's JSON of a crate.
 
-    :raises ApiError: the JSON lacks what the walk needs: another format than the one known here.
+    :raises RustdocFormatError: another format than those known here.
+    :raises ApiError: the JSON lacks what the walk needs, or two functions are documented under one path.
     """
+    if doc.get("format_version") not in RUSTDOC_FORMATS:
+        # In another format an item may have another name for its kind, and would be passed over in silence.
+        known = ", ".join(map(str, sorted(RUSTDOC_FORMATS)))
+        raise RustdocFormatError(
+            f"rustdoc's JSON is of format {doc.get('format_version')}, known: {known} (rustc 1.95)"
+        )
     walk = _Walk(doc)
     try:
         walk.module(doc["root"], ())
@@ -173,4 +187,4 @@ def _type(kind: dict[str, Any]) -> str:
         return "impl " + " + ".join(path["path"].rpartition("::")[2] + _generics(path["args"]) for path in paths)
     if name == "qualified_path":
         return f"{_type(inner['self_type'])}::{inner['name']}"
-    return name
+    raise ApiError(f"rustdoc's JSON has a type of a kind that is unknown here: {name}")

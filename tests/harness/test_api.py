@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from candle_mi_parity.api import RELEASES, ApiError, Surface, load_surface, public_functions
+from candle_mi_parity.api import (
+    RELEASES,
+    ApiError,
+    RustdocFormatError,
+    Surface,
+    load_surface,
+    public_functions,
+)
 from candle_mi_parity.api_ledger import (
     ApiLedger,
     ApiRow,
@@ -209,7 +216,20 @@ def test_a_function_is_called_by_where_it_is_documented() -> None:
     assert public_functions(small_crate()) == {"open::shown": "fn(x: f32)", "renamed": "fn()"}
 
 
-def test_another_format_of_rustdoc_is_one_line() -> None:
+@pytest.mark.parametrize("version", [56, 58, "57", None])
+def test_an_unknown_format_of_rustdoc_is_refused(version: object) -> None:
+    with pytest.raises(RustdocFormatError, match=f"is of format {version}, known: 57"):
+        public_functions({**small_crate(), "format_version": version})
+
+
+def test_a_type_of_an_unknown_kind_is_refused() -> None:
+    crate = small_crate()
+    crate["index"]["5"]["inner"] = {"function": {"sig": {"inputs": [["x", {"tensor_view": 1}]], "output": None}}}
+    with pytest.raises(ApiError, match="unknown here: tensor_view"):
+        public_functions(crate)
+
+
+def test_a_spoilt_crate_of_rustdoc_is_one_line() -> None:
     crate = small_crate()
     del crate["index"]["5"]["inner"]["function"]["sig"]
     with pytest.raises(ApiError, match="format 57, lacks 'sig'"):
@@ -220,7 +240,10 @@ def test_another_format_of_rustdoc_is_one_line() -> None:
 def test_the_record_is_what_rustdoc_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("candle_mi_parity.api_rustdoc.save_surface", lambda surface: saved.append(surface))
     saved: list[Surface] = []
-    record("0.2.2", cache_root())
+    try:
+        record("0.2.2", cache_root())
+    except RustdocFormatError as error:  # of another toolchain; the record itself stays as it is
+        pytest.skip(str(error))
     assert saved == [load_surface("0.2.2")]
 
 
