@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from candle_mi_parity.api import RELEASES, ApiError, Surface, load_surface
+from candle_mi_parity.build import EMITTER
 from candle_mi_parity.cases import FIXTURES, ROOT, Row, read_toml
 
 Reason = Literal[
@@ -36,6 +37,9 @@ Reason = Literal[
 
 NUMBERLESS = frozenset({"accessor", "builder", "display"})
 """Reasons that no function may have which returns numbers of its own."""
+
+_CALLED_AS = {"fmt": "to_string"}
+"""How a method is called where its own name is not written."""
 
 Pattern = Annotated[str, Field(min_length=1)]
 
@@ -91,11 +95,13 @@ class Comparisons:
     :ivar edits: ``edit:<kind>``, the kinds that some case's edits have.
     :ivar calls: ``call:<fn>``, the functions that some row of ``fixtures/calls.toml`` calls.
     :ivar named: what every case, or a whole test, compares.
+    :ivar emitted: every name that the emitter's source calls, be it candle-mi's or not.
     """
 
     edits: frozenset[str]
     calls: frozenset[str]
     named: frozenset[str]
+    emitted: frozenset[str]
 
     def fault(self, reference: str) -> str:
         """What is wrong with a reference; empty when it exists."""
@@ -107,7 +113,7 @@ class Comparisons:
         return "" if name in known else f"{reference}: {where}"
 
 
-def comparisons(fixtures: Path = FIXTURES, root: Path = ROOT) -> Comparisons:
+def comparisons(fixtures: Path = FIXTURES, root: Path = ROOT, emitter: Path = EMITTER) -> Comparisons:
     """Read from the data files as they are: the tables have readers of their own, which check them.
 
     :raises ApiError: a file that is no TOML.
@@ -129,7 +135,15 @@ def comparisons(fixtures: Path = FIXTURES, root: Path = ROOT) -> Comparisons:
         edits=frozenset(str(edit.get("kind")) for case in cases for edit in case.get("edits", [])),
         calls=frozenset(str(call.get("fn")) for call in calls),
         named=frozenset(name for name, check in exists.items() if check()),
+        emitted=emitted(emitter),
     )
+
+
+def emitted(emitter: Path) -> frozenset[str]:
+    """The names that the emitter's source calls, without its tests and comments."""
+    files = [path for path in sorted((emitter / "src").glob("*.rs")) if not path.stem.endswith("_tests")]
+    code = "\n".join(re.sub(r"//.*", "", path.read_text(encoding="utf-8")) for path in files)
+    return frozenset(re.findall(r"(?:\.|::)(\w+)\(", code))
 
 
 def _rows(path: Path, key: str) -> list[dict[str, Any]]:
@@ -165,7 +179,11 @@ def _matches(item: str, pattern: str) -> bool:
 
 
 def faults(ledger: ApiLedger, surfaces: list[Surface], known: Comparisons) -> list[str]:
-    """What is wrong with the ledger, a line each: unlisted, listed twice, stale, a dead reference, a false reason."""
+    """What is wrong with the ledger, a line each.
+
+    Unlisted, listed twice, stale, a dead reference, a reason that a function which makes numbers cannot have or would
+    have by a glob alone, and a comparison of what the emitter never calls.
+    """
     signatures = {item: signature for surface in surfaces for item, signature in surface.items.items()}
     lines = []
     for item, signature in sorted(signatures.items()):
@@ -174,13 +192,29 @@ def faults(ledger: ApiLedger, surfaces: list[Surface], known: Comparisons) -> li
             lines.append(f"{item}: unlisted; give it a row in fixtures/api.toml")
         elif len(rows) > 1:
             lines.append(f"{item}: in {len(rows)} rows: {', '.join(row.items[0] for row in rows)}")
-        elif rows[0].reason in NUMBERLESS and makes_numbers(item, signature):
-            lines.append(f"{item}: returns numbers, so it is no {rows[0].reason}: {signature}")
+        else:
+            lines += _false_claim(rows[0], item, signature, known)
     for row in ledger.api:
         for pattern in row.items:
             if not any(_matches(item, pattern) for item in signatures):
                 lines.append(f"{pattern}: stale; no release has such a function")
         lines += [f"{row.items[0]}: {fault}" for reference in row.compared or [] if (fault := known.fault(reference))]
+    return lines
+
+
+def _false_claim(row: ApiRow, item: str, signature: str, known: Comparisons) -> list[str]:
+    name = item.rpartition("::")[2]
+    lines = []
+    if row.reason in NUMBERLESS and makes_numbers(item, signature):
+        lines.append(f"{item}: returns numbers, so it is no {row.reason}: {signature}")
+    if item not in row.items and makes_numbers(item, signature):
+        # Else a function that a release adds would have its reason before anyone looked at it.
+        lines.append(f"{item}: returns numbers, so it needs its name in a row, not a glob: {signature}")
+    if row.compared is not None and _CALLED_AS.get(name, name) not in known.emitted:
+        lines.append(f"{item}: listed as compared, and the emitter never calls it")
+    calls = {reference.removeprefix("call:") for reference in row.compared or [] if reference.startswith("call:")}
+    if known.calls & calls and name not in calls:
+        lines.append(f"{item}: compared by a call of {', '.join(sorted(calls))}")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from candle_mi_parity.api_ledger import (
     ApiRow,
     Comparisons,
     comparisons,
+    emitted,
     faults,
     load_api,
     load_surfaces,
@@ -29,10 +31,11 @@ from candle_mi_parity.api_ledger import (
     totals,
 )
 from candle_mi_parity.api_rustdoc import record
+from candle_mi_parity.build import EMITTER
 from candle_mi_parity.cases import FIXTURES, cache_root
 from candle_mi_parity.cli import app
 
-NOTHING = Comparisons(*[frozenset[str]()] * 3)
+NOTHING = Comparisons(*[frozenset[str]()] * 4)
 """Comparisons of which none is there."""
 
 LEDGER, SURFACES = load_api(), load_surfaces()
@@ -47,6 +50,7 @@ def references() -> Comparisons:
         edits=frozenset(name for kind, _, name in split if kind == "edit"),
         calls=frozenset(name for kind, _, name in split if kind == "call"),
         named=frozenset(named),
+        emitted=emitted(EMITTER),
     )
 
 
@@ -113,15 +117,20 @@ def test_a_dead_reference_fails(reference: str) -> None:
 
 def test_without_cases_and_calls_nothing_is_compared(tmp_path: Path) -> None:
     (tmp_path / "cases.toml").write_text("format = 1\ncase = []\n")
-    assert comparisons(tmp_path, tmp_path) == NOTHING
-    assert len(faults(LEDGER, SURFACES, NOTHING)) == sum(len(row.compared or []) for row in LEDGER.api)
+    assert comparisons(tmp_path, tmp_path, tmp_path) == NOTHING
+    nothing = replace(NOTHING, emitted=emitted(EMITTER))
+    assert len(faults(LEDGER, SURFACES, nothing)) == sum(len(row.compared or []) for row in LEDGER.api)
 
 
 def test_comparisons_are_read_from_the_tables(tmp_path: Path) -> None:
     (tmp_path / "cases.toml").write_text('[[case]]\nid = "a/b"\nedits = [{ kind = "scale" }, { kind = "zero" }]\n')
     (tmp_path / "calls.toml").write_text('[[call]]\nid = "c"\nfn = "encode"\n')
-    found = comparisons(tmp_path, tmp_path)
-    assert found == Comparisons(frozenset({"scale", "zero"}), frozenset({"encode"}), frozenset({"hooks"}))
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.rs").write_text("sae.encode(x); // sae.decode(x)\ncandle_mi::kl(p, q); let lone = f(x);\n")
+    (tmp_path / "src" / "a_tests.rs").write_text("sae.reconstruct(x);\n")
+    found = comparisons(tmp_path, tmp_path, tmp_path)
+    assert found.edits == {"scale", "zero"} and found.calls == {"encode"} and found.named == {"hooks"}
+    assert found.emitted == {"encode", "kl"}
     (tmp_path / "calls.toml").write_text("[[call]\n")
     with pytest.raises(ApiError, match=r"calls\.toml"):
         comparisons(tmp_path, tmp_path)
@@ -132,6 +141,25 @@ def test_a_function_that_computes_is_not_excused_as_an_accessor(reason: str) -> 
     row = ApiRow.model_validate({"items": ["sae::planted"], "reason": reason, "why": "planted for the test"})
     found = faults(with_row(row), with_function("sae::planted"), references())
     assert len(found) == 1 and f"so it is no {reason}" in found[0]
+
+
+@pytest.mark.parametrize("item", ["nn_ops::planted", "download::planted", "hooks::HookSpec::num_planted"])
+def test_a_new_function_that_makes_numbers_has_no_reason_by_a_glob(item: str) -> None:
+    row = ApiRow(items=["nn_ops::p*"], reason="internal layer", why="planted for the test")
+    found = faults(with_row(row) if item.startswith("nn_ops") else LEDGER, with_function(item), references())
+    assert any(line.startswith(f"{item}: returns numbers, so it needs its name") for line in found)
+
+
+def test_what_the_emitter_never_calls_is_not_compared() -> None:
+    row = ApiRow(items=["sae::never_called"], compared=["sae"])
+    found = faults(with_row(row), with_function("sae::never_called"), references())
+    assert found == ["sae::never_called: listed as compared, and the emitter never calls it"]
+
+
+def test_a_call_compares_the_function_of_its_name() -> None:
+    row = ApiRow(items=["planted::decode"], compared=["call:encode"])
+    found = faults(with_row(row), with_function("planted::decode"), references())
+    assert found == ["planted::decode: compared by a call of encode"]
 
 
 @pytest.mark.parametrize(
