@@ -6,9 +6,6 @@
 use std::fs;
 use std::path::Path;
 
-/// The candle-mi whose `Intervention` has `PatchAt` for the first time.
-const FIRST_WITH_PATCH_AT: [u64; 3] = [0, 1, 24];
-
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=Cargo.lock");
@@ -20,14 +17,10 @@ fn main() {
         println!("cargo:warning=no candle-mi in Cargo.lock");
         std::process::exit(1);
     };
-    // What a release lacks is compiled out, and its calls are answered "absent".
+    // What a release lacks is compiled out, and answered as absent or refused.
     let version = field(&candle_mi, "version").unwrap_or_default();
-    let parts: Vec<u32> = version
-        .split(['.', '-', '+'])
-        .map_while(|part| part.parse().ok())
-        .collect();
     println!("cargo:rustc-check-cfg=cfg(since_0_1_24)");
-    if parts >= vec![0, 1, 24] {
+    if numbers(&version) >= vec![0, 1, 24] {
         println!("cargo:rustc-cfg=since_0_1_24");
     }
     let source = field(&candle_mi, "source").unwrap_or_default();
@@ -48,11 +41,6 @@ fn main() {
             from_env("PARITY_TREE_DIGEST"),
         )
     };
-    let version = field(&candle_mi, "version").unwrap_or_default();
-    println!("cargo:rustc-check-cfg=cfg(has_patch_at)");
-    if numbers(&version) >= FIRST_WITH_PATCH_AT.to_vec() {
-        println!("cargo:rustc-cfg=has_patch_at");
-    }
     let candle = package(&lock, "candle-core")
         .and_then(|block| field(&block, "version"))
         .unwrap_or_default();

@@ -5,8 +5,10 @@ use candle_mi::{AblationResult, InterventionType, KnockoutSpec, MIError, Steerin
 use serde::Deserialize;
 
 use crate::call::{Answer, Outcome};
+use crate::edits::name_entries;
 use crate::error::EmitError;
 use crate::inputs::Inputs;
+use crate::request::Attention;
 
 /// A function and its arguments; a string is a key of the inputs.
 #[derive(Debug, Deserialize)]
@@ -133,19 +135,13 @@ pub fn run(measure: &Measure, inputs: &Inputs) -> Result<Outcome, EmitError> {
             n_heads,
             seq_len,
         } => {
-            let mut spec = KnockoutSpec::new();
-            if let Some(heads) = heads {
-                spec = spec.heads(heads);
-            }
-            for (from, to) in edges {
-                spec = spec.edge(*from, *to);
-            }
-            let device = Device::Cpu;
+            let chosen = entries(heads, edges);
+            let spec = name_entries!(KnockoutSpec::new(), chosen);
             tensor(candle_mi::create_knockout_mask(
                 &spec,
                 *n_heads,
                 *seq_len,
-                &device,
+                &Device::Cpu,
                 DType::F32,
             ))?
         }
@@ -165,7 +161,7 @@ pub fn run(measure: &Measure, inputs: &Inputs) -> Result<Outcome, EmitError> {
                     ))
                 }
             };
-            steer(inputs, attention, heads.as_deref(), edges, kind)?
+            steer(inputs, attention, &entries(heads, edges), kind)?
         }
         Measure::CreateCausalMask { seq_len } => tensor(candle_mi::create_causal_mask(
             *seq_len,
@@ -190,24 +186,25 @@ pub fn run(measure: &Measure, inputs: &Inputs) -> Result<Outcome, EmitError> {
 fn steer(
     inputs: &Inputs,
     attention: &str,
-    heads: Option<&[usize]>,
-    edges: &[(usize, usize)],
+    chosen: &Attention,
     kind: InterventionType,
 ) -> Result<Outcome, EmitError> {
     let attention = inputs.get(attention)?;
     let (_, n_heads, seq_len, _) = attention
         .dims4()
         .map_err(|error| EmitError::Request(format!("attention: {error}")))?;
-    let mut spec = SteeringSpec::new(kind);
-    if let Some(heads) = heads {
-        spec = spec.heads(heads);
-    }
-    for (from, to) in edges {
-        spec = spec.edge(*from, *to);
-    }
+    let spec = name_entries!(SteeringSpec::new(kind), chosen);
     tensor(candle_mi::apply_steering(
         attention, &spec, n_heads, seq_len,
     ))
+}
+
+fn entries(heads: &Option<Vec<usize>>, edges: &[(usize, usize)]) -> Attention {
+    Attention {
+        heads: heads.clone(),
+        edges: edges.to_vec(),
+        ..Attention::default()
+    }
 }
 
 fn ablation(inputs: &Inputs, baseline: &str, ablated: &str) -> Result<AblationResult, EmitError> {

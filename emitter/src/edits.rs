@@ -35,6 +35,7 @@ macro_rules! name_entries {
         spec
     }};
 }
+pub(crate) use name_entries;
 
 /// What edits are made from.
 pub struct Editor<'a> {
@@ -147,12 +148,12 @@ impl Editor<'_> {
     }
 }
 
-#[cfg(has_patch_at)]
+#[cfg(since_0_1_24)]
 fn patch_at(position: usize, value: Tensor) -> Result<Intervention, EmitError> {
     Ok(Intervention::PatchAt { position, value })
 }
 
-#[cfg(not(has_patch_at))]
+#[cfg(not(since_0_1_24))]
 fn patch_at(_position: usize, _value: Tensor) -> Result<Intervention, EmitError> {
     // Not the request's fault: this candle-mi cannot run it, and the ledger may say so.
     Err(EmitError::Forward(format!(
