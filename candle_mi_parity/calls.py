@@ -9,29 +9,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.numpy import save_file
+from pydantic import Field, ValidationError
+from safetensors.numpy import save, save_file
 
 from candle_mi_parity.build import build
 from candle_mi_parity.candidate import Candidate, EmitterProcess
-from candle_mi_parity.cases import FIXTURES, read_toml
+from candle_mi_parity.cases import FIXTURES, Row, read_toml
 from candle_mi_parity.errors import CaseTableError, TraceError
+from candle_mi_parity.models import content_key, publish
 from candle_mi_parity.trace import CandleMi, CaseRef, Digest, Part, read_json
 
 TIMEOUT_SECONDS = 120.0
 Argument = str | int | float | list[int] | list[list[int]]
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+LAYOUT = 2
+"""Of the files that a table is laid out as; raise it when what is written of the same table changes."""
 
 
-class Given(Strict):
+class Given(Row):
     """A float32 tensor: its values, or a shape and a seed of normal numbers (their absolute values, rows summing
     to 1, where ``attention``)."""
 
     values: Any = None
-    shape: list[int] = []
+    shape: list[int] = Field(default_factory=list)
     seed: int = 0
     attention: bool = False
 
@@ -45,14 +46,14 @@ class Given(Strict):
         return numbers.astype(np.float32)
 
 
-class SaeRow(Strict):
+class SaeRow(Row):
     """An SAE in SAELens' layout: identity weights of ``width`` where no ``seed`` is given, else normal ones."""
 
     architecture: Literal["standard", "jumprelu", "topk"]
     width: int
     features: int
     k: int = 0
-    threshold: list[float] = []
+    threshold: list[float] = Field(default_factory=list)
     seed: int | None = None
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -70,17 +71,17 @@ class SaeRow(Strict):
         return {name: array.astype(np.float32) for name, array in arrays.items()}
 
     def write(self, directory: Path) -> None:
-        """``cfg.json`` and ``sae_weights.safetensors``."""
-        directory.mkdir(parents=True, exist_ok=True)
+        """``cfg.json`` and ``sae_weights.safetensors``, as :mod:`saelens` reads them."""
+        directory.mkdir()
         config: dict[str, object] = {"d_in": self.width, "d_sae": self.features, "architecture": self.architecture}
-        config |= {"hook_name": "blocks.0.hook_resid_post"}
+        config |= {"dtype": "float32", "apply_b_dec_to_input": False, "hook_name": "blocks.0.hook_resid_post"}
         if self.k:
             config["activation_fn_kwargs"] = {"k": self.k}
         (directory / "cfg.json").write_text(json.dumps(config), encoding="utf-8")
         save_file(self.weights(), directory / "sae_weights.safetensors")
 
 
-class CallRow(Strict):
+class CallRow(Row):
     """One call.
 
     :ivar args: the function's arguments; a string that names a tensor of the table is that tensor.
@@ -90,15 +91,15 @@ class CallRow(Strict):
 
     id: str
     fn: str
-    args: dict[str, Argument] = {}
+    args: dict[str, Argument] = Field(default_factory=dict)
     sae: str | None = None
     exact: bool = False
     ties: bool = False
 
 
-class CallTable(Strict):
+class CallTable(Row):
     tensors: dict[str, Given]
-    saes: dict[str, SaeRow] = {}
+    saes: dict[str, SaeRow] = Field(default_factory=dict)
     call: list[CallRow]
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -107,6 +108,20 @@ class CallTable(Strict):
     def digest(self) -> str:
         """SHA-256 of all that moves an answer."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def inputs_digest(self) -> str:
+        """SHA-256 of the inputs' file, which the emitter takes of the bytes that it reads."""
+        return hashlib.sha256(save(self.arrays())).hexdigest()
+
+    def lay_out(self, cache: Path) -> Path:
+        """The directory with ``inputs.safetensors`` and one directory for each SAE, made once."""
+
+        def make(out: Path) -> None:
+            save_file(self.arrays(), out / "inputs.safetensors")
+            for name, row in self.saes.items():
+                row.write(out / name)
+
+        return publish(cache / "calls" / content_key(LAYOUT, self.digest()), make)
 
 
 class Answer(Part):
@@ -157,11 +172,7 @@ def emit_calls(candidate: Candidate, cache: Path, out: Path, log: Callable[[str]
     :raises EmitterError: the emitter refused, crashed or hung.
     """
     table = load_calls()
-    directory = cache / "calls" / table.digest()[:16]
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(table.arrays(), directory / "inputs.safetensors")
-    for name, row in table.saes.items():
-        row.write(directory / name)
+    directory = table.lay_out(cache)
     request = {
         "format": "candle-mi-parity/call/1",
         "case": {"id": "calls", "digest": table.digest()},

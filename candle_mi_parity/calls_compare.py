@@ -11,16 +11,16 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from candle_mi_parity.calls import Answered, CallRow, Calls, CallTable, Strict
+from candle_mi_parity.calls import Answered, CallRow, Calls, CallTable
 from candle_mi_parity.calls_truth import CallTruth
-from candle_mi_parity.cases import FIXTURES, read_toml
+from candle_mi_parity.cases import FIXTURES, Row, read_toml
 from candle_mi_parity.errors import LedgerError, TraceError
 from candle_mi_parity.gate import POSITION_GATE, TINY, UNIT, measure
 
 Status = Literal["PASS", "FAIL", "KNOWN", "STALE", "ABSENT"]
 
 
-class KnownCall(Strict):
+class KnownCall(Row):
     """A divergence of one call in the listed releases, and why."""
 
     call: str
@@ -29,7 +29,7 @@ class KnownCall(Strict):
     why: str
 
 
-class KnownCalls(Strict):
+class KnownCalls(Row):
     """:ivar absent: function → the releases that lack it."""
 
     absent: dict[str, list[str]] = Field(default_factory=dict)
@@ -59,11 +59,13 @@ def judge_calls(
 ) -> list[CallVerdict]:
     """One verdict per row of the table.
 
-    :raises TraceError: another table, a call missing, unknown or answered twice.
+    :raises TraceError: another table, other inputs, a call missing, unknown or answered twice.
     :raises LedgerError: a known call that the table lacks.
     """
     if calls.case.digest != table.digest():
         raise TraceError("the calls are of another table; emit them again")
+    if calls.inputs_digest != table.inputs_digest():
+        raise TraceError("the calls were answered on other inputs than the table's; emit them again")
     counts = Counter(answer.id for answer in calls.calls)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise TraceError(f"calls answered twice: {', '.join(twice)}")

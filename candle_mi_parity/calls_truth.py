@@ -6,16 +6,20 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from candle_mi_parity.calls import CallRow, CallTable
+from candle_mi_parity.edits import Attention
 from candle_mi_parity.errors import CaseTableError
+from candle_mi_parity.interventions import scale_steering, set_steering
+from candle_mi_parity.oracle import SAMPLES
 from candle_mi_parity.rounding import MatmulScales, NoisePool, RoundingNoise, Truth64
+from candle_mi_parity.sae import TorchSae, load_sae
 
-SAMPLES = 16
 Named = dict[str, torch.Tensor]
 
 
@@ -61,17 +65,9 @@ def _sample(logits: torch.Tensor) -> Named:
     return {"token": torch.argmax(logits).double()}
 
 
-def _edge_mask(heads: list[int] | None, edges: list[list[int]], n_heads: int, length: int) -> torch.Tensor:
-    mask = torch.zeros(1, n_heads, length, length, dtype=torch.bool)
-    for head in range(n_heads) if heads is None else heads:
-        for query, key in edges:
-            mask[0, head, query, key] = True
-    return mask
-
-
 def _knockout(edges: list[list[int]], n_heads: int, seq_len: int, heads: list[int] | None = None) -> Named:
-    mask = _edge_mask(heads, edges, n_heads, seq_len)
-    return {"value": torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask, -math.inf)}
+    cut = torch.from_numpy(Attention(heads=heads, edges=edges).chosen(n_heads, seq_len))[None]
+    return {"value": torch.zeros(cut.shape, dtype=torch.float64).masked_fill(cut, -math.inf)}
 
 
 def _steering(
@@ -81,18 +77,12 @@ def _steering(
     scale: float | None = None,
     set_value: float | None = None,
 ) -> Named:
-    """Edges scaled, or set and the row's others lowered in equal parts; then each touched row sums to 1."""
-    mask = _edge_mask(heads, edges, attention.shape[1], attention.shape[2]).expand(attention.shape)
-    touched = mask.any(-1, keepdim=True)
+    """As a case's ``steer`` edit does it at the pattern."""
+    chosen = Attention(heads=heads, edges=edges).chosen(attention.shape[1], attention.shape[2])
     if scale is not None:
-        moved = torch.where(mask, attention * scale, attention)
-    else:
-        assert set_value is not None
-        count = mask.sum(-1, keepdim=True).double()
-        delta = count * set_value - torch.where(mask, attention, 0.0).sum(-1, keepdim=True)
-        share = delta / (attention.shape[-1] - count)
-        moved = torch.where(mask, set_value, (attention - share).clamp_min(0.0))
-    return {"value": torch.where(touched, moved / moved.sum(-1, keepdim=True), attention)}
+        return {"value": scale_steering(chosen, scale)(attention)}
+    assert set_value is not None
+    return {"value": set_steering(chosen, set_value)(attention)}
 
 
 def _causal(seq_len: int) -> Named:
@@ -124,44 +114,21 @@ def _eigen(values: Named, k: int) -> Named:
     }
 
 
-class _SaeMaths:
-    """SAELens' encoders over a row's weights: ReLU, JumpReLU (strictly above θ), TopK (the k largest, then ReLU)."""
-
-    def __init__(self, table: CallTable, name: str) -> None:
-        self.row = table.saes[name]
-        self.w = {key: torch.from_numpy(array).double() for key, array in self.row.weights().items()}
-
-    def pre(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1]) @ self.w["W_enc"] + self.w["b_enc"]
-        return flat.reshape(*x.shape[:-1], -1)
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        pre = self.pre(x)
-        if self.row.architecture == "jumprelu":
-            return torch.where(pre > self.w["threshold"], pre, 0.0)
-        if self.row.architecture == "standard":
-            return pre.relu()
-        kept = torch.topk(pre, min(self.row.k, pre.shape[-1]), dim=-1).indices
-        mask = (kept.unsqueeze(-1) == torch.arange(pre.shape[-1])).sum(-2) > 0
-        return torch.where(mask, pre, 0.0).relu()
-
-    def decode(self, features: torch.Tensor) -> torch.Tensor:
-        flat = features.reshape(-1, features.shape[-1]) @ self.w["W_dec"] + self.w["b_dec"]
-        return flat.reshape(*features.shape[:-1], -1)
-
-    def call(self, fn: str, args: dict[str, Any]) -> Named:
-        if fn == "decoder_vector":
-            return {"value": self.w["W_dec"][args["feature"]]}
-        x = args["x"]
-        if fn == "encode_sparse":
-            return {"features": self.encode(x)}
-        if fn in ("encode", "encode_with_strategy"):
-            return {"value": self.encode(x)}
-        if fn == "decode":
-            return {"value": self.decode(x)}
-        recon = self.decode(self.encode(x))
-        error = x - recon
-        return {"value": recon if fn == "reconstruct" else (error * error).mean()}
+def _sae_call(sae: TorchSae, fn: str, args: dict[str, Any]) -> Named:
+    if fn == "decoder_vector":
+        return {"value": sae.W_dec[args["feature"]]}
+    x: torch.Tensor = args["x"]
+    rows = x.reshape(-1, x.shape[-1])  # a matrix, for which the products have a noise rule
+    if fn == "decode":
+        return {"value": sae.decode(rows).reshape(*x.shape[:-1], -1)}
+    features = sae.encode(rows)
+    if fn == "encode_sparse":
+        return {"features": features.reshape(*x.shape[:-1], -1)}
+    if fn in ("encode", "encode_with_strategy"):
+        return {"value": features.reshape(*x.shape[:-1], -1)}
+    recon = sae.decode(features)
+    error = rows - recon
+    return {"value": recon.reshape(x.shape) if fn == "reconstruct" else (error * error).mean()}
 
 
 MEASURES: dict[str, Callable[..., Named]] = {
@@ -183,9 +150,10 @@ SAE_FUNCTIONS = frozenset(
 )
 
 
-def truth_of(row: CallRow, table: CallTable) -> CallTruth:
+def truth_of(row: CallRow, table: CallTable, cache: Path) -> CallTruth:
     """The expected results of a call, and the root mean square of 16 samples of float32's rounding around them.
 
+    :param cache: where the SAEs that both sides read are laid out.
     :raises CaseTableError: a function without a reference.
     """
     arrays = table.arrays()
@@ -194,9 +162,11 @@ def truth_of(row: CallRow, table: CallTable) -> CallTruth:
         for key, value in row.args.items()
     }
 
+    sae = None if row.sae is None else TorchSae(load_sae(table.lay_out(cache) / row.sae))
+
     def once() -> Named:
-        if row.sae is not None and row.fn in SAE_FUNCTIONS:
-            return _SaeMaths(table, row.sae).call(row.fn, args)
+        if sae is not None and row.fn in SAE_FUNCTIONS:
+            return _sae_call(sae, row.fn, args)
         if row.fn not in MEASURES:
             raise CaseTableError(f"{row.id}: no reference for {row.fn}")
         return MEASURES[row.fn](**args)

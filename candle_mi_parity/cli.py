@@ -274,8 +274,8 @@ def calls_command(candidate: CandidateOption = DEFAULT_CANDIDATE, out: OutOption
         if chosen.kind not in ("version", "path", "git"):
             raise CandidateError(f"calls need a candle-mi to run, not {candidate}")
         path = emit_calls(chosen, cache_root(), out / "calls.json", lambda line: None)
-        table = load_calls()
-        verdicts = judge_calls(table, read_calls(path), lambda row: truth_of(row, table), load_known_calls())
+        table, cache = load_calls(), cache_root()
+        verdicts = judge_calls(table, read_calls(path), lambda row: truth_of(row, table, cache), load_known_calls())
         shown = Table("call", "verdict", "why")
         for verdict in verdicts:
             shown.add_row(verdict.id, verdict.status, Text(verdict.why))

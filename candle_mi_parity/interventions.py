@@ -64,7 +64,7 @@ def _change(edit: Edit, drawn: torch.Tensor | None, subject: Subject, n_heads: i
         return _knockout(edit.spec.chosen(n_heads, len(subject.tokens[0])))
     if isinstance(edit, Steer):
         chosen = edit.spec.chosen(n_heads, len(subject.tokens[0]))
-        return _scale_steering(chosen, edit.value) if edit.how == "scale" else _set_steering(chosen, edit.value)
+        return scale_steering(chosen, edit.value) if edit.how == "scale" else set_steering(chosen, edit.value)
     if isinstance(edit, Scale):
         return lambda tensor: _finite_only(tensor, tensor * edit.factor)
     if isinstance(edit, Zero):
@@ -96,7 +96,7 @@ def _knockout(chosen: np.ndarray) -> Change:
     return lambda scores: scores.masked_fill(torch.from_numpy(chosen).to(scores.device), -torch.inf)
 
 
-def _scale_steering(chosen: np.ndarray, factor: float) -> Change:
+def scale_steering(chosen: np.ndarray, factor: float) -> Change:
     """Chosen weights times ``factor``, their rows normalised again; other rows as they were."""
 
     def change(pattern: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ def _scale_steering(chosen: np.ndarray, factor: float) -> Change:
     return change
 
 
-def _set_steering(chosen: np.ndarray, value: float) -> Change:
+def set_steering(chosen: np.ndarray, value: float) -> Change:
     """Chosen weights set to ``value``; what they gained is taken from the row's other weights in equal shares.
 
     The other weights are those of keys that the query attends to: no mass goes to the future. Shares stop at 0,

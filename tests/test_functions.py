@@ -18,7 +18,7 @@ STORED = sorted((ROOT / "rust_outputs").glob("*/calls.json"))
 
 @functools.cache
 def truth(call: str) -> CallTruth:
-    return truth_of(ROWS[call], TABLE)
+    return truth_of(ROWS[call], TABLE, cache_root())
 
 
 def judge(path: Path) -> dict[str, CallVerdict]:

@@ -10,7 +10,7 @@ import pytest
 from candle_mi_parity.calls import Answer, Answered, Calls, load_calls, read_calls
 from candle_mi_parity.calls_compare import KnownCall, KnownCalls, fault, judge_calls, load_known_calls
 from candle_mi_parity.calls_truth import CallTruth, truth_of
-from candle_mi_parity.cases import ROOT
+from candle_mi_parity.cases import ROOT, cache_root
 from candle_mi_parity.errors import LedgerError, TraceError
 
 TABLE = load_calls()
@@ -22,7 +22,7 @@ Values = dict[str, np.ndarray]
 
 @functools.cache
 def truth(call: str) -> CallTruth:
-    return truth_of(ROWS[call], TABLE)
+    return truth_of(ROWS[call], TABLE, cache_root())
 
 
 def answered(call: str, values: Values) -> Answered:
@@ -155,4 +155,10 @@ def test_unlisted_divergence_fails_and_stale_entry_fails() -> None:
 def test_another_table_is_refused() -> None:
     other = STORED.model_copy(update={"case": STORED.case.model_copy(update={"digest": "0" * 64})})
     with pytest.raises(TraceError, match="another table"):
+        judge_calls(TABLE, other, lambda row: truth(row.id), load_known_calls())
+
+
+def test_answers_on_other_inputs_are_refused() -> None:
+    other = STORED.model_copy(update={"inputs_digest": "0" * 64})
+    with pytest.raises(TraceError, match="other inputs"):
         judge_calls(TABLE, other, lambda row: truth(row.id), load_known_calls())
