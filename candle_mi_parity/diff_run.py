@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from candle_mi_parity.alike import like_with_like
 from candle_mi_parity.candidate import Candidate, CandidateError, parse_candidate
@@ -15,7 +13,7 @@ from candle_mi_parity.errors import ParityError
 from candle_mi_parity.ledger import Ledger
 from candle_mi_parity.oracle import Mode
 from candle_mi_parity.run import Progress, judge_case, library_versions
-from candle_mi_parity.sources import Source, open_source
+from candle_mi_parity.sources import NothingOpen, Source, open_source
 from candle_mi_parity.store import stored_selection
 from candle_mi_parity.subject import Subject
 from candle_mi_parity.trace import CandleMi, Emitted, Run, Trace
@@ -78,7 +76,7 @@ class Pair:
         ]
 
 
-class PairedSource:
+class PairedSource(NothingOpen):
     """One side of a pair, as a source to judge."""
 
     def __init__(self, pair: Pair, side: int) -> None:
@@ -100,14 +98,6 @@ class PairedSource:
             raise found.error
         assert found.trace is not None
         return found.trace
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
 
 
 def diff(

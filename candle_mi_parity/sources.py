@@ -51,6 +51,18 @@ class Source(Protocol):
     ) -> None: ...
 
 
+class NothingOpen:
+    """A source that holds nothing which has to be closed."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
 def open_source(
     candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None], device: str = "cpu"
 ) -> Source:
@@ -138,7 +150,7 @@ class LiveSource:
         self._emitter.close()
 
 
-class StoredSource:
+class StoredSource(NothingOpen):
     """Traces that were emitted earlier, with ``candidate.json`` that says by which candle-mi."""
 
     def __init__(self, directory: Path) -> None:
@@ -169,14 +181,6 @@ class StoredSource:
                 raise TraceError(f"{path}: {entry.name} is not kept as this case is ({subject.case.stored})")
         check_header(truth, trace, file_digest(inputs))
         return trace
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
 
 
 def same_candidate(trace: Trace, identity: CandleMi) -> Trace:

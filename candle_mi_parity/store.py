@@ -11,8 +11,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import torch
@@ -23,7 +21,7 @@ from candle_mi_parity.candidate import CandidateError, EmitterError
 from candle_mi_parity.cases import Case
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.oracle import Mode
-from candle_mi_parity.sources import REFUSAL_FORMAT, Source, trace_path
+from candle_mi_parity.sources import REFUSAL_FORMAT, NothingOpen, Source, trace_path
 from candle_mi_parity.subject import Subject
 from candle_mi_parity.trace import CandleMi, Emitted, Trace
 from candle_mi_parity.truth import Truth
@@ -31,7 +29,7 @@ from candle_mi_parity.truth import Truth
 TOP_LOGITS = 100
 
 
-class StoringSource:
+class StoringSource(NothingOpen):
     """A source whose every outcome is kept: traces, and refusals as refusals.
 
     :param directory: ``rust_outputs/<version>``; emptied first.
@@ -59,14 +57,6 @@ class StoringSource:
         assert isinstance(trace, Trace)
         store_trace(trace, subject.case, target)
         return trace
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
 
 
 def refusal(subject: Subject, identity: CandleMi, error: EmitterError) -> dict[str, object]:

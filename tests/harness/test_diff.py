@@ -6,8 +6,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import pytest
@@ -25,6 +23,7 @@ from candle_mi_parity.ledger import Ledger
 from candle_mi_parity.oracle import Mode
 from candle_mi_parity.outcome import Outcome
 from candle_mi_parity.run import Progress
+from candle_mi_parity.sources import NothingOpen
 from candle_mi_parity.subject import Subject
 from candle_mi_parity.trace import Emitted, Feature, InMemory, Selection
 from candle_mi_parity.truth import Truth
@@ -36,7 +35,7 @@ Change = Callable[[Arrays], object]
 
 
 @dataclass
-class Held:
+class Held(NothingOpen):
     """A source that has what it was given, for every case the same kind of answer."""
 
     free: dict[str, Emitted | ParityError]
@@ -50,13 +49,6 @@ class Held:
         if isinstance(held, ParityError):
             raise held
         return held
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 def emitted(there: Real, change: Change | None = None) -> InMemory:

@@ -6,8 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from candle_mi_parity.candidate import CandidateError, EmitterError
 from candle_mi_parity.compare import compare
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.oracle import Mode
-from candle_mi_parity.sources import StoredSource
+from candle_mi_parity.sources import NothingOpen, StoredSource
 from candle_mi_parity.store import StoringSource, store_trace, stored_selection
 from candle_mi_parity.subject import Subject
 from candle_mi_parity.torch_source import TorchSource
@@ -26,7 +25,7 @@ from candle_mi_parity.truth import Truth
 from candle_mi_parity.verdict import TensorResult
 
 
-class Emitting:
+class Emitting(NothingOpen):
     """A source that has one trace, or refuses."""
 
     identity = RELEASE
@@ -38,13 +37,6 @@ class Emitting:
         if self._error is not None:
             raise self._error
         return Trace(self._path)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 def in_part(there: Real) -> Real:
