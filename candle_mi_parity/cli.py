@@ -83,6 +83,14 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+@contextmanager
+def _bar() -> Iterator[Bar]:
+    """Progress on stderr that leaves nothing behind."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield bar
+
+
 def judge(
     candidate: str,
     cases: str | None,
@@ -90,20 +98,27 @@ def judge(
     strict: bool = False,
     keep: Path | None = None,
     device: str = "cpu",
+    result: RunResult | None = None,
 ) -> RunResult:
-    """Select, run with progress, and write every view of the result, also of a run that breaks off."""
+    """Select, and run with progress; the parameters are those of :func:`run.run`."""
+    table = load_cases()
+    chosen = select(table, cases)
+    skipped = {
+        case.id: f"needs a download from the hub; run it with --cases '{case.id}'"
+        for case in table
+        if cases is None and case not in chosen
+    }
+    with _bar() as bar:
+        progress, ledger = Terminal(bar, len(chosen)), load_ledger()
+        return run(candidate, chosen, skipped, cache_root(), out, ledger, progress, strict, keep, device, result)
+
+
+def judge_and_write(
+    candidate: str, cases: str | None, out: Path, strict: bool = False, device: str = "cpu"
+) -> RunResult:
+    """Judge, and write every view of the result, also of a run that breaks off."""
     with written(blank(candidate, strict, device), out) as result:
-        table = load_cases()
-        chosen = select(table, cases)
-        skipped = {
-            case.id: f"needs a download from the hub; run it with --cases '{case.id}'"
-            for case in table
-            if cases is None and case not in chosen
-        }
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-            progress, ledger = Terminal(bar, len(chosen)), load_ledger()
-            run(candidate, chosen, skipped, cache_root(), out, ledger, progress, strict, keep, device, result)
+        judge(candidate, cases, out, strict, None, device, result)
     return result
 
 
@@ -117,7 +132,7 @@ def run_command(
 ) -> None:
     """Judge a candle-mi against PyTorch. Exit code 0 PASS, 1 FAIL, 2 ERROR, 3 INCONCLUSIVE."""
     with _one_line_errors():
-        result = judge(candidate, cases, out, strict, device=device)
+        result = judge_and_write(candidate, cases, out, strict, device)
         console = Console()
         report.terminal(result, console)
         console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
@@ -211,8 +226,7 @@ def diff_command(
     """Compare two candidates with each other and with PyTorch. Exit code 0, or 1 when B is worse anywhere."""
     with _one_line_errors():
         chosen = select(load_cases(), cases)
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        with _bar() as bar:
             found = diff((a, b), chosen, cache_root(), out / "diff", load_ledger(), Terminal(bar, len(chosen)))
         report.write_json(diff_views.document(found), out / "diff.json")
         write_page(diff_views.page(found), out / "diff.html")
@@ -236,8 +250,7 @@ def census_command(
         chosen = parse_candidate(candidate)
         if chosen.kind in ("stored", "torch"):
             raise CandidateError(f"the census asks an emitter: it needs a candidate to build, not {candidate}")
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        with _bar() as bar:
             task = bar.add_task("starting", total=None)
             done: list[Entry] = []
 

@@ -36,7 +36,7 @@ class Outcome(StrEnum):
 
 
 # How an emitter's failure that is no refusal begins, see candidate.EmitterError.
-_CRASHES = ("panic:", "crash:", "timeout:", "protocol:", "io:", "request:", "sae:")
+_CRASHES = ("panic:", "crash:", "timeout:", "protocol:", "io:", "request:")
 _ABSENT = "nothing is stored for"
 
 

@@ -146,10 +146,17 @@ def test_a_refusal_or_absence_that_is_not_listed_fails() -> None:
 def test_unlisted_divergence_fails_and_stale_entry_fails() -> None:
     known = load_known_calls()
     assert judged(STORED.calls, KnownCalls(absent=known.absent))["sample/tie"] == "FAIL"
-    stale = KnownCall(call="kl/1d", versions=["0.2.2"], kind="wrong number", why="planted")
+    stale = KnownCall(call="kl/1d", versions=["0.2.2"], kind="wrong number", fault="none", why="planted")
     assert judged(STORED.calls, KnownCalls(known=[*known.known, stale]))["kl/1d"] == "STALE"
     with pytest.raises(LedgerError, match="lacks"):
         judged(STORED.calls, KnownCalls(known=[stale.model_copy(update={"call": "nowhere"})]))
+
+
+@pytest.mark.parametrize("value, status", [(0.0, "KNOWN"), (1e-7, "FAIL"), (29.0, "FAIL"), (math.nan, "FAIL")])
+def test_a_known_call_may_be_wrong_by_what_is_known_only(value: float, status: str) -> None:
+    spoilt = answered("kl/far", {"value": np.array(value)})
+    calls = [spoilt if answer.id == "kl/far" else answer for answer in STORED.calls]
+    assert judged(calls)["kl/far"] == status
 
 
 def test_another_table_is_refused() -> None:

@@ -215,7 +215,7 @@ def test_the_command_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, h
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises((ParityError, ZeroDivisionError)):
-            cli.judge("stored:0.2.2", "llama/[hb]*", tmp_path)
+            cli.judge_and_write("stored:0.2.2", "llama/[hb]*", tmp_path)
     finally:
         signal.signal(signal.SIGINT, before)
     document = json.loads((tmp_path / "report.json").read_text())
