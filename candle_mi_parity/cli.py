@@ -26,7 +26,6 @@ from candle_mi_parity.candidate import CandidateError, parse_candidate
 from candle_mi_parity.cases import ROOT, Case, cache_root, load_cases, select
 from candle_mi_parity.census import take_census
 from candle_mi_parity.census_record import STORED, Entry
-from candle_mi_parity.compare_page import write_page
 from candle_mi_parity.diff_run import diff
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.families import family_of
@@ -189,7 +188,7 @@ def history_command(out: OutOption = OUT) -> None:
     with _one_line_errors():
         told = history.make_history(_stored_releases(out))
         report.write_json(history.document(told), out / "history.json")
-        write_page(history.page(told), out / "history.html")
+        report.write_text(history.page(told), out / "history.html")
         history.terminal(told, Console())
         print(f"wrote {out / 'history.html'}")
 
@@ -215,7 +214,7 @@ def diff_command(
         with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
             found = diff((a, b), chosen, cache_root(), out / "diff", load_ledger(), Terminal(bar, len(chosen)))
         report.write_json(diff_views.document(found), out / "diff.json")
-        write_page(diff_views.page(found), out / "diff.html")
+        report.write_text(diff_views.page(found), out / "diff.html")
         diff_views.terminal(found, Console())
         print(f"wrote {out / 'diff.html'}")
     raise typer.Exit(found.verdict.exit_code)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from planting import real
+from results import HOSTILE
 from rich.console import Console
 from test_cli import command, one_line
 from test_diff import LLAMA, POST, Held, between, compared, emitted, only, scale
@@ -44,10 +45,10 @@ def test_the_terminal_stays_short_however_much_moved() -> None:
 
 
 def test_a_page_escapes_every_name_and_fetches_nothing() -> None:
-    evil = "<script>alert(1)</script>"
-    refused = compared(Held({LLAMA: emitted(real(LLAMA))}), Held({LLAMA: EmitterError("model", evil)}))
-    page = diff_views.page(replace(refused, a=evil, b=f'"{evil}'))
+    refused = compared(Held({LLAMA: emitted(real(LLAMA))}), Held({LLAMA: EmitterError("model", HOSTILE)}))
+    page = diff_views.page(replace(refused, a=HOSTILE, b=f'"{HOSTILE}'))
     assert "<script" not in page and "&lt;script&gt;" in page
+    assert not [c for c in page + terminal(refused) if not c.isprintable() and c != "\n"]
     moved = diff_views.page(between(None, scale(POST, 1.001)))
     for reference in ("http:", "https:", "src=", "url(", "@import", "<link"):
         assert reference not in page + moved
