@@ -205,6 +205,7 @@ def page(diff: Diff) -> str:
     return rendered(
         "diff.html.j2",
         diff=diff,
+        anchors={case.id: f"case-{place}" for place, case in enumerate(diff.cases)},
         changes=changes(diff),
         counts=tensor_counts(diff),
         figures=figures(diff.cases),
