@@ -89,7 +89,7 @@ def ratio_plot(lines: Sequence[Line], key: str) -> Markup:
             titles[f"points-{number}"] = [_point_title(line, tensor) for tensor in drawn]
         axes.axhline(POSITION_GATE, color=_INKS["gate"], linewidth=1, linestyle="--", gid="gate", zorder=1)
         across = axes.get_yaxis_transform()
-        axes.text(1, POSITION_GATE * 1.4, f"gate {POSITION_GATE:g}", transform=across, ha="right",
+        axes.text(0.01, POSITION_GATE * 1.4, f"gate {POSITION_GATE:g}", transform=across,
                   color=_INKS["gate"])  # fmt: skip
         _scales(axes, highest, order)
         return _svg(figure, titles, "ratio of error to noise by execution order")

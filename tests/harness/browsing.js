@@ -26,14 +26,14 @@ const arrival = name => {
   return hidden ? 'is not in view' : null
 }
 
-/** Every piece of text that is shown, with its element. */
+/** Every piece of text that is shown, with its element and its node. */
 const texts = () => {
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = []
   while (walker.nextNode()) {
     const node = walker.currentNode, range = document.createRange()
     range.selectNodeContents(node)
     const shown = range.getClientRects().length && node.parentElement.checkVisibility({visibilityProperty: true})
-    if (node.data.trim() && shown) found.push([node.data.trim().slice(0, 60), node.parentElement])
+    if (node.data.trim() && shown) found.push([node.data.trim().slice(0, 60), node.parentElement, node])
   }
   return found
 }
@@ -77,12 +77,15 @@ const sizes = () => texts().map(([text, element]) => {
   return [text, parseFloat(getComputedStyle(element).fontSize) * Math.hypot(a, b)]
 })
 
-/** Texts in a column so narrow that their words are broken. */
-const squeezed = () => texts()
-  .filter(([text, element]) => text.length >= 6 && getComputedStyle(element).writingMode === 'horizontal-tb')
-  .filter(([, element]) => !(element instanceof SVGElement))
-  .filter(([, element]) => element.getBoundingClientRect().width < 2.5 * parseFloat(getComputedStyle(element).fontSize))
-  .map(([text]) => text)
+/** Short words that are broken over two lines, because their column is too narrow. */
+const broken = () => texts().flatMap(([, , node]) => [...node.data.matchAll(/(?<!\S)[\w.,:+]{2,12}(?!\S)/g)]
+  .filter(word => {
+    const range = document.createRange()
+    range.setStart(node, word.index)
+    range.setEnd(node, word.index + word[0].length)
+    return range.getClientRects().length > 1
+  })
+  .map(word => word[0]))
 
 /** What lies right of the window. `scrolls`: a box that scrolls by itself may hold more than it shows. */
 const beyond = scrolls => {

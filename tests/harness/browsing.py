@@ -13,8 +13,9 @@ import pytest
 from playwright.sync_api import Browser, Dialog, Page, sync_playwright
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
-DESK, PHONE, A4 = 1280, 360, 718
-"""Widths in CSS pixels; of A4 what Chromium's margins leave."""
+DESK, PHONE, TABLET = 1280, 360, 800
+SHEETS = (718, 794)
+"""Widths in CSS pixels; of A4 with margins and without."""
 CONTRAST, SMALLEST = 4.5, 11.0
 """WCAG 2's for text; CSS pixels."""
 FEWEST = 20
@@ -109,27 +110,41 @@ def dark(browser: Browser, path: Path) -> list[str]:
     return _contrast(browser, path, "dark")
 
 
-def phone(browser: Browser, path: Path) -> list[str]:
+def _narrow(browser: Browser, path: Path, width: int) -> list[str]:
     """Nothing lies beside the screen but in a box that scrolls by itself; no letter too small, no word broken."""
-    with _page(browser, PHONE) as page:
+    with _page(browser, width) as page:
         page.goto(path.as_uri())
         _ask(page, "open")
-        width = page.evaluate("() => document.documentElement.scrollWidth")
-        faults = [f"the page is {width} px wide"] if width > PHONE else []
+        found = page.evaluate("() => document.documentElement.scrollWidth")
+        faults = [f"the page is {found} px wide"] if found > width else []
         faults += [f"beside the screen: {element}" for element in _ask(page, "beyond", True)]
-        faults += [f"squeezed: {text}" for text in _ask(page, "squeezed")]
+        faults += [f"broken: {word}" for word in _ask(page, "broken")]
         sizes = _ask(page, "sizes")
     assert len(sizes) >= FEWEST, f"{path}: {len(sizes)} texts"
     return faults + [f"{text!r} is {size:.1f} px high" for text, size in sizes if not size >= SMALLEST]
 
 
+def phone(browser: Browser, path: Path) -> list[str]:
+    """Legible on the narrowest screen."""
+    return _narrow(browser, path, PHONE)
+
+
+def tablet(browser: Browser, path: Path) -> list[str]:
+    """The same between a phone and a desk."""
+    return _narrow(browser, path, TABLET)
+
+
 def paper(browser: Browser, path: Path) -> list[str]:
-    """Details are open without a click, and nothing lies beside the sheet, which cannot scroll."""
-    with _page(browser, A4) as page:
-        page.emulate_media(media="print")
-        page.goto(path.as_uri())
-        faults = [f"folded on paper: {title}" for title in _ask(page, "folded")]
-        return faults + [f"beside the sheet: {element}" for element in _ask(page, "beyond", False)]
+    """Details are open without a click, no word is broken, nothing lies beside the sheet, which cannot scroll."""
+    faults = []
+    for width in SHEETS:
+        with _page(browser, width) as page:
+            page.emulate_media(media="print")
+            page.goto(path.as_uri())
+            faults += [f"folded on paper: {title}" for title in _ask(page, "folded")]
+            faults += [f"broken: {word}" for word in _ask(page, "broken")]
+            faults += [f"beside the sheet: {element}" for element in _ask(page, "beyond", False)]
+    return faults
 
 
-CHECKS = {check.__name__: check for check in (quiet, links, light, dark, phone, paper)}
+CHECKS = {check.__name__: check for check in (quiet, links, light, dark, phone, tablet, paper)}

@@ -82,6 +82,7 @@ def a_report() -> RunResult:
         case("llama/v5", Status.KNOWN),
         case("mistral/v5", Status.FAIL),
     ]
+    result.cases += [case(f"{family}/hub") for family in ("gemma", "gemma2", "phi3", "qwen2", "qwen3", "starcoder2")]
     result.skipped["mistral/sae"], result.stale = f"{HOSTILE} {LONG}", [HOSTILE, LONG]
     return result
 

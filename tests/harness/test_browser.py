@@ -58,7 +58,9 @@ PLANTED = {
     ),
     "a size that no phone shows": ("phone", {"</style>": ".matrix th { font-size: 9px }</style>"}, "is 9.0 px high"),
     "a plot that shrinks": ("phone", {"min-width: 620px": "min-width: 0"}, "'block 0' is"),
-    "a column that breaks words": ("phone", {"</style>": ".counts small { width: 12px }</style>"}, "squeezed: "),
+    "a column that breaks words": ("phone", {"</style>": ".counts small { width: 12px }</style>"}, "broken: "),
+    "a matrix too wide for a tablet": ("tablet", {"(max-width: 1000px)": "(max-width: 100px)"}, "broken: "),
+    "a matrix too wide for paper": ("paper", {"(max-width: 1000px), print": "(max-width: 100px)"}, "broken: "),
     "details folded on paper": ("paper", {"content-visibility: visible": "color: inherit"}, "folded on paper: "),
     "a table wider than paper": (
         "paper",
