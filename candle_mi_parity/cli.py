@@ -49,6 +49,7 @@ CandidateOption = Annotated[
     str, typer.Option(help="0.2.2 | path:DIR | git:URL@REV | stored:VERSION_OR_DIR", show_default=True)
 ]
 CasesOption = Annotated[str | None, typer.Option(help="Glob over case ids; without it, the default lane.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu | cuda:N (the emitter is then built with CUDA)")]
 OutOption = Annotated[Path, typer.Option(help="Where traces and reports go.")]
 GEMMA_SCOPE = "google/gemma-scope-2b-pt-res:layer_0/width_16k/average_l0_105/params.npz"
 DEFAULT_CANDIDATE = "0.2.2"
@@ -111,7 +112,7 @@ def run_command(
     candidate: CandidateOption = DEFAULT_CANDIDATE,
     cases: CasesOption = None,
     out: OutOption = OUT,
-    device: Annotated[str, typer.Option(help="cpu | cuda:N (the emitter is then built with CUDA)")] = "cpu",
+    device: DeviceOption = "cpu",
     strict: Annotated[bool, typer.Option(help="Known divergences fail too.")] = False,
 ) -> None:
     """Judge a candle-mi against PyTorch. Exit code 0 PASS, 1 FAIL, 2 ERROR, 3 INCONCLUSIVE."""
@@ -206,13 +207,15 @@ def diff_command(
         str | None, typer.Option("--cases", "--case", help="Glob over case ids; without it, the default lane.")
     ] = None,
     out: OutOption = OUT,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Compare two candidates with each other and with PyTorch. Exit code 0, or 1 when B is worse anywhere."""
     with _one_line_errors():
         chosen = select(load_cases(), cases)
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
         with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-            found = diff((a, b), chosen, cache_root(), out / "diff", load_ledger(), Terminal(bar, len(chosen)))
+            progress = Terminal(bar, len(chosen))
+            found = diff((a, b), chosen, cache_root(), out / "diff", load_ledger(), progress, device)
         report.write_json(diff_views.document(found), out / "diff.json")
         report.write_text(diff_views.page(found), out / "diff.html")
         diff_views.terminal(found, Console())
