@@ -26,7 +26,6 @@ from candle_mi_parity.candidate import CandidateError, parse_candidate
 from candle_mi_parity.cases import ROOT, Case, cache_root, load_cases, select
 from candle_mi_parity.census import take_census
 from candle_mi_parity.census_record import STORED, Entry
-from candle_mi_parity.compare_page import write_page
 from candle_mi_parity.diff_run import diff
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.families import family_of
@@ -50,6 +49,7 @@ CandidateOption = Annotated[
     str, typer.Option(help="0.2.2 | path:DIR | git:URL@REV | stored:VERSION_OR_DIR", show_default=True)
 ]
 CasesOption = Annotated[str | None, typer.Option(help="Glob over case ids; without it, the default lane.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu | cuda:N (the emitter is then built with CUDA)")]
 OutOption = Annotated[Path, typer.Option(help="Where traces and reports go.")]
 GEMMA_SCOPE = "google/gemma-scope-2b-pt-res:layer_0/width_16k/average_l0_105/params.npz"
 DEFAULT_CANDIDATE = "0.2.2"
@@ -127,7 +127,7 @@ def run_command(
     candidate: CandidateOption = DEFAULT_CANDIDATE,
     cases: CasesOption = None,
     out: OutOption = OUT,
-    device: Annotated[str, typer.Option(help="cpu | cuda:N (the emitter is then built with CUDA)")] = "cpu",
+    device: DeviceOption = "cpu",
     strict: Annotated[bool, typer.Option(help="Known divergences fail too.")] = False,
 ) -> None:
     """Judge a candle-mi against PyTorch. Exit code 0 PASS, 1 FAIL, 2 ERROR, 3 INCONCLUSIVE."""
@@ -204,7 +204,7 @@ def history_command(out: OutOption = OUT) -> None:
     with _one_line_errors():
         told = history.make_history(_stored_releases(out))
         report.write_json(history.document(told), out / "history.json")
-        write_page(history.page(told), out / "history.html")
+        report.write_text(history.page(told), out / "history.html")
         history.terminal(told, Console())
         print(f"wrote {out / 'history.html'}")
 
@@ -222,14 +222,16 @@ def diff_command(
         str | None, typer.Option("--cases", "--case", help="Glob over case ids; without it, the default lane.")
     ] = None,
     out: OutOption = OUT,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Compare two candidates with each other and with PyTorch. Exit code 0, or 1 when B is worse anywhere."""
     with _one_line_errors():
         chosen = select(load_cases(), cases)
         with _bar() as bar:
-            found = diff((a, b), chosen, cache_root(), out / "diff", load_ledger(), Terminal(bar, len(chosen)))
+            progress = Terminal(bar, len(chosen))
+            found = diff((a, b), chosen, cache_root(), out / "diff", load_ledger(), progress, device)
         report.write_json(diff_views.document(found), out / "diff.json")
-        write_page(diff_views.page(found), out / "diff.html")
+        report.write_text(diff_views.page(found), out / "diff.html")
         diff_views.terminal(found, Console())
         print(f"wrote {out / 'diff.html'}")
     raise typer.Exit(found.verdict.exit_code)

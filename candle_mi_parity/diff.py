@@ -12,6 +12,7 @@ from enum import StrEnum
 from candle_mi_parity.distance import ENDLESS, Distance, figure_distance, tensor_distance
 from candle_mi_parity.gate import POSITION_GATE
 from candle_mi_parity.outcome import Outcome, outcome
+from candle_mi_parity.printable import number
 from candle_mi_parity.trace import Emitted, Run
 from candle_mi_parity.truth import Truth
 from candle_mi_parity.verdict import CaseResult, Status, TensorResult, Verdict
@@ -228,13 +229,6 @@ def size(result: TensorResult) -> float:
     if result.reason in ("shape", "dtype", "missing", "unexpected"):
         return math.inf
     return result.ratio
-
-
-def number(value: float | None) -> str:
-    """Three digits; ``∞`` where a masked entry is not 0 or a value is not finite."""
-    if value is None:
-        return "-"
-    return "∞" if math.isinf(value) else f"{value:.3g}"
 
 
 def shown(result: TensorResult) -> str:

@@ -101,24 +101,31 @@ class PairedSource(NothingOpen):
 
 
 def diff(
-    specs: tuple[str, str], cases: list[Case], cache: Path, out: Path, ledger: Ledger, progress: Progress
+    specs: tuple[str, str],
+    cases: list[Case],
+    cache: Path,
+    out: Path,
+    ledger: Ledger,
+    progress: Progress,
+    device: str = "cpu",
 ) -> Diff:
     """Build or read both candidates and compare them.
 
     :param out: where live candidates write their traces, each in its own directory.
+    :param device: of both candidates; the truth is always the CPU's.
     :raises ParityError: a candidate cannot be built or found; a fault of one case stays that case's.
     """
     a, b = (_comparable(spec) for spec in specs)
     with (
-        open_source(a, cache, out / "a", progress.note) as source_a,
-        open_source(b, cache, out / "b", progress.note) as source_b,
+        open_source(a, cache, out / "a", progress.note, device) as source_a,
+        open_source(b, cache, out / "b", progress.note, device) as source_b,
     ):
         pair = Pair(source_a, source_b)
         done = [diff_one(case, pair, specs, cache, ledger, progress) for case in cases]
         one, other = (
             source.identity.model_dump(exclude_none=True) if source.identity else {} for source in pair.sources
         )
-    return Diff(specs[0], specs[1], one, other, library_versions(), done)
+    return Diff(specs[0], specs[1], one, other, library_versions() | {"device": device}, done)
 
 
 def _comparable(spec: str) -> Candidate:

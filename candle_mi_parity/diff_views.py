@@ -11,10 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from candle_mi_parity.compare_page import rendered
-from candle_mi_parity.diff import CaseDiff, Diff, Direction, Kind, Row, Side, number, shown, size
+from candle_mi_parity.diff import CaseDiff, Diff, Direction, Kind, Row, Side, shown, size
 from candle_mi_parity.outcome import Outcome
+from candle_mi_parity.printable import number, printable
 from candle_mi_parity.speed import Figure, figures
+from candle_mi_parity.template import rendered
 from candle_mi_parity.verdict import Status, TensorResult, Verdict
 
 DIFF_FORMAT = "candle-mi-parity/diff/1"
@@ -81,11 +82,13 @@ def terminal(diff: Diff, console: Console) -> None:
     if moved:
         console.print(_moved_table(moved[:SHOWN], len(moved)))
     for case in diff.worse[:SHOWN]:
-        console.print(Text.assemble(("worse ", "bold red"), f"{case.id}: {'; '.join(case.worse)}"), soft_wrap=True)
+        console.print(
+            Text.assemble(("worse ", "bold red"), printable(f"{case.id}: {'; '.join(case.worse)}")), soft_wrap=True
+        )
     _say_the_rest(len(diff.worse), console)
     for case in unjudged(diff)[:SHOWN]:
         said = case.a.result.error or case.b.result.error
-        console.print(Text(f"not compared {case.id}: {said}", style="dim"), soft_wrap=True)
+        console.print(Text(printable(f"not compared {case.id}: {said}"), style="dim"), soft_wrap=True)
     _say_the_rest(len(unjudged(diff)), console)
     cut = sum(1 for case in diff.cases if case.cut)
     if cut:
@@ -141,7 +144,7 @@ def _moved_table(cases: list[CaseDiff], total: int) -> Table:
         table.add_row(
             escape(case.id),
             f"{len(case.moved())}/{len(case.rows)}",
-            escape(first.name),
+            escape(printable(first.name)),
             number(first.distance.ratio if first.distance else None),
             result_size(first.a),
             result_size(first.b),
@@ -202,11 +205,11 @@ def page(diff: Diff) -> str:
     return rendered(
         "diff.html.j2",
         diff=diff,
+        anchors={case.id: f"case-{place}" for place, case in enumerate(diff.cases)},
         changes=changes(diff),
         counts=tensor_counts(diff),
         figures=figures(diff.cases),
         unjudged=unjudged(diff),
-        number=number,
         quantity=quantity,
         result_size=result_size,
         result_colour=_result_colour,

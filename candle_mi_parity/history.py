@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from candle_mi_parity.compare_page import rendered
-from candle_mi_parity.diff import number, size
+from candle_mi_parity.diff import size
 from candle_mi_parity.outcome import Outcome, outcome
+from candle_mi_parity.printable import number
+from candle_mi_parity.template import rendered
 from candle_mi_parity.verdict import CaseResult, RunResult
 
 HISTORY_FORMAT = "candle-mi-parity/history/1"
@@ -173,7 +174,7 @@ def _short(cell: Summary) -> str:
 
 def page(history: History) -> str:
     """``history.html``: one file, no script, nothing fetched."""
-    return rendered("history.html.j2", history=history, number=number)
+    return rendered("history.html.j2", history=history)
 
 
 def document(history: History) -> dict[str, Any]:

@@ -6,17 +6,16 @@ come from a trace that nobody vouches for.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from candle_mi_parity.gate import ELEMENT_GATE, POSITION_GATE
 from candle_mi_parity.plots import Line, case_plot, heatmap, ratio_plot
-from candle_mi_parity.printable import one_line, printable
+from candle_mi_parity.printable import number, one_line
+from candle_mi_parity.template import rendered
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
 
 SEVERITY = [Status.FAIL, Status.ERROR, Status.UNMEASURED, Status.KNOWN, Status.PASS]
@@ -61,21 +60,13 @@ class Evidence:
 
 def render(result: RunResult) -> str:
     """The whole page."""
-    environment = Environment(
-        loader=PackageLoader("candle_mi_parity"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )
-    environment.filters["number"] = number
     families = list(dict.fromkeys(_family(name) for name in _ids(result)))
     evidence = {case.id: _evidence(case, i) for i, case in enumerate(result.cases) if case.status is not Status.PASS}
     bad = [evidence[case.id] for case in result.cases if case.status not in (Status.PASS, Status.KNOWN)]
     known = [evidence[case.id] for case in result.cases if case.status is Status.KNOWN]
     notes = dict.fromkeys(found.case.known for found in known)
-    return environment.get_template("page.html.j2").render(
+    return rendered(
+        "page.html.j2",
         result=result,
         sentence=sentence(result),
         counts=_counts(result),
@@ -88,13 +79,6 @@ def render(result: RunResult) -> str:
         plots=list(_family_plots(result, families)),
         gates=(POSITION_GATE, ELEMENT_GATE),
     )
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """As a person reads it; a dash for nothing."""
-    if value is None:
-        return "–"
-    return "∞" if math.isinf(value) else "NaN" if math.isnan(value) else f"{value:.{digits}g}"
 
 
 def sentence(result: RunResult) -> str:

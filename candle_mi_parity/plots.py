@@ -41,7 +41,7 @@ _INKS = {
 """Stand-ins that become the page's CSS variables."""
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "font.size": 9,
+    "font.size": 9.5,
     "text.color": _INKS["ink"],
     "axes.edgecolor": _INKS["faint"],
     "axes.labelcolor": _INKS["ink"],
@@ -89,7 +89,7 @@ def ratio_plot(lines: Sequence[Line], key: str) -> Markup:
             titles[f"points-{number}"] = [_point_title(line, tensor) for tensor in drawn]
         axes.axhline(POSITION_GATE, color=_INKS["gate"], linewidth=1, linestyle="--", gid="gate", zorder=1)
         across = axes.get_yaxis_transform()
-        axes.text(1, POSITION_GATE * 1.4, f"gate {POSITION_GATE:g}", transform=across, ha="right", fontsize=8,
+        axes.text(0.01, POSITION_GATE * 1.4, f"gate {POSITION_GATE:g}", transform=across,
                   color=_INKS["gate"])  # fmt: skip
         _scales(axes, highest, order)
         return _svg(figure, titles, "ratio of error to noise by execution order")
@@ -99,6 +99,7 @@ def _scales(axes: Axes, highest: float, order: list[str]) -> None:
     axes.set_yscale("log")
     axes.set_ylim(LOWEST / 2, highest * 3)
     axes.yaxis.set_major_locator(LogLocator(10, numticks=6))
+    axes.yaxis.set_major_formatter(_power)
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()
     axes.set_ylabel("error / noise")
@@ -114,13 +115,18 @@ def _scales(axes: Axes, highest: float, order: list[str]) -> None:
     axes.set_xlim(-1, max(len(order), 2))
 
 
+def _power(value: float, _: float) -> str:
+    """On one line: matplotlib's own exponent is too small for a phone."""
+    return f"{value:g}" if 0.001 < value < 1000 else f"1e{math.log10(value):.0f}"
+
+
 def heatmap(diagnosis: Diagnosis, key: str) -> Markup:
     """The largest error over σ by position × head (or block of features): blue inside the gate, red past it."""
     rows, columns = len(diagnosis.picture), len(diagnosis.picture[0])
     gate = math.log10(ELEMENT_GATE)
     top = max(gate + 1, *(max(row) for row in diagnosis.picture))
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": key}):
-        figure = Figure(figsize=(4.2, min(max(1.35, 0.75 + 0.16 * rows), 4.2)))
+        figure = Figure(figsize=(3.75, min(max(1.35, 0.75 + 0.16 * rows), 4.2)))
         axes = figure.add_subplot()
         image = axes.imshow(
             diagnosis.picture,

@@ -1,6 +1,8 @@
-"""Text from a trace, a checkpoint or an error, made safe to show: a terminal obeys what it is printed."""
+"""How text and numbers are shown. Text comes from a trace, a checkpoint or an error, and a terminal obeys it."""
 
 from __future__ import annotations
+
+import math
 
 
 def printable(text: str) -> str:
@@ -12,3 +14,10 @@ def one_line(text: str, limit: int = 300) -> str:
     """The same on one line, cut where it is long."""
     flat = " ".join(printable(text).split())
     return flat if len(flat) <= limit else f"{flat[: limit - 1]}…"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """As a person reads it; a dash for nothing."""
+    if value is None:
+        return "–"
+    return "∞" if math.isinf(value) else "NaN" if math.isnan(value) else f"{value:.{digits}g}"

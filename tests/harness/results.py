@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from candle_mi_parity.diagnose import Diagnosis
+from candle_mi_parity.diff import CaseDiff, Diff, Direction, Kind, Row, Side
+from candle_mi_parity.distance import Distance
+from candle_mi_parity.history import History, make_history
+from candle_mi_parity.sae_view import Flip, Ranked, SaeView
+from candle_mi_parity.trace import Run
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult, Worst
 
 HOSTILE = "<script>alert(1)</script>\x1b[2J\x1b]0;owned\x07\u202e${{7*7}}{{7*7}}"
+LONG = "blocks.0." + "a_name_without_a_place_to_break" * 5
 VERSIONS = {
     "candle-mi-parity": "0.1.0",
     "torch": "2.15.0",
@@ -50,3 +56,66 @@ def everything() -> RunResult:
 
 def run_of(*cases: CaseResult) -> RunResult:
     return RunResult("0.2.2", {}, VERSIONS, list(cases), {}, [])
+
+
+def sae_view(chain: str = "sae") -> SaeView:
+    """One flip that rounding explains, and two ranks of which the second differs."""
+    flip = Flip([0, 2, 40], 0.0, 1.5, 2.5e-6, 3.25, excused=True)
+    ranks = [Ranked((7, 3.5), (7, 3.5000002)), Ranked((9, 1.25), (11, 1.5))]
+    return SaeView(chain, 12, 13, 1, [flip], 0.125, 0.1250001, 1e-7, ranks)
+
+
+def a_report() -> RunResult:
+    """Everything that the page can show, with names that attack it and names that do not break."""
+    result = everything()
+    refused, judged = case("llama/rope-yarn", Status.KNOWN), case("llama/sae")
+    refused.tensors, refused.forced, refused.diagnosis = [], [], None
+    refused.error, refused.known = "model: unsupported rope", "refused: not implemented"
+    judged.sae = [sae_view(), sae_view("sae_on_truth")]
+    hostile, broken = case(f"llama/{HOSTILE}", Status.FAIL, bad=LONG), case(f"llama/{LONG}", Status.ERROR)
+    hostile.error = broken.error = f"{HOSTILE} {LONG}"
+    result.cases += [
+        refused,
+        judged,
+        hostile,
+        broken,
+        case("llama/v5", Status.KNOWN),
+        case("mistral/v5", Status.FAIL),
+    ]
+    result.cases += [case(f"{family}/hub") for family in ("gemma", "gemma2", "phi3", "qwen2", "qwen3", "starcoder2")]
+    result.skipped["mistral/sae"], result.stale = f"{HOSTILE} {LONG}", [HOSTILE, LONG]
+    return result
+
+
+def differing() -> Diff:
+    """A case that got worse, one that got better, one that cannot be compared."""
+    good, bad, lost = (
+        case("llama/v5"),
+        case("llama/v5", Status.FAIL, bad=LONG),
+        case(f"llama/{HOSTILE}", Status.ERROR),
+    )
+    lost.error = f"no oracle: {HOSTILE} {LONG}"
+    before = tensor(LONG)
+    ran = Run(started="", seconds={"forward": 0.25}, threads=2, peak_rss_bytes=1 << 28)
+    far = Distance(False, 4321.0, 17284.0, 3)
+    away = Row(LONG, Kind.MOVED, before, bad.tensors[-1], far, Direction.AWAY, worse=f"{LONG} now diverges")
+    towards = Row(
+        HOSTILE, Kind.MOVED, bad.tensors[-1], before, far, Direction.TOWARDS, better=f"{HOSTILE} agrees now"
+    )
+    gone = Row("hook_embed", Kind.VANISHED, good.tensors[0], None, worse="hook_embed vanished")
+    mended, honest = case("mistral/v5", Status.KNOWN), case("mistral/v5")
+    cases = [
+        CaseDiff(Side(good, None, ran), Side(bad, None, ran), [away, gone], worse=["agrees → diverges", away.worse]),
+        CaseDiff(Side(mended, None, ran), Side(honest, None), [towards], better=[towards.better], cut=True),
+        CaseDiff(Side(lost, None), Side(lost, None)),
+    ]
+    return Diff("0.1.10", HOSTILE, {"version": "0.1.10"}, {}, VERSIONS, cases)
+
+
+def told() -> History:
+    """Four releases in which divergences come and go."""
+    known, mended = case("llama/v5", Status.KNOWN), case("llama/v5")
+    hostile = case(f"mistral/{HOSTILE}", Status.KNOWN, bad=LONG)
+    crashed = case("gemma/window", Status.ERROR)
+    broken, honest = run_of(known, hostile, case("gemma/window")), run_of(mended, hostile, crashed)
+    return make_history({"0.1.6": broken, "0.1.10": broken, "0.1.24": honest, "0.2.2": run_of(mended)})

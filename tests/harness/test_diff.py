@@ -73,7 +73,7 @@ def compared(a: Held, b: Held, case_ids: tuple[str, ...] = (LLAMA,)) -> Diff:
     pair = Pair(a, b)
     empty = Ledger(format=1)
     cases = [diff_one(CASES[name], pair, ("A", "B"), cache_root(), empty, Progress()) for name in case_ids]
-    return Diff("A", "B", {}, {}, {"transformers": "5"}, cases)
+    return Diff("A", "B", {}, {}, {"transformers": "5", "device": "cpu"}, cases)
 
 
 def between(a: Change | None, b: Change | None) -> Diff:

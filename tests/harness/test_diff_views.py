@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 from planting import real
+from results import HOSTILE
 from rich.console import Console
 from test_cli import command, one_line
 from test_diff import LLAMA, POST, Held, between, compared, emitted, only, scale
 
-from candle_mi_parity import diff_views
-from candle_mi_parity.candidate import EmitterError
+from candle_mi_parity import diff_run, diff_views
+from candle_mi_parity.candidate import Candidate, EmitterError
+from candle_mi_parity.cases import cache_root
 from candle_mi_parity.diff import CaseDiff, Diff, Side
+from candle_mi_parity.ledger import Ledger
 from candle_mi_parity.report import write_json
+from candle_mi_parity.run import Progress
 from candle_mi_parity.speed import figures
 from candle_mi_parity.trace import Run
 from candle_mi_parity.verdict import CaseResult, Status
@@ -44,10 +48,10 @@ def test_the_terminal_stays_short_however_much_moved() -> None:
 
 
 def test_a_page_escapes_every_name_and_fetches_nothing() -> None:
-    evil = "<script>alert(1)</script>"
-    refused = compared(Held({LLAMA: emitted(real(LLAMA))}), Held({LLAMA: EmitterError("model", evil)}))
-    page = diff_views.page(replace(refused, a=evil, b=f'"{evil}'))
+    refused = compared(Held({LLAMA: emitted(real(LLAMA))}), Held({LLAMA: EmitterError("model", HOSTILE)}))
+    page = diff_views.page(replace(refused, a=HOSTILE, b=f'"{HOSTILE}'))
     assert "<script" not in page and "&lt;script&gt;" in page
+    assert not [c for c in page + terminal(refused) if not c.isprintable() and c != "\n"]
     moved = diff_views.page(between(None, scale(POST, 1.001)))
     for reference in ("http:", "https:", "src=", "url(", "@import", "<link"):
         assert reference not in page + moved
@@ -111,3 +115,27 @@ def test_a_candidate_that_holds_no_trace_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "flat.json").write_text("{}")
     flat = f"stored:{tmp_path / 'flat.json'}"
     assert "is a flat JSON" in one_line(command("diff", flat, "stored:0.2.2", "--out", str(tmp_path)))
+
+
+def test_a_stored_candidate_has_no_other_device_on_either_side(tmp_path: Path) -> None:
+    for pair in (("stored:0.1.10", "torch"), ("torch", "stored:0.2.2")):
+        stored = next(spec for spec in pair if spec != "torch")
+        done = command("diff", *pair, "--device", "cuda:0", "--case", LLAMA, "--out", str(tmp_path))
+        assert f"{stored} was emitted on a CPU; --device cuda:0 needs a build" in one_line(done)
+        assert not (tmp_path / "diff.json").exists()
+
+
+def test_both_candidates_are_opened_on_the_device_and_the_page_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[str, str]] = []
+
+    def open_source(candidate: Candidate, cache: Path, out: Path, log: object, device: str) -> Held:
+        opened.append((candidate.spec, device))
+        return Held({})
+
+    monkeypatch.setattr(diff_run, "open_source", open_source)
+    empty = Ledger(format=1)
+    found = diff_run.diff(("0.2.2", "torch"), [], cache_root(), tmp_path, empty, Progress(), "cuda:1")
+    assert opened == [("0.2.2", "cuda:1"), ("torch", "cuda:1")]
+    assert "cuda:1 for both" in diff_views.page(found) and found.versions["device"] == "cuda:1"

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from results import HOSTILE
 from rich.console import Console
 
 from candle_mi_parity import history
@@ -79,13 +80,15 @@ def test_the_page_and_the_json_hold_all_of_it(stored: History, tmp_path: Path) -
 
 def test_names_are_escaped_and_a_case_that_a_release_lacks_has_no_arrow() -> None:
     evil = "llama/<b>"
-    case = CaseResult(evil, "<i>", "", Status.FAIL, "", tensors=[TensorResult("<u>", Status.FAIL, "missing")])
+    tensors = [TensorResult("<u>" + HOSTILE, Status.FAIL, "missing")]
+    case = CaseResult(evil, "<i>", "", Status.FAIL, "", tensors=tensors, known=HOSTILE)
     versions = {"transformers": "5"}
     told = make_history(
         {"1": RunResult("1", {}, versions, [case], {}, []), "2": RunResult("2", {}, versions, [], {}, [])}
     )
     page = history.page(told)
     assert "<b>" not in page and "<i>" not in page and "<u>" not in page and "llama/&lt;b&gt;" in page
+    assert "<script" not in page and not [c for c in page if not c.isprintable() and c != "\n"]
     assert told.lines[0].steps() == ["", "·"] and told.lines[0].cells[1] is None
 
 

@@ -13,7 +13,7 @@ import jsonschema
 import numpy as np
 import pytest
 from planting import real, write
-from results import HOSTILE, case, everything, run_of, tensor
+from results import HOSTILE, case, everything, run_of, sae_view, tensor
 from rich.console import Console
 
 from candle_mi_parity import page, report
@@ -21,7 +21,6 @@ from candle_mi_parity.cases import ROOT
 from candle_mi_parity.look_sae import look_sae
 from candle_mi_parity.plots import LOWEST, Line, ratio_plot
 from candle_mi_parity.report_model import Report, json_schema
-from candle_mi_parity.sae_view import Flip, Ranked, SaeView
 from candle_mi_parity.trace import Trace
 from candle_mi_parity.verdict import RunResult, Status, Verdict
 
@@ -182,9 +181,7 @@ def test_every_element_is_closed_and_no_id_is_given_twice() -> None:
 
 def test_the_sae_panel_has_flips_with_margins_mse_and_ranks_side_by_side() -> None:
     passing = case("a/b")
-    flip = Flip([0, 2, 40], 0.0, 1.5, 2.5e-6, 3.25, excused=True)
-    ranks = [Ranked((7, 3.5), (7, 3.5000002)), Ranked((9, 1.25), (11, 1.5))]
-    passing.sae = [SaeView("sae", 12, 13, 1, [flip], 0.125, 0.1250001, 1e-7, ranks)]
+    passing.sae = [sae_view()]
     html = page.render(run_of(passing))
     said = text_of(html)
     assert "a/b its own residual 12 / 13 1 3.25 σ 0.125 0.1250001 1e-07" in said

@@ -1,0 +1,150 @@
+"""A page in a real Chromium, and what its readers need of it; a check returns the faults that it finds, in words."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from playwright.sync_api import Browser, Dialog, Page, sync_playwright
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+DESK, PHONE, TABLET = 1280, 360, 800
+SHEETS = (718, 794)
+"""Widths in CSS pixels; of A4 with margins and without."""
+CONTRAST, SMALLEST = 4.5, 11.0
+"""WCAG 2's for text; CSS pixels."""
+FEWEST = 20
+"""Texts on a page below which a check has not looked."""
+SCRIPT = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
+Check = Callable[[Browser, Path], list[str]]
+
+
+def chromium() -> str:
+    """The program; without one the test is skipped, which says what to install."""
+    found = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    if found is None:
+        pytest.skip(f"no browser: none of {', '.join(PROGRAMS)} is on PATH; install Debian's package chromium")
+    return found
+
+
+@contextmanager
+def browsing() -> Iterator[Browser]:
+    """Chromium without a window; its sandbox refuses to run as root."""
+    program = chromium()
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as driver, driver.chromium.launch(executable_path=program, args=arguments) as browser:
+        yield browser
+
+
+@contextmanager
+def _page(browser: Browser, width: int, scheme: Literal["light", "dark"] = "light") -> Iterator[Page]:
+    """An empty one, that no network reaches."""
+    size = {"width": width, "height": 800}
+    with browser.new_context(offline=True, viewport=size, color_scheme=scheme) as context:  # type: ignore[arg-type]
+        yield context.new_page()
+
+
+def _ask(page: Page, function: str, argument: object = None) -> Any:
+    """What a function of browsing.js returns in the page."""
+    return page.evaluate(f"argument => {{ {SCRIPT}\n return {function}(argument) }}", argument)
+
+
+def quiet(browser: Browser, path: Path) -> list[str]:
+    """No word on the console, no error, no dialog, no request but for the file itself."""
+    faults: list[str] = []
+
+    def dismiss(dialog: Dialog) -> None:
+        faults.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    with _page(browser, DESK) as page:
+        page.on("console", lambda message: faults.append(f"console, {message.type}: {message.text}"))
+        page.on("pageerror", lambda error: faults.append(f"page error: {error}"))
+        page.on("request", lambda request: faults.append(f"request: {request.url}"))
+        page.on("dialog", dismiss)
+        page.goto(path.as_uri())
+        _ask(page, "open")
+        page.mouse.wheel(0, 1e6)  # what is fetched when it comes into view
+        page.wait_for_load_state("networkidle")
+    faults.remove(f"request: {path.as_uri()}")
+    return faults
+
+
+def links(browser: Browser, path: Path) -> list[str]:
+    """Each leads to what it names, and shows it; each case that is not a pass has one in the matrix."""
+    with _page(browser, DESK) as page:
+        page.goto(path.as_uri())
+        faults = [f"no link: {title}" for title in _ask(page, "unlinked")]
+        for link, (address, name) in zip(page.locator("a[href]").all(), _ask(page, "links"), strict=True):
+            if not address.startswith("#"):
+                faults.append(f"{address} leads out of the page")
+                continue
+            link.click()
+            fault = _ask(page, "arrival", name)
+            faults += [f"{address} of {name} {fault}"] if fault else []
+        assert page.locator("a[href]").count(), f"{path} has no link"
+    return faults
+
+
+def _contrast(browser: Browser, path: Path, scheme: Literal["light", "dark"]) -> list[str]:
+    with _page(browser, DESK, scheme) as page:
+        page.goto(path.as_uri())
+        _ask(page, "open")
+        found = _ask(page, "contrasts")
+    assert len(found) >= FEWEST, f"{path}: {len(found)} texts"
+    return [f"{text!r} has contrast {ratio:.2f}" for text, ratio in found if not ratio >= CONTRAST]
+
+
+def light(browser: Browser, path: Path) -> list[str]:
+    """Every text stands out from what lies under it."""
+    return _contrast(browser, path, "light")
+
+
+def dark(browser: Browser, path: Path) -> list[str]:
+    """The same for who prefers dark."""
+    return _contrast(browser, path, "dark")
+
+
+def _narrow(browser: Browser, path: Path, width: int) -> list[str]:
+    """Nothing lies beside the screen but in a box that scrolls by itself; no letter too small, no word broken."""
+    with _page(browser, width) as page:
+        page.goto(path.as_uri())
+        _ask(page, "open")
+        found = page.evaluate("() => document.documentElement.scrollWidth")
+        faults = [f"the page is {found} px wide"] if found > width else []
+        faults += [f"beside the screen: {element}" for element in _ask(page, "beyond", True)]
+        faults += [f"broken: {word}" for word in _ask(page, "broken")]
+        sizes = _ask(page, "sizes")
+    assert len(sizes) >= FEWEST, f"{path}: {len(sizes)} texts"
+    return faults + [f"{text!r} is {size:.1f} px high" for text, size in sizes if not size >= SMALLEST]
+
+
+def phone(browser: Browser, path: Path) -> list[str]:
+    """Legible on the narrowest screen."""
+    return _narrow(browser, path, PHONE)
+
+
+def tablet(browser: Browser, path: Path) -> list[str]:
+    """The same between a phone and a desk."""
+    return _narrow(browser, path, TABLET)
+
+
+def paper(browser: Browser, path: Path) -> list[str]:
+    """Details are open without a click, no word is broken, nothing lies beside the sheet, which cannot scroll."""
+    faults = []
+    for width in SHEETS:
+        with _page(browser, width) as page:
+            page.emulate_media(media="print")
+            page.goto(path.as_uri())
+            faults += [f"folded on paper: {title}" for title in _ask(page, "folded")]
+            faults += [f"broken: {word}" for word in _ask(page, "broken")]
+            faults += [f"beside the sheet: {element}" for element in _ask(page, "beyond", False)]
+    return faults
+
+
+CHECKS = {check.__name__: check for check in (quiet, links, light, dark, phone, tablet, paper)}
