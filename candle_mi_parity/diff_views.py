@@ -14,6 +14,7 @@ from rich.text import Text
 from candle_mi_parity.diff import CaseDiff, Diff, Direction, Kind, Row, Side, shown, size
 from candle_mi_parity.outcome import Outcome
 from candle_mi_parity.printable import number, printable
+from candle_mi_parity.report import plain
 from candle_mi_parity.speed import Figure, figures
 from candle_mi_parity.template import rendered
 from candle_mi_parity.verdict import Status, TensorResult, Verdict
@@ -196,10 +197,6 @@ def _row_colour(row: Row) -> str:
     return "good" if row.better or row.direction is Direction.TOWARDS else "warn"
 
 
-def outcome_colour(outcome: Outcome) -> str:
-    return {Outcome.AGREES: "good", Outcome.DIVERGES: "bad", Outcome.CRASHED: "bad"}.get(outcome, "warn")
-
-
 def page(diff: Diff) -> str:
     """``diff.html``: one file, no script, nothing fetched."""
     return rendered(
@@ -214,7 +211,6 @@ def page(diff: Diff) -> str:
         result_size=result_size,
         result_colour=_result_colour,
         row_colour=_row_colour,
-        outcome_colour=outcome_colour,
     )
 
 
@@ -230,7 +226,7 @@ def document(diff: Diff) -> dict[str, Any]:
         "tensors": tensor_counts(diff),
         "changes": [{"from": change.before, "to": change.after, "cases": change.cases} for change in changes(diff)],
         "speed": [asdict(figure) | {"factor": figure.factor} for figure in figures(diff.cases)],
-        "cases": [_case(case) for case in diff.cases],
+        "cases": [plain(_case(case)) for case in diff.cases],
     }
 
 
@@ -257,15 +253,11 @@ def _row(row: Row) -> dict[str, Any]:
         "name": row.name,
         "kind": row.kind.value,
         "direction": row.direction.value if row.direction else None,
-        "position": _finite(distance.position) if distance else None,
-        "element": _finite(distance.element) if distance else None,
+        "position": distance.position if distance else None,
+        "element": distance.element if distance else None,
         "decisions": distance.decisions if distance else None,
-        "a": {"status": row.a.status.value, "ratio": _finite(size(row.a))} if row.a else None,
-        "b": {"status": row.b.status.value, "ratio": _finite(size(row.b))} if row.b else None,
+        "a": {"status": row.a.status.value, "ratio": size(row.a)} if row.a else None,
+        "b": {"status": row.b.status.value, "ratio": size(row.b)} if row.b else None,
         "worse": row.worse,
         "better": row.better,
     }
-
-
-def _finite(value: float) -> float | str:
-    return value if value - value == 0 else str(value)

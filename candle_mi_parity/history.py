@@ -15,11 +15,11 @@ from rich.text import Text
 from candle_mi_parity.diff import size
 from candle_mi_parity.outcome import Outcome, outcome
 from candle_mi_parity.printable import number
+from candle_mi_parity.report import plain
 from candle_mi_parity.template import rendered
 from candle_mi_parity.verdict import CaseResult, RunResult
 
 HISTORY_FORMAT = "candle-mi-parity/history/1"
-COLOURS = {Outcome.AGREES: "good", Outcome.DIVERGES: "bad", Outcome.CRASHED: "bad"}
 _STYLES = {"good": "green", "bad": "red", "warn": "yellow"}
 
 
@@ -39,7 +39,7 @@ class Cell:
 
     @property
     def colour(self) -> str:
-        return COLOURS.get(self.outcome, "warn")
+        return self.outcome.colour
 
     @property
     def text(self) -> str:
@@ -198,6 +198,5 @@ def document(history: History) -> dict[str, Any]:
 
 
 def _as_json(cell: Cell) -> dict[str, Any]:
-    ratio = cell.ratio
-    spelt = ratio if ratio is None or ratio - ratio == 0 else str(ratio)
-    return {"outcome": cell.outcome.value, "first": cell.first or None, "ratio": spelt, "note": cell.note}
+    ratio = plain(cell.ratio)
+    return {"outcome": cell.outcome.value, "first": cell.first or None, "ratio": ratio, "note": cell.note}

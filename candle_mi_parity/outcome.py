@@ -30,6 +30,11 @@ class Outcome(StrEnum):
         return self not in (Outcome.ABSENT, Outcome.ERROR)
 
     @property
+    def colour(self) -> str:
+        """The class of its cell on a page."""
+        return {Outcome.AGREES: "good", Outcome.DIVERGES: "bad", Outcome.CRASHED: "bad"}.get(self, "warn")
+
+    @property
     def rank(self) -> int:
         """0 is best; only of what was judged."""
         return list(Outcome).index(self)

@@ -188,21 +188,22 @@ def _case(case: CaseResult) -> dict[str, Any]:
         "in_part": case.in_part,
         "first_divergence": first.name if first else None,
         "diagnosis": asdict(case.diagnosis) if case.diagnosis else None,
-        "sae": [_plain(asdict(view)) for view in case.sae],
+        "sae": [plain(asdict(view)) for view in case.sae],
         "error": case.error,
         "known": case.known,
         "reproduce": case.reproduce,
         "seconds": round(case.seconds, 3),
-        "tensors": [_plain(asdict(tensor)) for tensor in case.tensors],
-        "forced": [_plain(asdict(tensor)) for tensor in case.forced],
+        "tensors": [plain(asdict(tensor)) for tensor in case.tensors],
+        "forced": [plain(asdict(tensor)) for tensor in case.forced],
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Numbers that JSON has not, as strings."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     return value
