@@ -54,7 +54,9 @@ class Bench:
         """
         directory = generated_model(dict(tried.config), "hub", self._scratch)
         model = LocalModel(source="local", path=str(directory))
-        subject = prepare(Case(id="repro/tried", model=model, tokens=list(tried.tokens), dtype=tried.dtype), self._scratch)
+        subject = prepare(
+            Case(id="repro/tried", model=model, tokens=list(tried.tokens), dtype=tried.dtype), self._scratch
+        )
         oracle = Oracle(subject, self._scratch)
         results, _, _ = judge_mode(oracle, self._source, "free", Progress())
         return subject, oracle.truth(), _first(results)
