@@ -58,7 +58,7 @@ class Bench:
             Case(id="repro/tried", model=model, tokens=list(tried.tokens), dtype=tried.dtype), self._scratch
         )
         oracle = Oracle(subject, self._scratch)
-        results, _, _ = judge_mode(oracle, self._source, "free", Progress())
+        results, *_ = judge_mode(oracle, self._source, "free", Progress())
         return subject, oracle.truth(), _first(results)
 
     def judge(self, tried: Input) -> Divergence | None:
@@ -73,7 +73,7 @@ def reproduce(case: Case, source: Source, cache: Path, tell: Tell) -> Reproducti
     :raises ParityError: it cannot be judged, as where candle-mi refuses it.
     """
     subject = prepare(case, cache)
-    results, _, _ = judge_mode(Oracle(subject, cache), source, "free", Progress())
+    results, *_ = judge_mode(Oracle(subject, cache), source, "free", Progress())
     first = _first(results)
     if first is None:
         raise ReproError(f"{case.id}: nothing diverges; there is nothing to reproduce")
