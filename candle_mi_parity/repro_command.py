@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from candle_mi_parity.candidate import CandidateError, parse_candidate
 from candle_mi_parity.cases import Case, load_cases, select
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.ledger import load_ledger
-from candle_mi_parity.repro import Reproduction, reproduce
+from candle_mi_parity.repro import AgreesError, Reproduction, reproduce
 from candle_mi_parity.repro_prove import Outcome, prove
 from candle_mi_parity.repro_write import Blame, slug, write_folder
 from candle_mi_parity.sources import open_source
@@ -46,22 +47,34 @@ def repro(
 ) -> list[Line]:
     """Reproduce cases, write a folder for each, and prove them.
 
-    :param pattern: glob over case ids; None for every known divergence of the candidate.
-    :raises ParityError: a case that agrees or is refused, or a candidate that cannot be built.
+    :param pattern: glob over case ids, of which those that agree are passed over; None for every known divergence
+        of the candidate.
+    :raises AgreesError: nothing diverges.
+    :raises ParityError: a case that is refused, or a candidate that cannot be built.
     """
     chosen = parse_candidate(candidate)
     if chosen.kind in ("stored", "torch"):
         raise CandidateError(f"a reproduction asks an emitter: it needs a candidate to build, not {candidate}")
     ledger, lines = load_ledger(), []
-    with open_source(chosen, cache, out / "traces", tell) as source:
+    with (
+        tempfile.TemporaryDirectory(prefix="parity-repro-") as traces,
+        open_source(chosen, cache, Path(traces), tell) as source,
+    ):
         assert source.identity is not None
         release = source.identity.version
         known = {entry.case: entry.why for entry in ledger.known if entry.version == release}
         for case in _cases(pattern, list(known), release):
-            reproduction = reproduce(case, source, cache, tell)
+            try:
+                reproduction = reproduce(case, source, cache, tell)
+            except AgreesError:
+                if pattern == case.id:
+                    raise
+                continue
             blame = Blame(candidate, release, known.get(case.id, ""))
             folder = write_folder(reproduction, blame, dependencies(chosen, cache), out)
             lines.append(Line(reproduction, folder))
+    if not lines:
+        raise AgreesError(f"no case of {pattern} diverges; there is nothing to reproduce")
     tests = [line.folder / "tests" / f"{slug(line.reproduction.original.id)}.rs" for line in lines]
     for spec, field in ((candidate if proof or mended else None, "proof"), (mended, "mended")):
         if spec is not None:

@@ -15,12 +15,15 @@ import jinja2
 import numpy as np
 
 from candle_mi_parity.build import Dependencies
+from candle_mi_parity.cases import SaelensDirectory
 from candle_mi_parity.gate import ELEMENT_GATE, POSITION_GATE, UNITS, measure
 from candle_mi_parity.models import generated_model
 from candle_mi_parity.oracle import SAMPLES
 from candle_mi_parity.repro import Reproduction
 from candle_mi_parity.repro_probe import probe
-from candle_mi_parity.shrink import Input
+from candle_mi_parity.repro_rust import edit_lines, imports
+from candle_mi_parity.sae import Sae, load_sae, sae_path
+from candle_mi_parity.shrink import Input, Pair
 
 FORMAT = "candle-mi-parity/expected/1"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -56,8 +59,11 @@ def write_folder(reproduction: Reproduction, blame: Blame, dependencies: Depende
     data.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="parity-repro-") as scratch:
         shutil.copytree(generated_model(reproduction.pair.case.config, "hub", Path(scratch)), data / "model")
+        if (sae := reproduction.pair.case.sae) is not None:
+            made = sae_path(sae, reproduction.pair.case.config["hidden_size"], Path(scratch))
+            shutil.copytree(made, data / "sae")
     (data / "expected.json").write_text(json.dumps(expected(reproduction)) + "\n", encoding="utf-8")
-    facts = _facts(reproduction, blame)
+    facts = _facts(reproduction, blame, load_sae(data / "sae") if sae is not None else None)
     for template, target in {"test.rs": f"tests/{name}.rs", "check.py": "check.py", "ISSUE.md": "ISSUE.md"}.items():
         (folder / target).write_text(_TEMPLATES.get_template(f"{template}.j2").render(facts), encoding="utf-8")
     write_crate(folder, dependencies)
@@ -109,13 +115,13 @@ def expected(reproduction: Reproduction) -> dict[str, Any]:
     }
 
 
-def _facts(reproduction: Reproduction, blame: Blame) -> dict[str, Any]:
+def _facts(reproduction: Reproduction, blame: Blame, sae: Sae | None) -> dict[str, Any]:
     """What the templates say."""
     first, case = reproduction.first, reproduction.pair.case
     assert first.worst is not None
-    config = case.config
+    config, heads = case.config, case.config["num_attention_heads"]
     shape = list(reproduction.truth.tensors[first.name].value.shape)
-    lines, value = probe(first.name, reproduction.subject.model_type, config)
+    lines, value = probe(reproduction, sae)
     return {
         "slug": slug(reproduction.original.id),
         "case": reproduction.original.id,
@@ -134,7 +140,7 @@ def _facts(reproduction: Reproduction, blame: Blame) -> dict[str, Any]:
         "tokens": list(case.tokens),
         "layers": config["num_hidden_layers"],
         "width": config["hidden_size"],
-        "heads": config["num_attention_heads"],
+        "heads": heads,
         "config": json.dumps(config, indent=2),
         "differing": _differing(reproduction),
         "index": first.worst.index,
@@ -148,6 +154,9 @@ def _facts(reproduction: Reproduction, blame: Blame) -> dict[str, Any]:
         "position_gate": POSITION_GATE,
         "detail": first.detail,
         "samples": SAMPLES,
+        "sae": case.sae,
+        "edits": [edit_lines(edit, heads, len(case.tokens)) for edit in case.edits],
+        "imports": imports(case),
         "probe": lines,
         "value": value,
     }
@@ -165,7 +174,25 @@ def _differing(reproduction: Reproduction) -> list[tuple[str, str, str]]:
     rows = [(key, said(pair.case, key), said(pair.control, key)) for key in pair.differing]
     if pair.case.dtype != pair.control.dtype:
         rows.append(("(the model's format)", pair.case.dtype, pair.control.dtype))
-    return rows
+    return [*rows, *_differing_sae(pair.case.sae, pair.control.sae), *_differing_edits(pair)]
+
+
+def _differing_sae(ours: SaelensDirectory | None, theirs: SaelensDirectory | None) -> list[tuple[str, str, str]]:
+    if ours is None or theirs is None:
+        return []
+    sides = [{**side.cfg, "least threshold": side.threshold} for side in (ours, theirs)]
+    said = [{key: json.dumps(value) for key, value in side.items()} for side in sides]
+    keys = [key for key in {**said[0], **said[1]} if said[0].get(key) != said[1].get(key)]
+    return [(f"{key} (SAE)", said[0].get(key, "absent"), said[1].get(key, "absent")) for key in keys]
+
+
+def _differing_edits(pair: Pair) -> list[tuple[str, str, str]]:
+    assert pair.control is not None
+    return [
+        ("(an intervention)", f"{edit.kind} at {edit.hook}", "none")
+        for edit in pair.case.edits
+        if edit not in pair.control.edits
+    ]
 
 
 _TEMPLATES = jinja2.Environment(

@@ -8,9 +8,12 @@ same input without what the case is about, must agree with PyTorch wherever the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from candle_mi_parity.cases import SaelensDirectory
+from candle_mi_parity.edits import Edit
 
 Config = dict[str, Any]
 SHAPE = (
@@ -33,11 +36,14 @@ class Input:
 
     :ivar config: ``config.json``; the weights follow from it.
     :ivar tokens: one row of ids.
+    :ivar sae: a generated one; its width follows from the model's.
     """
 
     config: Config
     tokens: tuple[int, ...]
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    sae: SaelensDirectory | None = None
+    edits: tuple[Edit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,21 +72,15 @@ class Pair:
     case: Input
     control: Input | None
 
-    def change(self, config: Config, tokens: tuple[int, ...] | None = None) -> Pair:
+    def both(self, change: Callable[[Input], Input]) -> Pair:
         """The same change to both."""
+        return Pair(change(self.case), change(self.control) if self.control else None)
 
-        def changed(side: Input) -> Input:
-            return replace(side, config=side.config | config, tokens=tokens or side.tokens)
-
-        return Pair(changed(self.case), changed(self.control) if self.control else None)
-
-    def drop(self, keys: list[str]) -> Pair:
+    def drop(self, keys: Sequence[str]) -> Pair:
         """Both without some config keys."""
-
-        def without(side: Input) -> Input:
-            return replace(side, config={key: value for key, value in side.config.items() if key not in keys})
-
-        return Pair(without(self.case), without(self.control) if self.control else None)
+        return self.both(
+            lambda side: replace(side, config={key: value for key, value in side.config.items() if key not in keys})
+        )
 
     @property
     def differing(self) -> list[str]:
@@ -92,25 +92,30 @@ class Pair:
         return [key for key in keys if key not in ours or key not in theirs or ours[key] != theirs[key]]
 
 
+Step = Callable[[Pair], Iterator[tuple[str, Pair]]]
+"""Smaller pairs, the smallest first, each with what was done to it."""
+
+
 class Shrinker:
     """One shrinking.
 
     :ivar attempts: how many pairs were judged.
     :param judge: of one input.
     :param wanted: the divergence to keep.
+    :param steps: tried in this order, round after round.
     :param tell: called with a line for every accepted step.
     """
 
-    def __init__(self, judge: Judge, wanted: Divergence, tell: Callable[[str], None]) -> None:
-        self._judge, self._wanted, self._tell = judge, wanted, tell
+    def __init__(self, judge: Judge, wanted: Divergence, steps: Sequence[Step], tell: Callable[[str], None]) -> None:
+        self._judge, self._wanted, self._steps, self._tell = judge, wanted, steps, tell
         self.attempts = 0
 
     def shrink(self, pair: Pair) -> Pair:
         """The smallest pair that was found; the pair itself when no step is accepted."""
         for _ in range(ROUNDS):
             before = pair
-            for coordinate in _COORDINATES:
-                pair = self._first(pair, coordinate(pair))
+            for step in self._steps:
+                pair = self._first(pair, step(pair))
             for key in pair.differing:
                 pair = self._first(pair, _undone(pair, key))
             pair = self._without_keys(pair)
@@ -160,68 +165,3 @@ def _undone(pair: Pair, key: str) -> Iterator[tuple[str, Pair]]:
     if key in pair.control.config:
         config[key] = pair.control.config[key]
     yield f"{key} as in the control", Pair(replace(pair.case, config=config), pair.control)
-
-
-def _layers(pair: Pair) -> Iterator[tuple[str, Pair]]:
-    for count in range(1, pair.case.config["num_hidden_layers"]):
-        smaller = pair.change({"num_hidden_layers": count})
-
-        def cut(side: Input, count: int = count) -> Input:
-            kinds = side.config.get("layer_types")
-            return replace(side, config=side.config | {"layer_types": kinds[:count]}) if kinds else side
-
-        control = cut(smaller.control) if smaller.control else None
-        yield f"{count} layers", Pair(cut(smaller.case), control)
-
-
-def _tokens(pair: Pair) -> Iterator[tuple[str, Pair]]:
-    tokens = pair.case.tokens
-    for count in (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128):
-        if count < len(tokens):
-            yield f"{count} tokens", pair.change({}, tokens[:count])
-
-
-def _vocabulary(pair: Pair) -> Iterator[tuple[str, Pair]]:
-    for size in (8, 16, 32):
-        if size < pair.case.config["vocab_size"]:
-            tokens = tuple(token if token < 3 else 3 + token % (size - 3) for token in pair.case.tokens)
-            yield f"vocabulary of {size}", pair.change({"vocab_size": size}, tokens)
-
-
-def _heads(pair: Pair) -> Iterator[tuple[str, Pair]]:
-    heads = pair.case.config["num_attention_heads"]
-    for ours, theirs in ((1, 1), (2, 1), (2, 2), (4, 1)):
-        if ours < heads:
-            change = {"num_attention_heads": ours, "num_key_value_heads": theirs}
-            yield f"{ours} heads, {theirs} for keys", pair.change(change)
-
-
-def _sizes(key: str, sizes: tuple[int, ...]) -> Callable[[Pair], Iterator[tuple[str, Pair]]]:
-    def coordinate(pair: Pair) -> Iterator[tuple[str, Pair]]:
-        for size in sizes:
-            if isinstance(pair.case.config.get(key), int) and size < pair.case.config[key]:
-                yield f"{key} {size}", pair.change({key: size})
-
-    return coordinate
-
-
-def _settings(pair: Pair) -> Iterator[tuple[str, Pair]]:
-    """Whole numbers among what the case is about, as a window's length; of the case alone."""
-    for key in pair.differing:
-        value = pair.case.config.get(key)
-        for size in (0, 1, 2, 4):
-            if isinstance(value, int) and not isinstance(value, bool) and size < value:
-                case = replace(pair.case, config=pair.case.config | {key: size})
-                yield f"{key} {size}", Pair(case, pair.control)
-
-
-_COORDINATES = (
-    _layers,
-    _sizes("intermediate_size", (2, 4, 8, 16)),
-    _vocabulary,
-    _settings,
-    _tokens,
-    _heads,
-    _sizes("head_dim", (2, 4, 8)),
-    _sizes("hidden_size", (2, 4, 8, 16, 32)),
-)
