@@ -47,27 +47,6 @@ class _Plan:
     revision: str | None
 
 
-@dataclass(frozen=True)
-class Dependencies:
-    """What a crate of tests needs in order to be built against a candidate.
-
-    :ivar lines: candle-mi, candle-core and candle-nn as ``Cargo.toml`` names them.
-    :ivar lock: the versions to start from.
-    :ivar candle: whose target directory in the cache holds them built.
-    """
-
-    lines: str
-    lock: bytes
-    candle: str
-
-
-def dependencies(candidate: Candidate, cache: Path) -> Dependencies:
-    """:raises CandidateError: it is not a candidate that can be built."""
-    plan = _plan(candidate, cache)
-    lines = re.findall(r"^candle-(?:mi|core|nn) = .*$", plan.manifest, re.MULTILINE)
-    return Dependencies("\n".join(lines), plan.lock, plan.candle)
-
-
 def build(candidate: Candidate, cache: Path, log: Progress, features: Sequence[str] = ()) -> BuiltEmitter:
     """The emitter for ``candidate``, from the cache or freshly built.
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from candle_mi_parity.build import dependencies
 from candle_mi_parity.candidate import CandidateError, parse_candidate
 from candle_mi_parity.cases import Case, load_cases, select
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.ledger import load_ledger
 from candle_mi_parity.repro import AgreesError, Reproduction, reproduce
+from candle_mi_parity.repro_crate import dependencies
 from candle_mi_parity.repro_prove import Outcome, prove
 from candle_mi_parity.repro_write import Blame, slug, write_folder
 from candle_mi_parity.sources import open_source

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from candle_mi_parity.build import condense, dependencies
+from candle_mi_parity.build import condense
 from candle_mi_parity.candidate import Candidate, CandidateError
-from candle_mi_parity.repro_write import write_crate
+from candle_mi_parity.repro_crate import dependencies, write_crate
 
 TIMEOUT_SECONDS = 1800
 DIFFERS = "differs from PyTorch"
@@ -43,7 +43,7 @@ def prove(tests: Sequence[Path], candidate: Candidate, cache: Path) -> dict[str,
     needed = dependencies(candidate, cache)
     spelt = hashlib.sha256(f"{candidate.kind}:{candidate.target}".encode()).hexdigest()[:8]
     crate = cache / "crates" / f"repro-{spelt}"
-    target = cache / "target" / f"candle-{needed.candle}"
+    target = needed.target
     target.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(target.suffix + ".lock")):
         _lay_out(crate, tests)

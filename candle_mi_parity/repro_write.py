@@ -11,15 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
-from candle_mi_parity.build import Dependencies
 from candle_mi_parity.cases import SaelensDirectory
 from candle_mi_parity.gate import ELEMENT_GATE, POSITION_GATE, UNITS, measure
 from candle_mi_parity.models import generated_model
 from candle_mi_parity.oracle import SAMPLES
 from candle_mi_parity.repro import Reproduction
+from candle_mi_parity.repro_crate import TEMPLATES, Dependencies, write_crate
 from candle_mi_parity.repro_probe import probe
 from candle_mi_parity.repro_rust import edit_lines, imports
 from candle_mi_parity.sae import Sae, load_sae, sae_path
@@ -65,21 +64,9 @@ def write_folder(reproduction: Reproduction, blame: Blame, dependencies: Depende
     (data / "expected.json").write_text(json.dumps(expected(reproduction)) + "\n", encoding="utf-8")
     facts = _facts(reproduction, blame, load_sae(data / "sae") if sae is not None else None)
     for template, target in {"test.rs": f"tests/{name}.rs", "check.py": "check.py", "ISSUE.md": "ISSUE.md"}.items():
-        (folder / target).write_text(_TEMPLATES.get_template(f"{template}.j2").render(facts), encoding="utf-8")
+        (folder / target).write_text(TEMPLATES.get_template(f"{template}.j2").render(facts), encoding="utf-8")
     write_crate(folder, dependencies)
     return folder
-
-
-def write_crate(folder: Path, dependencies: Dependencies, extra: str = "") -> None:
-    """What cargo needs around ``tests/``.
-
-    :param extra: further lines of ``Cargo.toml``; with them the tests are no targets by themselves.
-    """
-    text = _TEMPLATES.get_template("Cargo.toml.j2").render(lines=dependencies.lines, extra=extra)
-    (folder / "Cargo.toml").write_text(text, encoding="utf-8")
-    (folder / "Cargo.lock").write_bytes(dependencies.lock)
-    (folder / "src").mkdir(exist_ok=True)
-    (folder / "src" / "lib.rs").write_text("//! Nothing: a crate of tests.\n", encoding="utf-8")
 
 
 def expected(reproduction: Reproduction) -> dict[str, Any]:
@@ -193,12 +180,3 @@ def _differing_edits(pair: Pair) -> list[tuple[str, str, str]]:
         for edit in pair.case.edits
         if edit not in pair.control.edits
     ]
-
-
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("candle_mi_parity"),
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
