@@ -36,6 +36,8 @@ from candle_mi_parity.models import model_directory
 from candle_mi_parity.oracle import Oracle
 from candle_mi_parity.printable import printable
 from candle_mi_parity.reference import environment, is_last_layer, make_reference, reference_case
+from candle_mi_parity.repro_command import repro
+from candle_mi_parity.repro_table import repro_table
 from candle_mi_parity.run import Progress, blank, run
 from candle_mi_parity.subject import prepare
 from candle_mi_parity.tokens import emit_tokens
@@ -296,6 +298,26 @@ def calls_command(candidate: CandidateOption = DEFAULT_CANDIDATE, out: OutOption
             shown.add_row(verdict.id, verdict.status, Text(verdict.why))
         Console().print(shown)
     raise typer.Exit(1 if any(verdict.status in ("FAIL", "STALE") for verdict in verdicts) else 0)
+
+
+@app.command("repro")
+def repro_command(
+    case: Annotated[str | None, typer.Argument(help="Case id or glob; without it, every known divergence.")] = None,
+    candidate: CandidateOption = DEFAULT_CANDIDATE,
+    out: Annotated[Path, typer.Option(help="Where the folders go.")] = Path("build/repro"),
+    prove: Annotated[bool, typer.Option("--prove", help="Run the Rust test; it must fail on the candidate.")] = False,
+    mended: Annotated[str | None, typer.Option(help="A candidate on which the test must pass.")] = None,
+) -> None:
+    """Shrink a divergence and write its model, expected tensor, Rust test, Python script and issue text."""
+    with _one_line_errors():
+        with _bar() as bar:
+            task = bar.add_task("starting", total=None)
+            lines = repro(
+                case, candidate, out, cache_root(), lambda line: bar.update(task, description=line), prove, mended
+            )
+        repro_table(lines, Console())
+        print(f"{len(lines)} reproduced, below {out}")
+    raise typer.Exit(0 if all(line.proven for line in lines) else 1)
 
 
 @app.command("fields")

@@ -1,0 +1,231 @@
+"""A divergence made small: kept at every step, and proven by a Rust test that passes once it is mended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mending import MENDS, Mend, MendError, Mends, load_mends, mended_copy, released_source
+from test_cli import command, one_line
+
+from candle_mi_parity.candidate import parse_candidate
+from candle_mi_parity.cases import SaelensDirectory, cache_root, load_cases
+from candle_mi_parity.edits import Attention, Inject, Knockout
+from candle_mi_parity.ledger import load_ledger
+from candle_mi_parity.repro_command import repro
+from candle_mi_parity.repro_prove import Outcome, prove, read_outcomes
+from candle_mi_parity.shrink import Divergence, Input, Pair, Shrinker
+from candle_mi_parity.shrink_steps import STEPS
+
+CASES = {case.id: case for case in load_cases()}
+KNOWN = [entry.case for entry in load_ledger().known if entry.version == "0.2.2"]
+WANTED = Divergence("blocks.*.attn.hook_q", "values")
+CONFIG = {
+    "model_type": "llama", "vocab_size": 211, "hidden_size": 64, "intermediate_size": 144, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 5e5, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+TOKENS = (1, *range(3, 20))
+
+
+def pair_of(**change: object) -> Pair:
+    """An input with some config keys that its control lacks."""
+    return Pair(Input(CONFIG | change, TOKENS), Input(CONFIG, TOKENS))
+
+
+def shrunk(judge: object, pair: Pair) -> Pair:
+    return Shrinker(judge, WANTED, STEPS, lambda line: None).shrink(pair)  # type: ignore[arg-type]
+
+
+def is_biased(tried: Input) -> Divergence | None:
+    return WANTED if tried.config.get("attention_bias") else None
+
+
+def test_the_smallest_input_that_still_diverges() -> None:
+    def judge(tried: Input) -> Divergence | None:
+        return is_biased(tried) if len(tried.tokens) >= 6 and tried.config["num_hidden_layers"] >= 2 else None
+
+    found = shrunk(judge, pair_of(attention_bias=True))
+    config = found.case.config
+    assert (config["num_hidden_layers"], config["hidden_size"], len(found.case.tokens)) == (2, 2, 6)
+    assert "rope_theta" not in config and config["attention_bias"] is True
+    assert found.differing == ["attention_bias"]
+
+
+def test_a_step_into_another_divergence_is_not_taken() -> None:
+    def judge(tried: Input) -> Divergence | None:
+        if tried.config["hidden_size"] < 16:
+            return Divergence("hook_embed", "values")
+        return is_biased(tried)
+
+    assert shrunk(judge, pair_of(attention_bias=True)).case.config["hidden_size"] == 16
+
+
+def test_a_step_at_which_the_control_diverges_too_is_not_taken() -> None:
+    def judge(tried: Input) -> Divergence | None:
+        return WANTED if tried.config["num_attention_heads"] < 2 else is_biased(tried)
+
+    assert shrunk(judge, pair_of(attention_bias=True)).case.config["num_attention_heads"] == 2
+
+
+def test_a_step_that_either_library_refuses_is_not_taken() -> None:
+    def judge(tried: Input) -> Divergence | None:
+        if "rms_norm_eps" not in tried.config:
+            raise KeyError("rms_norm_eps")
+        return is_biased(tried)
+
+    found = shrunk(judge, pair_of(attention_bias=True))
+    assert "rms_norm_eps" in found.case.config and "rope_theta" not in found.case.config
+
+
+def test_what_the_divergence_does_not_need_goes_back_to_the_control() -> None:
+    found = shrunk(is_biased, pair_of(attention_bias=True, mlp_bias=True, rope_theta=1e4))
+    assert found.differing == ["attention_bias"]
+
+
+def test_nothing_is_shrunk_without_end() -> None:
+    attempts = 0
+
+    def judge(tried: Input) -> Divergence | None:
+        nonlocal attempts
+        attempts += 1
+        return None if attempts % 2 else WANTED
+
+    Shrinker(judge, WANTED, STEPS, lambda line: None).shrink(pair_of(attention_bias=True))
+    assert attempts <= 300
+
+
+def test_edits_and_sae_follow_what_is_cut() -> None:
+    cut = Knockout(kind="knockout", hook="blocks.2.attn.hook_scores", spec=Attention(heads=[3], edges=[[9, 4]]))
+    told = Inject(kind="inject", hook="blocks.1.hook_resid_post", features=[[40, 1.0], [3, 2.0]], position=9)
+    sae = SaelensDirectory(layer=1, d_sae=96, cfg={"hook_name": "blocks.1.hook_resid_post", "k": 90})
+    case = Input(CONFIG, TOKENS, sae=sae, edits=(cut, told))
+    found = shrunk(lambda tried: WANTED if tried.edits else None, Pair(case, replace(case, edits=())))
+    assert len(found.case.edits) == 1 and found.case.edits[0].kind == "inject"
+    kept = found.case.edits[0]
+    assert isinstance(kept, Inject)
+    assert (kept.hook, kept.position, len(kept.features)) == ("blocks.0.hook_resid_post", 0, 1)
+    assert found.case.sae is not None and found.case.sae.hook == kept.hook
+    assert kept.features[0][0] < found.case.sae.d_sae == 2
+    assert found.case.sae.cfg.get("k", 2) == 2
+
+
+SAID = """
+running 3 tests
+test parity_a::agrees_with_pytorch ... ok
+test parity_b::agrees_with_pytorch ... FAILED
+test parity_c::agrees_with_pytorch ... FAILED
+
+failures:
+
+---- parity_b::agrees_with_pytorch stdout ----
+thread panicked: logits differs from PyTorch: at [0, 0] got 1
+---- parity_c::agrees_with_pytorch stdout ----
+Error: Config("no such file")
+"""
+
+
+def test_a_test_that_could_not_compare_proves_nothing() -> None:
+    assert read_outcomes(SAID) == {
+        "parity_a": Outcome.PASSES, "parity_b": Outcome.DIFFERS, "parity_c": Outcome.BROKEN,
+    }  # fmt: skip
+
+
+def test_every_known_divergence_has_its_mend() -> None:
+    mends = load_mends()
+    assert [case for case in KNOWN if not mends.of(case)] == []
+    unused = [mend.id for mend in mends.mend if mend.kinds and not any(mend.id in mends.of(case) for case in KNOWN)]
+    assert unused == [], "a mend of nothing"
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_dead_mend_is_an_error(tmp_path: Path, times: int) -> None:
+    (tmp_path / "candle-mi").mkdir()
+    (tmp_path / "candle-mi" / "lib.rs").write_text("anchor\n" * times)
+    mends = Mends(version="0.2.2", mend=[Mend(id="planted", file="lib.rs", find="anchor", replace="other")])
+    with pytest.raises(MendError, match=f"dead mend: planted: its anchor is {times} times"):
+        mended_copy(tmp_path / "candle-mi", mends, tmp_path / "out")
+
+
+# --- with Rust ------------------------------------------------------------------------------------
+
+PROVEN = ("llama/attention-bias", "llama/sae-negative-threshold", "gemma2/edit-knockout-low-cap")
+
+
+@pytest.fixture(scope="module")
+def mended() -> str:
+    """Beside the emitters, under a name of its own content: cargo builds it once."""
+    key = hashlib.sha256(MENDS.read_bytes()).hexdigest()[:16]
+    out = cache_root() / "mended" / key
+    if not (out / "Cargo.toml").is_file():
+        made = mended_copy(released_source("0.2.2"), load_mends(), out.with_name(f"{key}.partial"))
+        made.rename(out)
+    return f"path:{out}"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    out = tmp_path_factory.mktemp("repro")
+    return [repro(case, "0.2.2", out, cache_root(), lambda line: None)[0].folder for case in PROVEN]
+
+
+@pytest.mark.rust
+@pytest.mark.slow
+@pytest.mark.xdist_group("repro")
+def test_the_rust_test_fails_on_the_release_and_passes_on_the_mended_copy(
+    folders: list[Path], mended: str, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folders[0], broken)
+    [test] = (broken / "tests").glob("*.rs")
+    (test.with_suffix("") / "model" / "config.json").unlink()
+    test.rename(test.with_name("parity_broken.rs"))
+    test.with_suffix("").rename(test.with_name("parity_broken"))
+    tests = [next((folder / "tests").glob("*.rs")) for folder in folders]
+    spoilt = test.with_name("parity_broken.rs")
+    spoilt.write_text(spoilt.read_text().replace(test.stem, "parity_broken"))
+    on_release = prove([*tests, spoilt], parse_candidate("0.2.2"), cache_root())
+    assert on_release == {test.stem: Outcome.DIFFERS for test in tests} | {"parity_broken": Outcome.BROKEN}
+    assert set(prove(tests, parse_candidate(mended), cache_root()).values()) == {Outcome.PASSES}
+
+
+@pytest.mark.rust
+@pytest.mark.slow
+@pytest.mark.xdist_group("repro")
+@pytest.mark.parametrize("index", range(len(PROVEN)), ids=PROVEN)
+def test_the_script_prints_what_pytorch_computes(folders: list[Path], index: int) -> None:
+    folder = folders[index]
+    expected = json.loads(next((folder / "tests").glob("*/expected.json")).read_text())
+    issue = (folder / "ISSUE.md").read_text()
+    told = float(next(line for line in issue.splitlines() if line.startswith("| PyTorch, float64")).split("|")[2])
+    assert told in expected["values"]
+    done = subprocess.run([sys.executable, folder / "check.py"], capture_output=True, text=True, check=True)
+    # transformers normalises and rotates in float32 whatever it is asked for.
+    assert float(done.stdout) == pytest.approx(told, rel=1e-5, abs=1e-12)
+    assert len(expected["values"]) == len(expected["sigma"])
+    assert small(folder), "a reproduction is to be small"
+
+
+def small(folder: Path) -> bool:
+    config = json.loads(next((folder / "tests").glob("*/model/config.json")).read_text())
+    return bool(config["num_hidden_layers"] == 1 and config["hidden_size"] <= 4 and config["vocab_size"] == 8)
+
+
+@pytest.mark.rust
+@pytest.mark.parametrize(
+    "case, said", [("llama/hub", "nothing diverges"), ("llama/edit-add-attention", "no Rust test is written")]
+)
+def test_what_cannot_be_reproduced_is_said_in_one_line(tmp_path: Path, case: str, said: str) -> None:
+    assert case in CASES, "the table has another name for it"
+    assert said in one_line(command("repro", case, "--out", str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stored_candidate_cannot_be_asked(tmp_path: Path) -> None:
+    told = one_line(command("repro", "llama/v5", "--candidate", "stored:0.2.2", "--out", str(tmp_path)))
+    assert "needs a candidate to build" in told
