@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from planting import CASES, RELEASE, Arrays, Real, real
 from test_planted import FAULTS
 
 from candle_mi_parity.alike import common
@@ -28,6 +27,7 @@ from candle_mi_parity.subject import Subject
 from candle_mi_parity.trace import Emitted, Feature, InMemory, Selection
 from candle_mi_parity.truth import Truth
 from candle_mi_parity.verdict import Verdict
+from proof.planting import CASES, RELEASE, Arrays, Real, real
 
 POST, PATTERN = "blocks.1.mlp.hook_post", "blocks.1.attn.hook_pattern"
 LLAMA = "llama/hub"

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from planting import real
 from rich.console import Console
 from test_cli import command, one_line
 from test_diff import LLAMA, POST, Held, between, compared, emitted, only, scale
@@ -20,6 +19,7 @@ from candle_mi_parity.report import write_json
 from candle_mi_parity.speed import figures
 from candle_mi_parity.trace import Run
 from candle_mi_parity.verdict import CaseResult, Status
+from proof.planting import real
 
 
 def terminal(diff: Diff) -> str:

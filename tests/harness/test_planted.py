@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from planting import Arrays, Real, changed_model, failures, first, judge, planted, real, real_of, rerun, write
 
 from candle_mi_parity.cases import RandomTokens
 from candle_mi_parity.verdict import Status
+from proof.planting import Arrays, Real, changed_model, failures, first, judge, planted, real, real_of, rerun, write
 
 Fault = Callable[[Arrays], None]
 
