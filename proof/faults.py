@@ -101,7 +101,8 @@ def main(
         raise typer.Exit(2)
     with Progress(console=console) as progress:
         found = judge_source(faults, progress) if source else judge_planted(faults, progress)
-        save(found, OUT, "source" if source else "faults")
+        if not only:
+            save(found, OUT, "source" if source else "fast" if fast else "faults")
         if not (source or fast or only):
             doses.save(measure_doses(progress), OUT)
     for one in found:
