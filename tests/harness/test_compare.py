@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planting import Arrays, Edit, failures, first, judge, planted, real, write
 
 from candle_mi_parity.compare import compare
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.trace import InMemory
 from candle_mi_parity.truth import Truth, TruthTensor
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
+from proof.planting import Arrays, Edit, failures, first, judge, planted, real, write
 
 SCORES, PATTERN = "blocks.0.attn.hook_scores", "blocks.0.attn.hook_pattern"
 

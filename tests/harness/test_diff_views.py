@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from planting import real
 from results import HOSTILE
 from rich.console import Console
 from test_cli import command, one_line
@@ -24,6 +23,7 @@ from candle_mi_parity.run import Progress
 from candle_mi_parity.speed import figures
 from candle_mi_parity.trace import Run
 from candle_mi_parity.verdict import CaseResult, Status
+from proof.planting import real
 
 
 def terminal(diff: Diff) -> str:

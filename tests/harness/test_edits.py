@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from planting import Real, failures, judge, real, rerun, write
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -24,6 +23,7 @@ from candle_mi_parity.interventions import edits_of
 from candle_mi_parity.oracle import Oracle
 from candle_mi_parity.sources import request
 from candle_mi_parity.subject import Subject, prepare
+from proof.planting import Real, failures, judge, real, rerun, write
 
 ADD, SCALE, POST = "llama/edit-add-then-scale", "llama/edit-scale-stream", "blocks.1.hook_resid_post"
 Tensor = torch.Tensor

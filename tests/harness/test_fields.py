@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import transformers
-from planting import CASES
 from transformers import LlamaConfig, modeling_rope_utils
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -18,6 +17,7 @@ from candle_mi_parity.families import FAMILIES
 from candle_mi_parity.field_check import EXCITING, INERT, Finding, check
 from candle_mi_parity.fields import Excited, Excused, FieldError, FieldLedger, FieldRow, fields_read, load_fields
 from candle_mi_parity.models import model_directory
+from proof.planting import CASES
 
 TABLE = list(CASES.values())
 Plant = Callable[[FieldLedger], FieldLedger]

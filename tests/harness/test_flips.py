@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from planting import Arrays, Real, failures, judge, real, write
 
 from candle_mi_parity.compare_sae import decisions, flips
 from candle_mi_parity.gate import measure
 from candle_mi_parity.sae import load_npz
 from candle_mi_parity.truth import SaeTruth, Truth, TruthTensor
 from candle_mi_parity.verdict import TensorResult
+from proof.planting import Arrays, Real, failures, judge, real, write
 
 LAST = (0, 23)
 

@@ -11,12 +11,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from planting import real
 from safetensors.numpy import load_file
 
 from candle_mi_parity.families import FAMILIES
 from candle_mi_parity.hooks import Recorder, _recorder, load_model
 from candle_mi_parity.rounding import MatmulScales, Truth64
+from proof.planting import real
 
 
 def values(case_id: str) -> dict[str, np.ndarray]:

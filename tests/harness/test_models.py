@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from planting import CASES, real
 from safetensors.numpy import load_file
 
 from candle_mi_parity import models
@@ -18,6 +17,7 @@ from candle_mi_parity.errors import ModelError
 from candle_mi_parity.families import FAMILIES
 from candle_mi_parity.models import model_digest, model_directory, publish, require_model
 from candle_mi_parity.subject import prepare
+from proof.planting import CASES, real
 
 LLAMA = TinyModel(source="tiny", config="models/llama.json", dialect="hub")
 LLAMA_TENSORS = "9954571900e0c06a6c2ef09d8dc276896c4ab781796a8c5636c3634dea0823be"

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planting import CASES, changed_model, real
 from safetensors.numpy import load_file
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -25,6 +24,7 @@ from candle_mi_parity.hooks import Recorder, attention, forward, load_model
 from candle_mi_parity.oracle import Oracle, sample
 from candle_mi_parity.rounding import MatmulScales, Truth64
 from candle_mi_parity.truth import Truth
+from proof.planting import CASES, changed_model, real
 
 HEAD_DIM, THETA = 20, 500000.0
 PLAIN = THETA ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)

@@ -12,7 +12,6 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from planting import real, write
 from results import HOSTILE, case, everything, run_of, sae_view, tensor
 from rich.console import Console
 
@@ -23,6 +22,7 @@ from candle_mi_parity.plots import LOWEST, Line, ratio_plot
 from candle_mi_parity.report_model import Report, json_schema
 from candle_mi_parity.trace import Trace
 from candle_mi_parity.verdict import RunResult, Status, Verdict
+from proof.planting import real, write
 
 
 def text_of(html: str) -> str:

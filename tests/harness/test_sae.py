@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planting import Arrays, failures, first, judge, real, write
 
 from candle_mi_parity.errors import SaeError
 from candle_mi_parity.oracle import Oracle
 from candle_mi_parity.sae import Sae, TorchSae, load_npz
 from candle_mi_parity.verdict import TensorResult
+from proof.planting import Arrays, failures, first, judge, real, write
 
 
 def arrays(d_in: int = 4, d_sae: int = 6) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planting import CASES, Arrays, failures, first, judge, real, write
 from safetensors.numpy import save_file
 
 from candle_mi_parity.cases import SaelensDirectory
@@ -25,6 +24,7 @@ from candle_mi_parity.gate import measure
 from candle_mi_parity.sae import Sae, TorchSae, load_sae
 from candle_mi_parity.saelens import WEIGHTS
 from candle_mi_parity.truth import SaeTruth, TruthTensor
+from proof.planting import CASES, Arrays, failures, first, judge, real, write
 
 SAELENS = sorted(case.id for case in CASES.values() if isinstance(case.sae, SaelensDirectory))
 

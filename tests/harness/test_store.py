@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planting import RELEASE, Real, failures, real, write
 
 from candle_mi_parity.candidate import CandidateError, EmitterError
 from candle_mi_parity.compare import compare
@@ -23,6 +22,7 @@ from candle_mi_parity.torch_source import TorchSource
 from candle_mi_parity.trace import Trace
 from candle_mi_parity.truth import Truth
 from candle_mi_parity.verdict import TensorResult
+from proof.planting import RELEASE, Real, failures, real, write
 
 
 class Emitting(NothingOpen):

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planting import Edit, judge, real, write
 
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.trace import MAX_JSON_BYTES, Trace, read_json
+from proof.planting import Edit, judge, real, write
 
 
 @pytest.fixture

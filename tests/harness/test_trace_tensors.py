@@ -14,12 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planting import Edit, entry, real, write
 from safetensors.torch import save_file
 from test_trace import edited, refused
 
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.trace import Trace
+from proof.planting import Edit, entry, real, write
 
 
 @pytest.fixture
