@@ -1,13 +1,15 @@
 # Two commands on a fresh machine; each does its own set-up.
 #   make parity   is candle-mi right?  (CANDIDATE=0.2.2 | path:DIR | git:URL@REV | stored:VERSION)
 #   make test     is this suite right? lint, types, Rust, and every test
+# Proof, into build/proof:
+#   make alarms   does it cry wolf? honest variants of the arithmetic, none of which may be past the gate
 CANDIDATE ?= 0.2.2
 CACHE := $(or $(PARITY_CACHE),$(HOME)/.cache/candle-mi-parity)
 PY := .venv/bin/python
 CARGO := CARGO_TARGET_DIR="$(CACHE)/target/candle-0.11" cargo
 CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
-.PHONY: parity test lint rust-lint setup
+.PHONY: parity test lint rust-lint setup alarms
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
@@ -26,6 +28,9 @@ rust-lint: setup
 	@touch emitter/build.rs emitter/src/*.rs # a shared target directory tells clones apart by time alone
 	$(CARGO) clippy $(CRATE) --all-targets -- -D warnings
 	$(CARGO) test --quiet $(CRATE)
+
+alarms: setup
+	$(PY) -m proof.alarms
 
 setup:
 	@./setup.sh "$(CACHE)"
