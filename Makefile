@@ -3,13 +3,14 @@
 #   make test     is this suite right? lint, types, Rust, and every test
 # Proof, into build/proof:
 #   make alarms   does it cry wolf? honest variants of the arithmetic, none of which may be past the gate
+#   make rivals   how do the rules that people use today do on the same dumps?
 CANDIDATE ?= 0.2.2
 CACHE := $(or $(PARITY_CACHE),$(HOME)/.cache/candle-mi-parity)
 PY := .venv/bin/python
 CARGO := CARGO_TARGET_DIR="$(CACHE)/target/candle-0.11" cargo
 CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
-.PHONY: parity test lint rust-lint setup alarms
+.PHONY: parity test lint rust-lint setup alarms rivals
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
@@ -31,6 +32,14 @@ rust-lint: setup
 
 alarms: setup
 	$(PY) -m proof.alarms
+
+RIVALS := build/rivals
+# A package that does not install is listed as not run. Their dependencies are the suite's own.
+rivals: setup
+	@python3 -m venv $(RIVALS)/pip
+	@$(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["rivals"])' \
+		| xargs -n 1 $(RIVALS)/pip/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(RIVALS)/site || true
+	PYTHONPATH=$(RIVALS)/site $(PY) -m proof.rivals
 
 setup:
 	@./setup.sh "$(CACHE)"
