@@ -95,14 +95,14 @@ def main(out: Annotated[Path, typer.Option(help="Where table and JSON go.")] = O
     """Ask every rule about every dump; rules whose package is absent are listed as not run."""
     console = Console(stderr=True)
     found = list(all_dumps())
-    rules = [*built_in(), *from_packages()]
+    made = [*built_in(), *from_packages()]
+    absent = [rule for rule in made if isinstance(rule, Absent)]
     scores: list[Score] = []
-    for rule in rules:
+    for rule in made:
         if isinstance(rule, Rule):
             console.print(rule.name, highlight=False)
             scores.append(score(rule, found))
-    absent = [rule for rule in rules if isinstance(rule, Absent)]
-    rival_views.write(scores, absent, out)
+            rival_views.write(scores, absent, out)  # what is known so far, should the run break off
     print(rival_views.markdown(scores, absent))
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from proof import packages, rival_views, rules
+from proof import packages, rival_views, rivals, rules
+from proof.catalogue import load_faults
 from proof.packages import Absent, from_packages
 from proof.planting import Arrays, Real, real
 from proof.rival_scores import Dumps, Faulty, Score, need, score
 from proof.rules import Rule, built_in
+from proof.variants import load_settings
 
 CASE = "gemma2/hub"
 MADE = [*built_in(), *from_packages()]
@@ -195,3 +197,35 @@ def test_a_test_that_stops_at_a_tensor_names_it() -> None:
         return False
 
     assert rules.in_order(stops, there, there.arrays) == POST
+
+
+def test_faults_that_no_dump_shows_are_left_to_the_catalogue() -> None:
+    faults = load_faults()
+    shown = list(rivals.shown_in_a_dump(faults))
+    assert 100 < len(shown) < len(faults)
+    assert all(fault.scored and not fault.io and not fault.source for fault in shown)
+    left = {fault.first for fault in faults if fault.scored and not (fault.io or fault.source)}
+    assert {fault.first for fault in shown} == left - set(rivals.FIGURES)
+
+
+def test_changes_of_one_tensor_are_moved_to_real_weights() -> None:
+    moved = [fault for fault in load_faults() if rivals.moves_to_real_weights(fault)]
+    assert len(moved) >= 30
+    assert all(fault.tensor and not (fault.config or fault.weight or fault.function) for fault in moved)
+
+
+def test_honest_dumps_are_settings_of_the_table() -> None:
+    assert set(rivals.HONEST) <= {setting.id for setting in load_settings()}
+    there = real("llama/hub")
+    (dump,) = rivals.honest_dumps(there, ["sums reversed"]).values()
+    assert list(dump) == list(there.arrays)
+    assert any(not np.array_equal(dump[name], array) for name, array in there.arrays.items())
+
+
+def test_a_dump_shares_what_is_the_honest_runs_own() -> None:
+    there = real(CASE)
+    one_bit = np.nextafter(there.arrays[POST], np.float32(9))
+    shared = rivals._sharing(there.arrays | {POST: one_bit, "extra": one_bit}, there)
+    reference = rules.reference_of(there)
+    assert shared[POST] is one_bit and shared["extra"] is one_bit
+    assert all(shared[name] is reference[name] for name in reference if name != POST)
