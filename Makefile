@@ -2,6 +2,7 @@
 #   make parity   is candle-mi right?  (CANDIDATE=0.2.2 | path:DIR | git:URL@REV | stored:VERSION)
 #   make test     is this suite right? lint, types, Rust, and every test
 # Proof, into build/proof:
+#   make faults   what does it see? planted faults and the smallest doses; SOURCE=1: faults in candle-mi's own source
 #   make alarms   does it cry wolf? honest variants of the arithmetic, none of which may be past the gate
 #   make rivals   how do the rules that people use today do on the same dumps?
 CANDIDATE ?= 0.2.2
@@ -10,7 +11,7 @@ PY := .venv/bin/python
 CARGO := CARGO_TARGET_DIR="$(CACHE)/target/candle-0.11" cargo
 CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
-.PHONY: parity test lint rust-lint setup alarms rivals
+.PHONY: parity test faults alarms rivals lint rust-lint setup
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
@@ -18,13 +19,19 @@ parity: setup
 test: lint rust-lint
 	$(PY) -m pytest --require-rust -n auto --dist loadgroup
 
+faults: setup
+	@$(PY) -m proof.faults $(if $(SOURCE),--source)
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -c "from importlinter.cli import lint_imports_command as main; main()"
 
-rust-lint: setup
+rust-faults: setup
+	@$(PY) -m proof.faults $(if $(SOURCE),--source)
+
+lint: setup
 	cargo fmt --check --manifest-path emitter/Cargo.toml
 	@touch emitter/build.rs emitter/src/*.rs # a shared target directory tells clones apart by time alone
 	$(CARGO) clippy $(CRATE) --all-targets -- -D warnings

@@ -1,4 +1,5 @@
-"""``make faults``: plant every fault of the catalogue, judge it as a run does, and say which were seen.
+"""``make faults``: plant every fault of the catalogue, judge it as a run does, and say which were seen; then measure
+how small a mistake of each sized kind is still seen.
 
 Exit code 1 when a scored fault survives, shows at another tensor or ends in an error.
 """
@@ -16,6 +17,7 @@ from rich.progress import Progress
 
 from candle_mi_parity.cases import ROOT, cache_root
 from candle_mi_parity.errors import ParityError
+from proof import doses
 from proof.catalogue import Fault, load_faults
 from proof.judging import Outcome, PlantedSource, Status, outcome, twin_problem
 from proof.scores import proved, save, scores
@@ -64,6 +66,17 @@ def judge_source(faults: list[Fault], progress: Progress) -> list[Outcome]:
     return found
 
 
+def measure_doses(progress: Progress) -> list[doses.Dose]:
+    """The smallest dose of each sized fault that is killed, free and forced."""
+    runs = [(case, mode) for case in doses.CASES for mode in doses.MODES]
+    task = progress.add_task("doses", total=len(runs))
+    found = []
+    for case, mode in runs:
+        found += doses.doses(case, mode, lambda step: progress.update(task, description=step))
+        progress.advance(task)
+    return found
+
+
 def _unbuilt(fault: Fault, error: str) -> Outcome:
     return Outcome(
         fault.id, fault.kind, fault.case, fault.says, Status.ERROR, fault.first, detail=error,
@@ -88,7 +101,9 @@ def main(
         raise typer.Exit(2)
     with Progress(console=console) as progress:
         found = judge_source(faults, progress) if source else judge_planted(faults, progress)
-    save(found, OUT, "source" if source else "faults")
+        save(found, OUT, "source" if source else "faults")
+        if not (source or fast or only):
+            doses.save(measure_doses(progress), OUT)
     for one in found:
         if not one.right:
             console.print(f"{one.status} {one.id}: expected {one.expected}, {one.found or one.detail}", markup=False)

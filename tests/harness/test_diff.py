@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_planted import FAULTS
 
 from candle_mi_parity.alike import common
 from candle_mi_parity.candidate import EmitterError
@@ -27,6 +26,8 @@ from candle_mi_parity.subject import Subject
 from candle_mi_parity.trace import Emitted, Feature, InMemory, Selection
 from candle_mi_parity.truth import Truth
 from candle_mi_parity.verdict import Verdict
+from proof.catalogue import load_faults
+from proof.changes import changed
 from proof.planting import CASES, RELEASE, Arrays, Real, real
 
 POST, PATTERN = "blocks.1.mlp.hook_post", "blocks.1.attn.hook_pattern"
@@ -97,10 +98,20 @@ def test_two_that_are_the_same_differ_in_nothing() -> None:
     assert (diff.verdict, diff.verdict.exit_code) == (Verdict.PASS, 0)
 
 
-# In memory one dtype is declared for all tensors: what a file declares is test_planted's.
-@pytest.mark.parametrize("name", sorted(set(FAULTS) - {"float64"}))
+FAULTS = {fault.id: fault for fault in load_faults() if fault.tensor is not None and fault.case == "llama/hub"}
+
+
+# In memory one dtype is declared for all tensors: what a file declares is test_proof's.
+@pytest.mark.parametrize("name", sorted(set(FAULTS) - {"float64-tensor"}))
 def test_a_fault_planted_in_b_is_worse_and_named_and_in_a_it_is_mended(name: str) -> None:
-    plant, where, _ = FAULTS[name]
+    change, where = FAULTS[name].tensor, FAULTS[name].first
+    assert change is not None
+
+    def plant(arrays: Arrays) -> None:
+        new = changed(arrays, change)
+        arrays.clear()
+        arrays.update(new)
+
     worse, mended = between(None, plant), between(plant, None)
     assert worse.verdict.exit_code == 1
     assert where in "; ".join(only(worse).worse)
