@@ -28,10 +28,7 @@ lint: setup
 	$(PY) -m mypy
 	$(PY) -c "from importlinter.cli import lint_imports_command as main; main()"
 
-rust-faults: setup
-	@$(PY) -m proof.faults $(if $(SOURCE),--source)
-
-lint: setup
+rust-lint: setup
 	cargo fmt --check --manifest-path emitter/Cargo.toml
 	@touch emitter/build.rs emitter/src/*.rs # a shared target directory tells clones apart by time alone
 	$(CARGO) clippy $(CRATE) --all-targets -- -D warnings
