@@ -87,7 +87,9 @@ class Refusal(BaseModel):
     why: Annotated[str, Field(min_length=10)]
 
     def concerns(self, case: CaseResult, candidate: CandleMi) -> bool:
-        return (self.case, self.version, self.checksum) == (case.id, candidate.version, candidate.checksum)
+        """As for :meth:`Known.concerns`: a build from source goes by its version alone."""
+        same = candidate.checksum == self.checksum or candidate.source != "registry"
+        return self.case == case.id and self.version == candidate.version and same
 
 
 class Ledger(BaseModel):
@@ -138,7 +140,7 @@ def apply_ledger(case: CaseResult, candidate: CandleMi, ledger: Ledger) -> None:
     if case.status is Status.ERROR:
         refusal = ledger.refusal(case, candidate)
         if refusal is not None and is_refusal(case) and refusal.error in case.error:
-            case.status, case.known = Status.KNOWN, f"refused: {refusal.why}"
+            case.status, case.known = Status.KNOWN, f"{_origin(candidate)}refused: {refusal.why}"
         return
     entry = ledger.entry(case, candidate)
     if entry is None or case.status is not Status.FAIL:
@@ -147,7 +149,11 @@ def apply_ledger(case: CaseResult, candidate: CandleMi, ledger: Ledger) -> None:
         case.known = f"not the known divergence: {difference}"
         return
     case.status = Status.KNOWN
-    case.known = ("" if candidate.source == "registry" else f"as in {entry.version}: ") + entry.why
+    case.known = _origin(candidate) + entry.why
+
+
+def _origin(candidate: CandleMi) -> str:
+    return "" if candidate.source == "registry" else f"as in {candidate.version}: "
 
 
 def proposed_entry(case: CaseResult, candidate: CandleMi) -> str:

@@ -121,7 +121,9 @@ def test_a_recorded_refusal_is_known_and_no_other_is() -> None:
     for error in ("model: unsupported model", "panic: unsupported rope_type", "crash: model: unsupported rope_type"):
         assert applied(diverging(error=error), REFUSAL).status is Status.ERROR, error
     from_path = applied(diverging(error="model: unsupported rope_type"), REFUSAL, FROM_PATH)
-    assert from_path.status is Status.ERROR
+    assert from_path.known == f"as in 0.2.2: refused: {REFUSAL.why}"
+    other = RELEASE.model_copy(update={"checksum": "f" * 64})
+    assert applied(diverging(error="model: unsupported rope_type"), REFUSAL, other).status is Status.ERROR
 
 
 def passing() -> CaseResult:
