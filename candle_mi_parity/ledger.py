@@ -12,9 +12,9 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from candle_mi_parity.cases import FIXTURES, read_toml
+from candle_mi_parity.cases import FIXTURES, Row, read_toml
 from candle_mi_parity.errors import LedgerError
 from candle_mi_parity.trace import CandleMi
 from candle_mi_parity.verdict import CaseResult, Status
@@ -23,30 +23,35 @@ SAME_DECADE = 0.5
 """Two ratios are the same divergence when their log10 differ by less."""
 
 
-class Known(BaseModel):
-    """One entry.
+class Entry(Row):
+    """What is known of a case in a release.
 
-    :ivar digest: of the case, so that an entry dies with the case it was measured on.
     :ivar checksum: the registry's, of the release that was measured.
-    :ivar ratio: of the first diverging tensor (``TensorResult.ratio``); inf where a masked entry is not 0.
-    :ivar forced: names that diverge teacher-forced; ``blocks.*.x`` stands for every layer.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
     case: str
-    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     version: str
     checksum: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    first: str
-    ratio: Annotated[float, Field(gt=0)]
-    forced: list[str]
     why: Annotated[str, Field(min_length=10)]
 
     def concerns(self, case: CaseResult, candidate: CandleMi) -> bool:
         """Whether this is the entry of a case and candidate; a build from source goes by its version alone."""
         same = candidate.checksum == self.checksum or candidate.source != "registry"
         return self.case == case.id and self.version == candidate.version and same
+
+
+class Known(Entry):
+    """A divergence.
+
+    :ivar digest: of the case, so that an entry dies with the case it was measured on.
+    :ivar ratio: of the first diverging tensor (``TensorResult.ratio``); inf where a masked entry is not 0.
+    :ivar forced: names that diverge teacher-forced; ``blocks.*.x`` stands for every layer.
+    """
+
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    first: str
+    ratio: Annotated[float, Field(gt=0)]
+    forced: list[str]
 
     def difference(self, case: CaseResult) -> str:
         """Why the divergence of a case is not the one recorded; empty when it is."""
@@ -72,34 +77,21 @@ def _same_size(ratio: float, recorded: float) -> bool:
     return ratio > 0 and abs(math.log10(ratio / recorded)) < SAME_DECADE
 
 
-class Refusal(BaseModel):
+class Refusal(Entry):
     """A case that a release refuses with a clear error, as it should for what it does not support.
 
     :ivar error: a part of the message.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    case: str
-    version: str
-    checksum: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     error: Annotated[str, Field(min_length=10)]
-    why: Annotated[str, Field(min_length=10)]
-
-    def concerns(self, case: CaseResult, candidate: CandleMi) -> bool:
-        """As for :meth:`Known.concerns`: a build from source goes by its version alone."""
-        same = candidate.checksum == self.checksum or candidate.source != "registry"
-        return self.case == case.id and self.version == candidate.version and same
 
 
-class Ledger(BaseModel):
+class Ledger(Row):
     """The whole file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
     format: Literal[1]
-    known: list[Known] = []
-    refused: list[Refusal] = []
+    known: list[Known] = Field(default_factory=list)
+    refused: list[Refusal] = Field(default_factory=list)
 
     def entry(self, case: CaseResult, candidate: CandleMi) -> Known | None:
         return next((entry for entry in self.known if entry.concerns(case, candidate)), None)
