@@ -68,6 +68,7 @@ def repro(
         assert source.identity is not None
         release = source.identity.version
         known = {entry.case: entry.why for entry in ledger.known if entry.version == release}
+        needed = dependencies(chosen, cache)
         for case in _cases(pattern, list(known), release):
             try:
                 reproduction = reproduce(case, source, cache, tell)
@@ -76,7 +77,7 @@ def repro(
                     raise
                 continue
             blame = Blame(candidate, release, known.get(case.id, ""))
-            folder = write_folder(reproduction, blame, dependencies(chosen, cache), out)
+            folder = write_folder(reproduction, blame, needed, out)
             lines.append(Line(reproduction, folder))
     if not lines:
         raise AgreesError(f"no case of {pattern} diverges; there is nothing to reproduce")

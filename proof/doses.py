@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from candle_mi_parity.compare import compare
 from candle_mi_parity.gate import ELEMENT_GATE, POSITION_GATE
@@ -22,7 +23,7 @@ from candle_mi_parity.oracle import Mode
 from candle_mi_parity.torch_source import TorchSource
 from candle_mi_parity.trace import InMemory
 from candle_mi_parity.verdict import Status
-from proof.planting import Arrays, Real, real
+from proof.planting import Arrays, Real, real, with_arrays
 
 CASES = ("llama/hub", "gemma2/hub", "smollm2/hub")
 MODES: tuple[Mode, ...] = ("free", "forced")
@@ -228,7 +229,7 @@ def doses(case: str, mode: Mode, step: Callable[[str], None]) -> list[Dose]:
         def in_dump(plant: InDump, factor: float) -> Seen:
             arrays = there.arrays
             plant(arrays, factor)
-            return seen(there, replace(there.emitted, arrays={name: (array, None) for name, array in arrays.items()}))
+            return seen(there, with_arrays(there.emitted, arrays))
 
         for name, plant in IN_MODEL.items():
             if name == "softcap" and getattr(model.config, "attn_logit_softcapping", None) is None:
@@ -262,14 +263,10 @@ def markdown(found: list[Dose]) -> str:
 
 def plot(found: list[Dose], path: Path) -> None:
     """A panel a case: the two parts of the gate by their marks, free runs filled and forced ones hollow."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     cases = list(dict.fromkeys(one.case for one in found))
     faults = list(dict.fromkeys(one.fault for one in found))[::-1]
-    figure, panels = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 4.5), sharey=True, squeeze=False)
+    figure = Figure(figsize=(5 * len(cases), 4.5), layout="tight")
+    panels = figure.subplots(1, len(cases), sharex=True, sharey=True, squeeze=False)
     for panel, case in zip(panels[0], cases, strict=True):
         for part, mark, colour in (("position", "o", "tab:blue"), ("element", "s", "tab:orange")):
             for mode, shift in (("free", 0.12), ("forced", -0.12)):
@@ -283,9 +280,7 @@ def plot(found: list[Dose], path: Path) -> None:
         panel.set_yticks(range(len(faults)), faults)
         panel.grid(alpha=0.3)
     panels[0][-1].legend(fontsize="small")
-    figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 def save(found: list[Dose], out: Path) -> None:

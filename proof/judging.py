@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -67,9 +67,6 @@ class Outcome:
     scored: bool = True
     fast: bool = False
     written_before_run: bool = False
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 class PlantedSource(NothingOpen):

@@ -27,7 +27,7 @@ from proof import functions_model, functions_numerics, functions_run
 from proof.catalogue import CatalogueError, Change, Fault
 from proof.changes import changed
 from proof.functions import FUNCTIONS, Dump, Running
-from proof.planting import Real, changed_model, real
+from proof.planting import Real, arrays_of, changed_model, real, with_arrays
 
 REGISTERED = (functions_model, functions_run, functions_numerics)
 """The modules whose functions are in :data:`FUNCTIONS`."""
@@ -44,10 +44,6 @@ def planted(fault: Fault) -> tuple[Real, dict[str, np.ndarray]]:
         raise CatalogueError(f"{fault.id} makes no dump of its own")
     there = real(fault.case)
     return there, arrays_of(emitted(fault, there))
-
-
-def arrays_of(dump: InMemory) -> dict[str, np.ndarray]:
-    return {name: array for name, (array, _) in dump.arrays.items()}
 
 
 def emitted(fault: Fault, there: Real) -> InMemory:
@@ -86,13 +82,13 @@ def disturbed(
                 raise CatalogueError(f"{fault.id}: no function {fault.function!r} is registered")
             FUNCTIONS[fault.function](running)
         left = source.trace(running.subject, mode, truth, inputs)
-    arrays = {name: array for name, (array, _) in left.arrays.items()}
+    arrays = arrays_of(left)
     arrays |= {name: as_numpy(tensor) for name, tensor in running.captured.items() if name in arrays}
     dump = Dump(arrays, left.scalars, left.top_features)
     for change in running.after:
         change(dump)
-    there = {name: (array, None) for name, array in dump.arrays.items()}
-    return InMemory(dict(there), left.dtype, dump.scalars, dump.top_features)
+    changed_dump = replace(left, scalars=dump.scalars, top_features=dump.top_features)
+    return with_arrays(changed_dump, dump.arrays)
 
 
 def difference64(fault: Fault, there: Real) -> float:
@@ -107,7 +103,7 @@ def difference64(fault: Fault, there: Real) -> float:
         faulty = disturbed(fault, subject, "free", there.truth, there.inputs, exact=True)
     honest = disturbed(None, there.subject, "free", there.truth, there.inputs, exact=True)
     worst = 0.0
-    for name, (array, _) in honest.arrays.items():
+    for name, array in arrays_of(honest).items():
         other = faulty.arrays[name][0]
         if other.shape != array.shape:
             return np.inf
@@ -125,8 +121,7 @@ def _reaches(change: Change, there: Real) -> bool:
 
 
 def _retouched(there: Real, change: Change) -> InMemory:
-    arrays = changed(there.arrays, change)
-    return replace(there.emitted, arrays={name: (array, None) for name, array in arrays.items()})
+    return with_arrays(there.emitted, changed(there.arrays, change))
 
 
 @contextmanager

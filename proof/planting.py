@@ -52,7 +52,7 @@ class Real:
     @property
     def arrays(self) -> Arrays:
         """Fresh copies, in execution order."""
-        return {name: array.copy() for name, (array, _) in self.emitted.arrays.items()}
+        return {name: array.copy() for name, array in arrays_of(self.emitted).items()}
 
     @property
     def decoder(self) -> np.ndarray | None:
@@ -74,6 +74,16 @@ def real_of(case: Case, mode: Mode = "free") -> Real:
         return Real(subject, oracle, truth, source.trace(subject, mode, truth, inputs), inputs)
 
 
+def arrays_of(dump: InMemory) -> Arrays:
+    """A dump's own arrays, in execution order; not to be written to."""
+    return {name: array for name, (array, _) in dump.arrays.items()}
+
+
+def with_arrays(dump: InMemory, arrays: Mapping[str, np.ndarray]) -> InMemory:
+    """The dump with other arrays, none of them a part of a tensor."""
+    return replace(dump, arrays={name: (array, None) for name, array in arrays.items()})
+
+
 def changed_model(directory: Path, base: Path, **change: object) -> Path:
     """The weights of a model directory under another config; None takes a key away."""
     directory.mkdir(parents=True)
@@ -89,7 +99,7 @@ def rerun(there: Real, model_dir: Path) -> Arrays:
     mode: Mode = "forced" if there.truth.meta["mode"] == "forced" else "free"
     with TorchSource() as source:
         emitted = source.trace(replace(there.subject, model_dir=model_dir), mode, there.truth, there.inputs)
-    return {name: array for name, (array, _) in emitted.arrays.items()}
+    return arrays_of(emitted)
 
 
 def entry(name: str, array: np.ndarray, file: str) -> dict[str, Any]:

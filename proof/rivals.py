@@ -18,7 +18,7 @@ from proof import capture, rival_views
 from proof.catalogue import Fault, load_faults
 from proof.packages import Absent, from_packages
 from proof.plant import planted
-from proof.planting import CASES, Arrays, Real, real
+from proof.planting import CASES, Arrays, Real, arrays_of, real
 from proof.rival_scores import Dumps, Faulty, Score, score
 from proof.rules import Rule, built_in, reference_of
 from proof.variants import Variant, load_settings
@@ -88,7 +88,7 @@ def honest_dumps(there: Real, wanted: Sequence[str] = HONEST) -> dict[str, Array
     settings = {setting.id: setting for setting in load_settings()}
     case = CASES[there.subject.case.id]
     emitted = {name: next(capture.dumps(Variant(settings[name], case), there.oracle)) for name in wanted}
-    return {name: {key: array for key, (array, _) in dump.arrays.items()} for name, dump in emitted.items()}
+    return {name: arrays_of(dump) for name, dump in emitted.items()}
 
 
 def main(out: Annotated[Path, typer.Option(help="Where table and JSON go.")] = OUT) -> None:

@@ -41,7 +41,7 @@ class Rule:
 
 def reference_of(there: Real) -> Arrays:
     """torch's float32 run, in execution order; not to be written to."""
-    return {name: array for name, (array, _) in there.emitted.arrays.items()}
+    return planting.arrays_of(there.emitted)
 
 
 def in_order(differs: Callable[[str, np.ndarray, np.ndarray], bool], there: Real, got: Arrays) -> str | None:

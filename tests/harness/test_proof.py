@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -19,7 +18,7 @@ from proof.functions import FUNCTIONS, Running, output
 from proof.io_faults import IO
 from proof.judging import Outcome, PlantedSource, Status, outcome, twin_problem
 from proof.plant import REGISTERED, planted
-from proof.planting import CASES, real
+from proof.planting import CASES, real, with_arrays
 from proof.scores import markdown, proved, scores
 from proof.source import check_anchors, edited, released_crate
 
@@ -147,7 +146,7 @@ def test_a_fault_in_one_capture_accuses_no_other_tensor(tmp_path: Path) -> None:
     for name in ("hidden-states-as-output", "attn-out-is-resid-mid", "two-heads-swapped", "one-sign"):
         fault = FAULTS[name]
         there, arrays = planted(fault)
-        emitted = replace(there.emitted, arrays={key: (array, None) for key, array in arrays.items()})
+        emitted = with_arrays(there.emitted, arrays)
         from candle_mi_parity.compare import compare
 
         failed = [result.name for result in compare(there.truth, emitted, None, None) if result.status == "FAIL"]
@@ -247,7 +246,7 @@ def test_one_position_off_by_little_is_seen_where_it_is() -> None:
     def run(factor: float) -> doses.Seen:
         arrays = there.arrays
         doses.one_position(arrays, factor)
-        return doses.seen(there, replace(there.emitted, arrays={name: (a, None) for name, a in arrays.items()}))
+        return doses.seen(there, with_arrays(there.emitted, arrays))
 
     found = doses.dose(LLAMA, "free", "one position", run)
     assert found.first == "blocks.1.mlp.hook_post"

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mending import MENDS, Mend, MendError, Mends, load_mends, mended_copy, released_source
 from test_cli import command, one_line
 
 from candle_mi_parity.candidate import parse_candidate
@@ -22,6 +21,8 @@ from candle_mi_parity.repro_command import repro
 from candle_mi_parity.repro_prove import Outcome, prove, read_outcomes
 from candle_mi_parity.shrink import Divergence, Input, Pair, Shrinker
 from candle_mi_parity.shrink_steps import STEPS
+from proof.mending import MENDS, Mend, MendError, Mends, load_mends, mended_copy
+from proof.source import released_crate
 
 CASES = {case.id: case for case in load_cases()}
 KNOWN = [entry.case for entry in load_ledger().known if entry.version == "0.2.2"]
@@ -163,7 +164,7 @@ def mended() -> str:
     key = hashlib.sha256(MENDS.read_bytes()).hexdigest()[:16]
     out = cache_root() / "mended" / key
     if not (out / "Cargo.toml").is_file():
-        made = mended_copy(released_source("0.2.2"), load_mends(), out.with_name(f"{key}.partial"))
+        made = mended_copy(released_crate(), load_mends(), out.with_name(f"{key}.partial"))
         made.rename(out)
     return f"path:{out}"
 

@@ -1,53 +1,47 @@
 """A copy of a released candle-mi with the mends of ``mends.toml``: proof that a reproduction's test can pass.
 
-``python tests/harness/mending.py DIR`` makes one; ``candle-mi-parity repro --mended path:DIR`` runs the tests on it.
+``python -m proof.mending DIR`` makes one; ``candle-mi-parity repro --mended path:DIR`` runs the tests on it.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from candle_mi_parity.cases import read_toml
+from candle_mi_parity.cases import Row, read_toml
 from candle_mi_parity.errors import ParityError
+from proof.catalogue import SourceEdit
+from proof.source import released_crate
 
 
 class MendError(ParityError):
     """A mend that does not fit the source."""
 
 
-class Mend(BaseModel):
+class Mend(SourceEdit):
     """One replacement.
 
     :ivar kinds: globs over the case ids that it mends; a mend that only makes room for others has none.
     :ivar times: how often ``find`` is in the file.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
     id: str
-    kinds: list[str] = []
-    file: str
-    find: Annotated[str, Field(min_length=1)]
-    replace: str
+    kinds: list[str] = Field(default_factory=list)
     times: Annotated[int, Field(ge=1)] = 1
 
 
-class Mends(BaseModel):
+class Mends(Row):
     """The whole file.
 
     :ivar version: of the candle-mi whose source the anchors were taken from.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    version: str
+    version: Literal["0.2.2"]
     mend: list[Mend]
 
     def of(self, case_id: str) -> list[str]:
@@ -61,18 +55,6 @@ MENDS = Path(__file__).with_name("mends.toml")
 def load_mends(path: Path = MENDS) -> Mends:
     """:raises MendError: unreadable, or a key that is unknown, missing or of another type."""
     return read_toml(path, Mends, MendError)
-
-
-def released_source(version: str) -> Path:
-    """Where cargo unpacked a release; never written to.
-
-    :raises MendError: it is not there; building its emitter fetches it.
-    """
-    home = Path(os.environ.get("CARGO_HOME", Path.home() / ".cargo"))
-    found = sorted((home / "registry" / "src").glob(f"*/candle-mi-{version}"))
-    if not found:
-        raise MendError(f"candle-mi {version} is not below {home}/registry/src: run the parity suite on it once")
-    return found[0]
 
 
 def mended_copy(source: Path, mends: Mends, out: Path) -> Path:
@@ -94,5 +76,4 @@ def mended_copy(source: Path, mends: Mends, out: Path) -> Path:
 
 
 if __name__ == "__main__":
-    asked = load_mends()
-    print(mended_copy(released_source(asked.version), asked, Path(sys.argv[1])))
+    print(mended_copy(released_crate(), load_mends(), Path(sys.argv[1])))
