@@ -142,7 +142,7 @@ def _plot(alarms: Alarms, path: Path) -> None:
     """A row a setting, a dot a dump, a panel for each part of the gate; log axes."""
     rows = {setting: y for y, setting in enumerate(reversed(alarms.settings))}
     with matplotlib.rc_context({"svg.hashsalt": "alarms", "svg.fonttype": "none", "font.size": 8}):
-        figure = Figure(figsize=(9, max(3.0, 1.6 + 0.19 * len(rows))), layout="constrained")
+        figure = Figure(figsize=(9, max(4.5, 1.6 + 0.19 * len(rows))), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         _panel(left, rows, alarms, [dump.position for dump in alarms.judged], POSITION_GATE, "position")
         _panel(right, rows, alarms, [dump.element for dump in alarms.judged], ELEMENT_GATE, "element")

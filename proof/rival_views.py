@@ -55,7 +55,7 @@ def markdown(scores: Sequence[Score], absent: Sequence[Absent]) -> str:
         "rules on equal footing: 1.5 × the need, with a tolerance for each case, or one for both tables.",
     ]
     small = [case for case in cases if case != REAL]
-    for title, chosen in ((f"{len(small)} cases of tiny models", small), ("SmolLM2-135M", [REAL])):
+    for title, chosen in ((f"{len(small)} cases of tiny models", small), ("SmolLM2-135M, without its SAE", [REAL])):
         if any(case in cases for case in chosen):
             lines += ["", f"## {title}", "", *_table(scores, chosen), "", *_as_good(scores, chosen)]
     lines += ["", "## Not run", ""]
@@ -124,6 +124,21 @@ def _as_good(scores: Sequence[Score], cases: Sequence[str]) -> list[str]:
             good.append(", ".join(score.rule.name for score in fair if len(count(score, cases, key)) >= best))
         lines.append(
             f"- {title}: as many kills as this suite: {good[0] or 'none'}; "
-            f"as many first tensors right: {good[1] or 'none'}."
+            f"as many first tensors right: {good[1] or 'none'}. {_nearest(ours, fair, cases, key)}".rstrip()
         )
     return lines
+
+
+def _nearest(ours: Score, rivals: Sequence[Score], cases: Sequence[str], key: str) -> str:
+    """The rival that kills most, and what separates it from the first row, in both directions."""
+    if not rivals:
+        return ""
+    best = max(rivals, key=lambda score: (len(killed(score, cases, key)), len(right(score, cases, key))))
+    mine, theirs = ([asked.fault for asked in killed(score, cases, key)] for score in (ours, best))
+    misses = [fault for fault in mine if fault not in theirs]
+    beyond = [fault for fault in theirs if fault not in mine]
+    return (
+        f"Nearest: {best.rule.name}, which misses {', '.join(misses) or 'nothing that this suite kills'}"
+        + (f", and kills {', '.join(beyond)}, which this suite misses" if beyond else "")
+        + "."
+    )

@@ -178,7 +178,11 @@ def test_the_table_says_what_a_kill_is_worth(tmp_path: Path) -> None:
     assert re.search(r"\| fair \| logits \| d \| 2/2 \| 2/2, 2 \| 0\.9\d* \| 1/2, 1 \| 1/2, 1 \|", table)
     assert "| refusing | logits | d | 1/2 | (2/2, 2) |" in table
     assert "- gone: not installed" in table
-    assert "- At the defaults: as many kills as this suite: fair; as many first tensors right: fair." in table
+    assert (
+        "- At the defaults: as many kills as this suite: fair; as many first tensors right: fair. Nearest: fair, "
+        in table
+    )
+    assert "which misses nothing that this suite kills." in table
     document = json.loads((tmp_path / "rivals.json").read_text())
     assert document["rules"][2]["honest"][CASE]["far"] == "logits" and document["not_run"][0]["name"] == "gone"
 
@@ -220,6 +224,23 @@ def test_honest_dumps_are_settings_of_the_table() -> None:
     (dump,) = rivals.honest_dumps(there, ["sums reversed"]).values()
     assert list(dump) == list(there.arrays)
     assert any(not np.array_equal(dump[name], array) for name, array in there.arrays.items())
+
+
+def test_the_table_says_what_separates_the_nearest_rival(tmp_path: Path) -> None:
+    one, two = scored(stub(0.055, "logits")), scored(stub(10.0, "logits"))
+    line = "- At the defaults: as many kills as this suite: "
+    assert (
+        line + "none; as many first tensors right: none. Nearest: stub, which misses small."
+        in rival_views.markdown([one, two], [])
+    )
+    assert "nothing that this suite kills, and kills small, which this suite misses." in rival_views.markdown(
+        [two, one], []
+    )
+
+
+def test_an_honest_dump_that_is_the_reference_itself_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 thread varies nothing in llama/hub"):
+        rivals.honest_dumps(real("llama/hub"), ["1 thread"])
 
 
 def test_a_dump_shares_what_is_the_honest_runs_own() -> None:
