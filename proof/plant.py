@@ -27,23 +27,12 @@ from proof import functions_model, functions_numerics, functions_run
 from proof.catalogue import CatalogueError, Change, Fault
 from proof.changes import changed
 from proof.functions import FUNCTIONS, Dump, Running
-from proof.planting import Real, arrays_of, changed_model, real, with_arrays
+from proof.planting import Real, arrays_of, changed_model, with_arrays
 
 REGISTERED = (functions_model, functions_run, functions_numerics)
 """The modules whose functions are in :data:`FUNCTIONS`."""
 EQUAL = 1e-12
 """Two float64 runs that differ by less, in units of a tensor's rms, differ by rounding."""
-
-
-def planted(fault: Fault) -> tuple[Real, dict[str, np.ndarray]]:
-    """The honest run of a fault's case, and the tensors of the faulty one.
-
-    :raises CatalogueError: a fault that makes no dump: ``io`` and ``source``.
-    """
-    if fault.io or fault.source:
-        raise CatalogueError(f"{fault.id} makes no dump of its own")
-    there = real(fault.case)
-    return there, arrays_of(emitted(fault, there))
 
 
 def emitted(fault: Fault, there: Real) -> InMemory:

@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 import torch
 
+from candle_mi_parity.compare import compare
 from candle_mi_parity.verdict import TensorResult
 from proof import doses
 from proof.catalogue import NOWHERE, CatalogueError, Change, Fault, Kind, load_faults
@@ -17,7 +18,7 @@ from proof.changes import AMONG, ONE, changed
 from proof.functions import FUNCTIONS, Running, output
 from proof.io_faults import IO
 from proof.judging import Outcome, PlantedSource, Status, outcome, twin_problem
-from proof.plant import REGISTERED, planted
+from proof.plant import REGISTERED, emitted
 from proof.planting import CASES, real, with_arrays
 from proof.scores import markdown, proved, scores
 from proof.source import check_anchors, edited, released_crate
@@ -145,11 +146,9 @@ def test_the_fast_lane_sees_each_fault_where_it_was_planted(tmp_path: Path, name
 def test_a_fault_in_one_capture_accuses_no_other_tensor(tmp_path: Path) -> None:
     for name in ("hidden-states-as-output", "attn-out-is-resid-mid", "two-heads-swapped", "one-sign"):
         fault = FAULTS[name]
-        there, arrays = planted(fault)
-        emitted = with_arrays(there.emitted, arrays)
-        from candle_mi_parity.compare import compare
-
-        failed = [result.name for result in compare(there.truth, emitted, None, None) if result.status == "FAIL"]
+        there = real(fault.case)
+        results = compare(there.truth, emitted(fault, there), None, None)
+        failed = [result.name for result in results if result.status == "FAIL"]
         assert failed == [fault.first]
 
 
