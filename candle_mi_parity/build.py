@@ -276,12 +276,12 @@ def _cargo_build(candidate: Candidate, plan: _Plan, cache: Path, log: Progress, 
         **os.environ,
         "CARGO_TARGET_DIR": str(target),
         "CARGO_TERM_COLOR": "never",
+        # The edit-and-run loop of a maintainer: the checkout and the emitter are compiled in part, the dependencies
+        # are those of every candidate. A release is compiled whole, whatever the user's shell says.
+        "CARGO_INCREMENTAL": "1" if candidate.kind == "path" else "0",
         "PARITY_TREE_DIGEST": plan.tree_digest or "",
         "PARITY_REVISION": plan.revision or "",
     }
-    if candidate.kind == "path":
-        # The edit-and-run loop of a maintainer; cargo leaves release builds whole otherwise.
-        environment["CARGO_INCREMENTAL"] = "1"
     # A cross-compilation target set by the user would move the binary elsewhere.
     environment.pop("CARGO_BUILD_TARGET", None)
     full_log = crate / "build.log"
