@@ -282,6 +282,8 @@ def _cargo_build(candidate: Candidate, plan: _Plan, cache: Path, log: Progress, 
         "PARITY_TREE_DIGEST": plan.tree_digest or "",
         "PARITY_REVISION": plan.revision or "",
     }
+    if candidate.kind == "path":
+        _distrust_times(target)
     # A cross-compilation target set by the user would move the binary elsewhere.
     environment.pop("CARGO_BUILD_TARGET", None)
     full_log = crate / "build.log"
@@ -309,6 +311,16 @@ def _cargo_build(candidate: Candidate, plan: _Plan, cache: Path, log: Progress, 
         raise CandidateError(f"cargo could not build the emitter for {candidate.label}: {reason}")
     suffix = ".exe" if os.name == "nt" else ""
     return target / "release" / f"parity-emitter{suffix}"
+
+
+def _distrust_times(target: Path) -> None:
+    """Have cargo compile the checkout whatever its files' times are.
+
+    It takes a file for unchanged that is older than what was built, as one is that ``cp -p``, ``rsync`` or ``tar``
+    put back: the text of before would be judged under the digest of now. rustc goes by contents, so it costs little.
+    """
+    for mark in (target / "release" / ".fingerprint").glob("candle-mi-*"):
+        shutil.rmtree(mark)
 
 
 def _lay_out(crate: Path, plan: _Plan) -> None:
