@@ -1,19 +1,23 @@
 # Two commands on a fresh machine; each does its own set-up.
 #   make parity   is candle-mi right?  (CANDIDATE=0.2.2 | path:DIR | git:URL@REV | stored:VERSION)
 #   make test     is this suite right? lint, types, Rust, and every test
+#   make bench    what does it cost? times and memory as ratios, exit 1 when a figure is missed
 CANDIDATE ?= 0.2.2
 CACHE := $(or $(PARITY_CACHE),$(HOME)/.cache/candle-mi-parity)
 PY := .venv/bin/python
 CARGO := CARGO_TARGET_DIR="$(CACHE)/target/candle-0.11" cargo
 CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
-.PHONY: parity test lint rust-lint setup
+.PHONY: parity test bench lint rust-lint setup
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
 
 test: lint rust-lint
 	$(PY) -m pytest --require-rust -n auto --dist loadgroup
+
+bench: setup
+	@$(PY) -m proof.bench
 
 lint: setup
 	$(PY) -m ruff check .

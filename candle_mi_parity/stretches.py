@@ -9,7 +9,7 @@ import numpy as np
 
 STRETCH = 1 << 18
 """Elements that are in memory at a time, of a tensor that is longer than :data:`LONG`."""
-LONG = 1 << 22
+LONG = 1 << 21
 
 
 def positions(shape: Sequence[int]) -> list[slice]:
