@@ -50,6 +50,10 @@ class Cut:
     def tensor(self, name: str) -> np.ndarray:
         return selected(self.whole.tensor(name), self.entries[name].part)
 
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        cut = self.entries[name].part is not None
+        return self.tensor(name)[..., rows, :] if cut else self.whole.rows(name, rows)
+
 
 def parts_of(trace: Emitted) -> dict[str, Selection]:
     return {name: entry.part for name, entry in trace.entries.items() if entry.part is not None}

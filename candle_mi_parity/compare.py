@@ -14,9 +14,9 @@ from candle_mi_parity.diagnose import Diagnosis, diagnose
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.families import inputs_of
 from candle_mi_parity.gate import ELEMENT_GATE, UNITS, measure
-from candle_mi_parity.judge import judged, malformed, nonfinite, selected
-from candle_mi_parity.trace import Emitted, Trace
-from candle_mi_parity.truth import Truth, TruthTensor
+from candle_mi_parity.judge import concluded, malformed, nonfinite, selected, tally
+from candle_mi_parity.trace import Emitted, Selection, Trace, stretches
+from candle_mi_parity.truth import Expected, Truth
 from candle_mi_parity.verdict import Status, TensorResult, Worst
 
 
@@ -97,10 +97,7 @@ def look(truth: Truth, trace: Emitted, results: list[TensorResult]) -> Diagnosis
     if entry is None or expected is None:
         return None
     got = trace.tensor(first.name).astype(np.float64)
-    value, noise = selected(expected.value, entry.part), selected(expected.noise, entry.part)
-    mask = None
-    if expected.allowed is not None:
-        mask = np.broadcast_to(selected(expected.allowed, entry.part), got.shape)
+    value, noise, mask = _expected(expected, entry.part, slice(None), got)
     return diagnose(first.name, got, value, noise, mask)
 
 
@@ -115,24 +112,43 @@ def _there(trace: Emitted) -> str:
     return f"the trace holds {len(names)} tensors" + (f": {', '.join(names[:4])}, …" if names else "")
 
 
-def _judge(name: str, expected: TruthTensor, trace: Emitted, agreed: bool | None) -> TensorResult:
+def _judge(name: str, expected: Expected, trace: Emitted, agreed: bool | None) -> TensorResult:
     entry = trace.entries[name]
-    if broken := malformed(entry, expected.value.shape, trace.dtype, agreed):
+    if broken := malformed(entry, expected.shape, trace.dtype, agreed):
         return broken
-    got = trace.tensor(name).astype(np.float64)
-    value, noise = selected(expected.value, entry.part), selected(expected.noise, entry.part)
-    if broken := nonfinite(name, got, value, agreed):
-        return broken
-    mask = None
-    if expected.allowed is not None:
-        mask = np.broadcast_to(selected(expected.allowed, entry.part), got.shape)
-        if name.endswith("hook_pattern") and (leaked := np.argwhere((got != 0) & ~mask)).size:
+    cut = stretches(entry)
+    found = _judge_stretches(name, expected, trace, agreed, cut)
+    # What a mask forbids, too, is counted over the whole.
+    again = found.reason == "masked" and len(cut) > 1
+    return _judge_stretches(name, expected, trace, agreed, [slice(None)]) if again else found
+
+
+def _judge_stretches(
+    name: str, expected: Expected, trace: Emitted, agreed: bool | None, cut: list[slice]
+) -> TensorResult:
+    tallies, exact = [], True
+    for rows in cut:
+        got = trace.rows(name, rows).astype(np.float64)
+        value, noise, mask = _expected(expected, trace.entries[name].part, rows, got)
+        if broken := nonfinite(name, got, value, agreed):
+            return broken
+        if mask is not None and name.endswith("hook_pattern") and (leaked := np.argwhere((got != 0) & ~mask)).size:
             return _leak(name, leaked, got, mask, agreed)
-    error = got - value
-    measured = measure(error, value, noise, mask, unit=UNITS[trace.dtype])
-    if not noise.any() and (mask is None or mask.all()):
-        return judged(name, measured, got, value, mask, agreed, "exact by construction", exact=True)
-    return judged(name, measured, got, value, mask, agreed)
+        measured = measure(got - value, value, noise, mask, unit=UNITS[trace.dtype])
+        exact = exact and not noise.any() and (mask is None or bool(mask.all()))
+        tallies.append(tally(measured, got, value, mask, rows.start or 0))
+    return concluded(name, tallies, agreed, "exact by construction" if exact else "", exact)
+
+
+def _expected(
+    expected: Expected, part: Selection | None, rows: slice, got: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Value, noise and mask of what a trace holds of a tensor, or of a stretch of that."""
+    there = expected if rows == slice(None) else expected.rows(rows)
+    mask = there.allowed
+    if mask is not None:
+        mask = np.broadcast_to(selected(mask, part), got.shape)
+    return selected(there.value, part), selected(there.noise, part), mask
 
 
 def _leak(name: str, leaked: np.ndarray, got: np.ndarray, mask: np.ndarray, agreed: bool | None) -> TensorResult:
@@ -152,18 +168,32 @@ def _judge_tokens(truth: Truth, trace: Emitted) -> list[TensorResult]:
     a tie is counted, not failed.
     """
     entry, expected = trace.entries.get("logits"), truth.tensors.get("logits")
-    if entry is None or expected is None or entry.part is not None or tuple(entry.shape) != expected.value.shape:
+    if entry is None or expected is None or entry.part is not None or tuple(entry.shape) != expected.shape:
         return []
-    got, value = trace.tensor("logits").astype(np.float64), expected.value
-    if not np.isfinite(got).all():
-        return []
-    sigma = measure(np.zeros_like(value), value, expected.noise, unit=UNITS[trace.dtype]).sigma
-    ours, theirs = value.argmax(-1)[..., None], got.argmax(-1)[..., None]
-    margin = (np.take_along_axis(value, ours, -1) - np.take_along_axis(value, theirs, -1))[..., 0]
-    allowed = ELEMENT_GATE * sum(np.take_along_axis(sigma, index, -1)[..., 0] for index in (ours, theirs))
-    flips = ours[..., 0] != theirs[..., 0]
-    first = _discrete("logits.next_token", flips.size, int(flips.sum()), int((flips & ~(margin < allowed)).sum()))
+    decisions = flipped = wrong = 0
+    for rows in stretches(entry):
+        got = trace.rows("logits", rows).astype(np.float64)
+        value, noise, _ = _expected(expected, None, rows, got)
+        if not np.isfinite(got).all():
+            return []
+        ours, theirs = value.argmax(-1), got.argmax(-1)
+        flips = ours != theirs
+        decisions += flips.size
+        # A position's σ depends on no other's, and is wanted only where the two sides differ and at the last.
+        odd = np.flatnonzero(flips.any(0) | (np.arange(flips.shape[-1]) == flips.shape[-1] - 1))
+        value, got, noise = value[:, odd], got[:, odd], noise[:, odd]
+        ours, theirs, flips = ours[:, odd], theirs[:, odd], flips[:, odd]
+        sigma = measure(np.zeros_like(value), value, noise, unit=UNITS[trace.dtype]).sigma
+        margin = _at(value, ours) - _at(value, theirs)
+        allowed = ELEMENT_GATE * (_at(sigma, ours) + _at(sigma, theirs))
+        flipped, wrong = flipped + int(flips.sum()), wrong + int((flips & ~(margin < allowed)).sum())
+    first = _discrete("logits.next_token", decisions, flipped, wrong)
     return [first, _top_tokens(value[0, -1], got[0, -1], sigma[0, -1])]
+
+
+def _at(array: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """[B, T, V] at one entry of each position, [B, T]."""
+    return np.take_along_axis(array, index[..., None], -1)[..., 0]
 
 
 TOP_TOKENS = 10

@@ -46,14 +46,18 @@ class Measure:
     :ivar element: of the tensor's own shape.
     :ivar sigma: σ of each element, of the tensor's own shape.
     :ivar unresolved: [B, T], positions whose noise is too large to judge.
-    :ivar rms: rms(error) / rms(noise) over the whole tensor, 0 where there is no noise.
+    :ivar mean_square: of the error and of the noise, over all compared entries.
     """
 
     position: np.ndarray
     element: np.ndarray
     sigma: np.ndarray
     unresolved: np.ndarray
-    rms: float
+    mean_square: tuple[float, float]
+
+    @property
+    def rms(self) -> float:
+        return rms_ratio(*self.mean_square)
 
     def passes(self) -> bool:
         """Written so that NaN fails."""
@@ -63,6 +67,11 @@ class Measure:
     def past(self) -> int:
         """Elements not inside the element gate."""
         return int(np.count_nonzero(~(self.element < ELEMENT_GATE)))
+
+
+def rms_ratio(error_square: float, noise_square: float) -> float:
+    """rms(error) / rms(noise), 0 where there is no noise."""
+    return math.sqrt(error_square) / math.sqrt(noise_square) if noise_square > 0 else 0.0
 
 
 def spread(per_position: np.ndarray, like: np.ndarray) -> np.ndarray:
@@ -91,23 +100,38 @@ def measure(
     :param unit: unit roundoff of the format in which the tensor was emitted.
     :param mask: True where an entry is compared; None compares all.
     """
-    kept = np.ones(error.shape, bool) if mask is None else np.broadcast_to(mask, error.shape)
-    error = np.where(kept, error, 0.0)
-    count = np.maximum(by_position(kept).sum(-1), 1)
+    if mask is not None:
+        mask = np.broadcast_to(mask, error.shape)
+        error = np.where(mask, error, 0.0)
+    entries = error.size // (error.shape[0] * error.shape[-2])
+    count = entries if mask is None else np.maximum(by_position(mask).sum(-1), 1)
 
     def mean(values: np.ndarray) -> np.ndarray:
-        return np.asarray(by_position(np.where(kept, values, 0.0)).sum(-1) / count)
+        return np.asarray(by_position(values if mask is None else np.where(mask, values, 0.0)).sum(-1) / count)
+
+    def over_all(values: np.ndarray) -> float:
+        kept = values.reshape(-1) if mask is None else values[mask]
+        return float(kept.mean()) if kept.size else 0.0
 
     variance = np.square(noise, dtype=np.float64)
     n2 = mean(variance)
     n_p = np.sqrt(n2)
     t_p = np.sqrt(mean(np.square(truth)))
-    mean_square = mean(np.square(error))
     with np.errstate(invalid="ignore", over="ignore"):
-        sigma = np.sqrt((samples * variance + spread(n2, error)) / (samples + 1))
-        sigma = sigma + (unit / 4) * np.abs(truth) + TINY
+        square = np.square(error)
+        mean_square = mean(square)
+        # In place: on a large tensor each new array costs as much as the arithmetic.
+        sigma = samples * variance
+        sigma += spread(n2, error)
+        sigma /= samples + 1
+        np.sqrt(sigma, out=sigma)
+        floor = np.abs(truth)
+        floor *= unit / 4
+        sigma += floor
+        sigma += TINY
         position = np.where(mean_square == 0, 0.0, np.sqrt(mean_square) / (n_p + (unit / 4) * t_p + TINY))
-        element = np.where(error == 0, 0.0, np.abs(error) / sigma)
-        total = np.sqrt(variance[kept].mean()) if kept.any() else 0.0
-        rms = float(np.sqrt(np.square(error[kept]).mean()) / total) if total > 0 else 0.0
-    return Measure(position, element, sigma, POSITION_GATE * n_p > RESOLUTION * t_p, rms)
+        element = np.abs(error)
+        element /= sigma
+        np.copyto(element, 0.0, where=error == 0)
+        squares = over_all(square), over_all(variance)
+    return Measure(position, element, sigma, POSITION_GATE * n_p > RESOLUTION * t_p, squares)

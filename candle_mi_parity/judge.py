@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from candle_mi_parity.gate import Measure
+from candle_mi_parity.gate import Measure, rms_ratio
 from candle_mi_parity.trace import Selection, TensorEntry
 from candle_mi_parity.verdict import Status, TensorResult, Worst
 
@@ -57,6 +58,55 @@ def nonfinite(name: str, got: np.ndarray, expected: np.ndarray, agreed: bool | N
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Tally:
+    """What a stretch of a tensor's positions adds to its result.
+
+    :ivar measured: number of compared elements, mean square of their error and of their noise.
+    :ivar past: elements past the element gate.
+    :ivar unequal: elements that are not equal to the bit.
+    """
+
+    position: float
+    element: float
+    worst: Worst
+    passes: bool
+    unresolved: int
+    size: int
+    past: int
+    unequal: int
+    measured: tuple[int, float, float]
+
+
+def tally(measured: Measure, got: np.ndarray, expected: np.ndarray, mask: np.ndarray | None, start: int = 0) -> Tally:
+    """Count a stretch, [B, …, t, entries].
+
+    :param start: the tensor's position that the stretch begins with.
+    """
+    index = [int(i) for i in np.unravel_index(np.nanargmax(measured.element), measured.element.shape)]
+    place = tuple(index)
+    index[-2] += start
+    worst = Worst.of(
+        index,
+        float(got[place]),
+        float(expected[place]),
+        float(measured.sigma[place]),
+        float(measured.element[place]),
+    )
+    compared = got.size if mask is None else int(np.count_nonzero(mask))
+    return Tally(
+        position=float(measured.position.max()),
+        element=float(measured.element.max()),
+        worst=worst,
+        passes=measured.passes(),
+        unresolved=int(measured.unresolved.sum()),
+        size=got.size,
+        past=measured.past(),
+        unequal=int(np.count_nonzero(got != expected)),
+        measured=(compared, *measured.mean_square),
+    )
+
+
 def judged(
     name: str,
     measured: Measure,
@@ -68,33 +118,41 @@ def judged(
     exact: bool = False,
 ) -> TensorResult:
     """Turn a measure into a result; ``exact`` asks for bit equality."""
-    index = tuple(int(i) for i in np.unravel_index(np.nanargmax(measured.element), measured.element.shape))
-    worst = Worst.of(
-        list(index),
-        float(got[index]),
-        float(expected[index]),
-        float(measured.sigma[index]),
-        float(measured.element[index]),
-    )
-    differs = exact and bool((got != expected).any())
-    failed = differs or not measured.passes()
-    noisy = bool(measured.unresolved.any())
-    status = Status.FAIL if failed else Status.UNMEASURED if noisy else Status.PASS
-    compared = got.size if mask is None else int(np.count_nonzero(mask))
-    if noisy and not failed:
-        detail = f"too noisy to judge at {int(measured.unresolved.sum())} positions. {detail}".strip()
+    return concluded(name, [tally(measured, got, expected, mask)], agreed, detail, exact)
+
+
+def concluded(
+    name: str, tallies: list[Tally], agreed: bool | None, detail: str = "", exact: bool = False
+) -> TensorResult:
+    """The result of a tensor from all its stretches; ``exact`` asks for bit equality."""
+    differs = exact and any(part.unequal for part in tallies)
+    failed = differs or not all(part.passes for part in tallies)
+    unresolved = sum(part.unresolved for part in tallies)
+    status = Status.FAIL if failed else Status.UNMEASURED if unresolved else Status.PASS
+    compared = sum(part.measured[0] for part in tallies)
+    if unresolved and not failed:
+        detail = f"too noisy to judge at {unresolved} positions. {detail}".strip()
     return TensorResult(
         name=name,
         status=status,
-        reason="values" if failed else "noisy" if noisy else "",
-        position_ratio=float(measured.position.max()),
-        element_ratio=float(measured.element.max()),
-        rms_ratio=measured.rms,
+        reason="values" if failed else "noisy" if unresolved else "",
+        position_ratio=float(np.max([part.position for part in tallies])),
+        element_ratio=float(np.max([part.element for part in tallies])),
+        rms_ratio=_rms(tallies),
         compared=compared,
-        left_out=got.size - compared,
-        past=int(np.count_nonzero(got != expected)) if differs else measured.past(),
+        left_out=sum(part.size for part in tallies) - compared,
+        past=sum(part.unequal if differs else part.past for part in tallies),
         exact=exact,
         inputs_agreed=agreed,
-        worst=worst,
+        worst=max((part.worst for part in tallies), key=lambda worst: worst.ratio),
         detail=detail,
     )
+
+
+def _rms(tallies: list[Tally]) -> float:
+    """Over the whole tensor; of one stretch its own, to the bit."""
+    if len(tallies) == 1:
+        return rms_ratio(*tallies[0].measured[1:])
+    # Both means are over as many elements, which cancel.
+    sums = np.array([[count * error, count * noise] for count, error, noise in (t.measured for t in tallies)])
+    return rms_ratio(*sums.sum(0).tolist())

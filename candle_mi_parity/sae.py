@@ -8,12 +8,14 @@ normalised inputs, selection by decoder norm (:mod:`saelens`).
 
 from __future__ import annotations
 
+import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from candle_mi_parity.cases import FIXTURES, SaeFile, SaelensDirectory
 from candle_mi_parity.errors import SaeError
@@ -96,10 +98,6 @@ def sae_files(path: Path) -> list[Path]:
 
 def _generate(sae: SaelensDirectory, width: int, out: Path) -> None:
     """Weights that excite every field: decoder rows of different norms, no bias or threshold at zero."""
-    import json
-
-    from safetensors.torch import save_file
-
     encoder = tensor_values("sae.W_enc", (sae.d_sae, width), 0)
     decoder = 0.2 * encoder + 0.1 * tensor_values("sae.W_dec", (sae.d_sae, width), 0)
     arrays = {

@@ -16,9 +16,11 @@ from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError, deserialize, safe_open
+from safetensors import SafetensorError, deserialize
 
 from candle_mi_parity.errors import TraceError
+from candle_mi_parity.stretches import positions, row_major
+from candle_mi_parity.tensor_file import TensorFile
 
 FORMAT = "candle-mi-parity/trace/1"
 MAX_JSON_BYTES = 64 << 20
@@ -27,6 +29,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "float64": np.dtype("<f8"),
 }
+_FILED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8")}
+"""The same as safetensors spells them."""
 
 
 def _printable(text: str) -> str:
@@ -160,6 +164,18 @@ class Emitted(Protocol):
 
     def tensor(self, name: str) -> np.ndarray: ...
 
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        """Positions (axis −2) of a tensor that is whole."""
+        ...
+
+
+def stretches(entry: TensorEntry) -> list[slice]:
+    """The positions of a tensor, cut so that a long one need not be in memory as a whole."""
+    # numpy has no bfloat16 to read a part of, inline values are there already, and what is not finite is counted
+    # over the whole.
+    together = entry.part is not None or entry.values is not None or entry.dtype == "bfloat16" or entry.nonfinite
+    return [slice(None)] if together else positions(entry.shape)
+
 
 @dataclass(frozen=True)
 class InMemory:
@@ -192,6 +208,9 @@ class InMemory:
     def tensor(self, name: str) -> np.ndarray:
         return self.arrays[name][0]
 
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        return self.arrays[name][0][..., rows, :]
+
 
 class Trace:
     """A trace on disk; tensors are read and verified when they are asked for.
@@ -202,6 +221,8 @@ class Trace:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._files: dict[str, TensorFile] = {}
+        self._verified: set[str] = set()
         raw = read_json(path)
         found = raw.get("format") if isinstance(raw, dict) else None
         if found != FORMAT:
@@ -247,23 +268,50 @@ class Trace:
             with np.errstate(over="ignore"):  # too large becomes Inf, which is judged as such
                 array: np.ndarray = np.array(entry.values, dtype=dtype).reshape(entry.shape)
         else:
-            array = self._from_file(entry)
-            if list(array.shape) != entry.shape or array.dtype != dtype:
-                raise TraceError(
-                    f"{self.path}: {name} is {array.dtype}{list(array.shape)} in {entry.file}, "
-                    f"declared {entry.dtype}{entry.shape}"
-                )
-        self._verify(entry, np.ascontiguousarray(array).tobytes())
-        if (found := int(np.count_nonzero(~np.isfinite(array)))) != entry.nonfinite:
-            raise TraceError(f"{self.path}: {name} holds {found} non-finite values, declared {entry.nonfinite}")
+            array = self._from_file(entry, None)
+            self._check_kind(entry, list(array.shape), array.dtype)
+        self._check_digest(entry, hashlib.sha256(_bytes(array)).hexdigest())
+        self._check_finite(entry, int(np.count_nonzero(~np.isfinite(array))))
         return array
 
-    def _verify(self, entry: TensorEntry, content: bytes) -> None:
-        digest = hashlib.sha256(content).hexdigest()
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        """Positions (axis −2) of a tensor; the whole of it is verified before its first are given.
+
+        :raises TraceError: as :meth:`tensor`.
+        """
+        entry = self.entries[name]
+        if rows == slice(None):
+            return self.tensor(name)
+        if name not in self._verified:
+            self._verify_in_part(entry)
+            self._verified.add(name)
+        return self._from_file(entry, (*[slice(None)] * (len(entry.shape) - 2), rows, slice(None)))
+
+    def _verify_in_part(self, entry: TensorEntry) -> None:
+        """What :meth:`tensor` checks, with a stretch in memory at a time."""
+        digest, nonfinite = hashlib.sha256(), 0
+        for box in row_major(entry.shape):
+            array = self._from_file(entry, box)
+            digest.update(_bytes(array))
+            nonfinite += int(np.count_nonzero(~np.isfinite(array)))
+        self._check_digest(entry, digest.hexdigest())
+        self._check_finite(entry, nonfinite)
+
+    def _check_kind(self, entry: TensorEntry, shape: list[int], dtype: np.dtype[Any]) -> None:
+        if shape != entry.shape or dtype != _DTYPES[entry.dtype]:
+            raise TraceError(
+                f"{self.path}: {entry.name} is {dtype}{shape} in {entry.file}, declared {entry.dtype}{entry.shape}"
+            )
+
+    def _check_digest(self, entry: TensorEntry, digest: str) -> None:
         if digest != entry.sha256:
             raise TraceError(
                 f"{self.path}: bytes of {entry.name} have sha256 {digest[:12]}…, declared {entry.sha256[:12]}…"
             )
+
+    def _check_finite(self, entry: TensorEntry, found: int) -> None:
+        if found != entry.nonfinite:
+            raise TraceError(f"{self.path}: {entry.name} holds {found} non-finite values, declared {entry.nonfinite}")
 
     def _beside(self, entry: TensorEntry) -> Path:
         file = self.path.parent / str(entry.file)
@@ -285,16 +333,26 @@ class Trace:
             if found["dtype"] != "BF16" or list(found["shape"]) != entry.shape:
                 raise TraceError(f"{path}: {entry.key} is {found['dtype']}{list(found['shape'])}, declared bfloat16")
             bits = np.frombuffer(found["data"], "<u2")
-        self._verify(entry, bits.tobytes())
+        self._check_digest(entry, hashlib.sha256(_bytes(bits)).hexdigest())
         return (bits.astype("<u4") << 16).view("<f4").reshape(entry.shape)
 
-    def _from_file(self, entry: TensorEntry) -> np.ndarray:
+    def _from_file(self, entry: TensorEntry, box: tuple[slice, ...] | None) -> np.ndarray:
+        """A tensor, or a box of one."""
         file = self._beside(entry)
+        tensors = self._files.setdefault(file.name, TensorFile(file))
         try:
-            with safe_open(file, framework="numpy") as tensors:
-                return np.asarray(tensors.get_tensor(str(entry.key)))
+            if box is None:
+                return tensors.tensor(str(entry.key))
+            dtype, shape = tensors.kind(str(entry.key))
+            self._check_kind(entry, shape, _FILED.get(dtype, np.dtype(bool)))
+            return tensors.box(str(entry.key), box)
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise TraceError(f"{file}: cannot read {entry.key}: {error}") from error
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    """Row-major, little-endian as all dtypes here are; a copy only where the memory's order is another."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def read_json(path: Path) -> Any:

@@ -11,11 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from proof import alarm_views
+from proof import OUT, alarm_views
 from proof.alarm_dumps import Judged, NotRun, judge_all
 from proof.variants import load_settings, variants_of
-
-OUT = Path("build/proof")
 
 
 def main(out: Annotated[Path, typer.Option(help="Where plot, table and JSON go.")] = OUT) -> None:

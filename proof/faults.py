@@ -15,15 +15,14 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from candle_mi_parity.cases import ROOT, cache_root
+from candle_mi_parity.cases import cache_root
 from candle_mi_parity.errors import ParityError
-from proof import doses
+from proof import OUT, doses
 from proof.catalogue import Fault, load_faults
 from proof.judging import Outcome, PlantedSource, Status, outcome, twin_problem
 from proof.scores import proved, save, scores
 from proof.source import Checkout, check_anchors, released_crate
 
-OUT = ROOT / "build" / "proof"
 app = typer.Typer(add_completion=False)
 
 

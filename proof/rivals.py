@@ -14,7 +14,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from proof import capture, rival_views
+from proof import OUT, capture, rival_views
 from proof.catalogue import Fault, load_faults
 from proof.packages import Absent, from_packages
 from proof.plant import emitted
@@ -23,7 +23,6 @@ from proof.rival_scores import Dumps, Faulty, Score, score
 from proof.rules import Rule, built_in, reference_of
 from proof.variants import Variant, load_settings
 
-OUT = Path("build/proof")
 FIGURES = ("sae.n_active_last_pos", "sae.top_features_last_pos", "sae.reconstruction_mse")
 """Names under which the suite judges what is beside the tensors."""
 HONEST = (
