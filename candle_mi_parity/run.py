@@ -6,8 +6,12 @@ import fnmatch
 import platform
 import shlex
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -27,6 +31,9 @@ from candle_mi_parity.sources import Source, open_source
 from candle_mi_parity.store import StoringSource, stored_selection
 from candle_mi_parity.subject import Subject, prepare
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult
+
+_ONE_TRUTH, _ONE_TRACE = Lock(), Lock()
+"""Two models in memory are one too many, and an emitter is one process."""
 
 NOT_REACHED = "not reached: the run ended before it"
 
@@ -71,15 +78,25 @@ def run(
     result.skipped = skipped | {case.id: NOT_REACHED for case in cases}
     with open_source(candidate, cache, out / "traces", progress.note, device) as opened:
         source = StoringSource(opened, keep) if keep else opened
-        for case in cases:
-            judged = judge_case(case, source, spec, cache, ledger, progress)
-            progress.case_ends(judged)
-            del result.skipped[case.id]
-            result.cases.append(judged)
-            if source.identity:
-                result.identity = source.identity.model_dump(exclude_none=True)
-                result.stale += ledger.stale(judged, source.identity)
+        with two_at_a_time(lambda case: judge_case(case, source, spec, cache, ledger, progress), cases) as results:
+            for judged in results:
+                progress.case_ends(judged)
+                del result.skipped[judged.id]
+                result.cases.append(judged)
+                if source.identity:
+                    result.identity = source.identity.model_dump(exclude_none=True)
+                    result.stale += ledger.stale(judged, source.identity)
     return result
+
+
+@contextmanager
+def two_at_a_time(judge: Callable[[Case], CaseResult], cases: list[Case]) -> Iterator[Iterator[CaseResult]]:
+    """Results in the order of the cases; while one is compared, the emitter works on the next."""
+    pool = ThreadPoolExecutor(2)
+    try:
+        yield pool.map(judge, cases)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def blank(spec: str, strict: bool = False, device: str = "cpu") -> RunResult:
@@ -168,10 +185,12 @@ def judge_mode(
     :raises ParityError: whichever of the three cannot be had.
     """
     subject = oracle.subject
-    truth = oracle.truth(mode)
-    inputs = oracle.inputs(mode)
-    progress.case_starts(subject.case, "candle-mi")
-    trace = source.trace(subject, mode, truth, inputs)
+    with _ONE_TRUTH:
+        truth = oracle.truth(mode)
+        inputs = oracle.inputs(mode)
+    with _ONE_TRACE:
+        progress.case_starts(subject.case, "candle-mi")
+        trace = source.trace(subject, mode, truth, inputs)
     progress.case_starts(subject.case, "compare")
     in_part = any(entry.part is not None for entry in trace.entries.values())
     selection = stored_selection(list(truth.tensors)) if in_part else None
