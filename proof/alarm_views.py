@@ -70,9 +70,9 @@ class Alarms:
 
 
 def collect(settings: Sequence[Setting], found: Sequence[Judged | NotRun]) -> Alarms:
-    """The run's result; ``samples`` is the least that any case has, and 0 where a setting has none."""
+    """The run's result; ``samples`` is the least that any case has, and 0 where none was sampled, or not yet."""
     judged = [dump for dump in found if isinstance(dump, Judged)]
-    sampled = [setting.samples for setting in settings if setting.samples]
+    sampled = [setting.samples for setting in settings if setting.samples and any(dump.sample for dump in judged)]
     return Alarms(
         [setting.id for setting in settings],
         judged,
