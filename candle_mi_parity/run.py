@@ -206,6 +206,8 @@ def _status(tensors: list[TensorResult], case: Case, in_part: bool) -> tuple[Sta
     """Of a case, and what its row says wrongly of the tensors that are too noisy to judge."""
     if any(tensor.status is Status.FAIL for tensor in tensors):
         return Status.FAIL, ""
+    if idle := [tensor.name for tensor in tensors if tensor.status is Status.PASS and not tensor.compared]:
+        return Status.UNMEASURED, f"nothing was compared of {', '.join(idle)}"
     unmeasured = {tensor.name for tensor in tensors if tensor.status is Status.UNMEASURED}
     names = [tensor.name for tensor in tensors]
     declared = {name for pattern in case.unmeasured for name in fnmatch.filter(names, pattern)}

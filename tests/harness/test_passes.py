@@ -1,0 +1,156 @@
+"""Every place that says PASS, found in the source itself, with a fault that makes it say otherwise.
+
+A place that is added, or moves to another function, fails here until it has its fault.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from results import case as result
+from results import run_of
+from test_calls import STORED, answered
+from test_calls import judged as judged_calls
+from test_diff import between, scale
+
+from candle_mi_parity.cases import ROOT
+from candle_mi_parity.compare import compare
+from candle_mi_parity.pytest_plugin import check
+from candle_mi_parity.run import _status
+from candle_mi_parity.trace import InMemory
+from candle_mi_parity.verdict import CaseResult, Status, TensorResult, Verdict
+from proof.planting import CASES, Arrays, real, with_arrays
+
+SCORE, SAE, CALL = "llama/hub", "llama/sae-jumprelu", "kl/1d"
+Plant = Callable[[Arrays], object]
+Found = tuple[object, object]
+"""What the place says of the honest thing, and of the faulty one."""
+
+
+def places(path: Path) -> Iterator[tuple[str, str]]:
+    """(module, function) wherever ``Status.PASS``, ``Verdict.PASS`` or ``"PASS"`` is an answer, not a question."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        asked = (node for node in ast.walk(function) if isinstance(node, ast.Compare | ast.Subscript | ast.Dict))
+        questions = {id(part) for node in asked for part in ast.walk(node)}
+        nested = (node for node in ast.walk(function) if isinstance(node, ast.FunctionDef) and node is not function)
+        questions |= {id(part) for node in nested for part in ast.walk(node)}
+        for node in ast.walk(function):
+            named = isinstance(node, ast.Attribute) and node.attr == "PASS"
+            spelt = isinstance(node, ast.Constant) and node.value == "PASS"
+            if (named or spelt) and id(node) not in questions:
+                yield path.stem, function.name
+
+
+def dump(case_id: str, plant: Plant | None = None) -> list[TensorResult]:
+    """All results of torch's float32 run, with a fault planted in its arrays."""
+    there = real(case_id)
+    arrays = there.arrays
+    if plant is not None:
+        plant(arrays)
+    return compare(there.truth, with_arrays(there.emitted, arrays), there.decoder, None)
+
+
+def of(results: list[TensorResult], name: str) -> Status:
+    return next(one.status for one in results if one.name == name)
+
+
+def said_of(name: str, case_id: str, plant: Plant) -> Found:
+    return of(dump(case_id), name), of(dump(case_id, plant), name)
+
+
+def one_logit(arrays: Arrays) -> None:
+    arrays["logits"][0, 3, arrays["logits"][0, 3].argmin()] += 100
+
+
+def one_query(arrays: Arrays) -> None:
+    arrays["blocks.0.attn.hook_q"] *= 1.001
+
+
+def sae_scalar(name: str, factor: float) -> Found:
+    """A number beside the tensors, one way and the other."""
+    there = real(SAE)
+    other = replace(there.emitted, scalars=there.emitted.scalars | {name: there.emitted.scalars[name] * factor})
+    both: list[InMemory] = [there.emitted, other]
+    honest, faulty = (of(compare(there.truth, one, there.decoder, None), name) for one in both)
+    return honest, faulty
+
+
+def top_feature() -> Found:
+    there, name = real(SAE), "sae.top_features_last_pos"
+    first, *rest = there.emitted.top_features
+    other = replace(there.emitted, top_features=[first.model_copy(update={"value": first.value * 1.001}), *rest])
+    honest, faulty = (of(compare(there.truth, one, there.decoder, None), name) for one in (there.emitted, other))
+    return honest, faulty
+
+
+def a_case() -> Found:
+    """One tensor more is noisy than the row declares."""
+    first, *rest = dump(SCORE)
+    noisy = replace(first, status=Status.UNMEASURED)
+    return _status([first, *rest], CASES[SCORE], False)[0], _status([noisy, *rest], CASES[SCORE], False)[0]
+
+
+def a_run() -> Found:
+    return run_of(result("a/b")).verdict, run_of(result("a/b"), result("a/c", Status.FAIL)).verdict
+
+
+def a_call() -> Found:
+    spoilt = answered(CALL, {"value": np.array(29.0)})
+    faulty = [spoilt if answer.id == CALL else answer for answer in STORED.calls]
+    return judged_calls(STORED.calls)[CALL], judged_calls(faulty)[CALL]
+
+
+def a_diff() -> Found:
+    return between(None, None).verdict, between(None, scale("blocks.0.attn.hook_q", 1.01)).verdict
+
+
+def a_test() -> Found:
+    """What pytest asserts of a case: the answer is the test's own outcome."""
+
+    def outcome(one: CaseResult) -> Status:
+        try:
+            check(one, lambda name: name.startswith("blocks"))
+        except AssertionError:
+            return Status.FAIL
+        return Status.PASS
+
+    return outcome(result("a/b")), outcome(result("a/b", Status.FAIL))
+
+
+FAULTS: dict[tuple[str, str], Callable[[], Found]] = {
+    ("judge", "concluded"): lambda: said_of("blocks.0.attn.hook_q", SCORE, one_query),
+    ("compare", "_discrete"): lambda: said_of("logits.next_token", SCORE, one_logit),
+    ("compare_sae", "result"): top_feature,
+    ("compare_sae", "_judge_count"): lambda: sae_scalar("sae.n_active_last_pos", 2),
+    ("compare_sae", "_judge_scalar"): lambda: sae_scalar("sae.reconstruction_mse", 1.001),
+    ("calls_compare", "_verdict"): a_call,
+    ("diff", "verdict"): a_diff,
+    ("pytest_plugin", "check"): a_test,
+    ("run", "_status"): a_case,
+    ("verdict", "verdict"): a_run,
+}
+
+
+def test_every_place_that_says_pass_has_its_fault() -> None:
+    found = {place for path in sorted((ROOT / "candle_mi_parity").glob("*.py")) for place in places(path)}
+    assert found - {("page", "matrix")} == set(FAULTS), "the page's is the order of its rows"
+
+
+@pytest.mark.parametrize("place", FAULTS, ids=".".join)
+def test_a_fault_turns_it(place: tuple[str, str]) -> None:
+    honest, faulty = FAULTS[place]()
+    assert honest in (Status.PASS, Verdict.PASS, "PASS")
+    assert faulty not in (Status.PASS, Verdict.PASS, "PASS")
+
+
+def test_a_tensor_of_which_nothing_was_compared_is_no_pass() -> None:
+    first, *rest = dump(SCORE)
+    status, said = _status([replace(first, compared=0), *rest], CASES[SCORE], False)
+    assert status is Status.UNMEASURED
+    assert said.startswith(f"nothing was compared of {first.name}")
