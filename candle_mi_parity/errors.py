@@ -37,3 +37,7 @@ class GoldenError(ParityError):
 
 class CensusError(ParityError):
     """The auto-config census cannot be made, or a stored one is not valid."""
+
+
+class ProofError(ParityError):
+    """The record of the proof cannot be read or made."""

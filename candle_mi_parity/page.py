@@ -15,6 +15,7 @@ from markupsafe import Markup
 from candle_mi_parity.gate import ELEMENT_GATE, POSITION_GATE
 from candle_mi_parity.plots import Line, case_plot, heatmap, ratio_plot
 from candle_mi_parity.printable import number, one_line
+from candle_mi_parity.proof_record import load_proof
 from candle_mi_parity.template import rendered
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
 
@@ -78,6 +79,7 @@ def render(result: RunResult) -> str:
         sae=[case for case in result.cases if case.sae],
         plots=list(_family_plots(result, families)),
         gates=(POSITION_GATE, ELEMENT_GATE),
+        proof=load_proof(),
     )
 
 
