@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -16,13 +17,13 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from candle_mi_parity import api_ledger, api_rustdoc, diff_views, history, report
+from candle_mi_parity import api_ledger, api_rustdoc, diff_views, history, nightly, report
 from candle_mi_parity.api import RELEASES
 from candle_mi_parity.build import build
 from candle_mi_parity.calls import emit_calls, load_calls, read_calls
 from candle_mi_parity.calls_compare import judge_calls, load_known_calls
 from candle_mi_parity.calls_truth import truth_of
-from candle_mi_parity.candidate import CandidateError, parse_candidate
+from candle_mi_parity.candidate import CandidateError, OutOfReachError, parse_candidate
 from candle_mi_parity.cases import ROOT, Case, cache_root, load_cases, select
 from candle_mi_parity.census import take_census
 from candle_mi_parity.census_record import STORED, Entry
@@ -33,6 +34,7 @@ from candle_mi_parity.field_check import check
 from candle_mi_parity.fields import load_fields
 from candle_mi_parity.ledger import is_refusal, load_ledger, proposed_entry
 from candle_mi_parity.models import model_directory
+from candle_mi_parity.nightly_verdict import conclude
 from candle_mi_parity.oracle import Oracle
 from candle_mi_parity.printable import printable
 from candle_mi_parity.reference import environment, is_last_layer, make_reference, reference_case
@@ -77,12 +79,13 @@ class Terminal(Progress):
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """A fault before any verdict: one line on stderr, exit code 2."""
+    """A fault before any verdict: one line on stderr, exit code 2; 3 where just network, GPU or nvcc is missing."""
     try:
         yield
     except ParityError as error:
         Console(stderr=True, soft_wrap=True).print(Text(printable(f"candle-mi-parity: {error}"), "bold red"))
-        raise typer.Exit(2) from error
+        verdict = Verdict.INCONCLUSIVE if isinstance(error, OutOfReachError) else Verdict.ERROR
+        raise typer.Exit(verdict.exit_code) from error
 
 
 @contextmanager
@@ -346,6 +349,28 @@ def api_command(
         found = api_ledger.faults(ledger, surfaces, api_ledger.comparisons())
         report.api_table(api_ledger.totals(ledger, surfaces), found, Console())
     raise typer.Exit(1 if found else 0)
+
+
+@app.command("nightly")
+def nightly_command(
+    steps: Annotated[str, typer.Option(help="Glob over the steps' names.")] = "*",
+    release: Annotated[str, typer.Option(help="The candidate of the release steps.")] = nightly.RELEASE,
+    main_line: Annotated[str, typer.Option("--main", help="The candidate of the step `main`.")] = nightly.MAIN,
+    gathered: Annotated[bool, typer.Option("--gathered", help="Run nothing; read what the steps left.")] = False,
+    out: OutOption = Path("build/nightly"),
+) -> None:
+    """Run the night's steps and say what changed since the last night. Exit code as for `run`."""
+    with _one_line_errors():
+        chosen = nightly.chosen(nightly.plan(release, main_line), steps)
+        table = load_cases()
+        results = []
+        for step in chosen:
+            found = nightly.gathered(step, out) if gathered else nightly.run_step(step, out, table, cache_root())
+            print(printable(f"nightly: {found.name}: {found.verdict.value}: {found.line}"))
+            results.append(found)
+        verdict = conclude(results, out, datetime.now(UTC).date().isoformat())
+        print(f"nightly: {verdict.value}, see {out / 'summary.md'}")
+    raise typer.Exit(verdict.exit_code)
 
 
 def main() -> None:

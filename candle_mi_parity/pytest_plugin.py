@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from candle_mi_parity import cuda
 from candle_mi_parity.printable import one_line, printable
 from candle_mi_parity.run import library_versions
 from candle_mi_parity.verdict import CaseResult, Status
@@ -54,8 +55,8 @@ def pytest_report_header() -> list[str]:
 
 def missing_tool(marker: str) -> str:
     """Why tests with a marker cannot run here, and the remedy; empty when they can."""
-    if marker == "gpu" and not torch.cuda.is_available():
-        return "no CUDA device: run on a machine with an NVIDIA GPU and its driver"
+    if marker == "gpu":
+        return cuda.missing("cuda")
     if marker == "rust" and shutil.which("cargo") is None:
         return "no cargo: install a Rust toolchain from rustup.rs"
     return ""

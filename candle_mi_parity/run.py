@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from candle_mi_parity import __version__
-from candle_mi_parity.candidate import parse_candidate
+from candle_mi_parity.candidate import OutOfReachError, parse_candidate
 from candle_mi_parity.cases import Case
 from candle_mi_parity.compare import compare, look
 from candle_mi_parity.diagnose import Diagnosis
@@ -61,15 +61,21 @@ def run(
     :param device: of the candidate; the truth is always the CPU's.
     :param keep: store what the candidate emits in this directory, see :mod:`store`.
     :param result: an empty one to fill as cases end, so that its owner has them when the run breaks off.
-    :raises ParityError: the candidate cannot be built or found; a fault of one case is that case's ERROR.
+    :raises ParityError: the candidate cannot be built or found; a fault of one case is that case's ERROR. Where
+        only network, GPU or nvcc is missing no case runs, each with that reason: INCONCLUSIVE.
     """
     result = result or blank(spec, strict, device)
     candidate = parse_candidate(spec)
     if candidate.kind == "stored" and Path(candidate.target).expanduser().is_file():
         result.cases += run_reference(spec, Path(candidate.target).expanduser(), cache).cases
         return result
+    try:
+        opening = open_source(candidate, cache, out / "traces", progress.note, device)
+    except OutOfReachError as error:
+        result.skipped = skipped | {case.id: str(error) for case in cases}
+        return result
     result.skipped = skipped | {case.id: NOT_REACHED for case in cases}
-    with open_source(candidate, cache, out / "traces", progress.note, device) as opened:
+    with opening as opened:
         source = StoringSource(opened, keep) if keep else opened
         for case in cases:
             judged = judge_case(case, source, spec, cache, ledger, progress)

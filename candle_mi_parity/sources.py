@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -9,8 +10,16 @@ from typing import Protocol, Self
 
 from pydantic import ValidationError
 
+from candle_mi_parity import cuda
 from candle_mi_parity.build import build
-from candle_mi_parity.candidate import Candidate, CandidateError, EmitterError, EmitterProcess, stored_dir
+from candle_mi_parity.candidate import (
+    Candidate,
+    CandidateError,
+    EmitterError,
+    EmitterProcess,
+    OutOfReachError,
+    stored_dir,
+)
 from candle_mi_parity.cases import ROOT
 from candle_mi_parity.chains import is_lens
 from candle_mi_parity.compare import check_header
@@ -71,12 +80,17 @@ def open_source(
     :param device: ``cpu`` or ``cuda:N``; on CUDA the emitter is built with candle's own kernels and needs nvcc.
     :param out: where an emitter writes its traces.
     :raises CandidateError: it cannot be built, or nothing is stored.
+    :raises OutOfReachError: there is no such device, no nvcc, or no network.
     """
+    if not re.fullmatch(r"cpu|cuda:\d+", device):
+        raise CandidateError(f"unknown device {device!r}: expected cpu or cuda:N")
+    if candidate.kind == "stored" and device != "cpu":
+        raise CandidateError(f"{candidate.spec} was emitted on a CPU; --device {device} needs a build")
+    if reason := cuda.missing(device):
+        raise OutOfReachError(reason)
     if candidate.kind == "torch":
         return TorchSource(device)
     if candidate.kind == "stored":
-        if device != "cpu":
-            raise CandidateError(f"{candidate.spec} was emitted on a CPU; --device {device} needs a build")
         return StoredSource(stored_dir(candidate, ROOT))
     return LiveSource(candidate, cache, out, log, device)
 
