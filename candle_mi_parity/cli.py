@@ -38,6 +38,7 @@ from candle_mi_parity.nightly_verdict import conclude
 from candle_mi_parity.oracle import Oracle
 from candle_mi_parity.printable import printable
 from candle_mi_parity.reference import environment, is_last_layer, make_reference, reference_case
+from candle_mi_parity.repeat import repeat
 from candle_mi_parity.repro_command import repro
 from candle_mi_parity.repro_table import repro_table
 from candle_mi_parity.run import Progress, blank, run
@@ -228,13 +229,16 @@ def diff_command(
     ] = None,
     out: OutOption = OUT,
     device: DeviceOption = "cpu",
+    device_b: Annotated[str | None, typer.Option(help="Of B, where it is not A's: a GPU against the CPU.")] = None,
 ) -> None:
     """Compare two candidates with each other and with PyTorch. Exit code 0, or 1 when B is worse anywhere."""
     with _one_line_errors():
         chosen = select(load_cases(), cases)
         with _bar() as bar:
             progress = Terminal(bar, len(chosen))
-            found = diff((a, b), chosen, cache_root(), out / "diff", load_ledger(), progress, device)
+            found = diff(
+                (a, b), chosen, cache_root(), out / "diff", load_ledger(), progress, (device, device_b or device)
+            )
         report.write_json(diff_views.document(found), out / "diff.json")
         report.write_text(diff_views.page(found), out / "diff.html")
         diff_views.terminal(found, Console())
@@ -371,6 +375,25 @@ def nightly_command(
         verdict = conclude(results, out, datetime.now(UTC).date().isoformat())
         print(f"nightly: {verdict.value}, see {out / 'summary.md'}")
     raise typer.Exit(verdict.exit_code)
+
+
+@app.command("repeat")
+def repeat_command(
+    candidate: CandidateOption = DEFAULT_CANDIDATE,
+    cases: CasesOption = None,
+    device: DeviceOption = "cpu",
+    times: Annotated[int, typer.Option(min=2, help="How often each case runs.")] = 3,
+    out: OutOption = OUT,
+) -> None:
+    """Run the same case several times and count the tensors whose bytes differ. Measures: exit code 0 either way."""
+    with _one_line_errors():
+        chosen = select(load_cases(), cases)
+        with _bar() as bar:
+            found = repeat(candidate, chosen, times, cache_root(), out / "repeat", device, Terminal(bar, len(chosen)))
+        report.write_json(found.model_dump(), out / "repeat.json")
+        for case in found.cases:
+            print(printable(f"{case.id}: {case.line}"))
+        print(found.line)
 
 
 def main() -> None:

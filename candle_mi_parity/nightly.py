@@ -8,6 +8,7 @@ output directory, ``step.json`` and the reports, so that steps may run on severa
 from __future__ import annotations
 
 import fnmatch
+import json
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from candle_mi_parity.cases import ROOT, Case
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.printable import one_line
+from candle_mi_parity.repeat import Repeated
 from candle_mi_parity.report import write_json
 from candle_mi_parity.report_model import Report
 from candle_mi_parity.subject import prepare
@@ -85,6 +87,9 @@ def plan(release: str = RELEASE, main: str = MAIN) -> list[Step]:
         Step("main", (*OURS, "run", "--candidate", main)),
         Step("gpu-tests", (*PYTEST, "-m", "gpu")),
         Step("gpu-release", (*OURS, "run", "--candidate", release, "--device", CUDA)),
+        Step("gpu-cpu", (*OURS, "diff", "torch", "torch", "--cases", "*/hub", "--device-b", CUDA)),
+        Step("gpu-repeat", (*OURS, "repeat", "--candidate", "torch", "--cases", "*/hub", "--device", CUDA)),
+        Step("gpu-repeat-release", (*OURS, "repeat", "--candidate", release, "--cases", "*/hub", "--device", CUDA)),
         Step("hub", (*OURS, "run", "--candidate", release, "--cases", "gemma-2-2b/*"), cases="gemma-2-2b/*"),
     ]
 
@@ -188,6 +193,12 @@ def _read(step: Step, folder: Path, code: int) -> StepResult:
         return _result(step, Verdict.ERROR, f"ended with {code}: {_last_line(folder)}", {}, whole=False)
     if "pytest" in step.command:
         return _read_pytest(step, folder, verdict)
+    if (folder / "repeat.json").is_file():
+        repeated = read_model(Repeated, folder / "repeat.json")
+        cases = {case.id: case.status for case in repeated.cases}
+        return _result(step, verdict, repeated.line, cases)
+    if (folder / "diff.json").is_file():
+        return _result(step, verdict, *_of_diff(folder / "diff.json"))
     if not (folder / "report.json").is_file():
         if verdict in (Verdict.PASS, Verdict.FAIL):
             raise NightlyError(f"ended with {code} and left no report: {_last_line(folder)}")
@@ -215,6 +226,15 @@ def _read_pytest(step: Step, folder: Path, verdict: Verdict) -> StepResult:
     if verdict is Verdict.FAIL and "FAIL" not in cases.values():
         raise NightlyError(f"{folder}/junit.xml: pytest failed, and no test in it did")
     return _result(step, verdict, _last_line(folder), cases, whole=verdict is not Verdict.ERROR)
+
+
+def _of_diff(path: Path) -> tuple[str, dict[str, str]]:
+    """The line, and of each case whether it got worse from the one device to the other."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return document["line"], {case["id"]: "FAIL" if case["worse"] else "PASS" for case in document["cases"]}
+    except (OSError, ValueError, KeyError) as error:
+        raise NightlyError(f"{path}: not what `diff` writes: {error!r}") from error
 
 
 def _status(status: Status, first: str | None) -> str:

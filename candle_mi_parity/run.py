@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from candle_mi_parity import __version__
+from candle_mi_parity import __version__, cuda
 from candle_mi_parity.candidate import OutOfReachError, parse_candidate
 from candle_mi_parity.cases import Case
 from candle_mi_parity.compare import compare, look
@@ -90,7 +90,7 @@ def run(
 
 def blank(spec: str, strict: bool = False, device: str = "cpu") -> RunResult:
     """The result of a run that has judged nothing yet."""
-    return RunResult(spec, {}, library_versions() | {"device": device}, [], {}, [], strict)
+    return RunResult(spec, {}, library_versions() | cuda.versions(device), [], {}, [], strict)
 
 
 def run_reference(spec: str, path: Path, cache: Path) -> RunResult:
@@ -135,12 +135,13 @@ def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledge
     """One case from its row to its verdict."""
     started = time.monotonic()
     command = f"candle-mi-parity run --candidate {shlex.quote(spec)} --cases {shlex.quote(case.id)}"
+    command += "" if source.device == "cpu" else f" --device {source.device}"
     result = CaseResult(case.id, case.family, "", Status.ERROR, command)
     try:
         progress.case_starts(case, "model")
         subject = prepare(case, cache)
         result.digest = subject.digest
-        oracle = Oracle(subject, cache)
+        oracle = Oracle(subject, cache, source.device)
         progress.case_starts(case, "truth")
         result.tensors, result.diagnosis, result.in_part, result.sae = judge_mode(oracle, source, "free", progress)
         result.expected = len(result.tensors)

@@ -41,7 +41,11 @@ class Source(Protocol):
     """Yields a candidate's trace of a subject.
 
     :ivar identity: which candle-mi the traces are of.
+    :ivar device: where they are computed; it chooses the noise they are judged with.
     """
+
+    @property
+    def device(self) -> str: ...
 
     @property
     def identity(self) -> CandleMi | None: ...
@@ -61,7 +65,9 @@ class Source(Protocol):
 
 
 class NothingOpen:
-    """A source that holds nothing which has to be closed."""
+    """A source that holds nothing which has to be closed, of traces made on a CPU where it says nothing else."""
+
+    device = "cpu"
 
     def __enter__(self) -> Self:
         return self
@@ -131,7 +137,7 @@ class LiveSource:
 
     def __init__(self, candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None], device: str) -> None:
         built = build(candidate, cache, log, ("cuda",) if device.startswith("cuda") else ())
-        self._device = device
+        self.device = device
         try:
             self.identity = CandleMi.model_validate(built.identity.get("candle_mi"))
         except ValidationError as error:
@@ -147,11 +153,11 @@ class LiveSource:
         """
         out = trace_path(self._out, subject.case.id, mode)
         out.parent.mkdir(parents=True, exist_ok=True)
-        trace = Trace(self._emitter.emit(request(subject, mode, inputs, out, self._device), TIMEOUT_SECONDS))
+        trace = Trace(self._emitter.emit(request(subject, mode, inputs, out, self.device), TIMEOUT_SECONDS))
         if any(entry.part is not None for entry in trace.entries.values()):
             raise TraceError(f"{trace.path}: an emitter writes whole tensors, and this trace holds parts")
-        if trace.header.device != self._device:
-            raise TraceError(f"{trace.path}: made on {trace.header.device}, expected {self._device}")
+        if trace.header.device != self.device:
+            raise TraceError(f"{trace.path}: made on {trace.header.device}, expected {self.device}")
         check_header(truth, same_candidate(trace, self.identity), file_digest(inputs))
         return trace
 

@@ -7,16 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from results import HOSTILE, case, everything, run_of
+from results import HOSTILE, case, differing, everything, run_of
 from test_build import committed
 from test_candidate import write_crate
 from typer.testing import CliRunner
 
-from candle_mi_parity import cli, nightly, report
+from candle_mi_parity import cli, diff_views, nightly, report
 from candle_mi_parity.cases import ROOT, load_cases
 from candle_mi_parity.errors import ModelError
 from candle_mi_parity.nightly import NightlyError, Step, StepResult, chosen, execute, gathered, plan, run_step
 from candle_mi_parity.nightly_verdict import conclude
+from candle_mi_parity.repeat import Repeated, RepeatedCase
 from candle_mi_parity.verdict import RunResult, Verdict
 
 STEP = Step("release", (*nightly.OURS, "run", "--candidate", "0.2.2"))
@@ -207,6 +208,43 @@ def test_pytests_exit_code_its_file_and_its_last_words_make_the_verdict(
     found = ran(tmp_path, run, step)
     assert found.verdict is verdict and said in found.line
     assert found.cases.get("t::b", "PASS") == ("FAIL" if verdict is Verdict.FAIL else "PASS")
+
+
+@pytest.mark.parametrize(
+    ("other", "status"), [([], "PASS"), (["logits"], "other bytes")], ids=["the same bytes", "other bytes"]
+)
+def test_what_a_gpu_does_not_repeat_is_told_once(tmp_path: Path, other: list[str], status: str) -> None:
+    step = next(step for step in plan() if step.name == "gpu-repeat")
+    case = RepeatedCase(id="llama/hub", tensors=44, differing=other)
+    repeated = Repeated(candidate="torch", device="cuda:0", times=3, cases=[case])
+
+    def run(command: list[str], log: Path) -> int:
+        report.write_json(repeated.model_dump(), Path(command[-1]) / "repeat.json")
+        return 0
+
+    found = ran(tmp_path, run, step)
+    assert found.verdict is Verdict.PASS and found.cases == {"llama/hub": status} and "on cuda:0" in found.line
+    assert ("other bytes" in night(tmp_path, found)[1]) is bool(other)
+    assert night(tmp_path, found)[1] == ""
+
+
+@pytest.mark.parametrize("text", ["{}", '{"line": "x", "cases": [{"id": "a"}]}', "nonsense"])
+def test_a_damaged_diff_is_an_error(tmp_path: Path, text: str) -> None:
+    step = next(step for step in plan() if step.name == "gpu-cpu")
+    found = ran(tmp_path, lambda command, log: Path(command[-1], "diff.json").write_text(text) * 0, step)
+    assert found.verdict is Verdict.ERROR and "not what `diff` writes" in found.line
+
+
+def test_a_diff_says_of_each_case_whether_it_is_worse(tmp_path: Path) -> None:
+    step, document = next(step for step in plan() if step.name == "gpu-cpu"), diff_views.document(differing())
+
+    def run(command: list[str], log: Path) -> int:
+        report.write_json(document, Path(command[-1]) / "diff.json")
+        return 1
+
+    found = ran(tmp_path, run, step)
+    assert found.verdict is Verdict.FAIL and found.line == document["line"]
+    assert found.cases["llama/v5"] == "FAIL" and found.cases["mistral/v5"] == "PASS"
 
 
 def test_a_machine_that_never_reported_is_inconclusive_with_the_remedy(tmp_path: Path) -> None:
