@@ -6,19 +6,27 @@
 #   make alarms   does it cry wolf? honest variants of the arithmetic, none of which may be past the gate
 #   make rivals   how do the rules that people use today do on the same dumps?
 #   make bench    what does it cost? times and memory as ratios, exit 1 when a figure is missed
+# Every night, into build/nightly:
+#   make nightly  release and git main, the GPU, the hub; what changed since last night (STEPS='gpu-*', GATHERED=1)
 CANDIDATE ?= 0.2.2
 CACHE := $(or $(PARITY_CACHE),$(HOME)/.cache/candle-mi-parity)
 PY := .venv/bin/python
 CARGO := CARGO_TARGET_DIR="$(CACHE)/target/candle-0.11" cargo
 CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
-.PHONY: parity test faults alarms rivals bench lint rust-lint setup
+.PHONY: parity test pytest nightly faults alarms rivals bench lint rust-lint setup
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
 
-test: lint rust-lint
+test: lint rust-lint pytest
+
+pytest: setup
 	$(PY) -m pytest --require-rust -n auto --dist loadgroup
+
+STEPS ?= *
+nightly: setup
+	@.venv/bin/candle-mi-parity nightly --steps "$(STEPS)" $(if $(GATHERED),--gathered)
 
 faults: setup
 	@$(PY) -m proof.faults $(if $(SOURCE),--source)

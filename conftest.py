@@ -20,6 +20,7 @@ from candle_mi_parity.verdict import CaseResult
 CASES = {case.id: case for case in load_cases()}
 STORED = sorted(path.parent.name for path in (ROOT / "rust_outputs").glob("*/candidate.json"))
 LIVE = "0.2.2"
+CUDA = "cuda:0"
 LEDGER = load_ledger()
 
 
@@ -39,7 +40,7 @@ def torch_cpu() -> Iterator[TorchSource]:
 @pytest.fixture(scope="session")
 def torch_cuda() -> Iterator[TorchSource]:
     """The same on CUDA, freed at the end of the session."""
-    with TorchSource("cuda") as source:
+    with TorchSource(CUDA) as source:
         yield source
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from candle_mi_parity.candidate import BuiltEmitter, Candidate, CandidateError
+from candle_mi_parity.candidate import BuiltEmitter, Candidate, CandidateError, OutOfReachError
 
 Progress = Callable[[str], None]
 
@@ -51,10 +51,16 @@ def build(candidate: Candidate, cache: Path, log: Progress, features: Sequence[s
     """The emitter for ``candidate``, from the cache or freshly built.
 
     ``log`` is called with a line now and then; ``features`` are features of the emitter crate (``cuda``). Two
-    processes that ask for the same emitter build it once. Raises :class:`CandidateError` with one line.
+    processes that ask for the same emitter build it once. Raises :class:`CandidateError` with one line, and
+    :class:`OutOfReachError` where only the network or a compiler is missing.
     """
     if candidate.kind == "stored":
         raise CandidateError(f"{candidate.spec} is stored: there is nothing to build")
+    if "cuda" in features and shutil.which("nvcc") is None:
+        raise OutOfReachError(
+            f"no nvcc on PATH, which compiles the CUDA kernels of {candidate.label}: install the CUDA toolkit, "
+            "or use --device cpu"
+        )
     plan = _plan(candidate, cache)
     key = _key(plan, features)
     binary = cache / "emitters" / key / "parity-emitter"
@@ -185,21 +191,25 @@ def _fetch(candidate: Candidate, cache: Path) -> tuple[str, str]:
     # A private repository is an error, not a question that no one sees.
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
 
-    def git(*arguments: str) -> str:
+    def git(*arguments: str, failing: type[CandidateError] = CandidateError, remedy: str = "") -> str:
         try:
             done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, env=environment)
         except FileNotFoundError:
             raise CandidateError("git is not on PATH: install it, or use path:DIR") from None
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise CandidateError(f"{candidate.spec}: git says: {reason}")
+            raise failing(f"{candidate.spec}: git says: {reason}{remedy}")
         return done.stdout.strip()
+
+    def git_remote(*arguments: str) -> None:
+        remedy = "; check the network and the URL, or use path:DIR"
+        git(*arguments, failing=OutOfReachError, remedy=remedy)
 
     with FileLock(mirror.with_suffix(".lock")):
         if not mirror.is_dir():
             partial = mirror.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            git("clone", "--quiet", "--mirror", "--", candidate.target, str(partial))
+            git_remote("clone", "--quiet", "--mirror", "--", candidate.target, str(partial))
             partial.rename(mirror)
         else:
             # A branch moves; a full commit that is there needs no network.
@@ -210,7 +220,7 @@ def _fetch(candidate: Candidate, cache: Path) -> tuple[str, str]:
                 == 0
             )
             if not known:
-                git("-C", str(mirror), "remote", "update", "--prune")
+                git_remote("-C", str(mirror), "remote", "update", "--prune")
         commit = git("-C", str(mirror), "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
         commit = commit.splitlines()[-1]
         return commit, git("-C", str(mirror), "show", f"{commit}:Cargo.toml")
@@ -308,6 +318,9 @@ def _cargo_build(candidate: Candidate, plan: _Plan, cache: Path, log: Progress, 
                 log(f"cargo: {line.strip()}")
     if cargo.returncode != 0:
         reason = f"{condense(lines)} (full log: {full_log})"
+        if _could_not_download(lines):
+            said = f"cargo could not fetch what {candidate.label} needs; check the network, and run again"
+            raise OutOfReachError(f"{said}: {reason}")
         raise CandidateError(f"cargo could not build the emitter for {candidate.label}: {reason}")
     suffix = ".exe" if os.name == "nt" else ""
     return target / "release" / f"parity-emitter{suffix}"
@@ -364,6 +377,13 @@ def condense(lines: Sequence[str]) -> str:
     ]
     text = said[first] if not causes else f"{said[first]}: {causes[-1]}"
     return text[:400]
+
+
+def _could_not_download(lines: Sequence[str]) -> bool:
+    """Whether cargo ended for want of the network; once anything failed to compile it did not."""
+    text = "\n".join(lines)
+    network = r"could not resolve host|failed to download|failed to fetch|download of .* failed|unable to update"
+    return "could not compile" not in text and re.search(network, text, re.IGNORECASE) is not None
 
 
 def _install(made: Path, binary: Path) -> None:

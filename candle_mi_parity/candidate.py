@@ -40,6 +40,11 @@ class CandidateError(ParityError):
     """The candidate is misspelt, absent or cannot be built."""
 
 
+class OutOfReachError(CandidateError):
+    """What the candidate needs lies outside this suite and is not there (network, GPU, nvcc): nothing is known
+    against it, and a run ends INCONCLUSIVE. The text says what is missing and the remedy."""
+
+
 class EmitterError(ParityError):
     """One request did not yield a trace.
 

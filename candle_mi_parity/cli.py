@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -16,13 +17,13 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from candle_mi_parity import api_ledger, api_rustdoc, diff_views, history, report
+from candle_mi_parity import api_ledger, api_rustdoc, diff_views, history, nightly, report
 from candle_mi_parity.api import RELEASES
 from candle_mi_parity.build import build
 from candle_mi_parity.calls import emit_calls, load_calls, read_calls
 from candle_mi_parity.calls_compare import judge_calls, load_known_calls
 from candle_mi_parity.calls_truth import truth_of
-from candle_mi_parity.candidate import CandidateError, parse_candidate
+from candle_mi_parity.candidate import CandidateError, OutOfReachError, parse_candidate
 from candle_mi_parity.cases import ROOT, Case, cache_root, load_cases, select
 from candle_mi_parity.census import take_census
 from candle_mi_parity.census_record import STORED, Entry
@@ -33,9 +34,11 @@ from candle_mi_parity.field_check import check
 from candle_mi_parity.fields import load_fields
 from candle_mi_parity.ledger import is_refusal, load_ledger, proposed_entry
 from candle_mi_parity.models import model_directory
+from candle_mi_parity.nightly_verdict import conclude
 from candle_mi_parity.oracle import Oracle
 from candle_mi_parity.printable import printable
 from candle_mi_parity.reference import environment, is_last_layer, make_reference, reference_case
+from candle_mi_parity.repeat import repeat
 from candle_mi_parity.repro_command import repro
 from candle_mi_parity.repro_table import repro_table
 from candle_mi_parity.run import Progress, blank, run
@@ -77,12 +80,13 @@ class Terminal(Progress):
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """A fault before any verdict: one line on stderr, exit code 2."""
+    """A fault before any verdict: one line on stderr, exit code 2; 3 where just network, GPU or nvcc is missing."""
     try:
         yield
     except ParityError as error:
         Console(stderr=True, soft_wrap=True).print(Text(printable(f"candle-mi-parity: {error}"), "bold red"))
-        raise typer.Exit(2) from error
+        verdict = Verdict.INCONCLUSIVE if isinstance(error, OutOfReachError) else Verdict.ERROR
+        raise typer.Exit(verdict.exit_code) from error
 
 
 @contextmanager
@@ -225,13 +229,16 @@ def diff_command(
     ] = None,
     out: OutOption = OUT,
     device: DeviceOption = "cpu",
+    device_b: Annotated[str | None, typer.Option(help="Of B, where it is not A's: a GPU against the CPU.")] = None,
 ) -> None:
     """Compare two candidates with each other and with PyTorch. Exit code 0, or 1 when B is worse anywhere."""
     with _one_line_errors():
         chosen = select(load_cases(), cases)
         with _bar() as bar:
             progress = Terminal(bar, len(chosen))
-            found = diff((a, b), chosen, cache_root(), out / "diff", load_ledger(), progress, device)
+            found = diff(
+                (a, b), chosen, cache_root(), out / "diff", load_ledger(), progress, (device, device_b or device)
+            )
         report.write_json(diff_views.document(found), out / "diff.json")
         report.write_text(diff_views.page(found), out / "diff.html")
         diff_views.terminal(found, Console())
@@ -346,6 +353,47 @@ def api_command(
         found = api_ledger.faults(ledger, surfaces, api_ledger.comparisons())
         report.api_table(api_ledger.totals(ledger, surfaces), found, Console())
     raise typer.Exit(1 if found else 0)
+
+
+@app.command("nightly")
+def nightly_command(
+    steps: Annotated[str, typer.Option(help="Glob over the steps' names.")] = "*",
+    release: Annotated[str, typer.Option(help="The candidate of the release steps.")] = nightly.RELEASE,
+    main_line: Annotated[str, typer.Option("--main", help="The candidate of the step `main`.")] = nightly.MAIN,
+    gathered: Annotated[bool, typer.Option("--gathered", help="Run nothing; read what the steps left.")] = False,
+    out: OutOption = Path("build/nightly"),
+) -> None:
+    """Run the night's steps and say what changed since the last night. Exit code as for `run`."""
+    with _one_line_errors():
+        chosen = nightly.chosen(nightly.plan(release, main_line), steps)
+        table = load_cases()
+        results = []
+        for step in chosen:
+            found = nightly.gathered(step, out) if gathered else nightly.run_step(step, out, table, cache_root())
+            print(printable(f"nightly: {found.name}: {found.verdict.value}: {found.line}"))
+            results.append(found)
+        verdict = conclude(results, out, datetime.now(UTC).date().isoformat())
+        print(f"nightly: {verdict.value}, see {out / 'summary.md'}")
+    raise typer.Exit(verdict.exit_code)
+
+
+@app.command("repeat")
+def repeat_command(
+    candidate: CandidateOption = DEFAULT_CANDIDATE,
+    cases: CasesOption = None,
+    device: DeviceOption = "cpu",
+    times: Annotated[int, typer.Option(min=2, help="How often each case runs.")] = 3,
+    out: OutOption = OUT,
+) -> None:
+    """Run the same case several times and count the tensors whose bytes differ. Measures: exit code 0 either way."""
+    with _one_line_errors():
+        chosen = select(load_cases(), cases)
+        with _bar() as bar:
+            found = repeat(candidate, chosen, times, cache_root(), out / "repeat", device, Terminal(bar, len(chosen)))
+        report.write_json(found.model_dump(), out / "repeat.json")
+        for case in found.cases:
+            print(printable(f"{case.id}: {case.line}"))
+        print(found.line)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from candle_mi_parity import cuda
 from candle_mi_parity.alike import like_with_like
 from candle_mi_parity.candidate import Candidate, CandidateError, parse_candidate
 from candle_mi_parity.cases import Case
@@ -62,6 +63,9 @@ class Pair:
             self.emissions = [_emit(source, subject, "free", truth, inputs) for source in self.sources]
             self.truth = truth
             self._align(truth)
+        elif self.sources[side].device != "cpu":
+            # Movement is told in the wider noise: a CPU's would call a GPU's order of sums a move.
+            self.truth = truth
         return self.emissions[side]
 
     def _align(self, truth: Truth) -> None:
@@ -81,6 +85,7 @@ class PairedSource(NothingOpen):
 
     def __init__(self, pair: Pair, side: int) -> None:
         self._pair, self._side = pair, side
+        self.device = pair.sources[side].device
 
     @property
     def identity(self) -> CandleMi | None:
@@ -107,25 +112,31 @@ def diff(
     out: Path,
     ledger: Ledger,
     progress: Progress,
-    device: str = "cpu",
+    devices: tuple[str, str] = ("cpu", "cpu"),
 ) -> Diff:
     """Build or read both candidates and compare them.
 
     :param out: where live candidates write their traces, each in its own directory.
-    :param device: of both candidates; the truth is always the CPU's.
+    :param devices: of each candidate; the truth is always the CPU's.
     :raises ParityError: a candidate cannot be built or found; a fault of one case stays that case's.
     """
     a, b = (_comparable(spec) for spec in specs)
     with (
-        open_source(a, cache, out / "a", progress.note, device) as source_a,
-        open_source(b, cache, out / "b", progress.note, device) as source_b,
+        open_source(a, cache, out / "a", progress.note, devices[0]) as source_a,
+        open_source(b, cache, out / "b", progress.note, devices[1]) as source_b,
     ):
         pair = Pair(source_a, source_b)
         done = [diff_one(case, pair, specs, cache, ledger, progress) for case in cases]
         one, other = (
             source.identity.model_dump(exclude_none=True) if source.identity else {} for source in pair.sources
         )
-    return Diff(specs[0], specs[1], one, other, library_versions() | {"device": device}, done)
+    return Diff(specs[0], specs[1], one, other, _versions(devices), done)
+
+
+def _versions(devices: tuple[str, str]) -> dict[str, str]:
+    a, b = (cuda.versions(device) for device in devices)
+    device = a["device"] if a == b else f"{a['device']} against {b['device']}"
+    return library_versions() | a | b | {"device": device}
 
 
 def _comparable(spec: str) -> Candidate:

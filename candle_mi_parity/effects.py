@@ -18,7 +18,7 @@ from candle_mi_parity import models
 from candle_mi_parity.cases import Case, Setting
 from candle_mi_parity.gate import measure
 from candle_mi_parity.hooks import forward, load_model
-from candle_mi_parity.oracle import Oracle, truth_key
+from candle_mi_parity.oracle import Oracle
 from candle_mi_parity.rounding import Float64
 from candle_mi_parity.subject import prepare
 from candle_mi_parity.truth import Truth
@@ -50,12 +50,13 @@ def effect(base: Case, change: Mapping[str, Setting | None], cache: Path) -> Eff
     :raises ParityError: the truth of ``base`` itself cannot be had.
     """
     subject = prepare(base, cache)
+    oracle = Oracle(subject, cache)
     config = models.read_config(subject.model_dir)
     for field, value in change.items():
         config = with_field(config, field, value)
 
     def compute() -> dict[str, Any]:
-        truth = Oracle(subject, cache).truth()
+        truth = oracle.truth()
         try:
             shapes, values = _changed(config, torch.tensor(subject.tokens))
         except Exception as error:  # strict dataclasses, loaders and modules each refuse in a way of their own
@@ -67,7 +68,7 @@ def effect(base: Case, change: Mapping[str, Setting | None], cache: Path) -> Eff
         return _compare(truth, values, [*subject.captures, "logits"]).model_dump()
 
     source = Path(__file__).read_text(encoding="utf-8")
-    key = [truth_key(subject), models.GENERATOR, source, list(config.items())]
+    key = [oracle.key, models.GENERATOR, source, list(config.items())]
     return Effect.model_validate(cached(cache, "effects", key, compute))
 
 

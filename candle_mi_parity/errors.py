@@ -23,6 +23,10 @@ class OracleError(ParityError):
     """The truth cannot be computed as promised (an op without a noise rule, a float32 result, …)."""
 
 
+class DeviceError(ParityError):
+    """An accelerator has too little memory, or cannot be made to round as float32 does."""
+
+
 class TraceError(ParityError):
     """A trace, or a tensor in it, is not what the contract says."""
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,7 @@ from candle_mi_parity.chains import Lens, SaeChain, coarse, is_lens
 from candle_mi_parity.errors import OracleError
 from candle_mi_parity.gate import UNITS
 from candle_mi_parity.hooks import Captured, Edits, Recorder, forward, load_model, modeling_files, replacing
-from candle_mi_parity.rounding import MatmulScales, NoisePool, RoundingNoise, Truth64
+from candle_mi_parity.rounding import ACCUMULATION, Arithmetic, MatmulScales, NoisePool, RoundingNoise, Truth64
 from candle_mi_parity.subject import Subject
 from candle_mi_parity.truth import Truth, TruthTensor
 
@@ -43,11 +44,16 @@ Run = Callable[[nn.Module, torch.Tensor, Edits], Recorder]
 
 
 class Oracle:
-    """One subject's truths; the model is loaded when the first of them is not in the cache."""
+    """One subject's truths; the model is loaded when the first of them is not in the cache.
 
-    def __init__(self, subject: Subject, cache: Path) -> None:
+    :param device: of the candidate, whose rounding the noise is of; the truth is computed on the CPU all the same.
+    """
+
+    def __init__(self, subject: Subject, cache: Path, device: str = "cpu") -> None:
         self.subject = subject
-        self._directory = cache / "truth" / truth_key(subject)
+        self.arithmetic = Arithmetic(UNITS[subject.case.dtype], ACCUMULATION[device.partition(":")[0]])
+        self.key = truth_key(subject, self.arithmetic)
+        self._directory = cache / "truth" / self.key
         self._truths: dict[Mode, Truth] = {}
 
     @cached_property
@@ -125,7 +131,7 @@ class Oracle:
 
         tokens = torch.tensor(self.subject.tokens)
         seed = int(self.subject.digest[:16], 16)
-        recorder, values, squares = sample(self.model, tokens, seed, then, changes, UNITS[self.subject.case.dtype])
+        recorder, values, squares = sample(self.model, tokens, seed, then, changes, self.arithmetic)
         return _as_truth(self.subject, mode, recorder, values, squares, sae)
 
 
@@ -142,7 +148,7 @@ def sample(
     seed: int,
     then: Then,
     edits: Edits,
-    unit: float = rounding.UNIT,
+    arithmetic: Arithmetic = Arithmetic(),  # noqa: B008 -- frozen
     samples: int = SAMPLES,
     run: Run = forward,
     batch: int = 160,
@@ -151,7 +157,6 @@ def sample(
 
     :param tokens: int64 [B, T].
     :param then: what is computed from the captured tensors inside the same mode; called first for the truth.
-    :param unit: unit roundoff of the model's format.
     :param edits: what is done at the hooks, see :class:`hooks.Recorder`.
     :param run: one recorded forward pass, as :func:`hooks.forward`.
     :param batch: rows × tokens that a pass of samples may have; 1 takes the samples one by one.
@@ -168,7 +173,7 @@ def sample(
     while done < samples:
         # Samples as batch rows win while a pass is small (rows × tokens near 160) and lose after.
         rows = max(1, min(samples - done, batch // tokens.numel()))
-        with RoundingNoise(pool, scales, unit), torch.no_grad():
+        with RoundingNoise(pool, scales, arithmetic), torch.no_grad():
             captured = run(model, tokens.repeat(rows, 1), edits).tensors
             captured = captured | then(captured)
         for name, value in values.items():
@@ -189,14 +194,15 @@ _RULES = models.digest_files(
 )
 
 
-def truth_key(subject: Subject) -> str:
+def truth_key(subject: Subject, arithmetic: Arithmetic) -> str:
     """Content key of a subject's truths.
 
     Everything that moves the numbers is in it: the case's digest, the sources of transformers' model and of
-    this project's hooks, rules and SAE maths, torch's version and the processor (its kernels order the sums).
+    this project's hooks, rules and SAE maths, torch's version, the processor (its kernels order the sums), and the
+    arithmetic that the noise is of.
     """
     modeling = models.digest_files(modeling_files(subject.model_type))
-    content = [subject.digest, _RULES, modeling, torch.__version__, platform.machine()]
+    content = [subject.digest, _RULES, modeling, torch.__version__, platform.machine(), asdict(arithmetic)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 

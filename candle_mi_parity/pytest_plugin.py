@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter, defaultdict
+from collections.abc import Generator
 from typing import Any
 
 import pytest
-import torch
 
+from candle_mi_parity import cuda
 from candle_mi_parity.printable import one_line, printable
 from candle_mi_parity.run import library_versions
 from candle_mi_parity.verdict import CaseResult, Status
@@ -45,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> list[str]:
     versions = library_versions()
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    device = cuda.describe("cuda:0")
     return [
         "parity: " + ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "numpy")),
         f"parity: CUDA device: {device}; gate: position < 8, element < 32 times the predicted rounding noise",
@@ -54,8 +55,8 @@ def pytest_report_header() -> list[str]:
 
 def missing_tool(marker: str) -> str:
     """Why tests with a marker cannot run here, and the remedy; empty when they can."""
-    if marker == "gpu" and not torch.cuda.is_available():
-        return "no CUDA device: run on a machine with an NVIDIA GPU and its driver"
+    if marker == "gpu":
+        return cuda.missing("cuda")
     if marker == "rust" and shutil.which("cargo") is None:
         return "no cargo: install a Rust toolchain from rustup.rs"
     return ""
@@ -79,6 +80,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.fail(f"--require-{marker}: {reason}", pytrace=False)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What is required and skips for whatever reason of its own has failed."""
+    report = yield
+    required = [
+        name
+        for name in ("gpu", "rust")
+        if item.get_closest_marker(name) and item.config.getoption(f"--require-{name}")
+    ]
+    if required and report.skipped and not hasattr(report, "wasxfail"):
+        report.longrepr = f"--require-{required[0]}: skipped: {_skip_reason(report)}"
+        report.outcome = "failed"
+    return report
+
+
 class _GpuWatch:
     """Which gpu tests ran; reports reach the controller, also from xdist's workers."""
 
@@ -86,7 +102,7 @@ class _GpuWatch:
         self._ran = ran
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" and "gpu" in report.keywords:
+        if report.when == "call" and "gpu" in report.keywords and not report.skipped:
             self._ran.append(report.nodeid)
 
 

@@ -74,8 +74,10 @@ def terminal(result: RunResult, console: Console) -> None:
     for note in dict.fromkeys(case.known for case in result.cases if case.known):
         ids = ", ".join(case.id for case in result.cases if case.known == note)
         console.print(Text(printable(f"{ids}: {note}"), style="yellow"))
-    for name, reason in result.skipped.items():
-        console.print(Text(printable(f"{name}: not run: {reason}"), style="dim"))
+    for reason in dict.fromkeys(result.skipped.values()):
+        names = [name for name, why in result.skipped.items() if why == reason]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        console.print(Text(printable(f"{', '.join(names[:3])}{more}: not run: {reason}"), style="dim"))
     for line in result.stale:
         console.print(Text(f"stale: {line}", style="bold red"))
     console.print(

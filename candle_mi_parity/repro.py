@@ -70,7 +70,7 @@ class Bench:
             edits=list(tried.edits),
         )
         subject = prepare(case, self._scratch)
-        oracle = Oracle(subject, self._scratch)
+        oracle = Oracle(subject, self._scratch, self._source.device)
         results, *_ = judge_mode(oracle, self._source, "free", Progress())
         return subject, oracle.truth(), _first(results)
 
@@ -88,7 +88,7 @@ def reproduce(case: Case, source: Source, cache: Path, tell: Tell) -> Reproducti
     """
     _check_edits(case)
     subject = prepare(case, cache)
-    results, *_ = judge_mode(Oracle(subject, cache), source, "free", Progress())
+    results, *_ = judge_mode(Oracle(subject, cache, source.device), source, "free", Progress())
     first = _first(results)
     if first is None:
         raise AgreesError(f"{case.id}: nothing diverges; there is nothing to reproduce")

@@ -10,7 +10,7 @@ Rules, with u = 2⁻²⁴ the unit roundoff of float32 and o the result of an op
 deviation):
 
 ==================================  =====================================================================
-matmul over K terms                 u·sqrt(K/16 · Σa²b² + o²/3)   zero-mean accumulation, then one rounding
+matmul over K terms                 u·sqrt(A·K · Σa²b² + o²/3)    zero-mean accumulation, then one rounding
 mean, sum over N terms              u·sqrt(N)/3·\\|o\\|               partial sums k/N·o, rounded one by one
 softmax over N terms                u·sqrt(2/3)·\\|o\\| each, and one common factor u·sqrt(N)/3 a row
 add, sub, mul, div, pow, …          u/sqrt(3)·\\|o\\|               the deviation of a uniform error in ±u
@@ -20,12 +20,15 @@ views, copies, gathers              exact
 ==================================  =====================================================================
 
 An operation without a rule is an error, not a default.
+
+A is what the order of a device's sums makes of one term, see :class:`Arithmetic`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,6 +40,27 @@ from candle_mi_parity.errors import OracleError
 
 UNIT = 2.0**-24
 """Unit roundoff of float32."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a device rounds.
+
+    :ivar unit: unit roundoff of the model's format.
+    :ivar accumulation: A, where summing the K products of a matmul adds the variance u²·A·K·Σa²b². 1/16 is a CPU's
+        kernel, measured: several partial sums side by side. 1/6 is K terms one after another, which a CUDA kernel
+        may do: the partial sum of k zero-mean terms of variance v has the variance k·v (a random walk), and its
+        rounding, uniform in ±u of it, adds u²/3·k·v; over k = 1…K that is u²·K²/6·v = u²·K/6·Σa²b². That
+        roundings add up like that, as the root of K, is the probabilistic analysis of Higham and Mary (SIAM J. Sci.
+        Comput. 41(5), 2019); Higham, Accuracy and Stability (2002), §4.2, has the sum they are taken over.
+    """
+
+    unit: float = UNIT
+    accumulation: float = 1 / 16
+
+
+ACCUMULATION = {"cpu": 1 / 16, "cuda": 1 / 6}
+"""By kind of device. CUDA's is derived and never was measured on a GPU."""
 
 _ONE = 1 / math.sqrt(3)
 """Deviation of one rounding in units of the roundoff: a uniform error in ±1."""
@@ -232,15 +256,15 @@ class RoundingNoise(Float64):  # type: ignore[no-untyped-call]
 
     :param pool: source of N(0, 1) numbers.
     :param scales: the truth pass's matmul sums.
-    :param unit: unit roundoff of the model's format.
     :raises OracleError: on a floating operation that has no rule.
     """
 
-    def __init__(self, pool: NoisePool, scales: MatmulScales, unit: float = UNIT) -> None:
+    def __init__(self, pool: NoisePool, scales: MatmulScales, arithmetic: Arithmetic = Arithmetic()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._pool = pool
         self._squares = scales.replay()
-        self._model_unit = unit
+        self._model_unit = arithmetic.unit
+        self._accumulation = arithmetic.accumulation
 
     def round(self, func: Any, args: Any, out: Any, asked: torch.dtype | None) -> Any:
         name = _name(func)
@@ -282,7 +306,8 @@ class RoundingNoise(Float64):  # type: ignore[no-untyped-call]
 
     def _noisy(self, func: Any, name: str, args: Any, out: torch.Tensor, unit: float) -> torch.Tensor:
         if name in _MATMULS:
-            variance = self._squares(out) * (UNIT**2 * args[-1].shape[-2] / 16) + out.square() * (unit**2 / 3)
+            accumulated = UNIT**2 * args[-1].shape[-2] * self._accumulation
+            variance = self._squares(out) * accumulated + out.square() * (unit**2 / 3)
             return out.addcmul_(variance.sqrt_(), self._pool.draw(out))
         if name == "_softmax":
             row = out.select(args[1], 0).unsqueeze(args[1])

@@ -15,8 +15,8 @@ from threading import Lock
 
 import numpy as np
 
-from candle_mi_parity import __version__
-from candle_mi_parity.candidate import parse_candidate
+from candle_mi_parity import __version__, cuda
+from candle_mi_parity.candidate import OutOfReachError, parse_candidate
 from candle_mi_parity.cases import Case
 from candle_mi_parity.compare import compare, look
 from candle_mi_parity.diagnose import Diagnosis
@@ -68,15 +68,21 @@ def run(
     :param device: of the candidate; the truth is always the CPU's.
     :param keep: store what the candidate emits in this directory, see :mod:`store`.
     :param result: an empty one to fill as cases end, so that its owner has them when the run breaks off.
-    :raises ParityError: the candidate cannot be built or found; a fault of one case is that case's ERROR.
+    :raises ParityError: the candidate cannot be built or found; a fault of one case is that case's ERROR. Where
+        only network, GPU or nvcc is missing no case runs, each with that reason: INCONCLUSIVE.
     """
     result = result or blank(spec, strict, device)
     candidate = parse_candidate(spec)
     if candidate.kind == "stored" and Path(candidate.target).expanduser().is_file():
         result.cases += run_reference(spec, Path(candidate.target).expanduser(), cache).cases
         return result
+    try:
+        opening = open_source(candidate, cache, out / "traces", progress.note, device)
+    except OutOfReachError as error:
+        result.skipped = skipped | {case.id: str(error) for case in cases}
+        return result
     result.skipped = skipped | {case.id: NOT_REACHED for case in cases}
-    with open_source(candidate, cache, out / "traces", progress.note, device) as opened:
+    with opening as opened:
         source = StoringSource(opened, keep) if keep else opened
         with two_at_a_time(lambda case: judge_case(case, source, spec, cache, ledger, progress), cases) as results:
             for judged in results:
@@ -101,7 +107,7 @@ def two_at_a_time(judge: Callable[[Case], CaseResult], cases: list[Case]) -> Ite
 
 def blank(spec: str, strict: bool = False, device: str = "cpu") -> RunResult:
     """The result of a run that has judged nothing yet."""
-    return RunResult(spec, {}, library_versions() | {"device": device}, [], {}, [], strict)
+    return RunResult(spec, {}, library_versions() | cuda.versions(device), [], {}, [], strict)
 
 
 def run_reference(spec: str, path: Path, cache: Path) -> RunResult:
@@ -146,12 +152,13 @@ def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledge
     """One case from its row to its verdict."""
     started = time.monotonic()
     command = f"candle-mi-parity run --candidate {shlex.quote(spec)} --cases {shlex.quote(case.id)}"
+    command += "" if source.device == "cpu" else f" --device {source.device}"
     result = CaseResult(case.id, case.family, "", Status.ERROR, command)
     try:
         progress.case_starts(case, "model")
         subject = prepare(case, cache)
         result.digest = subject.digest
-        oracle = Oracle(subject, cache)
+        oracle = Oracle(subject, cache, source.device)
         progress.case_starts(case, "truth")
         result.tensors, result.diagnosis, result.in_part, result.sae = judge_mode(oracle, source, "free", progress)
         result.expected = len(result.tensors)

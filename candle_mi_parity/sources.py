@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -9,8 +10,16 @@ from typing import Protocol, Self
 
 from pydantic import ValidationError
 
+from candle_mi_parity import cuda
 from candle_mi_parity.build import build
-from candle_mi_parity.candidate import Candidate, CandidateError, EmitterError, EmitterProcess, stored_dir
+from candle_mi_parity.candidate import (
+    Candidate,
+    CandidateError,
+    EmitterError,
+    EmitterProcess,
+    OutOfReachError,
+    stored_dir,
+)
 from candle_mi_parity.cases import ROOT
 from candle_mi_parity.chains import is_lens
 from candle_mi_parity.compare import check_header
@@ -32,7 +41,11 @@ class Source(Protocol):
     """Yields a candidate's trace of a subject.
 
     :ivar identity: which candle-mi the traces are of.
+    :ivar device: where they are computed; it chooses the noise they are judged with.
     """
+
+    @property
+    def device(self) -> str: ...
 
     @property
     def identity(self) -> CandleMi | None: ...
@@ -52,7 +65,9 @@ class Source(Protocol):
 
 
 class NothingOpen:
-    """A source that holds nothing which has to be closed."""
+    """A source that holds nothing which has to be closed, of traces made on a CPU where it says nothing else."""
+
+    device = "cpu"
 
     def __enter__(self) -> Self:
         return self
@@ -71,12 +86,17 @@ def open_source(
     :param device: ``cpu`` or ``cuda:N``; on CUDA the emitter is built with candle's own kernels and needs nvcc.
     :param out: where an emitter writes its traces.
     :raises CandidateError: it cannot be built, or nothing is stored.
+    :raises OutOfReachError: there is no such device, no nvcc, or no network.
     """
+    if not re.fullmatch(r"cpu|cuda:\d+", device):
+        raise CandidateError(f"unknown device {device!r}: expected cpu or cuda:N")
+    if candidate.kind == "stored" and device != "cpu":
+        raise CandidateError(f"{candidate.spec} was emitted on a CPU; --device {device} needs a build")
+    if reason := cuda.missing(device):
+        raise OutOfReachError(reason)
     if candidate.kind == "torch":
         return TorchSource(device)
     if candidate.kind == "stored":
-        if device != "cpu":
-            raise CandidateError(f"{candidate.spec} was emitted on a CPU; --device {device} needs a build")
         return StoredSource(stored_dir(candidate, ROOT))
     return LiveSource(candidate, cache, out, log, device)
 
@@ -117,7 +137,7 @@ class LiveSource:
 
     def __init__(self, candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None], device: str) -> None:
         built = build(candidate, cache, log, ("cuda",) if device.startswith("cuda") else ())
-        self._device = device
+        self.device = device
         try:
             self.identity = CandleMi.model_validate(built.identity.get("candle_mi"))
         except ValidationError as error:
@@ -133,11 +153,11 @@ class LiveSource:
         """
         out = trace_path(self._out, subject.case.id, mode)
         out.parent.mkdir(parents=True, exist_ok=True)
-        trace = Trace(self._emitter.emit(request(subject, mode, inputs, out, self._device), TIMEOUT_SECONDS))
+        trace = Trace(self._emitter.emit(request(subject, mode, inputs, out, self.device), TIMEOUT_SECONDS))
         if any(entry.part is not None for entry in trace.entries.values()):
             raise TraceError(f"{trace.path}: an emitter writes whole tensors, and this trace holds parts")
-        if trace.header.device != self._device:
-            raise TraceError(f"{trace.path}: made on {trace.header.device}, expected {self._device}")
+        if trace.header.device != self.device:
+            raise TraceError(f"{trace.path}: made on {trace.header.device}, expected {self.device}")
         check_header(truth, same_candidate(trace, self.identity), file_digest(inputs))
         return trace
 

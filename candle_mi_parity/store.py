@@ -41,6 +41,7 @@ class StoringSource(NothingOpen):
             raise CandidateError("only what candle-mi emits is stored")
         self._source, self._directory = source, directory
         self.identity: CandleMi = source.identity
+        self.device = source.device
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         write_json(directory / "candidate.json", self.identity.model_dump())

@@ -7,18 +7,22 @@ on the device for as long as the source lives, so that a whole test session load
 from __future__ import annotations
 
 import gc
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from candle_mi_parity import cuda
 from candle_mi_parity.chains import is_lens, unembed
 from candle_mi_parity.hooks import Captured, Edits, forward, load_model, replacing
 from candle_mi_parity.interventions import edits_of
+from candle_mi_parity.models import weight_files
 from candle_mi_parity.oracle import Mode
 from candle_mi_parity.sae import TorchSae, load_sae
 from candle_mi_parity.subject import Subject
@@ -40,25 +44,35 @@ class TorchSource:
         self.device = device
         self._models: dict[tuple[Path, torch.dtype], nn.Module] = {}
         self._saes: dict[Path, TorchSae] = {}
-        # A reference with TF32 on is not float32 (10 bits of mantissa); refuse it for this process.
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
 
     def model(self, directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The model of a directory in a format, on the device, loaded once."""
         key = directory, dtype
         if key not in self._models:
-            self._models[key] = load_model(directory, dtype, self.device)
+            with cuda.memory_told(self.device, f"loading {directory.name}", lambda: weight_bytes(directory, dtype)):
+                self._models[key] = load_model(directory, dtype, self.device)
         return self._models[key]
 
     def sae(self, file: Path) -> TorchSae:
         """The float32 SAE of a file, on the device, loaded once."""
         if file not in self._saes:
-            self._saes[file] = TorchSae(load_sae(file), self.device, torch.float32)
+            with cuda.memory_told(self.device, f"loading {file.name}", lambda: file.stat().st_size):
+                self._saes[file] = TorchSae(load_sae(file), self.device, torch.float32)
         return self._saes[file]
 
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
-        """Run the model, and the SAE on its residual and on the truth's; every hook as float32 on the CPU."""
+        """Run the model, and the SAE on its residual and on the truth's; every hook as float32 on the CPU.
+
+        :raises DeviceError: the device has too little memory, or does not round as float32 does.
+        """
+
+        def needed() -> int:
+            return sum(math.prod(tensor.shape) for tensor in truth.tensors.values()) * torch.float32.itemsize
+
+        with cuda.strict_float32(self.device), cuda.memory_told(self.device, subject.case.id, needed):
+            return self._trace(subject, mode, truth, inputs)
+
+    def _trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
         given = load_file(inputs, device=self.device)
         tokens = torch.tensor(subject.tokens, device=self.device)
         dtype: torch.dtype = getattr(torch, subject.case.dtype)
@@ -102,6 +116,15 @@ class TorchSource:
         gc.collect()
         if self.device != "cpu":
             torch.cuda.empty_cache()
+
+
+def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
+    """What the weights of a model directory take in a format."""
+    shapes: list[list[int]] = []
+    for path in weight_files(directory):
+        with safe_open(path, framework="np") as file:
+            shapes += [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 -- no mapping
+    return sum(math.prod(shape) for shape in shapes) * int(dtype.itemsize)
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:

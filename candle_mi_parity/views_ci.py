@@ -69,7 +69,7 @@ def summary(result: RunResult) -> str:
     parts = [
         f"## {_MARK[result.verdict]} {result.verdict.value}: candle-mi {code(result.candidate)}",
         prose(result.line()),
-        _table(
+        table(
             ["compared", "diverging", "known", "unmeasured"],
             [[str(count) for count in result.four_counts.values()]],
         ),
@@ -78,16 +78,16 @@ def summary(result: RunResult) -> str:
     parts += [f"**Stale:** {prose(line)}" for line in result.stale[:ROWS]]
     if bad:
         rows = [[code(case.id), case.status.value, *_where(case), code(case.reproduce)] for case in bad]
-        parts += ["### Diverging", _table(["case", "status", "first at", "ratio", "shape", "reproduce"], rows)]
+        parts += ["### Diverging", table(["case", "status", "first at", "ratio", "shape", "reproduce"], rows)]
     if known:
         rows = [[prose(why), str(len(cases)), _ids(cases)] for why, cases in known.items()]
-        parts += ["### Known divergences", _table(["what", "cases", "which"], rows)]
+        parts += ["### Known divergences", table(["what", "cases", "which"], rows)]
     if result.skipped:
         reasons: defaultdict[str, list[str]] = defaultdict(list)
         for name, reason in result.skipped.items():
             reasons[re.sub(re.escape(name), "ID", reason)].append(name)
         rows = [[prose(reason), str(len(names)), _few(names)] for reason, names in reasons.items()]
-        parts += ["### Not run", _table(["why", "cases", "which"], rows)]
+        parts += ["### Not run", table(["why", "cases", "which"], rows)]
     versions = ", ".join(f"{name} {value}" for name, value in result.versions.items())
     return "\n\n".join([*parts, f"<sub>{prose(versions)}</sub>"]) + "\n"
 
@@ -122,10 +122,10 @@ def _few(names: list[str]) -> str:
     return ", ".join(code(name) for name in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _table(headings: list[str], rows: list[list[str]]) -> str:
+def table(headings: list[str], rows: list[list[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows[:ROWS]]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return table + (f"\n\n{len(rows) - ROWS} more are in the report." if len(rows) > ROWS else "")
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return body + (f"\n\n{len(rows) - ROWS} more are in the report." if len(rows) > ROWS else "")
 
 
 def workflow_commands(result: RunResult) -> list[str]:

@@ -15,7 +15,6 @@ from torch import nn
 
 from candle_mi_parity.cases import Case, RandomTokens, cache_root
 from candle_mi_parity.errors import OracleError
-from candle_mi_parity.gate import UNITS
 from candle_mi_parity.hooks import forward, load_model
 from candle_mi_parity.models import read_config
 from candle_mi_parity.oracle import Oracle
@@ -125,11 +124,11 @@ def _samples(oracle: Oracle, count: int) -> Iterator[InMemory]:
     tokens, scales = torch.tensor(subject.tokens), MatmulScales()
     with Truth64(scales), torch.no_grad():
         forward(oracle.model, tokens)
-    pool, unit = NoisePool(int(subject.digest[16:32], 16)), UNITS[subject.case.dtype]
+    pool = NoisePool(int(subject.digest[16:32], 16))
     done = 0
     while done < count:
         rows = max(1, min(count - done, 160 // tokens.numel()))  # as the oracle batches its own
-        with RoundingNoise(pool, scales, unit), torch.no_grad():
+        with RoundingNoise(pool, scales, oracle.arithmetic), torch.no_grad():
             captured = forward(oracle.model, tokens.repeat(rows, 1)).tensors
         done += rows
         arrays = {name: as_emitted(tensor) for name, tensor in captured.items() if name in truth.tensors}

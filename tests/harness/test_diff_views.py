@@ -136,6 +136,6 @@ def test_both_candidates_are_opened_on_the_device_and_the_page_names_it(
 
     monkeypatch.setattr(diff_run, "open_source", open_source)
     empty = Ledger(format=1)
-    found = diff_run.diff(("0.2.2", "torch"), [], cache_root(), tmp_path, empty, Progress(), "cuda:1")
+    found = diff_run.diff(("0.2.2", "torch"), [], cache_root(), tmp_path, empty, Progress(), ("cuda:1", "cuda:1"))
     assert opened == [("0.2.2", "cuda:1"), ("torch", "cuda:1")]
     assert "cuda:1 for both" in diff_views.page(found) and found.versions["device"] == "cuda:1"

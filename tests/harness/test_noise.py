@@ -11,7 +11,7 @@ import torch
 from test_rounding import Op, noisy, normal, rms
 from torch.nn import functional
 
-from candle_mi_parity.rounding import MatmulScales, NoisePool, RoundingNoise
+from candle_mi_parity.rounding import ACCUMULATION, Arithmetic, MatmulScales, NoisePool, RoundingNoise, Truth64
 
 
 def one_after_the_other(x: torch.Tensor) -> torch.Tensor:
@@ -73,6 +73,36 @@ def test_what_does_not_round_has_no_noise(op: Op) -> None:
 
 def test_noise_scales_with_the_format() -> None:
     x, scales = normal(64, 64), MatmulScales()
-    with torch.no_grad(), RoundingNoise(NoisePool(0), scales, unit=2.0**-8):
+    with torch.no_grad(), RoundingNoise(NoisePool(0), scales, Arithmetic(2.0**-8)):
         coarse = x * 3
     assert rms(coarse - x * 3) / rms(noisy(lambda y: y * 3, x)) == pytest.approx(2.0**16)
+
+
+@pytest.mark.parametrize("n", [64, 256, 2304])
+def test_a_matmul_whose_terms_are_added_one_after_another_has_the_noise_of_cuda(n: int) -> None:
+    """A CUDA kernel may add so; held against the CPU's kernel under the CPU's noise, both sit in one band."""
+    x, w = normal(16, n), normal(n, 32, seed=3)
+    exact = x @ w
+    with torch.no_grad():
+        kernel = rms((x.float() @ w.float()).double() - exact)
+        terms = x.float()[:, :, None] * w.float()[None]
+        serial = torch.from_numpy(np.add.accumulate(terms.numpy(), axis=1)[:, -1].copy())
+    predicted = {device: rms(_matmul_noise(x, w, share)) for device, share in ACCUMULATION.items()}
+    ratios = kernel / predicted["cpu"], rms(serial.double() - exact) / predicted["cuda"]
+    assert all(0.2 < ratio < 1.3 for ratio in ratios), ratios
+
+
+def _matmul_noise(x: torch.Tensor, w: torch.Tensor, accumulation: float) -> torch.Tensor:
+    scales = MatmulScales()
+    with torch.no_grad():
+        with Truth64(scales):
+            truth = x @ w
+        with RoundingNoise(NoisePool(0), scales, Arithmetic(accumulation=accumulation)):
+            return x @ w - truth
+
+
+def test_the_accumulation_is_the_variance_of_a_random_walk() -> None:
+    x, w = normal(64, 512), normal(512, 64, seed=4)
+    cpu, cuda = (rms(_matmul_noise(x, w, ACCUMULATION[device])) for device in ("cpu", "cuda"))
+    assert cuda / cpu == pytest.approx((16 / 6) ** 0.5, rel=0.02)
+    assert Arithmetic() == Arithmetic(2.0**-24, ACCUMULATION["cpu"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -87,6 +89,38 @@ def test_gpu_asked_for_and_none_there_is_inconclusive(pytester: pytest.Pytester)
     required = outcomes(pytester, body, "-m", "gpu", "--require-gpu")
     required.assert_outcomes(errors=1)
     assert required.ret == 1
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(name="NVIDIA A", total_memory=8 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_where_there_is_a_gpu_its_tests_run_and_the_header_names_it(pytester: pytest.Pytester) -> None:
+    done = outcomes(pytester, "@pytest.mark.gpu\ndef test_it(): pass\n", "-m", "gpu", "--require-gpu")
+    done.assert_outcomes(passed=1)
+    assert done.ret == 0
+    done.stdout.fnmatch_lines(["parity: CUDA device: NVIDIA A, 8.00 GiB, driver *"])
+
+
+@pytest.mark.usefixtures("a_gpu")
+@pytest.mark.parametrize(
+    "body",
+    ["def test_it(): pytest.skip('of its own')", "@pytest.mark.skip(reason='of its own')\ndef test_it(): pass"],
+    ids=["inside", "by a marker"],
+)
+def test_a_gpu_test_that_skips_for_a_reason_of_its_own_is_no_run(pytester: pytest.Pytester, body: str) -> None:
+    body = f"@pytest.mark.gpu\n{body}\n\n@pytest.mark.skip(reason='x')\ndef test_other(): pass\n"
+    assert outcomes(pytester, body, "-m", "gpu").ret == 3, "skipped, and nothing was shown"
+    required = outcomes(pytester, body, "--require-gpu")
+    found = required.parseoutcomes()
+    assert found.get("failed", 0) + found.get("errors", 0) == 1 and found["skipped"] == 1
+    assert required.ret == 1
+    required.stdout.fnmatch_lines(["*--require-gpu: skipped: of its own*"])
 
 
 def test_goldens_are_not_regenerated_without_a_reason(pytester: pytest.Pytester) -> None:

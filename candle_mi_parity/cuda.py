@@ -1,0 +1,138 @@
+"""CUDA as the suite needs it: whether it is there, what it is, float32 that is float32, memory that is told.
+
+Nothing here has ever run on a GPU; the tests put stand-ins in torch's place.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from candle_mi_parity.errors import DeviceError
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_MATMUL = (
+    "allow_tf32",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+_CUDNN = {"allow_tf32": False, "benchmark": False, "deterministic": True}
+
+
+def missing(device: str) -> str:
+    """Why nothing can run on a device here, and the remedy; empty when it can.
+
+    :param device: ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+    if not device.startswith("cuda"):
+        return ""
+    if not torch.cuda.is_available():
+        return "no CUDA device: run on a machine with an NVIDIA GPU and its driver"
+    number, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
+    return "" if number < count else f"no {device}: this machine has {count} CUDA devices, the first is cuda:0"
+
+
+def describe(device: str) -> str:
+    """The card, its memory, its driver and torch's CUDA; ``none`` where it is not there."""
+    if not device.startswith("cuda") or missing(device):
+        return "none"
+    card = torch.cuda.get_device_properties(device)
+    return f"{card.name}, {_gib(card.total_memory)}, driver {_driver()}, CUDA {torch.version.cuda}"
+
+
+def versions(device: str) -> dict[str, str]:
+    """What a report says of the candidate's device."""
+    return {"device": device} | ({"gpu": describe(device)} if device != "cpu" else {})
+
+
+def _driver() -> str:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "unknown (no nvidia-smi)"
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (done.stdout.split() or ["unknown"])[0]
+
+
+@contextmanager
+def strict_float32(device: str) -> Iterator[None]:
+    """On CUDA: no TF32, no reduced-precision sums, deterministic algorithms; what was set before is restored.
+
+    TF32 has 10 bits of mantissa, and a sum of halves in halves is no float32 sum: neither is what is judged. On the
+    CPU nothing is touched.
+
+    :raises DeviceError: a setting did not take, or something inside set it back.
+    """
+    if not device.startswith("cuda"):
+        yield
+        return
+    before, workspace = _settings(), os.environ.get(WORKSPACE)
+    deterministic, warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    try:
+        os.environ[WORKSPACE] = ":4096:8"  # cuBLAS is reproducible only with a workspace of its own
+        torch.use_deterministic_algorithms(True)
+        _set(_STRICT)
+        check_strict()
+        yield
+        check_strict()
+    finally:
+        _set(before)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)
+        else:
+            os.environ[WORKSPACE] = workspace
+
+
+def check_strict() -> None:
+    """:raises DeviceError: naming each setting under which a result is not float32's, or not the same twice."""
+    wrong = [name for name, value in _settings().items() if value != _STRICT[name]]
+    wrong += [] if torch.are_deterministic_algorithms_enabled() else ["deterministic algorithms"]
+    wrong += [] if os.environ.get(WORKSPACE) in (":4096:8", ":16:8") else [WORKSPACE]
+    if wrong:
+        raise DeviceError(f"not float32, or not reproducible: {', '.join(wrong)} is not as it has to be")
+
+
+def _settings() -> dict[str, bool]:
+    matmul = {f"matmul.{name}": bool(getattr(torch.backends.cuda.matmul, name)) for name in _MATMUL}
+    return matmul | {f"cudnn.{name}": bool(getattr(torch.backends.cudnn, name)) for name in _CUDNN}
+
+
+def _set(settings: dict[str, bool]) -> None:
+    places = {"matmul": torch.backends.cuda.matmul, "cudnn": torch.backends.cudnn}
+    for name, value in settings.items():
+        place, _, setting = name.partition(".")
+        setattr(places[place], setting, value)
+
+
+_STRICT = {f"matmul.{name}": False for name in _MATMUL} | {f"cudnn.{name}": value for name, value in _CUDNN.items()}
+
+
+@contextmanager
+def memory_told(device: str, what: str, needed: Callable[[], int]) -> Iterator[None]:
+    """Turn an out-of-memory error into one line.
+
+    :param needed: at least how many bytes ``what`` takes on the device.
+    :raises DeviceError: what was needed, what was free, and the remedy.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise DeviceError(
+            f"{device} is out of memory at {what}, which takes at least {_gib(needed())}: {_gib(free)} of "
+            f"{_gib(total)} are free; end what else runs on it (nvidia-smi), use a larger one, or --device cpu"
+        ) from error
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

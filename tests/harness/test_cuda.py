@@ -1,0 +1,216 @@
+"""What the CUDA lane does, with stand-ins for a GPU: nothing here shows what a GPU computes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from candle_mi_parity import cli, cuda, diff_run, torch_source
+from candle_mi_parity.cases import cache_root, load_cases
+from candle_mi_parity.errors import DeviceError
+from candle_mi_parity.hooks import load_model
+from candle_mi_parity.ledger import Ledger
+from candle_mi_parity.models import model_directory
+from candle_mi_parity.oracle import Mode, Oracle
+from candle_mi_parity.run import Progress
+from candle_mi_parity.sae import TorchSae
+from candle_mi_parity.sources import NothingOpen
+from candle_mi_parity.subject import Subject, prepare
+from candle_mi_parity.torch_source import TorchSource
+from candle_mi_parity.trace import InMemory
+from candle_mi_parity.truth import Truth
+
+CASE = next(case for case in load_cases() if case.id == "llama/hub")
+SAE = next(case for case in load_cases() if case.id == "gemma2/hub")
+
+
+def settings() -> tuple[dict[str, bool], bool, str | None]:
+    return cuda._settings(), torch.are_deterministic_algorithms_enabled(), os.environ.get(cuda.WORKSPACE)
+
+
+@pytest.mark.parametrize("told", [None, ":0:0"])
+def test_float32_is_strict_inside_and_as_before_after(monkeypatch: pytest.MonkeyPatch, told: str | None) -> None:
+    if told is None:
+        monkeypatch.delenv(cuda.WORKSPACE, raising=False)
+    else:
+        monkeypatch.setenv(cuda.WORKSPACE, told)
+    before = settings()
+    with cuda.strict_float32("cuda:0"):
+        assert not any(value for name, value in cuda._settings().items() if name.startswith("matmul"))
+        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.allow_tf32
+        assert torch.are_deterministic_algorithms_enabled() and os.environ[cuda.WORKSPACE] == ":4096:8"
+    assert settings() == before and before[2] == told
+    with pytest.raises(KeyError), cuda.strict_float32("cuda:0"):
+        raise KeyError
+    assert settings() == before
+    with cuda.strict_float32("cpu"):
+        assert settings() == before
+
+
+def test_settings_that_were_not_strict_come_back() -> None:
+    loose = {name: not value for name, value in cuda._STRICT.items()}
+    before = cuda._settings()
+    try:
+        cuda._set(loose)
+        with cuda.strict_float32("cuda:0"):
+            assert cuda._settings() == cuda._STRICT
+        assert cuda._settings() == loose
+    finally:
+        cuda._set(before)
+
+
+@pytest.mark.parametrize("name", cuda._STRICT)
+def test_a_setting_that_is_turned_back_is_named(name: str) -> None:
+    with pytest.raises(DeviceError, match=name), cuda.strict_float32("cuda:0"):
+        cuda._set({name: not cuda._STRICT[name]})
+
+
+def test_algorithms_that_may_differ_are_named() -> None:
+    with pytest.raises(DeviceError, match="deterministic algorithms"), cuda.strict_float32("cuda:0"):
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_trace_on_cuda_is_made_under_the_strict_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(TorchSource, "_trace", lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
+    for device in ("cuda:0", "cpu"):
+        TorchSource(device).trace(SimpleNamespace(case=CASE), "free", SimpleNamespace(tensors={}), tmp_path)  # type: ignore[arg-type]
+    assert seen == [True, False]
+
+
+def test_out_of_memory_says_what_was_needed_what_was_free_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> nn.Module:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch_source, "load_model", full)
+    monkeypatch.setattr(torch_source, "weight_bytes", lambda *_: 10 * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * 2**30, 8 * 2**30))
+    with pytest.raises(DeviceError) as caught:
+        TorchSource("cuda:0").model(Path("gemma"))
+    said = str(caught.value)
+    assert said.startswith(
+        "cuda:0 is out of memory at loading gemma, which takes at least 10.00 GiB: 3.00 GiB of 8.00"
+    )
+    assert "nvidia-smi" in said and "--device cpu" in said and "\n" not in said
+
+
+def test_what_weights_need_is_counted_in_the_format_they_are_loaded_in() -> None:
+    directory = model_directory(CASE.model, cache_root())
+    count = sum(parameter.numel() for parameter in load_model(directory, torch.float32).parameters())
+    assert torch_source.weight_bytes(directory, torch.float32) == 4 * count
+    assert torch_source.weight_bytes(directory, torch.bfloat16) == 2 * count
+
+
+def test_a_model_and_an_sae_are_loaded_once_and_freed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+
+    def counted(kind: str, load: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any) -> Any:
+            loads.append(kind)
+            return load(*arguments)
+
+        return wrapper
+
+    monkeypatch.setattr(torch_source, "load_model", counted("model", load_model))
+    monkeypatch.setattr(torch_source, "TorchSae", counted("sae", TorchSae))
+    subject = prepare(SAE, cache_root())
+    oracle = Oracle(subject, cache_root())
+    with TorchSource("cpu") as source:
+        for _ in range(3):
+            source.trace(subject, "free", oracle.truth(), oracle.inputs("free"))
+        assert sorted(loads) == ["model", "sae"]
+        assert subject.sae_file is not None
+        held: list[Callable[[], object]] = [
+            weakref.ref(source.model(subject.model_dir)),
+            weakref.ref(source.sae(subject.sae_file)),
+        ]
+        gc.collect()
+        assert all(ref() is not None for ref in held)
+    assert [ref() for ref in held] == [None, None], "what the session held is freed at its end"
+
+
+def test_the_sessions_source_is_one(torch_cpu: TorchSource, request: pytest.FixtureRequest) -> None:
+    assert request.getfixturevalue("torch_cpu") is torch_cpu
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One card, and a PATH that holds nvidia-smi alone."""
+    card = SimpleNamespace(name="NVIDIA A", total_memory=8 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 550.54\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_the_report_names_card_and_driver() -> None:
+    assert cuda.describe("cuda:0").startswith("NVIDIA A, 8.00 GiB, driver 550.54, CUDA ")
+    assert cuda.versions("cuda:0")["gpu"] == cuda.describe("cuda:0")
+    assert cuda.versions("cpu") == {"device": "cpu"}
+    assert cuda.describe("cuda:1") == "none"
+    assert "the first is cuda:0" in cuda.missing("cuda:1")
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_no_nvcc_is_inconclusive_with_the_remedy(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["run", "--device", "cuda:0", "--cases", "llama/hub", "--out", str(tmp_path)])
+    assert done.exit_code == 3, done.output
+    assert "no nvcc on PATH" in " ".join(done.output.split())
+    assert "install the CUDA toolkit" in " ".join(done.output.split())
+
+
+def test_an_unknown_device_is_an_error_and_no_missing_one(tmp_path: Path) -> None:
+    for device in ("cuda", "gpu0", "cuda:x"):
+        done = CliRunner().invoke(
+            cli.app, ["run", "--device", device, "--candidate", "torch", "--out", str(tmp_path)]
+        )
+        assert done.exit_code == 2, device
+
+
+class AsIfOnCuda(NothingOpen):
+    """The CPU's numbers under another device's name."""
+
+    identity = None
+
+    def __init__(self, device: str) -> None:
+        self.device, self._source = device, TorchSource()
+
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
+        return self._source.trace(subject, mode, truth, inputs)
+
+
+def test_a_diff_of_cpu_and_cuda_judges_each_side_with_its_own_noise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(diff_run, "open_source", lambda candidate, cache, out, log, device: AsIfOnCuda(device))
+    devices, empty = ("cpu", "cuda:0"), Ledger(format=1)
+    found = diff_run.diff(("torch", "torch"), [CASE], cache_root(), tmp_path, empty, Progress(), devices)
+    assert found.versions["device"] == "cpu against cuda:0" and found.verdict.exit_code == 0
+    cpu, gpu = found.cases[0].a.result, found.cases[0].b.result
+    assert "--device cuda:0" in gpu.reproduce and "--device" not in cpu.reproduce
+    a, b = ({tensor.name: tensor.position_ratio for tensor in side.tensors} for side in (cpu, gpu))
+    # The same error over more noise: K/6 against K/16 is a factor of 1.6 where a matmul is all there is.
+    assert b["blocks.0.attn.hook_q"] < 0.95 * a["blocks.0.attn.hook_q"] and b["logits"] < a["logits"]
+
+
+def test_the_truth_of_a_cuda_candidate_has_the_same_values_and_more_noise() -> None:
+    subject = prepare(CASE, cache_root())
+    cpu, gpu = Oracle(subject, cache_root()), Oracle(subject, cache_root(), "cuda:0")
+    assert cpu.key != gpu.key and Oracle(subject, cache_root(), "cpu").key == cpu.key
+    for name, tensor in cpu.truth().tensors.items():
+        other = gpu.truth().tensors[name]
+        assert (other.value == tensor.value).all()
+        assert (other.noise**2).sum() >= (tensor.noise**2).sum(), name
