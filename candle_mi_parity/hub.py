@@ -20,12 +20,11 @@ import time
 import warnings
 from pathlib import Path
 
-from huggingface_hub import constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub import constants, get_cached_repo_tree, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -79,9 +78,9 @@ def _fetch(repo: str, revision: str, wanted: tuple[str, ...]) -> tuple[Path, Dow
     try:
         directory = _snapshot(repo, revision, wanted)
     except Exception as error:  # whatever the client, its transport or the disk raises; our own checks come after
-        raise HubError(_cannot(repo, revision, _reason(error, repo, revision))) from error
+        raise HubError(_cannot(repo, revision, _reason(error, repo, revision, wanted))) from error
     paths = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
-    files = [path for path in paths if any(fnmatch.fnmatchcase(path, pattern) for pattern in wanted)]
+    files = [path for path in paths if _is_wanted(path, wanted)]
     for name in files:
         _check(repo, directory / name)
     return directory, Download(
@@ -103,6 +102,10 @@ def _snapshot(repo: str, revision: str, wanted: tuple[str, ...]) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(wanted)))
 
 
+def _is_wanted(path: str, wanted: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in wanted)
+
+
 def _check(repo: str, path: Path) -> None:
     """Hold a file against what the hub declares: the cache names each blob by it, sha256 or git's own digest.
 
@@ -112,7 +115,7 @@ def _check(repo: str, path: Path) -> None:
     expected = blob.name
     if blob.parent.name != "blobs" or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected):
         raise HubError(
-            f"{path} cannot be checked: it is no link to blobs/DIGEST as the hub's client makes it "
+            f"{repo}: {path} cannot be checked: it is no link to blobs/DIGEST as the hub's client makes it "
             "(HF_HUB_DISABLE_SYMLINKS, or a copied cache): set HF_HOME to a directory with symbolic links"
         )
     found = file_digest(path) if len(expected) == 64 else _git_digest(path)
@@ -142,19 +145,21 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def _reason(error: Exception, repo: str, revision: str) -> str:
+def _reason(error: Exception, repo: str, revision: str, wanted: tuple[str, ...]) -> str:
     """Why, and the remedy, in one line."""
     root = _root(error)
-    if isinstance(error, IncompleteSnapshotError):
-        lacking = one_line(str(error).partition(" The Hub could not")[0])
-        return f"{lacking} Run once with the hub in reach, without HF_HUB_OFFLINE"
     if isinstance(root, OfflineModeIsEnabled):
         return (
-            f"HF_HUB_OFFLINE is set and {constants.HF_HUB_CACHE} does not hold it: "
+            f"HF_HUB_OFFLINE is set and {constants.HF_HUB_CACHE} does not hold {_lacking(repo, revision, wanted)}: "
             "run once without, or set HF_HOME to the cache that has it"
         )
     if isinstance(root, HfHubHTTPError):
         return _refusal(root, repo, revision)
+    if short := re.search(r"should be of size (\d+) but has size (\d+)", str(root)):
+        # The client names it by an address; the listing knows it by its size.
+        named = [path for path, size in _listing(repo, revision).items() if size == int(short[1])]
+        which = " or ".join(named) or "a file"
+        return f"{which} arrived with {short[2]} of {short[1]} bytes: run again; what is complete is kept"
     if isinstance(root, UserWarning) or getattr(root, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{one_line(str(root))}: free some space, or set HF_HOME to a larger disk; what is complete is kept"
     return (
@@ -186,13 +191,27 @@ def _refusal(error: HfHubHTTPError, repo: str, revision: str) -> str:
     return one_line(str(error))
 
 
-def _no_file(repo: str, path: str, commit: str) -> str:
-    """That a file is not there, and the names that are nearest to it; what is there only the hub's listing tells."""
+def _listing(repo: str, revision: str) -> dict[str, int]:
+    """Paths and sizes of a repository's files as the cache knows them; empty where another client filled it."""
     try:
-        known = [file.path for file in get_cached_repo_tree(repo, revision=commit)]
+        return {file.path: file.size for file in get_cached_repo_tree(repo, revision=revision)}
     except CachedRepoTreeNotFoundError:
+        return {}
+
+
+def _lacking(repo: str, revision: str, wanted: tuple[str, ...]) -> str:
+    """What of the wanted files is not here."""
+    listed = [path for path in _listing(repo, revision) if _is_wanted(path, wanted)]
+    missing = [path for path in listed if not isinstance(try_to_load_from_cache(repo, path, revision=revision), str)]
+    return ", ".join(missing) or "it"
+
+
+def _no_file(repo: str, path: str, commit: str) -> str:
+    """That a file is not there, and the names that are nearest to it."""
+    known = _listing(repo, commit)
+    if not known:
         return (
             f"{constants.HF_HUB_CACHE} does not hold {path}: run once with the hub in reach, without HF_HUB_OFFLINE"
         )
-    near = difflib.get_close_matches(path, known, n=3)
+    near = difflib.get_close_matches(path, list(known), n=3)
     return f"it has no file {path}" + (f"; it has {', '.join(near)}" if near else "")
