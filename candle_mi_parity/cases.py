@@ -72,7 +72,7 @@ class PackageModel(Row):
 
 
 class HubModel(Row):
-    """A repository of the Hugging Face hub at a pinned revision."""
+    """A repository of the Hugging Face hub at a commit, or a branch that each run resolves to one."""
 
     source: Literal["hub"]
     repo: str

@@ -69,6 +69,12 @@ class Terminal(Progress):
         self._task = bar.add_task("starting", total=None)
 
     def case_starts(self, case: Case, step: str) -> None:
+        if step == "model" and case.lane == "hub":
+            # The hub's client draws bars of its own, and two of them on one terminal overwrite each other.
+            self._bar.stop()
+            self._bar.console.print(f"[{self._done + 1}/{self._total}] {case.id}: from the hub", markup=False)
+        else:
+            self._bar.start()
         self._bar.update(self._task, description=f"[{self._done + 1}/{self._total}] {case.id}: {step}")
 
     def case_ends(self, result: CaseResult) -> None:
@@ -163,6 +169,8 @@ def reference(
         if is_last_layer(subject, layer):
             print("warning: hidden_states[-1] is after the final norm; this is the last layer's true resid_post")
         report.write_json(document, out)
+        for download in subject.downloads:
+            print(f"{download.repo}@{download.revision} is commit {download.commit}")
         for key in ("d_in", "d_sae", "architecture", "n_tokens", "reconstruction_mse", "n_active_last_pos"):
             print(f"{key + ':':<20}{document[key]}")
         print(f"wrote {out}")

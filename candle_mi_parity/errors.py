@@ -1,4 +1,4 @@
-"""One exception class per thing that can be wrong before a verdict exists; each ends a run with exit code 2."""
+"""One exception class per thing that can be wrong before a verdict exists; one that ends a run has exit code 2."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ class CaseTableError(ParityError):
 
 class ModelError(ParityError):
     """A model directory is missing, incomplete or not what the case asks for."""
+
+
+class HubError(ParityError):
+    """The hub does not give a model or an SAE, or not as it declares it: of a run's case, UNMEASURED and no ERROR."""
 
 
 class SaeError(ParityError):

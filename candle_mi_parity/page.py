@@ -158,7 +158,7 @@ def _counts(result: RunResult) -> list[dict[str, Any]]:
     tensors = sum(case.compared for case in result.cases)
     noisy = sum(case.unmeasured for case in result.cases)
     parts = [
-        (result.count(Status.UNMEASURED), "too noisy or of unknown origin"),
+        (result.count(Status.UNMEASURED), "too noisy, of unknown origin or not to be had from the hub"),
         (result.count(Status.ERROR), "with an error"),
         (len(result.skipped), "not run"),
         (noisy, "single tensors too noisy"),

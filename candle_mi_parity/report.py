@@ -195,6 +195,7 @@ def _case(case: CaseResult) -> dict[str, Any]:
         "known": case.known,
         "reproduce": case.reproduce,
         "seconds": round(case.seconds, 3),
+        "downloads": [asdict(download) for download in case.downloads],
         "tensors": [plain(asdict(tensor)) for tensor in case.tensors],
         "forced": [plain(asdict(tensor)) for tensor in case.forced],
     }

@@ -13,6 +13,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from candle_mi_parity.diagnose import Diagnosis
+from candle_mi_parity.download import Download
 from candle_mi_parity.sae_view import SaeView
 from candle_mi_parity.verdict import Status, TensorResult, Verdict
 
@@ -39,6 +40,7 @@ class CaseReport(Part):
     known: str
     reproduce: str
     seconds: float
+    downloads: list[Download]
     tensors: list[TensorResult]
     forced: list[TensorResult]
 

@@ -20,7 +20,7 @@ from candle_mi_parity.candidate import OutOfReachError, parse_candidate
 from candle_mi_parity.cases import Case
 from candle_mi_parity.compare import compare, look
 from candle_mi_parity.diagnose import Diagnosis
-from candle_mi_parity.errors import ParityError
+from candle_mi_parity.errors import HubError, ParityError
 from candle_mi_parity.ledger import Ledger, apply_ledger
 from candle_mi_parity.look_sae import look_sae
 from candle_mi_parity.oracle import Mode, Oracle
@@ -122,13 +122,15 @@ def run_reference(spec: str, path: Path, cache: Path) -> RunResult:
     result = CaseResult(case.id, case.family, "", Status.ERROR, command)
     try:
         subject = prepare(case, cache)
-        result.digest = subject.digest
+        result.digest, result.downloads = subject.digest, subject.downloads
         result.tensors = judge_reference(reference, Oracle(subject, cache))
         result.expected = len(result.tensors)
         result.status, result.error = _status(result.tensors, case, in_part=True)
         if result.status is Status.PASS:
             result.status = Status.UNMEASURED
             result.error = "every number agrees with the truth, but the file does not say what made it"
+    except HubError as error:
+        result.error, result.status = str(error), Status.UNMEASURED
     except ParityError as error:
         result.error = str(error)
     result.seconds = time.monotonic() - started
@@ -157,7 +159,7 @@ def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledge
     try:
         progress.case_starts(case, "model")
         subject = prepare(case, cache)
-        result.digest = subject.digest
+        result.digest, result.downloads = subject.digest, subject.downloads
         oracle = Oracle(subject, cache, source.device)
         progress.case_starts(case, "truth")
         result.tensors, result.diagnosis, result.in_part, result.sae = judge_mode(oracle, source, "free", progress)
@@ -165,6 +167,8 @@ def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledge
         result.status, result.error = _status(result.tensors, case, result.in_part)
         if result.status is Status.FAIL and not case.edits:  # edits act on the whole trace
             result.forced, result.known = _forced(oracle, source, progress)
+    except HubError as error:  # says nothing of the candidate, and no more of this suite
+        result.error, result.status = str(error), Status.UNMEASURED
     except ParityError as error:
         result.error, result.status = str(error), Status.ERROR
     except Exception as error:  # a fault of ours costs its own case, loudly, and not those already judged

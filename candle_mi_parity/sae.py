@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from candle_mi_parity.cases import FIXTURES, SaeFile, SaelensDirectory
 from candle_mi_parity.errors import SaeError
+from candle_mi_parity.hub import fetch_sae
 from candle_mi_parity.models import content_key, publish, tensor_values
 from candle_mi_parity.saelens import CONFIG, WEIGHTS, Normalization, read_directory, saelens_files
 
@@ -71,7 +72,8 @@ def sae_path(sae: SaeFile | SaelensDirectory, width: int, cache: Path) -> Path:
     """Where an SAE is on this machine: a file, downloaded when it lives on the hub, or a generated directory.
 
     :param width: the model's hidden size, which a generated SAE takes for its ``d_in``.
-    :raises SaeError: when it is not there or cannot be fetched.
+    :raises SaeError: when it is not there.
+    :raises HubError: when the hub does not give it.
     """
     if isinstance(sae, SaelensDirectory):
         key = content_key("saelens", sae.model_dump(), width)
@@ -82,13 +84,7 @@ def sae_path(sae: SaeFile | SaelensDirectory, width: int, cache: Path) -> Path:
         if not path.exists():
             raise SaeError(f"SAE file {path} does not exist")
         return path
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(sae.repo, sae.path, revision=sae.revision))
-    except Exception as error:  # the hub client's own errors, one line of which says it all
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SaeError(f"cannot get {sae.repo}:{sae.path} from the hub: {reason}") from error
+    return fetch_sae(sae)[0]
 
 
 def sae_files(path: Path) -> list[Path]:

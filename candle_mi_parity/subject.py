@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from candle_mi_parity import edits
-from candle_mi_parity.cases import Case, RandomTokens, SaePlace
+from candle_mi_parity.cases import Case, HubModel, RandomTokens, SaeFile, SaePlace
+from candle_mi_parity.download import Download
 from candle_mi_parity.errors import CaseTableError, ModelError
 from candle_mi_parity.families import hook_names
+from candle_mi_parity.hub import fetch_model, fetch_sae
 from candle_mi_parity.models import digest_files, model_digest, model_directory, read_config, seeded_words
 from candle_mi_parity.sae import sae_files, sae_path
 
@@ -22,6 +24,7 @@ class Subject:
 
     :ivar captures: hook names in execution order, without ``logits``.
     :ivar digest: over everything that decides the numbers, not over the name.
+    :ivar downloads: what came from the hub.
     """
 
     case: Case
@@ -33,6 +36,7 @@ class Subject:
     model_digest: str
     sae_digest: str | None
     digest: str
+    downloads: tuple[Download, ...] = ()
 
 
 def prepare(case: Case, cache: Path) -> Subject:
@@ -72,7 +76,16 @@ def prepare(case: Case, cache: Path) -> Subject:
         model_digest=weights,
         sae_digest=sae_digest,
         digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        downloads=_downloads(case),
     )
+
+
+def _downloads(case: Case) -> tuple[Download, ...]:
+    """What of a case came from the hub; it is here by now, so that asking again costs nothing."""
+    found = [fetch_model(case.model)[1]] if isinstance(case.model, HubModel) else []
+    if isinstance(case.sae, SaeFile) and case.sae.repo:
+        found.append(fetch_sae(case.sae)[1])
+    return tuple(found)
 
 
 def _elsewhere(sae: SaePlace) -> list[str]:

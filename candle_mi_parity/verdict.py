@@ -9,6 +9,7 @@ from enum import StrEnum
 import numpy as np
 
 from candle_mi_parity.diagnose import Diagnosis
+from candle_mi_parity.download import Download
 from candle_mi_parity.sae_view import SaeView
 
 
@@ -131,6 +132,7 @@ class CaseResult:
     :ivar error: why there is nothing to compare, one line.
     :ivar known: the ledger's note when the divergence is a known one.
     :ivar reproduce: the one command that shows it again.
+    :ivar downloads: which commits and files of the hub the case was computed from.
     """
 
     id: str
@@ -147,6 +149,7 @@ class CaseResult:
     error: str = ""
     known: str = ""
     seconds: float = 0.0
+    downloads: tuple[Download, ...] = ()
 
     @property
     def compared(self) -> int:

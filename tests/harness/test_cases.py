@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from candle_mi_parity import subject
-from candle_mi_parity.cases import Case, cache_root, load_cases, select
+from candle_mi_parity.cases import Case, HubModel, SaeFile, cache_root, load_cases, select
 from candle_mi_parity.errors import CaseTableError, ModelError, ParityError
 from candle_mi_parity.subject import prepare
 
@@ -79,6 +80,14 @@ def test_without_a_pattern_what_needs_a_download_waits_to_be_selected() -> None:
     waiting = {case.id for case in cases} - {case.id for case in select(cases, None)}
     assert waiting == {case.id for case in cases if case.lane == "hub"} != set()
     assert select(cases, waiting.copy().pop())
+
+
+def test_what_the_table_takes_from_the_hub_is_pinned_to_a_commit() -> None:
+    hub = [case for case in load_cases() if case.lane == "hub"]
+    assert hub and all(isinstance(case.model, HubModel) for case in hub)
+    revisions = [case.model.revision for case in hub if isinstance(case.model, HubModel)]
+    revisions += [str(case.sae.revision) for case in hub if isinstance(case.sae, SaeFile) and case.sae.repo]
+    assert all(re.fullmatch(r"[0-9a-f]{40}", revision) for revision in revisions), revisions
 
 
 def concrete(**row: object) -> Case:

@@ -101,7 +101,7 @@ def test_no_release_is_an_error() -> None:
     ("status", "error", "expected"),
     [
         (Status.PASS, "", Outcome.AGREES),
-        (Status.UNMEASURED, "Edit `unmeasured`", Outcome.UNMEASURED),
+        (Status.UNMEASURED, "cannot get google/gemma-2-2b@main from the hub", Outcome.ERROR),
         (Status.FAIL, "", Outcome.DIVERGES),
         (Status.KNOWN, "", Outcome.DIVERGES),
         (Status.KNOWN, "model: unsupported rope", Outcome.REFUSED),
@@ -114,3 +114,8 @@ def test_no_release_is_an_error() -> None:
 )
 def test_an_outcome_is_one_word(status: Status, error: str, expected: Outcome) -> None:
     assert outcome(CaseResult("llama/hub", "llama", "", status, "", error=error)) is expected
+
+
+def test_a_case_that_is_too_noisy_is_judged_and_one_that_was_not_to_be_had_is_not() -> None:
+    noisy = [TensorResult("logits", Status.UNMEASURED, "noisy")]
+    assert outcome(CaseResult("llama/hub", "llama", "", Status.UNMEASURED, "", noisy)) is Outcome.UNMEASURED

@@ -107,6 +107,25 @@ def test_a_directory_that_lacks_something_says_what_and_what_it_holds(tmp_path: 
     assert require_model(where) == where
 
 
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        (
+            '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}',
+            "lacks",
+        ),
+        ("{}", "not an index"),
+        ('{"weight_map": []}', "not an index"),
+    ],
+)
+def test_a_shard_that_the_index_names_and_nobody_has_is_named(tmp_path: Path, index: str, said: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model-00001-of-00002.safetensors").write_text("")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    line = refused(tmp_path)
+    assert said in line and (said != "lacks" or "lacks model-00002-of-00002.safetensors, which" in line)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\ufeff{}"])
 def test_a_config_that_is_no_json_object_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
