@@ -37,3 +37,7 @@ class GoldenError(ParityError):
 
 class CensusError(ParityError):
     """The auto-config census cannot be made, or a stored one is not valid."""
+
+
+class Stopped(BaseException):
+    """Ctrl-C, SIGTERM, or the terminal was closed. Nothing that catches exceptions may take it for one of its own."""

@@ -53,11 +53,12 @@ def test_a_checkout_alone_is_built_incrementally(
             builder.build(parse_candidate(spec), tmp_path / "cache", lambda line: None)
 
 
-def test_what_cargo_knows_of_a_checkouts_times_is_forgotten(says: Callable[[str], None], tmp_path: Path) -> None:
-    """A file put back with an old time would pass for unchanged, and the build of before for this one."""
+def test_what_cargo_knows_of_our_files_times_is_forgotten(says: Callable[[str], None], tmp_path: Path) -> None:
+    """A file put back with an old time, or written after the clock was set back, would pass for unchanged, and the
+    build of before for this one."""
     says("known: $(ls $CARGO_TARGET_DIR/release/.fingerprint | tr '\\n' ' ').")
     known = tmp_path / "cache" / "target" / "candle-0.11" / "release" / ".fingerprint"
-    for name in ("candle-mi-0a1b", "candle-core-2c3d"):
+    for name in ("candle-mi-0a1b", "candle-core-2c3d", "parity-emitter-4e5f"):
         (known / name).mkdir(parents=True)
     with pytest.raises(CandidateError, match=r"known: candle-core-2c3d candle-mi-0a1b \."):
         builder.build(parse_candidate("0.2.2"), tmp_path / "cache", lambda line: None)
