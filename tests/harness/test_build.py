@@ -11,6 +11,7 @@ import pytest
 from test_candidate import write_crate
 
 from candle_mi_parity import build as builder
+from candle_mi_parity.api import RELEASES
 from candle_mi_parity.candidate import CandidateError, parse_candidate
 
 
@@ -66,3 +67,12 @@ def test_what_cargo_knows_of_our_files_times_is_forgotten(says: Callable[[str], 
         builder.build(
             parse_candidate(f"path:{write_crate(tmp_path / 'crate')}"), tmp_path / "cache", lambda line: None
         )
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_release_is_built_from_its_lock(says: Callable[[str], None], tmp_path: Path, release: str) -> None:
+    says("$*")
+    with pytest.raises(CandidateError, match=r"build --release .* --locked "):
+        builder.build(parse_candidate(release), tmp_path / "cache", lambda line: None)
+    (lock,) = (tmp_path / "cache" / "crates").glob("*/Cargo.lock")
+    assert lock.read_bytes() == (builder.EMITTER / "locks" / f"{release}.lock").read_bytes()

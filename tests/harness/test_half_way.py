@@ -11,7 +11,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import pytest
 
 from candle_mi_parity import sources
 from candle_mi_parity.build import build
-from candle_mi_parity.candidate import BuiltEmitter, parse_candidate
+from candle_mi_parity.candidate import BuiltEmitter, EmitterProcess, parse_candidate
 from candle_mi_parity.cases import cache_root
 from candle_mi_parity.ledger import Ledger
 from candle_mi_parity.oracle import Mode
@@ -118,58 +118,64 @@ def test_a_full_disk_for_the_trace_costs_one_case(
         right(judged(source))
 
 
-def killed_at(seconds: float, source: Source) -> CaseResult:
-    """Judge, and kill the emitter so many seconds after it was started or, where it runs, asked."""
-    emitter, over = source._emitter, threading.Event()  # type: ignore[attr-defined]
+class Killed(EmitterProcess):
+    """The real emitter, killed so many seconds after it was asked; never with ``after`` None."""
 
-    def kill() -> None:
-        while emitter._pipes is None and not over.is_set():
-            time.sleep(0.0005)
-        over.wait(seconds)
-        if (pipes := emitter._pipes) is not None:
+    after: float | None = None
+    took = 0.0
+
+    def emit(self, request: Mapping[str, object], timeout: float) -> Path:
+        started = time.monotonic()
+        killer = None if self.after is None else threading.Timer(self.after, self._kill)
+        if killer:
+            killer.start()
+        try:
+            return super().emit(request, timeout)
+        finally:
+            self.took = time.monotonic() - started
+            if killer:
+                killer.join()
+
+    def _kill(self) -> None:
+        if (pipes := self._pipes) is not None:
             pipes.process.kill()
             pipes.process.wait()  # a death that is not yet known costs the next case, as a crash of its own
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        return judged(source)
-    finally:
-        over.set()
-        killer.join()
 
 
 def random_kills(count: int, seed: int, out: Path) -> tuple[int, int]:
     """Kill the real emitter at random points of its life; how many cases that cost, and for how many it came late.
 
-    The point is drawn out of a case's whole time, so that it is before the request is read, while it is worked on,
-    while its trace is written, and after.
+    The points are drawn out of the time from request to reply and a fifth more: before the request is read, in the
+    work, in the writing of the trace, after the reply; every other time the emitter is started first.
     """
     draw = random.Random(seed)
     lost = late = 0
-    with open_source(parse_candidate(SPEC), cache_root(), out, print) as source:
+    binary = build(parse_candidate(SPEC), cache_root(), print).path
+    with open_source(parse_candidate(SPEC), cache_root(), out, print) as source, Killed(binary) as emitter:
+        source._emitter = emitter  # type: ignore[attr-defined]
         right(judged(source))
-        started = time.monotonic()
-        real_case = real(CASE.id)
-        source.trace(real_case.subject, "free", real_case.truth, real_case.inputs)
-        took = time.monotonic() - started
-        for _ in range(count):
-            if draw.random() < 0.5:
-                source._emitter._abandon(0)  # type: ignore[attr-defined] -- this time from its start
-            found = killed_at(draw.uniform(0, 1.5 * took), source)
+        cold = emitter.took
+        right(judged(source))
+        warm = emitter.took
+        for number in range(count):
+            if number % 2:
+                emitter._abandon(0)
+            emitter.after = draw.uniform(0, 1.2 * (cold if number % 2 else warm))
+            found = judged(source)
             if found.status is Status.ERROR:
                 assert "crash: emitter was ended by SIGKILL" in error_of(found)
                 lost += 1
             else:
                 right(found)
                 late += 1
-        right(judged(source))
+            emitter.after = None
+            right(judged(source))
     return lost, late
 
 
 @pytest.mark.rust
 def test_an_emitter_killed_at_any_point_costs_at_most_its_case(tmp_path: Path) -> None:
-    lost, late = random_kills(12, 0, tmp_path)
+    lost, late = random_kills(20, 0, tmp_path)
     assert lost and late, "every kill came at one side of the work"
 
 
