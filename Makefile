@@ -8,13 +8,15 @@
 #   make bench    what does it cost? times and memory as ratios, exit 1 when a figure is missed
 # Every night, into build/nightly:
 #   make nightly  release and git main, the GPU, the hub; what changed since last night (STEPS='gpu-*', GATHERED=1)
+# Records, checked by the tests:
+#   make licences the licence of every crate and package, into docs/licences.md; needs the crates of every release
 CANDIDATE ?= 0.2.2
 CACHE := $(or $(PARITY_CACHE),$(HOME)/.cache/candle-mi-parity)
 PY := .venv/bin/python
 CARGO := CARGO_TARGET_DIR="$(CACHE)/target/candle-0.11" cargo
 CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
-.PHONY: parity test pytest nightly faults alarms rivals bench lint rust-lint setup
+.PHONY: parity test pytest nightly faults alarms rivals bench licences lint rust-lint setup
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
@@ -56,6 +58,9 @@ rivals: setup
 
 bench: setup
 	@$(PY) -m proof.bench
+
+licences: setup
+	@$(PY) -m proof.licences
 
 setup:
 	@./setup.sh "$(CACHE)"

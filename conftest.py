@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import os
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -71,6 +74,15 @@ def judged(request: pytest.FixtureRequest, ledger: Ledger) -> Callable[[str, str
         return result
 
     return judge
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only what is asked for with ``-m hub`` needs the network; the Python that a test starts inherits the guard."""
+    guard, asked = ROOT / "tests" / "offline", str(config.getoption("markexpr", ""))
+    if "hub" not in asked or "not hub" in asked:
+        sys.path.insert(0, str(guard))
+        importlib.import_module("no_network").forbid()
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(guard), os.environ.get("PYTHONPATH", "")])
 
 
 def pytest_report_header() -> str:

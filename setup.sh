@@ -38,8 +38,8 @@ if [ ! -d "$packages" ]; then
         echo "cannot install the Python packages (no network?): $(grep -v '^ *$' "$making/log" | tail -n 1)" >&2
         exit 2
     fi
-    # Renamed when whole, so that two set-ups at once cannot see each other's half.
-    "$python" -c 'import os, sys; os.rename(*sys.argv[1:])' "$making/site" "$packages" 2>/dev/null || [ -d "$packages" ]
+    # Renamed when whole and on the disk, so that neither another set-up nor a power loss leaves a half that is used.
+    "$python" -c 'import os, sys; os.sync(); os.rename(*sys.argv[1:]); os.sync()' "$making/site" "$packages" 2>/dev/null || [ -d "$packages" ]
 fi
 
 rm -rf .venv

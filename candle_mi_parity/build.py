@@ -21,7 +21,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from candle_mi_parity import durable
 from candle_mi_parity.candidate import BuiltEmitter, Candidate, CandidateError, OutOfReachError
+from candle_mi_parity.cargo import condense, run_cargo
 
 Progress = Callable[[str], None]
 
@@ -65,20 +67,30 @@ def build(candidate: Candidate, cache: Path, log: Progress, features: Sequence[s
     key = _key(plan, features)
     binary = cache / "emitters" / key / "parity-emitter"
     if not binary.is_file():
-        lock_file = cache / "target" / f"candle-{plan.candle}.lock"
-        lock_file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock_file):
-            # Another process may have built it while this one waited.
-            if not binary.is_file():
-                log(f"building the emitter for {candidate.label} on candle {plan.candle}")
-                made = _cargo_build(candidate, plan, cache, log, features)
-                if candidate.kind == "path" and tree_digest(Path(candidate.target)) != plan.tree_digest:
-                    raise CandidateError(f"{candidate.target} changed while it was built; run again")
-                _check_identity(candidate, plan, _identity(made))
-                _install(made, binary)
+        try:
+            _build_once(candidate, plan, cache, binary, log, features)
+        except OSError as error:
+            raise CandidateError(f"cannot write to the cache {cache}: {error}") from error
     identity = _identity(binary)
     _check_identity(candidate, plan, identity)
     return BuiltEmitter(binary, identity)
+
+
+def _build_once(
+    candidate: Candidate, plan: _Plan, cache: Path, binary: Path, log: Progress, features: Sequence[str]
+) -> None:
+    """Build ``binary``, unless another process did while this one waited for it."""
+    lock_file = cache / "target" / f"candle-{plan.candle}.lock"
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock_file):
+        if binary.is_file():
+            return
+        log(f"building the emitter for {candidate.label} on candle {plan.candle}")
+        made = _cargo_build(candidate, plan, cache, log, features)
+        if candidate.kind == "path" and tree_digest(Path(candidate.target)) != plan.tree_digest:
+            raise CandidateError(f"{candidate.target} changed while it was built; run again")
+        _check_identity(candidate, plan, _identity(made))
+        _install(made, binary)
 
 
 def crate_of(candidate: Candidate, cache: Path, crate: Path) -> Path:
@@ -210,7 +222,7 @@ def _fetch(candidate: Candidate, cache: Path) -> tuple[str, str]:
             partial = mirror.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             git_remote("clone", "--quiet", "--mirror", "--", candidate.target, str(partial))
-            partial.rename(mirror)
+            durable.put(partial, mirror)
         else:
             # A branch moves; a full commit that is there needs no network.
             known = re.fullmatch(r"[0-9a-f]{40}", revision) and (
@@ -292,31 +304,17 @@ def _cargo_build(candidate: Candidate, plan: _Plan, cache: Path, log: Progress, 
         "PARITY_TREE_DIGEST": plan.tree_digest or "",
         "PARITY_REVISION": plan.revision or "",
     }
+    _distrust_times(target, "parity-emitter")
     if candidate.kind == "path":
-        _distrust_times(target)
+        _distrust_times(target, "candle-mi")
     # A cross-compilation target set by the user would move the binary elsewhere.
     environment.pop("CARGO_BUILD_TARGET", None)
     full_log = crate / "build.log"
-    lines: list[str] = []
     try:
-        cargo = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        code, lines = run_cargo(command, environment, full_log, log)
     except FileNotFoundError:
         raise _no_rust("cargo") from None
-    assert cargo.stderr is not None
-    with cargo, full_log.open("w", encoding="utf-8") as file:
-        for raw in cargo.stderr:
-            line = raw.decode("utf-8", "replace")
-            file.write(line)
-            lines.append(line.rstrip())
-            if re.match(r"\s+(Compiling|Downloading|Updating|Finished)\b", line):
-                log(f"cargo: {line.strip()}")
-    if cargo.returncode != 0:
+    if code != 0:
         reason = f"{condense(lines)} (full log: {full_log})"
         if _could_not_download(lines):
             said = f"cargo could not fetch what {candidate.label} needs; check the network, and run again"
@@ -326,13 +324,14 @@ def _cargo_build(candidate: Candidate, plan: _Plan, cache: Path, log: Progress, 
     return target / "release" / f"parity-emitter{suffix}"
 
 
-def _distrust_times(target: Path) -> None:
-    """Have cargo compile the checkout whatever its files' times are.
+def _distrust_times(target: Path, package: str) -> None:
+    """Have cargo compile a package whatever its files' times are.
 
     It takes a file for unchanged that is older than what was built, as one is that ``cp -p``, ``rsync`` or ``tar``
-    put back: the text of before would be judged under the digest of now. rustc goes by contents, so it costs little.
+    put back, or that was written after the clock was set back: the text of before would be judged under the digest of
+    now. rustc goes by contents, so it costs little.
     """
-    for mark in (target / "release" / ".fingerprint").glob("candle-mi-*"):
+    for mark in (target / "release" / ".fingerprint").glob(f"{package}-*"):
         shutil.rmtree(mark)
 
 
@@ -363,22 +362,6 @@ def _lay_out(crate: Path, plan: _Plan) -> None:
     manifest.write_bytes(plan.manifest.encode())
 
 
-def condense(lines: Sequence[str]) -> str:
-    """One line out of cargo's or rustc's output: the first error, and the deepest cause that follows it."""
-    said = [line.strip() for line in lines]
-    errors = [index for index, line in enumerate(said) if re.match(r"error(\[E\d+\])?:", line)]
-    if not errors:
-        return next((line for line in reversed(said) if line), "no reason given")
-    first = errors[0]
-    causes = [
-        following
-        for line, following in zip(said[first:], said[first + 1 :], strict=False)
-        if line == "Caused by:" and following
-    ]
-    text = said[first] if not causes else f"{said[first]}: {causes[-1]}"
-    return text[:400]
-
-
 def _could_not_download(lines: Sequence[str]) -> bool:
     """Whether cargo ended for want of the network; once anything failed to compile it did not."""
     text = "\n".join(lines)
@@ -392,7 +375,7 @@ def _install(made: Path, binary: Path) -> None:
     partial = binary.with_name(f".{binary.name}.{os.getpid()}")
     try:
         shutil.copy2(made, partial)
-        partial.replace(binary)
+        durable.put(partial, binary)
     finally:
         partial.unlink(missing_ok=True)
 

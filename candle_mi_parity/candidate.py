@@ -138,6 +138,7 @@ class _Pipes:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment,
+            process_group=0,  # Ctrl-C is for the run, which ends its emitter; a case must not read as a crash
         )
         self.replies: queue.Queue[bytes | None] = queue.Queue()
         self._requests: queue.Queue[bytes | None] = queue.Queue()
@@ -206,6 +207,8 @@ class EmitterProcess:
     def __init__(self, binary: Path) -> None:
         self._command = [str(binary)]
         self._pipes: _Pipes | None = None
+        self._closed = False
+        self._starting = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -216,10 +219,10 @@ class EmitterProcess:
         self.close()
 
     def close(self) -> None:
-        """End the process; it is given a second to do so by itself."""
-        if self._pipes is not None:
-            self._pipes.end(patience=1.0)
-            self._pipes = None
+        """End the process, also under a request of another thread; it is given a second to do so by itself."""
+        with self._starting:
+            self._closed = True
+        self._abandon(patience=1.0)
 
     def emit(self, request: Mapping[str, object], timeout: float) -> Path:
         """Run one request (see the trace contract) and return the path of its trace.
@@ -268,12 +271,15 @@ class EmitterProcess:
     def _running(self) -> _Pipes:
         if self._pipes is not None and self._pipes.process.poll() is not None:
             self._abandon(patience=0.0)
-        if self._pipes is None:
-            try:
-                self._pipes = _Pipes(self._command)
-            except OSError as error:
-                raise EmitterError("crash", f"emitter cannot be started: {error}") from error
-        return self._pipes
+        with self._starting:
+            if self._closed:
+                raise EmitterError("crash", "emitter is not started again: the run has ended")
+            if self._pipes is None:
+                try:
+                    self._pipes = _Pipes(self._command)
+                except OSError as error:
+                    raise EmitterError("crash", f"emitter cannot be started: {error}") from error
+            return self._pipes
 
     def _abandon(self, patience: float) -> int | None:
         pipes, self._pipes = self._pipes, None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -28,7 +30,7 @@ from candle_mi_parity.cases import ROOT, Case, cache_root, load_cases, select
 from candle_mi_parity.census import take_census
 from candle_mi_parity.census_record import STORED, Entry
 from candle_mi_parity.diff_run import diff
-from candle_mi_parity.errors import ParityError
+from candle_mi_parity.errors import ParityError, Stopped
 from candle_mi_parity.families import family_of
 from candle_mi_parity.field_check import check
 from candle_mi_parity.fields import load_fields
@@ -46,7 +48,7 @@ from candle_mi_parity.subject import prepare
 from candle_mi_parity.tokens import emit_tokens
 from candle_mi_parity.trace import CandleMi
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, Verdict
-from candle_mi_parity.views import written
+from candle_mi_parity.views import remove, written
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -90,9 +92,13 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except ParityError as error:
-        Console(stderr=True, soft_wrap=True).print(Text(printable(f"candle-mi-parity: {error}"), "bold red"))
+        _say(str(error))
         verdict = Verdict.INCONCLUSIVE if isinstance(error, OutOfReachError) else Verdict.ERROR
         raise typer.Exit(verdict.exit_code) from error
+
+
+def _say(line: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(Text(printable(f"candle-mi-parity: {line}"), "bold red"))
 
 
 @contextmanager
@@ -216,6 +222,7 @@ def versions(out: OutOption = OUT) -> None:
 def history_command(out: OutOption = OUT) -> None:
     """When each divergence came and went, over every stored release; writes history.html and history.json."""
     with _one_line_errors():
+        remove(out, "history.json", "history.html")
         told = history.make_history(_stored_releases(out))
         report.write_json(history.document(told), out / "history.json")
         report.write_text(history.page(told), out / "history.html")
@@ -242,6 +249,7 @@ def diff_command(
     """Compare two candidates with each other and with PyTorch. Exit code 0, or 1 when B is worse anywhere."""
     with _one_line_errors():
         chosen = select(load_cases(), cases)
+        remove(out, "diff.json", "diff.html")
         with _bar() as bar:
             progress = Terminal(bar, len(chosen))
             found = diff(
@@ -405,9 +413,19 @@ def repeat_command(
 
 
 def main() -> None:
-    """The command; a crash of ours ends with 2, not with Python's 1, which would read as FAIL."""
+    """The command; our own crash and a stop end with 2, not with Python's or typer's 1, which would read as FAIL."""
     try:
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(name) is not signal.SIG_IGN:  # as nohup and a shell's background jobs have it
+                signal.signal(name, _stop)
         app()
+    except Stopped as stopped:
+        _say(f"stopped by {stopped}")
+        sys.exit(Verdict.ERROR.exit_code)
     except Exception:
         traceback.print_exc()
         sys.exit(Verdict.ERROR.exit_code)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(signal.Signals(number).name)

@@ -49,3 +49,7 @@ class CensusError(ParityError):
 
 class ProofError(ParityError):
     """The record of the proof cannot be read or made."""
+
+
+class Stopped(BaseException):
+    """Ctrl-C, SIGTERM, or the terminal was closed. Nothing that catches exceptions may take it for one of its own."""

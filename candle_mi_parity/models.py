@@ -10,13 +10,14 @@ import hashlib
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from safetensors import SafetensorError
 
+from candle_mi_parity import durable
 from candle_mi_parity.cases import FIXTURES, HubModel, LocalModel, Model, PackageModel, TinyModel
 from candle_mi_parity.errors import ModelError
 from candle_mi_parity.families import family_of
@@ -154,23 +155,36 @@ def file_digest(path: Path) -> str:
 
 
 def publish(target: Path, make: Callable[[Path], None]) -> Path:
-    """Make a directory once: fill a temporary one beside it, then rename, so that nobody reads half of it."""
-    if target.is_dir():
+    """Make a directory once: fill one beside it, then rename, so that nobody reads half of it.
+
+    Of two processes that ask for the same one, the second waits for the first. An empty directory is not there:
+    whoever follows "delete it" deletes the file.
+    """
+    if _is_made(target):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        lock = FileLock(target.parent / f".{target.name}.lock")
+        lock.acquire()
     except OSError as error:
         raise ModelError(f"cannot write to the cache {target.parent}: {error.strerror}") from error
+    making = target.parent / f".{target.name}.making"
     try:
-        make(temporary)
-        temporary.rename(target)
+        if not _is_made(target):
+            shutil.rmtree(making, ignore_errors=True)  # of a process that was killed
+            making.mkdir()
+            make(making)
+            durable.put(making, target)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
-        if not target.is_dir():  # another process may have published the same content meanwhile
-            raise ModelError(f"cannot write {target}: {error}") from error
+        raise ModelError(f"cannot write {target}: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(making, ignore_errors=True)
+        lock.release()
     return target
+
+
+def _is_made(target: Path) -> bool:
+    return target.is_dir() and any(target.iterdir())
 
 
 def content_key(*parts: object) -> str:

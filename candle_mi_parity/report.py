@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from candle_mi_parity import durable
 from candle_mi_parity.api_ledger import ApiTotals
 from candle_mi_parity.census_record import Census
 from candle_mi_parity.errors import ParityError
@@ -225,19 +224,9 @@ def write_text(text: str, path: Path) -> None:
 
     :raises ReportError: the disk is full or read-only.
     """
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{path.name}-"
-        with tempfile.NamedTemporaryFile("w", -1, "utf-8", dir=path.parent, prefix=prefix, delete=False) as file:
-            temporary = Path(file.name)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        durable.write_text(text, path)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise ReportError(f"cannot write {path}: {error.strerror or error}") from error
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from candle_mi_parity.build import condense
 from candle_mi_parity.candidate import Candidate, CandidateError
+from candle_mi_parity.cargo import condense
 from candle_mi_parity.repro_crate import dependencies, write_crate
 
 TIMEOUT_SECONDS = 1800

@@ -7,7 +7,7 @@ import platform
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -84,25 +84,46 @@ def run(
     result.skipped = skipped | {case.id: NOT_REACHED for case in cases}
     with opening as opened:
         source = StoringSource(opened, keep) if keep else opened
-        with two_at_a_time(lambda case: judge_case(case, source, spec, cache, ledger, progress), cases) as results:
-            for judged in results:
-                progress.case_ends(judged)
-                del result.skipped[judged.id]
-                result.cases.append(judged)
+        if source.identity:
+            result.identity = source.identity.model_dump(exclude_none=True)
+        with two_at_a_time(lambda case: judge_case(case, source, spec, cache, ledger, progress), cases) as futures:
+            try:
+                for future in futures:
+                    judged = future.result()
+                    _take(judged, result)
+                    progress.case_ends(judged)
+            finally:
+                _settle(result, futures, skipped, cases)
                 if source.identity:
-                    result.identity = source.identity.model_dump(exclude_none=True)
-                    result.stale += ledger.stale(judged, source.identity)
+                    result.stale = [line for case in result.cases for line in ledger.stale(case, source.identity)]
     return result
 
 
+def _take(judged: CaseResult, result: RunResult) -> None:
+    if all(judged is not taken for taken in result.cases):
+        result.cases.append(judged)
+
+
+def _settle(result: RunResult, futures: list[Future[CaseResult]], skipped: dict[str, str], cases: list[Case]) -> None:
+    """What is judged is in the result, and what is not was not reached, at whatever point the run broke off."""
+    for future in futures:
+        if future.done() and not future.cancelled():
+            _take(future.result(), result)
+    reached = {case.id for case in result.cases}
+    result.skipped = skipped | {case.id: NOT_REACHED for case in cases if case.id not in reached}
+
+
 @contextmanager
-def two_at_a_time(judge: Callable[[Case], CaseResult], cases: list[Case]) -> Iterator[Iterator[CaseResult]]:
-    """Results in the order of the cases; while one is compared, the emitter works on the next."""
+def two_at_a_time(judge: Callable[[Case], CaseResult], cases: list[Case]) -> Iterator[list[Future[CaseResult]]]:
+    """A future a case, in their order; while one is compared, the emitter works on the next.
+
+    A run that breaks off does not wait for the cases at work: their emitter, which may hang, is closed after this.
+    """
     pool = ThreadPoolExecutor(2)
     try:
-        yield pool.map(judge, cases)
+        yield [pool.submit(judge, case) for case in cases]
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def blank(spec: str, strict: bool = False, device: str = "cpu") -> RunResult:

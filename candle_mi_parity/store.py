@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from candle_mi_parity import durable
 from candle_mi_parity.candidate import CandidateError, EmitterError
 from candle_mi_parity.cases import Case
 from candle_mi_parity.errors import TraceError
@@ -73,7 +74,7 @@ def refusal(subject: Subject, identity: CandleMi, error: EmitterError) -> dict[s
 
 
 def write_json(path: Path, document: object) -> None:
-    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    durable.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", path)
 
 
 def stored_selection(names: list[str]) -> set[str]:
@@ -121,7 +122,12 @@ def store_trace(trace: Trace, case: Case, target: Path) -> None:
                 **({"part": part} if part else {}),
             }
         )
-    save_file(tensors, tensors_file)
+    partial = tensors_file.with_name(f".{tensors_file.name}.partial")
+    try:
+        save_file(tensors, partial)
+        durable.put(partial, tensors_file)
+    finally:
+        partial.unlink(missing_ok=True)
     document["tensors"] = entries
     write_json(target, document)
     _read_back(target, arrays)

@@ -9,25 +9,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from candle_mi_parity import report, views_ci
-from candle_mi_parity.errors import ParityError
+from candle_mi_parity.errors import ParityError, Stopped
 from candle_mi_parity.printable import one_line
 from candle_mi_parity.verdict import RunResult
 
 
 class Interrupted(ParityError):  # noqa: N818 -- a person's wish, no error
-    """Ctrl-C: what was judged until then is in the report, and the exit code is not a verdict's."""
+    """Ctrl-C, or another stop: what was judged until then is in the report; the exit code is not a verdict's."""
 
 
 @contextmanager
 def written(result: RunResult, out: Path) -> Iterator[RunResult]:
     """Fill ``result`` inside; on the way out every view is written, also when an error or Ctrl-C passes through.
 
-    :raises Interrupted: for Ctrl-C.
+    The views of an earlier run are removed first: of a run that is killed there is no report, and not that one's.
+
+    :raises Interrupted: for Ctrl-C, SIGTERM and a closed terminal.
     :raises ReportError: a view cannot be written and nothing else went wrong.
     """
+    remove(out, "report.json", "junit.xml", "summary.md", "report.html")
     try:
         yield result
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, Stopped) as error:
         result.fault = f"interrupted after {len(result.cases)} of {len(result.cases) + len(result.skipped)} cases"
         _write_quietly(result, out)
         raise Interrupted(result.fault) from error
@@ -37,6 +40,18 @@ def written(result: RunResult, out: Path) -> Iterator[RunResult]:
         _write_quietly(result, out)
         raise
     write(result, out)
+
+
+def remove(out: Path, *names: str) -> None:
+    """Take away what an earlier run wrote, before it can be read for this one's.
+
+    :raises ReportError: it is there and cannot be removed.
+    """
+    for name in names:
+        try:
+            (out / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise report.ReportError(f"cannot write {out / name}: {error.strerror}") from error
 
 
 def _write_quietly(result: RunResult, out: Path) -> None:

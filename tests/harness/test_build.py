@@ -11,6 +11,7 @@ import pytest
 from test_candidate import write_crate
 
 from candle_mi_parity import build as builder
+from candle_mi_parity.api import RELEASES
 from candle_mi_parity.candidate import CandidateError, parse_candidate
 
 
@@ -53,11 +54,12 @@ def test_a_checkout_alone_is_built_incrementally(
             builder.build(parse_candidate(spec), tmp_path / "cache", lambda line: None)
 
 
-def test_what_cargo_knows_of_a_checkouts_times_is_forgotten(says: Callable[[str], None], tmp_path: Path) -> None:
-    """A file put back with an old time would pass for unchanged, and the build of before for this one."""
+def test_what_cargo_knows_of_our_files_times_is_forgotten(says: Callable[[str], None], tmp_path: Path) -> None:
+    """A file put back with an old time, or written after the clock was set back, would pass for unchanged, and the
+    build of before for this one."""
     says("known: $(ls $CARGO_TARGET_DIR/release/.fingerprint | tr '\\n' ' ').")
     known = tmp_path / "cache" / "target" / "candle-0.11" / "release" / ".fingerprint"
-    for name in ("candle-mi-0a1b", "candle-core-2c3d"):
+    for name in ("candle-mi-0a1b", "candle-core-2c3d", "parity-emitter-4e5f"):
         (known / name).mkdir(parents=True)
     with pytest.raises(CandidateError, match=r"known: candle-core-2c3d candle-mi-0a1b \."):
         builder.build(parse_candidate("0.2.2"), tmp_path / "cache", lambda line: None)
@@ -65,3 +67,12 @@ def test_what_cargo_knows_of_a_checkouts_times_is_forgotten(says: Callable[[str]
         builder.build(
             parse_candidate(f"path:{write_crate(tmp_path / 'crate')}"), tmp_path / "cache", lambda line: None
         )
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_release_is_built_from_its_lock(says: Callable[[str], None], tmp_path: Path, release: str) -> None:
+    says("$*")
+    with pytest.raises(CandidateError, match=r"build --release .* --locked "):
+        builder.build(parse_candidate(release), tmp_path / "cache", lambda line: None)
+    (lock,) = (tmp_path / "cache" / "crates").glob("*/Cargo.lock")
+    assert lock.read_bytes() == (builder.EMITTER / "locks" / f"{release}.lock").read_bytes()

@@ -30,7 +30,8 @@ def command(
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     extra = environment or {}
-    defaults = {"PYTHONPATH": str(ROOT), "COLUMNS": "160", "PARITY_CACHE": str(cache_root())}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    defaults = {"PYTHONPATH": path, "COLUMNS": "160", "PARITY_CACHE": str(cache_root())}
     code = "from candle_mi_parity.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import tempfile
+import os
 from pathlib import Path
 
 import numpy as np
@@ -160,21 +161,24 @@ def test_nothing_half_made_is_ever_published(tmp_path: Path, error: BaseExceptio
 
     with pytest.raises(ModelError if isinstance(error, OSError) else type(error)):
         publish(target, make)
-    assert list(target.parent.iterdir()) == [], "a half-made directory was left behind"
+    assert held(target.parent) == [], "a half-made directory was left behind"
     assert publish(target, lambda out: (out / "a").touch()) == target
-    assert [path.name for path in target.iterdir()] == ["a"]
+    assert held(target) == ["a"]
 
 
-def test_what_another_process_published_meanwhile_is_taken(tmp_path: Path) -> None:
+def held(directory: Path) -> list[str]:
+    """What lies in a directory of the cache; the locks stay."""
+    return sorted(path.name for path in directory.iterdir() if path.suffix != ".lock")
+
+
+def test_what_a_killed_process_left_half_made_is_made_again(tmp_path: Path) -> None:
     target = tmp_path / "key"
-
-    def slow(out: Path) -> None:
-        (out / "mine").touch()
-        publish(target, lambda other: (other / "theirs").touch())
-
-    publish(target, slow)
-    assert [path.name for path in target.iterdir()] == ["theirs"]
-    assert list(tmp_path.iterdir()) == [target]
+    half = [tmp_path / ".key.making", target]  # a whole name over nothing: the file was deleted, as errors say
+    for directory in half:
+        directory.mkdir()
+    (half[0] / "old").touch()
+    publish(target, lambda out: (out / "new").touch())
+    assert held(target) == ["new"] and held(tmp_path) == ["key"]
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,9 +187,20 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch:
         model_directory(LLAMA, tmp_path / "file")
     assert "\n" not in str(caught.value)
 
-    def read_only(*_: object, **__: object) -> str:
-        raise PermissionError(13, "Permission denied")
+    def read_only(*_: object, **__: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
-    with pytest.raises(ModelError, match=r"cannot write to the cache .*: Permission denied"):
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(ModelError, match=r"cannot write to the cache .*: Read-only file system"):
         model_directory(LLAMA, tmp_path / "cache")
+
+
+def test_what_is_in_a_read_only_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = model_directory(LLAMA, tmp_path)
+
+    def read_only(path: object, flags: int, *_: object, **__: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(os, "mkdir", read_only)
+    assert model_directory(LLAMA, tmp_path) == there

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from results import case as result
 
+from candle_mi_parity import run
 from candle_mi_parity.cases import Case, load_cases
+from candle_mi_parity.errors import Stopped
+from candle_mi_parity.ledger import Ledger
 from candle_mi_parity.run import two_at_a_time
 from candle_mi_parity.verdict import CaseResult
 
@@ -22,8 +26,8 @@ def test_the_next_case_is_emitted_while_one_is_compared() -> None:
         meeting.wait()  # a broken barrier raises: one case at a time never meets another
         return result(case.id)
 
-    with two_at_a_time(judge, CASES) as results:
-        assert len(list(results)) == len(CASES)
+    with two_at_a_time(judge, CASES) as futures:
+        assert len([future.result() for future in futures]) == len(CASES)
 
 
 def test_results_come_in_the_order_of_the_cases() -> None:
@@ -31,8 +35,8 @@ def test_results_come_in_the_order_of_the_cases() -> None:
         time.sleep(0.05 if case.id == CASES[0].id else 0)
         return result(case.id)
 
-    with two_at_a_time(judge, CASES) as results:
-        assert [found.id for found in results] == [case.id for case in CASES]
+    with two_at_a_time(judge, CASES) as futures:
+        assert [future.result().id for future in futures] == [case.id for case in CASES]
 
 
 def test_a_run_that_breaks_off_begins_no_further_case() -> None:
@@ -43,6 +47,52 @@ def test_a_run_that_breaks_off_begins_no_further_case() -> None:
         time.sleep(0.05)
         return result(case.id)
 
-    with pytest.raises(KeyboardInterrupt), two_at_a_time(judge, CASES) as results:
-        raise KeyboardInterrupt(next(results).id)
+    with pytest.raises(Stopped), two_at_a_time(judge, CASES) as futures:
+        raise Stopped(futures[0].result().id)
     assert len(begun) <= 4
+
+
+def test_a_run_that_breaks_off_waits_for_no_case() -> None:
+    """One may hang in its emitter, which is closed only after this."""
+    release = threading.Event()
+    started = time.monotonic()
+    with pytest.raises(Stopped), two_at_a_time(lambda case: release.wait(30) or result(case.id), CASES):
+        raise Stopped("SIGINT")
+    took = time.monotonic() - started
+    release.set()
+    assert took < 5
+
+
+class Interrupting(run.Progress):
+    """Stops the run when the first case is done, with every other in hand."""
+
+    def __init__(self, all_but_one: threading.Event) -> None:
+        self._all_but_one = all_but_one
+
+    def case_ends(self, found: CaseResult) -> None:
+        assert self._all_but_one.wait(10)
+        raise Stopped("SIGINT")
+
+
+def test_results_that_were_computed_out_of_turn_are_in_the_report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The second case is still at work when the run is stopped; the third has been judged."""
+    third, release = threading.Event(), threading.Event()
+
+    def judge(case: Case, *_: object) -> CaseResult:
+        if case.id == CASES[1].id:
+            release.wait(30)
+        if case.id == CASES[3].id:
+            third.set()  # the same thread did the third before
+            release.wait(30)
+        return result(case.id)
+
+    monkeypatch.setattr(run, "judge_case", judge)
+    told = run.blank("stored:0.2.2")
+    arguments = (tmp_path, tmp_path, Ledger(format=1, known=[]), Interrupting(third))
+    with pytest.raises(Stopped):
+        run.run("stored:0.2.2", CASES, {"x/hub": "no hub"}, *arguments, result=told)
+    release.set()
+    assert [found.id for found in told.cases] == [CASES[0].id, CASES[2].id]
+    assert set(told.skipped) == {"x/hub", CASES[1].id} | {case.id for case in CASES[3:]}

@@ -1,0 +1,51 @@
+"""Files and directories that are whole or absent, whatever ends the process or the machine.
+
+What is to be found under a name is made beside it, flushed to disk, renamed, and the directory that holds the name is
+flushed: a rename alone may reach the disk before the contents do, and a power loss then leaves a name over zeros.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def put(made: Path, target: Path) -> None:
+    """Give what was made its name: a file, or a directory with all that lies below it.
+
+    :raises OSError: it cannot be flushed or renamed; ``target`` is then as it was.
+    """
+    for directory, _, names in os.walk(made):
+        for name in names:
+            _flush(Path(directory, name))
+        _flush(Path(directory))
+    if made.is_file():
+        _flush(made)
+    made.replace(target)
+    _flush(target.parent)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file of UTF-8 whole or not at all; the directory is made if it is not there.
+
+    :raises OSError: the disk is full or read-only.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}-"
+    with tempfile.NamedTemporaryFile("w", -1, "utf-8", dir=path.parent, prefix=prefix, delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(text)
+            file.flush()
+            put(temporary, path)
+        finally:  # Ctrl-C too leaves nothing behind
+            temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,213 @@
+"""A run that is stopped: its results are in the report, nothing is left running, no older report is taken for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from candle_mi_parity import cargo, cli
+from candle_mi_parity.cases import ROOT, cache_root
+from candle_mi_parity.errors import Stopped
+
+STORED = ROOT / "rust_outputs" / "0.2.2"
+TOKEN = "PARITY_TEST_TOKEN"
+
+EMITTER = """#!{python}
+import json, shutil, sys, time
+from pathlib import Path
+for _ in range(2):
+    request = json.loads(sys.stdin.readline())
+    out, kept = Path(request["out"]), Path({stored!r}) / request["case"]["id"]
+    for end in (".safetensors", ".json"):
+        shutil.copy(f"{{kept}}{{end}}", f"{{out}}.new")
+        Path(f"{{out}}.new").rename(out.with_suffix(end))
+    print(json.dumps({{"case": request["case"]["id"], "ok": True, "trace": str(out)}}), flush=True)
+sys.stdin.readline()
+Path({hung!r}).touch()
+{hang}
+"""
+
+COMMAND = """
+import json
+from pathlib import Path
+from candle_mi_parity import sources
+from candle_mi_parity.candidate import BuiltEmitter
+from candle_mi_parity.cli import main
+
+identity = json.loads(Path({identity!r}).read_text())
+sources.build = lambda *_: BuiltEmitter(Path({emitter!r}), {{"candle_mi": identity}})
+main()
+"""
+
+
+def alive(token: str) -> list[int]:
+    """The processes that a run started, itself among them."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if token.encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def gone(token: str) -> bool:
+    for _ in range(100):
+        if not alive(token):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+class Run:
+    """A run in a process of its own, whose emitter answers two cases and hangs in the third.
+
+    Two are judged at a time: when the third is asked for, one of the others is judged.
+    """
+
+    def __init__(self, directory: Path, hang: str) -> None:
+        self.out, self.hung, self.token = directory / "out", directory / "hung", uuid.uuid4().hex
+        emitter = directory / "emitter"
+        emitter.write_text(EMITTER.format(python=sys.executable, stored=str(STORED), hung=str(self.hung), hang=hang))
+        emitter.chmod(0o755)
+        code = COMMAND.format(identity=str(STORED / "candidate.json"), emitter=str(emitter))
+        arguments = ["run", "--candidate", "0.2.2", "--cases", "[gl]*/hub", "--out", str(self.out)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            env={**os.environ, "PARITY_CACHE": str(cache_root()), TOKEN: self.token},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+            # Ignored in what a shell runs in the background, and inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+        )
+
+    def wait_for_the_hang(self) -> None:
+        until = time.monotonic() + 120
+        while not self.hung.exists():
+            assert self.process.poll() is None, self.process.communicate()[1]
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+    def ends(self) -> str:
+        """What it said on stderr; the time is that of an exit, not of a case."""
+        return self.process.communicate(timeout=60)[1]
+
+
+@pytest.fixture
+def leave_nothing() -> Iterator[list[Run]]:
+    runs: list[Run] = []
+    yield runs
+    for run in runs:
+        for process in alive(run.token):
+            os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_in_a_hung_case_ends_the_run_and_keeps_its_results(
+    leave_nothing: list[Run], tmp_path: Path, number: signal.Signals
+) -> None:
+    run = Run(tmp_path, "time.sleep(600)")
+    leave_nothing.append(run)
+    run.wait_for_the_hang()
+    os.killpg(run.process.pid, number)  # as a terminal does
+    said = run.ends()
+    assert run.process.returncode == 2
+    assert "\n" not in said.strip()
+    told = json.loads((run.out / "report.json").read_text())
+    assert told["verdict"] == "ERROR" and told["fault"] in said
+    judged = {case["id"]: case for case in told["cases"]}
+    assert told["fault"] == f"interrupted after {len(judged)} of {len(judged) + len(told['skipped'])} cases"
+    assert judged and all(case["status"] == "PASS" and case["compared"] > 40 for case in judged.values())
+    assert not set(judged) & set(told["skipped"])
+    assert gone(run.token), "a process was left behind"
+
+
+def test_of_a_killed_run_there_is_no_report_rather_than_an_older_one(
+    leave_nothing: list[Run], tmp_path: Path
+) -> None:
+    run = Run(tmp_path, "sys.stdin.read()")
+    leave_nothing.append(run)
+    run.out.mkdir()
+    older = [run.out / name for name in ("report.json", "report.html", "junit.xml", "summary.md")]
+    for path in older:
+        path.write_text("PASS")
+    run.wait_for_the_hang()
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.ends()
+    assert not [path.name for path in older if path.exists()]
+    assert gone(run.token), "the emitter outlived the run that it served"
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Handlers of signals are those of before after the test."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_outside_a_run_is_one_line_and_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    monkeypatch.setattr(cli, "app", lambda: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.strip() == f"candle-mi-parity: stopped by {number.name}"
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_run_that_outlives_its_terminal_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    monkeypatch.setattr(cli, "app", lambda: os.kill(os.getpid(), signal.SIGHUP))
+    cli.main()
+
+
+CARGO = """#!/bin/sh
+sleep 600 &
+echo $$ $! >{pids}
+echo "   Compiling candle-core v0.11.0" >&2
+wait
+"""
+
+
+def running(process: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("error", [Stopped("SIGTERM"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_build_that_is_broken_off_leaves_no_cargo_and_no_compiler(tmp_path: Path, error: BaseException) -> None:
+    program, pids = tmp_path / "cargo", tmp_path / "pids"
+    program.write_text(CARGO.format(pids=pids))
+    program.chmod(0o755)
+
+    def log(line: str) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        cargo.run_cargo([str(program)], os.environ, tmp_path / "build.log", log)
+    started = [int(word) for word in pids.read_text().split()]
+    until = time.monotonic() + 5
+    while any(map(running, started)) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not [process for process in started if running(process)]
