@@ -74,7 +74,8 @@ class Terminal(Progress):
         if step == "model" and case.lane == "hub":
             # The hub's client draws bars of its own, and two of them on one terminal overwrite each other.
             self._bar.stop()
-            self._bar.console.print(f"[{self._done + 1}/{self._total}] {case.id}: from the hub", markup=False)
+            line = f"[{self._done + 1}/{self._total}] {case.id}: from the hub"
+            self._bar.console.print(line, markup=False, highlight=False)
         else:
             self._bar.start()
         self._bar.update(self._task, description=f"[{self._done + 1}/{self._total}] {case.id}: {step}")

@@ -74,7 +74,7 @@ def run(
     result = result or blank(spec, strict, device)
     candidate = parse_candidate(spec)
     if candidate.kind == "stored" and Path(candidate.target).expanduser().is_file():
-        result.cases += run_reference(spec, Path(candidate.target).expanduser(), cache).cases
+        result.cases += run_reference(spec, Path(candidate.target).expanduser(), cache, progress).cases
         return result
     try:
         opening = open_source(candidate, cache, out / "traces", progress.note, device)
@@ -131,7 +131,7 @@ def blank(spec: str, strict: bool = False, device: str = "cpu") -> RunResult:
     return RunResult(spec, {}, library_versions() | cuda.versions(device), [], {}, [], strict)
 
 
-def run_reference(spec: str, path: Path, cache: Path) -> RunResult:
+def run_reference(spec: str, path: Path, cache: Path, progress: Progress) -> RunResult:
     """Judge a flat reference JSON; without provenance even a perfect one is only UNMEASURED.
 
     :raises ParityError: the file is not such a JSON; what it is about that cannot be had is an ERROR.
@@ -142,8 +142,10 @@ def run_reference(spec: str, path: Path, cache: Path) -> RunResult:
     command = f"candle-mi-parity run --candidate {shlex.quote(spec)}"
     result = CaseResult(case.id, case.family, "", Status.ERROR, command)
     try:
+        progress.case_starts(case, "model")
         subject = prepare(case, cache)
         result.digest, result.downloads = subject.digest, subject.downloads
+        progress.case_starts(case, "truth")
         result.tensors = judge_reference(reference, Oracle(subject, cache))
         result.expected = len(result.tensors)
         result.status, result.error = _status(result.tensors, case, in_part=True)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import termios
@@ -19,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hub_client
 import pytest
+from hub_client import Found
 from hub_server import MEMBER, STRANGER, Fault, Hub, Repo, git_digest, serving, sha256
 from huggingface_hub import constants
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -32,25 +32,6 @@ assert isinstance(CASE.model, HubModel) and isinstance(CASE.sae, SaeFile) and CA
 MODEL, SCOPE, SAE = CASE.model.repo, CASE.sae.repo, CASE.sae.path
 COMMIT, SCOPE_COMMIT = CASE.model.revision, CASE.sae.revision
 WEIGHTS = "model-00002-of-00003.safetensors"
-
-# What the command does with an error, without the seconds that its imports take.
-FETCH = """
-import json, sys, time, traceback
-real, waits = time.sleep, []
-time.sleep = lambda seconds: (waits.append(seconds), real(min(seconds, 0.01)))
-from candle_mi_parity.cases import HubModel, SaeFile
-from candle_mi_parity.errors import ParityError
-from candle_mi_parity.hub import fetch_model, fetch_sae
-repo, revision, path = json.loads(sys.argv[1])
-try:
-    if path:
-        where, download = fetch_sae(SaeFile(repo=repo, revision=revision, path=path, layer=0))
-    else:
-        where, download = fetch_model(HubModel(source="hub", repo=repo, revision=revision))
-    print(json.dumps({"where": str(where), "commit": download.commit, "files": download.files}))
-except ParityError as error:
-    print(json.dumps({"kind": type(error).__name__, "error": str(error)}))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -90,39 +71,24 @@ class Machine:
         ours = {"HF_HOME": str(self.home), "HF_ENDPOINT": self.endpoint, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
         return {**own, **ours, "PARITY_CACHE": str(cache_root()), **extra}
 
-    def python(self, code: str, *arguments: str, limit: int | None = None, **extra: str) -> tuple[int, str, str]:
-        def full_disk() -> None:
-            assert limit is not None
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, as on a full disk
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            cwd=ROOT,
-            env=self.environment(**extra),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            preexec_fn=full_disk if limit is not None else None,
-        )
-        return done.returncode, done.stdout, done.stderr
-
-    def fetch(self, *what: str, code: str = "", limit: int | None = None, **extra: str) -> dict[str, object]:
+    def fetch(
+        self, *what: str, stderr: str = "", limit: int | None = None, free: int | None = None, **extra: str
+    ) -> Found:
         """What :func:`hub.fetch_model` or :func:`hub.fetch_sae` gives, or its error.
 
         :param what: repository, revision and file; the model at its commit where they are left out.
         """
-        asked = json.dumps([*what, *(MODEL, COMMIT, "")[len(what) :]])
-        status, out, err = self.python(code + FETCH, asked, limit=limit, **extra)
-        assert status == 0 and "Traceback" not in err, err
-        found: dict[str, object] = json.loads(out.splitlines()[-1])
+        repo, revision, path = [*what, *(MODEL, COMMIT, "")[len(what) :]]
+        log = self.home.with_name("stderr")
+        found = hub_client.fetch((repo, revision, path), self.environment(**extra), stderr or str(log), limit, free)
+        assert found.get("kind") in (None, "HubError"), (found, log.read_text())
+        assert stderr or "Traceback" not in log.read_text()
         return found
 
-    def said(self, *what: str, code: str = "", limit: int | None = None, **extra: str) -> str:
+    def said(self, *what: str, limit: int | None = None, free: int | None = None, **extra: str) -> str:
         """Its error: one line that names the repository."""
-        found = self.fetch(*what, code=code, limit=limit, **extra)
-        assert found.get("kind") == "HubError", found
+        found = self.fetch(*what, limit=limit, free=free, **extra)
+        assert "error" in found, found
         line = str(found["error"])
         assert "\n" not in line and (what or (MODEL,))[0] in line, line
         return line
@@ -137,7 +103,7 @@ def machine(tmp_path: Path, hub: Hub) -> Machine:
     return Machine(tmp_path / "hf", hub.endpoint)
 
 
-def whole(found: dict[str, object], repo: Repo) -> bool:
+def whole(found: Found, repo: Repo) -> bool:
     """Whether every wanted file is there with the bytes that the hub has, and nothing else."""
     assert "files" in found, found
     files, where = found["files"], Path(str(found["where"]))
@@ -342,9 +308,7 @@ def test_a_cache_without_links_cannot_be_checked_and_is_refused(machine: Machine
 def test_a_disk_that_is_full(hub: Hub, machine: Machine) -> None:
     assert "File too large" in (line := machine.said(limit=50_000)) and "HF_HOME to a larger disk" in line
     assert not list(machine.home.rglob("*.incomplete"))
-    small = "import shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=1000)\n"
-    hub.requests.clear()
-    line = machine.said(code=small)
+    line = machine.said(free=1000)
     assert "Not enough free disk space" in line and "HF_HOME to a larger disk" in line
     assert whole(machine.fetch(), hub.repos[MODEL])
 
@@ -352,10 +316,7 @@ def test_a_disk_that_is_full(hub: Hub, machine: Machine) -> None:
 def test_bars_are_drawn_on_a_terminal(machine: Machine) -> None:
     master, slave = os.openpty()
     termios.tcsetwinsize(slave, (24, 100))
-    code = "import os, sys; os.dup2(int(sys.argv.pop()), 2)\n"
-    arguments = [json.dumps([MODEL, COMMIT, ""]), str(slave)]
-    command = [sys.executable, "-c", code + FETCH, *arguments]
-    subprocess.run(command, cwd=ROOT, env=machine.environment(), pass_fds=[slave], check=True, capture_output=True)
+    machine.fetch(stderr=os.ttyname(slave))
     os.close(slave)
     assert b"Fetching 7 files" in os.read(master, 100_000)
     os.close(master)
@@ -371,9 +332,17 @@ def heal(line: str) -> None:
 def judged(machine: Machine, candidate: str, out: Path) -> tuple[int, str, dict[str, Any]]:
     """The command on the table's hub case: exit code, what it printed, and the case in ``report.json``."""
     arguments = ("run", "--candidate", candidate, "--cases", CASE.id, "--out", str(out))
-    status, printed, err = machine.python("from candle_mi_parity.cli import main; main()", *arguments)
-    assert "Traceback" not in printed + err, err
-    return status, printed, json.loads((out / "report.json").read_text())["cases"][0]
+    done = subprocess.run(
+        [sys.executable, "-c", "from candle_mi_parity.cli import main; main()", *arguments],
+        cwd=ROOT,
+        env=machine.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    return done.returncode, done.stdout, json.loads((out / "report.json").read_text())["cases"][0]
 
 
 @pytest.mark.slow

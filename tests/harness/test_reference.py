@@ -22,7 +22,7 @@ from candle_mi_parity.errors import TraceError
 from candle_mi_parity.models import model_directory
 from candle_mi_parity.oracle import Oracle
 from candle_mi_parity.reference import is_last_layer, make_reference, read_reference, reference_case
-from candle_mi_parity.run import run_reference
+from candle_mi_parity.run import Progress, run_reference
 from candle_mi_parity.subject import prepare
 from candle_mi_parity.verdict import RunResult, Verdict
 
@@ -86,7 +86,7 @@ def script(model_dir: Path) -> Callable[[int], dict[str, Any]]:
 
 def judged(document: dict[str, Any], path: Path) -> RunResult:
     path.write_text(json.dumps(document), encoding="utf-8")
-    return run_reference(f"stored:{path}", path, cache_root())
+    return run_reference(f"stored:{path}", path, cache_root(), Progress())
 
 
 @pytest.mark.slow
