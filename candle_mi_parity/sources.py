@@ -173,6 +173,8 @@ class StoredSource(NothingOpen):
         path = trace_path(self._directory, subject.case.id, mode)
         if not path.is_file():
             raise TraceError(f"nothing is stored for {subject.case.id} ({mode}) at {path}")
+        if not path.resolve().is_relative_to(self._directory.resolve()):
+            raise TraceError(f"{path} is a link that leads out of {self._directory}; it is not followed")
         raw = read_json(path)
         if isinstance(raw, dict) and raw.get("format") == REFUSAL_FORMAT:
             _check_refusal(path, raw, subject, self.identity)

@@ -63,8 +63,9 @@ def requests(directory: Path) -> Callable[[Random], str]:
         {"hook": "blocks.0.hook_resid_pre", "kind": "scale", "factor": 1.5},
         {"hook": "blocks.0.attn.hook_scores", "kind": "knockout", "spec": {"heads": [0], "edges": [[3, 1]]}},
     ]
+    tokenizer = f"{good['model_dir']}/tokenizer.json"
     token: dict[str, Any] = {
-        "format": "candle-mi-parity/tokenize/1", "model_dir": good["model_dir"], "texts": ["a"], "out": "t.json",
+        "format": "candle-mi-parity/tokenize/1", "tokenizer": tokenizer, "texts": ["a"], "out": "t.json",
     }  # fmt: skip
     binary = build(parse_candidate("0.2.2"), cache_root(), lambda _: None).path
     emitters: list[Emitter] = []

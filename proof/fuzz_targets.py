@@ -243,17 +243,17 @@ def _emitter(directory: Path) -> Fuzz:
 
 
 TARGETS = [
-    Target("trace: bytes of the document", 12_000, _trace(traces.document_bytes)),
-    Target("trace: bytes of the tensors", 6_000, _trace(traces.tensor_bytes)),
-    Target("trace: tree of the document", 14_000, _trace(traces.document_tree)),
-    Target("trace: candidate.json", 4_000, _trace(traces.candidate_tree, ("llama/hub",))),
-    Target("trace: tensors, digests renewed", 5_000, _trace(traces.tensor_values)),
-    Target("SAE: NPZ", 12_000, _npz),
-    Target("SAE: SAELens directory", 16_000, _saelens),
-    Target("config.json: read", 3_000, _config),
-    Target("config.json: loaded and run", 200, _loaded),
+    Target("flat reference", 20_000, _reference),
     Target("cases.toml", 14_000, _cases),
-    Target("flat reference", 16_000, _reference),
+    Target("SAE: SAELens directory", 16_000, _saelens),
+    Target("trace: bytes of the document", 16_000, _trace(traces.document_bytes)),
+    Target("trace: tree of the document", 14_000, _trace(traces.document_tree)),
+    Target("trace: tensors, digests renewed", 6_000, _trace(traces.tensor_values)),
+    Target("trace: bytes of the tensors", 6_000, _trace(traces.tensor_bytes)),
+    Target("trace: candidate.json", 3_000, _trace(traces.candidate_tree, ("llama/hub",))),
+    Target("SAE: NPZ", 10_000, _npz),
     Target("emitter: requests", 6_000, _emitter),
+    Target("config.json: read", 2_000, _config),
+    Target("config.json: loaded and run", 200, _loaded),
 ]
 NAMED = {target.name: target for target in TARGETS}
