@@ -298,7 +298,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 def _parse_reply(line: bytes) -> dict[str, object] | None:
     try:
         reply = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if isinstance(reply, dict) and isinstance(reply.get("ok"), bool) and "case" in reply:
         return reply

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -12,15 +13,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from candle_mi_parity.edits import Edit
 from candle_mi_parity.errors import CaseTableError, ParityError
+from candle_mi_parity.printable import one_line
+from candle_mi_parity.untrusted import read_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "fixtures"
+MAX_TOML_BYTES = 4 << 20
 
 
 def cache_root() -> Path:
     """``$PARITY_CACHE``, or ``~/.cache/candle-mi-parity``: built emitters, generated models, truths."""
     told = os.environ.get("PARITY_CACHE")
     return Path(told).expanduser() if told else Path.home() / ".cache" / "candle-mi-parity"
+
+
+BELOW = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*$"
+"""A path that stays below where it starts: no part of it is empty or begins with a dot."""
 
 
 class Row(BaseModel):
@@ -35,9 +43,9 @@ class RandomTokens(Row):
     :ivar batch: number of such rows, of equal length and different ids.
     """
 
-    random: Annotated[int, Field(ge=1)]
+    random: Annotated[int, Field(ge=1, le=1 << 17)]
     seed: int = 0
-    batch: Annotated[int, Field(ge=1)] = 1
+    batch: Annotated[int, Field(ge=1, le=1 << 10)] = 1
 
 
 Scalar = int | float | str | bool
@@ -55,9 +63,9 @@ class TinyModel(Row):
     """
 
     source: Literal["tiny"]
-    config: str
+    config: Annotated[str, Field(pattern=BELOW)]
     dialect: Literal["hub", "v5"]
-    shards: Annotated[int, Field(ge=1)] = 1
+    shards: Annotated[int, Field(ge=1, le=1 << 10)] = 1
     change: dict[str, Setting] = {}
     null: list[str] = []
     absent: list[str] = []
@@ -122,7 +130,7 @@ class SaelensDirectory(SaePlace):
     :ivar scaling_factor: whether the file holds the ``scaling_factor`` of ones that versions 2 and 3 wrote.
     """
 
-    d_sae: Annotated[int, Field(ge=1)]
+    d_sae: Annotated[int, Field(ge=1, le=1 << 20)]
     cfg: dict[str, Setting]
     weights: Literal["float32", "float64", "bfloat16"] = "float32"
     threshold: float | None = None
@@ -165,6 +173,15 @@ class Table(Row):
     format: Literal[1]
     case: list[Case]
 
+    @model_validator(mode="after")
+    def _stays_below(self) -> Table:
+        """An id becomes the name of files, an SAE's path is one below ``fixtures/`` or in a repository."""
+        for case in self.case:
+            sae = [case.sae.path] if isinstance(case.sae, SaeFile) else []
+            if odd := [text for text in [case.id, *sae] if not re.match(BELOW, text)]:
+                raise ValueError(f"{odd[0]!a} is not a plain name or path")
+        return self
+
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -175,12 +192,13 @@ def read_toml(path: Path, model: type[M], fault: type[ParityError]) -> M:
     :param fault: what is raised when it is unreadable, has an unknown or missing key, or a wrong type.
     """
     try:
-        return model.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise fault(f"{path}: {error}") from error
-    except ValidationError as error:
+        return model.model_validate(tomllib.loads(read_bytes(path, MAX_TOML_BYTES).decode("utf-8")))
+    except ValidationError as error:  # is a ValueError too
         first = error.errors()[0]
-        raise fault(f"{path}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from error
+        where = one_line(".".join(str(part) for part in first["loc"]))
+        raise fault(f"{path}: {where}: {one_line(first['msg'])}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise fault(f"{path}: {one_line(str(error))}") from error
 
 
 def load_cases(path: Path = FIXTURES / "cases.toml") -> list[Case]:

@@ -319,7 +319,7 @@ def calls_command(candidate: CandidateOption = DEFAULT_CANDIDATE, out: OutOption
         verdicts = judge_calls(table, read_calls(path), lambda row: truth_of(row, table, cache), load_known_calls())
         shown = Table("call", "verdict", "why")
         for verdict in verdicts:
-            shown.add_row(verdict.id, verdict.status, Text(verdict.why))
+            shown.add_row(verdict.id, verdict.status, Text(printable(verdict.why)))
         Console().print(shown)
     raise typer.Exit(1 if any(verdict.status in ("FAIL", "STALE") for verdict in verdicts) else 0)
 

@@ -15,6 +15,7 @@ from candle_mi_parity.errors import TraceError
 from candle_mi_parity.families import inputs_of
 from candle_mi_parity.gate import ELEMENT_GATE, UNITS, measure
 from candle_mi_parity.judge import concluded, malformed, nonfinite, selected, tally
+from candle_mi_parity.printable import one_line
 from candle_mi_parity.trace import Emitted, Selection, Trace, stretches
 from candle_mi_parity.truth import Expected, Truth
 from candle_mi_parity.verdict import Status, TensorResult, Worst
@@ -48,7 +49,7 @@ def _token_difference(expected: list[list[int]], found: list[list[int]]) -> str:
         hint += ": the reference has BOS at 0, the candidate has not"
     elif other[1:] == first:
         hint += ": the candidate's BOS is doubled"
-    return f"{hint}; expected {expected}, found {found}"
+    return f"{hint}; expected {one_line(str(expected))}, found {one_line(str(found))}"
 
 
 def compare(
@@ -85,7 +86,15 @@ def compare(
     ]
     chains = [name for name in truth.sae if selection is None or f"{name}.features" in selection]
     results = say_whose_fault(results)
-    return results + _judge_tokens(truth, trace) + judge_sae_scalars(truth, trace, decoder, chains)
+    scalars = judge_sae_scalars(truth, trace, decoder, chains)
+    return results + _judge_tokens(truth, trace) + scalars + _surplus(trace, {scalar.name for scalar in scalars})
+
+
+def _surplus(trace: Emitted, judged: set[str]) -> list[TensorResult]:
+    """Numbers beside the tensors that nothing is compared with: as wrong as a tensor that the truth has not."""
+    given = set(trace.scalars) | ({"sae.top_features_last_pos"} if trace.top_features else set())
+    detail = "the truth has no scalar of this name"
+    return [TensorResult(name, Status.FAIL, "unexpected", detail=detail) for name in sorted(given - judged)]
 
 
 def look(truth: Truth, trace: Emitted, results: list[TensorResult]) -> Diagnosis | None:

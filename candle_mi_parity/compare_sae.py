@@ -8,6 +8,7 @@ import numpy as np
 
 from candle_mi_parity.gate import ELEMENT_GATE, TINY, UNIT, measure
 from candle_mi_parity.judge import judged, malformed, nonfinite, selected
+from candle_mi_parity.printable import one_line
 from candle_mi_parity.trace import Emitted, Selection
 from candle_mi_parity.truth import SaeTruth, Truth, TruthTensor
 from candle_mi_parity.verdict import Status, TensorResult, Worst
@@ -282,7 +283,8 @@ def _judge_top(truth: Truth, trace: Emitted) -> TensorResult:
         return TensorResult(name, status, "values" if problem else "", compared=len(found), detail=detail)
 
     if len(found) != len(trace.top_features) or any(index >= len(value) for index in found):
-        return result(f"indices {[feature.index for feature in trace.top_features]} are not distinct features")
+        indices = one_line(str([feature.index for feature in trace.top_features]))
+        return result(f"indices {indices} are not distinct features")
     if not found and active:
         return TensorResult(name, Status.FAIL, "missing", detail=f"no feature listed, {active} are active")
     for index, got in found.items():

@@ -7,13 +7,12 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from candle_mi_parity.diff import CaseDiff, Diff, Direction, Kind, Row, Side, shown, size
 from candle_mi_parity.outcome import Outcome
-from candle_mi_parity.printable import number, printable
+from candle_mi_parity.printable import cell, number, printable
 from candle_mi_parity.report import plain
 from candle_mi_parity.speed import Figure, figures
 from candle_mi_parity.template import rendered
@@ -98,17 +97,17 @@ def terminal(diff: Diff, console: Console) -> None:
     console.print("speed and memory, as each trace recorded them when it was emitted:")
     for figure in figures(diff.cases):
         console.print(f"  {_figure_line(figure)}", highlight=False)
-    console.print(Text(diff.line(), style=_STYLES.get(diff.verdict, "bold magenta")))
+    console.print(Text(printable(diff.line()), style=_STYLES.get(diff.verdict, "bold magenta")))
 
 
 def _print_changes(diff: Diff, console: Console) -> None:
-    table = Table(title=f"{escape(diff.a)} → {escape(diff.b)}", box=box.SIMPLE_HEAD, padding=0)
+    table = Table(title=f"{cell(diff.a)} → {cell(diff.b)}", box=box.SIMPLE_HEAD, padding=0)
     for heading in ("verdict", "cases", "which"):
         table.add_column(heading, justify="right" if heading == "cases" else "left", overflow="fold")
     styles = {"bad": "bold red", "good": "green", "grey": "dim"}
     for change in changes(diff):
         which = change.families if change.same else _some(change.cases)
-        table.add_row(Text(change.text, style=styles[change.colour]), str(len(change.cases)), escape(which))
+        table.add_row(Text(change.text, style=styles[change.colour]), str(len(change.cases)), cell(which))
     console.print(table)
 
 
@@ -143,9 +142,9 @@ def _moved_table(cases: list[CaseDiff], total: int) -> Table:
         first = case.moved()[0]
         direction = first.direction or first.kind
         table.add_row(
-            escape(case.id),
+            cell(case.id),
             f"{len(case.moved())}/{len(case.rows)}",
-            escape(printable(first.name)),
+            cell(first.name),
             number(first.distance.ratio if first.distance else None),
             result_size(first.a),
             result_size(first.b),

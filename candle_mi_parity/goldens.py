@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from candle_mi_parity.cases import Case
 from candle_mi_parity.errors import GoldenError, TraceError
 from candle_mi_parity.models import digest_files
+from candle_mi_parity.npz import read_npz
 from candle_mi_parity.subject import Subject
 from candle_mi_parity.trace import read_json
 from candle_mi_parity.truth import Truth
@@ -113,6 +114,8 @@ class Golden:
         for path in (self.path, meta_path):
             if not path.is_file():
                 raise GoldenError(f"golden {path} is absent; {remake}")
+            if path.is_symlink():
+                raise GoldenError(f"golden {path} is a link; it is not followed")
         try:
             kept = Meta.model_validate(read_json(meta_path))
         except (ValidationError, TraceError) as error:
@@ -145,11 +148,7 @@ class Golden:
                 )
 
     def _kept(self) -> dict[str, np.ndarray]:
-        try:
-            with np.load(self.path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        except Exception as error:  # a cut zip fails in several ways
-            raise GoldenError(f"golden {self.path} is not readable: {error}") from error
+        return read_npz(self.path, GoldenError)
 
     def record(self, reason: str) -> None:
         """Write the ``.json`` of a regeneration; pytest-regressions writes the arrays.

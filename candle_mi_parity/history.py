@@ -8,13 +8,12 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from candle_mi_parity.diff import size
 from candle_mi_parity.outcome import Outcome, outcome
-from candle_mi_parity.printable import number
+from candle_mi_parity.printable import cell, number
 from candle_mi_parity.report import plain
 from candle_mi_parity.template import rendered
 from candle_mi_parity.verdict import CaseResult, RunResult
@@ -155,7 +154,7 @@ def terminal(history: History, console: Console) -> None:
         table.add_column(heading, overflow="fold")
     for family in history.families:
         cells = [history.summary(family, index) for index in range(len(history.releases))]
-        table.add_row(escape(family), *(Text(_short(cell), style=_STYLES[cell.colour]) for cell in cells))
+        table.add_row(cell(family), *(Text(_short(cell), style=_STYLES[cell.colour]) for cell in cells))
     console.print(table)
     for index, release in enumerate(history.releases[1:], 1):
         cells = [history.summary(family, index) for family in history.families]

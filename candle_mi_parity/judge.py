@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from candle_mi_parity.gate import Measure, rms_ratio
+from candle_mi_parity.printable import one_line
 from candle_mi_parity.trace import Selection, TensorEntry
 from candle_mi_parity.verdict import Status, TensorResult, Worst
 
@@ -36,7 +37,8 @@ def malformed(entry: TensorEntry, shape: tuple[int, ...], dtype: str, agreed: bo
             *shape[:-2],
             *kept,
         ]:
-            return fail("shape", f"the part {entry.part.rows} × {entry.part.columns} does not fit {list(shape)}")
+            part = one_line(f"{entry.part.rows} × {entry.part.columns}")
+            return fail("shape", f"the part {part} does not fit {list(shape)}")
     if entry.dtype != dtype:
         return fail("dtype", f"got {entry.dtype}, expected {dtype}")
     if 0 in entry.shape:

@@ -19,8 +19,10 @@ from safetensors import SafetensorError
 
 from candle_mi_parity import durable
 from candle_mi_parity.cases import FIXTURES, HubModel, LocalModel, Model, PackageModel, TinyModel
-from candle_mi_parity.errors import ModelError
+from candle_mi_parity.errors import ModelError, ParityError
 from candle_mi_parity.families import family_of
+from candle_mi_parity.printable import one_line
+from candle_mi_parity.untrusted import read_json, require_inside, require_regular
 
 GENERATOR = 1
 """Raise it when the generated weights change: it is part of every cache key."""
@@ -45,7 +47,7 @@ def model_directory(model: Model, cache: Path) -> Path:
 
         directory, _ = fetch_model(model)
     else:
-        directory = Path(model.path).expanduser()
+        directory = local_path(model.path, ModelError)
     return require_model(directory)
 
 
@@ -83,21 +85,33 @@ def require_model(directory: Path) -> Path:
         raise ModelError(f"model directory {directory} has no config.json; it holds {there}")
     if not weight_files(directory):
         raise ModelError(f"model directory {directory} has no model.safetensors nor its shards; it holds {there}")
-    _require_shards(directory)
+    require_inside(directory, ModelError)
+    _require_one_meaning(directory)
     return directory
 
 
-def _require_shards(directory: Path) -> None:
-    """Of weights in several files, that all are there which the index names."""
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file() or (directory / "model.safetensors").is_file():
+ELSEWHERE = ("transformers_weights", "quantization_config")
+"""Keys of ``config.json`` by which transformers reads other weights than those that are digested, or alters them."""
+
+
+def _require_one_meaning(directory: Path) -> None:
+    """Refuse what would make transformers load something else than the weights that the candidate is given.
+
+    :raises ModelError: an adapter, a key that points elsewhere, shards without the index that lists just them.
+    """
+    if (directory / "adapter_config.json").exists():
+        raise ModelError(f"model directory {directory} holds adapter_config.json: an adapter to another model")
+    if odd := [key for key in ELSEWHERE if read_config(directory).get(key) is not None]:
+        raise ModelError(f"{directory}/config.json: {odd[0]} is set; only plain weights are compared")
+    files = [path.name for path in weight_files(directory)]
+    if files == ["model.safetensors"]:
         return
-    try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index}: not an index of shards: {error!r}") from error
-    if missing := sorted(named - {path.name for path in weight_files(directory)}):
-        raise ModelError(f"model directory {directory} lacks {', '.join(missing)}, which {index.name} names")
+    index = directory / "model.safetensors.index.json"
+    found = read_json(index, ModelError)
+    listed = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(listed, dict) or {str(name) for name in listed.values()} != set(files):
+        named = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else "no weight_map"
+        raise ModelError(f"{index}: lists {one_line(str(named))}, and there are {one_line(str(files))}")
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -112,10 +126,7 @@ def read_config(directory: Path) -> dict[str, object]:
     :raises ModelError: when it is not a JSON object.
     """
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: {error}") from error
+    config = read_json(path, ModelError)
     if not isinstance(config, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return config
@@ -144,13 +155,13 @@ def file_digest(path: Path) -> str:
     :raises ModelError: when it cannot be read.
     """
     try:
-        stat = path.stat()
+        stat = require_regular(path)
         key = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
         if key not in _digests:
             with path.open("rb") as file:
                 _digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     return _digests[key]
 
 
@@ -277,9 +288,27 @@ def _unpack(dialect: str, out: Path) -> None:
         write_config(hub, dialect, out)
 
 
+def local_path(text: str, fault: type[ParityError]) -> Path:
+    """A path as a user or a data file spells it.
+
+    :raises ParityError: of the given kind, for a home that nobody has.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise fault(f"{one_line(text)}: {error}") from error
+
+
 def as_model(id_or_directory: str) -> Model:
-    """A model named on the command line: an existing directory, or else a hub repository."""
-    if Path(id_or_directory).expanduser().is_dir() or id_or_directory.startswith((".", "/", "~")):
+    """A model named on the command line: an existing directory, or else a hub repository.
+
+    :raises ModelError: a name that cannot be either.
+    """
+    try:
+        local = Path(id_or_directory).expanduser().is_dir() or id_or_directory.startswith((".", "/", "~"))
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, the home of nobody
+        raise ModelError(f"{one_line(id_or_directory)} is no model: {one_line(str(error))}") from error
+    if local:
         return LocalModel(source="local", path=id_or_directory)
     repo, _, revision = id_or_directory.partition("@")
     return HubModel(source="hub", repo=repo, revision=revision or "main")

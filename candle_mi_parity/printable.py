@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 
+from rich.markup import escape
+
 
 def printable(text: str) -> str:
     """Control characters, escapes and text-direction marks are spelt out (``\\x1b``); a newline stays one."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def cell(text: str) -> str:
+    """The same for a table of rich, which reads square brackets as markup."""
+    return escape(printable(text))
 
 
 def one_line(text: str, limit: int = 300) -> str:

@@ -21,6 +21,7 @@ from candle_mi_parity.compare import compare
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.models import as_model, read_config
 from candle_mi_parity.oracle import Oracle
+from candle_mi_parity.printable import one_line
 from candle_mi_parity.sae import load_npz
 from candle_mi_parity.subject import Subject, tokenizer
 from candle_mi_parity.trace import Feature, InMemory, Selection, read_json
@@ -67,7 +68,7 @@ def read_reference(path: Path) -> Reference:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise TraceError(f"{path}: {where or 'document'}: {first['msg']}") from error
+        raise TraceError(f"{path}: {one_line(where) or 'document'}: {one_line(first['msg'])}") from error
 
 
 def reference_case(model: str, sae: str, layer: int, prompt: str) -> Case:
@@ -81,10 +82,16 @@ def reference_case(model: str, sae: str, layer: int, prompt: str) -> Case:
 
 
 def case_of(reference: Reference) -> Case:
-    """The case that a file claims to be about."""
-    path = Path(reference.sae_repo) / reference.sae_npz_path
-    sae = str(path) if path.is_file() else f"{reference.sae_repo}:{reference.sae_npz_path}"
-    return reference_case(reference.model_id, sae, reference.hook_layer, reference.prompt)
+    """The case that a file claims to be about.
+
+    :raises ParityError: what it names is no model or no SAE.
+    """
+    try:
+        path = Path(reference.sae_repo) / reference.sae_npz_path
+        sae = str(path) if path.is_file() else f"{reference.sae_repo}:{reference.sae_npz_path}"
+        return reference_case(reference.model_id, sae, reference.hook_layer, reference.prompt)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, the home of nobody
+        raise TraceError(f"reference: sae_repo or sae_npz_path: {one_line(str(error))}") from error
 
 
 def is_last_layer(subject: Subject, layer: int) -> bool:
@@ -165,7 +172,7 @@ def judge_reference(reference: Reference, oracle: Oracle) -> list[TensorResult]:
     }
     for key, value in expected.items():
         if (found := getattr(reference, key)) != value:
-            raise TraceError(f"reference: {key} is {found!r}, expected {value!r}")
+            raise TraceError(f"reference: {key} is {one_line(repr(found))}, expected {one_line(repr(value))}")
     truth = oracle.truth()
     given = _in_memory(reference, truth, len(tokens))
     results = compare(truth, given, weights.W_dec, set(given.entries))

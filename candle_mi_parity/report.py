@@ -10,7 +10,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +18,7 @@ from candle_mi_parity.api_ledger import ApiTotals
 from candle_mi_parity.census_record import Census
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.field_check import Finding
-from candle_mi_parity.printable import printable
+from candle_mi_parity.printable import cell, printable
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
 
 REPORT_FORMAT = "candle-mi-parity/report/2"
@@ -51,13 +50,13 @@ def case_table(result: RunResult) -> Table:
     for case in result.cases:
         worst, first = case.worst, case.first_divergence
         table.add_row(
-            escape(printable(case.id)),
+            cell(case.id),
             f"{case.compared}/{case.expected}" + (" in part" if case.in_part else ""),
-            escape(printable(worst.name)) if worst else "-",
+            cell(worst.name) if worst else "-",
             f"{worst.position_ratio:.3g}" if worst else "-",
             f"{worst.element_ratio:.3g}" if worst else "-",
             coloured(case.status),
-            escape(printable(first.name)) if first else "-",
+            cell(first.name) if first else "-",
         )
     return table
 
@@ -78,7 +77,7 @@ def terminal(result: RunResult, console: Console) -> None:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         console.print(Text(printable(f"{', '.join(names[:3])}{more}: not run: {reason}"), style="dim"))
     for line in result.stale:
-        console.print(Text(f"stale: {line}", style="bold red"))
+        console.print(Text(printable(f"stale: {line}"), style="bold red"))
     console.print(
         Text.assemble("verdict: ", (printable(result.line()), _COLOURS.get(result.verdict.value, "bold magenta")))
     )
@@ -87,12 +86,12 @@ def terminal(result: RunResult, console: Console) -> None:
 def clean_ratios(result: RunResult) -> Table:
     """The clean bands of the gate, per case: every ratio of a tensor that passed, exact ones counted apart."""
     bands = "bands: rms 0.2 to 3, position < 4, element < 16"
-    table = Table(title=f"clean ratios of {result.candidate} ({bands})", box=box.SIMPLE_HEAD)
+    table = Table(title=cell(f"clean ratios of {result.candidate} ({bands})"), box=box.SIMPLE_HEAD)
     for heading in ("case", "tensors", "exact", "rms from", "rms to", "position", "element", "inside"):
         table.add_column(heading, justify="left" if heading == "case" else "right", no_wrap=True)
     for case in result.cases:
         row = clean_row(case.tensors)
-        table.add_row(escape(case.id), *row[:-1], Text(row[-1], style="green" if row[-1] == "yes" else "red"))
+        table.add_row(cell(case.id), *row[:-1], Text(row[-1], style="green" if row[-1] == "yes" else "red"))
     return table
 
 
@@ -152,7 +151,7 @@ def census(taken: Census, console: Console) -> None:
         reader = f"{entry.reader}, {entry.dialect}" if entry.reader else "-"
         ratio = "-" if entry.ratio is None else f"{entry.ratio:.3g}"
         cells = (entry.model_type, entry.outcome, reader, entry.first or "-", ratio, evidence)
-        table.add_row(*(escape(cell) for cell in cells))
+        table.add_row(*(cell(text) for text in cells))
     console.print(table)
     console.print(", ".join(f"{count} {outcome}" for outcome, count in taken.counts.items()), highlight=False)
 
@@ -237,8 +236,8 @@ def fields_table(findings: list[Finding], console: Console) -> None:
         table.add_column(heading, justify="right" if heading == "effect / noise" else "left", overflow="fold")
     for found in findings:
         ratio = "-" if found.ratio is None else f"{found.ratio:.3g}"
-        fault = Text(found.fault, style="bold red")
-        table.add_row(escape(found.family), escape(found.field), escape(found.cover), ratio, fault)
+        fault = Text(printable(found.fault), style="bold red")
+        table.add_row(cell(found.family), cell(found.field), cell(found.cover), ratio, fault)
     console.print(table)
     faults = sum(1 for found in findings if found.fault)
     console.print(f"{len(findings)} fields, {faults} of them not covered as the ledger says")
@@ -249,9 +248,9 @@ def api_table(totals: list[ApiTotals], faults: list[str], console: Console) -> N
     table = Table(title="public functions of candle-mi", box=box.SIMPLE_HEAD)
     table.add_column("")
     for total in totals:
-        table.add_column(escape(total.version), justify="right")
+        table.add_column(cell(total.version), justify="right")
     for cover in ["compared", *sorted({cover for total in totals for cover in total.covers} - {"compared"})]:
-        table.add_row(escape(cover), *(str(total.covers.get(cover, 0)) for total in totals))
+        table.add_row(cell(cover), *(str(total.covers.get(cover, 0)) for total in totals))
     table.add_section()
     table.add_row("all", *(str(total.functions) for total in totals))
     table.add_row("added", *(str(len(total.added)) for total in totals))
@@ -260,7 +259,7 @@ def api_table(totals: list[ApiTotals], faults: list[str], console: Console) -> N
     for total in totals:
         for sign, items in (("+", total.added), ("-", total.removed)):
             for item in items:
-                console.print(Text(f"{total.version} {sign} {item}"), soft_wrap=True)
+                console.print(Text(printable(f"{total.version} {sign} {item}")), soft_wrap=True)
     for fault in faults:
-        console.print(Text(fault, style="bold red"), soft_wrap=True)
+        console.print(Text(printable(fault), style="bold red"), soft_wrap=True)
     console.print(f"{len(faults)} faults of the ledger")

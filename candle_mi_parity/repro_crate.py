@@ -11,6 +11,7 @@ import jinja2
 
 from candle_mi_parity.build import crate_of
 from candle_mi_parity.candidate import Candidate
+from candle_mi_parity.printable import printable
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("candle_mi_parity"),
@@ -18,6 +19,7 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
     keep_trailing_newline=True,
+    finalize=lambda value: printable(value) if type(value) is str else value,
 )
 
 

@@ -18,6 +18,7 @@ from candle_mi_parity.cases import SaelensDirectory
 from candle_mi_parity.gate import ELEMENT_GATE, POSITION_GATE, UNITS, measure
 from candle_mi_parity.models import generated_model
 from candle_mi_parity.oracle import SAMPLES
+from candle_mi_parity.printable import one_line
 from candle_mi_parity.repro import Reproduction
 from candle_mi_parity.repro_crate import TEMPLATES, Dependencies, write_crate
 from candle_mi_parity.repro_probe import probe
@@ -114,10 +115,10 @@ def _facts(reproduction: Reproduction, blame: Blame, sae: Sae | None) -> dict[st
     lines, value = probe(reproduction, sae)
     return {
         "slug": slug(reproduction.original.id),
-        "case": reproduction.original.id,
-        "command": f"candle-mi-parity repro {reproduction.original.id} --candidate {blame.candidate}",
+        "case": one_line(reproduction.original.id),
+        "command": one_line(f"candle-mi-parity repro {reproduction.original.id} --candidate {blame.candidate}"),
         "version": blame.version,
-        "title": blame.why or f"`{first.name}` differs from PyTorch",
+        "title": one_line(blame.why) or f"`{first.name}` differs from PyTorch",
         "model_type": reproduction.subject.model_type,
         "torch": version("torch"),
         "transformers": version("transformers"),
@@ -142,7 +143,7 @@ def _facts(reproduction: Reproduction, blame: Blame, sae: Sae | None) -> dict[st
         "position_ratio": f"{first.position_ratio:.3g}",
         "element_gate": ELEMENT_GATE,
         "position_gate": POSITION_GATE,
-        "detail": first.detail,
+        "detail": one_line(first.detail),
         "samples": SAMPLES,
         "sae": case.sae,
         "edits": [edit_lines(edit, heads, len(case.tokens)) for edit in case.edits],
@@ -157,21 +158,26 @@ def _differing(reproduction: Reproduction) -> list[tuple[str, str, str]]:
     pair = reproduction.pair
 
     def said(side: Input, key: str) -> str:
-        return json.dumps(side.config[key]) if key in side.config else "absent"
+        return _cell(json.dumps(side.config[key])) if key in side.config else "absent"
 
     if pair.control is None:
         return []
-    rows = [(key, said(pair.case, key), said(pair.control, key)) for key in pair.differing]
+    rows = [(_cell(key), said(pair.case, key), said(pair.control, key)) for key in pair.differing]
     if pair.case.dtype != pair.control.dtype:
         rows.append(("(the model's format)", pair.case.dtype, pair.control.dtype))
     return [*rows, *_differing_sae(pair.case.sae, pair.control.sae), *_differing_edits(pair)]
+
+
+def _cell(text: str) -> str:
+    """In a code span of a table: neither ends it."""
+    return one_line(text).replace("`", "'").replace("|", "\\|")
 
 
 def _differing_sae(ours: SaelensDirectory | None, theirs: SaelensDirectory | None) -> list[tuple[str, str, str]]:
     if ours is None or theirs is None:
         return []
     sides = [{**side.cfg, "least threshold": side.threshold} for side in (ours, theirs)]
-    said = [{key: json.dumps(value) for key, value in side.items()} for side in sides]
+    said = [{key: _cell(json.dumps(value)) for key, value in side.items()} for side in sides]
     keys = [key for key in {**said[0], **said[1]} if said[0].get(key) != said[1].get(key)]
     return [(f"{key} (SAE)", said[0].get(key, "absent"), said[1].get(key, "absent")) for key in keys]
 

@@ -24,6 +24,7 @@ from candle_mi_parity.errors import HubError, ParityError
 from candle_mi_parity.ledger import Ledger, apply_ledger
 from candle_mi_parity.look_sae import look_sae
 from candle_mi_parity.oracle import Mode, Oracle
+from candle_mi_parity.printable import one_line
 from candle_mi_parity.reference import case_of, judge_reference, read_reference
 from candle_mi_parity.sae import load_sae
 from candle_mi_parity.sae_view import SaeView
@@ -195,7 +196,7 @@ def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledge
     except ParityError as error:
         result.error, result.status = str(error), Status.ERROR
     except Exception as error:  # a fault of ours costs its own case, loudly, and not those already judged
-        result.error, result.status = f"internal: {type(error).__name__}: {error}", Status.ERROR
+        result.error, result.status = f"internal: {type(error).__name__}: {one_line(str(error))}", Status.ERROR
     if source.identity is not None:
         apply_ledger(result, source.identity, ledger)
     result.seconds = time.monotonic() - started

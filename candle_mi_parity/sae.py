@@ -9,7 +9,6 @@ normalised inputs, selection by decoder norm (:mod:`saelens`).
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,9 @@ from safetensors.torch import save_file
 from candle_mi_parity.cases import FIXTURES, SaeFile, SaelensDirectory
 from candle_mi_parity.errors import SaeError
 from candle_mi_parity.hub import fetch_sae
-from candle_mi_parity.models import content_key, publish, tensor_values
+from candle_mi_parity.models import content_key, local_path, publish, tensor_values
+from candle_mi_parity.npz import read_npz
+from candle_mi_parity.printable import one_line
 from candle_mi_parity.saelens import CONFIG, WEIGHTS, Normalization, read_directory, saelens_files
 
 _REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec")
@@ -79,7 +80,7 @@ def sae_path(sae: SaeFile | SaelensDirectory, width: int, cache: Path) -> Path:
         key = content_key("saelens", sae.model_dump(), width)
         return publish(cache / "saes" / key, lambda out: _generate(sae, width, out))
     if sae.repo is None:
-        path = Path(sae.path).expanduser()
+        path = local_path(sae.path, SaeError)
         path = path if path.is_absolute() else FIXTURES / path
         if not path.exists():
             raise SaeError(f"SAE file {path} does not exist")
@@ -149,14 +150,7 @@ def load_npz(path: Path) -> Sae:
     :raises SaeError: not an NPZ, pickled content, an array missing, unknown, of the wrong shape or dtype, or
         not finite.
     """
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("a single array")
-        with archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise SaeError(f"{path}: not a readable NPZ: {error}") from error
+    arrays = read_npz(path, SaeError)
     _check_arrays(path, arrays, {*_REQUIRED, "threshold"})
     weights = _as_float32(path, arrays)
     return Sae(
@@ -166,9 +160,10 @@ def load_npz(path: Path) -> Sae:
 
 def _check_arrays(path: Path, arrays: dict[str, np.ndarray], known: set[str]) -> None:
     if missing := [name for name in _REQUIRED if name not in arrays]:
-        raise SaeError(f"{path}: lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}")
+        raise SaeError(f"{path}: lacks {', '.join(missing)}; it holds {one_line(', '.join(arrays)) or 'nothing'}")
     if unknown := sorted(set(arrays) - known):
-        raise SaeError(f"{path}: unknown arrays {', '.join(unknown)}; expected {', '.join(_REQUIRED)}, threshold")
+        said = one_line(", ".join(unknown))
+        raise SaeError(f"{path}: unknown arrays {said}; expected {', '.join(_REQUIRED)}, threshold")
     for name, array in arrays.items():
         if array.dtype not in (np.float32, np.float64):
             raise SaeError(f"{path}: {name} is {array.dtype}, expected float32 or float64")

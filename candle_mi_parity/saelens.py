@@ -7,7 +7,8 @@ is honoured here or refused; a field that it keeps as a note is known by name; a
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from candle_mi_parity.errors import SaeError
+from candle_mi_parity.printable import one_line
+from candle_mi_parity.tensor_file import TensorFile
+from candle_mi_parity.untrusted import read_json, require_inside, require_memory
 
 CONFIG = "cfg.json"
 WEIGHTS = ("sae_weights.safetensors", "model.safetensors")
@@ -59,8 +63,9 @@ def read_directory(path: Path) -> tuple[SaelensConfig, dict[str, np.ndarray]]:
 
     :raises SaeError: not such a directory, or a field or tensor that is unknown, missing, or not honoured here.
     """
+    require_inside(path, SaeError)
     config = _config(path / CONFIG)
-    tensors = _tensors(path, getattr(torch, config.dtype))
+    tensors = _tensors(path, config)
     scale = tensors.pop("scaling_factor", None)
     if scale is not None and not bool(torch.allclose(scale, torch.ones_like(scale))):
         raise SaeError(f"{path}: scaling_factor is not all ones, and SAELens 6 refuses such a file")
@@ -79,10 +84,7 @@ def saelens_files(path: Path) -> list[Path]:
 
 
 def _config(path: Path) -> SaelensConfig:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SaeError(f"{path}: {error}") from error
+    raw = read_json(path, SaeError)
     if not isinstance(raw, dict):
         raise SaeError(f"{path}: expected a JSON object, found {type(raw).__name__}")
     metadata = raw.get("metadata")
@@ -90,7 +92,8 @@ def _config(path: Path) -> SaelensConfig:
         metadata.get("sae_lens_version") if isinstance(metadata, dict) else None
     )
     fields = {key: value for key, value in raw.items() if key not in _NOTES}
-    if not (isinstance(version, str) and version.split(".")[0].isdigit() and int(version.split(".")[0]) >= 6):
+    major = re.match(r"[0-9]{1,4}(?=\.|$)", version) if isinstance(version, str) else None
+    if major is None or int(major[0]) < 6:
         fields = _before_version_6(path, fields)
     if isinstance(fields.get("dtype"), str):
         fields["dtype"] = fields["dtype"].removeprefix("torch.")
@@ -100,7 +103,7 @@ def _config(path: Path) -> SaelensConfig:
         config = SaelensConfig.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        raise SaeError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise SaeError(f"{path}: {one_line('.'.join(map(str, first['loc'])))}: {one_line(first['msg'])}") from error
     if (config.architecture == "topk") != (config.k is not None):
         raise SaeError(f"{path}: architecture {config.architecture} with k = {config.k}")
     if config.rescale_acts_by_decoder_norm and config.architecture != "topk":
@@ -116,7 +119,9 @@ def _before_version_6(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     activation = fields.pop("activation_fn_str", fields.pop("activation_fn", "relu"))
     arguments = fields.pop("activation_fn_kwargs", None) or {}
     if activation not in ("relu", "topk", "jumprelu"):
-        raise SaeError(f"{path}: activation function {activation!r} is not one of relu, topk, jumprelu")
+        raise SaeError(f"{path}: activation function {one_line(repr(activation))} is not one of relu, topk, jumprelu")
+    if not isinstance(arguments, dict):
+        raise SaeError(f"{path}: activation_fn_kwargs is {one_line(repr(arguments))}, expected an object")
     fields.setdefault("architecture", "standard")
     if "k" in arguments and (activation == "topk" or fields["architecture"] == "topk"):
         fields |= {"architecture": "topk", "k": arguments["k"]}
@@ -128,10 +133,25 @@ def _before_version_6(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _tensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    weights = saelens_files(path)[1]
+def _tensors(path: Path, config: SaelensConfig) -> dict[str, torch.Tensor]:
+    weights, dtype = saelens_files(path)[1], getattr(torch, config.dtype)
     try:
+        _check_sizes(weights, config)
         with safe_open(weights, framework="pt") as file:
             return {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise SaeError(f"{weights}: not readable safetensors: {error}") from error
+        raise SaeError(f"{weights}: not readable safetensors: {one_line(str(error))}") from error
+
+
+def _check_sizes(weights: Path, config: SaelensConfig) -> None:
+    """Before a tensor is read: all are floats, and no larger than an SAE of the config's widths has them."""
+    file, whole = TensorFile(weights), config.d_in * config.d_sae
+    require_memory(3 * 8 * whole, str(weights), SaeError)  # as stored, in float64, in float32
+    for name in sorted(file.keys()):
+        dtype, shape = file.kind(name)
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            raise SaeError(f"{weights}: {one_line(name)} is {dtype}, expected a float format")
+        if math.prod(shape) > whole:
+            raise SaeError(
+                f"{weights}: {one_line(name)} has shape {shape}, {CONFIG} says {(config.d_in, config.d_sae)}"
+            )

@@ -27,9 +27,10 @@ from candle_mi_parity.edits import for_emitter
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.models import file_digest
 from candle_mi_parity.oracle import FORCED, Mode
+from candle_mi_parity.printable import one_line
 from candle_mi_parity.subject import Subject
 from candle_mi_parity.torch_source import TorchSource
-from candle_mi_parity.trace import CandleMi, Emitted, Trace, read_json
+from candle_mi_parity.trace import TOP_LOGITS, CandleMi, Emitted, TensorEntry, Trace, read_json
 from candle_mi_parity.truth import Truth
 
 REQUEST_FORMAT = "candle-mi-parity/request/1"
@@ -159,6 +160,7 @@ class LiveSource:
         if trace.header.device != self.device:
             raise TraceError(f"{trace.path}: made on {trace.header.device}, expected {self.device}")
         check_header(truth, same_candidate(trace, self.identity), file_digest(inputs))
+        _check_id(trace, subject)
         return trace
 
     def __enter__(self) -> Self:
@@ -178,7 +180,9 @@ class StoredSource(NothingOpen):
         try:
             self.identity = CandleMi.model_validate(read_json(directory / "candidate.json"))
         except ValidationError as error:
-            raise TraceError(f"{directory}/candidate.json: {error.errors()[0]['msg']}") from error
+            first = error.errors()[0]
+            said = one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+            raise TraceError(f"{directory}/candidate.json: {said}") from error
 
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Trace:
         """Open the stored trace.
@@ -189,18 +193,40 @@ class StoredSource(NothingOpen):
         path = trace_path(self._directory, subject.case.id, mode)
         if not path.is_file():
             raise TraceError(f"nothing is stored for {subject.case.id} ({mode}) at {path}")
+        if not path.resolve().is_relative_to(self._directory.resolve()):
+            raise TraceError(f"{path} is a link that leads out of {self._directory}; it is not followed")
         raw = read_json(path)
         if isinstance(raw, dict) and raw.get("format") == REFUSAL_FORMAT:
             _check_refusal(path, raw, subject, self.identity)
             raise EmitterError(str(raw["kind"]), str(raw["error"]))
         trace = same_candidate(Trace(path), self.identity)
         for entry in trace.entries.values():
-            # Of a case that is kept in part just the last position is: anything else would choose what is judged.
-            last = entry.part is None or entry.part.rows == [entry.part.shape[-2] - 1]
-            if (entry.part is None) != (subject.case.stored == "whole") or not last:
+            if (entry.part is None) != (subject.case.stored == "whole") or not _kept_as_stored(entry):
                 raise TraceError(f"{path}: {entry.name} is not kept as this case is ({subject.case.stored})")
+        if trace.header.device != "cpu":
+            raise TraceError(f"{path}: made on {trace.header.device}, and what is stored was made on cpu")
         check_header(truth, trace, file_digest(inputs))
+        _check_id(trace, subject)
         return trace
+
+
+def _kept_as_stored(entry: TensorEntry) -> bool:
+    """Whether a part is the one that :mod:`store` keeps: anything else would choose what is judged."""
+    part = entry.part
+    if part is None:
+        return True
+    if len(part.shape) < 2 or part.rows != [part.shape[-2] - 1]:
+        return False
+    if not (entry.name == "logits" or is_lens(entry.name) or entry.name.startswith("lens")):
+        return part.columns is None
+    columns = part.columns or []
+    return len(columns) == min(TOP_LOGITS, part.shape[-1]) and columns == sorted(set(columns))
+
+
+def _check_id(trace: Trace, subject: Subject) -> None:
+    """:raises TraceError: the trace says that it is another case's, of the same numbers or not."""
+    if (found := trace.header.case.id) != subject.case.id:
+        raise TraceError(f"{trace.path}: of case {one_line(found)}, expected {subject.case.id}")
 
 
 def same_candidate(trace: Trace, identity: CandleMi) -> Trace:
@@ -218,5 +244,7 @@ def _check_refusal(path: Path, raw: dict[str, object], subject: Subject, identit
     expected = {"format", "candle_mi", "case", "digest", "kind", "error"}
     if set(raw) != expected:
         raise TraceError(f"{path}: keys {sorted(raw)}, expected {sorted(expected)}")
+    if not all(isinstance(raw[key], str) for key in ("case", "kind", "error")):
+        raise TraceError(f"{path}: case, kind and error of a refusal are texts")
     if raw["digest"] != subject.digest or raw["candle_mi"] != identity.model_dump():
         raise TraceError(f"{path}: a refusal of another case or by another candle-mi")

@@ -24,10 +24,8 @@ from candle_mi_parity.errors import TraceError
 from candle_mi_parity.oracle import Mode
 from candle_mi_parity.sources import REFUSAL_FORMAT, NothingOpen, Source, trace_path
 from candle_mi_parity.subject import Subject
-from candle_mi_parity.trace import CandleMi, Emitted, Trace
+from candle_mi_parity.trace import TOP_LOGITS, CandleMi, Emitted, Trace
 from candle_mi_parity.truth import Truth
-
-TOP_LOGITS = 100
 
 
 class StoringSource(NothingOpen):

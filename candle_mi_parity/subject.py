@@ -8,14 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from candle_mi_parity import edits
 from candle_mi_parity.cases import Case, HubModel, RandomTokens, SaeFile, SaePlace
 from candle_mi_parity.download import Download
 from candle_mi_parity.errors import CaseTableError, ModelError
-from candle_mi_parity.families import hook_names
+from candle_mi_parity.families import family_of, hook_names
 from candle_mi_parity.hub import fetch_model, fetch_sae
-from candle_mi_parity.models import digest_files, model_digest, model_directory, read_config, seeded_words
+from candle_mi_parity.models import (
+    digest_files,
+    model_digest,
+    model_directory,
+    read_config,
+    seeded_words,
+    weight_files,
+)
+from candle_mi_parity.printable import one_line
 from candle_mi_parity.sae import sae_files, sae_path
+from candle_mi_parity.tensor_file import TensorFile
+
+SPECIAL = 3
+"""Ids 0, 1 and 2 are padding, BOS and EOS in the families here."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,10 @@ def prepare(case: Case, cache: Path) -> Subject:
     """
     model_dir = model_directory(case.model, cache)
     config = read_config(model_dir)
+    # Before transformers sees it: for a type that it has no code of, a config may name code of its own.
+    family_of(str(config.get("model_type")))
+    _check_sizes(config, model_dir)
+    _check_config(model_dir)
     tokens = _token_ids(case, model_dir, config)
     _check_tokens(case, tokens[0], _whole_number(config, "vocab_size", model_dir))
     n_layers = _whole_number(config, "num_hidden_layers", model_dir)
@@ -93,10 +111,43 @@ def _elsewhere(sae: SaePlace) -> list[str]:
     return [] if sae.point == "hook_resid_post" else [sae.point]
 
 
+def _check_config(model_dir: Path) -> None:
+    """Ask transformers whether it takes the config, before anything is computed; no code beside it is run.
+
+    :raises ModelError: it does not.
+    """
+    import transformers
+
+    try:
+        transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # it has an exception of its own for each kind of wrong value
+        raise ModelError(f"transformers refuses {model_dir}/config.json: {one_line(str(error))}") from error
+
+
+def _check_sizes(config: dict[str, object], model_dir: Path) -> None:
+    """Refuse sizes that the weights cannot have, before lists and tensors are made of them."""
+    files = weight_files(model_dir)
+    try:
+        there, tensors = (
+            sum(file.stat().st_size for file in files),
+            sum(len(TensorFile(file).keys()) for file in files),
+        )
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{model_dir}: weights cannot be read: {one_line(str(error))}") from error
+    sizes = [_whole_number(config, key, model_dir) for key in ("vocab_size", "hidden_size", "num_hidden_layers")]
+    if sizes[0] * sizes[1] > there or sizes[2] > tensors:
+        raise ModelError(
+            f"{model_dir}/config.json: a vocabulary of {sizes[0]}, width {sizes[1]} and {sizes[2]} layers are more "
+            f"than {tensors} tensors in {there} bytes of weights can be"
+        )
+
+
 def _whole_number(config: dict[str, object], key: str, model_dir: Path) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ModelError(f"{model_dir}/config.json: {key} is {value!r}, expected a positive whole number")
+    if type(value) is not int or value < 1:
+        raise ModelError(
+            f"{model_dir}/config.json: {key} is {one_line(repr(value))}, expected a positive whole number"
+        )
     return value
 
 
@@ -117,10 +168,15 @@ def _token_ids(case: Case, model_dir: Path, config: dict[str, object]) -> list[l
 
 
 def random_tokens(wanted: RandomTokens, vocabulary: int) -> list[list[int]]:
-    """Token ids [B][T], the same on every machine."""
+    """Token ids [B][T], the same on every machine.
+
+    :raises ModelError: the vocabulary has no id to draw.
+    """
+    if vocabulary <= SPECIAL:
+        raise ModelError(f"vocab_size is {vocabulary}, and ids 0 to {SPECIAL - 1} are not drawn")
     seeds = [f"tokens:{wanted.seed}", *(f"tokens:{wanted.seed}:{i}" for i in range(1, wanted.batch))]
     rows = [seeded_words(seed, wanted.random - 1) for seed in seeds]
-    return [[1, *(3 + int(word) % (vocabulary - 3) for word in words)] for words in rows]
+    return [[1, *(SPECIAL + int(word) % (vocabulary - SPECIAL) for word in words)] for words in rows]
 
 
 def tokenizer(model_dir: Path) -> Any:
@@ -131,6 +187,8 @@ def tokenizer(model_dir: Path) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whichever way the tokenizers library puts it
-        raise ModelError(f"no usable tokenizer in {model_dir}: {str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"no usable tokenizer in {model_dir}: {one_line(str(error)) or type(error).__name__}"
+        ) from error

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from candle_mi_parity.untrusted import require_regular
 
 WINDOW = 32 << 20
 """Bytes after which the file is mapped anew: what was read of a mapping counts as memory until then."""
+MAX_HEADER = 16 << 20
+"""Bytes; some 100,000 tensors. safetensors itself stops at 100 MB, of which parsing makes a gigabyte."""
 
 
 class TensorFile:
@@ -31,6 +36,15 @@ class TensorFile:
         part = self._opened().get_slice(key)
         return str(part.get_dtype()), list(part.get_shape())
 
+    def raw(self, key: str) -> bytes:
+        """A tensor's bytes, of a format that numpy has not."""
+        self._opened()  # safetensors has judged the header
+        with self._path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            start, end = json.loads(file.read(size))[key]["data_offsets"]
+            file.seek(8 + size + start)
+            return file.read(end - start)
+
     def keys(self) -> set[str]:
         return set(self._opened().keys())
 
@@ -39,8 +53,15 @@ class TensorFile:
 
     def _opened(self) -> Any:
         if self._file is None:
+            self._check_header()
             self._file, self._read = safe_open(self._path, framework="numpy"), 0
         return self._file
+
+    def _check_header(self) -> None:
+        require_regular(self._path)
+        with self._path.open("rb") as file:
+            if (size := int.from_bytes(file.read(8), "little")) > MAX_HEADER:
+                raise SafetensorError(f"a header of {size} bytes, more than {MAX_HEADER}")
 
     def _counted(self, array: np.ndarray) -> np.ndarray:
         self._read += array.nbytes

@@ -7,8 +7,8 @@ only be named, not located, and each tensor's digest is computed again from its 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +16,15 @@ from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError, deserialize
+from safetensors import SafetensorError
 
 from candle_mi_parity.errors import TraceError
+from candle_mi_parity.printable import one_line
 from candle_mi_parity.stretches import positions, row_major
 from candle_mi_parity.tensor_file import TensorFile
+from candle_mi_parity.untrusted import read_json as read_any_json
 
 FORMAT = "candle-mi-parity/trace/1"
-MAX_JSON_BYTES = 64 << 20
 _DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
@@ -36,13 +37,17 @@ _FILED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2
 def _printable(text: str) -> str:
     """Texts go to terminals and reports: no line break, escape sequence or lone surrogate."""
     if not text.isprintable():
-        raise ValueError(f"{text!a} holds unprintable characters")
+        raise ValueError(f"{one_line(ascii(text[:300]))} holds unprintable characters")
     return text
 
 
 Text = Annotated[str, AfterValidator(_printable)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Size = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=0, lt=1 << 63)]
+Shape = Annotated[list[Size], Field(max_length=8)]
+"""The product of a long list of large sizes would itself take for ever."""
+TOP_FEATURES, TOP_LOGITS = 10, 100
+"""How many features of the last position a trace lists, and how many logits are kept of one stored in part."""
 
 
 class Part(BaseModel):
@@ -96,7 +101,7 @@ class Selection(Part):
     :ivar columns: entries kept on the last axis; None keeps all.
     """
 
-    shape: list[Size]
+    shape: Shape
     rows: list[Size]
     columns: list[Size] | None
 
@@ -105,7 +110,7 @@ class TensorEntry(Part):
     """One tensor; exactly one of ``values`` (row-major) and ``file`` with ``key``."""
 
     name: Text
-    shape: list[Size]
+    shape: Shape
     dtype: Literal["float32", "bfloat16", "float16", "float64"]
     sha256: Digest
     nonfinite: Size
@@ -141,9 +146,19 @@ class Document(Part):
 
     @model_validator(mode="after")
     def _unique(self) -> Document:
-        names = [tensor.name for tensor in self.tensors]
-        if doubled := sorted({name for name in names if names.count(name) > 1}):
+        counts = Counter(tensor.name for tensor in self.tensors)
+        if doubled := sorted(name for name, count in counts.items() if count > 1):
             raise ValueError(f"tensors given twice: {', '.join(doubled)}")
+        return self
+
+    @model_validator(mode="after")
+    def _all_listed(self) -> Document:
+        """A shorter list of features would be less to compare."""
+        active = self.scalars.get("sae.n_active_last_pos")
+        if active is None or any(tensor.nonfinite for tensor in self.tensors):
+            return self
+        if len(self.top_features_last_pos) != min(TOP_FEATURES, active):
+            raise ValueError(f"{len(self.top_features_last_pos)} top features, and {active:g} are active")
         return self
 
 
@@ -226,13 +241,14 @@ class Trace:
         raw = read_json(path)
         found = raw.get("format") if isinstance(raw, dict) else None
         if found != FORMAT:
-            raise TraceError(f"{path}: format is {found!r}, expected {FORMAT!r}")
+            shown = one_line(repr(found)) if isinstance(found, str | int | None) else type(found).__name__
+            raise TraceError(f"{path}: format is {shown}, expected {FORMAT!r}")
         try:
             self.document = Document.model_validate(raw)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
-            raise TraceError(f"{path}: {where or 'document'}: {first['msg']}") from error
+            where = one_line(".".join(str(part) for part in first["loc"]))
+            raise TraceError(f"{path}: {where or 'document'}: {one_line(first['msg'])}") from error
 
     @property
     def header(self) -> Header:
@@ -269,7 +285,6 @@ class Trace:
                 array: np.ndarray = np.array(entry.values, dtype=dtype).reshape(entry.shape)
         else:
             array = self._from_file(entry, None)
-            self._check_kind(entry, list(array.shape), array.dtype)
         self._check_digest(entry, hashlib.sha256(_bytes(array)).hexdigest())
         self._check_finite(entry, int(np.count_nonzero(~np.isfinite(array))))
         return array
@@ -325,14 +340,14 @@ class Trace:
             bits = (np.array(entry.values, "<f4").view("<u4") >> 16).astype("<u2")
         else:
             path = self._beside(entry)
+            tensors = self._files.setdefault(path.name, TensorFile(path))
             try:
-                tensors = dict(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
-                found = tensors[str(entry.key)]
-            except (SafetensorError, OSError, KeyError) as error:
-                raise TraceError(f"{path}: cannot read {entry.key}: {error}") from error
-            if found["dtype"] != "BF16" or list(found["shape"]) != entry.shape:
-                raise TraceError(f"{path}: {entry.key} is {found['dtype']}{list(found['shape'])}, declared bfloat16")
-            bits = np.frombuffer(found["data"], "<u2")
+                dtype, shape = tensors.kind(str(entry.key))
+                if dtype != "BF16" or shape != entry.shape:
+                    raise TraceError(f"{path}: {entry.key} is {dtype}{shape}, declared bfloat16{entry.shape}")
+                bits = np.frombuffer(tensors.raw(str(entry.key)), "<u2")
+            except (SafetensorError, OSError, ValueError) as error:
+                raise TraceError(f"{path}: cannot read {entry.key}: {one_line(str(error))}") from error
         self._check_digest(entry, hashlib.sha256(_bytes(bits)).hexdigest())
         return (bits.astype("<u4") << 16).view("<f4").reshape(entry.shape)
 
@@ -341,13 +356,12 @@ class Trace:
         file = self._beside(entry)
         tensors = self._files.setdefault(file.name, TensorFile(file))
         try:
-            if box is None:
-                return tensors.tensor(str(entry.key))
+            # Before it is read: what a file claims to hold may be more than there is memory.
             dtype, shape = tensors.kind(str(entry.key))
             self._check_kind(entry, shape, _FILED.get(dtype, np.dtype(bool)))
-            return tensors.box(str(entry.key), box)
+            return tensors.tensor(str(entry.key)) if box is None else tensors.box(str(entry.key), box)
         except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise TraceError(f"{file}: cannot read {entry.key}: {error}") from error
+            raise TraceError(f"{file}: cannot read {entry.key}: {one_line(str(error))}") from error
 
 
 def _bytes(array: np.ndarray) -> memoryview:
@@ -356,30 +370,8 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 
 def read_json(path: Path) -> Any:
-    """JSON with nothing forgiven: no duplicate key, no NaN or Infinity, bounded size and depth.
+    """JSON with nothing forgiven, see :func:`untrusted.read_json`.
 
     :raises TraceError: naming the file and the reason.
     """
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise TraceError(f"{path}: {size} bytes of JSON, more than {MAX_JSON_BYTES}")
-        return json.loads(
-            path.read_bytes().decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
-        )
-    except FileNotFoundError as error:
-        raise TraceError(f"{path}: no such file") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise TraceError(f"{path}: not valid JSON: {error}") from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key given twice: {next(name for name in names if names.count(name) > 1)!r}")
-    return found
-
-
-def _refuse_constant(constant: str) -> float:
-    raise ValueError(f"{constant} is not JSON")
+    return read_any_json(path, TraceError)

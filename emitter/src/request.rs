@@ -344,3 +344,7 @@ fn check_out(out: &Path) -> Result<(), EmitError> {
 #[cfg(test)]
 #[path = "request_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "request_fuzz.rs"]
+mod fuzz;

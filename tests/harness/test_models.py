@@ -113,18 +113,17 @@ def test_a_directory_that_lacks_something_says_what_and_what_it_holds(tmp_path: 
     [
         (
             '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}',
-            "lacks",
+            "model-00002-of-00002.safetensors'], and there are ['model-00001",
         ),
-        ("{}", "not an index"),
-        ('{"weight_map": []}', "not an index"),
+        ("{}", "no weight_map"),
+        ('{"weight_map": []}', "no weight_map"),
     ],
 )
 def test_a_shard_that_the_index_names_and_nobody_has_is_named(tmp_path: Path, index: str, said: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model-00001-of-00002.safetensors").write_text("")
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    line = refused(tmp_path)
-    assert said in line and (said != "lacks" or "lacks model-00002-of-00002.safetensors, which" in line)
+    assert said in refused(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\ufeff{}"])
