@@ -6,13 +6,14 @@
 #   make alarms   does it cry wolf? honest variants of the arithmetic, none of which may be past the gate
 #   make rivals   how do the rules that people use today do on the same dumps?
 #   make bench    what does it cost? times and memory as ratios, exit 1 when a figure is missed
+#   make fullsize the size of Gemma 2 2B with generated weights: seconds and peak memory of each stage
 CANDIDATE ?= 0.2.2
 CACHE := $(or $(PARITY_CACHE),$(HOME)/.cache/candle-mi-parity)
 PY := .venv/bin/python
 CARGO := CARGO_TARGET_DIR="$(CACHE)/target/candle-0.11" cargo
 CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
-.PHONY: parity test faults alarms rivals bench lint rust-lint setup
+.PHONY: parity test faults alarms rivals bench fullsize lint rust-lint setup
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
@@ -48,6 +49,9 @@ rivals: setup
 
 bench: setup
 	@$(PY) -m proof.bench
+
+fullsize: setup
+	@$(PY) -m proof.fullsize --candidate "$(CANDIDATE)"
 
 setup:
 	@./setup.sh "$(CACHE)"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from candle_mi_parity.cases import WAITS
+
 pytest_plugins = ["pytester"]
 
 PREAMBLE = """
@@ -87,6 +89,15 @@ def test_gpu_asked_for_and_none_there_is_inconclusive(pytester: pytest.Pytester)
     required = outcomes(pytester, body, "-m", "gpu", "--require-gpu")
     required.assert_outcomes(errors=1)
     assert required.ret == 1
+
+
+@pytest.mark.parametrize("lane", WAITS)
+def test_a_case_of_a_lane_that_waits_is_skipped_with_its_remedy(pytester: pytest.Pytester, lane: str) -> None:
+    body = f"@pytest.mark.{lane}\ndef test_it(): pass\n"
+    done = outcomes(pytester, body, "-rs")
+    done.assert_outcomes(skipped=1)
+    done.stdout.fnmatch_lines([f"*{WAITS[lane]}: select it with -m {lane}"])
+    outcomes(pytester, body, "-m", lane).assert_outcomes(passed=1)
 
 
 def test_goldens_are_not_regenerated_without_a_reason(pytester: pytest.Pytester) -> None:
