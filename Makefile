@@ -6,6 +6,7 @@
 #   make alarms   does it cry wolf? honest variants of the arithmetic, none of which may be past the gate
 #   make rivals   how do the rules that people use today do on the same dumps?
 #   make bench    what does it cost? times and memory as ratios, exit 1 when a figure is missed
+#   make fullsize the size of Gemma 2 2B with generated weights: seconds and peak memory of each stage
 # Every night, into build/nightly:
 #   make nightly  release and git main, the GPU, the hub; what changed since last night (STEPS='gpu-*', GATHERED=1)
 # Records, checked by the tests:
@@ -16,7 +17,7 @@ PY := .venv/bin/python
 CARGO := CARGO_TARGET_DIR="$(CACHE)/target/candle-0.11" cargo
 CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
-.PHONY: parity test pytest nightly faults alarms rivals bench licences lint rust-lint setup
+.PHONY: parity test pytest nightly faults alarms rivals bench fullsize licences lint rust-lint setup
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
@@ -61,6 +62,9 @@ bench: setup
 
 licences: setup
 	@$(PY) -m proof.licences
+
+fullsize: setup
+	@$(PY) -m proof.fullsize --candidate "$(CANDIDATE)"
 
 setup:
 	@./setup.sh "$(CACHE)"

@@ -13,7 +13,7 @@ import torch
 
 from candle_mi_parity import pytest_plugin
 from candle_mi_parity.candidate import parse_candidate
-from candle_mi_parity.cases import ROOT, Case, cache_root, load_cases
+from candle_mi_parity.cases import ROOT, WAITS, Case, cache_root, load_cases
 from candle_mi_parity.ledger import Ledger, load_ledger
 from candle_mi_parity.run import Progress, judge_case
 from candle_mi_parity.sources import Source, StoredSource, open_source
@@ -102,7 +102,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             continue
         cases = [case for case in CASES.values() if belongs(case)]
         if "candidate" in metafunc.fixturenames:
-            pairs = [_pair(candidate, case) for candidate in _candidates() for case in cases]
+            pairs = [
+                _pair(candidate, case) for candidate in _candidates() for case in cases if _fits(candidate, case)
+            ]
             metafunc.parametrize(("candidate", name), pairs)
         else:
             metafunc.parametrize(name, [pytest.param(case.id, marks=_marks(case)) for case in cases])
@@ -112,8 +114,13 @@ def _candidates() -> list[str]:
     return [*STORED, "torch_cpu", "torch_cuda", "live"]
 
 
+def _fits(candidate: str, case: Case) -> bool:
+    """Of the full size nothing is stored, and a model that the session keeps would leave the emitter no memory."""
+    return case.lane != "fullsize" or candidate == "live"
+
+
 def _marks(case: Case) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.hub] if case.lane == "hub" else []
+    return [getattr(pytest.mark, case.lane)] if case.lane in WAITS else []
 
 
 def _pair(candidate: str, case: Case) -> object:

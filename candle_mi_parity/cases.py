@@ -54,7 +54,9 @@ Setting = Scalar | list[int] | list[float] | list[str] | dict[str, Scalar | list
 
 
 class TinyModel(Row):
-    """A generated model: the shape from ``fixtures/<config>``, weights from a hash of each tensor's name.
+    """A generated model, tiny but for the one of full size.
+
+    The shape is from ``fixtures/<config>``, the weights from a hash of each tensor's name.
 
     :ivar shards: number of safetensors files.
     :ivar change: config keys that this case sets otherwise than the file.
@@ -137,10 +139,27 @@ class SaelensDirectory(SaePlace):
     scaling_factor: bool = False
 
 
+class ScopeSae(SaePlace):
+    """A generated JumpReLU SAE in Gemma Scope's NPZ layout.
+
+    :ivar threshold: the least θ.
+    """
+
+    d_sae: Annotated[int, Field(ge=1)]
+    threshold: Annotated[float, Field(gt=0)]
+
+
+WAITS = {
+    "hub": "needs a download from the hub",
+    "fullsize": "needs 11 GB of disk, 12 GB of free memory and some minutes",
+}
+"""Lane → why its cases run when they are selected, and only then."""
+
+
 class Case(Row):
     """One comparison: a model, what is fed to it, an SAE.
 
-    :ivar lane: ``default`` runs on every machine; ``hub`` needs a download and runs when it is selected.
+    :ivar lane: ``default`` runs on every machine; a case of another runs when it is selected, see :data:`WAITS`.
     :ivar unmeasured: the tensors that are too noisy to judge, all of them and no other: opening or closing such a
         gap is an edit of the row. ``blocks.*.x`` stands for every layer.
     :ivar stored: how much of a trace is kept in ``rust_outputs/``.
@@ -151,9 +170,9 @@ class Case(Row):
     model: Model
     tokens: RandomTokens | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     text: str | None = None
-    sae: SaeFile | SaelensDirectory | None = None
+    sae: SaeFile | SaelensDirectory | ScopeSae | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    lane: Literal["default", "hub"] = "default"
+    lane: Literal["default", "hub", "fullsize"] = "default"
     stored: Literal["whole", "part"] = "part"
     unmeasured: list[str] = []
     edits: list[Edit] = []

@@ -26,7 +26,7 @@ from candle_mi_parity.calls import emit_calls, load_calls, read_calls
 from candle_mi_parity.calls_compare import judge_calls, load_known_calls
 from candle_mi_parity.calls_truth import truth_of
 from candle_mi_parity.candidate import CandidateError, OutOfReachError, parse_candidate
-from candle_mi_parity.cases import ROOT, Case, cache_root, load_cases, select
+from candle_mi_parity.cases import ROOT, WAITS, Case, cache_root, load_cases, select
 from candle_mi_parity.census import take_census
 from candle_mi_parity.census_record import STORED, Entry
 from candle_mi_parity.diff_run import diff
@@ -123,7 +123,7 @@ def judge(
     table = load_cases()
     chosen = select(table, cases)
     skipped = {
-        case.id: f"needs a download from the hub; run it with --cases '{case.id}'"
+        case.id: f"{WAITS[case.lane]}; run it with --cases '{case.id}'"
         for case in table
         if cases is None and case not in chosen
     }

@@ -127,7 +127,7 @@ def load_model(
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        with _mode_for(dtype), torch.no_grad(), _quiet():
+        with _mode_for(dtype), torch.no_grad(), quiet():
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype, attn_implementation=attention, local_files_only=True
             )
@@ -143,7 +143,7 @@ def _mode_for(dtype: torch.dtype) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers reports loading on stderr; a wrong checkpoint is judged by :func:`load_model`, not read there."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)

@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from candle_mi_parity import durable
 from candle_mi_parity.cases import FIXTURES, HubModel, LocalModel, Model, PackageModel, TinyModel
 from candle_mi_parity.errors import ModelError, ParityError
 from candle_mi_parity.families import family_of
+from candle_mi_parity.generated import bit_stream, normal_numbers, write_safetensors
 from candle_mi_parity.printable import one_line
 from candle_mi_parity.untrusted import read_json, require_inside, require_regular
 
@@ -213,10 +215,9 @@ def _transformers(dialect: str) -> str:
 
 
 def _generate(hub: dict[str, object], dialect: str, shards: int, out: Path) -> None:
-    """A tiny model: the tensors that transformers expects for the config, filled by :func:`tensor_values`."""
+    """The tensors that transformers expects for the config, filled by :func:`tensor_stretches`."""
     import torch
     import transformers
-    from safetensors.numpy import save_file
 
     offset = family_of(str(hub["model_type"])).norm_offset
     write_config(hub, dialect, out)
@@ -226,16 +227,18 @@ def _generate(hub: dict[str, object], dialect: str, shards: int, out: Path) -> N
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight")
-    tensors = {name: tensor_values(name, shape, offset) for name, shape in sorted(shapes.items())}
+    stretches = partial(tensor_stretches, norm_offset=offset)
     if shards == 1:
-        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        write_safetensors(out / "model.safetensors", shapes, stretches)
         return
-    names = list(tensors)
+    names = sorted(shapes)
     files = {f"model-{i + 1:05}-of-{shards:05}.safetensors": names[i::shards] for i in range(shards)}
-    for file, held in files.items():
-        save_file({name: tensors[name] for name in held}, out / file, metadata={"format": "pt"})
+    sizes = [
+        write_safetensors(out / file, {name: shapes[name] for name in held}, stretches)
+        for file, held in files.items()
+    ]
     index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "metadata": {"total_size": sum(sizes)},
         "weight_map": {name: file for file, held in files.items() for name in held},
     }
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -252,30 +255,30 @@ def write_config(hub: dict[str, object], dialect: str, out: Path) -> None:
     transformers.AutoConfig.for_model(str(hub["model_type"]), **settings).save_pretrained(out)
 
 
-def tensor_values(name: str, shape: tuple[int, ...], norm_offset: int) -> np.ndarray:
-    """Weights of a generated tensor, float32, bit-identical on every machine.
+def tensor_stretches(name: str, shape: tuple[int, ...], norm_offset: int) -> Iterator[np.ndarray]:
+    """Weights of a generated tensor, float32 in row-major order, a stretch at a time.
 
     Norm weights are 1 + 0.2·N (0.2·N where the norm adds the 1 itself), biases 0.1·N, matrices N/sqrt(fan_in):
-    nothing is zero or at a default, so a dropped bias or an ignored weight shows. N is the sum of twelve 16-bit
-    integers minus its mean (Irwin-Hall: deviation 1), exact in float32; the integers are PCG64's raw
-    stream, which numpy guarantees, seeded by the tensor's name.
+    nothing is zero or at a default, so a dropped bias or an ignored weight shows.
     """
-    count = math.prod(shape)
-    words = np.frombuffer(seeded_words(f"{GENERATOR}:{name}", 3 * count).tobytes(), dtype="<u2").reshape(count, 12)
-    normal = (words.astype(np.int64).sum(axis=1) - 12 * 65535 // 2) / 65536.0
-    if name.endswith(".bias"):
-        values = 0.1 * normal
-    elif len(shape) == 1:
-        values = (1 - norm_offset) + 0.2 * normal
-    else:
-        values = normal / math.sqrt(shape[-1])
-    return np.ascontiguousarray(values.astype(np.float32).reshape(shape))
+    for normal in normal_numbers(f"{GENERATOR}:{name}", math.prod(shape)):
+        if name.endswith(".bias"):
+            values = 0.1 * normal
+        elif len(shape) == 1:
+            values = (1 - norm_offset) + 0.2 * normal
+        else:
+            values = normal / math.sqrt(shape[-1])
+        yield values.astype(np.float32)
+
+
+def tensor_values(name: str, shape: tuple[int, ...], norm_offset: int) -> np.ndarray:
+    """The same in one array."""
+    return np.concatenate([*tensor_stretches(name, shape, norm_offset)]).reshape(shape)
 
 
 def seeded_words(name: str, count: int) -> np.ndarray:
     """``count`` uniform 64-bit words, little-endian, from the raw PCG64 stream that ``name`` seeds."""
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    return np.asarray(np.random.PCG64(seed).random_raw(count), dtype="<u8")
+    return np.asarray(bit_stream(name).random_raw(count), dtype="<u8")
 
 
 def _unpack(dialect: str, out: Path) -> None:

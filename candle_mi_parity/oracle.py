@@ -21,7 +21,19 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from candle_mi_parity import chains, edits, families, hooks, interventions, models, rounding, sae, saelens, truth
+from candle_mi_parity import (
+    chains,
+    edits,
+    families,
+    hooks,
+    interventions,
+    models,
+    rounding,
+    sae,
+    saelens,
+    streaming,
+    truth,
+)
 from candle_mi_parity.chains import Lens, SaeChain, coarse, is_lens
 from candle_mi_parity.errors import OracleError
 from candle_mi_parity.gate import UNITS
@@ -58,9 +70,16 @@ class Oracle:
 
     @cached_property
     def model(self) -> nn.Module:
+        dtype: torch.dtype = getattr(torch, self.subject.case.dtype)
+        if self._streamed:
+            return streaming.load_streamed(self.subject.model_dir, dtype)
         model = load_model(self.subject.model_dir)
-        round_weights(model, getattr(torch, self.subject.case.dtype))
+        round_weights(model, dtype)
         return model
+
+    @cached_property
+    def _streamed(self) -> bool:
+        return streaming.is_streamed(self.subject.model_dir)
 
     def truth(self, mode: Mode = "free") -> Truth:
         """The truth of a mode, from the cache or computed.
@@ -132,7 +151,8 @@ class Oracle:
         tokens = torch.tensor(self.subject.tokens)
         seed = int(self.subject.digest[:16], 16)
         recorder, values, squares = sample(self.model, tokens, seed, then, changes, self.arithmetic)
-        return _as_truth(self.subject, mode, recorder, values, squares, sae)
+        meta = {"mode": mode, "weights": "streamed" if self._streamed else "whole"}
+        return _as_truth(self.subject, meta, recorder, values, squares, sae)
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
@@ -188,7 +208,7 @@ _RULES = models.digest_files(
         Path(__file__),
         *(
             Path(str(module.__file__))
-            for module in (chains, edits, families, hooks, interventions, rounding, sae, saelens, truth)
+            for module in (chains, edits, families, hooks, interventions, rounding, sae, saelens, streaming, truth)
         ),
     ]
 )
@@ -208,12 +228,13 @@ def truth_key(subject: Subject, arithmetic: Arithmetic) -> str:
 
 def _as_truth(
     subject: Subject,
-    mode: Mode,
+    meta: dict[str, str],
     recorder: Recorder,
     values: Captured,
     squares: Captured,
     chain: SaeChain | None,
 ) -> Truth:
+    """:param meta: what the truth is to say of itself beside the subject's own digests and the versions."""
     tensors, scalars = {}, {}
     for name, value in values.items():
         if not bool(torch.isfinite(value).all() and torch.isfinite(squares[name]).all()):
@@ -228,13 +249,13 @@ def _as_truth(
     pre = {name: tensors.pop(f"{name}.pre") for name in ("sae", "sae_on_truth") if chain}
     return Truth(
         tokens=subject.tokens,
-        tensors=_execution_order(subject, tensors, forced=mode == "forced"),
+        tensors=_execution_order(subject, tensors, forced=meta["mode"] == "forced"),
         sae={name: chain.truth(name, pre[name], values) for name in pre if chain},
         scalars=scalars,
         meta={
             "case": subject.digest,
             "model": subject.model_digest,
-            "mode": mode,
+            **meta,
             "dtype": subject.case.dtype,
             **(
                 {"sae": str(subject.sae_digest), "sae_hook": subject.case.sae.hook}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from candle_mi_parity import cuda
+from candle_mi_parity.cases import WAITS
 from candle_mi_parity.printable import one_line, printable
 from candle_mi_parity.run import library_versions
 from candle_mi_parity.verdict import CaseResult, Status
@@ -65,8 +66,9 @@ def missing_tool(marker: str) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     asked = str(config.getoption("markexpr", ""))
     for item in items:
-        if item.get_closest_marker("hub") and "hub" not in asked:
-            item.add_marker(pytest.mark.skip(reason="needs a download from the hub: select it with -m hub"))
+        for lane, reason in WAITS.items():
+            if item.get_closest_marker(lane) and lane not in asked:
+                item.add_marker(pytest.mark.skip(reason=f"{reason}: select it with -m {lane}"))
         for marker in ("gpu", "rust"):
             reason = missing_tool(marker)
             if reason and item.get_closest_marker(marker) and not config.getoption(f"--require-{marker}"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from candle_mi_parity.cases import Case, LocalModel, PackageModel, SaeFile, SaelensDirectory, TinyModel
+from candle_mi_parity.cases import Case, LocalModel, PackageModel, SaeFile, SaelensDirectory, ScopeSae, TinyModel
 from candle_mi_parity.edits import Inject, Knockout, Scale, Steer
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.models import generated_model, model_directory, read_config
@@ -100,6 +100,8 @@ def reproduce(case: Case, source: Source, cache: Path, tell: Tell) -> Reproducti
         sae = case.sae if _is_about_sae(case, first.name) else None
         if isinstance(sae, SaeFile):
             raise ReproError(f"{case.id}: only a generated SAE can be made smaller, and {sae.path} is a file")
+        if isinstance(sae, ScopeSae):
+            raise ReproError(f"{case.id}: an SAE in Gemma Scope's layout is not made smaller, one in SAELens's is")
         start = Input(read_config(subject.model_dir), tuple(subject.tokens[0]), case.dtype, sae, tuple(case.edits))
         if isinstance(case.model, PackageModel):
             start = _small(start)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from candle_mi_parity.cases import FIXTURES, SaeFile, SaelensDirectory
+from candle_mi_parity.cases import FIXTURES, SaeFile, SaelensDirectory, ScopeSae
 from candle_mi_parity.errors import SaeError
 from candle_mi_parity.hub import fetch_sae
 from candle_mi_parity.models import content_key, local_path, publish, tensor_values
@@ -69,8 +69,9 @@ class Sae:
         return rows / np.linalg.norm(rows, axis=-1, keepdims=True) if self.by_decoder_norm else rows
 
 
-def sae_path(sae: SaeFile | SaelensDirectory, width: int, cache: Path) -> Path:
-    """Where an SAE is on this machine: a file, downloaded when it lives on the hub, or a generated directory.
+def sae_path(sae: SaeFile | SaelensDirectory | ScopeSae, width: int, cache: Path) -> Path:
+    """Where an SAE is on this machine: a file, generated, or downloaded when it lives on the hub, or a generated
+    directory.
 
     :param width: the model's hidden size, which a generated SAE takes for its ``d_in``.
     :raises SaeError: when it is not there.
@@ -79,6 +80,9 @@ def sae_path(sae: SaeFile | SaelensDirectory, width: int, cache: Path) -> Path:
     if isinstance(sae, SaelensDirectory):
         key = content_key("saelens", sae.model_dump(), width)
         return publish(cache / "saes" / key, lambda out: _generate(sae, width, out))
+    if isinstance(sae, ScopeSae):
+        key = content_key("scope", sae.d_sae, sae.threshold, width)
+        return publish(cache / "saes" / key, lambda out: _generate_scope(sae, width, out)) / "params.npz"
     if sae.repo is None:
         path = local_path(sae.path, SaeError)
         path = path if path.is_absolute() else FIXTURES / path
@@ -111,6 +115,19 @@ def _generate(sae: SaelensDirectory, width: int, out: Path) -> None:
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(dtype) for name, array in arrays.items()}
     save_file(tensors, out / WEIGHTS[0])
     (out / CONFIG).write_text(json.dumps({"d_in": width, "d_sae": sae.d_sae, **sae.cfg}, indent=2) + "\n")
+
+
+def _generate_scope(sae: ScopeSae, width: int, out: Path) -> None:
+    """``params.npz``: decoder rows near the encoder's columns, as in a trained SAE, and thresholds all different."""
+    encoder = tensor_values("sae.W_enc", (sae.d_sae, width), 0)
+    np.savez(
+        out / "params.npz",
+        W_enc=np.ascontiguousarray(encoder.T),
+        W_dec=np.float32(0.2) * encoder + np.float32(0.1) * tensor_values("sae.W_dec", (sae.d_sae, width), 0),
+        b_enc=tensor_values("sae.b_enc.bias", (sae.d_sae,), 0),
+        b_dec=tensor_values("sae.b_dec.bias", (width,), 0),
+        threshold=np.abs(tensor_values("sae.threshold", (sae.d_sae,), 1)) + np.float32(sae.threshold),
+    )
 
 
 def load_sae(path: Path) -> Sae:

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from candle_mi_parity.cases import WAITS
+
 pytest_plugins = ["pytester"]
 
 PREAMBLE = """
@@ -121,6 +123,15 @@ def test_a_gpu_test_that_skips_for_a_reason_of_its_own_is_no_run(pytester: pytes
     assert found.get("failed", 0) + found.get("errors", 0) == 1 and found["skipped"] == 1
     assert required.ret == 1
     required.stdout.fnmatch_lines(["*--require-gpu: skipped: of its own*"])
+
+
+@pytest.mark.parametrize("lane", WAITS)
+def test_a_case_of_a_lane_that_waits_is_skipped_with_its_remedy(pytester: pytest.Pytester, lane: str) -> None:
+    body = f"@pytest.mark.{lane}\ndef test_it(): pass\n"
+    done = outcomes(pytester, body, "-rs")
+    done.assert_outcomes(skipped=1)
+    done.stdout.fnmatch_lines([f"*{WAITS[lane]}: select it with -m {lane}"])
+    outcomes(pytester, body, "-m", lane).assert_outcomes(passed=1)
 
 
 def test_goldens_are_not_regenerated_without_a_reason(pytester: pytest.Pytester) -> None:
