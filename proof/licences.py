@@ -77,13 +77,14 @@ def package_licences() -> dict[str, str]:
 
 def licence_of(package: Distribution) -> str:
     """As SPDX where the package says it so, or else its classifiers or its own words; empty when it is silent."""
-    said = package.metadata.get("License-Expression")
-    classifiers = [
-        line.rpartition(" :: ")[2] for line in package.metadata.get_all("Classifier", []) if "License ::" in line
-    ]
-    for text in (said, *classifiers, package.metadata.get("License")):
-        if text and text != "OSI Approved":
-            return SPELT.get(text, text)
+
+    def said(field: str) -> list[str]:
+        return [str(value) for value in package.metadata.get_all(field) or []]
+
+    classifiers = [line.rpartition(" :: ")[2] for line in said("Classifier") if line.startswith("License ::")]
+    for words in (*said("License-Expression"), *classifiers, *said("License")):
+        if words and words != "OSI Approved":
+            return SPELT.get(words, words)
     return SILENT.get(package.name, "")
 
 

@@ -20,11 +20,11 @@ import pytest
 from candle_mi_parity import sources
 from candle_mi_parity.build import build
 from candle_mi_parity.candidate import BuiltEmitter, EmitterProcess, parse_candidate
-from candle_mi_parity.cases import cache_root
+from candle_mi_parity.cases import ROOT, cache_root
 from candle_mi_parity.ledger import Ledger
 from candle_mi_parity.oracle import Mode
 from candle_mi_parity.run import Progress, judge_case
-from candle_mi_parity.sources import Source, open_source
+from candle_mi_parity.sources import LiveSource, Source, open_source
 from candle_mi_parity.subject import Subject
 from candle_mi_parity.trace import Emitted, Trace
 from candle_mi_parity.truth import Truth
@@ -82,6 +82,11 @@ def limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, s
     return make
 
 
+def emitter_of(source: Source) -> EmitterProcess:
+    assert isinstance(source, LiveSource)
+    return source._emitter
+
+
 def traces(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in (tmp_path / "traces").rglob("*") if path.is_file() and path.name[0] != ".")
 
@@ -114,7 +119,7 @@ def test_a_full_disk_for_the_trace_costs_one_case(
     with limited(blocks, "trap '' XFSZ") as source:
         assert "io: " in (said := error_of(judged(source))) and "File too large" in said
         assert list((tmp_path / "traces").rglob("*.*")) == [], "something half-written was left"
-        source._emitter._abandon(0)  # type: ignore[attr-defined] -- space was made
+        emitter_of(source)._abandon(0)  # space was made
         right(judged(source))
 
 
@@ -152,7 +157,8 @@ def random_kills(count: int, seed: int, out: Path) -> tuple[int, int]:
     lost = late = 0
     binary = build(parse_candidate(SPEC), cache_root(), print).path
     with open_source(parse_candidate(SPEC), cache_root(), out, print) as source, Killed(binary) as emitter:
-        source._emitter = emitter  # type: ignore[attr-defined]
+        assert isinstance(source, LiveSource)
+        source._emitter = emitter
         right(judged(source))
         cold = emitter.took
         right(judged(source))
@@ -197,7 +203,7 @@ class Vanishing(sources.NothingOpen):
 
 def stored_copy(tmp_path: Path) -> Source:
     """The stored release as a directory of its own, from which files may vanish."""
-    source = sources.ROOT / "rust_outputs" / SPEC
+    source = ROOT / "rust_outputs" / SPEC
     for name in ("candidate.json", "llama/hub.json", "llama/hub.safetensors"):
         (tmp_path / "stored" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "stored" / name).write_bytes((source / name).read_bytes())
