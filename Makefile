@@ -5,6 +5,7 @@
 #   make faults   what does it see? planted faults and the smallest doses; SOURCE=1: faults in candle-mi's own source
 #   make alarms   does it cry wolf? honest variants of the arithmetic, none of which may be past the gate
 #   make rivals   how do the rules that people use today do on the same dumps?
+#   make fuzz     what do hostile files do? a hundred thousand mutants, none of which may pass, crash or hang
 #   make bench    what does it cost? times and memory as ratios, exit 1 when a figure is missed
 #   make fullsize the size of Gemma 2 2B with generated weights: seconds and peak memory of each stage
 # Every night, into build/nightly:
@@ -17,7 +18,7 @@ PY := .venv/bin/python
 CARGO := CARGO_TARGET_DIR="$(CACHE)/target/candle-0.11" cargo
 CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
-.PHONY: parity test pytest nightly faults alarms rivals bench fullsize licences lint rust-lint setup
+.PHONY: parity test pytest nightly faults alarms rivals fuzz bench fullsize licences lint rust-lint setup
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
@@ -56,6 +57,9 @@ rivals: setup
 	@$(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["rivals"])' \
 		| xargs -n 1 $(RIVALS)/pip/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(RIVALS)/site || true
 	PYTHONPATH=$(RIVALS)/site $(PY) -m proof.rivals
+
+fuzz: setup
+	@$(PY) -m proof.fuzz
 
 bench: setup
 	@$(PY) -m proof.bench

@@ -217,7 +217,7 @@ def _kept_as_stored(entry: TensorEntry) -> bool:
         return True
     if len(part.shape) < 2 or part.rows != [part.shape[-2] - 1]:
         return False
-    if not (entry.name == "logits" or is_lens(entry.name) or entry.name.startswith("lens")):
+    if not (entry.name == "logits" or entry.name.startswith("lens")):
         return part.columns is None
     columns = part.columns or []
     return len(columns) == min(TOP_LOGITS, part.shape[-1]) and columns == sorted(set(columns))

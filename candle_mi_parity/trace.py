@@ -34,8 +34,13 @@ _FILED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2
 """The same as safetensors spells them."""
 
 
+MAX_TEXT = 1000
+
+
 def _printable(text: str) -> str:
-    """Texts go to terminals and reports: no line break, escape sequence or lone surrogate."""
+    """Texts go to terminals, reports and file names: no line break, escape sequence or lone surrogate, no novel."""
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"a text of {len(text)} characters, more than {MAX_TEXT}")
     if not text.isprintable():
         raise ValueError(f"{one_line(ascii(text[:300]))} holds unprintable characters")
     return text
@@ -115,7 +120,7 @@ class TensorEntry(Part):
     sha256: Digest
     nonfinite: Size
     values: list[float] | None = None
-    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")] | None = None
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=200)] | None = None
     key: Text | None = None
     part: Selection | None = None
 

@@ -125,7 +125,7 @@ def _nudge(rng: Random, _there: list[Place], holder: Any, key: Any) -> None:
     if isinstance(value, bool) or value is None:
         holder[key] = not value
     elif isinstance(value, int):
-        holder[key] = rng.choice([value + 1, value - 1, -value, value * 2, float(value), str(value)])
+        holder[key] = rng.choice([value + 1, value - 1, -value, value * 2, float(min(value, 2**1000)), str(value)])
     elif isinstance(value, float):
         holder[key] = value * (1 + rng.choice((-1, 1)) * 10 ** rng.uniform(-12, 3))
     elif isinstance(value, str) and value:

@@ -219,7 +219,7 @@ def test_a_shape_of_a_million_axes_is_refused_unmultiplied(tmp_path: Path, where
     assert "shape" in refused(lambda: Trace(path))
 
 
-@pytest.mark.parametrize("key", ["format", "tokens", "name", "unknown"])
+@pytest.mark.parametrize("key", ["format", "tokens", "name", "file", "key", "device", "scalars", "unknown"])
 def test_a_line_stays_a_line_however_long_what_is_wrong_is(tmp_path: Path, key: str) -> None:
     long = "x" * 10**6 + "\x1b[2J"
     there = real("llama/hub")
@@ -229,8 +229,12 @@ def test_a_line_stays_a_line_however_long_what_is_wrong_is(tmp_path: Path, key: 
             document["format"] = long
         elif key == "tokens":
             document["tokens"] = [[1] * 10**5]
-        elif key == "name":
-            document["tensors"][0]["name"] = long
+        elif key in ("name", "file", "key"):
+            document["tensors"][0][key] = long.removesuffix("\x1b[2J")
+        elif key == "device":
+            document["header"]["device"] = long
+        elif key == "scalars":
+            document["scalars"]["y" * 5000] = 1.0
         else:
             document[long] = 1
 
