@@ -87,7 +87,9 @@ def run(
         source = StoringSource(opened, keep) if keep else opened
         if source.identity:
             result.identity = source.identity.model_dump(exclude_none=True)
-        with two_at_a_time(lambda case: judge_case(case, source, spec, cache, ledger, progress), cases) as futures:
+        # torch's default dtype is the whole process's: beside a truth no float32 model may be loaded in it.
+        count = 1 if candidate.kind == "torch" else 2
+        with at_once(count, lambda case: judge_case(case, source, spec, cache, ledger, progress), cases) as futures:
             try:
                 for future in futures:
                     judged = future.result()
@@ -115,12 +117,12 @@ def _settle(result: RunResult, futures: list[Future[CaseResult]], skipped: dict[
 
 
 @contextmanager
-def two_at_a_time(judge: Callable[[Case], CaseResult], cases: list[Case]) -> Iterator[list[Future[CaseResult]]]:
-    """A future a case, in their order; while one is compared, the emitter works on the next.
+def at_once(count: int, judge: Callable[[Case], CaseResult], cases: list[Case]) -> Iterator[list[Future[CaseResult]]]:
+    """A future a case, in their order; with two at once, while one is compared the emitter works on the next.
 
     A run that breaks off does not wait for the cases at work: their emitter, which may hang, is closed after this.
     """
-    pool = ThreadPoolExecutor(2)
+    pool = ThreadPoolExecutor(count)
     try:
         yield [pool.submit(judge, case) for case in cases]
     finally:

@@ -13,7 +13,7 @@ from candle_mi_parity import run
 from candle_mi_parity.cases import Case, load_cases
 from candle_mi_parity.errors import Stopped
 from candle_mi_parity.ledger import Ledger
-from candle_mi_parity.run import two_at_a_time
+from candle_mi_parity.run import at_once
 from candle_mi_parity.verdict import CaseResult
 
 CASES = load_cases()[:8]
@@ -26,7 +26,7 @@ def test_the_next_case_is_emitted_while_one_is_compared() -> None:
         meeting.wait()  # a broken barrier raises: one case at a time never meets another
         return result(case.id)
 
-    with two_at_a_time(judge, CASES) as futures:
+    with at_once(2, judge, CASES) as futures:
         assert len([future.result() for future in futures]) == len(CASES)
 
 
@@ -35,7 +35,7 @@ def test_results_come_in_the_order_of_the_cases() -> None:
         time.sleep(0.05 if case.id == CASES[0].id else 0)
         return result(case.id)
 
-    with two_at_a_time(judge, CASES) as futures:
+    with at_once(2, judge, CASES) as futures:
         assert [future.result().id for future in futures] == [case.id for case in CASES]
 
 
@@ -47,7 +47,7 @@ def test_a_run_that_breaks_off_begins_no_further_case() -> None:
         time.sleep(0.05)
         return result(case.id)
 
-    with pytest.raises(Stopped), two_at_a_time(judge, CASES) as futures:
+    with pytest.raises(Stopped), at_once(2, judge, CASES) as futures:
         raise Stopped(futures[0].result().id)
     assert len(begun) <= 4
 
@@ -61,7 +61,7 @@ def test_a_run_that_breaks_off_waits_for_no_case() -> None:
         return result(case.id)
 
     started = time.monotonic()
-    with pytest.raises(Stopped), two_at_a_time(judge, CASES):
+    with pytest.raises(Stopped), at_once(2, judge, CASES):
         raise Stopped("SIGINT")
     took = time.monotonic() - started
     release.set()
@@ -101,3 +101,24 @@ def test_results_that_were_computed_out_of_turn_are_in_the_report(
     release.set()
     assert [found.id for found in told.cases] == [CASES[0].id, CASES[2].id]
     assert set(told.skipped) == {"x/hub", CASES[1].id} | {case.id for case in CASES[3:]}
+
+
+@pytest.mark.parametrize(("spec", "most"), [("torch", 1), ("stored:0.2.2", 2)])
+def test_no_truth_is_made_beside_torchs_own_forward(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: str, most: int
+) -> None:
+    """The default dtype, which a float64 model is loaded under, is the whole process's."""
+    lock, at_work, seen = threading.Lock(), [0], [0]
+
+    def judge(case: Case, *_: object) -> CaseResult:
+        with lock:
+            at_work[0] += 1
+            seen[0] = max(seen[0], at_work[0])
+        time.sleep(0.05)
+        with lock:
+            at_work[0] -= 1
+        return result(case.id)
+
+    monkeypatch.setattr(run, "judge_case", judge)
+    run.run(spec, CASES, {}, tmp_path, tmp_path, Ledger(format=1, known=[]), run.Progress())
+    assert seen[0] == most
