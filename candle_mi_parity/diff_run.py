@@ -14,7 +14,7 @@ from candle_mi_parity.errors import ParityError
 from candle_mi_parity.ledger import Ledger
 from candle_mi_parity.oracle import Mode
 from candle_mi_parity.run import Progress, judge_case, library_versions
-from candle_mi_parity.sources import NothingOpen, Source, open_source
+from candle_mi_parity.sources import NothingOpen, Source, open_source, refuse_device
 from candle_mi_parity.store import stored_selection
 from candle_mi_parity.subject import Subject
 from candle_mi_parity.trace import CandleMi, Emitted, Run, Trace
@@ -121,6 +121,8 @@ def diff(
     :raises ParityError: a candidate cannot be built or found; a fault of one case stays that case's.
     """
     a, b = (_comparable(spec) for spec in specs)
+    for candidate, device in zip((a, b), devices, strict=True):
+        refuse_device(candidate, device)
     with (
         open_source(a, cache, out / "a", progress.note, devices[0]) as source_a,
         open_source(b, cache, out / "b", progress.note, devices[1]) as source_b,

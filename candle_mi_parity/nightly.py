@@ -16,13 +16,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from junitparser import Error, Failure, JUnitXml
+from junitparser import Error, Failure, JUnitXml, Skipped
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from candle_mi_parity.cases import ROOT, Case
 from candle_mi_parity.errors import ParityError
+from candle_mi_parity.outcome import Outcome
 from candle_mi_parity.printable import one_line
 from candle_mi_parity.repeat import Repeated
 from candle_mi_parity.report import write_json
@@ -232,9 +233,17 @@ def _of_diff(path: Path) -> tuple[str, dict[str, str]]:
     """The line, and of each case whether it got worse from the one device to the other."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        return document["line"], {case["id"]: "FAIL" if case["worse"] else "PASS" for case in document["cases"]}
+        return document["line"], {case["id"]: _compared(case) for case in document["cases"]}
     except (OSError, ValueError, KeyError) as error:
         raise NightlyError(f"{path}: not what `diff` writes: {error!r}") from error
+
+
+def _compared(case: dict[str, Any]) -> str:
+    """What a side could not be had of is no pass."""
+    if case["worse"]:
+        return "FAIL"
+    lost = [side for side in ("a", "b") if case[side]["outcome"] in (Outcome.ERROR.value, Outcome.ABSENT.value)]
+    return "ERROR" if lost else "PASS"
 
 
 def _status(status: Status, first: str | None) -> str:
@@ -242,15 +251,17 @@ def _status(status: Status, first: str | None) -> str:
 
 
 def _of_junit(path: Path) -> dict[str, str]:
-    """Every test of a pytest run."""
+    """Every test of a pytest run that ran; an expected failure is a known divergence, and a skip says nothing."""
     if not path.is_file():
         return {}
     found: dict[str, str] = {}
     for suite in JUnitXml.fromfile(str(path)):
         for test in suite:
-            kinds = [type(outcome) for outcome in test.result]
-            bad = Error in kinds or Failure in kinds
-            found[f"{test.classname}::{test.name}"] = "FAIL" if bad else "PASS"
+            bad = any(isinstance(outcome, Error | Failure) for outcome in test.result)
+            skips = [outcome for outcome in test.result if isinstance(outcome, Skipped)]
+            known = any(skip.type == "pytest.xfail" for skip in skips)
+            if bad or known or not skips:
+                found[f"{test.classname}::{test.name}"] = "FAIL" if bad else "KNOWN" if known else "PASS"
     return found
 
 

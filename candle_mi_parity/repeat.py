@@ -35,7 +35,7 @@ class RepeatedCase(BaseModel):
 
     @property
     def status(self) -> str:
-        return "ERROR" if self.error else "other bytes" if self.differing else "PASS"
+        return "ERROR" if self.error or not self.tensors else "other bytes" if self.differing else "PASS"
 
     @property
     def line(self) -> str:

@@ -89,10 +89,7 @@ def open_source(
     :raises CandidateError: it cannot be built, or nothing is stored.
     :raises OutOfReachError: there is no such device, no nvcc, or no network.
     """
-    if not re.fullmatch(r"cpu|cuda:\d+", device):
-        raise CandidateError(f"unknown device {device!r}: expected cpu or cuda:N")
-    if candidate.kind == "stored" and device != "cpu":
-        raise CandidateError(f"{candidate.spec} was emitted on a CPU; --device {device} needs a build")
+    refuse_device(candidate, device)
     if reason := cuda.missing(device):
         raise OutOfReachError(reason)
     if candidate.kind == "torch":
@@ -100,6 +97,14 @@ def open_source(
     if candidate.kind == "stored":
         return StoredSource(stored_dir(candidate, ROOT))
     return LiveSource(candidate, cache, out, log, device)
+
+
+def refuse_device(candidate: Candidate, device: str) -> None:
+    """:raises CandidateError: a device that no machine has, or one on which this candidate cannot be."""
+    if not re.fullmatch(r"cpu|cuda:\d+", device):
+        raise CandidateError(f"unknown device {device!r}: expected cpu or cuda:N")
+    if candidate.kind == "stored" and device != "cpu":
+        raise CandidateError(f"{candidate.spec} was emitted on a CPU; --device {device} needs a build")
 
 
 def trace_path(directory: Path, case_id: str, mode: Mode) -> Path:

@@ -1,4 +1,4 @@
-"""A process that downloads: forked before huggingface_hub is imported, which then reads its environment anew."""
+"""A process that downloads: forked, and huggingface_hub is imported in it anew, which then reads its environment."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def _work(
     limit: int | None,
     free: int | None,
 ) -> None:
-    assert "huggingface_hub" not in sys.modules
+    # The server that forks is one for the whole process, and may have been started with more than is asked for here.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]
+    sys.modules.pop("candle_mi_parity.hub", None)
     os.environ.clear()
     os.environ.update(environment)
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY), 2)

@@ -50,6 +50,7 @@ def test_every_fixture_file_belongs_to_something() -> None:
     goldens = {case.id.replace("/", "-") for case in DEFAULT if has_golden(case)}
     used = tiny | saes | {f"goldens/{name}{suffix}" for name in goldens for suffix in (".npz", ".json")}
     tables = {"cases.toml", "known_divergences.toml", "config_fields.toml", "census.toml", "texts.json", "api.toml"}
+    tables |= {"proof.json"}
     tables |= {"calls.toml", "known_calls.toml", *(f"api/{path.name}.json" for path in VERSIONS)}
     makers = {"saes/README.md", "saes/make_tiny.py", "saes/train_smollm2.py"}
     there = {

@@ -99,7 +99,7 @@ def planted_fault(kind: str) -> Callable[[Random], str]:
         if kind == "crash":
             os._exit(3)
         if kind == "memory":
-            return str(len(bytearray(fuzz.MEMORY + (1 << 20))))
+            return str(len(bytearray(2 * fuzz.MEMORY)))
         return "fine"
 
     return fault
@@ -117,7 +117,7 @@ def test_a_planted_fault_is_found_and_the_run_goes_on(monkeypatch: pytest.Monkey
 
     target = Target("planted", 4, make)
     monkeypatch.setitem(NAMED, "planted", target)
-    monkeypatch.setattr(fuzz, "SECONDS", 0.5)
+    monkeypatch.setattr(fuzz, "SECONDS", 3.0)
     tally = run_target(target, range(4))
     assert list(tally.faults) == [1] and said in tally.faults[1]
     assert tally.outcomes == {"fine": 3} and tally.mutants == 4
@@ -148,7 +148,7 @@ def test_a_gate_that_is_open_is_a_wrong_pass(tmp_path: Path, monkeypatch: pytest
 def test_a_digest_that_nobody_checks_is_a_wrong_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compared = fuzz_traces.honest("llama/hub", tmp_path)
     monkeypatch.setattr(trace.Trace, "_check_kind", lambda *_: None)
-    monkeypatch.setattr(compare, "_judge_stretches", lambda name, *_: TensorResult(name, Status.PASS))
+    monkeypatch.setattr(compare, "_judge_stretches", lambda name, *_: TensorResult(name, Status.PASS, compared=1))
     case = spoil_value(tmp_path, 2.0)
     with pytest.raises(fuzz_traces.WrongPassError, match="fewer numbers compared"):
         fuzz_traces.outcome(case, tmp_path, compared)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -195,11 +196,16 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch:
 
 
 def test_what_is_in_a_read_only_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = model_directory(LLAMA, tmp_path)
+    there, opened = model_directory(LLAMA, tmp_path), os.open
 
-    def read_only(path: object, flags: int, *_: object, **__: object) -> int:
+    def read_only(path: str, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return opened(path, flags, *rest, **named)
+
+    def no_directory(path: object, *_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(os, "open", read_only)
-    monkeypatch.setattr(os, "mkdir", read_only)
+    monkeypatch.setattr(os, "mkdir", no_directory)
     assert model_directory(LLAMA, tmp_path) == there

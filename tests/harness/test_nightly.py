@@ -210,6 +210,16 @@ def test_pytests_exit_code_its_file_and_its_last_words_make_the_verdict(
     assert found.cases.get("t::b", "PASS") == ("FAIL" if verdict is Verdict.FAIL else "PASS")
 
 
+def test_a_skipped_test_is_no_pass_and_an_expected_failure_a_known_one(tmp_path: Path) -> None:
+    skips = [
+        f'<testcase classname="t" name="{kind}"><skipped type="pytest.{kind}"/></testcase>'
+        for kind in ("skip", "xfail")
+    ]
+    path = tmp_path / "junit.xml"
+    path.write_text(JUNIT.format("".join(skips)))
+    assert nightly._of_junit(path) == {"t::a": "PASS", "t::xfail": "KNOWN"}
+
+
 @pytest.mark.parametrize(
     ("other", "status"), [([], "PASS"), (["logits"], "other bytes")], ids=["the same bytes", "other bytes"]
 )

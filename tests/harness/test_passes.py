@@ -18,9 +18,14 @@ from test_calls import STORED, answered
 from test_calls import judged as judged_calls
 from test_diff import between, scale
 
+from candle_mi_parity import nightly, nightly_verdict
 from candle_mi_parity.cases import ROOT
 from candle_mi_parity.compare import compare
+from candle_mi_parity.nightly import StepResult
+from candle_mi_parity.outcome import Outcome
 from candle_mi_parity.pytest_plugin import check
+from candle_mi_parity.repeat import RepeatedCase
+from candle_mi_parity.report import write_json
 from candle_mi_parity.run import _status
 from candle_mi_parity.trace import InMemory
 from candle_mi_parity.verdict import CaseResult, Status, TensorResult, Verdict
@@ -81,7 +86,7 @@ def sae_scalar(name: str, factor: float) -> Found:
     return honest, faulty
 
 
-def top_feature() -> Found:
+def top_feature(_: Path) -> Found:
     there, name = real(SAE), "sae.top_features_last_pos"
     first, *rest = there.emitted.top_features
     other = replace(there.emitted, top_features=[first.model_copy(update={"value": first.value * 1.001}), *rest])
@@ -89,28 +94,28 @@ def top_feature() -> Found:
     return honest, faulty
 
 
-def a_case() -> Found:
+def a_case(_: Path) -> Found:
     """One tensor more is noisy than the row declares."""
     first, *rest = dump(SCORE)
     noisy = replace(first, status=Status.UNMEASURED)
     return _status([first, *rest], CASES[SCORE], False)[0], _status([noisy, *rest], CASES[SCORE], False)[0]
 
 
-def a_run() -> Found:
+def a_run(_: Path) -> Found:
     return run_of(result("a/b")).verdict, run_of(result("a/b"), result("a/c", Status.FAIL)).verdict
 
 
-def a_call() -> Found:
+def a_call(_: Path) -> Found:
     spoilt = answered(CALL, {"value": np.array(29.0)})
     faulty = [spoilt if answer.id == CALL else answer for answer in STORED.calls]
     return judged_calls(STORED.calls)[CALL], judged_calls(faulty)[CALL]
 
 
-def a_diff() -> Found:
+def a_diff(_: Path) -> Found:
     return between(None, None).verdict, between(None, scale("blocks.0.attn.hook_q", 1.01)).verdict
 
 
-def a_test() -> Found:
+def a_test(_: Path) -> Found:
     """What pytest asserts of a case: the answer is the test's own outcome."""
 
     def outcome(one: CaseResult) -> Status:
@@ -123,15 +128,52 @@ def a_test() -> Found:
     return outcome(result("a/b")), outcome(result("a/b", Status.FAIL))
 
 
-FAULTS: dict[tuple[str, str], Callable[[], Found]] = {
-    ("judge", "concluded"): lambda: said_of("blocks.0.attn.hook_q", SCORE, one_query),
-    ("compare", "_discrete"): lambda: said_of("logits.next_token", SCORE, one_logit),
+def nights_diff(tmp: Path) -> Found:
+    """A case that one side could not be had of."""
+
+    def told(outcome: Outcome) -> object:
+        side = {"outcome": outcome.value}
+        case = {"id": "a/b", "worse": False, "a": side, "b": {"outcome": Outcome.AGREES.value}}
+        write_json({"line": "x", "cases": [case]}, tmp / "diff.json")
+        return nightly._of_diff(tmp / "diff.json")[1]["a/b"]
+
+    return told(Outcome.AGREES), told(Outcome.ERROR)
+
+
+def nights_tests(tmp: Path) -> Found:
+    def told(inside: str) -> object:
+        (tmp / "junit.xml").write_text(f'<testsuite><testcase classname="t" name="a">{inside}</testcase></testsuite>')
+        return nightly._of_junit(tmp / "junit.xml")["t::a"]
+
+    return told(""), told('<failure message="x"/>')
+
+
+def a_night(_: Path) -> Found:
+    fine, bad = (
+        StepResult(name="release", command=[], verdict=verdict, line="x", cases={})
+        for verdict in (Verdict.PASS, Verdict.INCONCLUSIVE)
+    )
+    return nightly_verdict.verdict([fine]), nightly_verdict.verdict([fine, bad])
+
+
+def a_repeat(_: Path) -> Found:
+    """The same bytes twice, of no tensor."""
+    return tuple(RepeatedCase(id="a/b", tensors=count, differing=[]).status for count in (44, 0))  # type: ignore[return-value]
+
+
+FAULTS: dict[tuple[str, str], Callable[[Path], Found]] = {
+    ("judge", "concluded"): lambda _: said_of("blocks.0.attn.hook_q", SCORE, one_query),
+    ("compare", "_discrete"): lambda _: said_of("logits.next_token", SCORE, one_logit),
     ("compare_sae", "result"): top_feature,
-    ("compare_sae", "_judge_count"): lambda: sae_scalar("sae.n_active_last_pos", 2),
-    ("compare_sae", "_judge_scalar"): lambda: sae_scalar("sae.reconstruction_mse", 1.001),
+    ("compare_sae", "_judge_count"): lambda _: sae_scalar("sae.n_active_last_pos", 2),
+    ("compare_sae", "_judge_scalar"): lambda _: sae_scalar("sae.reconstruction_mse", 1.001),
     ("calls_compare", "_verdict"): a_call,
     ("diff", "verdict"): a_diff,
+    ("nightly", "_compared"): nights_diff,
+    ("nightly", "_of_junit"): nights_tests,
+    ("nightly_verdict", "verdict"): a_night,
     ("pytest_plugin", "check"): a_test,
+    ("repeat", "status"): a_repeat,
     ("run", "_status"): a_case,
     ("verdict", "verdict"): a_run,
 }
@@ -143,8 +185,8 @@ def test_every_place_that_says_pass_has_its_fault() -> None:
 
 
 @pytest.mark.parametrize("place", FAULTS, ids=".".join)
-def test_a_fault_turns_it(place: tuple[str, str]) -> None:
-    honest, faulty = FAULTS[place]()
+def test_a_fault_turns_it(place: tuple[str, str], tmp_path: Path) -> None:
+    honest, faulty = FAULTS[place](tmp_path)
     assert honest in (Status.PASS, Verdict.PASS, "PASS")
     assert faulty not in (Status.PASS, Verdict.PASS, "PASS")
 
