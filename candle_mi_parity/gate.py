@@ -125,12 +125,12 @@ def measure(
         sigma += spread(n2, error)
         sigma /= samples + 1
         np.sqrt(sigma, out=sigma)
-        floor = np.abs(truth)
+        floor = np.abs(truth, dtype=np.float64)
         floor *= unit / 4
         sigma += floor
         sigma += TINY
         position = np.where(mean_square == 0, 0.0, np.sqrt(mean_square) / (n_p + (unit / 4) * t_p + TINY))
-        element = np.abs(error)
+        element = np.abs(error, dtype=np.float64)
         element /= sigma
         np.copyto(element, 0.0, where=error == 0)
         squares = over_all(square), over_all(variance)

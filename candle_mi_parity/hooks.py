@@ -22,6 +22,7 @@ from torch import nn
 
 from candle_mi_parity.errors import ModelError, OracleError
 from candle_mi_parity.families import Family, family_of
+from candle_mi_parity.printable import one_line
 from candle_mi_parity.rounding import Float64
 
 ATTENTION = "candle_mi_parity"
@@ -129,10 +130,14 @@ def load_model(
         torch.set_default_dtype(dtype)
         with _mode_for(dtype), torch.no_grad(), quiet():
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, attn_implementation=attention, local_files_only=True
+                directory,
+                dtype=dtype,
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"transformers cannot load {directory}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # what a config that nobody vouches for makes of it
+        raise ModelError(f"transformers cannot load {directory}: {one_line(str(error))}") from error
     finally:
         torch.set_default_dtype(before)
     return cast(nn.Module, model.to(device).eval())

@@ -63,12 +63,16 @@ def missing_tool(marker: str) -> str:
     return ""
 
 
+def _waits(item: pytest.Item) -> str:
+    """The lane that a test belongs to and that was not selected; empty when it is to run."""
+    asked = str(item.config.getoption("markexpr", ""))
+    return next((lane for lane in WAITS if item.get_closest_marker(lane) and lane not in asked), "")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    asked = str(config.getoption("markexpr", ""))
     for item in items:
-        for lane, reason in WAITS.items():
-            if item.get_closest_marker(lane) and lane not in asked:
-                item.add_marker(pytest.mark.skip(reason=f"{reason}: select it with -m {lane}"))
+        if lane := _waits(item):
+            item.add_marker(pytest.mark.skip(reason=f"{WAITS[lane]}: select it with -m {lane}"))
         for marker in ("gpu", "rust"):
             reason = missing_tool(marker)
             if reason and item.get_closest_marker(marker) and not config.getoption(f"--require-{marker}"):
@@ -84,14 +88,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """What is required and skips for whatever reason of its own has failed."""
+    """What is required and skips for whatever reason of its own has failed; a lane that waits is not required."""
     report = yield
     required = [
         name
         for name in ("gpu", "rust")
         if item.get_closest_marker(name) and item.config.getoption(f"--require-{name}")
     ]
-    if required and report.skipped and not hasattr(report, "wasxfail"):
+    if required and report.skipped and not hasattr(report, "wasxfail") and not _waits(item):
         report.longrepr = f"--require-{required[0]}: skipped: {_skip_reason(report)}"
         report.outcome = "failed"
     return report

@@ -26,6 +26,7 @@ from transformers.initialization import no_init_weights
 from candle_mi_parity.errors import ModelError
 from candle_mi_parity.hooks import ATTENTION, quiet
 from candle_mi_parity.models import weight_files
+from candle_mi_parity.printable import one_line
 from candle_mi_parity.rounding import Float64
 
 SHARE = 4
@@ -124,12 +125,14 @@ def _skeleton(directory: Path) -> Any:
     try:
         torch.set_default_dtype(torch.float64)
         with Float64(), torch.no_grad(), quiet(), no_init_weights(), _parameters_on_meta():  # type: ignore[no-untyped-call]
-            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
             return transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=torch.float64, attn_implementation=ATTENTION
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"transformers cannot make {directory}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # what a config that nobody vouches for makes of it
+        raise ModelError(f"transformers cannot make {directory}: {one_line(str(error))}") from error
     finally:
         torch.set_default_dtype(before)
 

@@ -125,6 +125,11 @@ def test_a_gpu_test_that_skips_for_a_reason_of_its_own_is_no_run(pytester: pytes
     required.stdout.fnmatch_lines(["*--require-gpu: skipped: of its own*"])
 
 
+def test_a_lane_that_was_not_selected_is_not_required(pytester: pytest.Pytester) -> None:
+    body = "@pytest.mark.rust\n@pytest.mark.hub\ndef test_it(): pass\n"
+    outcomes(pytester, body, "--require-rust").assert_outcomes(skipped=1)
+
+
 @pytest.mark.parametrize("lane", WAITS)
 def test_a_case_of_a_lane_that_waits_is_skipped_with_its_remedy(pytester: pytest.Pytester, lane: str) -> None:
     body = f"@pytest.mark.{lane}\ndef test_it(): pass\n"

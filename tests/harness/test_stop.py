@@ -125,7 +125,7 @@ def test_a_stop_in_a_hung_case_ends_the_run_and_keeps_its_results(
     os.killpg(run.process.pid, number)  # as a terminal does
     said = run.ends()
     assert run.process.returncode == 2
-    assert "\n" not in said.strip()
+    assert "Traceback" not in said
     told = json.loads((run.out / "report.json").read_text())
     assert told["verdict"] == "ERROR" and told["fault"] in said
     judged = {case["id"]: case for case in told["cases"]}
