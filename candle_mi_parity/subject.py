@@ -118,8 +118,11 @@ def _check_config(model_dir: Path) -> None:
     """
     import transformers
 
+    from candle_mi_parity.hooks import quiet
+
     try:
-        transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        with quiet():
+            transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # it has an exception of its own for each kind of wrong value
         raise ModelError(f"transformers refuses {model_dir}/config.json: {one_line(str(error))}") from error
 

@@ -127,3 +127,11 @@ def test_the_digest_is_of_what_decides_the_numbers_and_not_of_the_name() -> None
     sae = {"path": "saes/gemma2_l1.npz", "layer": 1}
     others = [digest(tokens=[1, 6]), digest(tokens={"random": 2}), digest(sae=sae), digest(sae=sae | {"layer": 2})]
     assert len({digest(), *others}) == 5
+
+
+def test_what_transformers_remarks_on_a_config_stays_off_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    """It would be a line for each case that is meant to have an odd config."""
+    for case in load_cases():
+        if case.id in ("gemma/activation", "gemma/hub", "phi3/longrope"):
+            prepare(case, cache_root())
+    assert "[transformers]" not in capfd.readouterr().err
