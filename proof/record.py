@@ -21,7 +21,7 @@ from proof import OUT
 from proof.rival_views import REAL
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "what-it-sees.md", ROOT / "docs" / "what-it-costs.md")
-_MARKED = re.compile(r"(<!-- proof: ([a-z-]+) -->\n).*?(\n<!-- /proof -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- proof: ([a-z-]+) -->\n).*?(<!-- /proof -->)", re.DOTALL)
 
 Document = Any
 
@@ -170,7 +170,7 @@ def filled(page: str, record: ProofRecord) -> str:
     def part(found: re.Match[str]) -> str:
         if found[2] not in parts:
             raise ProofError(f"no table or claim {found[2]} in the record; there are {', '.join(parts)}")
-        return found[1] + parts[found[2]] + found[3]
+        return f"{found[1]}{parts[found[2]]}\n{found[3]}"
 
     return _MARKED.sub(part, page)
 

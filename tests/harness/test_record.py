@@ -33,6 +33,11 @@ def test_a_number_written_by_hand_is_found(proof: ProofRecord) -> None:
     assert false != text and record.filled(false, proof) == text
 
 
+def test_a_marker_with_nothing_between_is_filled(proof: ProofRecord) -> None:
+    filled = record.filled("<!-- proof: faults -->\n<!-- /proof -->\n", proof)
+    assert "| in candle-mi's own source | 15/15 |" in filled and record.filled(filled, proof) == filled
+
+
 def test_a_marker_that_names_nothing_is_refused(proof: ProofRecord) -> None:
     with pytest.raises(ProofError, match="no table or claim invented"):
         record.filled("<!-- proof: invented -->\n1000 of 1000\n<!-- /proof -->", proof)
