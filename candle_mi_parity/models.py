@@ -103,7 +103,8 @@ def _require_one_meaning(directory: Path) -> None:
     """
     if (directory / "adapter_config.json").exists():
         raise ModelError(f"model directory {directory} holds adapter_config.json: an adapter to another model")
-    if odd := [key for key in ELSEWHERE if read_config(directory).get(key) is not None]:
+    config = read_config(directory)
+    if odd := [key for key in ELSEWHERE if config.get(key) is not None]:
         raise ModelError(f"{directory}/config.json: {odd[0]} is set; only plain weights are compared")
     files = [path.name for path in weight_files(directory)]
     if files == ["model.safetensors"]:

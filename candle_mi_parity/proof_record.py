@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from candle_mi_parity.cases import FIXTURES
 from candle_mi_parity.errors import ProofError
+from candle_mi_parity.untrusted import read_json
 
 RECORD = FIXTURES / "proof.json"
 _RULES = ("rounding", "oracle", "hooks", "gate", "judge", "compare", "compare_sae")
@@ -46,7 +46,8 @@ class Table(BaseModel):
 class ProofRecord(BaseModel):
     """What was measured.
 
-    :ivar rules: digest of the modules that decide what is seen, at the time.
+    :ivar rules: digest of the modules that decide what is seen, when all of it was measured; a word where that is not
+        one digest.
     :ivar claims: sentences with the numbers in them, by name.
     """
 
@@ -77,6 +78,6 @@ def load_proof(path: Path = RECORD) -> ProofRecord:
     :raises ProofError: missing, unreadable, or another format.
     """
     try:
-        return ProofRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError) as error:
+        return ProofRecord.model_validate(read_json(path, ProofError))
+    except (ProofError, ValidationError) as error:
         raise ProofError(f"{path}: {error}; python -m proof.record writes it") from error

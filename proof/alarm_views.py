@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from candle_mi_parity.gate import ELEMENT_GATE, POSITION_GATE
+from candle_mi_parity.proof_record import rules_digest
 from proof.alarm_dumps import Judged, NotRun
 from proof.variants import Setting
 
@@ -91,6 +92,7 @@ def write(alarms: Alarms, out: Path) -> None:
 
 def _document(alarms: Alarms) -> dict[str, object]:
     return {
+        "measured_by": rules_digest(),
         "verdict": alarms.verdict,
         "distinct": alarms.distinct,
         "gate": {"position": POSITION_GATE, "element": ELEMENT_GATE},

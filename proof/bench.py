@@ -17,6 +17,7 @@ from rich.progress import Progress
 
 from candle_mi_parity.cases import load_cases
 from candle_mi_parity.errors import ParityError
+from candle_mi_parity.proof_record import rules_digest
 from candle_mi_parity.run import library_versions
 from proof import OUT
 from proof.bench_dump import Cost, costs, generate
@@ -102,6 +103,7 @@ def save(figures: list[Figure], out: Path) -> None:
     """``bench.json`` and ``bench.md``."""
     out.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = {
+        "measured_by": rules_digest(),
         "versions": library_versions(),
         "figures": [asdict(figure) | {"kept": figure.kept} for figure in figures],
     }

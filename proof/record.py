@@ -14,7 +14,7 @@ from typing import Any
 
 from candle_mi_parity.cases import ROOT
 from candle_mi_parity.errors import ParityError, ProofError
-from candle_mi_parity.proof_record import RECORD, ProofRecord, Table, rules_digest
+from candle_mi_parity.proof_record import RECORD, ProofRecord, Table
 from candle_mi_parity.report import write_text
 from candle_mi_parity.run import library_versions
 from proof import OUT
@@ -160,6 +160,12 @@ def claims(planted: Document, source: Document, alarm: Document) -> dict[str, st
     return {"proof": textwrap.fill(" ".join(said.split()), 116)}
 
 
+def measured_by(documents: list[Document]) -> str:
+    """The digest of the rules under which all the documents were measured; ``several`` where it is not one."""
+    found = {document.get("measured_by", "unknown") for document in documents}
+    return str(found.pop()) if len(found) == 1 else "several"
+
+
 def filled(page: str, record: ProofRecord) -> str:
     """A page with the record's tables and claims between its markers.
 
@@ -177,18 +183,18 @@ def filled(page: str, record: ProofRecord) -> str:
 
 def main() -> None:
     """Write the record and fill the pages."""
-    planted, source, alarm = read("faults"), read("source"), read("alarms")
+    planted, source, alarm, rival, cost = (read(name) for name in ("faults", "source", "alarms", "rivals", "bench"))
     record = ProofRecord(
         format="candle-mi-parity/proof/1",
         versions=library_versions(),
-        rules=rules_digest(),
+        rules=measured_by([planted, source, alarm, rival, cost]),
         claims=claims(planted, source, alarm),
         tables=[
             *faults(planted, source),
             doses(read("doses")),
             alarms(alarm),
-            rivals(read("rivals")),
-            bench(read("bench")),
+            rivals(rival),
+            bench(cost),
         ],
     )
     write_text(json.dumps(record.model_dump(), indent=1, ensure_ascii=False) + "\n", RECORD)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from candle_mi_parity.proof_record import rules_digest
 from proof.packages import Absent
 from proof.rival_scores import Asked, Score
 
@@ -27,6 +28,7 @@ def write(scores: Sequence[Score], absent: Sequence[Absent], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "rivals.md").write_text(markdown(scores, absent), encoding="utf-8")
     document = {
+        "measured_by": rules_digest(),
         "rules": [
             {
                 "name": score.rule.name,

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from candle_mi_parity.proof_record import rules_digest
 from proof.judging import Outcome, Status
 
 
@@ -76,6 +77,10 @@ def markdown(outcomes: list[Outcome]) -> str:
 def save(outcomes: list[Outcome], out: Path, name: str) -> None:
     """Write ``<name>.json`` and ``<name>.md``."""
     out.mkdir(parents=True, exist_ok=True)
-    content = {"scores": [vars(one) for one in scores(outcomes)], "faults": [asdict(one) for one in outcomes]}
+    content = {
+        "measured_by": rules_digest(),
+        "scores": [vars(one) for one in scores(outcomes)],
+        "faults": [asdict(one) for one in outcomes],
+    }
     (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(markdown(outcomes), encoding="utf-8")

@@ -43,6 +43,13 @@ def test_a_marker_that_names_nothing_is_refused(proof: ProofRecord) -> None:
         record.filled("<!-- proof: invented -->\n1000 of 1000\n<!-- /proof -->", proof)
 
 
+@pytest.mark.parametrize(
+    ("states", "said"), [(["a", "a"], "a"), (["a", "b"], "several"), (["a", None], "several"), ([None], "unknown")]
+)
+def test_what_was_measured_under_other_rules_is_not_of_these(states: list[str | None], said: str) -> None:
+    assert record.measured_by([{"measured_by": state} if state else {} for state in states]) == said
+
+
 def test_a_command_that_was_not_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ProofError, match="run make faults"):
         record.read("faults", tmp_path)
