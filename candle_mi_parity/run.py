@@ -33,8 +33,9 @@ from candle_mi_parity.store import StoringSource, stored_selection
 from candle_mi_parity.subject import Subject, prepare
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult
 
-_ONE_TRUTH, _ONE_TRACE = Lock(), Lock()
-"""Two models in memory are one too many, and an emitter is one process."""
+_TORCH, _EMITTER = Lock(), Lock()
+"""One case at a time: torch's default dtype, under which models are made and loaded, is the whole process's, and two
+models in memory are one too many; an emitter is one process."""
 
 NOT_REACHED = "not reached: the run ended before it"
 
@@ -184,9 +185,10 @@ def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledge
     result = CaseResult(case.id, case.family, "", Status.ERROR, command)
     try:
         progress.case_starts(case, "model")
-        subject = prepare(case, cache)
+        with _TORCH:
+            subject = prepare(case, cache)
+            oracle = Oracle(subject, cache, source.device)
         result.digest, result.downloads = subject.digest, subject.downloads
-        oracle = Oracle(subject, cache, source.device)
         progress.case_starts(case, "truth")
         result.tensors, result.diagnosis, result.in_part, result.sae = judge_mode(oracle, source, "free", progress)
         result.expected = len(result.tensors)
@@ -222,10 +224,10 @@ def judge_mode(
     :raises ParityError: whichever of the three cannot be had.
     """
     subject = oracle.subject
-    with _ONE_TRUTH:
+    with _TORCH:
         truth = oracle.truth(mode)
         inputs = oracle.inputs(mode)
-    with _ONE_TRACE:
+    with _EMITTER:
         progress.case_starts(subject.case, "candle-mi")
         trace = source.trace(subject, mode, truth, inputs)
     progress.case_starts(subject.case, "compare")

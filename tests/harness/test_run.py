@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from results import case as result
 
 from candle_mi_parity import run
 from candle_mi_parity.cases import Case, load_cases
-from candle_mi_parity.errors import Stopped
+from candle_mi_parity.errors import ParityError, Stopped
 from candle_mi_parity.ledger import Ledger
 from candle_mi_parity.run import at_once
 from candle_mi_parity.verdict import CaseResult
@@ -122,3 +125,37 @@ def test_no_truth_is_made_beside_torchs_own_forward(
     monkeypatch.setattr(run, "judge_case", judge)
     run.run(spec, CASES, {}, tmp_path, tmp_path, Ledger(format=1, known=[]), run.Progress())
     assert seen[0] == most
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_no_model_is_made_or_loaded_beside_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, locked: bool
+) -> None:
+    """One is generated under torch's default dtype while the truth of another is computed under it."""
+    at_work, together = threading.Lock(), []
+
+    def torch_works(*_: object) -> Any:
+        if at_work.acquire(blocking=False):
+            time.sleep(0.05)
+            at_work.release()
+        else:
+            together.append(threading.current_thread().name)
+        return SimpleNamespace(digest="", downloads=())
+
+    class FakeOracle:
+        subject = SimpleNamespace(case=CASES[0])
+
+        def __init__(self, *_: object) -> None:
+            torch_works()
+
+        def truth(self, mode: str) -> None:
+            torch_works()
+            raise ParityError("made")
+
+    monkeypatch.setattr(run, "prepare", torch_works)
+    monkeypatch.setattr(run, "Oracle", FakeOracle)
+    if not locked:
+        monkeypatch.setattr(run, "_TORCH", nullcontext())
+    found = run.run("stored:0.2.2", CASES, {}, tmp_path, tmp_path, Ledger(format=1, known=[]), run.Progress())
+    assert [case.error for case in found.cases] == ["made"] * len(CASES)
+    assert bool(together) is not locked
