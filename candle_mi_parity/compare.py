@@ -16,6 +16,7 @@ from candle_mi_parity.families import inputs_of
 from candle_mi_parity.gate import ELEMENT_GATE, UNITS, measure
 from candle_mi_parity.judge import concluded, malformed, nonfinite, selected, tally
 from candle_mi_parity.printable import one_line
+from candle_mi_parity.stretches import blocks
 from candle_mi_parity.trace import Emitted, Selection, Trace, stretches
 from candle_mi_parity.truth import Expected, Truth
 from candle_mi_parity.verdict import Status, TensorResult, Worst
@@ -137,15 +138,19 @@ def _judge_stretches(
 ) -> TensorResult:
     tallies, exact = [], True
     for rows in cut:
-        got = trace.rows(name, rows).astype(np.float64)
+        got = trace.rows(name, rows)
         value, noise, mask = _expected(expected, trace.entries[name].part, rows, got)
         if broken := nonfinite(name, got, value, agreed):
             return broken
         if mask is not None and name.endswith("hook_pattern") and (leaked := np.argwhere((got != 0) & ~mask)).size:
             return _leak(name, leaked, got, mask, agreed)
-        measured = measure(got - value, value, noise, mask, unit=UNITS[trace.dtype])
         exact = exact and not noise.any() and (mask is None or bool(mask.all()))
-        tallies.append(tally(measured, got, value, mask, rows.start or 0))
+        for block in blocks(got.shape):
+            here = np.index_exp[..., block, :]
+            some, true = got[here].astype(np.float64), value[here]
+            allowed = None if mask is None else mask[here]
+            measured = measure(some - true, true, noise[here], allowed, unit=UNITS[trace.dtype])
+            tallies.append(tally(measured, some, true, allowed, (rows.start or 0) + block.start))
     return concluded(name, tallies, agreed, "exact by construction" if exact else "", exact)
 
 

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import transformers
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from candle_mi_parity import fields, models
 from candle_mi_parity.cases import Case, TinyModel
@@ -100,6 +99,8 @@ def _fault(family: str, field: str, fault: str) -> Finding:
 
 def _rope_types(ledger: FieldLedger, family: str, cases: list[Case], cache: Path) -> list[Finding]:
     """Every rope type that transformers has needs a case: what only it reads would stay unseen."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # takes seconds, and few ask this
+
     theirs = {rope_type(case, cache): case for case in generated(cases)}
     own = {rope_type(case, cache) for case in generated(cases) if case.family == family}
     refused = ledger.refused_ropes.get(family, [])

@@ -109,17 +109,15 @@ def measure(
     def mean(values: np.ndarray) -> np.ndarray:
         return np.asarray(by_position(values if mask is None else np.where(mask, values, 0.0)).sum(-1) / count)
 
-    def over_all(values: np.ndarray) -> float:
-        kept = values.reshape(-1) if mask is None else values[mask]
-        return float(kept.mean()) if kept.size else 0.0
+    def over_all(means: np.ndarray) -> float:
+        return float((means * count).sum() / max(error.size if mask is None else np.count_nonzero(mask), 1))
 
     variance = np.square(noise, dtype=np.float64)
     n2 = mean(variance)
     n_p = np.sqrt(n2)
     t_p = np.sqrt(mean(np.square(truth)))
     with np.errstate(invalid="ignore", over="ignore"):
-        square = np.square(error)
-        mean_square = mean(square)
+        mean_square = mean(np.square(error))
         # In place: on a large tensor each new array costs as much as the arithmetic.
         sigma = samples * variance
         sigma += spread(n2, error)
@@ -132,6 +130,5 @@ def measure(
         position = np.where(mean_square == 0, 0.0, np.sqrt(mean_square) / (n_p + (unit / 4) * t_p + TINY))
         element = np.abs(error, dtype=np.float64)
         element /= sigma
-        np.copyto(element, 0.0, where=error == 0)
-        squares = over_all(square), over_all(variance)
+        squares = over_all(mean_square), over_all(n2)
     return Measure(position, element, sigma, POSITION_GATE * n_p > RESOLUTION * t_p, squares)

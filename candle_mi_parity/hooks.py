@@ -7,12 +7,12 @@ records scores (scaled, before softcap and mask) and pattern. Everything else is
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from candle_mi_parity.families import Family, family_of
 from candle_mi_parity.printable import one_line
 from candle_mi_parity.rounding import Float64
 
-ATTENTION = "candle_mi_parity"
+_ATTENTION = "candle_mi_parity"
 Captured = dict[str, torch.Tensor]
 Edits = Mapping[str, Sequence[Callable[[torch.Tensor], torch.Tensor]]]
 """Hook → what is done to the tensor there, in order, each to what the one before left."""
@@ -112,21 +112,31 @@ def attention(
     return torch.matmul(pattern, value).transpose(1, 2).contiguous(), pattern
 
 
-transformers.AttentionInterface.register(ATTENTION, attention)
-transformers.AttentionMaskInterface.register(ATTENTION, transformers.masking_utils.eager_mask)
+@cache
+def our_attention() -> str:
+    """The name of :func:`attention`, known to transformers from now on.
+
+    Not when this module is imported: what registers is a part of transformers that takes seconds to import, and a
+    run whose truths are in the cache loads no model.
+    """
+    transformers.AttentionInterface.register(_ATTENTION, attention)
+    transformers.AttentionMaskInterface.register(_ATTENTION, transformers.masking_utils.eager_mask)
+    return _ATTENTION
 
 
 def load_model(
-    directory: Path, dtype: torch.dtype = torch.float64, device: str = "cpu", attention: str = ATTENTION
+    directory: Path, dtype: torch.dtype = torch.float64, device: str = "cpu", attention: str | None = None
 ) -> nn.Module:
-    """The causal language model of a directory, in eval mode, with our attention.
+    """The causal language model of a directory, in eval mode, with our attention or one of transformers' own.
 
     In float64 it is also *loaded* under the float64 mode: rotary tables are computed at construction.
 
     :raises ModelError: when transformers refuses the directory.
     """
     before = torch.get_default_dtype()
+    attention = attention or our_attention()
     try:
+        import_model_code(directory)
         torch.set_default_dtype(dtype)
         with _mode_for(dtype), torch.no_grad(), quiet():
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -141,6 +151,14 @@ def load_model(
     finally:
         torch.set_default_dtype(before)
     return cast(nn.Module, model.to(device).eval())
+
+
+def import_model_code(directory: Path) -> None:
+    """What a module computes when it is imported is not to be computed under the float64 mode; raises what
+    transformers raises."""
+    with quiet():
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 def _mode_for(dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -272,6 +290,10 @@ def modeling_files(model_type: str) -> list[Path]:
     names = [f"{family}.modeling_{model_type}", f"{family}.configuration_{model_type}"]
     names += ["transformers.modeling_rope_utils", "transformers.masking_utils", "transformers.activations"]
     try:
-        return [Path(inspect.getfile(importlib.import_module(name))) for name in names]
+        found = [find_spec(name) for name in names]
     except ImportError as error:
         raise OracleError(f"this transformers has no model_type {model_type!r}: {error}") from error
+    files = [Path(spec.origin) for spec in found if spec is not None and spec.origin is not None]
+    if len(files) < len(names):
+        raise OracleError(f"this transformers has no model_type {model_type!r}: it has but {files}")
+    return files

@@ -48,9 +48,9 @@ def malformed(entry: TensorEntry, shape: tuple[int, ...], dtype: str, agreed: bo
 
 def nonfinite(name: str, got: np.ndarray, expected: np.ndarray, agreed: bool | None) -> TensorResult | None:
     """A NaN or Inf anywhere fails, wherever the truth's value is."""
-    bad = np.argwhere(~np.isfinite(got))
-    if not len(bad):
+    if (finite := np.isfinite(got)).all():
         return None
+    bad = np.argwhere(~finite)
     index = tuple(int(i) for i in bad[0])
     worst = Worst.of(list(index), float(got[index]), float(expected[index]), math.nan, math.nan)
     detail = f"{len(bad)} of {got.size} elements are NaN or Inf"
@@ -85,7 +85,10 @@ def tally(measured: Measure, got: np.ndarray, expected: np.ndarray, mask: np.nda
 
     :param start: the tensor's position that the stretch begins with.
     """
-    index = [int(i) for i in np.unravel_index(np.nanargmax(measured.element), measured.element.shape)]
+    largest = np.argmax(measured.element)
+    if math.isnan(measured.element.flat[largest]):
+        largest = np.nanargmax(measured.element)
+    index = [int(i) for i in np.unravel_index(largest, measured.element.shape)]
     place = tuple(index)
     index[-2] += start
     worst = Worst.of(

@@ -24,6 +24,7 @@ from candle_mi_parity.errors import ModelError, ParityError
 from candle_mi_parity.families import family_of
 from candle_mi_parity.generated import bit_stream, normal_numbers, write_safetensors
 from candle_mi_parity.printable import one_line
+from candle_mi_parity.tensor_file import TensorFile
 from candle_mi_parity.untrusted import read_json, require_inside, require_regular
 
 GENERATOR = 1
@@ -121,6 +122,18 @@ def weight_files(directory: Path) -> list[Path]:
     """``model.safetensors``, or else its shards ``model-*-of-*.safetensors`` in order; as the emitter chooses."""
     whole = directory / "model.safetensors"
     return [whole] if whole.is_file() else sorted(directory.glob("model-*-of-*.safetensors"))
+
+
+def weight_bytes(directory: Path, itemsize: int) -> int:
+    """What the weights of a model directory take at so many bytes a number.
+
+    :raises ModelError: they cannot be read.
+    """
+    try:
+        files = [TensorFile(path) for path in weight_files(directory)]
+        return itemsize * sum(math.prod(file.kind(key)[1]) for file in files for key in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{directory}: weights cannot be read: {one_line(str(error))}") from error
 
 
 def read_config(directory: Path) -> dict[str, object]:

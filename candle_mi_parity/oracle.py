@@ -38,7 +38,15 @@ from candle_mi_parity.chains import Lens, SaeChain, coarse, is_lens
 from candle_mi_parity.errors import OracleError
 from candle_mi_parity.gate import UNITS
 from candle_mi_parity.hooks import Captured, Edits, Recorder, forward, load_model, modeling_files, replacing
-from candle_mi_parity.rounding import ACCUMULATION, Arithmetic, MatmulScales, NoisePool, RoundingNoise, Truth64
+from candle_mi_parity.rounding import (
+    ACCUMULATION,
+    Arithmetic,
+    Float64,
+    MatmulScales,
+    NoisePool,
+    RoundingNoise,
+    Truth64,
+)
 from candle_mi_parity.subject import Subject
 from candle_mi_parity.truth import Truth, TruthTensor
 
@@ -184,7 +192,7 @@ def sample(
         samples of sample − truth), all float64.
     """
     scales = MatmulScales()
-    with Truth64(scales), torch.no_grad():
+    with Truth64(scales) if samples else Float64(), torch.no_grad():  # type: ignore[no-untyped-call]
         recorder = run(model, tokens, edits)
         values = recorder.tensors | then(recorder.tensors)
     squares = {name: torch.zeros_like(value) for name, value in values.items()}

@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -87,11 +88,17 @@ _REDUCTIONS = frozenset({"mean", "sum"})
 _MATMULS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 
 
+@cache
 def _name(func: Any) -> str:
     """``aten.add_.Tensor`` → ``add``: the in-place form rounds as the other does."""
     name = str(func.overloadpacket.__name__)
     in_place = name.endswith("_") and name[:-1] in _ONE_ROUNDING | _TWO_ROUNDINGS | _REDUCTIONS
     return name[:-1] if in_place else name
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 class _AboveDispatch(TorchFunctionMode):
@@ -138,7 +145,7 @@ class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._above.__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        if _is_composite(func):
             raise OracleError(f"{func} is composite and reached the float64 mode; run under torch.no_grad")
         kwargs = dict(kwargs or {})
         asked = kwargs.get("dtype")
@@ -146,7 +153,7 @@ class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs["dtype"] = torch.float64
         if func is torch.ops.aten._softmax.default:
             args = (args[0], args[1], False)  # half_to_float asks for a float32 result
-        if func is not torch.ops.aten.copy_.default:
+        if func is not torch.ops.aten.copy_.default and _holds_narrow(args):
             args = _widen(args)
         out = self.round(func, args, func(*args, **kwargs), asked)
         for tensor in out if isinstance(out, tuple | list) else (out,):
@@ -165,6 +172,17 @@ class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tensor
 
 
+def _holds_narrow(values: Any) -> bool:
+    """Asked of every operation, where :func:`_widen` would make its operands' tuple anew."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.dtype in _NARROW:
+                return True
+        elif isinstance(value, tuple | list) and _holds_narrow(value):
+            return True
+    return False
+
+
 def _widen(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.double() if value.dtype in _NARROW else value
@@ -173,30 +191,35 @@ def _widen(value: Any) -> Any:
     return value
 
 
+@cache
+def _normal_numbers(size: int) -> torch.Tensor:
+    """N(0, 1) numbers, float64, the same in every process: numpy's PCG64 makes them whatever the machine's vector
+    unit (torch's ``normal_`` does not)."""
+    numbers = np.random.Generator(np.random.PCG64(0)).standard_normal(size, dtype=np.float32)
+    return torch.from_numpy(numbers).to(torch.float64)
+
+
 class NoisePool:
-    """Standard normal numbers for one case, drawn once and read from random offsets.
+    """Standard normal numbers, drawn once a process and read from random offsets, which are the case's own.
 
     Drawing a fresh number for every element of every operation costs more than the forward pass; two reads
-    share an alignment with probability 2⁻²², which no variance estimate can see. numpy's PCG64 makes the
-    numbers the same for a seed whatever the machine's vector unit (torch's ``normal_`` does not).
+    share an alignment with probability 2⁻²², which no variance estimate can see.
     """
 
     SIZE = 1 << 22
 
     def __init__(self, seed: int) -> None:
         self._rng = np.random.Generator(np.random.PCG64(seed))
-        numbers = self._rng.standard_normal(self.SIZE, dtype=np.float32)
-        self._numbers = torch.from_numpy(numbers).to(torch.float64)
+        self._numbers = _normal_numbers(self.SIZE)
 
     def draw(self, like: torch.Tensor) -> torch.Tensor:
-        """Independent N(0, 1) numbers of the shape of ``like``, float64, on its device."""
+        """Independent N(0, 1) numbers of the shape of ``like``, float64, on its device; not to be written to."""
         count = like.numel()
-        offset = int(self._rng.integers(self.SIZE))
         pieces = []
         while count > 0:
-            take = min(count, self.SIZE - offset)
-            pieces.append(self._numbers[offset : offset + take])
-            count, offset = count - take, int(self._rng.integers(self.SIZE))
+            offset = int(self._rng.integers(self.SIZE))
+            pieces.append(self._numbers[offset : offset + count])
+            count -= pieces[-1].numel()
         flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return flat.view(like.shape).to(like.device) if pieces else torch.zeros_like(like)
 
@@ -241,7 +264,7 @@ class Truth64(Float64):  # type: ignore[no-untyped-call]
             left, right = args[-2:]
             product = torch.mm if name.endswith("mm") and left.dim() == 2 else torch.bmm
             # float32 is enough for the size of a noise, and twice as fast.
-            squares = product(left.float().square(), right.float().square())
+            squares = product(*(factor.to(torch.float32, copy=True).square_() for factor in (left, right)))
             self._scales.record(squares.double())
         return out
 
@@ -307,7 +330,7 @@ class RoundingNoise(Float64):  # type: ignore[no-untyped-call]
     def _noisy(self, func: Any, name: str, args: Any, out: torch.Tensor, unit: float) -> torch.Tensor:
         if name in _MATMULS:
             accumulated = UNIT**2 * args[-1].shape[-2] * self._accumulation
-            variance = self._squares(out) * accumulated + out.square() * (unit**2 / 3)
+            variance = (self._squares(out) * accumulated).addcmul_(out, out, value=unit**2 / 3)
             return out.addcmul_(variance.sqrt_(), self._pool.draw(out))
         if name == "_softmax":
             row = out.select(args[1], 0).unsqueeze(args[1])
@@ -326,8 +349,10 @@ class RoundingNoise(Float64):  # type: ignore[no-untyped-call]
         self, out: torch.Tensor, size: float, unit: float, common: torch.Tensor | None = None
     ) -> torch.Tensor:
         """``out·(1 + unit·(size·N(0,1) + common))``, in place: a dispatch result belongs to nobody else yet."""
-        noise = self._pool.draw(out) * size
-        return out.addcmul_(out, noise if common is None else noise + common, value=unit)
+        noise = self._pool.draw(out)
+        if common is None:
+            return out.addcmul_(out, noise, value=unit * size)
+        return out.addcmul_(out, noise * size + common, value=unit)
 
     def _layer_norm(self, args: Any, unit: float) -> torch.Tensor:
         """LayerNorm in its float32 steps, each with its own rounding; the fused op would hide them.

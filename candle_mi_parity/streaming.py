@@ -8,8 +8,6 @@ noise of an output depends on its own Σa²b² alone, so neither the values nor 
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +22,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers.initialization import no_init_weights
 
 from candle_mi_parity.errors import ModelError
-from candle_mi_parity.hooks import ATTENTION, quiet
-from candle_mi_parity.models import weight_files
+from candle_mi_parity.hooks import import_model_code, our_attention, quiet
+from candle_mi_parity.memory import memory_bytes
+from candle_mi_parity.models import weight_bytes, weight_files
 from candle_mi_parity.printable import one_line
 from candle_mi_parity.rounding import Float64
 
@@ -35,23 +34,14 @@ CHUNK = 1 << 13
 """Entries of the vocabulary whose unembedding rows are in memory at a time."""
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def is_streamed(directory: Path) -> bool:
     """Whether a model directory is read layer by layer.
 
-    Of the memory that the machine has, not of what is free just now: the same machine draws the same noise.
+    :raises ModelError: weights that cannot be read.
     """
-    size = sum(math.prod(shape) for shape in Weights(directory, torch.float64).shapes.values()) * 8
-    return size * SHARE > memory_bytes()
-
-
-def memory_bytes() -> int:
-    """What the machine has, or what its control group leaves to this process."""
-    limit = _CGROUP.read_text().strip() if _CGROUP.is_file() else ""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(total, int(limit)) if limit.isdigit() else total
+    return weight_bytes(directory, torch.float64.itemsize) * SHARE > memory_bytes()
 
 
 class Weights:
@@ -121,15 +111,16 @@ def load_streamed(directory: Path, dtype: torch.dtype, device: str = "cpu", chun
 
 def _skeleton(directory: Path) -> Any:
     """The model with its buffers in float64 and without its weights."""
-    before = torch.get_default_dtype()
+    before, attention = torch.get_default_dtype(), our_attention()
     try:
+        import_model_code(directory)
         torch.set_default_dtype(torch.float64)
         with Float64(), torch.no_grad(), quiet(), no_init_weights(), _parameters_on_meta():  # type: ignore[no-untyped-call]
             config = transformers.AutoConfig.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
             return transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=torch.float64, attn_implementation=ATTENTION
+                config, dtype=torch.float64, attn_implementation=attention
             )
     except Exception as error:  # what a config that nobody vouches for makes of it
         raise ModelError(f"transformers cannot make {directory}: {one_line(str(error))}") from error

@@ -11,6 +11,16 @@ STRETCH = 1 << 18
 """Elements that are in memory at a time, of a tensor that is longer than :data:`LONG`."""
 LONG = 1 << 21
 
+BLOCK = 1 << 14
+"""Elements that are judged at a time: some twenty float64 arrays of them stay in a processor's cache, where arrays
+of a megabyte each would go to memory and back."""
+
+
+def blocks(shape: Sequence[int]) -> list[slice]:
+    """Stretches of axis −2 of what is in memory."""
+    step = max(1, BLOCK * shape[-2] // math.prod(shape))
+    return [slice(start, start + step) for start in range(0, shape[-2], step)]
+
 
 def positions(shape: Sequence[int]) -> list[slice]:
     """Stretches of axis −2; one that is everything where the tensor is not long."""

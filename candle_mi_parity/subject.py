@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from candle_mi_parity.families import family_of, hook_names
 from candle_mi_parity.hub import fetch_model, fetch_sae
 from candle_mi_parity.models import (
     digest_files,
+    file_digest,
     model_digest,
     model_directory,
     read_config,
@@ -63,7 +65,7 @@ def prepare(case: Case, cache: Path) -> Subject:
     # Before transformers sees it: for a type that it has no code of, a config may name code of its own.
     family_of(str(config.get("model_type")))
     _check_sizes(config, model_dir)
-    _check_config(model_dir)
+    _check_config(model_dir, file_digest(model_dir / "config.json"))
     tokens = _token_ids(case, model_dir, config)
     _check_tokens(case, tokens[0], _whole_number(config, "vocab_size", model_dir))
     n_layers = _whole_number(config, "num_hidden_layers", model_dir)
@@ -111,8 +113,11 @@ def _elsewhere(sae: SaePlace) -> list[str]:
     return [] if sae.point == "hook_resid_post" else [sae.point]
 
 
-def _check_config(model_dir: Path) -> None:
+@cache
+def _check_config(model_dir: Path, _digest: str) -> None:
     """Ask transformers whether it takes the config, before anything is computed; no code beside it is run.
+
+    Once for each content of the file: many cases share a model.
 
     :raises ModelError: it does not.
     """

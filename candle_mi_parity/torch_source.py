@@ -14,7 +14,6 @@ from typing import Self
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -22,7 +21,7 @@ from candle_mi_parity import cuda
 from candle_mi_parity.chains import is_lens, unembed
 from candle_mi_parity.hooks import Captured, Edits, forward, load_model, replacing
 from candle_mi_parity.interventions import edits_of
-from candle_mi_parity.models import weight_files
+from candle_mi_parity.models import weight_bytes
 from candle_mi_parity.oracle import Mode
 from candle_mi_parity.sae import TorchSae, load_sae
 from candle_mi_parity.subject import Subject
@@ -49,7 +48,9 @@ class TorchSource:
         """The model of a directory in a format, on the device, loaded once."""
         key = directory, dtype
         if key not in self._models:
-            with cuda.memory_told(self.device, f"loading {directory.name}", lambda: weight_bytes(directory, dtype)):
+            with cuda.memory_told(
+                self.device, f"loading {directory.name}", lambda: weight_bytes(directory, dtype.itemsize)
+            ):
                 self._models[key] = load_model(directory, dtype, self.device)
         return self._models[key]
 
@@ -116,15 +117,6 @@ class TorchSource:
         gc.collect()
         if self.device != "cpu":
             torch.cuda.empty_cache()
-
-
-def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
-    """What the weights of a model directory take in a format."""
-    shapes: list[list[int]] = []
-    for path in weight_files(directory):
-        with safe_open(path, framework="np") as file:
-            shapes += [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 -- no mapping
-    return sum(math.prod(shape) for shape in shapes) * int(dtype.itemsize)
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:

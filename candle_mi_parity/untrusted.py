@@ -10,13 +10,13 @@ import errno
 import json
 import math
 import os
-import resource
 import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from candle_mi_parity.errors import ParityError
+from candle_mi_parity.memory import memory_bytes
 from candle_mi_parity.printable import one_line
 
 MAX_JSON_BYTES = 64 << 20
@@ -107,12 +107,9 @@ def require_inside(directory: Path, fault: type[ParityError]) -> None:
 
 
 def require_memory(wanted: int, what: str, fault: type[ParityError]) -> None:
-    """Refuse what this machine, or the limit set on this process, cannot hold.
+    """Refuse what cannot be held, see :func:`memory_bytes`.
 
     :param wanted: bytes.
     """
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
-    there = there if allowed == resource.RLIM_INFINITY else min(there, allowed)
-    if wanted > there:
+    if wanted > (there := memory_bytes()):
         raise fault(f"{what} would take {wanted} bytes of memory, and there are {there}")

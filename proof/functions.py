@@ -73,8 +73,8 @@ class Running:
             return hooks.attention(**given)
 
         register = transformers.AttentionInterface.register
-        register(hooks.ATTENTION, wrapped)
-        self.stack.callback(register, hooks.ATTENTION, hooks.attention)
+        register(hooks.our_attention(), wrapped)
+        self.stack.callback(register, hooks.our_attention(), hooks.attention)
 
     def softmax(self, instead: Callable[[Tensor], Tensor]) -> None:
         """Another softmax over the last axis, for attention."""

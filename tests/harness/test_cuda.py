@@ -20,7 +20,7 @@ from candle_mi_parity.cases import cache_root, load_cases
 from candle_mi_parity.errors import DeviceError
 from candle_mi_parity.hooks import load_model
 from candle_mi_parity.ledger import Ledger
-from candle_mi_parity.models import model_directory
+from candle_mi_parity.models import model_directory, weight_bytes
 from candle_mi_parity.oracle import Mode, Oracle
 from candle_mi_parity.run import Progress
 from candle_mi_parity.sae import TorchSae
@@ -107,8 +107,8 @@ def test_out_of_memory_says_what_was_needed_what_was_free_and_the_remedy(monkeyp
 def test_what_weights_need_is_counted_in_the_format_they_are_loaded_in() -> None:
     directory = model_directory(CASE.model, cache_root())
     count = sum(parameter.numel() for parameter in load_model(directory, torch.float32).parameters())
-    assert torch_source.weight_bytes(directory, torch.float32) == 4 * count
-    assert torch_source.weight_bytes(directory, torch.bfloat16) == 2 * count
+    assert weight_bytes(directory, 4) == 4 * count
+    assert weight_bytes(directory, 2) == 2 * count
 
 
 def test_a_model_and_an_sae_are_loaded_once_and_freed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

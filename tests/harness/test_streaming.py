@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from candle_mi_parity import streaming
+from candle_mi_parity import memory, streaming
 from candle_mi_parity.errors import ModelError
 from candle_mi_parity.families import FAMILIES
 from candle_mi_parity.hooks import Captured, Recorder, forward, load_model
@@ -213,18 +214,25 @@ def test_chunks_cover_each_entry_once(size: int, step: int) -> None:
 def test_the_size_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     directory = real("gemma2/hub").subject.model_dir
     size = sum(tensor.numel() for file in weight_files(directory) for tensor in load_file(file).values()) * 8
-    for memory, streamed in ((4 * size, False), (4 * size - 1, True)):
-        monkeypatch.setattr(streaming, "memory_bytes", lambda memory=memory: memory)
+    for there, streamed in ((4 * size, False), (4 * size - 1, True)):
+        monkeypatch.setattr(streaming, "memory_bytes", lambda there=there: there)
         assert streaming.is_streamed(directory) is streamed
 
 
 def test_a_control_group_may_leave_less_than_the_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(streaming, "_CGROUP", limit)
-    machine = streaming.memory_bytes()
-    for text, memory in (("max\n", machine), ("1000\n", 1000), (f"{2 * machine}\n", machine)):
+    monkeypatch.setattr(memory, "_CGROUP", limit)
+    machine = memory.memory_bytes()
+    for text, left in (("max\n", machine), ("1000\n", 1000), (f"{2 * machine}\n", machine)):
         limit.write_text(text)
-        assert streaming.memory_bytes() == memory
+        assert memory.memory_bytes() == left
+
+
+def test_a_limit_on_the_process_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = memory.memory_bytes()
+    for limit, left in ((1000, 1000), (2 * machine, machine), (resource.RLIM_INFINITY, machine)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert memory.memory_bytes() == left
 
 
 def without(tensors: dict[str, torch.Tensor]) -> None:
