@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -12,13 +14,16 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from results import HOSTILE, case, everything, run_of, sae_view, tensor
 from rich.console import Console
 
 from candle_mi_parity import page, report
 from candle_mi_parity.cases import ROOT
+from candle_mi_parity.diagnose import Diagnosis
+from candle_mi_parity.gate import ELEMENT_GATE
 from candle_mi_parity.look_sae import look_sae
-from candle_mi_parity.plots import LOWEST, Line, ratio_plot
+from candle_mi_parity.plots import LOWEST, Line, heatmap, ratio_plot
 from candle_mi_parity.report_model import Report, json_schema
 from candle_mi_parity.trace import Trace
 from candle_mi_parity.verdict import RunResult, Status, Verdict
@@ -113,11 +118,34 @@ def test_a_point_lies_where_its_ratio_is_and_none_is_lost() -> None:
     lines = [Line("x", "FAIL", [tensor("a", 0.0), tensor("b", 8.0), tensor("c", math.inf), tensor("d", math.nan)])]
     plot = ratio_plot(lines, "key")
     gate = float(re.findall(r'(?s)class="gate"><path[^>]*d="M [\d.]+ ([\d.]+)', plot)[0])
-    heights = [float(y) for y in re.findall(r'<use[^>]* y="([\d.]+)"[^>]*><title>', plot)]
+    heights = [float(y) for y in re.findall(r'<circle[^>]* cy="([\d.]+)"[^>]*><title>', plot)]
     assert len(heights) == 4
     exact, at_gate, infinite, nan = heights
     assert at_gate == pytest.approx(gate, abs=0.1) and infinite == nan < gate < exact
     assert LOWEST > 0
+
+
+def test_the_picture_is_red_where_the_error_is_past_the_gate_and_fills_its_axes() -> None:
+    picture = [[-1.0, 4.0, 0.0], [5.0, 0.0, 1.0]]
+    plot = heatmap(Diagnosis("x", "one head (3)", picture, [0, 5], "head"), "key")
+    ((x, y, width, height, data),) = re.findall(
+        r'<image x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"[^>]*base64,([^"]+)"', plot
+    )
+    red, _, blue, _ = np.moveaxis(imread(io.BytesIO(base64.b64decode(data)), format="png"), -1, 0)
+    assert np.array_equal(red > blue, np.array(picture) > math.log10(ELEMENT_GATE))
+    assert red.shape == (2, 3) and "1.0e+05 σ" in plot and "error over noise of x by position" in plot
+    # matplotlib draws the frame's left and lower edge; the picture begins there.
+    edges = [tuple(map(float, edge)) for edge in re.findall(r"M ([\d.]+) ([\d.]+)\s+L ([\d.]+) ([\d.]+)", plot)]
+    left, bottom, right, top = float(x), float(y) + float(height), float(x) + float(width), float(y)
+    for corners in ((left, bottom, left, top), (left, bottom, right, bottom)):
+        assert any(np.allclose(edge, corners, atol=0.02) for edge in edges), corners
+
+
+def test_no_two_elements_of_the_page_have_one_id() -> None:
+    html = page.render(run_of(*(case(f"a/{letter}", Status.FAIL) for letter in "bcd")))
+    ids = re.findall(r'\sid="([^"]*)"', html)
+    assert len(ids) == len(set(ids)) and sum("picture" in name for name in ids) >= 3
+    assert {name.lstrip("#") for name in re.findall(r'href="(#[^"]+)"', html)} <= set(ids)
 
 
 def test_the_page_needs_nothing_from_outside_and_runs_nothing() -> None:
