@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -14,8 +12,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress as Bar
-from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -25,12 +21,12 @@ from candle_mi_parity.build import build
 from candle_mi_parity.calls import emit_calls, load_calls, read_calls
 from candle_mi_parity.calls_compare import judge_calls, load_known_calls
 from candle_mi_parity.calls_truth import truth_of
-from candle_mi_parity.candidate import CandidateError, OutOfReachError, parse_candidate
-from candle_mi_parity.cases import ROOT, WAITS, Case, cache_root, load_cases, select
+from candle_mi_parity.candidate import CandidateError, parse_candidate
+from candle_mi_parity.cases import ROOT, WAITS, cache_root, load_cases, select
 from candle_mi_parity.census import take_census
 from candle_mi_parity.census_record import STORED, Entry
 from candle_mi_parity.diff_run import diff
-from candle_mi_parity.errors import ParityError, Stopped
+from candle_mi_parity.errors import Stopped
 from candle_mi_parity.families import family_of
 from candle_mi_parity.field_check import check
 from candle_mi_parity.fields import load_fields
@@ -43,11 +39,12 @@ from candle_mi_parity.reference import environment, is_last_layer, make_referenc
 from candle_mi_parity.repeat import repeat
 from candle_mi_parity.repro_command import repro
 from candle_mi_parity.repro_table import repro_table
-from candle_mi_parity.run import Progress, blank, run
+from candle_mi_parity.run import blank, run
 from candle_mi_parity.subject import prepare
+from candle_mi_parity.terminal import Terminal, one_line_errors, progress_bar, say
 from candle_mi_parity.tokens import emit_tokens
 from candle_mi_parity.trace import CandleMi
-from candle_mi_parity.verdict import CaseResult, RunResult, Status, Verdict
+from candle_mi_parity.verdict import RunResult, Status, Verdict
 from candle_mi_parity.views import remove, written
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -61,53 +58,6 @@ OutOption = Annotated[Path, typer.Option(help="Where traces and reports go.")]
 GEMMA_SCOPE = "google/gemma-scope-2b-pt-res:layer_0/width_16k/average_l0_105/params.npz"
 DEFAULT_CANDIDATE = "0.2.2"
 OUT = Path("build/parity")
-
-
-class Terminal(Progress):
-    """Progress on stderr, so that the table on stdout stays a table."""
-
-    def __init__(self, bar: Bar, total: int) -> None:
-        self._bar, self._done, self._total = bar, 0, total
-        self._task = bar.add_task("starting", total=None)
-
-    def case_starts(self, case: Case, step: str) -> None:
-        if step == "model" and case.lane == "hub":
-            # The hub's client draws bars of its own, and two of them on one terminal overwrite each other.
-            self._bar.stop()
-            line = f"[{self._done + 1}/{self._total}] {case.id}: from the hub"
-            self._bar.console.print(line, markup=False, highlight=False)
-        else:
-            self._bar.start()
-        self._bar.update(self._task, description=f"[{self._done + 1}/{self._total}] {case.id}: {step}")
-
-    def case_ends(self, result: CaseResult) -> None:
-        self._done += 1
-
-    def note(self, line: str) -> None:
-        self._bar.update(self._task, description=line)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """A fault before any verdict: one line on stderr, exit code 2; 3 where just network, GPU or nvcc is missing."""
-    try:
-        yield
-    except ParityError as error:
-        _say(str(error))
-        verdict = Verdict.INCONCLUSIVE if isinstance(error, OutOfReachError) else Verdict.ERROR
-        raise typer.Exit(verdict.exit_code) from error
-
-
-def _say(line: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(Text(printable(f"candle-mi-parity: {line}"), "bold red"))
-
-
-@contextmanager
-def _bar() -> Iterator[Bar]:
-    """Progress on stderr that leaves nothing behind."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield bar
 
 
 def judge(
@@ -127,7 +77,7 @@ def judge(
         for case in table
         if cases is None and case not in chosen
     }
-    with _bar() as bar:
+    with progress_bar() as bar:
         progress, ledger = Terminal(bar, len(chosen)), load_ledger()
         return run(candidate, chosen, skipped, cache_root(), out, ledger, progress, strict, keep, device, result)
 
@@ -150,7 +100,7 @@ def run_command(
     strict: Annotated[bool, typer.Option(help="Known divergences fail too.")] = False,
 ) -> None:
     """Judge a candle-mi against PyTorch. Exit code 0 PASS, 1 FAIL, 2 ERROR, 3 INCONCLUSIVE."""
-    with _one_line_errors():
+    with one_line_errors():
         result = judge_and_write(candidate, cases, out, strict, device)
         console = Console()
         report.terminal(result, console)
@@ -168,7 +118,7 @@ def reference(
     top_k: Annotated[int, typer.Option(min=1)] = 10,
 ) -> None:
     """Write the flat JSON that sae_validation.py writes and candle-mi's validate_sae.rs reads, from float64."""
-    with _one_line_errors():
+    with one_line_errors():
         for name, value in environment().items():
             print(f"{name + ':':<18}{value}")
         subject = prepare(reference_case(model, sae, layer, prompt), cache_root())
@@ -186,7 +136,7 @@ def reference(
 @app.command()
 def ratios(candidate: CandidateOption = DEFAULT_CANDIDATE, cases: CasesOption = None, out: OutOption = OUT) -> None:
     """The clean-ratio table: how close the passing cases come to the gate. `torch` judges torch's own float32."""
-    with _one_line_errors():
+    with one_line_errors():
         result = judge(candidate, cases, out)
         clean = [case for case in result.cases if case.status is Status.PASS]
         result.cases = clean
@@ -200,7 +150,7 @@ def store(
     candidate: Annotated[str, typer.Argument(help="A released version, as 0.2.2.")], out: OutOption = OUT
 ) -> None:
     """Emit every case of the default lane and keep the outcome in rust_outputs/, replacing what was there."""
-    with _one_line_errors():
+    with one_line_errors():
         if parse_candidate(candidate).kind != "version":
             raise CandidateError(f"only releases are stored, not {candidate}")
         result = judge(candidate, None, out, keep=ROOT / "rust_outputs" / candidate)
@@ -215,14 +165,14 @@ def store(
 @app.command()
 def versions(out: OutOption = OUT) -> None:
     """The table family × version of every stored release, in Markdown."""
-    with _one_line_errors():
+    with one_line_errors():
         print(report.versions_table(_stored_releases(out)))
 
 
 @app.command("history")
 def history_command(out: OutOption = OUT) -> None:
     """When each divergence came and went, over every stored release; writes history.html and history.json."""
-    with _one_line_errors():
+    with one_line_errors():
         remove(out, "history.json", "history.html")
         told = history.make_history(_stored_releases(out))
         report.write_json(history.document(told), out / "history.json")
@@ -248,10 +198,10 @@ def diff_command(
     device_b: Annotated[str | None, typer.Option(help="Of B, where it is not A's: a GPU against the CPU.")] = None,
 ) -> None:
     """Compare two candidates with each other and with PyTorch. Exit code 0, or 1 when B is worse anywhere."""
-    with _one_line_errors():
+    with one_line_errors():
         chosen = select(load_cases(), cases)
         remove(out, "diff.json", "diff.html")
-        with _bar() as bar:
+        with progress_bar() as bar:
             progress = Terminal(bar, len(chosen))
             found = diff(
                 (a, b), chosen, cache_root(), out / "diff", load_ledger(), progress, (device, device_b or device)
@@ -274,11 +224,11 @@ def census_command(
     out: OutOption = OUT,
 ) -> None:
     """What candle-mi does with every causal language model of transformers: refused, same, different, not asked."""
-    with _one_line_errors():
+    with one_line_errors():
         chosen = parse_candidate(candidate)
         if chosen.kind in ("stored", "torch"):
             raise CandidateError(f"the census asks an emitter: it needs a candidate to build, not {candidate}")
-        with _bar() as bar:
+        with progress_bar() as bar:
             task = bar.add_task("starting", total=None)
             done: list[Entry] = []
 
@@ -299,7 +249,7 @@ def census_command(
 @app.command()
 def known(candidate: CandidateOption = DEFAULT_CANDIDATE, cases: CasesOption = None, out: OutOption = OUT) -> None:
     """Print ledger entries for the cases that diverge unexcused; a person adds the `why` and pastes them."""
-    with _one_line_errors():
+    with one_line_errors():
         result = judge(candidate, cases, out)
         identity = CandleMi.model_validate({field: result.identity.get(field) for field in CandleMi.model_fields})
         for case in result.cases:
@@ -310,7 +260,7 @@ def known(candidate: CandidateOption = DEFAULT_CANDIDATE, cases: CasesOption = N
 @app.command("calls")
 def calls_command(candidate: CandidateOption = DEFAULT_CANDIDATE, out: OutOption = OUT) -> None:
     """Judge direct calls of candle-mi's public functions; exit code 1 where one diverges and is not listed."""
-    with _one_line_errors():
+    with one_line_errors():
         chosen = parse_candidate(candidate)
         if chosen.kind not in ("version", "path", "git"):
             raise CandidateError(f"calls need a candle-mi to run, not {candidate}")
@@ -333,8 +283,8 @@ def repro_command(
     mended: Annotated[str | None, typer.Option(help="A candidate on which the test must pass.")] = None,
 ) -> None:
     """Shrink a divergence and write its model, expected tensor, Rust test, Python script and issue text."""
-    with _one_line_errors():
-        with _bar() as bar:
+    with one_line_errors():
+        with progress_bar() as bar:
             task = bar.add_task("starting", total=None)
             lines = repro(
                 case, candidate, out, cache_root(), lambda line: bar.update(task, description=line), prove, mended
@@ -349,7 +299,7 @@ def fields_command(
     family: Annotated[str | None, typer.Option(help="One model family; without it, all.")] = None,
 ) -> None:
     """The config-field ledger: every field that transformers reads, what covers it, its effect over noise."""
-    with _one_line_errors():
+    with one_line_errors():
         if family is not None:
             family_of(family)
         families = None if family is None else [family]
@@ -363,7 +313,7 @@ def api_command(
     record: Annotated[bool, typer.Option(help="List the releases' functions anew first; needs Rust.")] = False,
 ) -> None:
     """The ledger of candle-mi's public functions: how many of each release are compared, and why the rest is not."""
-    with _one_line_errors():
+    with one_line_errors():
         for version in RELEASES if record else ():
             print(f"wrote {api_rustdoc.record(version, cache_root())}")
         ledger, surfaces = api_ledger.load_api(), api_ledger.load_surfaces()
@@ -381,7 +331,7 @@ def nightly_command(
     out: OutOption = Path("build/nightly"),
 ) -> None:
     """Run the night's steps and say what changed since the last night. Exit code as for `run`."""
-    with _one_line_errors():
+    with one_line_errors():
         chosen = nightly.chosen(nightly.plan(release, main_line), steps)
         table = load_cases()
         results = []
@@ -403,9 +353,9 @@ def repeat_command(
     out: OutOption = OUT,
 ) -> None:
     """Run the same case several times and count the tensors whose bytes differ. Measures: exit code 0 either way."""
-    with _one_line_errors():
+    with one_line_errors():
         chosen = select(load_cases(), cases)
-        with _bar() as bar:
+        with progress_bar() as bar:
             found = repeat(candidate, chosen, times, cache_root(), out / "repeat", device, Terminal(bar, len(chosen)))
         report.write_json(found.model_dump(), out / "repeat.json")
         for case in found.cases:
@@ -421,7 +371,7 @@ def main() -> None:
                 signal.signal(name, _stop)
         app()
     except Stopped as stopped:
-        _say(f"stopped by {stopped}")
+        say(f"stopped by {stopped}")
         sys.exit(Verdict.ERROR.exit_code)
     except Exception:
         traceback.print_exc()

@@ -15,6 +15,7 @@ from results import HOSTILE, VERSIONS, case, everything, run_of
 from candle_mi_parity import cli, page, report, run, views, views_ci
 from candle_mi_parity.cases import load_cases, select
 from candle_mi_parity.errors import ModelError, ParityError
+from candle_mi_parity.terminal import Terminal
 from candle_mi_parity.verdict import CaseResult, RunResult, Status, Verdict
 
 VIEWS = ("report.json", "report.html", "junit.xml", "summary.md")
@@ -205,12 +206,12 @@ def test_the_command_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, h
     """From the command down: what was judged when it broke off is in the report, each other case not reached."""
     ended: list[CaseResult] = []
 
-    def case_ends(self: cli.Terminal, result: CaseResult) -> None:
+    def case_ends(self: Terminal, result: CaseResult) -> None:
         ended.append(result)
         if len(ended) == 2:
             how()
 
-    monkeypatch.setattr(cli.Terminal, "case_ends", case_ends)
+    monkeypatch.setattr(Terminal, "case_ends", case_ends)
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
     # A job in the background inherits an ignored SIGINT.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
