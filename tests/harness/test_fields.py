@@ -10,7 +10,6 @@ import transformers
 from transformers import LlamaConfig, modeling_rope_utils
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from candle_mi_parity import field_check
 from candle_mi_parity.cases import Case, Setting, cache_root
 from candle_mi_parity.effects import effect
 from candle_mi_parity.families import FAMILIES
@@ -117,7 +116,7 @@ def test_an_excuse_that_does_not_hold_fails(name: str) -> None:
 
 def test_a_rope_type_without_a_case_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     known = modeling_rope_utils.ROPE_INIT_FUNCTIONS
-    monkeypatch.setattr(field_check, "ROPE_INIT_FUNCTIONS", {**known, "spiral": known["linear"]})
+    monkeypatch.setattr(modeling_rope_utils, "ROPE_INIT_FUNCTIONS", {**known, "spiral": known["linear"]})
     assert faults(load_fields()) == {"rope_parameters = spiral": "no case has this rope type"}
 
 
