@@ -25,7 +25,8 @@ class OracleCost:
     """Seconds of one processor, the best of the rounds.
 
     :ivar emitter: the phases that it timed itself, by the clock and on as many threads as it takes.
-    :ivar noise: all the samples, without the truth's own pass.
+    :ivar truth: the values in float64, without what only the samples need.
+    :ivar noise: all the samples, and the Σa²b² of the matmuls that give them their size.
     :ivar cached: reading the truth of the case from the cache, the digest of the model known.
     """
 

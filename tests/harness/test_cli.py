@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.cases import ROOT, cache_root
+from candle_mi_parity.cases import ROOT, cache_root, load_cases
+from candle_mi_parity.oracle import Oracle
+from candle_mi_parity.subject import prepare
 
 
 def command(
@@ -64,6 +66,22 @@ def test_a_clean_case_passes_and_writes_its_report(tmp_path: Path) -> None:
     assert report["verdict"] == "PASS"
     assert report["counts"]["PASS"] == 1
     assert len(report["cases"][0]["tensors"]) == 44
+
+
+def test_a_run_whose_truths_are_there_imports_nothing_that_loads_a_model(tmp_path: Path) -> None:
+    """It takes seconds, and a maintainer runs it after each edit."""
+    subject = prepare(next(case for case in load_cases() if case.id == "llama/hub"), cache_root())
+    Oracle(subject, cache_root()).inputs("free")
+    arguments = ["run", "run", "--candidate", "stored:0.2.2", "--cases", "llama/hub", "--out", str(tmp_path)]
+    code = f"""import sys
+from candle_mi_parity.cli import main
+sys.argv = {arguments}
+try:
+    main()
+finally:
+    print("heavy:", *(name for name in ("transformers.modeling_utils", "torch._dynamo") if name in sys.modules))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "verdict: PASS" in done.stdout and done.stdout.splitlines()[-1] == "heavy:"
 
 
 def test_a_known_divergence_is_named_in_the_line_and_fails_when_strict(tmp_path: Path) -> None:

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from candle_mi_parity import rounding
 from candle_mi_parity.errors import OracleError
+from candle_mi_parity.oracle import sample
 from candle_mi_parity.rounding import Float64, MatmulScales, NoisePool, RoundingNoise, Truth64
+from proof.planting import real
 
 Op = Callable[[torch.Tensor], torch.Tensor]
 
@@ -115,6 +118,14 @@ def test_a_seed_gives_its_own_numbers_always() -> None:
     assert torch.equal(first, same.draw(like))
     assert not torch.equal(first, other.draw(like))
     assert not torch.equal(first, one.draw(like)), "two draws of one pool are the same numbers"
+
+
+def test_no_sample_writes_to_the_numbers_that_all_read() -> None:
+    numbers = rounding._normal_numbers(NoisePool.SIZE)
+    before = numbers.clone()
+    there = real("starcoder2/hub")
+    sample(there.oracle.model, torch.tensor(there.subject.tokens), 0, lambda captured: {}, {}, samples=2)
+    assert torch.equal(numbers, before)
 
 
 def test_the_pool_is_standard_normal_also_past_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
