@@ -92,8 +92,8 @@ def ratio_plot(lines: Sequence[Line], key: str) -> Markup:
     order = _execution_order(lines)
     place = {name: x for x, name in enumerate(order)}
     heights = [_height(tensor.ratio) for line in lines for tensor in line.tensors if tensor.name in place]
-    decade = math.ceil(math.log10(max([10 * POSITION_GATE, *heights])) - 1e-9)
-    frame = _ratio_frame(tuple(_blocks(order).items()), len(order), decade)
+    decade = math.ceil(math.log10(max([10 * POSITION_GATE, *heights])))
+    frame = _ratio_frame(_blocks(order), len(order), decade)
     drawn = [_line(line, [t for t in line.tensors if t.name in place], place, frame) for line in lines]
     return _filled(frame, Markup().join(drawn), key)
 
@@ -129,11 +129,11 @@ def _ratio_frame(starts: tuple[tuple[str, int], ...], count: int, decade: int) -
         across = axes.get_yaxis_transform()
         axes.text(0.01, POSITION_GATE * 1.4, f"gate {POSITION_GATE:g}", transform=across,
                   color=_INKS["gate"])  # fmt: skip
-        _scales(axes, decade, dict(starts), count)
+        _scales(axes, decade, starts, count)
         return _frame(figure, axes, "ratio of error to noise by execution order")
 
 
-def _scales(axes: Axes, decade: int, starts: dict[str, int], count: int) -> None:
+def _scales(axes: Axes, decade: int, starts: tuple[tuple[str, int], ...], count: int) -> None:
     axes.set_yscale("log")
     axes.set_ylim(LOWEST / 2, 3 * 10.0**decade)
     axes.yaxis.set_major_locator(LogLocator(10, numticks=6))
@@ -142,20 +142,20 @@ def _scales(axes: Axes, decade: int, starts: dict[str, int], count: int) -> None
     axes.minorticks_off()
     axes.set_ylabel("error / noise")
     stride = math.ceil(len(starts) / 12) or 1
-    shown = list(starts.items())[::stride]
+    shown = starts[::stride]
     axes.set_xticks([x for _, x in shown], [f"block {block}" if len(shown) < 8 else block for block, _ in shown])
     axes.set_xlabel("tensors in execution order" + ("" if len(shown) < 8 else ", first of each block"))
     axes.set_xlim(-1, max(count, 2))
 
 
-def _blocks(order: list[str]) -> dict[str, int]:
-    """Each block's first place."""
+def _blocks(order: list[str]) -> tuple[tuple[str, int], ...]:
+    """Each block and its first place."""
     starts: dict[str, int] = {}
     for x, name in enumerate(order):
         block = name.split(".")[1] if name.startswith("blocks.") else ""
         if block.isdecimal():
             starts.setdefault(block, x)
-    return starts
+    return tuple(starts.items())
 
 
 def _power(value: float, _: float) -> str:
@@ -177,7 +177,8 @@ def heatmap(diagnosis: Diagnosis, key: str) -> Markup:
     ).format(x, y, width, height, base64.b64encode(pixels.getvalue()).decode())
     label = one_line(f"error over noise of {diagnosis.tensor} by position")
     drawn = _filled(frame, picture, key)
-    return drawn.replace(_LABEL, escape(label)).replace(_TOP, f"{10**top:.1e} σ")
+    # Last what comes from a trace: it is not searched for what is to be replaced.
+    return drawn.replace(_TOP, f"{10**top:.1e} σ").replace(_LABEL, escape(label))
 
 
 @cache

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from candle_mi_parity.errors import OracleError
 from candle_mi_parity.families import FAMILIES
-from candle_mi_parity.hooks import Recorder, _recorder, load_model
+from candle_mi_parity.hooks import Recorder, _recorder, load_model, modeling_files
 from candle_mi_parity.rounding import MatmulScales, Truth64
 from proof.planting import real
 
@@ -169,3 +170,9 @@ def test_gemma_scales_its_embedding_before_the_hook() -> None:
     table = load_file(subject.model_dir / "model.safetensors")["model.embed_tokens.weight"].astype(np.float64)
     rows = table[np.array(subject.tokens)]
     assert relative(values("gemma/hub")["hook_embed"], rows * np.sqrt(64)) < 1e-12
+
+
+@pytest.mark.parametrize("model_type", ["no_such_family", "byt5"])  # of byt5 there is but a tokenizer
+def test_a_family_that_transformers_has_no_model_code_of_is_named(model_type: str) -> None:
+    with pytest.raises(OracleError, match=f"no model_type '{model_type}'"):
+        modeling_files(model_type)

@@ -17,7 +17,7 @@ from candle_mi_parity import models
 from candle_mi_parity.cases import LocalModel, TinyModel, cache_root, select
 from candle_mi_parity.errors import ModelError
 from candle_mi_parity.families import FAMILIES
-from candle_mi_parity.models import model_digest, model_directory, publish, require_model
+from candle_mi_parity.models import model_digest, model_directory, publish, require_model, weight_bytes
 from candle_mi_parity.subject import prepare
 from proof.planting import CASES, real
 
@@ -209,3 +209,9 @@ def test_what_is_in_a_read_only_cache_is_used(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "open", read_only)
     monkeypatch.setattr(os, "mkdir", no_directory)
     assert model_directory(LLAMA, tmp_path) == there
+
+
+def test_weights_that_cannot_be_read_have_no_size(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ModelError, match="weights cannot be read: a header of"):
+        weight_bytes(tmp_path, 8)
