@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from candle_mi_parity import pytest_plugin
-from candle_mi_parity.candidate import parse_candidate
-from candle_mi_parity.cases import ROOT, WAITS, Case, cache_root, load_cases
-from candle_mi_parity.ledger import Ledger, load_ledger
-from candle_mi_parity.run import Progress, judge_case
-from candle_mi_parity.sources import Source, StoredSource, open_source
-from candle_mi_parity.torch_source import TorchSource
-from candle_mi_parity.verdict import CaseResult
+from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.candidate.sources import Source, StoredSource, open_source
+from candle_mi_parity.candidate.torch_source import TorchSource
+from candle_mi_parity.compare.ledger import Ledger, load_ledger
+from candle_mi_parity.compare.verdict import CaseResult
+from candle_mi_parity.judge.case import Progress, judge_case
+from candle_mi_parity.spec.cases import WAITS, Case, load_cases
+from candle_mi_parity.spec.paths import ROOT, cache_root
 
 CASES = {case.id: case for case in load_cases()}
 STORED = sorted(path.parent.name for path in (ROOT / "rust_outputs").glob("*/candidate.json"))

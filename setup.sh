@@ -49,7 +49,7 @@ printf 'import site; site.addsitedir(%s)\n' "'$packages'" >"$site/packages.pth"
 pwd >"$site/clone.pth"
 cat >.venv/bin/candle-mi-parity <<EOF
 #!$PWD/.venv/bin/python
-from candle_mi_parity.cli import main
+from candle_mi_parity.cli.cli import main
 
 if __name__ == "__main__":  # the census starts processes that import this file again
     main()

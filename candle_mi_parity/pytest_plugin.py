@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from candle_mi_parity import cuda
-from candle_mi_parity.cases import WAITS
-from candle_mi_parity.printable import one_line, printable
-from candle_mi_parity.run import library_versions
-from candle_mi_parity.verdict import CaseResult, Status
+from candle_mi_parity.candidate import cuda
+from candle_mi_parity.compare.verdict import CaseResult, Status
+from candle_mi_parity.files.escape import one_line, printable
+from candle_mi_parity.run.run import library_versions
+from candle_mi_parity.spec.cases import WAITS
 
 INCONCLUSIVE = 3
 

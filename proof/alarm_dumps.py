@@ -13,9 +13,9 @@ from multiprocessing import get_context
 
 import torch
 
-from candle_mi_parity.compare import compare
-from candle_mi_parity.sae import load_sae
-from candle_mi_parity.verdict import Status, TensorResult
+from candle_mi_parity.compare.compare import compare
+from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.models.sae import load_sae
 from proof.capture import digests, dumps, oracle_of, plain_digests
 from proof.variants import Variant
 

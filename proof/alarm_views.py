@@ -12,8 +12,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from candle_mi_parity.gate import ELEMENT_GATE, POSITION_GATE
-from candle_mi_parity.proof_record import rules_digest
+from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE
+from candle_mi_parity.report.proof_record import rules_digest
 from proof.alarm_dumps import Judged, NotRun
 from proof.variants import Setting
 

@@ -15,10 +15,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from candle_mi_parity.cases import load_cases
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.proof_record import rules_digest
-from candle_mi_parity.run import library_versions
+from candle_mi_parity.report.proof_record import rules_digest
+from candle_mi_parity.run.run import library_versions
+from candle_mi_parity.spec.cases import load_cases
 from proof import OUT
 from proof.bench_dump import Cost, costs, generate
 from proof.bench_matrix import by_cases, by_shape, by_workers, edit_to_verdict

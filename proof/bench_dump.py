@@ -18,11 +18,11 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from candle_mi_parity.compare import compare
-from candle_mi_parity.models import file_digest
-from candle_mi_parity.trace import FORMAT, Trace
-from candle_mi_parity.truth import Expected, Truth, TruthTensor
-from candle_mi_parity.verdict import Status
+from candle_mi_parity.compare.compare import compare
+from candle_mi_parity.compare.verdict import Status
+from candle_mi_parity.files.digest import file_digest
+from candle_mi_parity.trace.trace import FORMAT, Trace
+from candle_mi_parity.trace.truth import Expected, Truth, TruthTensor
 
 WIDTH = 512
 NOISE = 1e-7

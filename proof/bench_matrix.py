@@ -10,12 +10,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from candle_mi_parity.build import build
-from candle_mi_parity.candidate import parse_candidate
-from candle_mi_parity.cases import ROOT, Case, RandomTokens, TinyModel, cache_root, load_cases, select
+from candle_mi_parity.candidate.build import build
+from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.compare.ledger import Ledger
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.ledger import Ledger
-from candle_mi_parity.run import Progress, run
+from candle_mi_parity.judge.case import Progress
+from candle_mi_parity.run.run import run
+from candle_mi_parity.spec.cases import Case, RandomTokens, TinyModel, load_cases, select
+from candle_mi_parity.spec.paths import ROOT, cache_root
 
 TOKENS = (16, 64, 256)
 LAYERS = (1, 2, 4, 8)
@@ -96,7 +98,7 @@ def edit_to_verdict(checkout: Path) -> dict[str, float]:
         file.write_text(text.replace(BEFORE, AFTER), encoding="utf-8")
         seconds["cargo"] = _built(candidate.spec)
         arguments = ("run", "--candidate", candidate.spec, "--out", out)
-        return seconds | {"ours": _command("-c", "from candle_mi_parity.cli import main; main()", *arguments)}
+        return seconds | {"ours": _command("-c", "from candle_mi_parity.cli.cli import main; main()", *arguments)}
 
 
 def _built(spec: str) -> float:

@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from candle_mi_parity.cases import Case, RandomTokens, cache_root
+from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.errors import OracleError
-from candle_mi_parity.hooks import forward, load_model
-from candle_mi_parity.models import read_config
-from candle_mi_parity.oracle import Oracle
-from candle_mi_parity.rounding import MatmulScales, NoisePool, RoundingNoise, Truth64
-from candle_mi_parity.subject import Subject, prepare, random_tokens
-from candle_mi_parity.torch_source import TorchSource
-from candle_mi_parity.trace import InMemory
+from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.prepared_case import Subject, prepare, random_tokens
+from candle_mi_parity.oracle.hooks import forward, load_model
+from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.oracle.rounding import MatmulScales, NoisePool, RoundingNoise, Truth64
+from candle_mi_parity.spec.cases import Case, RandomTokens
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.trace import InMemory
 from proof.sums import Reordered
 from proof.variants import Setting, Variant
 

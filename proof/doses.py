@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from candle_mi_parity.compare import compare
-from candle_mi_parity.gate import ELEMENT_GATE, POSITION_GATE
-from candle_mi_parity.oracle import Mode
-from candle_mi_parity.torch_source import TorchSource
-from candle_mi_parity.trace import InMemory
-from candle_mi_parity.verdict import Status
+from candle_mi_parity.candidate.torch_source import TorchSource
+from candle_mi_parity.compare.compare import compare
+from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE
+from candle_mi_parity.compare.verdict import Status
+from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.trace.trace import InMemory
 from proof.planting import Arrays, Real, real, with_arrays
 
 CASES = ("llama/hub", "gemma2/hub", "smollm2/hub")

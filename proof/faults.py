@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from candle_mi_parity.cases import cache_root
 from candle_mi_parity.errors import ParityError
+from candle_mi_parity.spec.paths import cache_root
 from proof import OUT, doses
 from proof.catalogue import Fault, load_faults
 from proof.judging import Outcome, PlantedSource, Status, outcome, twin_problem

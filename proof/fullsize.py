@@ -21,17 +21,18 @@ import torch
 import typer
 from rich.console import Console
 
-from candle_mi_parity.candidate import parse_candidate
-from candle_mi_parity.cases import Case, cache_root, load_cases
-from candle_mi_parity.compare import compare
+from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.candidate.sources import open_source, same_candidate, trace_path
+from candle_mi_parity.compare.compare import compare
+from candle_mi_parity.compare.verdict import Status
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.oracle import Oracle, sample
-from candle_mi_parity.run import library_versions
-from candle_mi_parity.sae import load_sae
-from candle_mi_parity.sources import open_source, same_candidate, trace_path
-from candle_mi_parity.subject import prepare
-from candle_mi_parity.trace import Trace
-from candle_mi_parity.verdict import Status
+from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.models.sae import load_sae
+from candle_mi_parity.oracle.oracle import Oracle, sample
+from candle_mi_parity.run.run import library_versions
+from candle_mi_parity.spec.cases import Case, load_cases
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.trace import Trace
 from proof import OUT
 
 CASE = "gemma-2-2b/generated"

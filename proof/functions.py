@@ -17,10 +17,10 @@ import torch
 import transformers
 from torch import nn
 
-from candle_mi_parity import hooks
-from candle_mi_parity.sae import TorchSae
-from candle_mi_parity.subject import Subject
-from candle_mi_parity.trace import Feature
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.oracle import hooks
+from candle_mi_parity.oracle.torch_sae import TorchSae
+from candle_mi_parity.trace.trace import Feature
 from proof.planting import Arrays
 
 Tensor = torch.Tensor

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from candle_mi_parity import interventions, torch_source
-from candle_mi_parity.edits import Inject, Knockout, PatchAt
-from candle_mi_parity.hooks import Edits, Recorder
-from candle_mi_parity.sae import TorchSae, load_sae
-from candle_mi_parity.trace import Feature
+from candle_mi_parity.candidate import torch_source
+from candle_mi_parity.models.sae import load_sae
+from candle_mi_parity.oracle import interventions
+from candle_mi_parity.oracle.hooks import Edits, Recorder
+from candle_mi_parity.oracle.torch_sae import TorchSae
+from candle_mi_parity.spec.edits import Inject, Knockout, PatchAt
+from candle_mi_parity.trace.trace import Feature
 from proof.functions import Dump, Running, Tensor, fault, output
 
 # --- hook -----------------------------------------------------------------------------------------

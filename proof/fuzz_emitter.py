@@ -12,10 +12,10 @@ from pathlib import Path
 from random import Random
 from typing import IO, Any
 
-from candle_mi_parity.build import build
-from candle_mi_parity.candidate import parse_candidate
-from candle_mi_parity.cases import cache_root
-from candle_mi_parity.sources import request
+from candle_mi_parity.candidate.build import build
+from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.candidate.sources import request
+from candle_mi_parity.spec.paths import cache_root
 from proof.fuzz_mutants import dumped, mutate_bytes, mutate_tree
 from proof.planting import real
 

@@ -15,7 +15,11 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(
-    include=["candle_mi_parity.trace", "candle_mi_parity.judge", "candle_mi_parity.compare"]
+    include=[
+        "candle_mi_parity.trace.trace",
+        "candle_mi_parity.compare.tensor_result",
+        "candle_mi_parity.compare.compare",
+    ]
 ):
     from proof import fuzz_traces
     from proof.fuzz_targets import refused

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from candle_mi_parity.cases import FIXTURES, LocalModel, load_cases
+from candle_mi_parity.coverage.flat_json import case_of, read_reference
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.hooks import forward, load_model
-from candle_mi_parity.models import digest_files
-from candle_mi_parity.reference import case_of, read_reference
-from candle_mi_parity.sae import Sae, load_sae, sae_files
-from candle_mi_parity.subject import prepare
+from candle_mi_parity.files.digest import digest_files
+from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.models.sae import Sae, load_sae, sae_files
+from candle_mi_parity.oracle.hooks import forward, load_model
+from candle_mi_parity.spec.cases import LocalModel, load_cases
+from candle_mi_parity.spec.paths import FIXTURES
 from proof import fuzz_traces as traces
 from proof.fuzz_mutants import ODD_VALUES, dumped, mutate_array, mutate_bytes, mutate_tree
 from proof.planting import CASES, real

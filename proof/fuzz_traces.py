@@ -21,13 +21,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from candle_mi_parity.cases import ROOT
-from candle_mi_parity.run import Progress, _status, judge_mode
-from candle_mi_parity.sources import StoredSource
-from candle_mi_parity.trace import Trace
-from candle_mi_parity.truth import Truth, TruthTensor
-from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult
-from candle_mi_parity.views_ci import junit, summary, workflow_commands
+from candle_mi_parity.candidate.sources import StoredSource
+from candle_mi_parity.compare.verdict import CaseResult, RunResult, Status, TensorResult
+from candle_mi_parity.judge.case import Progress, _status, judge_mode
+from candle_mi_parity.report.views_ci import junit, summary, workflow_commands
+from candle_mi_parity.spec.paths import ROOT
+from candle_mi_parity.trace.trace import Trace
+from candle_mi_parity.trace.truth import Truth, TruthTensor
 from proof.fuzz_mutants import dumped, mutate_array, mutate_bytes, mutate_tree
 from proof.planting import Real, real
 

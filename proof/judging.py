@@ -8,19 +8,19 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
-from candle_mi_parity.cases import cache_root
-from candle_mi_parity.compare import check_header
+from candle_mi_parity.candidate.sources import NothingOpen, Source, same_candidate
+from candle_mi_parity.compare.compare import check_header
+from candle_mi_parity.compare.ledger import Ledger
+from candle_mi_parity.compare.verdict import CaseResult
+from candle_mi_parity.compare.verdict import Status as CaseStatus
 from candle_mi_parity.errors import OracleError
-from candle_mi_parity.ledger import Ledger
-from candle_mi_parity.models import file_digest
-from candle_mi_parity.oracle import Mode
-from candle_mi_parity.run import Progress, judge_case
-from candle_mi_parity.sources import NothingOpen, Source, same_candidate
-from candle_mi_parity.subject import Subject
-from candle_mi_parity.trace import Trace
-from candle_mi_parity.truth import Truth
-from candle_mi_parity.verdict import CaseResult
-from candle_mi_parity.verdict import Status as CaseStatus
+from candle_mi_parity.files.digest import file_digest
+from candle_mi_parity.judge.case import Progress, judge_case
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.trace import Trace
+from candle_mi_parity.trace.truth import Truth
 from proof.catalogue import Fault
 from proof.io_faults import IO
 from proof.plant import EQUAL, difference64, emitted

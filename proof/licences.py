@@ -15,10 +15,10 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
-from candle_mi_parity.api import RELEASES
-from candle_mi_parity.build import crate_of
-from candle_mi_parity.candidate import parse_candidate
-from candle_mi_parity.cases import ROOT, cache_root
+from candle_mi_parity.candidate.build import crate_of
+from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.coverage.api import RELEASES
+from candle_mi_parity.spec.paths import ROOT, cache_root
 
 DOCUMENT = ROOT / "docs" / "licences.md"
 

@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from candle_mi_parity.cases import Row, read_toml
 from candle_mi_parity.errors import ParityError
+from candle_mi_parity.spec.cases import Row, read_toml
 from proof.catalogue import SourceEdit
 from proof.source import released_crate
 

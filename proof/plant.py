@@ -14,15 +14,16 @@ import torch
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 
-from candle_mi_parity import torch_source
-from candle_mi_parity.models import weight_files
-from candle_mi_parity.oracle import Mode
-from candle_mi_parity.rounding import Float64
-from candle_mi_parity.sae import TorchSae, load_sae
-from candle_mi_parity.subject import Subject
-from candle_mi_parity.torch_source import TorchSource, as_numpy
-from candle_mi_parity.trace import InMemory
-from candle_mi_parity.truth import Truth
+from candle_mi_parity.candidate import torch_source
+from candle_mi_parity.candidate.torch_source import TorchSource, as_numpy
+from candle_mi_parity.models.checkpoint import weight_files
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.sae import load_sae
+from candle_mi_parity.oracle.rounding import Float64
+from candle_mi_parity.oracle.torch_sae import TorchSae
+from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.trace.trace import InMemory
+from candle_mi_parity.trace.truth import Truth
 from proof import functions_model, functions_numerics, functions_run
 from proof.catalogue import CatalogueError, Change, Fault
 from proof.changes import changed

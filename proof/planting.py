@@ -18,16 +18,19 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from candle_mi_parity.cases import Case, cache_root, load_cases
-from candle_mi_parity.compare import check_header, compare
-from candle_mi_parity.models import file_digest, read_config, weight_files
-from candle_mi_parity.oracle import Mode, Oracle
-from candle_mi_parity.sae import load_sae
-from candle_mi_parity.subject import Subject, prepare
-from candle_mi_parity.torch_source import TorchSource
-from candle_mi_parity.trace import FORMAT, CandleMi, InMemory, Trace
-from candle_mi_parity.truth import Truth
-from candle_mi_parity.verdict import Status, TensorResult
+from candle_mi_parity.candidate.torch_source import TorchSource
+from candle_mi_parity.compare.compare import check_header, compare
+from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.files.digest import file_digest
+from candle_mi_parity.models.checkpoint import read_config, weight_files
+from candle_mi_parity.models.prepared_case import Subject, prepare
+from candle_mi_parity.models.sae import load_sae
+from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.spec.cases import Case, load_cases
+from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.trace import FORMAT, CandleMi, InMemory, Trace
+from candle_mi_parity.trace.truth import Truth
 
 RELEASE = CandleMi(version="0.2.2", source="registry", checksum="a" * 64, revision=None, tree_digest=None)
 CASES = {case.id: case for case in load_cases()}

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from candle_mi_parity.cases import ROOT
 from candle_mi_parity.errors import ParityError, ProofError
-from candle_mi_parity.proof_record import RECORD, ProofRecord, Table
-from candle_mi_parity.report import write_text
-from candle_mi_parity.run import library_versions
+from candle_mi_parity.files.json_out import write_text
+from candle_mi_parity.report.proof_record import RECORD, ProofRecord, Table
+from candle_mi_parity.run.run import library_versions
+from candle_mi_parity.spec.paths import ROOT
 from proof import OUT
 from proof.rival_views import REAL
 

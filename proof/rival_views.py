@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from candle_mi_parity.proof_record import rules_digest
+from candle_mi_parity.report.proof_record import rules_digest
 from proof.packages import Absent
 from proof.rival_scores import Asked, Score
 

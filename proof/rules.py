@@ -17,8 +17,8 @@ import torch
 from pytest_regressions.ndarrays_regression import NDArraysRegressionFixture
 from torch._dynamo.utils import same
 
-from candle_mi_parity.gate import ELEMENT_GATE, POSITION_GATE
-from candle_mi_parity.verdict import Status, TensorResult
+from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE
+from candle_mi_parity.compare.verdict import Status, TensorResult
 from proof import planting
 from proof.planting import Arrays, Real
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from candle_mi_parity.proof_record import rules_digest
+from candle_mi_parity.report.proof_record import rules_digest
 from proof.judging import Outcome, Status
 
 

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from candle_mi_parity.cases import Case, RandomTokens, Row, load_cases, read_toml, select
-from candle_mi_parity.edits import Edit
 from candle_mi_parity.errors import CaseTableError
+from candle_mi_parity.spec.cases import Case, RandomTokens, Row, load_cases, read_toml, select
+from candle_mi_parity.spec.edits import Edit
 
 VARIANTS = Path(__file__).parent / "variants.toml"
 

@@ -6,8 +6,8 @@ Rotary faults show at `hook_scores` (q and k are captured before rotary), mask a
 
 from collections.abc import Callable
 
+from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.pytest_plugin import check
-from candle_mi_parity.verdict import CaseResult
 
 
 def test_attention(candidate: str, case_id: str, judged: Callable[[str, str], CaseResult]) -> None:

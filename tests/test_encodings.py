@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
+from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.pytest_plugin import check
-from candle_mi_parity.verdict import CaseResult
 
 
 def belongs(name: str) -> bool:

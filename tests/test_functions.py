@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.calls import CallRow, emit_calls, load_calls, read_calls
-from candle_mi_parity.calls_compare import CallVerdict, judge_calls, load_known_calls
-from candle_mi_parity.calls_truth import CallTruth, truth_of
-from candle_mi_parity.candidate import parse_candidate
-from candle_mi_parity.cases import ROOT, cache_root
+from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.coverage.calls import CallRow, emit_calls, load_calls, read_calls
+from candle_mi_parity.coverage.calls_compare import CallVerdict, judge_calls, load_known_calls
+from candle_mi_parity.coverage.calls_truth import CallTruth, truth_of
+from candle_mi_parity.spec.paths import ROOT, cache_root
 
 TABLE = load_calls()
 ROWS = {row.id: row for row in TABLE.call}

@@ -6,10 +6,11 @@ Goldens come from the float64 oracle and from nothing else. A library upgrade th
 import pytest
 from pytest_regressions.ndarrays_regression import NDArraysRegressionFixture
 
-from candle_mi_parity.cases import FIXTURES, cache_root, load_cases
-from candle_mi_parity.goldens import Golden, has_golden
-from candle_mi_parity.oracle import Oracle
-from candle_mi_parity.subject import prepare
+from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.run.goldens import Golden, has_golden
+from candle_mi_parity.spec.cases import load_cases
+from candle_mi_parity.spec.paths import FIXTURES, cache_root
 
 CASES = {case.id: case for case in load_cases() if has_golden(case)}
 

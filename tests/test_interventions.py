@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from candle_mi_parity.cases import Case, cache_root, load_cases
-from candle_mi_parity.families import LAYER_POINTS
-from candle_mi_parity.hooks import forward, load_model
-from candle_mi_parity.interventions import drawn_tensors, edits_of
-from candle_mi_parity.oracle import Oracle
+from candle_mi_parity.compare.verdict import CaseResult
+from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.oracle.hooks import forward, load_model
+from candle_mi_parity.oracle.interventions import drawn_tensors, edits_of
+from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.pytest_plugin import check
-from candle_mi_parity.rounding import Float64
-from candle_mi_parity.subject import prepare
-from candle_mi_parity.verdict import CaseResult
+from candle_mi_parity.spec.cases import Case, load_cases
+from candle_mi_parity.spec.hook_points import LAYER_POINTS
+from candle_mi_parity.spec.paths import cache_root
 
 EDITED = {case.id: case for case in load_cases() if case.edits}
 POINTS = {"hook_embed", "hook_final_norm", *LAYER_POINTS}

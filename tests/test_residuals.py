@@ -6,8 +6,8 @@ projection, `hook_resid_mid` for a norm that is applied in the wrong place.
 
 from collections.abc import Callable
 
+from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.pytest_plugin import check
-from candle_mi_parity.verdict import CaseResult
 
 
 def belongs(name: str) -> bool:

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.candidate import parse_candidate
-from candle_mi_parity.cases import ROOT, cache_root, load_cases
-from candle_mi_parity.models import model_directory
-from candle_mi_parity.tokens import Tokens, differences, emit_tokens, read_tokens
+from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.candidate.tokens import Tokens, differences, emit_tokens, read_tokens
+from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.spec.cases import load_cases
+from candle_mi_parity.spec.paths import ROOT, cache_root
 
 STORED = sorted((ROOT / "rust_outputs").glob("*/tokens.json"))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from candle_mi_parity.cases import Case, LocalModel
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.models import read_config
+from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.spec.cases import Case, LocalModel
 from proof.fuzz_targets import CFG, sae_arrays
 from proof.planting import CASES, real
 

@@ -13,7 +13,7 @@ import types
 from multiprocessing.connection import Connection
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["candle_mi_parity.models", "httpx2", "tqdm"])
+CONTEXT.set_forkserver_preload(["candle_mi_parity.models.checkpoint", "httpx2", "tqdm"])
 
 Found = dict[str, object]
 
@@ -51,7 +51,7 @@ def _work(
     # The server that forks is one for the whole process, and may have been started with more than is asked for here.
     for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
         del sys.modules[name]
-    sys.modules.pop("candle_mi_parity.hub", None)
+    sys.modules.pop("candle_mi_parity.models.hub", None)
     os.environ.clear()
     os.environ.update(environment)
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY), 2)
@@ -66,9 +66,9 @@ def _work(
 
 
 def _fetch(repo: str, revision: str, path: str) -> Found:
-    from candle_mi_parity.cases import HubModel, SaeFile
     from candle_mi_parity.errors import ParityError
-    from candle_mi_parity.hub import fetch_model, fetch_sae
+    from candle_mi_parity.models.hub import fetch_model, fetch_sae
+    from candle_mi_parity.spec.cases import HubModel, SaeFile
 
     try:
         if path:

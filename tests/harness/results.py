@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from candle_mi_parity.diagnose import Diagnosis
-from candle_mi_parity.diff import CaseDiff, Diff, Direction, Kind, Row, Side
-from candle_mi_parity.distance import Distance
-from candle_mi_parity.history import History, make_history
-from candle_mi_parity.sae_view import Flip, Ranked, SaeView
-from candle_mi_parity.trace import Run
-from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult, Worst
+from candle_mi_parity.compare.align import Distance
+from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Row, Side
+from candle_mi_parity.compare.verdict import (
+    CaseResult,
+    Diagnosis,
+    Flip,
+    Ranked,
+    RunResult,
+    SaeView,
+    Status,
+    TensorResult,
+    Worst,
+)
+from candle_mi_parity.report.history import History, make_history
+from candle_mi_parity.trace.trace import Run
 
 HOSTILE = "<script>alert(1)</script>\x1b[2J\x1b]0;owned\x07\u202e${{7*7}}{{7*7}}"
 LONG = "blocks.0." + "a_name_without_a_place_to_break" * 5

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from candle_mi_parity.api import (
+from candle_mi_parity.candidate.build import EMITTER
+from candle_mi_parity.cli.cli import app
+from candle_mi_parity.coverage.api import (
     RELEASES,
     ApiError,
     RustdocFormatError,
@@ -18,7 +20,7 @@ from candle_mi_parity.api import (
     load_surface,
     public_functions,
 )
-from candle_mi_parity.api_ledger import (
+from candle_mi_parity.coverage.api_ledger import (
     ApiLedger,
     ApiRow,
     Comparisons,
@@ -30,10 +32,8 @@ from candle_mi_parity.api_ledger import (
     makes_numbers,
     totals,
 )
-from candle_mi_parity.api_rustdoc import record
-from candle_mi_parity.build import EMITTER
-from candle_mi_parity.cases import FIXTURES, cache_root
-from candle_mi_parity.cli import app
+from candle_mi_parity.coverage.api_rustdoc import record
+from candle_mi_parity.spec.paths import FIXTURES, cache_root
 
 NOTHING = Comparisons(*[frozenset[str]()] * 4)
 """Comparisons of which none is there."""
@@ -266,7 +266,7 @@ def test_a_spoilt_crate_of_rustdoc_is_one_line() -> None:
 
 @pytest.mark.rust
 def test_the_record_is_what_rustdoc_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("candle_mi_parity.api_rustdoc.save_surface", lambda surface: saved.append(surface))
+    monkeypatch.setattr("candle_mi_parity.coverage.api_rustdoc.save_surface", lambda surface: saved.append(surface))
     saved: list[Surface] = []
     try:
         record("0.2.2", cache_root())

@@ -10,7 +10,7 @@ from browsing import CHECKS, browsing, chromium
 from playwright.sync_api import Browser, Error
 from results import a_report, differing, told
 
-from candle_mi_parity import diff_views, history, page
+from candle_mi_parity.report import diff_views, history, page
 
 # One browser, where workers are told to keep groups together.
 pytestmark = pytest.mark.xdist_group("browser")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from test_candidate import write_crate
 
-from candle_mi_parity import build as builder
-from candle_mi_parity.api import RELEASES
-from candle_mi_parity.candidate import CandidateError, parse_candidate
+from candle_mi_parity.candidate import build as builder
+from candle_mi_parity.candidate.candidate import CandidateError, parse_candidate
+from candle_mi_parity.coverage.api import RELEASES
 
 
 def committed(root: Path) -> str:

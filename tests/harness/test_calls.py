@@ -7,11 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from candle_mi_parity.calls import Answer, Answered, Calls, load_calls, read_calls
-from candle_mi_parity.calls_compare import KnownCall, KnownCalls, fault, judge_calls, load_known_calls
-from candle_mi_parity.calls_truth import CallTruth, truth_of
-from candle_mi_parity.cases import ROOT, cache_root
+from candle_mi_parity.coverage.calls import Answer, Answered, Calls, load_calls, read_calls
+from candle_mi_parity.coverage.calls_compare import KnownCall, KnownCalls, fault, judge_calls, load_known_calls
+from candle_mi_parity.coverage.calls_truth import CallTruth, truth_of
 from candle_mi_parity.errors import LedgerError, TraceError
+from candle_mi_parity.spec.paths import ROOT, cache_root
 
 TABLE = load_calls()
 ROWS = {row.id: row for row in TABLE.call}

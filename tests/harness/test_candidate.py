@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity import build as builder
-from candle_mi_parity.candidate import (
+from candle_mi_parity.candidate import build as builder
+from candle_mi_parity.candidate.candidate import (
     CandidateError,
     EmitterError,
     EmitterProcess,

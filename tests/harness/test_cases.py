@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity import subject
-from candle_mi_parity.cases import WAITS, Case, HubModel, SaeFile, cache_root, load_cases, select
 from candle_mi_parity.errors import CaseTableError, ModelError, ParityError
-from candle_mi_parity.subject import prepare
+from candle_mi_parity.models import prepared_case as subject
+from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.spec.cases import WAITS, Case, HubModel, SaeFile, load_cases, select
+from candle_mi_parity.spec.paths import cache_root
 
 MODEL = 'model = { source = "tiny", config = "models/llama.json", dialect = "hub" }\n'
 GOOD = f'[[case]]\nid = "a/b"\n{MODEL}tokens = [1, 5]\n'

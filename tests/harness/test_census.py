@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from candle_mi_parity.build import build
-from candle_mi_parity.candidate import parse_candidate
-from candle_mi_parity.cases import cache_root
-from candle_mi_parity.census import take_census
-from candle_mi_parity.census_models import hub_rotary, mapped_classes
-from candle_mi_parity.census_record import FORMAT, STORED, Census, Entry, count, read_census
+from candle_mi_parity.candidate.build import build
+from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.coverage.census import take_census
+from candle_mi_parity.coverage.census_models import hub_rotary, mapped_classes
+from candle_mi_parity.coverage.census_record import FORMAT, STORED, Census, Entry, count, read_census
 from candle_mi_parity.errors import CensusError
-from candle_mi_parity.isolated import Lost, each
-from candle_mi_parity.trace import CandleMi
+from candle_mi_parity.files.isolated import Lost, each
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.trace import CandleMi
 
 PLANTED = CandleMi(version="9.9.9", source="registry", checksum="0" * 64, revision=None, tree_digest=None)
 
@@ -172,7 +172,7 @@ def test_a_process_that_dies_or_hangs_costs_its_own_item() -> None:
 def test_a_fault_of_the_census_itself_is_not_blamed_on_the_classes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("candle_mi_parity.census.each", lambda *_: iter([Lost(1)]))
+    monkeypatch.setattr("candle_mi_parity.coverage.census.each", lambda *_: iter([Lost(1)]))
     with pytest.raises(CensusError, match=r"llama: .* ended with code 1"):
         census_by(LIAR, "llama", tmp_path)
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.cases import ROOT, cache_root, load_cases
-from candle_mi_parity.oracle import Oracle
-from candle_mi_parity.subject import prepare
+from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.spec.cases import load_cases
+from candle_mi_parity.spec.paths import ROOT, cache_root
 
 
 def command(
@@ -34,7 +35,7 @@ def command(
     extra = environment or {}
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     defaults = {"PYTHONPATH": path, "COLUMNS": "160", "PARITY_CACHE": str(cache_root())}
-    code = "from candle_mi_parity.cli import main; main()"
+    code = "from candle_mi_parity.cli.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
@@ -74,7 +75,7 @@ def test_a_run_whose_truths_are_there_imports_nothing_that_loads_a_model(tmp_pat
     Oracle(subject, cache_root()).inputs("free")
     arguments = ["run", "run", "--candidate", "stored:0.2.2", "--cases", "llama/hub", "--out", str(tmp_path)]
     code = f"""import sys
-from candle_mi_parity.cli import main
+from candle_mi_parity.cli.cli import main
 sys.argv = {arguments}
 try:
     main()

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from candle_mi_parity.compare import compare
+from candle_mi_parity.compare.compare import compare
+from candle_mi_parity.compare.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
 from candle_mi_parity.errors import TraceError
-from candle_mi_parity.trace import InMemory
-from candle_mi_parity.truth import Truth, TruthTensor
-from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
+from candle_mi_parity.trace.trace import InMemory
+from candle_mi_parity.trace.truth import Truth, TruthTensor
 from proof.planting import Arrays, Edit, failures, first, judge, planted, real, write
 
 SCORES, PATTERN = "blocks.0.attn.hook_scores", "blocks.0.attn.hook_pattern"

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.cases import FIXTURES, ROOT, SaeFile, TinyModel, load_cases, select
-from candle_mi_parity.families import FAMILIES, LAYER_POINTS
-from candle_mi_parity.goldens import has_golden
-from candle_mi_parity.ledger import load_ledger
+from candle_mi_parity.compare.ledger import load_ledger
+from candle_mi_parity.run.goldens import has_golden
+from candle_mi_parity.spec.cases import SaeFile, TinyModel, load_cases, select
+from candle_mi_parity.spec.families import FAMILIES
+from candle_mi_parity.spec.hook_points import LAYER_POINTS
+from candle_mi_parity.spec.paths import FIXTURES, ROOT
 
 CASES = load_cases()
 DEFAULT = select(CASES, None)

@@ -15,20 +15,25 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from candle_mi_parity import cli, cuda, diff_run, torch_source
-from candle_mi_parity.cases import cache_root, load_cases
+from candle_mi_parity.candidate import cuda, torch_source
+from candle_mi_parity.candidate.sources import NothingOpen
+from candle_mi_parity.candidate.torch_source import TorchSource
+from candle_mi_parity.cli import cli
+from candle_mi_parity.compare.ledger import Ledger
 from candle_mi_parity.errors import DeviceError
-from candle_mi_parity.hooks import load_model
-from candle_mi_parity.ledger import Ledger
-from candle_mi_parity.models import model_directory, weight_bytes
-from candle_mi_parity.oracle import Mode, Oracle
-from candle_mi_parity.run import Progress
-from candle_mi_parity.sae import TorchSae
-from candle_mi_parity.sources import NothingOpen
-from candle_mi_parity.subject import Subject, prepare
-from candle_mi_parity.torch_source import TorchSource
-from candle_mi_parity.trace import InMemory
-from candle_mi_parity.truth import Truth
+from candle_mi_parity.judge.case import Progress
+from candle_mi_parity.models.checkpoint import weight_bytes
+from candle_mi_parity.models.prepared_case import Subject, prepare
+from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.oracle.hooks import load_model
+from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.oracle.torch_sae import TorchSae
+from candle_mi_parity.run import diff as diff_run
+from candle_mi_parity.spec.cases import load_cases
+from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.trace import InMemory
+from candle_mi_parity.trace.truth import Truth
 
 CASE = next(case for case in load_cases() if case.id == "llama/hub")
 SAE = next(case for case in load_cases() if case.id == "gemma2/hub")

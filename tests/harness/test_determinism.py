@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from candle_mi_parity import repeat as repeating
-from candle_mi_parity import report
-from candle_mi_parity.cases import cache_root, load_cases
-from candle_mi_parity.ledger import load_ledger
-from candle_mi_parity.oracle import Oracle
-from candle_mi_parity.repeat import digests, repeat
-from candle_mi_parity.run import Progress, blank, judge_case
-from candle_mi_parity.sources import LiveSource, NothingOpen, Source
-from candle_mi_parity.subject import prepare
-from candle_mi_parity.torch_source import TorchSource
-from candle_mi_parity.trace import InMemory, Trace
+from candle_mi_parity.candidate.sources import LiveSource, NothingOpen, Source
+from candle_mi_parity.candidate.torch_source import TorchSource
+from candle_mi_parity.compare.ledger import load_ledger
+from candle_mi_parity.judge.case import Progress, judge_case
+from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.report import report
+from candle_mi_parity.run import repeat as repeating
+from candle_mi_parity.run.repeat import digests, repeat
+from candle_mi_parity.run.run import blank
+from candle_mi_parity.spec.cases import load_cases
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.trace import InMemory, Trace
 
 CASES = {case.id: case for case in load_cases()}
 KINDS = ["llama/hub", "gemma2/batch", "gemma2/edit-knockout", "llama/sae-topk", "llama/bf16"]

@@ -10,22 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from candle_mi_parity.alike import common
-from candle_mi_parity.candidate import EmitterError
-from candle_mi_parity.cases import cache_root
-from candle_mi_parity.diff import CaseDiff, Diff, Direction, Kind, Row
-from candle_mi_parity.diff_run import Pair, diff_one
-from candle_mi_parity.distance import ENDLESS, SAME, figure_distance, tensor_distance
+from candle_mi_parity.candidate.candidate import EmitterError
+from candle_mi_parity.candidate.sources import NothingOpen
+from candle_mi_parity.compare.align import ENDLESS, SAME, common, figure_distance, tensor_distance
+from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Row
+from candle_mi_parity.compare.ledger import Ledger
+from candle_mi_parity.compare.outcome import Outcome
+from candle_mi_parity.compare.verdict import Verdict
 from candle_mi_parity.errors import ParityError, TraceError
-from candle_mi_parity.ledger import Ledger
-from candle_mi_parity.oracle import Mode
-from candle_mi_parity.outcome import Outcome
-from candle_mi_parity.run import Progress
-from candle_mi_parity.sources import NothingOpen
-from candle_mi_parity.subject import Subject
-from candle_mi_parity.trace import Emitted, Feature, InMemory, Selection
-from candle_mi_parity.truth import Truth
-from candle_mi_parity.verdict import Verdict
+from candle_mi_parity.judge.case import Progress
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.run.diff import Pair, diff_one
+from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.trace import Emitted, Feature, InMemory, Selection
+from candle_mi_parity.trace.truth import Truth
 from proof.catalogue import load_faults
 from proof.changes import changed
 from proof.planting import CASES, RELEASE, Arrays, Real, real
@@ -245,8 +244,8 @@ def last_row(there: Real, arrays: Arrays) -> InMemory:
 
 
 def whole_against_part(change: Change, monkeypatch: pytest.MonkeyPatch) -> Diff:
-    monkeypatch.setattr("candle_mi_parity.diff_run.stored_selection", _without_layer_1)
-    monkeypatch.setattr("candle_mi_parity.run.stored_selection", _without_layer_1)
+    monkeypatch.setattr("candle_mi_parity.run.diff.stored_selection", _without_layer_1)
+    monkeypatch.setattr("candle_mi_parity.run.run.stored_selection", _without_layer_1)
     there = real(LLAMA)
     return compared(Held({LLAMA: last_row(there, there.arrays)}), Held({LLAMA: emitted(there, change)}))
 

@@ -13,16 +13,17 @@ from rich.console import Console
 from test_cli import command, one_line
 from test_diff import LLAMA, POST, Held, between, compared, emitted, only, scale
 
-from candle_mi_parity import diff_run, diff_views
-from candle_mi_parity.candidate import Candidate, EmitterError
-from candle_mi_parity.cases import cache_root
-from candle_mi_parity.diff import CaseDiff, Diff, Side
-from candle_mi_parity.ledger import Ledger
-from candle_mi_parity.report import write_json
-from candle_mi_parity.run import Progress
-from candle_mi_parity.speed import figures
-from candle_mi_parity.trace import Run
-from candle_mi_parity.verdict import CaseResult, Status
+from candle_mi_parity.candidate.candidate import Candidate, EmitterError
+from candle_mi_parity.compare.diff import CaseDiff, Diff, Side
+from candle_mi_parity.compare.ledger import Ledger
+from candle_mi_parity.compare.verdict import CaseResult, Status
+from candle_mi_parity.files.json_out import write_json
+from candle_mi_parity.judge.case import Progress
+from candle_mi_parity.report import diff_views
+from candle_mi_parity.report.diff_views import figures
+from candle_mi_parity.run import diff as diff_run
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.trace import Run
 from proof.planting import real
 
 

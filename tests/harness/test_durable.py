@@ -18,14 +18,15 @@ from pathlib import Path
 import pytest
 from test_build import committed
 
-from candle_mi_parity import build as builder
-from candle_mi_parity import durable, report
-from candle_mi_parity.candidate import parse_candidate
-from candle_mi_parity.cases import ROOT, cache_root
-from candle_mi_parity.models import publish
-from candle_mi_parity.sources import request
-from candle_mi_parity.store import store_trace
-from candle_mi_parity.trace import Trace
+from candle_mi_parity.candidate import build as builder
+from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.candidate.sources import request
+from candle_mi_parity.candidate.store import store_trace
+from candle_mi_parity.files import atomic as durable
+from candle_mi_parity.files.cache import publish
+from candle_mi_parity.files.json_out import ReportError, write_json, write_text
+from candle_mi_parity.spec.paths import ROOT, cache_root
+from candle_mi_parity.trace.trace import Trace
 from proof.planting import CASES, real
 
 Kept = dict[int, int]
@@ -90,7 +91,7 @@ def published(tmp_path: Path) -> Path:
 
 
 def reported(tmp_path: Path) -> Path:
-    report.write_json({"verdict": "PASS"}, tmp_path / "report.json")
+    write_json({"verdict": "PASS"}, tmp_path / "report.json")
     return tmp_path / "report.json"
 
 
@@ -171,14 +172,14 @@ def test_what_was_there_stays_when_the_disk_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     path = tmp_path / "report.json"
-    report.write_text("whole", path)
+    write_text("whole", path)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, point, full)
-    with pytest.raises(report.ReportError, match="No space left on device"):
-        report.write_text("half", path)
+    with pytest.raises(ReportError, match="No space left on device"):
+        write_text("half", path)
     assert path.read_text() == "whole"
     assert [held.name for held in tmp_path.iterdir()] == ["report.json"]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from candle_mi_parity.build import build
-from candle_mi_parity.candidate import EmitterError, EmitterProcess, parse_candidate
-from candle_mi_parity.cases import cache_root
+from candle_mi_parity.candidate.build import build
+from candle_mi_parity.candidate.candidate import EmitterError, EmitterProcess, parse_candidate
+from candle_mi_parity.candidate.sources import request
 from candle_mi_parity.pytest_plugin import missing_tool
-from candle_mi_parity.sources import request
+from candle_mi_parity.spec.paths import cache_root
 from proof.planting import real
 
 POST, SCORES, PATTERN = "blocks.1.hook_resid_post", "blocks.1.attn.hook_scores", "blocks.1.attn.hook_pattern"

@@ -15,14 +15,15 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from candle_mi_parity import torch_source
-from candle_mi_parity.cases import Case, cache_root
+from candle_mi_parity.candidate import torch_source
+from candle_mi_parity.candidate.sources import request
 from candle_mi_parity.errors import CaseTableError, OracleError
-from candle_mi_parity.hooks import Edits
-from candle_mi_parity.interventions import edits_of
-from candle_mi_parity.oracle import Oracle
-from candle_mi_parity.sources import request
-from candle_mi_parity.subject import Subject, prepare
+from candle_mi_parity.models.prepared_case import Subject, prepare
+from candle_mi_parity.oracle.hooks import Edits
+from candle_mi_parity.oracle.interventions import edits_of
+from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.spec.cases import Case
+from candle_mi_parity.spec.paths import cache_root
 from proof.planting import Real, failures, judge, real, rerun, write
 
 ADD, SCALE, POST = "llama/edit-add-then-scale", "llama/edit-scale-stream", "blocks.1.hook_resid_post"

@@ -13,9 +13,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from candle_mi_parity.build import build
-from candle_mi_parity.candidate import EmitterError, EmitterProcess, parse_candidate
-from candle_mi_parity.cases import cache_root
+from candle_mi_parity.candidate.build import build
+from candle_mi_parity.candidate.candidate import EmitterError, EmitterProcess, parse_candidate
+from candle_mi_parity.spec.paths import cache_root
 
 WIDTH = 16
 RESIDUAL = "blocks.1.hook_resid_post"

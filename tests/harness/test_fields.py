@@ -10,12 +10,21 @@ import transformers
 from transformers import LlamaConfig, modeling_rope_utils
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from candle_mi_parity.cases import Case, Setting, cache_root
-from candle_mi_parity.effects import effect
-from candle_mi_parity.families import FAMILIES
-from candle_mi_parity.field_check import EXCITING, INERT, Finding, check
-from candle_mi_parity.fields import Excited, Excused, FieldError, FieldLedger, FieldRow, fields_read, load_fields
-from candle_mi_parity.models import model_directory
+from candle_mi_parity.coverage.field_check import EXCITING, INERT, Finding, check
+from candle_mi_parity.coverage.fields import (
+    Excited,
+    Excused,
+    FieldError,
+    FieldLedger,
+    FieldRow,
+    fields_read,
+    load_fields,
+)
+from candle_mi_parity.coverage.sensitivity import effect
+from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.spec.cases import Case, Setting
+from candle_mi_parity.spec.families import FAMILIES
+from candle_mi_parity.spec.paths import cache_root
 from proof.planting import CASES
 
 TABLE = list(CASES.values())

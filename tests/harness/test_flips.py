@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from candle_mi_parity.compare_sae import decisions, flips
-from candle_mi_parity.gate import measure
-from candle_mi_parity.sae import load_npz
-from candle_mi_parity.truth import SaeTruth, Truth, TruthTensor
-from candle_mi_parity.verdict import TensorResult
+from candle_mi_parity.compare.compare_sae import decisions, flips
+from candle_mi_parity.compare.gate import measure
+from candle_mi_parity.compare.verdict import TensorResult
+from candle_mi_parity.models.sae import load_npz
+from candle_mi_parity.trace.truth import SaeTruth, Truth, TruthTensor
 from proof.planting import Arrays, Real, failures, judge, real, write
 
 LAST = (0, 23)

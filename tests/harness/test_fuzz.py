@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from candle_mi_parity import compare, trace
-from candle_mi_parity.verdict import Status, TensorResult
+from candle_mi_parity.compare import compare
+from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.trace import trace
 from proof import fuzz, fuzz_traces
 from proof.fuzz import one, run_target
 from proof.fuzz_mutants import ODD_VALUES, dumped, places
@@ -140,7 +141,7 @@ def test_a_gate_that_is_open_is_a_wrong_pass(tmp_path: Path, monkeypatch: pytest
     compared = fuzz_traces.honest("llama/hub", tmp_path)
     case = spoil_value(tmp_path, 1.001)
     assert fuzz_traces.outcome(case, tmp_path, compared) == "FAIL"
-    monkeypatch.setattr("candle_mi_parity.gate.Measure.passes", lambda _: True)
+    monkeypatch.setattr("candle_mi_parity.compare.gate.Measure.passes", lambda _: True)
     with pytest.raises(fuzz_traces.WrongPassError, match="logits outside the gate"):
         fuzz_traces.outcome(case, tmp_path, compared)
 

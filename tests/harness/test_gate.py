@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from candle_mi_parity import gate
-from candle_mi_parity.gate import ELEMENT_GATE, POSITION_GATE, UNIT, check_gate, measure
-from candle_mi_parity.judge import judged
-from candle_mi_parity.verdict import Status
+from candle_mi_parity.compare import gate
+from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE, UNIT, check_gate, measure
+from candle_mi_parity.compare.tensor_result import judged
+from candle_mi_parity.compare.verdict import Status
 
 few = settings(max_examples=25, deadline=None, database=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)

@@ -12,11 +12,18 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-from candle_mi_parity import generated
-from candle_mi_parity.cases import ScopeSae, TinyModel
-from candle_mi_parity.generated import bit_stream, normal_numbers, write_safetensors
-from candle_mi_parity.models import tensor_stretches, tensor_values, tiny_config, write_config
-from candle_mi_parity.sae import load_sae, sae_path
+from candle_mi_parity.models import generate
+from candle_mi_parity.models.generate import (
+    bit_stream,
+    normal_numbers,
+    tensor_stretches,
+    tensor_values,
+    tiny_config,
+    write_config,
+    write_safetensors,
+)
+from candle_mi_parity.models.sae import load_sae, sae_path
+from candle_mi_parity.spec.cases import ScopeSae, TinyModel
 from proof.planting import CASES
 
 FULL = CASES["gemma-2-2b/generated"]
@@ -31,7 +38,7 @@ def test_numbers_are_sums_of_twelve_integers_whatever_the_stretch(monkeypatch: p
     words = np.asarray(bit_stream("x").random_raw(3 * 1000), "<u8")
     sums = np.frombuffer(words.tobytes(), "<u2").reshape(1000, 12).astype(np.int64).sum(axis=1)
     for stretch in (1, 7, 999, 1000, 1 << 16):
-        monkeypatch.setattr(generated, "STRETCH", stretch)
+        monkeypatch.setattr(generate, "STRETCH", stretch)
         found = [*normal_numbers("x", 1000)]
         assert len(found) == -(-1000 // stretch)
         np.testing.assert_array_equal(np.concatenate(found), (sums - 393210) / 65536.0)
@@ -40,7 +47,7 @@ def test_numbers_are_sums_of_twelve_integers_whatever_the_stretch(monkeypatch: p
 def test_a_file_has_the_bytes_that_safetensors_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {name: tensor_values(name, shape, 0) for name, shape in SHAPES.items()}
     save_file(whole, tmp_path / "whole", metadata={"format": "pt"})
-    monkeypatch.setattr(generated, "STRETCH", 4)
+    monkeypatch.setattr(generate, "STRETCH", 4)
     assert write_safetensors(tmp_path / "ours", SHAPES, plain) == sum(array.nbytes for array in whole.values())
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "whole").read_bytes()
 

@@ -17,18 +17,18 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity import sources
-from candle_mi_parity.build import build
-from candle_mi_parity.candidate import BuiltEmitter, EmitterProcess, parse_candidate
-from candle_mi_parity.cases import ROOT, cache_root
-from candle_mi_parity.ledger import Ledger
-from candle_mi_parity.oracle import Mode
-from candle_mi_parity.run import Progress, judge_case
-from candle_mi_parity.sources import LiveSource, Source, open_source
-from candle_mi_parity.subject import Subject
-from candle_mi_parity.trace import Emitted, Trace
-from candle_mi_parity.truth import Truth
-from candle_mi_parity.verdict import CaseResult, Status
+from candle_mi_parity.candidate import sources
+from candle_mi_parity.candidate.build import build
+from candle_mi_parity.candidate.candidate import BuiltEmitter, EmitterProcess, parse_candidate
+from candle_mi_parity.candidate.sources import LiveSource, Source, open_source
+from candle_mi_parity.compare.ledger import Ledger
+from candle_mi_parity.compare.verdict import CaseResult, Status
+from candle_mi_parity.judge.case import Progress, judge_case
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.spec.paths import ROOT, cache_root
+from candle_mi_parity.trace.trace import Emitted, Trace
+from candle_mi_parity.trace.truth import Truth
 from proof.planting import CASES, real
 
 CASE = CASES["llama/hub"]

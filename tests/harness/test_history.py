@@ -10,14 +10,16 @@ import pytest
 from results import HOSTILE
 from rich.console import Console
 
-from candle_mi_parity import history
-from candle_mi_parity.cases import ROOT, cache_root, load_cases
-from candle_mi_parity.history import History, make_history
-from candle_mi_parity.ledger import load_ledger
-from candle_mi_parity.outcome import Outcome, outcome
-from candle_mi_parity.report import write_json
-from candle_mi_parity.run import Progress, run
-from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult
+from candle_mi_parity.compare.ledger import load_ledger
+from candle_mi_parity.compare.outcome import Outcome, outcome
+from candle_mi_parity.compare.verdict import CaseResult, RunResult, Status, TensorResult
+from candle_mi_parity.files.json_out import write_json
+from candle_mi_parity.judge.case import Progress
+from candle_mi_parity.report import history
+from candle_mi_parity.report.history import History, make_history
+from candle_mi_parity.run.run import run
+from candle_mi_parity.spec.cases import load_cases
+from candle_mi_parity.spec.paths import ROOT, cache_root
 
 RELEASES = ("0.1.6", "0.1.10", "0.1.24", "0.2.2")
 CHOSEN = ("llama/hub", "llama/v5", "llama/rope-linear", "llama/rope-yarn", "qwen3/window")

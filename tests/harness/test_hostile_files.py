@@ -21,15 +21,18 @@ import pytest
 import torch
 from hostile import model, refused, saelens
 
-from candle_mi_parity.cases import FIXTURES, LocalModel, load_cases
+from candle_mi_parity.coverage.flat_json import case_of, read_reference
 from candle_mi_parity.errors import CaseTableError, GoldenError, ParityError
-from candle_mi_parity.hooks import load_model
-from candle_mi_parity.models import file_digest, model_directory, read_config
-from candle_mi_parity.npz import read_npz
-from candle_mi_parity.reference import case_of, read_reference
-from candle_mi_parity.sae import load_sae
-from candle_mi_parity.subject import prepare, tokenizer
-from candle_mi_parity.trace import Trace, read_json
+from candle_mi_parity.files.digest import file_digest
+from candle_mi_parity.files.npz import read_npz
+from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.prepared_case import prepare, tokenizer
+from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.models.sae import load_sae
+from candle_mi_parity.oracle.hooks import load_model
+from candle_mi_parity.spec.cases import LocalModel, load_cases
+from candle_mi_parity.spec.paths import FIXTURES
+from candle_mi_parity.trace.trace import Trace, read_json
 from proof.fuzz_targets import REFERENCE
 from proof.planting import real, write
 

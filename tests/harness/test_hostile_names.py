@@ -12,10 +12,11 @@ import pytest
 from results import HOSTILE, a_report, differing, told
 from rich.console import Console
 
-from candle_mi_parity import diff_views, history, page, report, template, views_ci
-from candle_mi_parity.printable import printable
-from candle_mi_parity.repro_crate import TEMPLATES
-from candle_mi_parity.repro_write import _cell
+from candle_mi_parity.files.escape import printable, templates
+from candle_mi_parity.report import diff_views, history, page, report, views_ci
+from candle_mi_parity.repro.write import _cell
+
+TEMPLATES, PAGES_TEMPLATES = templates(html=False), templates(html=True)
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
 
@@ -91,14 +92,14 @@ def test_a_view_that_shows_names_as_they_are_is_caught(name: str, monkeypatch: p
         for function in ("printable", "one_line", "cell"):
             if hasattr(module, function):
                 monkeypatch.setattr(module, function, plain)
-    monkeypatch.setattr(template._ENVIRONMENT, "finalize", None)
+    monkeypatch.setattr(PAGES_TEMPLATES, "finalize", None)
     monkeypatch.setattr(TEMPLATES, "finalize", None)
-    template._ENVIRONMENT.cache.clear()  # type: ignore[union-attr]
+    PAGES_TEMPLATES.cache.clear()  # type: ignore[union-attr]
     TEMPLATES.cache.clear()  # type: ignore[union-attr]
     try:
         assert faults(name, VIEWS[name]()), "nothing in this view shows the name as it is"
     finally:
-        template._ENVIRONMENT.cache.clear()  # type: ignore[union-attr]
+        PAGES_TEMPLATES.cache.clear()  # type: ignore[union-attr]
         TEMPLATES.cache.clear()  # type: ignore[union-attr]
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from hostile import model, refused, saelens
 
-from candle_mi_parity import untrusted
 from candle_mi_parity.errors import CaseTableError, GoldenError, ModelError, ParityError, SaeError, TraceError
-from candle_mi_parity.npz import read_npz
-from candle_mi_parity.sae import load_sae
-from candle_mi_parity.subject import prepare
-from candle_mi_parity.tensor_file import MAX_HEADER
-from candle_mi_parity.trace import Trace
+from candle_mi_parity.files import untrusted
+from candle_mi_parity.files.npz import read_npz
+from candle_mi_parity.files.tensor_file import MAX_HEADER
+from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.models.sae import load_sae
+from candle_mi_parity.trace.trace import Trace
 from proof.fuzz_targets import CFG, sae_arrays
 from proof.planting import judge, real, write
 

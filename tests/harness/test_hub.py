@@ -24,8 +24,10 @@ from hub_server import MEMBER, STRANGER, Fault, Hub, Repo, git_digest, serving, 
 from huggingface_hub import constants
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from candle_mi_parity.cases import FIXTURES, ROOT, HubModel, SaeFile, TinyModel, cache_root, load_cases
-from candle_mi_parity.models import file_digest, model_directory
+from candle_mi_parity.files.digest import file_digest
+from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.spec.cases import HubModel, SaeFile, TinyModel, load_cases
+from candle_mi_parity.spec.paths import FIXTURES, ROOT, cache_root
 
 CASE = next(case for case in load_cases() if case.lane == "hub")
 assert isinstance(CASE.model, HubModel) and isinstance(CASE.sae, SaeFile) and CASE.sae.repo and CASE.sae.revision
@@ -333,7 +335,7 @@ def judged(machine: Machine, candidate: str, out: Path) -> tuple[int, str, dict[
     """The command on the table's hub case: exit code, what it printed, and the case in ``report.json``."""
     arguments = ("run", "--candidate", candidate, "--cases", CASE.id, "--out", str(out))
     done = subprocess.run(
-        [sys.executable, "-c", "from candle_mi_parity.cli import main; main()", *arguments],
+        [sys.executable, "-c", "from candle_mi_parity.cli.cli import main; main()", *arguments],
         cwd=ROOT,
         env=machine.environment(),
         capture_output=True,

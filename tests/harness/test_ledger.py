@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from candle_mi_parity.compare.ledger import Known, Ledger, Refusal, apply_ledger, load_ledger, proposed_entry
+from candle_mi_parity.compare.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
 from candle_mi_parity.errors import LedgerError
-from candle_mi_parity.ledger import Known, Ledger, Refusal, apply_ledger, load_ledger, proposed_entry
-from candle_mi_parity.trace import CandleMi
-from candle_mi_parity.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
+from candle_mi_parity.trace.trace import CandleMi
 
 DIGEST, CHECKSUM = "d" * 64, "c" * 64
 SCORES, PATTERN = "blocks.0.attn.hook_scores", "blocks.0.attn.hook_pattern"

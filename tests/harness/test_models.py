@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from candle_mi_parity import models
-from candle_mi_parity.cases import LocalModel, TinyModel, cache_root, select
 from candle_mi_parity.errors import ModelError
-from candle_mi_parity.families import FAMILIES
-from candle_mi_parity.models import model_digest, model_directory, publish, require_model, weight_bytes
-from candle_mi_parity.subject import prepare
+from candle_mi_parity.files.cache import publish
+from candle_mi_parity.models import generate
+from candle_mi_parity.models.checkpoint import model_digest, read_config, require_model, weight_bytes
+from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.spec.cases import LocalModel, TinyModel, select
+from candle_mi_parity.spec.families import FAMILIES
+from candle_mi_parity.spec.paths import cache_root
 from proof.planting import CASES, real
 
 LLAMA = TinyModel(source="tiny", config="models/llama.json", dialect="hub")
@@ -39,7 +42,7 @@ def test_generated_weights_are_bit_identical_everywhere(tmp_path: Path) -> None:
 def test_both_dialects_hold_the_same_weights_under_other_configs(tmp_path: Path) -> None:
     v5 = model_directory(LLAMA.model_copy(update={"dialect": "v5"}), tmp_path)
     assert tensors_digest(v5) == LLAMA_TENSORS
-    hub, saved = models.read_config(real("llama/hub").subject.model_dir), models.read_config(v5)
+    hub, saved = read_config(real("llama/hub").subject.model_dir), read_config(v5)
     assert hub["rope_theta"] == 500000.0 and "rope_theta" not in saved
     assert isinstance(saved["rope_parameters"], dict) and saved["rope_parameters"]["rope_theta"] == 500000.0
 
@@ -62,7 +65,7 @@ def test_no_weight_is_zero_or_at_a_default(family: str) -> None:
 
 
 def test_the_fixture_set_can_show_how_key_heads_are_repeated() -> None:
-    configs = [models.read_config(real(f"{family}/hub").subject.model_dir) for family in FAMILIES]
+    configs = [read_config(real(f"{family}/hub").subject.model_dir) for family in FAMILIES]
     shapes = [(config["num_attention_heads"], config["num_key_value_heads"]) for config in configs]
     assert any(isinstance(h, int) and isinstance(k, int) and 1 < k < h and h // k >= 2 for h, k in shapes), shapes
 
@@ -71,7 +74,7 @@ def test_no_prompt_that_carries_a_family_is_as_long_as_there_are_heads() -> None
     for case in select([*CASES.values()], None):
         if isinstance(case.model, TinyModel) and case.id.endswith(("/hub", "/v5", "/window")):
             subject = prepare(case, cache_root())
-            config, length = models.read_config(subject.model_dir), len(subject.tokens[0])
+            config, length = read_config(subject.model_dir), len(subject.tokens[0])
             assert length not in (config["num_attention_heads"], config["num_key_value_heads"], 1), case.id
 
 
@@ -82,7 +85,7 @@ def test_a_second_call_does_not_make_it_again(tmp_path: Path, monkeypatch: pytes
     def never(*_: object) -> None:
         raise AssertionError("generated again")
 
-    monkeypatch.setattr(models, "_generate", never)
+    monkeypatch.setattr(generate, "_generate", never)
     assert model_directory(LLAMA, tmp_path) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(AssertionError, match="generated again"):
@@ -131,7 +134,7 @@ def test_a_shard_that_the_index_names_and_nobody_has_is_named(tmp_path: Path, in
 def test_a_config_that_is_no_json_object_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ModelError) as caught:
-        models.read_config(tmp_path)
+        read_config(tmp_path)
     assert "\n" not in str(caught.value) and "config.json" in str(caught.value)
 
 

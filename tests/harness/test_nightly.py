@@ -12,13 +12,17 @@ from test_build import committed
 from test_candidate import write_crate
 from typer.testing import CliRunner
 
-from candle_mi_parity import cli, diff_views, nightly, report
-from candle_mi_parity.cases import ROOT, load_cases
+from candle_mi_parity.cli import cli
+from candle_mi_parity.compare.verdict import RunResult, Verdict
 from candle_mi_parity.errors import ModelError
-from candle_mi_parity.nightly import NightlyError, Step, StepResult, chosen, execute, gathered, plan, run_step
-from candle_mi_parity.nightly_verdict import conclude
-from candle_mi_parity.repeat import Repeated, RepeatedCase
-from candle_mi_parity.verdict import RunResult, Verdict
+from candle_mi_parity.files.json_out import write_json
+from candle_mi_parity.report import diff_views, report
+from candle_mi_parity.run import nightly
+from candle_mi_parity.run.nightly import NightlyError, Step, StepResult, chosen, execute, gathered, plan, run_step
+from candle_mi_parity.run.nightly_verdict import conclude
+from candle_mi_parity.run.repeat import Repeated, RepeatedCase
+from candle_mi_parity.spec.cases import load_cases
+from candle_mi_parity.spec.paths import ROOT
 
 STEP = Step("release", (*nightly.OURS, "run", "--candidate", "0.2.2"))
 OUT_OF_REACH = "git says: could not resolve host; check the network"
@@ -124,7 +128,7 @@ def writes(result: RunResult, code: int | None = None) -> Callable[[list[str], P
 
     def run(command: list[str], log: Path) -> int:
         log.write_text("some\nlast words\n")
-        report.write_json(report.document(result), Path(command[-1]) / "report.json")
+        write_json(report.document(result), Path(command[-1]) / "report.json")
         return result.verdict.exit_code if code is None else code
 
     return run
@@ -229,7 +233,7 @@ def test_what_a_gpu_does_not_repeat_is_told_once(tmp_path: Path, other: list[str
     repeated = Repeated(candidate="torch", device="cuda:0", times=3, cases=[case])
 
     def run(command: list[str], log: Path) -> int:
-        report.write_json(repeated.model_dump(), Path(command[-1]) / "repeat.json")
+        write_json(repeated.model_dump(), Path(command[-1]) / "repeat.json")
         return 0
 
     found = ran(tmp_path, run, step)
@@ -249,7 +253,7 @@ def test_a_diff_says_of_each_case_whether_it_is_worse(tmp_path: Path) -> None:
     step, document = next(step for step in plan() if step.name == "gpu-cpu"), diff_views.document(differing())
 
     def run(command: list[str], log: Path) -> int:
-        report.write_json(document, Path(command[-1]) / "diff.json")
+        write_json(document, Path(command[-1]) / "diff.json")
         return 1
 
     found = ran(tmp_path, run, step)
@@ -344,12 +348,12 @@ def unobtainable(case: object, cache: Path) -> None:
 
 def test_the_command_gathers_concludes_and_ends_with_the_verdicts_code(tmp_path: Path) -> None:
     for step in plan():
-        report.write_json(FINE.model_copy(update={"name": step.name}).model_dump(mode="json"),
+        write_json(FINE.model_copy(update={"name": step.name}).model_dump(mode="json"),
                           tmp_path / step.name / "step.json")  # fmt: skip
     arguments = ["nightly", "--gathered", "--out", str(tmp_path)]
     assert CliRunner().invoke(cli.app, arguments).exit_code == 0
     broken = BROKEN.model_copy(update={"name": "main"})
-    report.write_json(broken.model_dump(mode="json"), tmp_path / "main" / "step.json")
+    write_json(broken.model_dump(mode="json"), tmp_path / "main" / "step.json")
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 1 and (tmp_path / "issue.md").is_file()
     assert CliRunner().invoke(cli.app, [*arguments, "--steps", "hub"]).exit_code == 0

@@ -17,13 +17,14 @@ from safetensors.numpy import load_file
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from candle_mi_parity.cases import cache_root
 from candle_mi_parity.errors import OracleError
-from candle_mi_parity.families import FAMILIES, hook_names
-from candle_mi_parity.hooks import Recorder, attention, forward, load_model
-from candle_mi_parity.oracle import Oracle, sample
-from candle_mi_parity.rounding import MatmulScales, Truth64
-from candle_mi_parity.truth import Truth
+from candle_mi_parity.oracle.hooks import Recorder, attention, forward, load_model
+from candle_mi_parity.oracle.oracle import Oracle, sample
+from candle_mi_parity.oracle.rounding import MatmulScales, Truth64
+from candle_mi_parity.spec.families import FAMILIES
+from candle_mi_parity.spec.hook_points import hook_names
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.truth import Truth
 from proof.planting import CASES, changed_model, real
 
 HEAD_DIM, THETA = 20, 500000.0

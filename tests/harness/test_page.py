@@ -18,15 +18,14 @@ from matplotlib.image import imread
 from results import HOSTILE, case, everything, run_of, sae_view, tensor
 from rich.console import Console
 
-from candle_mi_parity import page, report
-from candle_mi_parity.cases import ROOT
-from candle_mi_parity.diagnose import Diagnosis
-from candle_mi_parity.gate import ELEMENT_GATE
-from candle_mi_parity.look_sae import look_sae
-from candle_mi_parity.plots import LOWEST, Line, heatmap, ratio_plot
-from candle_mi_parity.report_model import Report, json_schema
-from candle_mi_parity.trace import Trace
-from candle_mi_parity.verdict import RunResult, Status, Verdict
+from candle_mi_parity.compare.diagnose_sae import look_sae
+from candle_mi_parity.compare.gate import ELEMENT_GATE
+from candle_mi_parity.compare.verdict import Diagnosis, RunResult, Status, Verdict
+from candle_mi_parity.report import page, report
+from candle_mi_parity.report.plots import LOWEST, Line, heatmap, ratio_plot
+from candle_mi_parity.report.report_model import Report, json_schema
+from candle_mi_parity.spec.paths import ROOT
+from candle_mi_parity.trace.trace import Trace
 from proof.planting import real, write
 
 
@@ -237,7 +236,7 @@ def test_a_flip_that_is_planted_is_listed_with_its_margin(tmp_path: Path) -> Non
 
 def test_the_report_is_what_its_schema_says_and_the_schema_is_in_the_repository() -> None:
     stored = json.loads((ROOT / "docs" / "report.schema.json").read_text())
-    assert stored == json_schema(), "python -m candle_mi_parity.report_model > docs/report.schema.json"
+    assert stored == json_schema(), "python -m candle_mi_parity.report.report_model > docs/report.schema.json"
     result = everything()
     result.cases[2].tensors[-1] = tensor("x", math.inf, Status.FAIL, "nonfinite")
     document = json.loads(json.dumps(report.document(result)))

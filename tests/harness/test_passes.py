@@ -18,17 +18,17 @@ from test_calls import STORED, answered
 from test_calls import judged as judged_calls
 from test_diff import between, scale
 
-from candle_mi_parity import nightly, nightly_verdict
-from candle_mi_parity.cases import ROOT
-from candle_mi_parity.compare import compare
-from candle_mi_parity.nightly import StepResult
-from candle_mi_parity.outcome import Outcome
+from candle_mi_parity.compare.compare import compare
+from candle_mi_parity.compare.outcome import Outcome
+from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult, Verdict
+from candle_mi_parity.files.json_out import write_json
+from candle_mi_parity.judge.case import _status
 from candle_mi_parity.pytest_plugin import check
-from candle_mi_parity.repeat import RepeatedCase
-from candle_mi_parity.report import write_json
-from candle_mi_parity.run import _status
-from candle_mi_parity.trace import InMemory
-from candle_mi_parity.verdict import CaseResult, Status, TensorResult, Verdict
+from candle_mi_parity.run import nightly, nightly_verdict
+from candle_mi_parity.run.nightly import StepResult
+from candle_mi_parity.run.repeat import RepeatedCase
+from candle_mi_parity.spec.paths import ROOT
+from candle_mi_parity.trace.trace import InMemory
 from proof.planting import CASES, Arrays, real, with_arrays
 
 SCORE, SAE, CALL = "llama/hub", "llama/sae-jumprelu", "kl/1d"
@@ -180,7 +180,7 @@ FAULTS: dict[tuple[str, str], Callable[[Path], Found]] = {
 
 
 def test_every_place_that_says_pass_has_its_fault() -> None:
-    found = {place for path in sorted((ROOT / "candle_mi_parity").glob("*.py")) for place in places(path)}
+    found = {place for path in sorted((ROOT / "candle_mi_parity").rglob("*.py")) for place in places(path)}
     assert found - {("page", "matrix")} == set(FAULTS), "the page's is the order of its rows"
 
 

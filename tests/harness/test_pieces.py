@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from candle_mi_parity import stretches
-from candle_mi_parity.verdict import TensorResult
+from candle_mi_parity.compare.verdict import TensorResult
+from candle_mi_parity.files import chunks as stretches
 from proof.planting import Arrays, Real, judge, real, write
 
 WHOLE = 1 << 40

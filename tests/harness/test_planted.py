@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from candle_mi_parity.cases import RandomTokens
-from candle_mi_parity.verdict import Status
+from candle_mi_parity.compare.verdict import Status
+from candle_mi_parity.spec.cases import RandomTokens
 from proof.planting import Real, changed_model, failures, first, judge, planted, real, real_of, rerun, write
 
 

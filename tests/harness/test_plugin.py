@@ -7,17 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from candle_mi_parity.cases import WAITS
+from candle_mi_parity.spec.cases import WAITS
 
 pytest_plugins = ["pytester"]
 
 PREAMBLE = """
 import dataclasses
 import pytest
-from candle_mi_parity.ledger import Known, Ledger, apply_ledger
+from candle_mi_parity.compare.ledger import Known, Ledger, apply_ledger
 from candle_mi_parity.pytest_plugin import KnownDivergence, check
-from candle_mi_parity.trace import CandleMi
-from candle_mi_parity.verdict import CaseResult, Status, TensorResult
+from candle_mi_parity.trace.trace import CandleMi
+from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 
 SHA = "a" * 64
 RELEASE = CandleMi(version="0.2.2", source="registry", checksum=SHA, revision=None, tree_digest=None)
@@ -148,7 +148,7 @@ def test_goldens_are_not_regenerated_without_a_reason(pytester: pytest.Pytester)
 SUMMARY = """
 import pytest
 from candle_mi_parity.pytest_plugin import record
-from candle_mi_parity.verdict import CaseResult, Status, TensorResult
+from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 
 CASES = [("llama/hub", Status.PASS, 1.5), ("llama/v5", Status.FAIL, 2e6), ("phi3/hub", Status.PASS, 0.5)]
 

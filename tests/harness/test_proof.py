@@ -10,8 +10,8 @@ from typing import get_args
 import pytest
 import torch
 
-from candle_mi_parity.compare import compare
-from candle_mi_parity.verdict import TensorResult
+from candle_mi_parity.compare.compare import compare
+from candle_mi_parity.compare.verdict import TensorResult
 from proof import doses
 from proof.catalogue import NOWHERE, CatalogueError, Change, Fault, Kind, load_faults
 from proof.changes import AMONG, ONE, changed
@@ -29,7 +29,7 @@ LLAMA = "llama/hub"
 
 @functools.cache
 def judged_names(case_id: str) -> tuple[TensorResult, ...]:
-    from candle_mi_parity.compare import compare
+    from candle_mi_parity.compare.compare import compare
 
     there = real(case_id)
     return tuple(compare(there.truth, there.emitted, there.decoder, None))
@@ -254,7 +254,7 @@ def test_one_position_off_by_little_is_seen_where_it_is() -> None:
 
 
 def test_a_model_is_as_it_was_after_a_dose() -> None:
-    from candle_mi_parity.hooks import load_model
+    from candle_mi_parity.oracle.hooks import load_model
 
     model = load_model(real(LLAMA).subject.model_dir, torch.float32)
     before = {name: value.clone() for name, value in (*model.named_parameters(), *model.named_buffers())}

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from results import everything
 
-from candle_mi_parity import proof_record
 from candle_mi_parity.errors import ProofError
-from candle_mi_parity.page import render
-from candle_mi_parity.proof_record import RECORD, ProofRecord, Table, load_proof
+from candle_mi_parity.report import proof_record
+from candle_mi_parity.report.page import render
+from candle_mi_parity.report.proof_record import RECORD, ProofRecord, Table, load_proof
 from proof import record
 
 

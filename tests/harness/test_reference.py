@@ -17,14 +17,16 @@ import pytest
 import torch
 import transformers
 
-from candle_mi_parity.cases import FIXTURES, cache_root, load_cases
+from candle_mi_parity.compare.verdict import RunResult, Verdict
+from candle_mi_parity.coverage.flat_json import is_last_layer, make_reference, read_reference, reference_case
 from candle_mi_parity.errors import TraceError
-from candle_mi_parity.models import model_directory
-from candle_mi_parity.oracle import Oracle
-from candle_mi_parity.reference import is_last_layer, make_reference, read_reference, reference_case
-from candle_mi_parity.run import Progress, run_reference
-from candle_mi_parity.subject import prepare
-from candle_mi_parity.verdict import RunResult, Verdict
+from candle_mi_parity.judge.case import Progress
+from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.run.run import run_reference
+from candle_mi_parity.spec.cases import load_cases
+from candle_mi_parity.spec.paths import FIXTURES, cache_root
 
 SAE = FIXTURES / "saes" / "smollm2_l15.npz"
 PROMPT = "The capital of France is"

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 from test_cli import command, one_line
 
-from candle_mi_parity.candidate import parse_candidate
-from candle_mi_parity.cases import SaelensDirectory, cache_root, load_cases
-from candle_mi_parity.edits import Attention, Inject, Knockout
-from candle_mi_parity.ledger import load_ledger
-from candle_mi_parity.repro_command import repro
-from candle_mi_parity.repro_prove import Outcome, prove, read_outcomes
-from candle_mi_parity.shrink import Divergence, Input, Pair, Shrinker
-from candle_mi_parity.shrink_steps import STEPS
+from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.compare.ledger import load_ledger
+from candle_mi_parity.repro.command import repro
+from candle_mi_parity.repro.prove import Outcome, prove, read_outcomes
+from candle_mi_parity.repro.reductions import STEPS
+from candle_mi_parity.repro.shrink import Divergence, Input, Pair, Shrinker
+from candle_mi_parity.spec.cases import SaelensDirectory, load_cases
+from candle_mi_parity.spec.edits import Attention, Inject, Knockout
+from candle_mi_parity.spec.paths import cache_root
 from proof.mending import MENDS, Mend, MendError, Mends, load_mends, mended_copy
 from proof.source import released_crate
 

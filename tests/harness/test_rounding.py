@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from candle_mi_parity import rounding
 from candle_mi_parity.errors import OracleError
-from candle_mi_parity.oracle import sample
-from candle_mi_parity.rounding import Float64, MatmulScales, NoisePool, RoundingNoise, Truth64
+from candle_mi_parity.oracle import rounding
+from candle_mi_parity.oracle.oracle import sample
+from candle_mi_parity.oracle.rounding import Float64, MatmulScales, NoisePool, RoundingNoise, Truth64
 from proof.planting import real
 
 Op = Callable[[torch.Tensor], torch.Tensor]

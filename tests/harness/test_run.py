@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from results import case as result
 
-from candle_mi_parity import run
-from candle_mi_parity.cases import Case, load_cases
+from candle_mi_parity.compare.ledger import Ledger
+from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.errors import ParityError, Stopped
-from candle_mi_parity.ledger import Ledger
-from candle_mi_parity.run import at_once
-from candle_mi_parity.verdict import CaseResult
+from candle_mi_parity.judge.case import Progress
+from candle_mi_parity.run import run
+from candle_mi_parity.run.run import at_once
+from candle_mi_parity.spec.cases import Case, load_cases
 
 CASES = load_cases()[:8]
 
@@ -71,7 +72,7 @@ def test_a_run_that_breaks_off_waits_for_no_case() -> None:
     assert took < 5
 
 
-class Interrupting(run.Progress):
+class Interrupting(Progress):
     """Stops the run when the first case is done, with every other in hand."""
 
     def __init__(self, all_but_one: threading.Event) -> None:
@@ -123,7 +124,7 @@ def test_no_truth_is_made_beside_torchs_own_forward(
         return result(case.id)
 
     monkeypatch.setattr(run, "judge_case", judge)
-    run.run(spec, CASES, {}, tmp_path, tmp_path, Ledger(format=1, known=[]), run.Progress())
+    run.run(spec, CASES, {}, tmp_path, tmp_path, Ledger(format=1, known=[]), Progress())
     assert seen[0] == most
 
 
@@ -156,6 +157,6 @@ def test_no_model_is_made_or_loaded_beside_another(
     monkeypatch.setattr(run, "Oracle", FakeOracle)
     if not locked:
         monkeypatch.setattr(run, "_TORCH", nullcontext())
-    found = run.run("stored:0.2.2", CASES, {}, tmp_path, tmp_path, Ledger(format=1, known=[]), run.Progress())
+    found = run.run("stored:0.2.2", CASES, {}, tmp_path, tmp_path, Ledger(format=1, known=[]), Progress())
     assert [case.error for case in found.cases] == ["made"] * len(CASES)
     assert bool(together) is not locked

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.errors import SaeError
-from candle_mi_parity.oracle import Oracle
-from candle_mi_parity.sae import Sae, TorchSae, load_npz
-from candle_mi_parity.verdict import TensorResult
+from candle_mi_parity.models.sae import Sae, load_npz
+from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.oracle.torch_sae import TorchSae
 from proof.planting import Arrays, failures, first, judge, real, write
 
 

@@ -17,13 +17,14 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from candle_mi_parity.cases import SaelensDirectory
-from candle_mi_parity.compare_sae import decisions, flips
+from candle_mi_parity.compare.compare_sae import decisions, flips
+from candle_mi_parity.compare.gate import measure
 from candle_mi_parity.errors import SaeError
-from candle_mi_parity.gate import measure
-from candle_mi_parity.sae import Sae, TorchSae, load_sae
-from candle_mi_parity.saelens import WEIGHTS
-from candle_mi_parity.truth import SaeTruth, TruthTensor
+from candle_mi_parity.models.sae import Sae, load_sae
+from candle_mi_parity.models.saelens import WEIGHTS
+from candle_mi_parity.oracle.torch_sae import TorchSae
+from candle_mi_parity.spec.cases import SaelensDirectory
+from candle_mi_parity.trace.truth import SaeTruth, TruthTensor
 from proof.planting import CASES, Arrays, failures, first, judge, real, write
 
 SAELENS = sorted(case.id for case in CASES.values() if isinstance(case.sae, SaelensDirectory))

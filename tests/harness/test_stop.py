@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity import cargo, cli
-from candle_mi_parity.cases import ROOT, cache_root
+from candle_mi_parity.candidate import cargo
+from candle_mi_parity.cli import cli
 from candle_mi_parity.errors import Stopped
+from candle_mi_parity.spec.paths import ROOT, cache_root
 
 STORED = ROOT / "rust_outputs" / "0.2.2"
 TOKEN = "PARITY_TEST_TOKEN"
@@ -39,9 +40,9 @@ Path({hung!r}).touch()
 COMMAND = """
 import json
 from pathlib import Path
-from candle_mi_parity import sources
-from candle_mi_parity.candidate import BuiltEmitter
-from candle_mi_parity.cli import main
+from candle_mi_parity.candidate import sources
+from candle_mi_parity.candidate.candidate import BuiltEmitter
+from candle_mi_parity.cli.cli import main
 
 identity = json.loads(Path({identity!r}).read_text())
 sources.build = lambda *_: BuiltEmitter(Path({emitter!r}), {{"candle_mi": identity}})

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from candle_mi_parity.candidate import CandidateError, EmitterError
-from candle_mi_parity.compare import compare
+from candle_mi_parity.candidate.candidate import CandidateError, EmitterError
+from candle_mi_parity.candidate.sources import NothingOpen, StoredSource
+from candle_mi_parity.candidate.store import StoringSource, store_trace, stored_selection
+from candle_mi_parity.candidate.torch_source import TorchSource
+from candle_mi_parity.compare.compare import compare
+from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.errors import TraceError
-from candle_mi_parity.oracle import Mode
-from candle_mi_parity.sources import NothingOpen, StoredSource
-from candle_mi_parity.store import StoringSource, store_trace, stored_selection
-from candle_mi_parity.subject import Subject
-from candle_mi_parity.torch_source import TorchSource
-from candle_mi_parity.trace import Trace
-from candle_mi_parity.truth import Truth
-from candle_mi_parity.verdict import TensorResult
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.trace.trace import Trace
+from candle_mi_parity.trace.truth import Truth
 from proof.planting import RELEASE, Real, failures, real, write
 
 

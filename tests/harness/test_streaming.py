@@ -13,14 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from candle_mi_parity import memory, streaming
 from candle_mi_parity.errors import ModelError
-from candle_mi_parity.families import FAMILIES
-from candle_mi_parity.hooks import Captured, Recorder, forward, load_model
-from candle_mi_parity.models import weight_files
-from candle_mi_parity.oracle import Mode, Oracle, round_weights, sample
-from candle_mi_parity.rounding import MatmulScales, Truth64
-from candle_mi_parity.streaming import Weights, load_streamed
+from candle_mi_parity.files import untrusted
+from candle_mi_parity.files.untrusted import memory_bytes
+from candle_mi_parity.models.checkpoint import weight_files
+from candle_mi_parity.oracle import streaming
+from candle_mi_parity.oracle.hooks import Captured, Recorder, forward, load_model
+from candle_mi_parity.oracle.oracle import Oracle, round_weights, sample
+from candle_mi_parity.oracle.rounding import MatmulScales, Truth64
+from candle_mi_parity.oracle.streaming import Weights, load_streamed
+from candle_mi_parity.spec.families import FAMILIES
+from candle_mi_parity.spec.hook_points import Mode
 from proof.planting import changed_model, real
 
 BFLOAT16 = "llama/bf16"
@@ -221,18 +224,18 @@ def test_the_size_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_control_group_may_leave_less_than_the_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "_CGROUP", limit)
-    machine = memory.memory_bytes()
+    monkeypatch.setattr(untrusted, "_CGROUP", limit)
+    machine = memory_bytes()
     for text, left in (("max\n", machine), ("1000\n", 1000), (f"{2 * machine}\n", machine)):
         limit.write_text(text)
-        assert memory.memory_bytes() == left
+        assert memory_bytes() == left
 
 
 def test_a_limit_on_the_process_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = memory.memory_bytes()
+    machine = memory_bytes()
     for limit, left in ((1000, 1000), (2 * machine, machine), (resource.RLIM_INFINITY, machine)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
-        assert memory.memory_bytes() == left
+        assert memory_bytes() == left
 
 
 def without(tensors: dict[str, torch.Tensor]) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from candle_mi_parity.api import RELEASES
-from candle_mi_parity.build import EMITTER
-from candle_mi_parity.cases import ROOT
+from candle_mi_parity.candidate.build import EMITTER
+from candle_mi_parity.coverage.api import RELEASES
+from candle_mi_parity.spec.paths import ROOT
 from proof import licences
 
 LOCKS = [EMITTER / "Cargo.lock", *sorted((EMITTER / "locks").glob("*.lock"))]

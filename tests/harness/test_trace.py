@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from candle_mi_parity.errors import TraceError
-from candle_mi_parity.trace import Trace, read_json
-from candle_mi_parity.untrusted import MAX_JSON_BYTES
+from candle_mi_parity.files.untrusted import MAX_JSON_BYTES
+from candle_mi_parity.trace.trace import Trace, read_json
 from proof.planting import Edit, judge, real, write
 
 

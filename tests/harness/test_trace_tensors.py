@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from test_trace import edited, refused
 
 from candle_mi_parity.errors import TraceError
-from candle_mi_parity.trace import Trace
+from candle_mi_parity.trace.trace import Trace
 from proof.planting import Edit, entry, real, write
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from candle_mi_parity.cases import ROOT
+from candle_mi_parity.spec.paths import ROOT
 
 TOGETHER = """
 import os, sys, time
@@ -24,7 +24,8 @@ def meet():
 """
 
 PUBLISH = """
-from candle_mi_parity import models
+from candle_mi_parity.files import cache
+from candle_mi_parity.files.cache import publish
 patience = 1
 if len(sys.argv) > 2:
     patience = 60  # until the other is in as well, however late
@@ -37,7 +38,7 @@ if len(sys.argv) > 2:
             except FileExistsError:  # comes in while the first is at work, and not in the same instant
                 while not (shared / "made").exists():
                     time.sleep(0.005)
-    models.FileLock = NoLock
+    cache.FileLock = NoLock
 def make(out):
     note("made", "once")
     until = time.monotonic() + patience
@@ -45,12 +46,12 @@ def make(out):
         time.sleep(0.005)
     (out / "weights").write_text("whole")
 meet()
-print(models.publish(shared / "cache" / "key", make) / "weights")
+print(publish(shared / "cache" / "key", make) / "weights")
 """
 
 BUILD = """
-from candle_mi_parity.build import build
-from candle_mi_parity.candidate import parse_candidate
+from candle_mi_parity.candidate.build import build
+from candle_mi_parity.candidate.candidate import parse_candidate
 meet()
 print(build(parse_candidate("0.2.2"), shared / "cache", lambda line: None).path)
 """

@@ -12,11 +12,14 @@ from xml.etree import ElementTree
 import pytest
 from results import HOSTILE, VERSIONS, case, everything, run_of
 
-from candle_mi_parity import cli, page, report, run, views, views_ci
-from candle_mi_parity.cases import load_cases, select
+from candle_mi_parity.cli import cli
+from candle_mi_parity.compare.verdict import CaseResult, RunResult, Status, Verdict
 from candle_mi_parity.errors import ModelError, ParityError
-from candle_mi_parity.terminal import Terminal
-from candle_mi_parity.verdict import CaseResult, RunResult, Status, Verdict
+from candle_mi_parity.files.json_out import ReportError
+from candle_mi_parity.report import page, views, views_ci
+from candle_mi_parity.report.terminal import Terminal
+from candle_mi_parity.run import run
+from candle_mi_parity.spec.cases import load_cases, select
 
 VIEWS = ("report.json", "report.html", "junit.xml", "summary.md")
 
@@ -141,7 +144,7 @@ def test_no_name_can_forge_an_annotation() -> None:
 
 def test_a_job_page_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     environment = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(tmp_path / "no" / "such")}
-    with pytest.raises(report.ReportError, match="cannot write"):
+    with pytest.raises(ReportError, match="cannot write"):
         views_ci.tell_github(run_of(case("a/b")), "text", environment)
 
 

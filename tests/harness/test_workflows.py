@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from candle_mi_parity.cases import ROOT
-from candle_mi_parity.nightly import plan
+from candle_mi_parity.run.nightly import plan
+from candle_mi_parity.spec.paths import ROOT
 
 FILES = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PIN = re.compile(r"uses: \S+@[0-9a-f]{40} # v\d+\.\d+\.\d+")

@@ -1,0 +1,254 @@
+"""Where traces come from: an emitter that runs now, or a directory of stored ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from pydantic import ValidationError
+
+from candle_mi_parity.candidate import cuda
+from candle_mi_parity.candidate.build import build
+from candle_mi_parity.candidate.candidate import (
+    Candidate,
+    CandidateError,
+    EmitterError,
+    EmitterProcess,
+    OutOfReachError,
+    stored_dir,
+)
+from candle_mi_parity.candidate.torch_source import TorchSource
+from candle_mi_parity.compare.compare import check_header
+from candle_mi_parity.errors import TraceError
+from candle_mi_parity.files.digest import file_digest
+from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.spec.edits import for_emitter
+from candle_mi_parity.spec.hook_points import FORCED, Mode, is_lens
+from candle_mi_parity.spec.paths import ROOT
+from candle_mi_parity.trace.trace import TOP_LOGITS, CandleMi, Emitted, TensorEntry, Trace, read_json
+from candle_mi_parity.trace.truth import Truth
+
+REQUEST_FORMAT = "candle-mi-parity/request/1"
+REFUSAL_FORMAT = "candle-mi-parity/refusal/1"
+TIMEOUT_SECONDS = 600.0
+
+
+class Source(Protocol):
+    """Yields a candidate's trace of a subject.
+
+    :ivar identity: which candle-mi the traces are of.
+    :ivar device: where they are computed; it chooses the noise they are judged with.
+    """
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def identity(self) -> CandleMi | None: ...
+
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
+        """The tensors of a subject, their header checked against the truth's.
+
+        :param inputs: what is fed in beside the tokens.
+        """
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class NothingOpen:
+    """A source that holds nothing which has to be closed, of traces made on a CPU where it says nothing else."""
+
+    device = "cpu"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+def open_source(
+    candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None], device: str = "cpu"
+) -> Source:
+    """Build or find the candidate.
+
+    :param device: ``cpu`` or ``cuda:N``; on CUDA the emitter is built with candle's own kernels and needs nvcc.
+    :param out: where an emitter writes its traces.
+    :raises CandidateError: it cannot be built, or nothing is stored.
+    :raises OutOfReachError: there is no such device, no nvcc, or no network.
+    """
+    refuse_device(candidate, device)
+    if reason := cuda.missing(device):
+        raise OutOfReachError(reason)
+    if candidate.kind == "torch":
+        return TorchSource(device)
+    if candidate.kind == "stored":
+        return StoredSource(stored_dir(candidate, ROOT))
+    return LiveSource(candidate, cache, out, log, device)
+
+
+def refuse_device(candidate: Candidate, device: str) -> None:
+    """:raises CandidateError: a device that no machine has, or one on which this candidate cannot be."""
+    if not re.fullmatch(r"cpu|cuda:\d+", device):
+        raise CandidateError(f"unknown device {device!r}: expected cpu or cuda:N")
+    if candidate.kind == "stored" and device != "cpu":
+        raise CandidateError(f"{candidate.spec} was emitted on a CPU; --device {device} needs a build")
+
+
+def trace_path(directory: Path, case_id: str, mode: Mode) -> Path:
+    """``<family>/<rest>.json``, and ``.forced.json`` for the teacher-forced run."""
+    return directory / f"{case_id}{'' if mode == 'free' else '.forced'}.json"
+
+
+def request(subject: Subject, mode: Mode, inputs: Path, out: Path, device: str) -> dict[str, object]:
+    """The emitter's instructions for a subject; forced, the residual stream is replaced by the truth's."""
+    sae = None
+    if subject.case.sae is not None and mode == "free":
+        sae = {"path": str(subject.sae_file), "layer": subject.case.sae.layer, "hook": subject.case.sae.hook}
+    forced = [name for name in subject.captures if name.endswith(FORCED) and mode == "forced"]
+    return {
+        "format": REQUEST_FORMAT,
+        "case": {"id": subject.case.id, "digest": subject.digest},
+        "model_dir": str(subject.model_dir),
+        "tokens": subject.tokens,
+        # Forced, what arrives at a layer is the output of the one before, which has its own name.
+        "captures": [name for name in subject.captures if name not in forced or name.endswith("resid_mid")],
+        "logits": True,
+        "dtype": subject.case.dtype,
+        "device": device,
+        "sae": sae,
+        "inputs": str(inputs),
+        "sae_input": "sae" if sae else None,
+        "project": [name for name in subject.captures if is_lens(name) and mode == "free"],
+        "edits": [{"hook": name, "kind": "replace", "tensor": name} for name in forced]
+        or for_emitter(subject.case.edits),
+        "out": str(out),
+    }
+
+
+class LiveSource:
+    """An emitter, built or taken from the cache, one process for all cases."""
+
+    def __init__(self, candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None], device: str) -> None:
+        built = build(candidate, cache, log, ("cuda",) if device.startswith("cuda") else ())
+        self.device = device
+        try:
+            self.identity = CandleMi.model_validate(built.identity.get("candle_mi"))
+        except ValidationError as error:
+            raise CandidateError(f"{built.path} does not say which candle-mi it holds") from error
+        self._out = out.resolve()
+        self._emitter = EmitterProcess(built.path)
+
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Trace:
+        """Emit and open the trace.
+
+        :raises EmitterError: the emitter refused, failed, crashed or hung.
+        :raises TraceError: what it wrote is not a trace of this candidate.
+        """
+        out = trace_path(self._out, subject.case.id, mode)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        trace = Trace(self._emitter.emit(request(subject, mode, inputs, out, self.device), TIMEOUT_SECONDS))
+        if any(entry.part is not None for entry in trace.entries.values()):
+            raise TraceError(f"{trace.path}: an emitter writes whole tensors, and this trace holds parts")
+        if trace.header.device != self.device:
+            raise TraceError(f"{trace.path}: made on {trace.header.device}, expected {self.device}")
+        check_header(truth, same_candidate(trace, self.identity), file_digest(inputs))
+        _check_id(trace, subject)
+        return trace
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._emitter.close()
+
+
+class StoredSource(NothingOpen):
+    """Traces that were emitted earlier, with ``candidate.json`` that says by which candle-mi."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        try:
+            self.identity = CandleMi.model_validate(read_json(directory / "candidate.json"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            said = one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+            raise TraceError(f"{directory}/candidate.json: {said}") from error
+
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Trace:
+        """Open the stored trace.
+
+        :raises EmitterError: the stored outcome is a refusal.
+        :raises TraceError: nothing is stored, or it is not a trace of this candidate.
+        """
+        path = trace_path(self._directory, subject.case.id, mode)
+        if not path.is_file():
+            raise TraceError(f"nothing is stored for {subject.case.id} ({mode}) at {path}")
+        if not path.resolve().is_relative_to(self._directory.resolve()):
+            raise TraceError(f"{path} is a link that leads out of {self._directory}; it is not followed")
+        raw = read_json(path)
+        if isinstance(raw, dict) and raw.get("format") == REFUSAL_FORMAT:
+            _check_refusal(path, raw, subject, self.identity)
+            raise EmitterError(str(raw["kind"]), str(raw["error"]))
+        trace = same_candidate(Trace(path), self.identity)
+        for entry in trace.entries.values():
+            if (entry.part is None) != (subject.case.stored == "whole") or not _kept_as_stored(entry):
+                raise TraceError(f"{path}: {entry.name} is not kept as this case is ({subject.case.stored})")
+        if trace.header.device != "cpu":
+            raise TraceError(f"{path}: made on {trace.header.device}, and what is stored was made on cpu")
+        check_header(truth, trace, file_digest(inputs))
+        _check_id(trace, subject)
+        return trace
+
+
+def _kept_as_stored(entry: TensorEntry) -> bool:
+    """Whether a part is the one that :mod:`store` keeps: anything else would choose what is judged."""
+    part = entry.part
+    if part is None:
+        return True
+    if len(part.shape) < 2 or part.rows != [part.shape[-2] - 1]:
+        return False
+    if not (entry.name == "logits" or entry.name.startswith("lens")):
+        return part.columns is None
+    columns = part.columns or []
+    return len(columns) == min(TOP_LOGITS, part.shape[-1]) and columns == sorted(set(columns))
+
+
+def _check_id(trace: Trace, subject: Subject) -> None:
+    """:raises TraceError: the trace says that it is another case's, of the same numbers or not."""
+    if (found := trace.header.case.id) != subject.case.id:
+        raise TraceError(f"{trace.path}: of case {one_line(found)}, expected {subject.case.id}")
+
+
+def same_candidate(trace: Trace, identity: CandleMi) -> Trace:
+    """:raises TraceError: the trace was emitted by another candle-mi."""
+    found = trace.header.candle_mi
+    if found != identity:
+        raise TraceError(
+            f"{trace.path}: emitted by candle-mi {found.version} ({found.checksum or found.tree_digest}), "
+            f"expected {identity.version} ({identity.checksum or identity.tree_digest})"
+        )
+    return trace
+
+
+def _check_refusal(path: Path, raw: dict[str, object], subject: Subject, identity: CandleMi) -> None:
+    expected = {"format", "candle_mi", "case", "digest", "kind", "error"}
+    if set(raw) != expected:
+        raise TraceError(f"{path}: keys {sorted(raw)}, expected {sorted(expected)}")
+    if not all(isinstance(raw[key], str) for key in ("case", "kind", "error")):
+        raise TraceError(f"{path}: case, kind and error of a refusal are texts")
+    if raw["digest"] != subject.digest or raw["candle_mi"] != identity.model_dump():
+        raise TraceError(f"{path}: a refusal of another case or by another candle-mi")

@@ -1,0 +1,133 @@
+"""The control: transformers itself in float32, judged as a candidate is.
+
+It shows that the gate passes honest float32 arithmetic, and on CUDA what a GPU makes of it. Models and SAEs stay
+on the device for as long as the source lives, so that a whole test session loads each once.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from candle_mi_parity.candidate import cuda
+from candle_mi_parity.models.checkpoint import weight_bytes
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.sae import load_sae
+from candle_mi_parity.oracle.downstream import unembed
+from candle_mi_parity.oracle.hooks import Captured, Edits, forward, load_model, replacing
+from candle_mi_parity.oracle.interventions import edits_of
+from candle_mi_parity.oracle.torch_sae import TorchSae
+from candle_mi_parity.spec.hook_points import Mode, is_lens
+from candle_mi_parity.trace.trace import Feature, InMemory
+from candle_mi_parity.trace.truth import Truth
+
+TOP_FEATURES = 10
+
+
+class TorchSource:
+    """Float32 on one device.
+
+    :param device: ``cpu`` or ``cuda``.
+    """
+
+    identity = None
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self._models: dict[tuple[Path, torch.dtype], nn.Module] = {}
+        self._saes: dict[Path, TorchSae] = {}
+
+    def model(self, directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The model of a directory in a format, on the device, loaded once."""
+        key = directory, dtype
+        if key not in self._models:
+            with cuda.memory_told(
+                self.device, f"loading {directory.name}", lambda: weight_bytes(directory, dtype.itemsize)
+            ):
+                self._models[key] = load_model(directory, dtype, self.device)
+        return self._models[key]
+
+    def sae(self, file: Path) -> TorchSae:
+        """The float32 SAE of a file, on the device, loaded once."""
+        if file not in self._saes:
+            with cuda.memory_told(self.device, f"loading {file.name}", lambda: file.stat().st_size):
+                self._saes[file] = TorchSae(load_sae(file), self.device, torch.float32)
+        return self._saes[file]
+
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
+        """Run the model, and the SAE on its residual and on the truth's; every hook as float32 on the CPU.
+
+        :raises DeviceError: the device has too little memory, or does not round as float32 does.
+        """
+
+        def needed() -> int:
+            return sum(math.prod(tensor.shape) for tensor in truth.tensors.values()) * torch.float32.itemsize
+
+        with cuda.strict_float32(self.device), cuda.memory_told(self.device, subject.case.id, needed):
+            return self._trace(subject, mode, truth, inputs)
+
+    def _trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
+        given = load_file(inputs, device=self.device)
+        tokens = torch.tensor(subject.tokens, device=self.device)
+        dtype: torch.dtype = getattr(torch, subject.case.dtype)
+        fed = {name: tensor.to(dtype) for name, tensor in given.items()}
+        edits: Edits = edits_of(subject, fed)
+        if mode == "forced":
+            edits = {name: [replacing(tensor)] for name, tensor in fed.items()}
+        model = self.model(subject.model_dir, dtype)
+        captured = forward(model, tokens, edits).tensors
+        if mode == "free":
+            lens = {name: x.to(dtype) for name, x in given.items() if is_lens(name)}
+            with torch.no_grad():
+                captured |= {f"lens.{name}": unembed(model, x) for name, x in lens.items()}
+        scalars: dict[str, float] = {}
+        top: list[Feature] = []
+        if subject.sae_file is not None and subject.case.sae is not None and mode == "free":
+            sae, resid = self.sae(subject.sae_file), captured[subject.case.sae.hook].float()
+            captured |= _encode(sae, "sae", resid, scalars)
+            captured |= _encode(sae, "sae_on_truth", given["sae"], scalars)
+            features = captured["sae.features"][0, -1]
+            scalars["sae.n_active_last_pos"] = float((features > 0).sum())
+            for name, tensor in (
+                ("resid", resid),
+                ("encoded", features[None, None]),
+                ("decoded", captured["sae.recon"]),
+            ):
+                scalars[f"sae.{name}_last_norm"] = float(tensor[0, -1].double().norm())
+            values, indices = features.topk(min(TOP_FEATURES, int(scalars["sae.n_active_last_pos"])))
+            top = [Feature(index=int(i), value=float(v)) for i, v in zip(indices, values, strict=True)]
+        arrays = {name: (as_numpy(tensor), None) for name, tensor in captured.items() if name in truth.tensors}
+        return InMemory(dict(arrays), subject.case.dtype, scalars, top)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._models.clear()
+        self._saes.clear()
+        gc.collect()
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """On the CPU; numpy has no bfloat16, and float32 holds each of its values."""
+    tensor = tensor.cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _encode(sae: TorchSae, name: str, resid: torch.Tensor, scalars: dict[str, float]) -> Captured:
+    features = sae.encode(resid)
+    recon = sae.decode(features, resid)
+    scalars[f"{name}.reconstruction_mse"] = float((resid - recon).pow(2).mean())
+    return {f"{name}.features": features, f"{name}.recon": recon}

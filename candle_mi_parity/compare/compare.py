@@ -1,0 +1,228 @@
+"""Compare a trace with the truth: header → presence → shape → dtype → finite → values.
+
+Knows no model and no candidate: numbers in, results out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from candle_mi_parity.compare.compare_sae import judge_sae, judge_sae_scalars, say_whose_fault
+from candle_mi_parity.compare.diagnose import diagnose
+from candle_mi_parity.compare.gate import ELEMENT_GATE, UNITS, measure
+from candle_mi_parity.compare.tensor_result import concluded, malformed, nonfinite, selected, tally
+from candle_mi_parity.compare.verdict import Diagnosis, Status, TensorResult, Worst
+from candle_mi_parity.errors import TraceError
+from candle_mi_parity.files.chunks import blocks
+from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.spec.hook_points import inputs_of
+from candle_mi_parity.trace.trace import Emitted, Selection, Trace, stretches
+from candle_mi_parity.trace.truth import Expected, Truth
+
+
+def check_header(truth: Truth, trace: Trace, inputs_digest: str | None) -> None:
+    """Refuse a trace of something else before any number is compared.
+
+    :param inputs_digest: sha256 of the inputs file that the candidate was to be fed; None for none.
+    :raises TraceError: what was found, what was expected.
+    """
+    header = trace.header
+    checks = [
+        ("case digest", header.case.digest, truth.meta["case"]),
+        ("model digest", header.model_digest, truth.meta["model"]),
+        ("SAE digest", header.sae_digest, truth.meta.get("sae")),
+        ("dtype", header.dtype, truth.meta["dtype"]),
+        ("inputs digest", header.inputs_digest, inputs_digest),
+    ]
+    for name, found, expected in checks:
+        if found != expected:
+            raise TraceError(f"{trace.path}: {name} is {found}, expected {expected}: this trace is of something else")
+    if trace.document.tokens != truth.tokens:
+        raise TraceError(f"{trace.path}: {_token_difference(truth.tokens, trace.document.tokens)}")
+
+
+def _token_difference(expected: list[list[int]], found: list[list[int]]) -> str:
+    first, other = (rows[0] if rows else [] for rows in (expected, found))
+    hint = "token ids differ"
+    if first[1:] == other:
+        hint += ": the reference has BOS at 0, the candidate has not"
+    elif other[1:] == first:
+        hint += ": the candidate's BOS is doubled"
+    return f"{hint}; expected {one_line(str(expected))}, found {one_line(str(found))}"
+
+
+def compare(
+    truth: Truth, trace: Emitted, decoder: np.ndarray | None, selection: set[str] | None
+) -> list[TensorResult]:
+    """All tensors of a case, in execution order, then the SAE's scalars.
+
+    :param decoder: ``W_dec`` [d_sae, d_in], to give the reconstruction the features that were excused.
+    :param selection: the tensors that a trace stored in part is to hold; None for all.
+    :raises TraceError: a tensor whose bytes are not what the trace declares.
+    """
+    results: list[TensorResult] = []
+    passed: dict[str, bool] = {}
+    forced = truth.meta["mode"] == "forced"
+    for name, expected in truth.tensors.items():
+        if selection is not None and name not in selection:
+            continue
+        feeders = [feeder for feeder in _feeders(name, truth) if feeder in passed]
+        if forced:  # what a half-layer starts from is given, and agrees by construction
+            feeders = [feeder for feeder in feeders if not feeder.endswith(("resid_pre", "resid_mid"))]
+        agreed = all(passed[feeder] for feeder in feeders) if feeders else None
+        if name not in trace.entries:
+            result = TensorResult(name, Status.FAIL, "missing", detail=_there(trace))
+        elif name.startswith("sae"):
+            result = judge_sae(name, truth, trace, decoder, agreed)
+        else:
+            result = _judge(name, expected, trace, agreed)
+        results.append(result)
+        passed[name] = result.status is Status.PASS
+    results += [
+        TensorResult(name, Status.FAIL, "unexpected", detail="the truth has no tensor of this name")
+        for name in trace.entries
+        if name not in truth.tensors
+    ]
+    chains = [name for name in truth.sae if selection is None or f"{name}.features" in selection]
+    results = say_whose_fault(results)
+    scalars = judge_sae_scalars(truth, trace, decoder, chains)
+    return results + _judge_tokens(truth, trace) + scalars + _surplus(trace, {scalar.name for scalar in scalars})
+
+
+def _surplus(trace: Emitted, judged: set[str]) -> list[TensorResult]:
+    """Numbers beside the tensors that nothing is compared with: as wrong as a tensor that the truth has not."""
+    given = set(trace.scalars) | ({"sae.top_features_last_pos"} if trace.top_features else set())
+    detail = "the truth has no scalar of this name"
+    return [TensorResult(name, Status.FAIL, "unexpected", detail=detail) for name in sorted(given - judged)]
+
+
+def look(truth: Truth, trace: Emitted, results: list[TensorResult]) -> Diagnosis | None:
+    """What the error of the first diverging tensor looks like; None where there are no two tensors to look at."""
+    first = next((result for result in results if result.status is Status.FAIL), None)
+    if first is None or first.reason not in ("values", "masked", "nonfinite", "flips"):
+        return None
+    entry, expected = trace.entries.get(first.name), truth.tensors.get(first.name)
+    if entry is None or expected is None:
+        return None
+    got = trace.tensor(first.name).astype(np.float64)
+    value, noise, mask = _expected(expected, entry.part, slice(None), got)
+    return diagnose(first.name, got, value, noise, mask)
+
+
+def _feeders(name: str, truth: Truth) -> list[str]:
+    if name == "hook_final_norm":
+        return [other for other in truth.tensors if other.endswith("hook_resid_post")][-1:]
+    return [truth.meta["sae_hook"]] if name == "sae.features" else inputs_of(name)
+
+
+def _there(trace: Emitted) -> str:
+    names = list(trace.entries)
+    return f"the trace holds {len(names)} tensors" + (f": {', '.join(names[:4])}, …" if names else "")
+
+
+def _judge(name: str, expected: Expected, trace: Emitted, agreed: bool | None) -> TensorResult:
+    entry = trace.entries[name]
+    if broken := malformed(entry, expected.shape, trace.dtype, agreed):
+        return broken
+    cut = stretches(entry)
+    found = _judge_stretches(name, expected, trace, agreed, cut)
+    # What a mask forbids, too, is counted over the whole.
+    again = found.reason == "masked" and len(cut) > 1
+    return _judge_stretches(name, expected, trace, agreed, [slice(None)]) if again else found
+
+
+def _judge_stretches(
+    name: str, expected: Expected, trace: Emitted, agreed: bool | None, cut: list[slice]
+) -> TensorResult:
+    tallies, exact = [], True
+    for rows in cut:
+        got = trace.rows(name, rows)
+        value, noise, mask = _expected(expected, trace.entries[name].part, rows, got)
+        if broken := nonfinite(name, got, value, agreed):
+            return broken
+        if mask is not None and name.endswith("hook_pattern") and (leaked := np.argwhere((got != 0) & ~mask)).size:
+            return _leak(name, leaked, got, mask, agreed)
+        exact = exact and not noise.any() and (mask is None or bool(mask.all()))
+        for block in blocks(got.shape):
+            here = np.index_exp[..., block, :]
+            some, true = got[here].astype(np.float64), value[here]
+            allowed = None if mask is None else mask[here]
+            measured = measure(some - true, true, noise[here], allowed, unit=UNITS[trace.dtype])
+            tallies.append(tally(measured, some, true, allowed, (rows.start or 0) + block.start))
+    return concluded(name, tallies, agreed, "exact by construction" if exact else "", exact)
+
+
+def _expected(
+    expected: Expected, part: Selection | None, rows: slice, got: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Value, noise and mask of what a trace holds of a tensor, or of a stretch of that."""
+    there = expected if rows == slice(None) else expected.rows(rows)
+    mask = there.allowed
+    if mask is not None:
+        mask = np.broadcast_to(selected(mask, part), got.shape)
+    return selected(there.value, part), selected(there.noise, part), mask
+
+
+def _leak(name: str, leaked: np.ndarray, got: np.ndarray, mask: np.ndarray, agreed: bool | None) -> TensorResult:
+    index = tuple(int(i) for i in leaked[0])
+    worst = Worst.of(list(index), float(got[index]), 0.0, 0.0, math.inf)
+    detail = f"{len(leaked)} entries that the mask forbids are not 0"
+    return TensorResult(
+        name, Status.FAIL, "masked", math.inf, math.inf, math.inf, int(mask.sum()),
+        int((~mask).sum()), len(leaked), inputs_agreed=agreed, worst=worst, detail=detail,
+    )  # fmt: skip
+
+
+def _judge_tokens(truth: Truth, trace: Emitted) -> list[TensorResult]:
+    """The greedy next token at every position, and the ten likeliest at the last.
+
+    A token may take another's place only where the truth's own margin between the two is inside the gate; such
+    a tie is counted, not failed.
+    """
+    entry, expected = trace.entries.get("logits"), truth.tensors.get("logits")
+    if entry is None or expected is None or entry.part is not None or tuple(entry.shape) != expected.shape:
+        return []
+    decisions = flipped = wrong = 0
+    for rows in stretches(entry):
+        got = trace.rows("logits", rows).astype(np.float64)
+        value, noise, _ = _expected(expected, None, rows, got)
+        if not np.isfinite(got).all():
+            return []
+        ours, theirs = value.argmax(-1), got.argmax(-1)
+        flips = ours != theirs
+        decisions += flips.size
+        # A position's σ depends on no other's, and is wanted only where the two sides differ and at the last.
+        odd = np.flatnonzero(flips.any(0) | (np.arange(flips.shape[-1]) == flips.shape[-1] - 1))
+        value, got, noise = value[:, odd], got[:, odd], noise[:, odd]
+        ours, theirs, flips = ours[:, odd], theirs[:, odd], flips[:, odd]
+        sigma = measure(np.zeros_like(value), value, noise, unit=UNITS[trace.dtype]).sigma
+        margin = _at(value, ours) - _at(value, theirs)
+        allowed = ELEMENT_GATE * (_at(sigma, ours) + _at(sigma, theirs))
+        flipped, wrong = flipped + int(flips.sum()), wrong + int((flips & ~(margin < allowed)).sum())
+    first = _discrete("logits.next_token", decisions, flipped, wrong)
+    return [first, _top_tokens(value[0, -1], got[0, -1], sigma[0, -1])]
+
+
+def _at(array: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """[B, T, V] at one entry of each position, [B, T]."""
+    return np.take_along_axis(array, index[..., None], -1)[..., 0]
+
+
+TOP_TOKENS = 10
+
+
+def _top_tokens(value: np.ndarray, got: np.ndarray, sigma: np.ndarray) -> TensorResult:
+    """Of one position [V]: a token of one side's top ten that the other has not must tie with its tenth."""
+    ours, theirs = (set(np.argsort(-logits, kind="stable")[:TOP_TOKENS].tolist()) for logits in (value, got))
+    tenth = min(ours, key=lambda token: value[token])
+    odd = ours ^ theirs
+    wrong = [t for t in odd if not abs(value[t] - value[tenth]) < ELEMENT_GATE * (sigma[t] + sigma[tenth])]
+    return _discrete("logits.top10_last_pos", TOP_TOKENS, len(odd) // 2, (len(wrong) + 1) // 2)
+
+
+def _discrete(name: str, decisions: int, flipped: int, wrong: int) -> TensorResult:
+    status, reason = (Status.FAIL, "values") if wrong else (Status.PASS, "")
+    detail = f"{flipped} of {decisions} differ, {flipped - wrong} of them ties inside the gate"
+    return TensorResult(name, status, reason, compared=decisions, past=wrong, detail=detail)

@@ -1,0 +1,198 @@
+"""Direct calls of candle-mi's public functions: ``fixtures/calls.toml``, its inputs, and the emitter's answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError
+from safetensors.numpy import save, save_file
+
+from candle_mi_parity.candidate.build import build
+from candle_mi_parity.candidate.candidate import Candidate, EmitterProcess
+from candle_mi_parity.errors import CaseTableError, TraceError
+from candle_mi_parity.files.cache import content_key, publish
+from candle_mi_parity.spec.cases import Row, read_toml
+from candle_mi_parity.spec.paths import FIXTURES
+from candle_mi_parity.trace.trace import CandleMi, CaseRef, Digest, Part, read_json
+
+TIMEOUT_SECONDS = 120.0
+Argument = str | int | float | list[int] | list[list[int]]
+
+
+LAYOUT = 2
+"""Of the files that a table is laid out as; raise it when what is written of the same table changes."""
+
+
+class Given(Row):
+    """A float32 tensor: its values, or a shape and a seed of normal numbers (their absolute values, rows summing
+    to 1, where ``attention``)."""
+
+    values: Any = None
+    shape: list[int] = Field(default_factory=list)
+    seed: int = 0
+    attention: bool = False
+
+    def array(self) -> np.ndarray:
+        """float32, of ``shape`` or the shape of ``values``."""
+        if self.values is not None:
+            return np.asarray(self.values, dtype=np.float32)
+        numbers = np.random.Generator(np.random.PCG64(self.seed)).standard_normal(self.shape)
+        if self.attention:
+            numbers = np.abs(numbers) / np.abs(numbers).sum(-1, keepdims=True)
+        return numbers.astype(np.float32)
+
+
+class SaeRow(Row):
+    """An SAE in SAELens' layout: identity weights of ``width`` where no ``seed`` is given, else normal ones."""
+
+    architecture: Literal["standard", "jumprelu", "topk"]
+    width: int
+    features: int
+    k: int = 0
+    threshold: list[float] = Field(default_factory=list)
+    seed: int | None = None
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """float32: ``W_enc`` [d_in, d_sae], ``W_dec`` [d_sae, d_in], ``b_enc``, ``b_dec``, ``threshold``."""
+        shape = (self.width, self.features)
+        if self.seed is None:
+            arrays = {"W_enc": np.eye(*shape), "W_dec": 2 * np.eye(*shape[::-1])}
+            arrays |= {"b_enc": np.zeros(self.features), "b_dec": np.zeros(self.width)}
+        else:
+            draw = np.random.Generator(np.random.PCG64(self.seed)).standard_normal
+            arrays = {"W_enc": draw(shape), "W_dec": draw(shape[::-1])}
+            arrays |= {"b_enc": draw(self.features), "b_dec": draw(self.width)}
+        if self.threshold:
+            arrays["threshold"] = np.asarray(self.threshold)
+        return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+    def write(self, directory: Path) -> None:
+        """``cfg.json`` and ``sae_weights.safetensors``, as :mod:`saelens` reads them."""
+        directory.mkdir()
+        config: dict[str, object] = {"d_in": self.width, "d_sae": self.features, "architecture": self.architecture}
+        config |= {"dtype": "float32", "apply_b_dec_to_input": False, "hook_name": "blocks.0.hook_resid_post"}
+        if self.k:
+            config["activation_fn_kwargs"] = {"k": self.k}
+        (directory / "cfg.json").write_text(json.dumps(config), encoding="utf-8")
+        save_file(self.weights(), directory / "sae_weights.safetensors")
+
+
+class CallRow(Row):
+    """One call.
+
+    :ivar args: the function's arguments; a string that names a tensor of the table is that tensor.
+    :ivar exact: the result must be the truth's float32 bit for bit.
+    :ivar ties: which of equal features are kept is free; how many and which values is not.
+    """
+
+    id: str
+    fn: str
+    args: dict[str, Argument] = Field(default_factory=dict)
+    sae: str | None = None
+    exact: bool = False
+    ties: bool = False
+
+
+class CallTable(Row):
+    tensors: dict[str, Given]
+    saes: dict[str, SaeRow] = Field(default_factory=dict)
+    call: list[CallRow]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: given.array() for name, given in self.tensors.items()}
+
+    def digest(self) -> str:
+        """SHA-256 of all that moves an answer."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def inputs_digest(self) -> str:
+        """SHA-256 of the inputs' file, which the emitter takes of the bytes that it reads."""
+        return hashlib.sha256(save(self.arrays())).hexdigest()
+
+    def lay_out(self, cache: Path) -> Path:
+        """The directory with ``inputs.safetensors`` and one directory for each SAE, made once."""
+
+        def make(out: Path) -> None:
+            save_file(self.arrays(), out / "inputs.safetensors")
+            for name, row in self.saes.items():
+                row.write(out / name)
+
+        return publish(cache / "calls" / content_key(LAYOUT, self.digest()), make)
+
+
+class Answer(Part):
+    name: str
+    shape: list[int]
+    values: list[float | Literal["nan", "inf", "-inf"]]
+
+    def array(self) -> np.ndarray:
+        """float64; a shape that does not fit its values is a :class:`TraceError`."""
+        flat = np.asarray([float(value) for value in self.values])
+        if flat.size != int(np.prod(self.shape)):
+            raise TraceError(f"{self.name} has {flat.size} values and the shape {self.shape}")
+        return flat.reshape(self.shape)
+
+
+class Answered(Part):
+    id: str
+    outcome: Literal["results", "error", "absent"]
+    results: list[Answer]
+    error: str | None
+
+
+class Calls(Part):
+    """What the emitter wrote."""
+
+    format: Literal["candle-mi-parity/calls/1"]
+    emitter: str
+    candle_mi: CandleMi
+    case: CaseRef
+    inputs_digest: Digest
+    calls: list[Answered]
+
+
+def load_calls(path: Path = FIXTURES / "calls.toml") -> CallTable:
+    """:raises CaseTableError: malformed, a call twice, an unknown SAE."""
+    table = read_toml(path, CallTable, CaseTableError)
+    ids = [row.id for row in table.call]
+    if not ids or len(set(ids)) != len(ids):
+        raise CaseTableError(f"{path}: no calls, or a call twice")
+    if unknown := [row.id for row in table.call if row.sae is not None and row.sae not in table.saes]:
+        raise CaseTableError(f"{path}: unknown SAE in {', '.join(unknown)}")
+    return table
+
+
+def emit_calls(candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None]) -> Path:
+    """Have candle-mi answer the table; the JSON file it wrote.
+
+    :raises EmitterError: the emitter refused, crashed or hung.
+    """
+    table = load_calls()
+    directory = table.lay_out(cache)
+    request = {
+        "format": "candle-mi-parity/call/1",
+        "case": {"id": "calls", "digest": table.digest()},
+        "inputs": str(directory / "inputs.safetensors"),
+        "calls": [{"id": row.id, "run": _run(row, directory)} for row in table.call],
+        "out": str(out.resolve()),
+    }
+    with EmitterProcess(build(candidate, cache, log).path) as emitter:
+        return emitter.emit(request, TIMEOUT_SECONDS)
+
+
+def _run(row: CallRow, directory: Path) -> dict[str, object]:
+    sae = {} if row.sae is None else {"sae": {"path": str(directory / row.sae), "layer": 0}}
+    return {"fn": row.fn, **row.args, **sae}
+
+
+def read_calls(path: Path) -> Calls:
+    """:raises TraceError: not such a file."""
+    try:
+        return Calls.model_validate(read_json(path))
+    except ValidationError as error:
+        raise TraceError(f"{path}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from error

@@ -1,0 +1,193 @@
+"""What each function of ``fixtures/calls.toml`` should give, in float64, and the noise of float32 around it."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from candle_mi_parity.coverage.calls import CallRow, CallTable
+from candle_mi_parity.errors import CaseTableError
+from candle_mi_parity.models.sae import load_sae
+from candle_mi_parity.oracle.interventions import scale_steering, set_steering
+from candle_mi_parity.oracle.oracle import SAMPLES
+from candle_mi_parity.oracle.rounding import MatmulScales, NoisePool, RoundingNoise, Truth64
+from candle_mi_parity.oracle.torch_sae import TorchSae
+from candle_mi_parity.spec.edits import Attention
+
+Named = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class CallTruth:
+    """:ivar values: name → expected, float64. :ivar noise: name → rms of sample − truth, same shapes."""
+
+    values: dict[str, np.ndarray]
+    noise: dict[str, np.ndarray]
+
+
+def _last(logits: torch.Tensor) -> torch.Tensor:
+    """[vocab], [seq, vocab] or [1, seq, vocab] → [vocab] of the last position."""
+    return logits.reshape(-1, logits.shape[-1])[-1]
+
+
+def _kl_divergence(baseline: torch.Tensor, other: torch.Tensor) -> Named:
+    """Σ p·ln(p/q), in nats, over the vocabulary and summed over positions (``F.kl_div``'s ``sum``)."""
+    p, q = torch.softmax(baseline, -1), torch.softmax(other, -1)
+    return {"value": (p * torch.log(p / q)).sum()}
+
+
+def _logit_diff(baseline: torch.Tensor, ablated: torch.Tensor, token: int) -> Named:
+    return {"value": _last(baseline)[token] - _last(ablated)[token]}
+
+
+def _top_changed(baseline: torch.Tensor, ablated: torch.Tensor, k: int) -> Named:
+    """Of every token; the comparison takes the k largest changes."""
+    p, q = torch.softmax(_last(baseline), -1), torch.softmax(_last(ablated), -1)
+    return {"baseline": p, "ablated": q, "change": (p - q).abs()}
+
+
+def _attention(attention: torch.Tensor, **args: Any) -> Named:
+    """Mean over batch, heads and targets of the weight from one position."""
+    return {"value": attention[:, :, args["from"], args["targets"]].mean()}
+
+
+def _token_prob(logits: torch.Tensor, token: int) -> Named:
+    return {"value": torch.softmax(_last(logits), -1)[token]}
+
+
+def _sample(logits: torch.Tensor) -> Named:
+    return {"token": torch.argmax(logits).double()}
+
+
+def _knockout(edges: list[list[int]], n_heads: int, seq_len: int, heads: list[int] | None = None) -> Named:
+    cut = torch.from_numpy(Attention(heads=heads, edges=edges).chosen(n_heads, seq_len))[None]
+    return {"value": torch.zeros(cut.shape, dtype=torch.float64).masked_fill(cut, -math.inf)}
+
+
+def _steering(
+    attention: torch.Tensor,
+    edges: list[list[int]],
+    heads: list[int] | None = None,
+    scale: float | None = None,
+    set_value: float | None = None,
+) -> Named:
+    """As a case's ``steer`` edit does it at the pattern."""
+    chosen = Attention(heads=heads, edges=edges).chosen(attention.shape[1], attention.shape[2])
+    if scale is not None:
+        return {"value": scale_steering(chosen, scale)(attention)}
+    assert set_value is not None
+    return {"value": set_steering(chosen, set_value)(attention)}
+
+
+def _causal(seq_len: int) -> Named:
+    above = torch.ones(seq_len, seq_len, dtype=torch.bool).triu(1)
+    return {"value": torch.zeros(1, 1, seq_len, seq_len, dtype=torch.float64).masked_fill(above, -math.inf)}
+
+
+def _position_delta(direction: torch.Tensor, position: int, seq_len: int) -> Named:
+    rows = [direction if at == position else torch.zeros_like(direction) for at in range(seq_len)]
+    return {"value": torch.stack(rows)[None]}
+
+
+def _gram(matrix: torch.Tensor, k: int, iterations: int) -> Named:
+    """Scatter [d, d] of the centred rows; :func:`_eigen` takes it apart outside the mode: no rule for eigh."""
+    centred = matrix - matrix.mean(0, keepdim=True)
+    return {"gram": centred.t().contiguous() @ centred}
+
+
+def _eigen(values: Named, k: int) -> Named:
+    lambdas, vectors = torch.linalg.eigh(values["gram"])
+    components = vectors.flip(-1).t()[:k]
+    lambdas = lambdas.flip(-1)
+    # Either sign of a component is right: the largest entry is taken positive.
+    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+    return {
+        "components": components * largest.sign(),
+        "eigenvalues": lambdas[:k],
+        "explained": lambdas[:k] / lambdas.sum(),
+    }
+
+
+def _sae_call(sae: TorchSae, fn: str, args: dict[str, Any]) -> Named:
+    if fn == "decoder_vector":
+        return {"value": sae.W_dec[args["feature"]]}
+    x: torch.Tensor = args["x"]
+    rows = x.reshape(-1, x.shape[-1])  # a matrix, for which the products have a noise rule
+    if fn == "decode":
+        return {"value": sae.decode(rows).reshape(*x.shape[:-1], -1)}
+    features = sae.encode(rows)
+    if fn == "encode_sparse":
+        return {"features": features.reshape(*x.shape[:-1], -1)}
+    if fn in ("encode", "encode_with_strategy"):
+        return {"value": features.reshape(*x.shape[:-1], -1)}
+    recon = sae.decode(features)
+    error = rows - recon
+    return {"value": recon.reshape(x.shape) if fn == "reconstruct" else (error * error).mean()}
+
+
+MEASURES: dict[str, Callable[..., Named]] = {
+    "kl_divergence": _kl_divergence,
+    "logit_diff": _logit_diff,
+    "top_changed_tokens": _top_changed,
+    "measure_attention_to_targets": _attention,
+    "extract_token_prob": _token_prob,
+    "sample_token": _sample,
+    "pca_top_k": _gram,
+    "create_knockout_mask": _knockout,
+    "apply_steering": _steering,
+    "create_causal_mask": _causal,
+    "position_delta": _position_delta,
+}
+SAE_FUNCTIONS = frozenset(
+    {"encode", "encode_with_strategy", "encode_sparse", "decode", "reconstruct", "reconstruction_error"}
+    | {"decoder_vector"}
+)
+
+
+def truth_of(row: CallRow, table: CallTable, cache: Path) -> CallTruth:
+    """The expected results of a call, and the root mean square of 16 samples of float32's rounding around them.
+
+    :param cache: where the SAEs that both sides read are laid out.
+    :raises CaseTableError: a function without a reference.
+    """
+    arrays = table.arrays()
+    args: dict[str, Any] = {
+        key: torch.from_numpy(arrays[value]).double() if isinstance(value, str) and value in arrays else value
+        for key, value in row.args.items()
+    }
+
+    sae = None if row.sae is None else TorchSae(load_sae(table.lay_out(cache) / row.sae))
+
+    def once() -> Named:
+        if sae is not None and row.fn in SAE_FUNCTIONS:
+            return _sae_call(sae, row.fn, args)
+        if row.fn not in MEASURES:
+            raise CaseTableError(f"{row.id}: no reference for {row.fn}")
+        return MEASURES[row.fn](**args)
+
+    def finish(values: Named) -> Named:
+        return _eigen(values, args["k"]) if row.fn == "pca_top_k" else values
+
+    scales = MatmulScales()
+    with Truth64(scales), torch.no_grad():
+        inner = once()
+    values = finish(inner)
+    squares = {name: torch.zeros_like(value) for name, value in values.items()}
+    if not row.exact:
+        pool = NoisePool(zlib.crc32(row.id.encode()))
+        for _ in range(SAMPLES):
+            with RoundingNoise(pool, scales), torch.no_grad():
+                inner = once()
+            for name, value in finish(inner).items():
+                squares[name] += (value - values[name]) ** 2 / SAMPLES
+    return CallTruth(
+        {name: value.numpy() for name, value in values.items()},
+        {name: value.sqrt().numpy() for name, value in squares.items()},
+    )

@@ -1,0 +1,278 @@
+"""The auto-config census: what candle-mi does with every causal language model that transformers has.
+
+Each class that can be made tiny is handed to candle-mi, by its family's own parser (``from_hf_config``) or, where
+that does not know the model type, by ``from_hf_config_auto``; and is sorted into exactly one outcome:
+
+``refused``    candle-mi says that it cannot, and why.
+``same``       it computes what transformers computes, by the gate.
+``different``  it loads the model, raises nothing, and computes something else.
+``not-asked``  nothing can be said: the class does not get tiny, has no truth, or candle-mi crashed on it.
+
+``config.json`` has the rotary base at its top level (dialect ``hub``), as hub files do, so that what transformers 5
+writes and candle-mi does not read is not blamed on every family; and windows lie beyond the prompt.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from candle_mi_parity.candidate.candidate import EmitterError, EmitterProcess
+from candle_mi_parity.candidate.sources import REQUEST_FORMAT, same_candidate
+from candle_mi_parity.compare.compare import check_header, compare
+from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.coverage.census_models import Tiny, load_table, mapped_classes, tiny_model
+from candle_mi_parity.coverage.census_record import FORMAT, Census, Entry, Reader, count
+from candle_mi_parity.coverage.census_truth import truth_of
+from candle_mi_parity.errors import CensusError, ParityError
+from candle_mi_parity.files.isolated import Lost, each
+from candle_mi_parity.models.checkpoint import model_digest
+from candle_mi_parity.models.prepared_case import Subject, random_tokens
+from candle_mi_parity.spec.cases import Case, LocalModel, RandomTokens
+from candle_mi_parity.spec.families import FAMILIES
+from candle_mi_parity.trace.trace import CandleMi, Trace
+from candle_mi_parity.trace.truth import Truth
+
+TOKENS = RandomTokens(random=24)
+SECONDS = 60.0
+"""What one class may take."""
+WORKERS = 2
+
+
+def take_census(
+    binary: Path, identity: CandleMi, pattern: str, cache: Path, out: Path, progress: Callable[[Entry, int], None]
+) -> Census:
+    """Ask an emitter about every class whose model type matches a glob.
+
+    :param out: where the emitter writes its traces.
+    :param progress: called with each entry as it is known, and the number of classes.
+    :raises CensusError: no model type matches.
+    """
+    names = {name: kind for name, kind in mapped_classes().items() if fnmatch.fnmatchcase(name, pattern)}
+    if not names:
+        raise CensusError(f"no causal language model of transformers {transformers.__version__} matches {pattern!r}")
+    out.mkdir(parents=True, exist_ok=True)
+    items = [(name, kind, binary, identity, cache, out.resolve()) for name, kind in names.items()]
+    entries = []
+    for (name, kind), answer in zip(names.items(), each(ask_class, items, WORKERS, SECONDS), strict=True):
+        lost = Entry(
+            model_type=name,
+            class_name=kind,
+            outcome="not-asked",
+            reason=f"its process was killed, or took more than {SECONDS:g} s",
+        )
+        if isinstance(answer, Lost) and answer.code is not None and answer.code >= 0:
+            # What a class can do wrong is caught in its process: this is this program's own fault.
+            raise CensusError(f"{name}: the process that was to ask about it ended with code {answer.code}")
+        entry = lost if isinstance(answer, Lost) else Entry.model_validate(answer)
+        progress(entry, len(names))
+        entries.append(entry)
+    return Census(
+        format=FORMAT,
+        candle_mi=identity,
+        transformers=transformers.__version__,
+        counts=count(entries),
+        classes=entries,
+    )
+
+
+def ask_class(
+    model_type: str, class_name: str, binary: Path, identity: CandleMi, cache: Path, out: Path
+) -> dict[str, object]:
+    """The entry of one class, as JSON-ready data; runs in a process of its own."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    with EmitterProcess(binary) as emitter:
+        question = Question(model_type, class_name, emitter, identity, cache, out)
+        entry = question.ask({})
+        probes = {
+            name: question.ask(change).outcome
+            for name, change in _probes(entry)
+            if entry.outcome in ("same", "different")
+        }
+        entry = entry.model_copy(update={"probes": probes})
+        if entry.outcome == "different" and entry.reader:
+            try:
+                entry = entry.model_copy(update={"unread": question.unread(entry.reader)})
+            except ParityError as error:
+                entry = entry.model_copy(update={"reason": f"{entry.reason}; unread unknown: {one_line(error)}"})
+    return entry.model_dump()
+
+
+def _probes(entry: Entry) -> Iterator[tuple[str, dict[str, object]]]:
+    """The probes that change something in this class's config."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    fields = CONFIG_MAPPING[entry.model_type].__dataclass_fields__
+    for probe in load_table().probe:
+        given = {key: value for key, value in probe.set.items() if key in fields and fields[key].default is not None}
+        change = probe.set if entry.model_type in probe.classes else {} if probe.classes else given
+        if probe.on == entry.outcome and change:
+            yield probe.name, dict(change)
+
+
+class Question:
+    """One class, asked with one config after another."""
+
+    def __init__(
+        self, model_type: str, class_name: str, emitter: EmitterProcess, identity: CandleMi, cache: Path, out: Path
+    ) -> None:
+        self._blank = Entry(model_type=model_type, class_name=class_name, outcome="not-asked")
+        self._emitter, self._identity, self._cache, self._out = emitter, identity, cache, out
+
+    def ask(self, change: dict[str, object]) -> Entry:
+        """The entry for the class with other config values; never raises."""
+        entry = self._blank
+        try:
+            tiny = tiny_model(entry.model_type, change, self._cache)
+            entry = entry.model_copy(update={"dialect": tiny.dialect})
+            subject = _subject(entry.model_type, tiny)
+            try:
+                reader = self._reader(subject)
+            except EmitterError as error:
+                return self._unanswered(entry, error, tiny)
+            entry = entry.model_copy(update={"reader": reader})
+            truth = truth_of(subject, self._cache)
+            return judged(entry, self._compare(subject, reader, truth))
+        except Exception as error:  # one class's fault, of whatever kind, is that class's line in the table
+            loads = "candle-mi computes it, unjudged: " if entry.reader else ""
+            return entry.model_copy(update={"reason": loads + one_line(error)})
+
+    def unread(self, reader: Reader) -> list[str]:
+        """See :func:`census_unread.unread_tensors`, for the class as it was first asked about."""
+        tiny = tiny_model(self._blank.model_type, {}, self._cache)
+        subject = _subject(self._blank.model_type, tiny)
+
+        def logits(directory: Path) -> str:
+            trace = self._emit(Subject(**{**vars(subject), "model_dir": directory}), reader)
+            return trace.entries["logits"].sha256
+
+        return unread_tensors(tiny.directory, logits)
+
+    def _reader(self, subject: Subject) -> Reader:
+        """candle-mi's parser that makes numbers of the model.
+
+        :raises EmitterError: neither does; the error of the one that knows the model type, ``auto`` knowing all.
+        """
+        try:
+            self._emit(subject, "hf")
+        except EmitterError as error:
+            if "unsupported model_type" not in error.message:
+                raise
+            self._emit(subject, "auto")
+            return "auto"
+        return "hf"
+
+    def _emit(self, subject: Subject, reader: Reader) -> Trace:
+        out = self._out / f"{subject.model_type}.json"
+        asked = {
+            "format": REQUEST_FORMAT,
+            "case": {"id": subject.case.id, "digest": subject.digest},
+            "model_dir": str(subject.model_dir),
+            "tokens": subject.tokens,
+            "captures": subject.captures,
+            "logits": True,
+            "dtype": subject.case.dtype,
+            "device": "cpu",
+            "config": reader,
+            "out": str(out),
+        }
+        return same_candidate(Trace(self._emitter.emit(asked, SECONDS)), self._identity)
+
+    def _compare(self, subject: Subject, reader: Reader, truth: Truth) -> list[TensorResult]:
+        captures = [name for name in truth.tensors if name != "logits"]
+        with_hooks = Subject(**{**vars(subject), "captures": captures})
+        trace = self._emit(with_hooks, reader)
+        check_header(truth, trace, None)
+        return compare(truth, trace, None, None)
+
+    @staticmethod
+    def _unanswered(entry: Entry, error: EmitterError, tiny: Tiny) -> Entry:
+        """``model`` and ``forward`` are candle-mi's own errors; a panic, crash or time-out says nothing clearly."""
+        reason = one_line(error).replace(str(tiny.directory), "the model")
+        if error.kind in ("model", "forward"):
+            return entry.model_copy(update={"outcome": "refused", "reason": reason})
+        return entry.model_copy(update={"reason": f"the emitter gave no clear answer: {reason}"})
+
+
+def _subject(model_type: str, tiny: Tiny) -> Subject:
+    case = Case(id=f"census/{model_type}", model=LocalModel(source="local", path=str(tiny.directory)), tokens=TOKENS)
+    digest = model_digest(tiny.directory)
+    tokens = random_tokens(TOKENS, int(load_table().shrink["vocab_size"]))  # type: ignore[arg-type]
+    content = json.dumps({"model": digest, "tokens": tokens}, sort_keys=True)
+    return Subject(
+        case=case,
+        model_dir=tiny.directory,
+        model_type=model_type,
+        tokens=tokens,
+        captures=[],
+        sae_file=None,
+        model_digest=digest,
+        sae_digest=None,
+        digest=hashlib.sha256(content.encode()).hexdigest(),
+    )
+
+
+def judged(entry: Entry, results: list[TensorResult]) -> Entry:
+    """``same`` or ``different``, by the logits alone where this project guessed where the hook points are."""
+    failed = [result for result in results if result.status is Status.FAIL]
+    tensors = [result for result in results if not result.name.startswith("logits.")]  # those are its next tokens
+    logits = next(result for result in results if result.name == "logits")
+    facts: dict[str, object] = {"compared": len(tensors), "logits_ratio": rounded(logits.ratio)}
+    if failed and (logits in failed or entry.model_type in FAMILIES):
+        facts |= {"outcome": "different", "first": failed[0].name, "ratio": rounded(failed[0].ratio)}
+        return entry.model_copy(update=facts | {"reason": failed[0].reason})
+    if logits.status is Status.UNMEASURED:
+        return entry.model_copy(update={"reason": "candle-mi computes it, unjudged: the logits are too noisy"})
+    doubt = f"logits agree; {failed[0].name} is elsewhere than this census looks for it" if failed else ""
+    return entry.model_copy(update=facts | {"outcome": "same", "reason": doubt})
+
+
+def rounded(ratio: float) -> float | None:
+    return float(f"{ratio:.3g}") if ratio < float("inf") else None
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line of bounded length; ``ParityError`` speaks for itself."""
+    text = " ".join(str(error).split())
+    text = text if isinstance(error, ParityError) else f"{type(error).__name__}: {text}"
+    return text if len(text) <= 240 else text[:239] + "…"
+
+
+Logits = Callable[[Path], str]
+"""The digest of the logits that candle-mi computes for a model directory."""
+
+
+def unread_tensors(directory: Path, logits: Logits) -> list[str]:
+    """Names of the tensors that do not move the logits, ``*`` for the number of a layer or expert; sorted.
+
+    :param directory: a model in one file, all of whose values are nonzero; it is not changed.
+    """
+    tensors = load_file(directory / "model.safetensors")
+    kinds: dict[str, list[str]] = {}
+    for name in tensors:
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+    before = logits(directory)
+    return [kind for kind, names in sorted(kinds.items()) if _logits_without(directory, names, logits) == before]
+
+
+def _logits_without(directory: Path, names: list[str], logits: Logits) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        changed = Path(scratch)
+        shutil.copy(directory / "config.json", changed)
+        tensors = load_file(directory / "model.safetensors")
+        for name in names:
+            tensors[name] = tensors[name] * 2
+        save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+        return logits(changed)

@@ -1,0 +1,242 @@
+"""A tiny model of any text-only class that ``AutoModelForCausalLM`` maps, by ``fixtures/census.toml``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache as remembered
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from pydantic import Field
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from candle_mi_parity.errors import CensusError, ModelError
+from candle_mi_parity.files.cache import content_key, publish
+from candle_mi_parity.files.digest import digest_files
+from candle_mi_parity.models import generate
+from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.generate import tensor_values
+from candle_mi_parity.spec.cases import Row, Scalar, read_toml
+from candle_mi_parity.spec.paths import FIXTURES
+
+Dialect = Literal["hub", "v5"]
+Values = dict[str, Scalar | list[int] | list[str] | dict[str, Scalar]]
+
+LARGEST = 4_000_000
+"""Parameters of a model that still counts as tiny; more means that the table knows no key for the class's size."""
+
+_OTHER_SENSES = frozenset({"vision_config", "audio_config", "vq_config", "audio_encoder", "audio_encoder_config"})
+
+
+class Override(Row):
+    """What one model type needs beside the common table; keys of ``null`` are set to null."""
+
+    set: Values = Field(default_factory=dict)
+    null: list[str] = Field(default_factory=list)
+
+
+class Probe(Row):
+    """A second question to classes of one outcome, with other config values.
+
+    :ivar on: the outcome of the first question.
+    :ivar classes: model types that are asked; without them, every class that has one of the keys at a value.
+    """
+
+    name: str
+    on: Literal["same", "different"]
+    classes: list[str] = Field(default_factory=list)
+    set: Values
+
+
+class Table(Row):
+    """``fixtures/census.toml``.
+
+    :ivar shrink: key → value wherever the class has the key.
+    :ivar shrink_given: the same, where the class's own default is not null.
+    :ivar rotary: keys of the class's rotary parameters.
+    :ivar fallback: further values, each row tried when the class refuses what came before.
+    """
+
+    shrink: Values
+    shrink_given: Values
+    rotary: dict[str, float]
+    fallback: list[Values]
+    override: dict[str, Override]
+    probe: list[Probe]
+
+
+@remembered
+def load_table(path: Path = FIXTURES / "census.toml") -> Table:
+    """The table.
+
+    :raises CensusError: unreadable, unknown or missing key, wrong type.
+    """
+    return read_toml(path, Table, CensusError)
+
+
+def mapped_classes() -> dict[str, str]:
+    """model_type → class of every causal language model that the installed transformers knows."""
+    return dict(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()))
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A generated model directory.
+
+    :ivar dialect: ``hub`` where ``config.json`` has the rotary base at its top level, as hub files do; ``v5`` as the
+        installed transformers saves it, which is the same file for a class without a rotary base.
+    """
+
+    directory: Path
+    dialect: Dialect
+
+
+def tiny_model(model_type: str, change: Mapping[str, object], cache: Path) -> Tiny:
+    """The tiny model of a type, made if it is not there yet.
+
+    :param change: config keys that a probe sets otherwise.
+    :raises ModelError: the class is not text-only, or does not get tiny.
+    :raises Exception: whatever transformers says to a config that it cannot instantiate.
+    """
+    kind = CONFIG_MAPPING[model_type]
+    if other := sorted(_OTHER_SENSES & set(getattr(kind, "sub_configs", None) or {})):
+        raise ModelError(f"not text-only: its config has {', '.join(other)}")
+    table = load_table()
+    sources = digest_files([Path(__file__), Path(str(generate.__file__))])
+    said = [model_type, dict(change), table.model_dump()]
+    key = content_key("census", said, sources, transformers.__version__)
+    directory = publish(cache / "models" / key, lambda out: _generate(model_type, change, table, out))
+    rotary = "rope_theta" in read_config(directory)
+    return Tiny(directory, "hub" if rotary else "v5")
+
+
+def settings(model_type: str, table: Table) -> dict[str, object]:
+    """The keys of the table that a class has, and the values it is to have."""
+    fields = CONFIG_MAPPING[model_type].__dataclass_fields__
+    given: dict[str, object] = {
+        key: value for key, value in table.shrink_given.items() if key in fields and _default(fields[key])
+    }
+    found: dict[str, object] = {key: value for key, value in table.shrink.items() if key in fields}
+    override = table.override.get(model_type, Override())
+    return found | given | override.set | dict.fromkeys(override.null)
+
+
+def _default(field: Any) -> bool:
+    return field.default is not None
+
+
+def tiny_config(model_type: str, change: Mapping[str, object], table: Table) -> Any:
+    """A configuration object that transformers can instantiate.
+
+    :raises Exception: what transformers said to the first attempt, when it refuses every one.
+    """
+    kind: Any = CONFIG_MAPPING[model_type]
+    refused: Exception | None = None
+    base = settings(model_type, table)
+    for row in [{}, *table.fallback]:
+        fallback = {key: value for key, value in row.items() if key in base}
+        try:
+            config = kind(**base | fallback | dict(change))
+            _set_rotary(config, table.rotary)
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        except Exception as error:  # strict dataclasses and modules each refuse in a way of their own
+            refused = refused or error
+            continue
+        if (count := sum(tensor.numel() for tensor in model.state_dict().values())) > LARGEST:
+            name, largest = max(model.state_dict().items(), key=lambda item: item[1].numel())
+            raise ModelError(f"does not get tiny: {count} parameters, {name} {list(largest.shape)}")
+        return config
+    assert refused is not None
+    raise refused
+
+
+def _set_rotary(config: Any, rotary: Mapping[str, float]) -> None:
+    """Another rotary base, where the class has one; a rotary dictionary by layer type keeps its own."""
+    parameters = getattr(config, "rope_parameters", None)
+    if isinstance(parameters, dict) and "rope_theta" in parameters:
+        config.rope_parameters = {**parameters, **rotary}
+
+
+def _generate(model_type: str, change: Mapping[str, object], table: Table, out: Path) -> None:
+    config = tiny_config(model_type, change, table)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    fill(model.float())
+    model.save_pretrained(out)  # not our own file: some classes have other names on disk than in memory
+    _as_hub(out)
+
+
+def fill(model: nn.Module) -> None:
+    """Every parameter from :func:`tensor_values`, and every buffer that is all 0 or all 1.
+
+    Where the fresh value is 0 the module adds what it needs by itself, so that the weight is centred there: 0.2·N;
+    where it is 1, 1 + 0.2·N. Buffers of another content are tables that the class computed.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            zero, one = bool((tensor == 0).all()), bool((tensor == 1).all())
+            if tensor.is_floating_point() and (name in parameters or zero or one):
+                tensor.copy_(values(name, tensor, 1 if zero else 0))
+
+
+def values(name: str, tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    """The generated values of a tensor, a scalar as a vector of one."""
+    shape = tuple(tensor.shape) or (1,)
+    return torch.from_numpy(tensor_values(name, shape, offset)).reshape(tensor.shape)
+
+
+def check_filled(model: nn.Module) -> None:
+    """:raises ModelError: a loaded model has a parameter that is not the generated one: transformers did not find it
+    in the file that it wrote, and made one up."""
+    state = model.state_dict()
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters():
+        if parameter.data_ptr() in seen:
+            continue
+        seen.add(parameter.data_ptr())
+        aliases = [other for other, tensor in state.items() if tensor.data_ptr() == parameter.data_ptr()]
+        made = [values(alias, parameter, offset).to(parameter) for alias in aliases for offset in (0, 1)]
+        if not any(torch.equal(parameter, tensor) for tensor in made):
+            raise ModelError(f"transformers does not load {name} as it saved it")
+
+
+def _as_hub(out: Path) -> None:
+    """Rewrite ``config.json`` with its rotary parameters as hub files have them, where that says the same."""
+    path = out / "config.json"
+    saved = read_config(out)
+    rotary = hub_rotary(saved.get("rope_parameters"))
+    if rotary is None:
+        return
+    before = transformers.AutoConfig.from_pretrained(out).to_dict()
+    hub = {key: value for key, value in saved.items() if key != "rope_parameters"} | rotary
+    path.write_text(json.dumps(hub, indent=2) + "\n", encoding="utf-8")
+    after = transformers.AutoConfig.from_pretrained(out).to_dict()
+    if after.get("rope_parameters") != before.get("rope_parameters"):
+        path.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+
+
+def hub_rotary(parameters: Any) -> dict[str, object] | None:
+    """Rotary parameters as hub files spell them at their top level; None where there is no such spelling.
+
+    Hub files of families that turn windowed layers otherwise than the rest say so in ``rope_local_base_freq``.
+    """
+    if not isinstance(parameters, dict) or not parameters:
+        return None
+    if set(parameters) == {"full_attention", "sliding_attention"}:
+        whole, local = hub_rotary(parameters["full_attention"]), hub_rotary(parameters["sliding_attention"])
+        if whole is None or local is None or set(local) != {"rope_theta"} or "rope_scaling" in whole:
+            return None
+        return whole | {"rope_local_base_freq": local["rope_theta"]}
+    if "rope_theta" not in parameters:
+        return None
+    top = {key: value for key, value in parameters.items() if key in ("rope_theta", "partial_rotary_factor")}
+    if parameters.get("rope_type", "default") == "default":
+        return top
+    return top | {"rope_scaling": {key: value for key, value in parameters.items() if key not in top}}

@@ -1,0 +1,90 @@
+"""The record of an auto-config census: ``rust_outputs/census/<version>.json``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from candle_mi_parity.errors import CensusError
+from candle_mi_parity.spec.paths import ROOT
+from candle_mi_parity.trace.trace import CandleMi, read_json
+
+FORMAT: Literal["candle-mi-parity/census/1"] = "candle-mi-parity/census/1"
+STORED = ROOT / "rust_outputs" / "census"
+
+Reader = Literal["hf", "auto"]
+Outcome = Literal["refused", "same", "different", "not-asked"]
+OUTCOMES: tuple[Outcome, ...] = ("different", "same", "refused", "not-asked")
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Entry(Part):
+    """One class.
+
+    :ivar reason: why it is refused or not asked; what to know of a comparison.
+    :ivar dialect: of the ``config.json`` that was asked about; None when nothing was made.
+    :ivar reader: candle-mi's function that read it; None when it was not asked.
+    :ivar compared: number of tensors compared; 1 is the logits alone.
+    :ivar first: the first tensor past the gate, in execution order.
+    :ivar ratio: its ratio in units where 8 is the gate, three digits; None where it is not a finite number.
+    :ivar logits_ratio: the same of the logits.
+    :ivar probes: what came of the same class with other config values; probe → outcome.
+    :ivar unread: of a class that is ``different``, the tensors without which candle-mi computes the very same logits.
+    """
+
+    model_type: str
+    class_name: str
+    outcome: Outcome
+    reason: str = ""
+    dialect: Literal["hub", "v5"] | None = None
+    reader: Reader | None = None
+    compared: int = 0
+    first: str | None = None
+    ratio: float | None = None
+    logits_ratio: float | None = None
+    probes: dict[str, Outcome] = {}
+    unread: list[str] = []
+
+
+class Census(Part):
+    """``rust_outputs/census/<version>.json``: every mapped class once, sorted by model type.
+
+    :ivar counts: outcome → number of classes.
+    """
+
+    format: Literal["candle-mi-parity/census/1"]
+    candle_mi: CandleMi
+    transformers: str
+    counts: dict[Outcome, int]
+    classes: list[Entry]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Census:
+        names = [entry.model_type for entry in self.classes]
+        if names != sorted(set(names)):
+            raise ValueError("classes are not sorted, or one is given twice")
+        if self.counts != count(self.classes):
+            raise ValueError(f"counts {self.counts} are not those of the classes")
+        return self
+
+
+def count(entries: list[Entry]) -> dict[Outcome, int]:
+    return {outcome: sum(entry.outcome == outcome for entry in entries) for outcome in OUTCOMES}
+
+
+def read_census(path: Path) -> Census:
+    """A stored census.
+
+    :raises TraceError: unreadable JSON.
+    :raises CensusError: not what the schema says.
+    """
+    try:
+        return Census.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CensusError(f"{path}: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}") from error

@@ -1,0 +1,225 @@
+"""The flat reference JSON: what the user's ``sae_validation.py`` writes and candle-mi's ``validate_sae.rs`` reads.
+
+Twenty keys about one SAE at one hook and the last position. :func:`write_reference` makes one from the oracle;
+:func:`judge_reference` checks one that came from anywhere. Such a file has no provenance: alone it proves nothing.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from candle_mi_parity.compare.compare import compare
+from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.errors import CaseTableError, TraceError
+from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.prepared_case import Subject, tokenizer
+from candle_mi_parity.models.resolve import as_model
+from candle_mi_parity.models.sae import load_npz
+from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.spec.cases import Case, SaeFile
+from candle_mi_parity.trace.trace import Feature, InMemory, Selection, read_json
+from candle_mi_parity.trace.truth import Truth
+
+FIRST = 10
+"""How many leading values of a vector the file keeps."""
+
+Value = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Reference(BaseModel):
+    """The file, keys in its own order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model_id: str
+    prompt: str
+    hook_layer: Annotated[int, Field(ge=0)]
+    hook_name: str
+    sae_repo: str
+    sae_npz_path: str
+    d_in: Annotated[int, Field(ge=1)]
+    d_sae: Annotated[int, Field(ge=1)]
+    architecture: str
+    tokens: list[str]
+    n_tokens: int
+    reconstruction_mse: Value
+    n_active_last_pos: int
+    top_features_last_pos: list[Feature]
+    resid_last_first10: list[Value]
+    encoded_last_first10: list[Value]
+    decoded_last_first10: list[Value]
+    resid_last_norm: Value
+    encoded_last_norm: Value
+    decoded_last_norm: Value
+
+
+def read_reference(path: Path) -> Reference:
+    """:raises TraceError: not JSON, or not these keys and types; names the first that is wrong."""
+    try:
+        return Reference.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise TraceError(f"{path}: {one_line(where) or 'document'}: {one_line(first['msg'])}") from error
+
+
+def reference_case(model: str, sae: str, layer: int, prompt: str) -> Case:
+    """The case of a model, an SAE (an NPZ file, or ``REPO:PATH`` on the hub) at a layer, and a prompt."""
+    if Path(sae).expanduser().is_file() or ":" not in sae:
+        file = SaeFile(path=str(Path(sae).expanduser().resolve()), layer=layer)
+    else:
+        repo, _, path = sae.partition(":")
+        file = SaeFile(path=path, layer=layer, repo=repo, revision="main")
+    return Case(id=f"{model}/reference", model=as_model(model), text=prompt, sae=file, lane="hub")
+
+
+def case_of(reference: Reference) -> Case:
+    """The case that a file claims to be about.
+
+    :raises ParityError: what it names is no model or no SAE.
+    """
+    try:
+        path = Path(reference.sae_repo) / reference.sae_npz_path
+        sae = str(path) if path.is_file() else f"{reference.sae_repo}:{reference.sae_npz_path}"
+        return reference_case(reference.model_id, sae, reference.hook_layer, reference.prompt)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, the home of nobody
+        raise TraceError(f"reference: sae_repo or sae_npz_path: {one_line(str(error))}") from error
+
+
+def is_last_layer(subject: Subject, layer: int) -> bool:
+    """Whether ``hidden_states[layer + 1]`` would be after the final norm, and not ``resid_post``."""
+    return layer + 1 == read_config(subject.model_dir)["num_hidden_layers"]
+
+
+def token_strings(subject: Subject) -> list[str]:
+    """The tokens as the script prints them: ASCII, anything else a question mark."""
+    tokens = tokenizer(subject.model_dir).convert_ids_to_tokens(subject.tokens[0])
+    return [token.encode("ascii", errors="replace").decode() for token in tokens]
+
+
+def make_reference(oracle: Oracle, model: str, sae: str, top_k: int) -> dict[str, Any]:
+    """The twenty keys from the float64 truth, in the script's order.
+
+    :param top_k: number of features listed, at most those that are active.
+    """
+    subject = oracle.subject
+    case = subject.case
+    if not isinstance(case.sae, SaeFile) or case.text is None or subject.sae_file is None:
+        raise CaseTableError(f"{case.id}: a reference needs a prompt and an SAE")
+    truth = oracle.truth()
+    weights = load_npz(subject.sae_file)
+    resid, encoded, decoded = (
+        tensor[0, -1]
+        for tensor in (
+            truth.sae["sae"].residual,
+            truth.tensors["sae.features"].value,
+            truth.tensors["sae.recon"].value,
+        )
+    )
+    active = int(np.count_nonzero(encoded > 0))
+    order = np.argsort(-encoded, kind="stable")[: min(top_k, active)]
+    tokens = token_strings(subject)
+    repo, path = (case.sae.repo, case.sae.path) if case.sae.repo else (str(Path(sae).parent), Path(sae).name)
+    reference = Reference(
+        model_id=model,
+        prompt=case.text,
+        hook_layer=case.sae.layer,
+        hook_name=case.sae.hook,
+        sae_repo=str(repo),
+        sae_npz_path=path,
+        d_in=weights.d_in,
+        d_sae=weights.d_sae,
+        architecture=weights.architecture,
+        tokens=tokens,
+        n_tokens=len(tokens),
+        reconstruction_mse=truth.scalars["sae.reconstruction_mse"][0],
+        n_active_last_pos=active,
+        top_features_last_pos=[Feature(index=int(i), value=float(encoded[i])) for i in order],
+        resid_last_first10=resid[:FIRST].tolist(),
+        encoded_last_first10=encoded[:FIRST].tolist(),
+        decoded_last_first10=decoded[:FIRST].tolist(),
+        resid_last_norm=float(np.linalg.norm(resid)),
+        encoded_last_norm=float(np.linalg.norm(encoded)),
+        decoded_last_norm=float(np.linalg.norm(decoded)),
+    )
+    return reference.model_dump()
+
+
+def judge_reference(reference: Reference, oracle: Oracle) -> list[TensorResult]:
+    """Every number of the file against the truth computed here; the words first.
+
+    :raises TraceError: tokens, widths, architecture or hook are another's: before any number.
+    """
+    subject = oracle.subject
+    assert subject.sae_file is not None and subject.case.sae is not None
+    weights = load_npz(subject.sae_file)
+    tokens = token_strings(subject)
+    expected = {
+        "hook_name": subject.case.sae.hook,
+        "d_in": weights.d_in,
+        "d_sae": weights.d_sae,
+        "architecture": weights.architecture,
+        "tokens": tokens,
+        "n_tokens": len(tokens),
+    }
+    for key, value in expected.items():
+        if (found := getattr(reference, key)) != value:
+            raise TraceError(f"reference: {key} is {one_line(repr(found))}, expected {one_line(repr(value))}")
+    truth = oracle.truth()
+    given = _in_memory(reference, truth, len(tokens))
+    results = compare(truth, given, weights.W_dec, set(given.entries))
+    judged = {result.name: result for result in results}
+    hook = judged[subject.case.sae.hook]
+    if hook.status is Status.FAIL and is_last_layer(subject, subject.case.sae.layer):
+        normed = truth.tensors["hook_final_norm"].value[0, -1, :FIRST]
+        if np.allclose(normed, reference.resid_last_first10, rtol=1e-4):
+            hint = "equals hook_final_norm: hidden_states[-1] is after the final norm, not resid_post"
+            judged[hook.name] = TensorResult(**(vars(hook) | {"detail": hint}))
+    return list(judged.values())
+
+
+def environment() -> dict[str, str]:
+    """What the script prints first, so that a file can be traced to the machine that made it."""
+    cuda = torch.cuda.is_available()
+    lines = {
+        "Python": sys.version.replace("\n", " "),
+        "Platform": platform.platform(),
+        "PyTorch": torch.__version__,
+        "CUDA avail": str(cuda),
+    }
+    if cuda:
+        lines |= {"CUDA version": str(torch.version.cuda), "GPU": torch.cuda.get_device_name(0)}
+    return lines | {"transformers": transformers.__version__, "numpy": np.__version__}
+
+
+def _in_memory(reference: Reference, truth: Truth, n_tokens: int) -> InMemory:
+    """The file's vectors as parts of the tensors that they come from."""
+
+    def part(name: str, values: list[float]) -> tuple[np.ndarray, Selection]:
+        columns = list(range(len(values)))
+        shape = list(truth.tensors[name].value.shape)
+        selection = Selection(shape=shape, rows=[n_tokens - 1], columns=columns)
+        return np.array(values, np.float32).reshape(1, 1, -1), selection
+
+    arrays = {
+        truth.meta["sae_hook"]: part(truth.meta["sae_hook"], reference.resid_last_first10),
+        "sae.features": part("sae.features", reference.encoded_last_first10),
+        "sae.recon": part("sae.recon", reference.decoded_last_first10),
+    }
+    scalars = {
+        "sae.reconstruction_mse": reference.reconstruction_mse,
+        "sae.n_active_last_pos": float(reference.n_active_last_pos),
+        "sae.resid_last_norm": reference.resid_last_norm,
+        "sae.encoded_last_norm": reference.encoded_last_norm,
+        "sae.decoded_last_norm": reference.decoded_last_norm,
+    }
+    return InMemory(dict(arrays), "float32", scalars, reference.top_features_last_pos)

@@ -1,0 +1,70 @@
+"""A safetensors file that is read tensor by tensor, or box by box, and never stays in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from candle_mi_parity.files.untrusted import require_regular
+
+WINDOW = 32 << 20
+"""Bytes after which the file is mapped anew: what was read of a mapping counts as memory until then."""
+MAX_HEADER = 16 << 20
+"""Bytes; some 100,000 tensors. safetensors itself stops at 100 MB, of which parsing makes a gigabyte."""
+
+
+class TensorFile:
+    """Opened at the first read; raises what safetensors raises."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: Any = None
+        self._read = 0
+
+    def tensor(self, key: str) -> np.ndarray:
+        return self._counted(np.asarray(self._opened().get_tensor(key)))
+
+    def box(self, key: str, box: tuple[slice, ...]) -> np.ndarray:
+        return self._counted(np.asarray(self._opened().get_slice(key)[box]))
+
+    def kind(self, key: str) -> tuple[str, list[int]]:
+        """The dtype, as safetensors spells it, and the shape."""
+        part = self._opened().get_slice(key)
+        return str(part.get_dtype()), list(part.get_shape())
+
+    def raw(self, key: str) -> bytes:
+        """A tensor's bytes, of a format that numpy has not."""
+        self._opened()  # safetensors has judged the header
+        with self._path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            start, end = json.loads(file.read(size))[key]["data_offsets"]
+            file.seek(8 + size + start)
+            return file.read(end - start)
+
+    def keys(self) -> set[str]:
+        return set(self._opened().keys())
+
+    def metadata(self) -> dict[str, str]:
+        return dict(self._opened().metadata() or {})
+
+    def _opened(self) -> Any:
+        if self._file is None:
+            self._check_header()
+            self._file, self._read = safe_open(self._path, framework="numpy"), 0
+        return self._file
+
+    def _check_header(self) -> None:
+        require_regular(self._path)
+        with self._path.open("rb") as file:
+            if (size := int.from_bytes(file.read(8), "little")) > MAX_HEADER:
+                raise SafetensorError(f"a header of {size} bytes, more than {MAX_HEADER}")
+
+    def _counted(self, array: np.ndarray) -> np.ndarray:
+        self._read += array.nbytes
+        if self._read > WINDOW:
+            self._file = None
+        return array

@@ -1,0 +1,170 @@
+"""Generated models: a fixture's config, and weights that a hash of each tensor's name decides.
+
+The same bits on every machine, and never in memory whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from candle_mi_parity.errors import ModelError
+from candle_mi_parity.files.cache import content_key, publish
+from candle_mi_parity.spec.cases import TinyModel
+from candle_mi_parity.spec.families import family_of
+from candle_mi_parity.spec.paths import FIXTURES
+
+GENERATOR = 1
+"""Raise it when the generated weights change: it is part of every cache key."""
+
+
+def tiny_config(model: TinyModel) -> dict[str, object]:
+    """``config.json`` of a generated model as a hub file has it: the fixture's, with what the case changes.
+
+    :raises ModelError: when the case leaves out a key that the fixture does not have; it would test nothing.
+    """
+    config: dict[str, object] = json.loads((FIXTURES / model.config).read_text(encoding="utf-8"))
+    config |= model.change
+    config |= dict.fromkeys(model.null)
+    if idle := [key for key in model.absent if key not in config]:
+        raise ModelError(f"{model.config} has no {', '.join(idle)} to leave out")
+    return {key: value for key, value in config.items() if key not in model.absent}
+
+
+def generated_model(config: dict[str, object], dialect: str, cache: Path, shards: int = 1) -> Path:
+    """The directory of a generated model, made if it is not there yet.
+
+    :param config: as a hub file has it; with dialect ``v5`` it is written as the installed transformers saves it.
+    """
+    key = content_key("tiny", GENERATOR, config, dialect, shards, transformers_version(dialect))
+    return publish(cache / "models" / key, lambda out: _generate(config, dialect, shards, out))
+
+
+def transformers_version(dialect: str) -> str:
+    """The v5 dialect is whatever the installed transformers writes, so its version is part of the content."""
+    if dialect == "hub":
+        return ""
+    import transformers
+
+    return str(transformers.__version__)
+
+
+def _generate(hub: dict[str, object], dialect: str, shards: int, out: Path) -> None:
+    """The tensors that transformers expects for the config, filled by :func:`tensor_stretches`."""
+    import torch
+    import transformers
+
+    offset = family_of(str(hub["model_type"])).norm_offset
+    write_config(hub, dialect, out)
+    config = transformers.AutoConfig.from_pretrained(out)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight")
+    stretches = partial(tensor_stretches, norm_offset=offset)
+    if shards == 1:
+        write_safetensors(out / "model.safetensors", shapes, stretches)
+        return
+    names = sorted(shapes)
+    files = {f"model-{i + 1:05}-of-{shards:05}.safetensors": names[i::shards] for i in range(shards)}
+    sizes = [
+        write_safetensors(out / file, {name: shapes[name] for name in held}, stretches)
+        for file, held in files.items()
+    ]
+    index = {
+        "metadata": {"total_size": sum(sizes)},
+        "weight_map": {name: file for file, held in files.items() for name in held},
+    }
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_config(hub: dict[str, object], dialect: str, out: Path) -> None:
+    """``config.json`` as a hub file has it, or as the installed transformers saves the same configuration."""
+    if dialect == "hub":
+        (out / "config.json").write_text(json.dumps(hub, indent=2) + "\n", encoding="utf-8")
+        return
+    import transformers
+
+    settings = {name: value for name, value in hub.items() if name != "model_type"}
+    transformers.AutoConfig.for_model(str(hub["model_type"]), **settings).save_pretrained(out)
+
+
+def tensor_stretches(name: str, shape: tuple[int, ...], norm_offset: int) -> Iterator[np.ndarray]:
+    """Weights of a generated tensor, float32 in row-major order, a stretch at a time.
+
+    Norm weights are 1 + 0.2·N (0.2·N where the norm adds the 1 itself), biases 0.1·N, matrices N/sqrt(fan_in):
+    nothing is zero or at a default, so a dropped bias or an ignored weight shows.
+    """
+    for normal in normal_numbers(f"{GENERATOR}:{name}", math.prod(shape)):
+        if name.endswith(".bias"):
+            values = 0.1 * normal
+        elif len(shape) == 1:
+            values = (1 - norm_offset) + 0.2 * normal
+        else:
+            values = normal / math.sqrt(shape[-1])
+        yield values.astype(np.float32)
+
+
+def tensor_values(name: str, shape: tuple[int, ...], norm_offset: int) -> np.ndarray:
+    """The same in one array."""
+    return np.concatenate([*tensor_stretches(name, shape, norm_offset)]).reshape(shape)
+
+
+def seeded_words(name: str, count: int) -> np.ndarray:
+    """``count`` uniform 64-bit words, little-endian, from the raw PCG64 stream that ``name`` seeds."""
+    return np.asarray(bit_stream(name).random_raw(count), dtype="<u8")
+
+
+STRETCH = 1 << 16
+"""Numbers that are made at a time."""
+
+Stretches = Callable[[str, tuple[int, ...]], Iterator[np.ndarray]]
+"""A tensor's name and shape → its float32 values in row-major order, a stretch at a time."""
+
+
+def bit_stream(name: str) -> np.random.PCG64:
+    """The raw PCG64 stream, which numpy guarantees, that a name seeds."""
+    return np.random.PCG64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
+
+
+def normal_numbers(name: str, count: int) -> Iterator[np.ndarray]:
+    """``count`` numbers N(0, 1), float64, in stretches.
+
+    Each is the sum of twelve 16-bit integers minus its mean (Irwin-Hall: deviation 1), exact in float32.
+    """
+    stream, lanes, low = bit_stream(name), np.uint64(0x0000FFFF0000FFFF), np.uint64(0xFFFFFFFF)
+    for start in range(0, count, STRETCH):
+        words = stream.random_raw(3 * min(STRETCH, count - start))
+        # Four integers a word: two lanes of 32 bits take the sums of the twelve, which stay below 2²⁰.
+        pairs = (words & lanes) + ((words >> np.uint64(16)) & lanes)
+        sums = pairs[0::3] + pairs[1::3] + pairs[2::3]
+        yield (((sums & low) + (sums >> np.uint64(32))).astype(np.float64) - 12 * 65535 // 2) / 65536.0
+
+
+def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], values: Stretches) -> int:
+    """A safetensors file of float32 tensors, byte for byte what ``save_file(..., metadata={"format": "pt"})`` writes.
+
+    :returns: bytes of its tensors.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in sorted(shapes.items()):
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in sorted(shapes.items()):
+            for stretch in values(name, shape):
+                file.write(np.ascontiguousarray(stretch, "<f4").data)
+        if file.tell() != 8 + len(text) + end:
+            raise OSError(f"{path}: {file.tell() - 8 - len(text)} bytes of tensors, {end} announced")
+    return end

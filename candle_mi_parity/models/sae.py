@@ -1,0 +1,201 @@
+"""An SAE as weights: Gemma Scope's NPZ layout or a directory of SAELens, read, checked, and for tests generated."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from candle_mi_parity.errors import SaeError
+from candle_mi_parity.files.cache import content_key, publish
+from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.files.npz import read_npz
+from candle_mi_parity.models.checkpoint import local_path
+from candle_mi_parity.models.generate import tensor_values
+from candle_mi_parity.models.hub import fetch_sae
+from candle_mi_parity.models.saelens import CONFIG, WEIGHTS, Normalization, read_directory, saelens_files
+from candle_mi_parity.spec.cases import SaeFile, SaelensDirectory, ScopeSae
+from candle_mi_parity.spec.paths import FIXTURES
+
+_REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec")
+
+
+@dataclass(frozen=True)
+class Sae:
+    """An SAE, float32: ``W_enc`` [d_in, d_sae], ``W_dec`` [d_sae, d_in], biases, θ or None.
+
+    :ivar k: number of features that TopK keeps; None for JumpReLU and ReLU.
+    :ivar centred: whether ``b_dec`` is taken from the input.
+    :ivar normalize: what is done to the input, and undone on the reconstruction.
+    :ivar by_decoder_norm: whether pre-activations are multiplied by ‖W_dec row‖ before TopK selects, and features
+        divided by it again before they are decoded.
+    """
+
+    W_enc: np.ndarray
+    W_dec: np.ndarray
+    b_enc: np.ndarray
+    b_dec: np.ndarray
+    threshold: np.ndarray | None
+    k: int | None = None
+    centred: bool = False
+    normalize: Normalization = "none"
+    by_decoder_norm: bool = False
+
+    @property
+    def d_in(self) -> int:
+        return int(self.W_enc.shape[0])
+
+    @property
+    def d_sae(self) -> int:
+        return int(self.W_enc.shape[1])
+
+    @property
+    def architecture(self) -> str:
+        if self.k is not None:
+            return "TopK"
+        return "ReLU" if self.threshold is None else "JumpReLU"
+
+    @property
+    def decoder(self) -> np.ndarray:
+        """What one unit of each feature adds to the reconstruction, before normalisation is undone: [d_sae, d_in]."""
+        rows: np.ndarray = self.W_dec.astype(np.float64)
+        return rows / np.linalg.norm(rows, axis=-1, keepdims=True) if self.by_decoder_norm else rows
+
+
+def sae_path(sae: SaeFile | SaelensDirectory | ScopeSae, width: int, cache: Path) -> Path:
+    """Where an SAE is on this machine: a file, generated, or downloaded when it lives on the hub, or a generated
+    directory.
+
+    :param width: the model's hidden size, which a generated SAE takes for its ``d_in``.
+    :raises SaeError: when it is not there.
+    :raises HubError: when the hub does not give it.
+    """
+    if isinstance(sae, SaelensDirectory):
+        key = content_key("saelens", sae.model_dump(), width)
+        return publish(cache / "saes" / key, lambda out: _generate(sae, width, out))
+    if isinstance(sae, ScopeSae):
+        key = content_key("scope", sae.d_sae, sae.threshold, width)
+        return publish(cache / "saes" / key, lambda out: _generate_scope(sae, width, out)) / "params.npz"
+    if sae.repo is None:
+        path = local_path(sae.path, SaeError)
+        path = path if path.is_absolute() else FIXTURES / path
+        if not path.exists():
+            raise SaeError(f"SAE file {path} does not exist")
+        return path
+    return fetch_sae(sae)[0]
+
+
+def sae_files(path: Path) -> list[Path]:
+    """The files that an SAE is read from."""
+    return saelens_files(path) if path.is_dir() else [path]
+
+
+def _generate(sae: SaelensDirectory, width: int, out: Path) -> None:
+    """Weights that excite every field: decoder rows of different norms, no bias or threshold at zero."""
+    encoder = tensor_values("sae.W_enc", (sae.d_sae, width), 0)
+    decoder = 0.2 * encoder + 0.1 * tensor_values("sae.W_dec", (sae.d_sae, width), 0)
+    arrays = {
+        "W_enc": encoder.T,
+        "W_dec": decoder * np.linspace(0.5, 2.0, sae.d_sae)[:, None],
+        "b_enc": tensor_values("sae.b_enc.bias", (sae.d_sae,), 0),
+        "b_dec": 3 * tensor_values("sae.b_dec.bias", (width,), 0),
+    }
+    if sae.threshold is not None:
+        arrays["threshold"] = np.abs(tensor_values("sae.threshold", (sae.d_sae,), 1)) + np.float32(sae.threshold)
+    if sae.scaling_factor:
+        arrays["scaling_factor"] = np.ones(sae.d_sae)
+    import torch
+    from safetensors.torch import save_file  # numpy has no bfloat16
+
+    dtype: torch.dtype = getattr(torch, sae.weights)
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(dtype) for name, array in arrays.items()}
+    save_file(tensors, out / WEIGHTS[0])
+    (out / CONFIG).write_text(json.dumps({"d_in": width, "d_sae": sae.d_sae, **sae.cfg}, indent=2) + "\n")
+
+
+def _generate_scope(sae: ScopeSae, width: int, out: Path) -> None:
+    """``params.npz``: decoder rows near the encoder's columns, as in a trained SAE, and thresholds all different."""
+    encoder = tensor_values("sae.W_enc", (sae.d_sae, width), 0)
+    np.savez(
+        out / "params.npz",
+        W_enc=np.ascontiguousarray(encoder.T),
+        W_dec=np.float32(0.2) * encoder + np.float32(0.1) * tensor_values("sae.W_dec", (sae.d_sae, width), 0),
+        b_enc=tensor_values("sae.b_enc.bias", (sae.d_sae,), 0),
+        b_dec=tensor_values("sae.b_dec.bias", (width,), 0),
+        threshold=np.abs(tensor_values("sae.threshold", (sae.d_sae,), 1)) + np.float32(sae.threshold),
+    )
+
+
+def load_sae(path: Path) -> Sae:
+    """Read and check an NPZ or a SAELens directory.
+
+    :raises SaeError: whatever is wrong with it, in one line.
+    """
+    if not path.is_dir():
+        return load_npz(path)
+    config, arrays = read_directory(path)
+    jump = config.architecture == "jumprelu"
+    _check_arrays(path, arrays, {*_REQUIRED, "threshold"} if jump else {*_REQUIRED})
+    if jump != ("threshold" in arrays):
+        raise SaeError(f"{path}: architecture {config.architecture}, threshold {'given' if not jump else 'missing'}")
+    weights = _as_float32(path, arrays)
+    if weights["W_enc"].shape != (config.d_in, config.d_sae):
+        shape = weights["W_enc"].shape
+        raise SaeError(f"{path}: W_enc has shape {shape}, cfg.json says {(config.d_in, config.d_sae)}")
+    # SAELens fires where pre > θ and then takes ReLU, so a negative θ is one at zero.
+    threshold = np.maximum(weights["threshold"], 0) if jump else None
+    return Sae(
+        weights["W_enc"],
+        weights["W_dec"],
+        weights["b_enc"],
+        weights["b_dec"],
+        threshold=threshold,
+        k=None if config.k is None else min(config.k, config.d_sae),
+        centred=config.apply_b_dec_to_input,
+        normalize=config.normalize_activations,
+        by_decoder_norm=config.rescale_acts_by_decoder_norm,
+    )
+
+
+def load_npz(path: Path) -> Sae:
+    """Read and check an NPZ.
+
+    :raises SaeError: not an NPZ, pickled content, an array missing, unknown, of the wrong shape or dtype, or
+        not finite.
+    """
+    arrays = read_npz(path, SaeError)
+    _check_arrays(path, arrays, {*_REQUIRED, "threshold"})
+    weights = _as_float32(path, arrays)
+    return Sae(
+        weights["W_enc"], weights["W_dec"], weights["b_enc"], weights["b_dec"], threshold=weights.get("threshold")
+    )
+
+
+def _check_arrays(path: Path, arrays: dict[str, np.ndarray], known: set[str]) -> None:
+    if missing := [name for name in _REQUIRED if name not in arrays]:
+        raise SaeError(f"{path}: lacks {', '.join(missing)}; it holds {one_line(', '.join(arrays)) or 'nothing'}")
+    if unknown := sorted(set(arrays) - known):
+        said = one_line(", ".join(unknown))
+        raise SaeError(f"{path}: unknown arrays {said}; expected {', '.join(_REQUIRED)}, threshold")
+    for name, array in arrays.items():
+        if array.dtype not in (np.float32, np.float64):
+            raise SaeError(f"{path}: {name} is {array.dtype}, expected float32 or float64")
+    if arrays["W_enc"].ndim != 2:
+        raise SaeError(f"{path}: W_enc has shape {arrays['W_enc'].shape}, expected [d_in, d_sae]")
+    d_in, d_sae = arrays["W_enc"].shape
+    shapes = {"W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,), "threshold": (d_sae,)}
+    for name, shape in shapes.items():
+        if name in arrays and arrays[name].shape != shape:
+            raise SaeError(f"{path}: {name} has shape {arrays[name].shape}, expected {shape}")
+
+
+def _as_float32(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    # candle-mi computes its SAE in float32 whatever the file holds.
+    with np.errstate(over="ignore"):
+        weights = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
+    for name, array in weights.items():
+        if not np.isfinite(array).all():
+            raise SaeError(f"{path}: {name} holds NaN or Inf, or a value too large for float32")
+    return weights

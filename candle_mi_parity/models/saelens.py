@@ -1,0 +1,157 @@
+"""A directory as SAELens writes it: ``cfg.json`` and ``sae_weights.safetensors``, in the dialects of its versions.
+
+What a field means is what SAELens 6 does on loading it, its rules for files written before version 6 included
+(``sae_lens/loading/pretrained_sae_loaders.py``, ``sae_lens/saes/*.py``, version 6.54). A field that it acts on
+is honoured here or refused; a field that it keeps as a note is known by name; any other is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from candle_mi_parity.errors import SaeError
+from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.files.tensor_file import TensorFile
+from candle_mi_parity.files.untrusted import read_json, require_inside, require_memory
+
+CONFIG = "cfg.json"
+WEIGHTS = ("sae_weights.safetensors", "model.safetensors")
+"""In candle-mi's order of preference; SAELens itself reads the first alone."""
+
+_NOTES = {
+    *("architecture_version", "b_dec_init_method", "context_size", "d_head", "dataset_path", "device"),
+    *("dataset_trust_remote_code", "expansion_factor", "finetuning_scaling_factor", "hook_head_index", "hook_layer"),
+    *("hook_name", "hook_point", "hook_point_head_index", "hook_point_layer", "lora_scale", "metadata", "model_name"),
+    *("model_class_name", "model_from_pretrained_kwargs", "mse_loss_normalization", "neuronpedia_id", "prepend_bos"),
+    *("normalize_sae_decoder", "sae_lens_training_version", "sae_lens_version", "seed", "seqpos_slice"),
+    "tokens_per_buffer",
+}
+
+Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]
+
+
+class SaelensConfig(BaseModel):
+    """The fields of ``cfg.json`` that move numbers, by their names in version 6.
+
+    :ivar normalize_activations: what is done to the input, and undone on the reconstruction.
+    :ivar rescale_acts_by_decoder_norm: TopK selects by ``pre·‖W_dec row‖``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    d_in: int = Field(ge=1)
+    d_sae: int = Field(ge=1)
+    architecture: Literal["standard", "jumprelu", "topk"]
+    dtype: Literal["float32", "float64", "bfloat16", "float16"]
+    apply_b_dec_to_input: bool = True
+    normalize_activations: Normalization = "none"
+    reshape_activations: Literal["none"] = "none"
+    k: int | None = Field(default=None, ge=1)
+    rescale_acts_by_decoder_norm: bool = False
+
+
+def read_directory(path: Path) -> tuple[SaelensConfig, dict[str, np.ndarray]]:
+    """The config and the arrays, float64 that hold the values of the config's ``dtype``.
+
+    :raises SaeError: not such a directory, or a field or tensor that is unknown, missing, or not honoured here.
+    """
+    require_inside(path, SaeError)
+    config = _config(path / CONFIG)
+    tensors = _tensors(path, config)
+    scale = tensors.pop("scaling_factor", None)
+    if scale is not None and not bool(torch.allclose(scale, torch.ones_like(scale))):
+        raise SaeError(f"{path}: scaling_factor is not all ones, and SAELens 6 refuses such a file")
+    return config, {name: tensor.double().numpy() for name, tensor in tensors.items()}
+
+
+def saelens_files(path: Path) -> list[Path]:
+    """``cfg.json`` and the weights of a directory.
+
+    :raises SaeError: when either is not there.
+    """
+    weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    if weights is None or not (path / CONFIG).is_file():
+        raise SaeError(f"{path}: expected {CONFIG} and {' or '.join(WEIGHTS)}")
+    return [path / CONFIG, weights]
+
+
+def _config(path: Path) -> SaelensConfig:
+    raw = read_json(path, SaeError)
+    if not isinstance(raw, dict):
+        raise SaeError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    metadata = raw.get("metadata")
+    version = raw.get("sae_lens_version") or (
+        metadata.get("sae_lens_version") if isinstance(metadata, dict) else None
+    )
+    fields = {key: value for key, value in raw.items() if key not in _NOTES}
+    major = re.match(r"[0-9]{1,4}(?=\.|$)", version) if isinstance(version, str) else None
+    if major is None or int(major[0]) < 6:
+        fields = _before_version_6(path, fields)
+    if isinstance(fields.get("dtype"), str):
+        fields["dtype"] = fields["dtype"].removeprefix("torch.")
+    if fields.get("normalize_activations") == "expected_average_only_in":
+        raise SaeError(f"{path}: normalize_activations expected_average_only_in needs a scale that the file has not")
+    try:
+        config = SaelensConfig.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SaeError(f"{path}: {one_line('.'.join(map(str, first['loc'])))}: {one_line(first['msg'])}") from error
+    if (config.architecture == "topk") != (config.k is not None):
+        raise SaeError(f"{path}: architecture {config.architecture} with k = {config.k}")
+    if config.rescale_acts_by_decoder_norm and config.architecture != "topk":
+        raise SaeError(
+            f"{path}: rescale_acts_by_decoder_norm belongs to topk, the architecture is {config.architecture}"
+        )
+    return config
+
+
+def _before_version_6(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Old names and defaults, as SAELens 6 reads them."""
+    fields = dict(raw)
+    activation = fields.pop("activation_fn_str", fields.pop("activation_fn", "relu"))
+    arguments = fields.pop("activation_fn_kwargs", None) or {}
+    if activation not in ("relu", "topk", "jumprelu"):
+        raise SaeError(f"{path}: activation function {one_line(repr(activation))} is not one of relu, topk, jumprelu")
+    if not isinstance(arguments, dict):
+        raise SaeError(f"{path}: activation_fn_kwargs is {one_line(repr(arguments))}, expected an object")
+    fields.setdefault("architecture", "standard")
+    if "k" in arguments and (activation == "topk" or fields["architecture"] == "topk"):
+        fields |= {"architecture": "topk", "k": arguments["k"]}
+    elif activation != "relu" and fields["architecture"] == "standard":
+        raise SaeError(f"{path}: activation function {activation} with architecture standard, and no k")
+    normalize = fields.get("normalize_activations")
+    if normalize is None or isinstance(normalize, bool):
+        fields["normalize_activations"] = "expected_average_only_in" if normalize else "none"
+    return fields
+
+
+def _tensors(path: Path, config: SaelensConfig) -> dict[str, torch.Tensor]:
+    weights, dtype = saelens_files(path)[1], getattr(torch, config.dtype)
+    try:
+        _check_sizes(weights, config)
+        with safe_open(weights, framework="pt") as file:
+            return {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise SaeError(f"{weights}: not readable safetensors: {one_line(str(error))}") from error
+
+
+def _check_sizes(weights: Path, config: SaelensConfig) -> None:
+    """Before a tensor is read: all are floats, and no larger than an SAE of the config's widths has them."""
+    file, whole = TensorFile(weights), config.d_in * config.d_sae
+    require_memory(3 * 8 * whole, str(weights), SaeError)  # as stored, in float64, in float32
+    for name in sorted(file.keys()):
+        dtype, shape = file.kind(name)
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            raise SaeError(f"{weights}: {one_line(name)} is {dtype}, expected a float format")
+        if math.prod(shape) > whole:
+            raise SaeError(
+                f"{weights}: {one_line(name)} has shape {shape}, {CONFIG} says {(config.d_in, config.d_sae)}"
+            )

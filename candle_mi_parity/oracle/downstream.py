@@ -1,0 +1,111 @@
+"""What is computed behind the model, in the same float64 mode and with the same noise: logit lens and SAE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from candle_mi_parity.errors import SaeError
+from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.sae import load_sae
+from candle_mi_parity.oracle.hooks import Captured
+from candle_mi_parity.oracle.torch_sae import TorchSae
+from candle_mi_parity.spec.hook_points import is_lens
+from candle_mi_parity.trace.truth import SaeTruth, TruthTensor
+
+BITS = {"float32": 16, "float16": 11, "bfloat16": 8}
+
+
+def coarse(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Round to few significant bits, float32: near the truth, and the same bytes on every machine.
+
+    The last bits of a float64 sum depend on the machine; at float32's 24 bits one element in 10⁸ would then round
+    elsewhere and change the file's digest, at 16 bits one in 10¹¹. A narrower format gets what it can hold.
+    """
+    bits = BITS[dtype]
+    mantissa, exponent = np.frexp(values)
+    return np.ascontiguousarray(np.ldexp(np.round(mantissa * 2.0**bits), exponent - bits), np.float32)
+
+
+def unembed(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Final norm and unembedding, [B, T, d] → [B, T, V]: what candle-mi documents ``project_to_vocab`` to be.
+
+    Without the final softcap: in Gemma 2 the last layer's lens is not the logits, on either side.
+    """
+    logits: torch.Tensor = model.lm_head(model.model.norm(hidden))
+    return logits
+
+
+class Lens:
+    """The logit lens: every layer's output at the last position, projected onto the vocabulary.
+
+    The first call, the truth's, fixes the inputs; the samples are given the same.
+    """
+
+    def __init__(self, subject: Subject, model: nn.Module) -> None:
+        self._model, self._batch, self._dtype = model, len(subject.tokens), subject.case.dtype
+        self._inputs: Captured = {}
+
+    def __call__(self, captured: Captured) -> Captured:
+        for name in captured:
+            if is_lens(name) and name not in self._inputs:
+                last = coarse(captured[name][:, -1:].numpy(), self._dtype)
+                self._inputs[name] = torch.from_numpy(last.astype(np.float64))
+        rows = captured["logits"].shape[0] // self._batch
+        return {f"lens.{name}": unembed(self._model, x.repeat(rows, 1, 1)) for name, x in self._inputs.items()}
+
+
+class SaeChain:
+    """The SAE behind the model, on the model's own residual (``sae``) and on the truth's (``sae_on_truth``).
+
+    The samples keep the truth's active set: a feature that rounding may flip is judged by its margin, and must
+    not smear its decoder row over the noise of the reconstruction.
+
+    :raises SaeError: when the SAE does not fit the model.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        assert subject.case.sae is not None and subject.sae_file is not None
+        weights = load_sae(subject.sae_file)
+        width = read_config(subject.model_dir).get("hidden_size")
+        if weights.d_in != width:
+            raise SaeError(f"{subject.sae_file}: SAE has d_in {weights.d_in}, the model has hidden_size {width}")
+        self._hook = subject.case.sae.hook
+        self._batch = len(subject.tokens)
+        self._dtype = subject.case.dtype
+        self._sae = TorchSae(weights)
+        self._active: dict[str, torch.Tensor] = {}
+        self._fixed: torch.Tensor | None = None
+        self._k = weights.k or 0
+        self._threshold = np.zeros(weights.d_sae) if weights.threshold is None else weights.threshold.astype(float)
+
+    def __call__(self, captured: Captured) -> Captured:
+        resid = captured[self._hook]
+        if self._fixed is None:
+            self._fixed = torch.from_numpy(coarse(resid.numpy(), self._dtype).astype(np.float64))
+        rows = resid.shape[0] // self._batch
+        return self._encode("sae", resid, rows) | self._encode("sae_on_truth", self._fixed.repeat(rows, 1, 1), rows)
+
+    def _encode(self, name: str, resid: torch.Tensor, rows: int) -> Captured:
+        # An SAE is float32 whatever the model is: the cast tells the noise so.
+        pre = self._sae.pre_activations(resid.float())
+        active = self._active.setdefault(name, self._sae.active(pre))
+        features = torch.where(active.repeat(rows, 1, 1), pre, 0.0)
+        recon = self._sae.decode(features, resid.float())
+        mse = (resid - recon).pow(2).view(rows, -1).mean(-1)
+        return {
+            f"{name}.pre": pre,
+            f"{name}.features": features,
+            f"{name}.recon": recon,
+            f"{name}.reconstruction_mse": mse,
+        }
+
+    def truth(self, name: str, pre: TruthTensor, values: Captured) -> SaeTruth:
+        """What judging the features of a chain needs beside the tensors."""
+        assert self._fixed is not None
+        residual = values[self._hook] if name == "sae" else self._fixed
+        return SaeTruth(pre, self._threshold, residual.numpy(), self._k, self._sae.out_scale(residual).numpy())

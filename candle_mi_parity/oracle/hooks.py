@@ -1,0 +1,287 @@
+"""transformers with hooks: one forward pass, every hook point recorded under candle-mi's name.
+
+One attention function of ours, registered by name, computes attention the eager way for every family and
+records scores (scaled, before softcap and mask) and pattern. Everything else is a hook on a named module
+(:mod:`families`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+
+from candle_mi_parity.errors import ModelError, OracleError
+from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.models.quiet import quiet
+from candle_mi_parity.oracle.rounding import Float64
+from candle_mi_parity.spec.families import Family, family_of
+
+_ATTENTION = "candle_mi_parity"
+Captured = dict[str, torch.Tensor]
+Edits = Mapping[str, Sequence[Callable[[torch.Tensor], torch.Tensor]]]
+"""Hook → what is done to the tensor there, in order, each to what the one before left."""
+
+_recorder: ContextVar[Recorder] = ContextVar("recorder")
+
+
+class Recorder:
+    """What one forward pass left at the hook points, in execution order.
+
+    :ivar tensors: name → tensor.
+    :ivar allowed: layer → boolean [T, T], what the attention mask lets through.
+    :ivar attended: layer → boolean [H, T, T], what is left of that where the scores were edited.
+    :param edits: changes to what arrives at a hook, after it was recorded (candle-mi's ``Intervention``).
+    """
+
+    def __init__(self, edits: Edits | None = None) -> None:
+        self.tensors: Captured = {}
+        self.allowed: dict[int, torch.Tensor] = {}
+        self.attended: dict[int, torch.Tensor] = {}
+        self.edits = edits or {}
+        self._owed: Captured = {}
+
+    def at(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name in self.tensors:
+            raise OracleError(f"{name} fired twice in one forward pass")
+        if name.endswith("hook_resid_post") and (owed := self._owed.pop(name, None)) is not None:
+            tensor = tensor + owed
+        self.tensors[name] = tensor
+        edited = tensor
+        for edit in self.edits.get(name, ()):
+            edited = edit(edited)
+            if edited.shape != tensor.shape:
+                raise OracleError(f"an edit at {name} made {tuple(edited.shape)} of {tuple(tensor.shape)}")
+        if edited is not tensor and name.endswith("hook_resid_mid"):
+            # A hook on the norm sees the stream but cannot replace it for the residual sum that ends the layer.
+            self._owed[name.replace("resid_mid", "resid_post")] = edited - tensor
+        return edited
+
+
+def replacing(replacement: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The edit that puts a tensor [B, ...] in place of what arrives; samples share a pass as further rows."""
+    return lambda tensor: replacement.repeat(tensor.shape[0] // replacement.shape[0], *[1] * (replacement.dim() - 1))
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **unknown: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eager attention for every family: query [B,H,T,D], key and value [B,K,T,D], rotated, before repetition.
+
+    :raises OracleError: without a mask or a scale; causality would have to be guessed.
+    """
+    if unknown.get("s_aux") is not None:
+        raise OracleError(f"{type(module).__name__} passes attention sinks, which are not implemented here")
+    if attention_mask is None or scaling is None:
+        raise OracleError(f"{type(module).__name__} passes no attention mask or no scaling to its attention")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    recorder = _recorder.get()
+    arrived = scores
+    scores = recorder.at(f"blocks.{layer}.attn.hook_scores", scores)
+    allowed = attention_mask == 0
+    recorder.allowed[layer] = allowed[0, 0]
+    if scores is not arrived:
+        # A score of −∞ is a knocked-out edge: it has no weight, also behind a softcap, which would make it finite.
+        allowed = allowed & (scores != -torch.inf)
+        recorder.attended[layer] = allowed[0]
+        if not bool(allowed.any(-1).all()):
+            raise OracleError(f"layer {layer}: a query has all its keys knocked out; its softmax is NaN on any side")
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    pattern = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    pattern = recorder.at(f"blocks.{layer}.attn.hook_pattern", pattern)
+    return torch.matmul(pattern, value).transpose(1, 2).contiguous(), pattern
+
+
+@cache
+def our_attention() -> str:
+    """The name of :func:`attention`, known to transformers from now on.
+
+    Not when this module is imported: what registers is a part of transformers that takes seconds to import, and a
+    run whose truths are in the cache loads no model.
+    """
+    transformers.AttentionInterface.register(_ATTENTION, attention)
+    transformers.AttentionMaskInterface.register(_ATTENTION, transformers.masking_utils.eager_mask)
+    return _ATTENTION
+
+
+def load_model(
+    directory: Path, dtype: torch.dtype = torch.float64, device: str = "cpu", attention: str | None = None
+) -> nn.Module:
+    """The causal language model of a directory, in eval mode, with our attention or one of transformers' own.
+
+    In float64 it is also *loaded* under the float64 mode: rotary tables are computed at construction.
+
+    :raises ModelError: when transformers refuses the directory.
+    """
+    before = torch.get_default_dtype()
+    attention = attention or our_attention()
+    try:
+        import_model_code(directory)
+        torch.set_default_dtype(dtype)
+        with _mode_for(dtype), torch.no_grad(), quiet():
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype,
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except Exception as error:  # what a config that nobody vouches for makes of it
+        raise ModelError(f"transformers cannot load {directory}: {one_line(str(error))}") from error
+    finally:
+        torch.set_default_dtype(before)
+    return cast(nn.Module, model.to(device).eval())
+
+
+def import_model_code(directory: Path) -> None:
+    """What a module computes when it is imported is not to be computed under the float64 mode; raises what
+    transformers raises."""
+    with quiet():
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def _mode_for(dtype: torch.dtype) -> AbstractContextManager[object]:
+    return Float64() if dtype == torch.float64 else nullcontext()  # type: ignore[no-untyped-call]
+
+
+def forward(
+    model: nn.Module, tokens: torch.Tensor, edits: Edits | None = None, family: Family | None = None
+) -> Recorder:
+    """One forward pass with every hook point recorded, ``logits`` last.
+
+    :param tokens: int64 [B, T].
+    :param edits: see :class:`Recorder`; honoured at every hook, not at ``logits``.
+    :param family: where the hook points are; None looks it up by the model's own type.
+    """
+    recorder = Recorder(edits)
+    handles = _attach(model, recorder, family)
+    token = _recorder.set(recorder)
+    # One row of positions a sequence, so that samples that share a batch share no rotary noise.
+    positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
+    try:
+        with torch.no_grad():
+            logits = model(tokens, position_ids=positions, use_cache=False).logits
+    finally:
+        _recorder.reset(token)
+        for handle in handles:
+            handle.remove()
+    recorder.at("logits", logits)
+    return recorder
+
+
+def _attach(model: Any, recorder: Recorder, family: Family | None) -> list[Any]:
+    config = model.config
+    family = family or family_of(config.model_type)
+    handles = [
+        model.model.layers[0].register_forward_pre_hook(_input("hook_embed", recorder), with_kwargs=True),
+        model.model.norm.register_forward_hook(_output("hook_final_norm", recorder)),
+    ]
+    for index, layer in enumerate(model.model.layers):
+        for name, module, hook in _layer_hooks(f"blocks.{index}.", family, config, recorder):
+            target = layer.get_submodule(module) if module else layer
+            if name == "input":
+                handles.append(target.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                handles.append(target.register_forward_hook(hook))
+    return handles
+
+
+def _layer_hooks(
+    prefix: str, family: Family, config: Any, recorder: Recorder
+) -> Iterator[tuple[str, str, Callable[..., Any]]]:
+    """(side, module path, hook) of one layer, in execution order."""
+    yield "input", "", _input(f"{prefix}hook_resid_pre", recorder)
+    n_heads, n_kv = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    names = [f"{prefix}attn.hook_{letter}" for letter in "qkv"]
+    if family.qkv is not None:
+        yield "output", family.qkv, _fused(names, [n_heads, n_kv, n_kv], head_dim, recorder)
+    else:
+        for name, module in zip(names, (family.q, family.k, family.v), strict=True):
+            first = family.heads_first and name[-1] in "qk"
+            yield "output", module, _output(name, recorder) if first else _heads(name, head_dim, recorder)
+    yield "output", family.attn_out, _output(f"{prefix}hook_attn_out", recorder)
+    yield "input", family.resid_mid, _input(f"{prefix}hook_resid_mid", recorder)
+    yield "input", "mlp", _input(f"{prefix}mlp.hook_pre", recorder)
+    yield "output", "mlp", _output(f"{prefix}mlp.hook_post", recorder)
+    yield "output", family.mlp_out, _output(f"{prefix}hook_mlp_out", recorder)
+    yield "output", "", _output(f"{prefix}hook_resid_post", recorder)
+
+
+def _input(name: str, recorder: Recorder) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (recorder.at(name, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": recorder.at(name, kwargs["hidden_states"])}
+
+    return hook
+
+
+def _output(name: str, recorder: Recorder) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: Any, out: Any) -> Any:
+        if isinstance(out, tuple):
+            return (recorder.at(name, out[0]), *out[1:])
+        return recorder.at(name, out)
+
+    return hook
+
+
+def _heads(name: str, head_dim: int, recorder: Recorder) -> Callable[..., torch.Tensor]:
+    """[B,T,n·D] or [B,T,n,D] → [B,n,T,D], candle-mi's layout, and back."""
+
+    def hook(_module: nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
+        return _at_heads(name, out, head_dim, recorder)
+
+    return hook
+
+
+def _at_heads(name: str, out: torch.Tensor, head_dim: int, recorder: Recorder) -> torch.Tensor:
+    heads = out.reshape(*out.shape[:2], -1, head_dim).transpose(1, 2)
+    edited = recorder.at(name, heads)
+    return out if edited is heads else edited.transpose(1, 2).reshape(out.shape)
+
+
+def _fused(names: list[str], heads: list[int], head_dim: int, recorder: Recorder) -> Callable[..., torch.Tensor]:
+    def hook(_module: nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
+        parts = torch.split(out, [n * head_dim for n in heads], dim=-1)
+        left = [_at_heads(name, part, head_dim, recorder) for name, part in zip(names, parts, strict=True)]
+        same = all(one is other for one, other in zip(left, parts, strict=True))
+        return out if same else torch.cat(left, dim=-1)
+
+    return hook
+
+
+def modeling_files(model_type: str) -> list[Path]:
+    """transformers' own source files whose code makes the truth: the family's, and the rotary and mask helpers."""
+    family = f"transformers.models.{model_type}"
+    names = [f"{family}.modeling_{model_type}", f"{family}.configuration_{model_type}"]
+    names += ["transformers.modeling_rope_utils", "transformers.masking_utils", "transformers.activations"]
+    try:
+        found = [find_spec(name) for name in names]
+    except ImportError as error:
+        raise OracleError(f"this transformers has no model_type {model_type!r}: {error}") from error
+    files = [Path(spec.origin) for spec in found if spec is not None and spec.origin is not None]
+    if len(files) < len(names):
+        raise OracleError(f"this transformers has no model_type {model_type!r}: it has but {files}")
+    return files

@@ -1,0 +1,145 @@
+"""The torch side of a case's edits: the tensors that they bring, and what each makes of a hook's tensor.
+
+Written for any format and for samples that share a pass as further rows, so that the truth, its noise and the
+float32 control apply the same lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from candle_mi_parity.errors import CaseTableError
+from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.generate import seeded_words
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.sae import load_sae
+from candle_mi_parity.oracle.downstream import coarse
+from candle_mi_parity.oracle.hooks import Captured, Edits, forward, replacing
+from candle_mi_parity.oracle.rounding import Float64
+from candle_mi_parity.spec.edits import Add, Drawn, Edit, Inject, Knockout, PatchAt, Scale, Steer, Zero, tensor_key
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+def drawn_tensors(subject: Subject, model: nn.Module) -> dict[str, np.ndarray]:
+    """The tensors that a subject's edits bring, float32: the same bytes on every machine.
+
+    Shape and size come from the hook's tensor in the unedited float64 model; ``patch_at`` takes a vector [d].
+    """
+    wanted = [(index, edit) for index, edit in enumerate(subject.case.edits) if isinstance(edit, Drawn)]
+    if not wanted:
+        return {}
+    with Float64(), torch.no_grad():  # type: ignore[no-untyped-call]
+        there = forward(model, torch.tensor(subject.tokens)).tensors
+    drawn = {}
+    for index, edit in wanted:
+        tensor = there[edit.hook].numpy()
+        shape = tensor.shape[-1:] if isinstance(edit, PatchAt) else tensor.shape
+        words = seeded_words(f"edit:{edit.seed}", int(np.prod(shape)))
+        size = float(coarse(np.sqrt(np.square(tensor).mean(keepdims=True)), "bfloat16").flat[0])
+        uniform = (words / 2.0**63 - 1) * np.sqrt(3.0)
+        drawn[tensor_key(index)] = coarse((uniform * size * edit.size).reshape(shape), subject.case.dtype)
+    return drawn
+
+
+def edits_of(subject: Subject, drawn: Captured) -> Edits:
+    """What :func:`hooks.forward` is to do at each hook, in the order of the rows.
+
+    :param drawn: key → tensor of the edits that bring one, in the format and on the device of the model.
+    """
+    changes: dict[str, list[Change]] = {}
+    n_heads = int(str(read_config(subject.model_dir)["num_attention_heads"]))
+    for index, edit in enumerate(subject.case.edits):
+        change = _change(edit, drawn.get(tensor_key(index)), subject, n_heads)
+        changes.setdefault(edit.hook, []).append(change)
+    return changes
+
+
+def _change(edit: Edit, drawn: torch.Tensor | None, subject: Subject, n_heads: int) -> Change:
+    if isinstance(edit, Knockout):
+        return _knockout(edit.spec.chosen(n_heads, len(subject.tokens[0])))
+    if isinstance(edit, Steer):
+        chosen = edit.spec.chosen(n_heads, len(subject.tokens[0]))
+        return scale_steering(chosen, edit.value) if edit.how == "scale" else set_steering(chosen, edit.value)
+    if isinstance(edit, Scale):
+        return lambda tensor: _finite_only(tensor, tensor * edit.factor)
+    if isinstance(edit, Zero):
+        return torch.zeros_like
+    if isinstance(edit, Inject):
+        assert subject.sae_file is not None
+        return _injection(edit, subject.sae_file)
+    assert drawn is not None
+    if isinstance(edit, PatchAt):
+        return lambda tensor: torch.where(_is_position(tensor, edit.position), drawn, tensor)
+    if isinstance(edit, Add):
+        there = replacing(drawn)
+        return lambda tensor: _finite_only(tensor, tensor + there(tensor))
+    return replacing(drawn)
+
+
+def _finite_only(tensor: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
+    """``changed``, but −∞ where a knockout left it: a sample's roundings would make NaN of it."""
+    return torch.where(tensor.eq(-torch.inf), tensor, changed)
+
+
+def _is_position(tensor: torch.Tensor, position: int) -> torch.Tensor:
+    """[T, 1], true at one position of a [B, T, d] tensor."""
+    return torch.arange(tensor.shape[1], device=tensor.device).eq(position)[:, None]
+
+
+def _knockout(chosen: np.ndarray) -> Change:
+    """A score of −∞: :func:`hooks.attention` gives it no weight, behind a softcap as well."""
+    return lambda scores: scores.masked_fill(torch.from_numpy(chosen).to(scores.device), -torch.inf)
+
+
+def scale_steering(chosen: np.ndarray, factor: float) -> Change:
+    """Chosen weights times ``factor``, their rows normalised again; other rows as they were."""
+
+    def change(pattern: torch.Tensor) -> torch.Tensor:
+        meant = torch.from_numpy(chosen).to(pattern.device)
+        scaled = torch.where(meant, pattern * factor, pattern)
+        return torch.where(meant.any(-1, keepdim=True), scaled / scaled.sum(-1, keepdim=True), pattern)
+
+    return change
+
+
+def set_steering(chosen: np.ndarray, value: float) -> Change:
+    """Chosen weights set to ``value``; what they gained is taken from the row's other weights in equal shares.
+
+    The other weights are those of keys that the query attends to: no mass goes to the future. Shares stop at 0,
+    and the row is normalised again.
+    """
+
+    def change(pattern: torch.Tensor) -> torch.Tensor:
+        meant = torch.from_numpy(chosen).to(pattern.device)
+        others = (pattern != 0) & ~meant
+        gained = value * torch.from_numpy(chosen.sum(-1, keepdims=True)).to(pattern)
+        gained = gained - torch.where(meant, pattern, 0.0).sum(-1, keepdim=True)
+        share = gained / others.to(pattern.dtype).sum(-1, keepdim=True).clamp_min(1)
+        moved = torch.where(others, (pattern - share).clamp_min(0), 0.0)
+        moved = torch.where(meant, value, moved)
+        return torch.where(meant.any(-1, keepdim=True), moved / moved.sum(-1, keepdim=True), pattern)
+
+    return change
+
+
+def _injection(edit: Inject, file: Path) -> Change:
+    """Σ strength · W_dec[feature], added to the residual stream at one position."""
+    weights = load_sae(file)
+    if odd := [int(index) for index, _ in edit.features if index >= weights.d_sae]:
+        raise CaseTableError(f"inject at {edit.hook}: feature {odd[0]}, but the SAE has {weights.d_sae}")
+    decoder = [torch.from_numpy(weights.W_dec[int(index)]) for index, _ in edit.features]
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        # A copy for each sample, so that each has roundings of its own.
+        vector = torch.zeros(tensor.shape[0], 1, tensor.shape[2], device=tensor.device)
+        for row, (_, strength) in zip(decoder, edit.features, strict=True):
+            vector = vector + row.to(tensor.device).expand_as(vector) * strength
+        return torch.where(_is_position(tensor, edit.position), tensor + vector.to(tensor.dtype), tensor)
+
+    return change

@@ -1,0 +1,232 @@
+"""A model that does not fit into memory in float64: its layers take their weights from the files, one at a time.
+
+The modules stand on the meta device with their rotary tables and scales at hand. A layer's weights become float64
+just before its forward and go after it; of the embedding only the rows of the prompt's tokens are read, and the
+unembedding runs in chunks of the vocabulary. Each op sees the same operands as in a model loaded whole, and the
+noise of an output depends on its own Σa²b² alone, so neither the values nor the sizes of the noise change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers.initialization import no_init_weights
+
+from candle_mi_parity.errors import ModelError
+from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.files.untrusted import memory_bytes
+from candle_mi_parity.models.checkpoint import weight_bytes, weight_files
+from candle_mi_parity.models.quiet import quiet
+from candle_mi_parity.oracle.hooks import import_model_code, our_attention
+from candle_mi_parity.oracle.rounding import Float64
+
+SHARE = 4
+"""A model is streamed when its float64 weights are more than this part, a quarter, of the machine's memory."""
+CHUNK = 1 << 13
+"""Entries of the vocabulary whose unembedding rows are in memory at a time."""
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def is_streamed(directory: Path) -> bool:
+    """Whether a model directory is read layer by layer.
+
+    :raises ModelError: weights that cannot be read.
+    """
+    return weight_bytes(directory, torch.float64.itemsize) * SHARE > memory_bytes()
+
+
+class Weights:
+    """The tensors of a model directory's files, read when they are asked for.
+
+    :ivar shapes: name → shape.
+    :param dtype: the format that they are rounded to before they become float64.
+    :raises ModelError: a file that cannot be read, a name in two files.
+    """
+
+    def __init__(self, directory: Path, dtype: torch.dtype, device: str = "cpu") -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        self._dtype, self._device = dtype, device
+        for path in weight_files(directory):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 -- safetensors' own, not a dict's
+                    if name in self._files:
+                        raise ModelError(f"{directory}: {name} is in {self._files[name].name} and in {path.name}")
+                    self.shapes[name], self._files[name] = tuple(file.get_slice(name).get_shape()), path
+
+    def read(self, name: str, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
+        """A tensor, or rows of it, float64 on the device; no dispatch mode sees it done.
+
+        :raises ModelError: it holds no floating numbers.
+        """
+        # Mapped anew each time: what was read of a mapping counts as memory until it is closed.
+        with _disable_current_modes(), _opened(self._files[name]) as file:
+            whole = file.get_tensor(name)
+            if not whole.is_floating_point():
+                raise ModelError(f"{self._files[name]}: {name} is {whole.dtype}, expected floating numbers")
+            part = whole if rows is None else whole[rows]
+            return cast(torch.Tensor, part.to(self._dtype).to(self._device, torch.float64, copy=True))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: not readable safetensors: {error}") from error
+
+
+def load_streamed(directory: Path, dtype: torch.dtype, device: str = "cpu", chunk: int = CHUNK) -> nn.Module:
+    """As :func:`hooks.load_model` in float64, but with weights that come and go.
+
+    :param dtype: the format that the weights are rounded to.
+    :param device: where each layer runs: ``cpu`` or ``cuda:N``.
+    :param chunk: entries of the vocabulary that are unembedded at a time.
+    :raises ModelError: the files do not hold the weights that transformers expects, and no other.
+    """
+    model = _skeleton(directory)
+    weights = Weights(directory, dtype, device)
+    held = _names(directory, model, weights)
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else buffer.to(device)
+    for index, layer in enumerate(model.model.layers):
+        _stream(layer, f"model.layers.{index}.", weights)
+    _stream(model.model.norm, "model.norm.", weights)
+    _gather(model.model.embed_tokens, held[_EMBEDDING], weights)
+    bias = "lm_head.bias" if model.lm_head.bias is not None else None
+    model.lm_head = Unembedding(weights, held[_HEAD], bias, chunk)
+    return cast(nn.Module, model.eval())
+
+
+def _skeleton(directory: Path) -> Any:
+    """The model with its buffers in float64 and without its weights."""
+    before, attention = torch.get_default_dtype(), our_attention()
+    try:
+        import_model_code(directory)
+        torch.set_default_dtype(torch.float64)
+        with Float64(), torch.no_grad(), quiet(), no_init_weights(), _parameters_on_meta():  # type: ignore[no-untyped-call]
+            config = transformers.AutoConfig.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+            return transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=torch.float64, attn_implementation=attention
+            )
+    except Exception as error:  # what a config that nobody vouches for makes of it
+        raise ModelError(f"transformers cannot make {directory}: {one_line(str(error))}") from error
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters lose their memory when a module takes them; a buffer, which no file holds, keeps it.
+
+    Under ``torch.device("meta")`` buffers would be lost too.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _names(directory: Path, model: Any, weights: Weights) -> dict[str, str]:
+    """Parameter → the tensor of the files that it is, which for tied ones may bear the other's name."""
+    tied = dict(model.all_tied_weights_keys)
+    tied |= {source: target for target, source in tied.items()}
+    held = {name: name if name in weights.shapes else tied.get(name, name) for name in model.state_dict()}
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if missing := [name for name, there in held.items() if there not in weights.shapes]:
+        raise ModelError(f"{directory}: its files hold no {', '.join(missing[:3])}")
+    unread = [name for name in weights.shapes if name not in held.values() and "rotary_emb.inv_freq" not in name]
+    if unread:
+        raise ModelError(f"{directory}: transformers takes no {', '.join(unread[:3])} from its files")
+    for name, there in held.items():
+        if weights.shapes[there] != shapes[name]:
+            raise ModelError(f"{directory}: {there} has shape {weights.shapes[there]}, expected {shapes[name]}")
+    streamed = ("model.layers.", "model.norm.", "lm_head.", _EMBEDDING)
+    if other := [name for name in held if not name.startswith(streamed)]:
+        raise ModelError(f"{directory}: {other[0]} is in no layer; a model of this kind cannot be streamed")
+    if buffers := set(held) - {name for name, _ in model.named_parameters(remove_duplicate=False)}:
+        raise ModelError(f"{directory}: {min(buffers)} is a stored buffer; a model of this kind cannot be streamed")
+    return held
+
+
+def _stream(module: nn.Module, prefix: str, weights: Weights) -> None:
+    """Give a module its weights for as long as it runs."""
+    names = [name for name, _ in module.named_parameters()]
+    empty = {name: module.get_parameter(name) for name in names}
+
+    def put(values: dict[str, nn.Parameter]) -> None:
+        for name, value in values.items():
+            owner, _, key = name.rpartition(".")
+            module.get_submodule(owner)._parameters[key] = value
+
+    def before(_module: nn.Module, _args: Any) -> None:
+        put({name: nn.Parameter(weights.read(prefix + name), requires_grad=False) for name in names})
+
+    def after(_module: nn.Module, _args: Any, _out: Any) -> None:
+        put(empty)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after, always_call=True)
+
+
+def _gather(embedding: nn.Embedding, name: str, weights: Weights) -> None:
+    """Give an embedding the rows of the tokens at hand, and the tokens their places among these."""
+    empty = embedding.weight
+    embedding.padding_idx = None  # of no use without gradients, and it would be no row of these
+
+    def before(_module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        with _disable_current_modes():
+            rows, places = torch.unique(args[0], return_inverse=True)
+        embedding.weight = nn.Parameter(weights.read(name, rows.cpu()), requires_grad=False)
+        return (places,)
+
+    def after(_module: nn.Module, _args: Any, _out: Any) -> None:
+        embedding.weight = empty
+
+    embedding.register_forward_pre_hook(before)
+    embedding.register_forward_hook(after, always_call=True)
+
+
+class Unembedding(nn.Module):
+    """A linear layer [.., d] → [.., V] that holds ``chunk`` of its V rows at a time.
+
+    :param bias: name of the bias, or None.
+    """
+
+    def __init__(self, weights: Weights, weight: str, bias: str | None, chunk: int) -> None:
+        super().__init__()
+        self._weights, self._weight, self._bias, self._chunk = weights, weight, bias, chunk
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for rows in chunks(self._weights.shapes[self._weight][0], self._chunk):
+            bias = None if self._bias is None else self._weights.read(self._bias, rows)
+            parts.append(functional.linear(hidden, self._weights.read(self._weight, rows), bias))
+        return torch.cat(parts, dim=-1)
+
+
+def chunks(size: int, step: int) -> list[slice]:
+    """``size`` entries in stretches of ``step``, the last one what is left."""
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]

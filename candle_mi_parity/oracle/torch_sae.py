@@ -1,0 +1,85 @@
+"""Sparse autoencoders: weights in Gemma Scope's NPZ layout or as SAELens writes them, and their maths in torch.
+
+``pre = x·W_enc + b_enc``; JumpReLU ``f = pre·(pre > θ)``, ReLU, or TopK, which keeps the k largest and of those
+the positive ones; ``recon = f·W_dec + b_dec`` (Rajamanoharan et al. 2024, arXiv 2407.14435; Gao et al. 2024,
+arXiv 2406.04093). SAELens adds to these what its config asks for: the decoder's bias taken from the input,
+normalised inputs, selection by decoder norm (:mod:`saelens`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from candle_mi_parity.errors import SaeError
+from candle_mi_parity.models.sae import Sae
+
+
+class TorchSae:
+    """The same weights as torch tensors on a device, in the dtype in which the maths is to run."""
+
+    def __init__(self, sae: Sae, device: str = "cpu", dtype: torch.dtype = torch.float64) -> None:
+        def tensor(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(device=device, dtype=dtype)
+
+        self.W_enc, self.W_dec = tensor(sae.W_enc), tensor(sae.W_dec)
+        self.b_enc, self.b_dec = tensor(sae.b_enc), tensor(sae.b_dec)
+        self.threshold = None if sae.threshold is None else tensor(sae.threshold)
+        self.k, self._centred, self._normalize = sae.k, sae.centred, sae.normalize
+        self._by_decoder_norm = sae.by_decoder_norm
+
+    def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` [..., d_in] → [..., d_sae], what the activation decides on."""
+        if self._normalize != "none":
+            centre, scale = self._measure(x)
+            # SAELens divides by std + 1e-5, and multiplies by std alone on the way out.
+            x = (x - centre) / (scale + 1e-5 if self._normalize == "layer_norm" else scale)
+        if self._centred:
+            x = x - self.b_dec
+        pre = x @ self.W_enc + self.b_enc
+        return pre * self._norms() if self._by_decoder_norm else pre
+
+    def active(self, pre: torch.Tensor) -> torch.Tensor:
+        """Which features fire, boolean [..., d_sae]: above θ, above 0, or among the k largest and above 0."""
+        if self.k is None:
+            return pre > (0.0 if self.threshold is None else self.threshold)
+        chosen = torch.zeros_like(pre, dtype=torch.bool)
+        # Of equal values the first: a stable order, where topk's own is unspecified.
+        chosen.scatter_(-1, torch.sort(pre, dim=-1, descending=True, stable=True).indices[..., : self.k], True)
+        return chosen & (pre > 0)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` [..., d_in] → features [..., d_sae]."""
+        pre = self.pre_activations(x)
+        return torch.where(self.active(pre), pre, 0.0)
+
+    def decode(self, features: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
+        """Features [..., d_sae] → reconstruction [..., d_in].
+
+        :param x: what was encoded; a normalised input's reconstruction is scaled back by it.
+        """
+        if self._by_decoder_norm:
+            features = features * (1 / self._norms())
+        recon = features @ self.W_dec + self.b_dec
+        if self._normalize == "none":
+            return recon
+        if x is None:
+            raise SaeError(f"an SAE with {self._normalize} decodes relative to what it encoded")
+        centre, scale = self._measure(x)
+        return recon * scale + centre
+
+    def out_scale(self, x: torch.Tensor) -> torch.Tensor:
+        """What the reconstruction is multiplied by at each position, [..., 1]."""
+        return torch.ones_like(x[..., :1]) if self._normalize == "none" else self._measure(x)[1]
+
+    def _measure(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The centre and the scale by which an input is normalised, each [..., 1]."""
+        width = x.shape[-1]
+        if self._normalize == "constant_norm_rescale":
+            return torch.zeros_like(x[..., :1]), (x.pow(2).sum(-1, keepdim=True) / width).sqrt()
+        # A product, not a mean: its rounding error scales with the terms, and the mean itself may be near zero.
+        centre = x @ torch.full_like(x[..., :1].reshape(-1)[:1], 1 / width).expand(width, 1)
+        return centre, ((x - centre).pow(2).sum(-1, keepdim=True) / (width - 1)).sqrt()
+
+    def _norms(self) -> torch.Tensor:
+        return self.W_dec.pow(2).sum(-1).sqrt()

@@ -1,0 +1,66 @@
+"""What the commands say on stderr: progress on long work, and a fault as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from candle_mi_parity.candidate.candidate import OutOfReachError
+from candle_mi_parity.compare.verdict import CaseResult, Verdict
+from candle_mi_parity.errors import ParityError
+from candle_mi_parity.files.escape import printable
+from candle_mi_parity.judge.case import Progress
+from candle_mi_parity.spec.cases import Case
+
+
+class Terminal(Progress):
+    """Progress on stderr, so that the table on stdout stays a table."""
+
+    def __init__(self, bar: Bar, total: int) -> None:
+        self._bar, self._done, self._total = bar, 0, total
+        self._task = bar.add_task("starting", total=None)
+
+    def case_starts(self, case: Case, step: str) -> None:
+        if step == "model" and case.lane == "hub":
+            # The hub's client draws bars of its own, and two of them on one terminal overwrite each other.
+            self._bar.stop()
+            line = f"[{self._done + 1}/{self._total}] {case.id}: from the hub"
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            self._bar.start()
+        self._bar.update(self._task, description=f"[{self._done + 1}/{self._total}] {case.id}: {step}")
+
+    def case_ends(self, result: CaseResult) -> None:
+        self._done += 1
+
+    def note(self, line: str) -> None:
+        self._bar.update(self._task, description=line)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A fault before any verdict: one line on stderr, exit code 2; 3 where just network, GPU or nvcc is missing."""
+    try:
+        yield
+    except ParityError as error:
+        say(str(error))
+        verdict = Verdict.INCONCLUSIVE if isinstance(error, OutOfReachError) else Verdict.ERROR
+        raise typer.Exit(verdict.exit_code) from error
+
+
+def say(line: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(Text(printable(f"candle-mi-parity: {line}"), "bold red"))
+
+
+@contextmanager
+def progress_bar() -> Iterator[Bar]:
+    """Progress on stderr that leaves nothing behind."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield bar

@@ -1,0 +1,48 @@
+"""The crate around a reproduction's test: what it is built from, as the emitter for the same candidate is."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from candle_mi_parity.candidate.build import crate_of
+from candle_mi_parity.candidate.candidate import Candidate
+from candle_mi_parity.files.escape import templates
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """What a crate of tests needs in order to be built against a candidate.
+
+    :ivar lines: candle-mi, candle-core and candle-nn as ``Cargo.toml`` names them.
+    :ivar lock: the versions to start from.
+    :ivar target: the directory in the cache where they lie built.
+    """
+
+    lines: str
+    lock: bytes
+    target: Path
+
+
+def dependencies(candidate: Candidate, cache: Path) -> Dependencies:
+    """:raises CandidateError: it is not a candidate that can be built."""
+    with tempfile.TemporaryDirectory(prefix="parity-repro-") as scratch:
+        crate = Path(scratch)
+        target = crate_of(candidate, cache, crate)
+        manifest = (crate / "Cargo.toml").read_text(encoding="utf-8")
+        lines = re.findall(r"^candle-(?:mi|core|nn) = .*$", manifest, re.MULTILINE)
+        return Dependencies("\n".join(lines), (crate / "Cargo.lock").read_bytes(), target)
+
+
+def write_crate(folder: Path, dependencies: Dependencies, extra: str = "") -> None:
+    """What cargo needs around ``tests/``.
+
+    :param extra: further lines of ``Cargo.toml``; with them the tests are no targets by themselves.
+    """
+    text = templates(html=False).get_template("Cargo.toml.j2").render(lines=dependencies.lines, extra=extra)
+    (folder / "Cargo.toml").write_text(text, encoding="utf-8")
+    (folder / "Cargo.lock").write_bytes(dependencies.lock)
+    (folder / "src").mkdir(exist_ok=True)
+    (folder / "src" / "lib.rs").write_text("//! Nothing: a crate of tests.\n", encoding="utf-8")

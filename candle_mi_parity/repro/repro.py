@@ -1,0 +1,188 @@
+"""``candle-mi-parity repro``: from a divergence to the smallest input that shows it, on both sides."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from candle_mi_parity.candidate.sources import Source
+from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.errors import ParityError
+from candle_mi_parity.judge.case import Progress, judge_mode
+from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.generate import generated_model
+from candle_mi_parity.models.prepared_case import Subject, prepare
+from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.repro.reductions import STEPS
+from candle_mi_parity.repro.shrink import SHAPE, Config, Divergence, Input, Pair, Shrinker
+from candle_mi_parity.spec.cases import Case, LocalModel, PackageModel, SaeFile, SaelensDirectory, ScopeSae, TinyModel
+from candle_mi_parity.spec.edits import Inject, Knockout, Scale, Steer
+from candle_mi_parity.trace.truth import Truth
+
+Tell = Callable[[str], None]
+
+
+class ReproError(ParityError):
+    """A divergence that cannot be reproduced with a generated model."""
+
+
+class AgreesError(ReproError):
+    """There is no divergence to reproduce."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """The smallest input that was found.
+
+    :ivar first: its first diverging tensor.
+    :ivar original: the case that it was shrunk from.
+    """
+
+    original: Case
+    pair: Pair
+    subject: Subject
+    truth: Truth
+    first: TensorResult
+    attempts: int
+
+
+class Bench:
+    """Both sides on inputs that no table holds; models and truths go to a scratch directory, not to the cache."""
+
+    def __init__(self, source: Source, scratch: Path) -> None:
+        self._source, self._scratch = source, scratch
+
+    def run(self, tried: Input) -> tuple[Subject, Truth, TensorResult | None]:
+        """What was compared, and its first divergence.
+
+        :raises Exception: whatever transformers, the oracle or the emitter says to such an input.
+        """
+        directory = generated_model(dict(tried.config), "hub", self._scratch)
+        model = LocalModel(source="local", path=str(directory))
+        case = Case(
+            id="repro/tried",
+            model=model,
+            tokens=list(tried.tokens),
+            dtype=tried.dtype,
+            sae=tried.sae,
+            edits=list(tried.edits),
+        )
+        subject = prepare(case, self._scratch)
+        oracle = Oracle(subject, self._scratch, self._source.device)
+        results, *_ = judge_mode(oracle, self._source, "free", Progress())
+        return subject, oracle.truth(), _first(results)
+
+    def judge(self, tried: Input) -> Divergence | None:
+        first = self.run(tried)[2]
+        return Divergence.at(first.name, first.reason) if first else None
+
+
+def reproduce(case: Case, source: Source, cache: Path, tell: Tell) -> Reproduction:
+    """Judge a case, then shrink it.
+
+    :raises AgreesError: nothing diverges.
+    :raises ReproError: a generated model of its config does not diverge in the same way.
+    :raises ParityError: it cannot be judged, as where candle-mi refuses it.
+    """
+    _check_edits(case)
+    subject = prepare(case, cache)
+    results, *_ = judge_mode(Oracle(subject, cache, source.device), source, "free", Progress())
+    first = _first(results)
+    if first is None:
+        raise AgreesError(f"{case.id}: nothing diverges; there is nothing to reproduce")
+    wanted = Divergence.at(first.name, first.reason)
+    with tempfile.TemporaryDirectory(prefix="parity-repro-") as scratch:
+        bench = Bench(source, Path(scratch))
+        shrinker = Shrinker(bench.judge, wanted, STEPS, lambda line: tell(f"{case.id}: {line}"))
+        # An SAE that the divergence does not touch stays out of the reproduction.
+        sae = case.sae if _is_about_sae(case, first.name) else None
+        if isinstance(sae, SaeFile):
+            raise ReproError(f"{case.id}: only a generated SAE can be made smaller, and {sae.path} is a file")
+        if isinstance(sae, ScopeSae):
+            raise ReproError(f"{case.id}: an SAE in Gemma Scope's layout is not made smaller, one in SAELens's is")
+        start = Input(read_config(subject.model_dir), tuple(subject.tokens[0]), case.dtype, sae, tuple(case.edits))
+        if isinstance(case.model, PackageModel):
+            start = _small(start)
+        pair = next((pair for pair in _pairs(case, start, cache) if shrinker.holds(pair)), None)
+        if pair is None:
+            raise ReproError(f"{case.id}: a generated model of its config does not diverge at {first.name}")
+        pair = shrinker.shrink(pair)
+        small, truth, still = bench.run(pair.case)
+        assert still is not None
+    return Reproduction(case, pair, small, truth, still, shrinker.attempts)
+
+
+def _check_edits(case: Case) -> None:
+    """What the texts of a reproduction cannot say is refused before any work is done."""
+    for edit in case.edits:
+        at = {Scale: ("attn.hook_scores", "attn.hook_pattern"), Inject: ("hook_resid_post",)}.get(type(edit), ())
+        if not (isinstance(edit, Knockout | Steer) or edit.hook.endswith(at or "nowhere")):
+            raise ReproError(f"{case.id}: no Rust test is written for {edit.kind} at {edit.hook}")
+
+
+def _first(results: list[TensorResult]) -> TensorResult | None:
+    return next((result for result in results if result.status is Status.FAIL), None)
+
+
+def _pairs(case: Case, start: Input, cache: Path) -> list[Pair]:
+    """The case with each control there could be, the likeliest first; without one, as a last resort."""
+    controls = []
+    if (plain := _plain_config(case, cache)) is not None:
+        shape = {key: start.config[key] for key in SHAPE if key in start.config}
+        config = {key: value for key, value in plain.items() if key not in SHAPE} | shape
+        controls.append(replace(start, config=config))
+    if start.dtype != "float32":
+        controls.append(replace(start, dtype="float32"))
+    if start.edits:
+        controls.append(replace(start, edits=()))
+    if start.sae is not None and not start.edits:
+        controls.append(replace(start, sae=_plain_sae(start.sae)))
+    return [Pair(start, control) for control in controls if control != start] + [Pair(start, None)]
+
+
+def _is_about_sae(case: Case, first: str) -> bool:
+    return first.startswith("sae.") or any(isinstance(edit, Inject) for edit in case.edits)
+
+
+def _plain_sae(sae: SaelensDirectory) -> SaelensDirectory:
+    """The same architecture with whatever else its config asks for switched off."""
+    off: dict[str, Any] = {}
+    if sae.cfg.get("apply_b_dec_to_input", True):
+        off["apply_b_dec_to_input"] = False
+    if sae.cfg["dtype"] != "float32":
+        off["dtype"] = "float32"
+    if sae.cfg.get("normalize_activations", "none") != "none":
+        off["normalize_activations"] = "none"
+    if sae.cfg.get("rescale_acts_by_decoder_norm"):
+        off["rescale_acts_by_decoder_norm"] = False
+    if not off and isinstance(arguments := sae.cfg.get("activation_fn_kwargs"), dict) and "k" in arguments:
+        # Fewer than are positive.
+        off["activation_fn_kwargs"] = {**arguments, "k": 1}
+    threshold = None if sae.threshold is None else abs(sae.threshold)
+    return sae.model_copy(update={"cfg": sae.cfg | off, "threshold": threshold})
+
+
+def _plain_config(case: Case, cache: Path) -> Config | None:
+    """The config without what the case changes, as a hub file has it; None for a model that has no such twin."""
+    model = case.model
+    if isinstance(model, TinyModel):
+        plain = TinyModel(source="tiny", config=model.config, dialect="hub")
+        return read_config(model_directory(plain, cache))
+    if isinstance(model, PackageModel):
+        return read_config(model_directory(model.model_copy(update={"dialect": "hub"}), cache))
+    return None
+
+
+def _small(start: Input) -> Input:
+    """A published model's config in the shape of the tiny ones: generating its own weights would take minutes."""
+    sizes = {"vocab_size": 211, "hidden_size": 64, "intermediate_size": 144, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = start.config | sizes | heads
+    if "head_dim" in config:
+        config["head_dim"] = 16
+    tokens = tuple(token if token < 3 else 3 + token % 208 for token in start.tokens)
+    return replace(start, config=config, tokens=tokens)

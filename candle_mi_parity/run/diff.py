@@ -1,0 +1,176 @@
+"""Both candidates of a diff, case by case: each is judged as a run judges it, then the two are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from candle_mi_parity.candidate import cuda
+from candle_mi_parity.candidate.candidate import Candidate, CandidateError, parse_candidate
+from candle_mi_parity.candidate.sources import NothingOpen, Source, open_source, refuse_device
+from candle_mi_parity.candidate.store import stored_selection
+from candle_mi_parity.compare.align import like_with_like
+from candle_mi_parity.compare.diff import CaseDiff, Diff, Side, diff_case
+from candle_mi_parity.compare.ledger import Ledger
+from candle_mi_parity.compare.verdict import CaseResult, Status
+from candle_mi_parity.errors import ParityError
+from candle_mi_parity.judge.case import Progress, judge_case
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.run.run import library_versions
+from candle_mi_parity.spec.cases import Case
+from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.trace.trace import CandleMi, Emitted, Run, Trace
+from candle_mi_parity.trace.truth import Truth
+
+SIDES = 2
+
+
+@dataclass(frozen=True)
+class _Emission:
+    """What one candidate made of a case: a trace, or why there is none."""
+
+    trace: Emitted | None = None
+    error: ParityError | None = None
+    run: Run | None = None
+
+
+def _emit(source: Source, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> _Emission:
+    try:
+        trace = source.trace(subject, mode, truth, inputs)
+    except ParityError as error:
+        return _Emission(error=error)
+    return _Emission(trace, run=trace.document.run if isinstance(trace, Trace) else None)
+
+
+class Pair:
+    """Two sources that are asked together, so that a whole trace can be cut to what the other one kept.
+
+    :ivar truth: of the last case, None before its first trace was asked for.
+    :ivar cut: whether one of its traces was.
+    """
+
+    def __init__(self, a: Source, b: Source) -> None:
+        self.sources = a, b
+        self.emissions: list[_Emission] = []
+        self.truth: Truth | None = None
+        self.cut = False
+
+    def forget(self) -> None:
+        """Before the next case."""
+        self.emissions, self.truth, self.cut = [], None, False
+
+    def emission(self, side: int, subject: Subject, truth: Truth, inputs: Path) -> _Emission:
+        if not self.emissions:
+            self.emissions = [_emit(source, subject, "free", truth, inputs) for source in self.sources]
+            self.truth = truth
+            self._align(truth)
+        elif self.sources[side].device != "cpu":
+            # Movement is told in the wider noise: a CPU's would call a GPU's order of sums a move.
+            self.truth = truth
+        return self.emissions[side]
+
+    def _align(self, truth: Truth) -> None:
+        one, other = (emission.trace for emission in self.emissions)
+        if one is None or other is None:
+            return
+        names = list(truth.tensors)
+        alike = like_with_like(one, other, set(stored_selection(names)), set(names))
+        self.cut = alike[0] is not one or alike[1] is not other
+        self.emissions = [
+            _Emission(trace, run=emission.run) for trace, emission in zip(alike, self.emissions, strict=True)
+        ]
+
+
+class PairedSource(NothingOpen):
+    """One side of a pair, as a source to judge."""
+
+    def __init__(self, pair: Pair, side: int) -> None:
+        self._pair, self._side = pair, side
+        self.device = pair.sources[side].device
+
+    @property
+    def identity(self) -> CandleMi | None:
+        return self._pair.sources[self._side].identity
+
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
+        """The trace of the whole forward as the pair shows it; in any other mode, the side's own.
+
+        :raises ParityError: what the side raised.
+        """
+        if mode != "free":
+            return self._pair.sources[self._side].trace(subject, mode, truth, inputs)
+        found = self._pair.emission(self._side, subject, truth, inputs)
+        if found.error is not None:
+            raise found.error
+        assert found.trace is not None
+        return found.trace
+
+
+def diff(
+    specs: tuple[str, str],
+    cases: list[Case],
+    cache: Path,
+    out: Path,
+    ledger: Ledger,
+    progress: Progress,
+    devices: tuple[str, str] = ("cpu", "cpu"),
+) -> Diff:
+    """Build or read both candidates and compare them.
+
+    :param out: where live candidates write their traces, each in its own directory.
+    :param devices: of each candidate; the truth is always the CPU's.
+    :raises ParityError: a candidate cannot be built or found; a fault of one case stays that case's.
+    """
+    a, b = (_comparable(spec) for spec in specs)
+    for candidate, device in zip((a, b), devices, strict=True):
+        refuse_device(candidate, device)
+    with (
+        open_source(a, cache, out / "a", progress.note, devices[0]) as source_a,
+        open_source(b, cache, out / "b", progress.note, devices[1]) as source_b,
+    ):
+        pair = Pair(source_a, source_b)
+        done = [diff_one(case, pair, specs, cache, ledger, progress) for case in cases]
+        one, other = (
+            source.identity.model_dump(exclude_none=True) if source.identity else {} for source in pair.sources
+        )
+    return Diff(specs[0], specs[1], one, other, _versions(devices), done)
+
+
+def _versions(devices: tuple[str, str]) -> dict[str, str]:
+    a, b = (cuda.versions(device) for device in devices)
+    device = a["device"] if a == b else f"{a['device']} against {b['device']}"
+    return library_versions() | a | b | {"device": device}
+
+
+def _comparable(spec: str) -> Candidate:
+    candidate = parse_candidate(spec)
+    if candidate.kind == "stored" and Path(candidate.target).expanduser().is_file():
+        raise CandidateError(f"{spec} is a flat JSON, which holds no trace; `run` judges it")
+    return candidate
+
+
+def diff_one(
+    case: Case, pair: Pair, specs: tuple[str, str], cache: Path, ledger: Ledger, progress: Progress
+) -> CaseDiff:
+    """One case on both sides."""
+    pair.forget()
+    results: list[CaseResult] = []
+    for side, spec in enumerate(specs):
+        results.append(judge_case(case, PairedSource(pair, side), spec, cache, ledger, progress))
+    sides = [
+        Side(result, emission.trace, emission.run)
+        for result, emission in zip(results, pair.emissions or [_Emission()] * SIDES, strict=True)
+    ]
+    try:
+        found = diff_case(sides[0], sides[1], pair.truth, pair.cut)
+    except Exception as error:  # as of judge_case: it costs its own case, loudly, and not those already compared
+        said = str(error) if isinstance(error, ParityError) else f"internal: {type(error).__name__}: {error}"
+        for result in results:
+            result.status, result.error = Status.ERROR, said
+        found = CaseDiff(sides[0], sides[1])
+    progress.case_ends(results[-1])
+    # The tensors of a large model are not kept for the report.
+    return CaseDiff(
+        Side(found.a.result, None, found.a.run), Side(found.b.result, None, found.b.run),
+        found.rows, found.worse, found.better, found.cut,
+    )  # fmt: skip

@@ -1,0 +1,162 @@
+"""Goldens: a slice of the float64 truth kept in the repository, with all that it was made from.
+
+The arrays are pytest-regressions' ``.npz``; the ``.json`` beside each says what made them. It is checked first:
+a golden of another model, other tokens or another transformers is stale, which is not the same as wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from candle_mi_parity.errors import GoldenError, TraceError
+from candle_mi_parity.files.digest import digest_files
+from candle_mi_parity.files.npz import read_npz
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.spec.cases import Case
+from candle_mi_parity.trace.trace import read_json
+from candle_mi_parity.trace.truth import Truth
+
+PRODUCER = "oracle: transformers in float64"
+TOLERANCE = 1e-9
+"""Of a tensor's rms: between two machines' float64 sums, far below float32's rounding (6e-8)."""
+
+
+class Meta(BaseModel):
+    """What a golden was made from, and why it was last made.
+
+    :ivar sigma: array → rms of its predicted float32 noise, absolute: what the numbers are good for.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    format: Literal["candle-mi-parity/golden/1"] = "candle-mi-parity/golden/1"
+    producer: str
+    case: str
+    digest: str
+    model: str
+    sae: str | None
+    tokenizer: str | None
+    modeling: str
+    tokens: list[list[int]]
+    versions: dict[str, str]
+    sigma: dict[str, float]
+    reason: Annotated[str, Field(min_length=10)]
+
+
+def has_golden(case: Case) -> bool:
+    """Each family's plain case and its window's; the v5 dialect is whatever the installed transformers writes."""
+    return case.lane == "default" and case.id.endswith(("/hub", "/window"))
+
+
+@dataclass(frozen=True)
+class Golden:
+    """The golden of one case.
+
+    :ivar arrays: what is compared, float64: the last position of the residual stream, of the attention
+        pattern, of the logits and of the SAE.
+    """
+
+    subject: Subject
+    truth: Truth
+    directory: Path
+
+    @property
+    def path(self) -> Path:
+        """The ``.npz``; the ``.json`` has the same stem."""
+        return self.directory / f"{self.subject.case.id.replace('/', '-')}.npz"
+
+    @property
+    def names(self) -> list[str]:
+        wanted = ("hook_embed", "hook_resid_post", "attn.hook_pattern", "logits", "sae.features", "sae.recon")
+        return [name for name in self.truth.tensors if name.endswith(wanted) and not name.startswith("lens")]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Name → float64 array of the last position, batch row 0; scalars as arrays of one."""
+        last = {name: self.truth.tensors[name].value[0, ..., -1, :].copy() for name in self.names}
+        return last | {name: np.array([value]) for name, (value, _) in self.truth.scalars.items()}
+
+    def tolerances(self) -> dict[str, dict[str, float]]:
+        """Absolute only, 1e-9 of each array's rms."""
+        rms = {name: float(np.sqrt(np.square(array).mean())) for name, array in self.arrays().items()}
+        return {name: {"rtol": 0.0, "atol": TOLERANCE * size} for name, size in rms.items()}
+
+    def meta(self, reason: str) -> Meta:
+        """What the installed oracle would make it from."""
+        tokenizer = self.subject.model_dir / "tokenizer.json"
+        noise = {name: self.truth.tensors[name].noise[0, ..., -1, :] for name in self.names}
+        return Meta(
+            producer=PRODUCER,
+            case=self.subject.case.id,
+            digest=self.subject.digest,
+            model=self.subject.model_digest,
+            sae=self.subject.sae_digest,
+            tokenizer=digest_files([tokenizer]) if tokenizer.is_file() else None,
+            modeling=self.truth.meta["modeling"],
+            tokens=self.subject.tokens,
+            versions={name: self.truth.meta[name] for name in ("torch", "transformers")},
+            sigma={name: float(f"{np.sqrt(np.square(n, dtype=float).mean()):.3e}") for name, n in noise.items()},
+            reason=reason,
+        )
+
+    def check(self) -> None:
+        """Refuse to compare with a golden that is absent, broken, stale, or not the oracle's.
+
+        :raises GoldenError: what was found, what was expected, and the command that makes it anew.
+        """
+        meta_path = self.path.with_suffix(".json")
+        remake = "make it with: pytest tests/test_golden.py --force-regen --reason '...'"
+        for path in (self.path, meta_path):
+            if not path.is_file():
+                raise GoldenError(f"golden {path} is absent; {remake}")
+            if path.is_symlink():
+                raise GoldenError(f"golden {path} is a link; it is not followed")
+        try:
+            kept = Meta.model_validate(read_json(meta_path))
+        except (ValidationError, TraceError) as error:
+            raise GoldenError(f"golden {meta_path} is not readable: {str(error).splitlines()[0]}") from error
+        if kept.producer != PRODUCER:
+            raise GoldenError(f"golden {meta_path} was made by {kept.producer!r}: only the oracle makes goldens")
+        now = self.meta(kept.reason)
+        if kept.tokens != now.tokens:
+            raise GoldenError(f"token ids changed: golden {kept.tokens}, now {now.tokens}")
+        for name in ("tokenizer", "modeling", "sae", "model", "digest"):
+            if getattr(kept, name) != getattr(now, name):
+                made, installed = kept.versions.get("transformers"), now.versions["transformers"]
+                raise GoldenError(
+                    f"stale golden {self.path.name}: {name} changed since it was made with transformers {made} "
+                    f"(installed {installed}); {remake}"
+                )
+        self._check_arrays()
+
+    def _check_arrays(self) -> None:
+        """What pytest-regressions forgives: other keys, another dtype, a NaN."""
+        found, expected = self._kept(), self.arrays()
+        if set(found) != set(expected):
+            odd = sorted(set(found) ^ set(expected))
+            raise GoldenError(f"golden {self.path.name} and the truth differ in {', '.join(odd)}")
+        for name, array in found.items():
+            if array.dtype != np.float64 or array.shape != expected[name].shape or not np.isfinite(array).all():
+                raise GoldenError(
+                    f"golden {self.path.name}: {name} is {array.dtype}{list(array.shape)}, expected finite "
+                    f"float64{list(expected[name].shape)}"
+                )
+
+    def _kept(self) -> dict[str, np.ndarray]:
+        return read_npz(self.path, GoldenError)
+
+    def record(self, reason: str) -> None:
+        """Write the ``.json`` of a regeneration; pytest-regressions writes the arrays.
+
+        :raises GoldenError: the regeneration would drop an array.
+        """
+        if self.path.is_file() and (lost := sorted(set(self._kept()) - set(self.arrays()))):
+            raise GoldenError(f"regenerating {self.path.name} would drop {', '.join(lost)}; delete the file first")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.meta(reason).model_dump(), indent=1) + "\n"
+        self.path.with_suffix(".json").write_text(text, encoding="utf-8")

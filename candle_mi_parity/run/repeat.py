@@ -1,0 +1,97 @@
+"""Whether a candidate gives the same bytes twice: measured, for a GPU may give none of it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.candidate.sources import Source, open_source
+from candle_mi_parity.errors import ParityError
+from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.judge.case import Progress
+from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.spec.cases import Case
+from candle_mi_parity.trace.trace import Emitted
+
+
+class RepeatedCase(BaseModel):
+    """One case.
+
+    :ivar differing: tensors and scalars that are not the same to the bit in all runs.
+    :ivar error: why it could not be run; empty when it was.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    tensors: int
+    differing: list[str]
+    error: str = ""
+
+    @property
+    def status(self) -> str:
+        return "ERROR" if self.error or not self.tensors else "other bytes" if self.differing else "PASS"
+
+    @property
+    def line(self) -> str:
+        return self.error or f"{len(self.differing)} of {self.tensors} differ {', '.join(self.differing[:3])}".strip()
+
+
+class Repeated(BaseModel):
+    """``repeat.json``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    candidate: str
+    device: str
+    times: int
+    cases: list[RepeatedCase]
+
+    @property
+    def line(self) -> str:
+        same = sum(1 for case in self.cases if case.status == "PASS")
+        return f"{same} of {len(self.cases)} cases gave the same bytes {self.times} times on {self.device}"
+
+
+def repeat(
+    spec: str, cases: list[Case], times: int, cache: Path, out: Path, device: str, progress: Progress
+) -> Repeated:
+    """Run each case ``times`` times in one process of the candidate.
+
+    :raises ParityError: the candidate cannot be built or found; a fault of one case stays that case's.
+    """
+    done = []
+    with open_source(parse_candidate(spec), cache, out, progress.note, device) as source:
+        for case in cases:
+            progress.case_starts(case, "repeat")
+            try:
+                done.append(_case(case, source, times, cache))
+            except ParityError as error:
+                done.append(RepeatedCase(id=case.id, tensors=0, differing=[], error=one_line(str(error))))
+    return Repeated(candidate=spec, device=device, times=times, cases=done)
+
+
+def _case(case: Case, source: Source, times: int, cache: Path) -> RepeatedCase:
+    subject = prepare(case, cache)
+    oracle = Oracle(subject, cache, source.device)
+    truth, inputs = oracle.truth(), oracle.inputs("free")
+    # Digested before the next run, which writes over the files of this one.
+    runs = [digests(source.trace(subject, "free", truth, inputs)) for _ in range(times)]
+    names = dict.fromkeys(name for run in runs for name in run)
+    differing = [name for name in names if len({run.get(name) for run in runs}) > 1]
+    return RepeatedCase(id=case.id, tensors=len(names), differing=differing)
+
+
+def digests(trace: Emitted) -> dict[str, str]:
+    """sha256 of the bytes of every tensor and scalar of a trace, by name."""
+    found = {name: _digest(trace.tensor(name)) for name in trace.entries}
+    return found | {name: repr(value) for name, value in trace.scalars.items()}
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

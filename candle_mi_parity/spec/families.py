@@ -1,0 +1,65 @@
+"""Where each candle-mi hook lives in transformers, per model family.
+
+Names are candle-mi's (TransformerLens) strings. A family whose modules are named as Llama's needs no entry of
+its own beyond one line in :data:`FAMILIES`; the others override the few places that differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from candle_mi_parity.errors import CaseTableError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Module paths below ``model.layers[i]`` whose input or output is a hook point.
+
+    :ivar q: output is the per-head query before rotary; likewise ``k``, ``v``.
+    :ivar qkv: a fused projection that replaces the three; its output is split as q, k, v.
+    :ivar attn_out: output is what the attention block adds to the residual stream.
+    :ivar resid_mid: *input* is the residual stream after attention.
+    :ivar mlp_out: output is what the MLP block adds to the residual stream.
+    :ivar norm_offset: the norm multiplies by ``norm_offset + weight`` (1 in the Gemma families); a generated
+        weight is centred so that the multiplier stays near 1.
+    :ivar heads_first: ``q`` and ``k`` come out as [B, n, T, D], not as [B, T, n·D].
+    """
+
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    qkv: str | None = None
+    attn_out: str = "self_attn"
+    resid_mid: str = "post_attention_layernorm"
+    mlp_out: str = "mlp"
+    norm_offset: int = 0
+    heads_first: bool = False
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(q="self_attn.q_norm", k="self_attn.k_norm"),
+    "gemma": Family(norm_offset=1),
+    "gemma2": Family(
+        attn_out="post_attention_layernorm",
+        resid_mid="pre_feedforward_layernorm",
+        mlp_out="post_feedforward_layernorm",
+        norm_offset=1,
+    ),
+    "phi3": Family(qkv="self_attn.qkv_proj"),
+    "starcoder2": Family(),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The mapping of a ``config.json`` model type.
+
+    :raises CaseTableError: when the family has no mapping; names the ones that have.
+    """
+    if model_type not in FAMILIES:
+        raise CaseTableError(
+            f"model_type {model_type!r} has no hook map; known: {', '.join(FAMILIES)}. Add it in families.py"
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,74 @@
+"""candle-mi's hook points by name (TransformerLens' strings), in execution order, and what each is computed from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Mode = Literal["free", "forced"]
+"""``free``: the whole forward. ``forced``: the attention half of every layer starts from the truth's own
+``hook_resid_pre`` and the MLP half from its ``hook_resid_mid``, so that a divergence belongs to its half-layer."""
+
+FORCED = ("hook_resid_pre", "hook_resid_mid")
+
+LAYER_POINTS = (
+    "hook_resid_pre",
+    "attn.hook_q",
+    "attn.hook_k",
+    "attn.hook_v",
+    "attn.hook_scores",
+    "attn.hook_pattern",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "mlp.hook_pre",
+    "mlp.hook_post",
+    "hook_mlp_out",
+    "hook_resid_post",
+)
+"""Hook points of a layer in execution order, without the ``blocks.i.`` prefix."""
+
+
+def hook_names(n_layers: int) -> list[str]:
+    """All hook points of a model in execution order (12 a layer and two), without ``logits``."""
+    layers = [f"blocks.{i}.{point}" for i in range(n_layers) for point in LAYER_POINTS]
+    return ["hook_embed", *layers, "hook_final_norm"]
+
+
+def inputs_of(name: str) -> list[str]:
+    """The tensors from which a hook's tensor is computed, beside the weights; [] for the first one.
+
+    They tell whether a divergence is a tensor's own (its inputs agreed) or inherited.
+    """
+    if name in _GLOBAL_INPUTS:
+        return _GLOBAL_INPUTS[name]
+    if not name.startswith("blocks."):
+        return []
+    _, index, point = name.split(".", 2)
+    layer = f"blocks.{index}."
+    if point == "hook_resid_pre":
+        return ["hook_embed"] if index == "0" else [f"blocks.{int(index) - 1}.hook_resid_post"]
+    return [layer + feeder for feeder in _LAYER_INPUTS[point]]
+
+
+_GLOBAL_INPUTS = {
+    "logits": ["hook_final_norm"],
+    "sae.recon": ["sae.features"],
+    "sae_on_truth.recon": ["sae_on_truth.features"],
+}
+_LAYER_INPUTS = {
+    "attn.hook_q": ["hook_resid_pre"],
+    "attn.hook_k": ["hook_resid_pre"],
+    "attn.hook_v": ["hook_resid_pre"],
+    "attn.hook_scores": ["attn.hook_q", "attn.hook_k"],
+    "attn.hook_pattern": ["attn.hook_scores"],
+    "hook_attn_out": ["attn.hook_pattern", "attn.hook_v"],
+    "hook_resid_mid": ["hook_resid_pre", "hook_attn_out"],
+    "mlp.hook_pre": ["hook_resid_mid"],
+    "mlp.hook_post": ["mlp.hook_pre"],
+    "hook_mlp_out": ["mlp.hook_post"],
+    "hook_resid_post": ["hook_resid_mid", "hook_mlp_out"],
+}
+
+
+def is_lens(name: str) -> bool:
+    """Whether a hook's last position is projected onto the vocabulary: every layer's output."""
+    return name.startswith("blocks.") and name.endswith("hook_resid_post")
