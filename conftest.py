@@ -15,17 +15,16 @@ from candle_mi_parity import pytest_plugin
 from candle_mi_parity.candidate.candidate import parse_candidate
 from candle_mi_parity.candidate.sources import Source, StoredSource, open_source
 from candle_mi_parity.candidate.torch_source import TorchSource
-from candle_mi_parity.compare.ledger import Ledger, load_ledger
 from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.spec.cases import WAITS, Case, load_cases
+from candle_mi_parity.spec.explanations import load_explanations
 from candle_mi_parity.spec.paths import ROOT, cache_root
 
 CASES = {case.id: case for case in load_cases()}
 STORED = sorted(path.parent.name for path in (ROOT / "rust_outputs").glob("*/candidate.json"))
 LIVE = "0.2.2"
 CUDA = "cuda:0"
-LEDGER = load_ledger()
 
 
 @pytest.fixture(scope="session")
@@ -57,20 +56,16 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
 
 
 @pytest.fixture(scope="session")
-def ledger() -> Ledger:
-    return load_ledger()
-
-
-@pytest.fixture(scope="session")
-def judged(request: pytest.FixtureRequest, ledger: Ledger) -> Callable[[str, str], CaseResult]:
+def judged(request: pytest.FixtureRequest) -> Callable[[str, str], CaseResult]:
     """Judge a case against a candidate, once a session."""
+    table = load_explanations()
 
     @functools.cache
     def judge(candidate: str, case_id: str) -> CaseResult:
         stored = candidate in STORED
         source = StoredSource(ROOT / "rust_outputs" / candidate) if stored else request.getfixturevalue(candidate)
         spec = {"live": LIVE}.get(candidate, f"stored:{candidate}" if stored else "torch")
-        result = judge_case(CASES[case_id], source, spec, cache_root(), ledger, Progress())
+        result = judge_case(CASES[case_id], source, spec, cache_root(), table, Progress()).result
         pytest_plugin.record(request.config, candidate, result)
         return result
 
@@ -125,15 +120,9 @@ def _marks(case: Case) -> list[pytest.MarkDecorator]:
 
 
 def _pair(candidate: str, case: Case) -> object:
-    """A pair with its markers; only the ledger's own entry makes a failure expected."""
+    """A pair with its markers."""
     marks = _marks(case)
     marks += {"torch_cuda": [pytest.mark.gpu], "live": [pytest.mark.rust]}.get(candidate, [])
-    version = LIVE if candidate == "live" else candidate
-    entries = LEDGER
-    keys = {(known.case, known.version) for known in entries.known}
-    keys |= {(refused.case, refused.version) for refused in entries.refused}
-    if (case.id, version) in keys:
-        marks.append(pytest.mark.xfail(raises=pytest_plugin.KnownDivergence, strict=True, reason="known divergence"))
     # One worker judges a case against a candidate, whatever is asserted of it.
     marks.append(pytest.mark.xdist_group(f"{candidate}-{case.id}"))
     return pytest.param(candidate, case.id, id=f"{candidate}-{case.id}", marks=marks)

@@ -35,8 +35,8 @@ class TraceError(ParityError):
     """A trace, or a tensor in it, is not what the contract says."""
 
 
-class LedgerError(ParityError):
-    """A known-divergence entry is malformed."""
+class ExplanationError(ParityError):
+    """An explanation is malformed, applies to nothing, explains nothing, or overlaps another."""
 
 
 class GoldenError(ParityError):

@@ -10,9 +10,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from candle_mi_parity.compare.ledger import Ledger
+
 from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.candidate import parse_candidate
-from candle_mi_parity.compare.ledger import Ledger
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.run.run import run

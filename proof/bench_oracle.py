@@ -14,8 +14,9 @@ import torch
 from candle_mi_parity.candidate.candidate import parse_candidate
 from candle_mi_parity.candidate.sources import open_source
 from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.oracle.compute import SAMPLES, sample
 from candle_mi_parity.oracle.hooks import load_model
-from candle_mi_parity.oracle.oracle import SAMPLES, Oracle, sample
+from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import Trace

@@ -28,7 +28,8 @@ from candle_mi_parity.compare.verdict import Status
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.sae import load_sae
-from candle_mi_parity.oracle.oracle import Oracle, sample
+from candle_mi_parity.oracle.compute import sample
+from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.run.run import library_versions
 from candle_mi_parity.spec.cases import Case, load_cases
 from candle_mi_parity.spec.paths import cache_root

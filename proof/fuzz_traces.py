@@ -22,7 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from candle_mi_parity.candidate.sources import StoredSource
-from candle_mi_parity.compare.verdict import CaseResult, RunResult, Status, TensorResult
+from candle_mi_parity.compare.run_result import RunResult
+from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 from candle_mi_parity.judge.case import Progress, _status, judge_mode
 from candle_mi_parity.report.views_ci import junit, summary, workflow_commands
 from candle_mi_parity.spec.paths import ROOT

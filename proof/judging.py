@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
+from candle_mi_parity.compare.ledger import Ledger
+
 from candle_mi_parity.candidate.sources import NothingOpen, Source, same_candidate
 from candle_mi_parity.compare.compare import check_header
-from candle_mi_parity.compare.ledger import Ledger
 from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.compare.verdict import Status as CaseStatus
 from candle_mi_parity.errors import OracleError

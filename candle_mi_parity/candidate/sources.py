@@ -64,6 +64,10 @@ class Source(Protocol):
     ) -> None: ...
 
 
+class NotStoredError(TraceError):
+    """Nothing is stored for a case."""
+
+
 class NothingOpen:
     """A source that holds nothing which has to be closed, of traces made on a CPU where it says nothing else."""
 
@@ -196,7 +200,7 @@ class StoredSource(NothingOpen):
         """
         path = trace_path(self._directory, subject.case.id, mode)
         if not path.is_file():
-            raise TraceError(f"nothing is stored for {subject.case.id} ({mode}) at {path}")
+            raise NotStoredError(f"nothing is stored for {subject.case.id} ({mode}) at {path}")
         if not path.resolve().is_relative_to(self._directory.resolve()):
             raise TraceError(f"{path} is a link that leads out of {self._directory}; it is not followed")
         raw = read_json(path)

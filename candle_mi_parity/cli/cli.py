@@ -18,8 +18,8 @@ from rich.text import Text
 from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.candidate import CandidateError, parse_candidate
 from candle_mi_parity.candidate.tokens import emit_tokens
-from candle_mi_parity.compare.ledger import is_refusal, load_ledger, proposed_entry
-from candle_mi_parity.compare.verdict import RunResult, Status, Verdict
+from candle_mi_parity.compare.run_result import RunResult, Verdict
+from candle_mi_parity.compare.verdict import Status
 from candle_mi_parity.coverage import api_ledger, api_rustdoc
 from candle_mi_parity.coverage.api import RELEASES
 from candle_mi_parity.coverage.calls import emit_calls, load_calls, read_calls
@@ -44,8 +44,9 @@ from candle_mi_parity.run import nightly
 from candle_mi_parity.run.diff import diff
 from candle_mi_parity.run.nightly_verdict import conclude
 from candle_mi_parity.run.repeat import repeat
-from candle_mi_parity.run.run import blank, run
-from candle_mi_parity.spec.cases import WAITS, load_cases, select
+from candle_mi_parity.run.run import RunOptions, blank, run
+from candle_mi_parity.spec.cases import load_cases, select
+from candle_mi_parity.spec.explanations import load_explanations
 from candle_mi_parity.spec.families import family_of
 from candle_mi_parity.spec.paths import ROOT, cache_root
 from candle_mi_parity.trace.trace import CandleMi
@@ -63,34 +64,20 @@ DEFAULT_CANDIDATE = "0.2.2"
 OUT = Path("build/parity")
 
 
-def judge(
-    candidate: str,
-    cases: str | None,
-    out: Path,
-    strict: bool = False,
-    keep: Path | None = None,
-    device: str = "cpu",
-    result: RunResult | None = None,
-) -> RunResult:
-    """Select, and run with progress; the parameters are those of :func:`run.run`."""
-    table = load_cases()
-    chosen = select(table, cases)
-    skipped = {
-        case.id: f"{WAITS[case.lane]}; run it with --cases '{case.id}'"
-        for case in table
-        if cases is None and case not in chosen
-    }
+def globs(pattern: str | None) -> tuple[str, ...]:
+    return () if pattern is None else (pattern,)
+
+
+def judge(options: RunOptions, result: RunResult | None = None) -> RunResult:
+    """Select, and run with progress."""
     with progress_bar() as bar:
-        progress, ledger = Terminal(bar, len(chosen)), load_ledger()
-        return run(candidate, chosen, skipped, cache_root(), out, ledger, progress, strict, keep, device, result)
+        return run(options, lambda count: Terminal(bar, count), result)
 
 
-def judge_and_write(
-    candidate: str, cases: str | None, out: Path, strict: bool = False, device: str = "cpu"
-) -> RunResult:
+def judge_and_write(options: RunOptions) -> RunResult:
     """Judge, and write every view of the result, also of a run that breaks off."""
-    with written(blank(candidate, strict, device), out) as result:
-        judge(candidate, cases, out, strict, None, device, result)
+    with written(blank(options), options.out) as result:
+        judge(options, result)
     return result
 
 
@@ -104,7 +91,7 @@ def run_command(
 ) -> None:
     """Judge a candle-mi against PyTorch. Exit code 0 PASS, 1 FAIL, 2 ERROR, 3 INCONCLUSIVE."""
     with one_line_errors():
-        result = judge_and_write(candidate, cases, out, strict, device)
+        result = judge_and_write(RunOptions(candidate, globs(cases), out, strict, device=device))
         console = Console()
         report.terminal(result, console)
         console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
@@ -140,7 +127,7 @@ def reference(
 def ratios(candidate: CandidateOption = DEFAULT_CANDIDATE, cases: CasesOption = None, out: OutOption = OUT) -> None:
     """The clean-ratio table: how close the passing cases come to the gate. `torch` judges torch's own float32."""
     with one_line_errors():
-        result = judge(candidate, cases, out)
+        result = judge(RunOptions(candidate, globs(cases), out))
         clean = [case for case in result.cases if case.status is Status.PASS]
         result.cases = clean
         Console().print(report.clean_ratios(result))
@@ -156,7 +143,7 @@ def store(
     with one_line_errors():
         if parse_candidate(candidate).kind != "version":
             raise CandidateError(f"only releases are stored, not {candidate}")
-        result = judge(candidate, None, out, keep=ROOT / "rust_outputs" / candidate)
+        result = judge(RunOptions(candidate, out=out, keep=ROOT / "rust_outputs" / candidate))
         model = next(case.model for case in load_cases() if case.id == "smollm2/hub")
         directory = model_directory(model, cache_root())
         target = ROOT / "rust_outputs" / candidate / "tokens.json"
@@ -186,7 +173,7 @@ def history_command(out: OutOption = OUT) -> None:
 
 def _stored_releases(out: Path) -> dict[str, RunResult]:
     stored = sorted((path.parent.name for path in (ROOT / "rust_outputs").glob("*/candidate.json")), key=_numbers)
-    return {version: judge(f"stored:{version}", None, out / version) for version in stored}
+    return {version: judge(RunOptions(f"stored:{version}", out=out / version)) for version in stored}
 
 
 @app.command("diff")
@@ -202,12 +189,18 @@ def diff_command(
 ) -> None:
     """Compare two candidates with each other and with PyTorch. Exit code 0, or 1 when B is worse anywhere."""
     with one_line_errors():
-        chosen = select(load_cases(), cases)
+        chosen = select(load_cases(), list(globs(cases)))
         remove(out, "diff.json", "diff.html")
         with progress_bar() as bar:
             progress = Terminal(bar, len(chosen))
             found = diff(
-                (a, b), chosen, cache_root(), out / "diff", load_ledger(), progress, (device, device_b or device)
+                (a, b),
+                chosen,
+                cache_root(),
+                out / "diff",
+                load_explanations(),
+                progress,
+                (device, device_b or device),
             )
         write_json(diff_views.document(found), out / "diff.json")
         write_text(diff_views.page(found), out / "diff.html")
@@ -247,17 +240,6 @@ def census_command(
         write_json(census.model_dump(exclude_defaults=True), path)
         report.census(census, Console())
         print(f"wrote {path}")
-
-
-@app.command()
-def known(candidate: CandidateOption = DEFAULT_CANDIDATE, cases: CasesOption = None, out: OutOption = OUT) -> None:
-    """Print ledger entries for the cases that diverge unexcused; a person adds the `why` and pastes them."""
-    with one_line_errors():
-        result = judge(candidate, cases, out)
-        identity = CandleMi.model_validate({field: result.identity.get(field) for field in CandleMi.model_fields})
-        for case in result.cases:
-            if case.status is Status.FAIL or (case.status is Status.ERROR and is_refusal(case)):
-                print(proposed_entry(case, identity))
 
 
 @app.command("calls")
@@ -357,7 +339,7 @@ def repeat_command(
 ) -> None:
     """Run the same case several times and count the tensors whose bytes differ. Measures: exit code 0 either way."""
     with one_line_errors():
-        chosen = select(load_cases(), cases)
+        chosen = select(load_cases(), list(globs(cases)))
         with progress_bar() as bar:
             found = repeat(candidate, chosen, times, cache_root(), out / "repeat", device, Terminal(bar, len(chosen)))
         write_json(found.model_dump(), out / "repeat.json")

@@ -171,7 +171,8 @@ def _leak(name: str, leaked: np.ndarray, got: np.ndarray, mask: np.ndarray, agre
     detail = f"{len(leaked)} entries that the mask forbids are not 0"
     return TensorResult(
         name, Status.FAIL, "masked", math.inf, math.inf, math.inf, int(mask.sum()),
-        int((~mask).sum()), len(leaked), inputs_agreed=agreed, worst=worst, detail=detail,
+        int((~mask).sum()), len(leaked), float(np.abs(np.where(mask, 0.0, got)).sum()), inputs_agreed=agreed,
+        worst=worst, detail=detail,
     )  # fmt: skip
 
 

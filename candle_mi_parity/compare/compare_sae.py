@@ -49,14 +49,22 @@ def decisions(sae: SaeTruth) -> Decisions:
         return Decisions(pre > sae.threshold, np.abs(pre - sae.threshold), sigma, sigma, np.zeros(pre.shape, bool))
     # As the oracle keeps them: of equal values the first.
     order = np.argsort(-pre, axis=-1, kind="stable")
+    width = pre.shape[-1]
+    k = np.full((*pre.shape[:-1], 1), min(sae.k, width))
+    if not sae.relu:
+        k = k - (np.take_along_axis(pre, np.take_along_axis(order, k - 1, -1), -1) < 0)
     kept = np.zeros(pre.shape, bool)
-    np.put_along_axis(kept, order[..., : sae.k], True, -1)
-    least = order[..., sae.k - 1 : sae.k]
+    np.put_along_axis(kept, order, np.arange(width) < k, -1)
+    least = np.take_along_axis(order, np.maximum(k - 1, 0), -1)
+    left = np.take_along_axis(order, np.minimum(k, width - 1), -1)
     # With as many kept as there are, nothing is left out to lose to.
-    left = order[..., sae.k : sae.k + 1] if sae.k < pre.shape[-1] else None
-    rival = np.where(kept, least if left is None else left, least)
+    whole = k >= width
+    rival = np.where(kept & ~whole, left, least)
     theta, noise = np.take_along_axis(pre, rival, -1), np.take_along_axis(sigma, rival, -1)
-    at_zero = (theta <= 0) | (kept if left is None else False)
+    if not sae.relu:
+        lonely = kept & whole
+        return Decisions(kept, np.where(lonely, np.inf, np.abs(pre - theta)), sigma, sigma + noise, ~lonely)
+    at_zero = (theta <= 0) | (kept & whole)
     theta, noise = np.where(at_zero, 0.0, theta), np.where(at_zero, 0.0, noise)
     return Decisions(kept & (pre > 0), np.abs(pre - theta), sigma, sigma + noise, ~at_zero)
 
@@ -257,7 +265,9 @@ def _last_position(truth: Truth, trace: Emitted) -> list[TensorResult]:
         "sae.resid_last_norm": (sae.residual, truth.tensors[truth.meta["sae_hook"]].noise),
     }
     decided = decisions(sae)
-    doubtful, active = int(decided.turns[0, -1].sum()), int(decided.active[0, -1].sum())
+    # Features that fire with a positive value are counted, on either side.
+    positive = decided.active[0, -1] & (sae.pre.value[0, -1] > 0)
+    doubtful, active = int(decided.turns[0, -1].sum()), int(positive.sum())
     results = [_judge_count("sae.n_active_last_pos", active, doubtful, trace), _judge_top(truth, trace)]
     for name, (value, noise) in last.items():
         # The error of a norm is the error along one unit vector: an average over the elements.

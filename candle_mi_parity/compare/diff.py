@@ -11,14 +11,14 @@ from enum import StrEnum
 
 from candle_mi_parity.compare.align import ENDLESS, Distance, figure_distance, tensor_distance
 from candle_mi_parity.compare.gate import POSITION_GATE
-from candle_mi_parity.compare.outcome import Outcome, outcome
-from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult, Verdict
+from candle_mi_parity.compare.run_result import Verdict
+from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status, TensorResult
 from candle_mi_parity.files.escape import number
 from candle_mi_parity.trace.trace import Emitted, Run
 from candle_mi_parity.trace.truth import Truth
 
-DECADE = 10.0
-"""A divergence that was there already is worse when its ratio grew so many times."""
+LEAK_CHANGE = 1e-3
+"""Part of what forbidden entries hold that may change without being worse or better."""
 
 
 class Kind(StrEnum):
@@ -54,7 +54,7 @@ class Side:
 
     @property
     def outcome(self) -> Outcome:
-        return outcome(self.result)
+        return self.result.outcome
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class CaseDiff:
     :ivar rows: in execution order.
     :ivar worse: every reason, the verdict's first.
     :ivar cut: one side kept the case in part, and the other was cut to that.
+    :ivar note: what each side computes instead, where they differ in that.
     """
 
     a: Side
@@ -89,6 +90,7 @@ class CaseDiff:
     worse: list[str] = field(default_factory=list)
     better: list[str] = field(default_factory=list)
     cut: bool = False
+    note: str = ""
 
     @property
     def id(self) -> str:
@@ -164,8 +166,9 @@ def diff_case(a: Side, b: Side, truth: Truth | None, cut: bool = False) -> CaseD
         case.rows = _rows(truth, a, b)
     if case.judged:
         _verdict_change(case)
-        _tensor_changes(case)
-        _forced_changes(case)
+        if not _same_explanation(a, b):  # both are equal to one truth, and differ by rounding
+            _tensor_changes(case)
+        _explanation_change(case)
     return case
 
 
@@ -233,30 +236,38 @@ def size(result: TensorResult) -> float:
 
 def shown(result: TensorResult) -> str:
     """The size for a reader; of decisions, which have none, how many differ from the truth's."""
+    if result.reason == "masked":
+        return f"{result.past} forbidden entries that hold {number(result.leaked)}"
     return number(size(result)) if result.worst or not result.detail else result.detail
 
 
 def _by_the_gate(one: TensorResult, other: TensorResult) -> tuple[str, str]:
     """Why B is worse than A at a tensor, and why it is better; both empty when it is neither."""
-    name, before, after = one.name, size(one), size(other)
+    name = one.name
     if _fails(one) != _fails(other):
         said = f"{name} {'now diverges' if _fails(other) else 'agrees now'} ({shown(one)} → {shown(other)})"
         return (said, "") if _fails(other) else ("", said)
-    if not _fails(one) or before == after:
+    if not _fails(one) or (change := _further(one, other)) == 0:
         return "", ""
-    said = f"{name} diverges by {number(after)}, before by {number(before)}"
-    if after >= DECADE * before > 0:
-        return said, ""
-    return "", said if before >= DECADE * after > 0 else ""
+    said = f"{name} diverges by {shown(other)}, before by {shown(one)}"
+    return (said, "") if change > 0 else ("", said)
+
+
+def _further(one: TensorResult, other: TensorResult) -> float:
+    """By how much the second of two diverging results is further from the truth; 0 where rounding could make it."""
+    if one.reason == other.reason == "masked":
+        # What a mask forbids has no noise: entries are counted, then what they hold is compared.
+        mass = other.leaked - one.leaked
+        return other.past - one.past or (mass if abs(mass) > LEAK_CHANGE * one.leaked else 0)
+    change = size(other) - size(one)
+    return change if abs(change) >= POSITION_GATE else 0  # NaN where both are endless
 
 
 def _direction(one: TensorResult, other: TensorResult) -> Direction:
     if _fails(one) != _fails(other):
         return Direction.AWAY if _fails(other) else Direction.TOWARDS
-    change = size(other) - size(one)
-    if not abs(change) >= POSITION_GATE:  # rounding could make as much; NaN is endless before and after
-        return Direction.SIDEWAYS
-    return Direction.AWAY if change > 0 else Direction.TOWARDS
+    change = _further(one, other) if _fails(one) else 0
+    return Direction.AWAY if change > 0 else Direction.TOWARDS if change < 0 else Direction.SIDEWAYS
 
 
 def _verdict_change(case: CaseDiff) -> None:
@@ -282,12 +293,20 @@ def _tensor_changes(case: CaseDiff) -> None:
             into.append(rows[0] + (f", and {len(rows) - 1} more" if len(rows) > 1 else ""))
 
 
-def _forced_changes(case: CaseDiff) -> None:
-    """Fed the truth, every half-layer stands alone: a second fault shows behind one that was there before."""
-    names = {tensor.name for tensor in case.a.result.forced} & {tensor.name for tensor in case.b.result.forced}
-    before, after = (set(side.result.forced_divergences) & names for side in (case.a, case.b))
-    for gained, into in ((after - before, case.worse), (before - after, case.better)):
-        if gained:
-            verb = "diverge" if into is case.worse else "agree"
-            first = next(tensor.name for tensor in case.b.result.forced if tensor.name in gained)
-            into.append(f"fed the truth, {len(gained)} more tensors {verb}, as {first}")
+def _explanation_change(case: CaseDiff) -> None:
+    """What each side computes instead, where both diverge: what is no longer explained is worse."""
+    if not (case.a.outcome is case.b.outcome is Outcome.DIVERGES):
+        return
+    one, other = case.a.result.explained, case.b.result.explained
+    if one and not other:
+        case.worse.append(f"before: {one.line()}; now it is not explained: {case.b.result.unexplained}")
+    elif other and not one:
+        case.better.append(f"now explained: {other.line()}")
+    elif one and other and one.change != other.change:
+        case.note = f"A: {one.change}; B: {other.change}"
+
+
+def _same_explanation(a: Side, b: Side) -> bool:
+    """Whether both sides are equal to PyTorch under one and the same counterfactual."""
+    one, other = a.result.explained, b.result.explained
+    return bool(one and other and one.change and one.change == other.change)

@@ -12,7 +12,8 @@ from candle_mi_parity.spec.cases import Download
 
 
 class Status(StrEnum):
-    """Of a tensor or a case. UNMEASURED is neither a pass nor a divergence."""
+    """Of a tensor or a case. UNMEASURED is neither a pass nor a divergence; KNOWN is a divergence that is
+    explained."""
 
     PASS = "PASS"
     KNOWN = "KNOWN"
@@ -21,17 +22,68 @@ class Status(StrEnum):
     ERROR = "ERROR"
 
 
-class Verdict(StrEnum):
-    """Of a run, with its exit code."""
+class Failure(StrEnum):
+    """Why a case has no numbers.
 
-    PASS = "PASS"
-    FAIL = "FAIL"
-    ERROR = "ERROR"
-    INCONCLUSIVE = "INCONCLUSIVE"
+    The first three are refusals of candle-mi; the next six are an emitter that did not answer as agreed.
+    """
+
+    MODEL = "model"
+    SAE = "sae"
+    FORWARD = "forward"
+    PANIC = "panic"
+    CRASH = "crash"
+    TIMEOUT = "timeout"
+    PROTOCOL = "protocol"
+    IO = "io"
+    REQUEST = "request"
+    ABSENT = "absent"
+    """Nothing is stored for the case."""
+    INPUT = "input"
+    """The model, the SAE or the prompt cannot be had or has no truth."""
+    INTERNAL = "internal"
+    """A fault of this suite."""
 
     @property
-    def exit_code(self) -> int:
-        return {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.ERROR: 2, Verdict.INCONCLUSIVE: 3}[self]
+    def refused(self) -> bool:
+        return self in (Failure.MODEL, Failure.SAE, Failure.FORWARD)
+
+    @property
+    def crashed(self) -> bool:
+        return self in (
+            *(Failure.PANIC, Failure.CRASH, Failure.TIMEOUT),
+            *(Failure.PROTOCOL, Failure.IO, Failure.REQUEST),
+        )
+
+
+class Outcome(StrEnum):
+    """What a candidate made of a case, from best to worst; what is known does not enter.
+
+    A refusal stands before a wrong number, which nobody notices. ABSENT and ERROR say nothing of the candidate:
+    nothing is stored, or the suite could not do its part.
+    """
+
+    AGREES = "agrees"
+    UNMEASURED = "unmeasured"
+    REFUSED = "refused"
+    DIVERGES = "diverges"
+    CRASHED = "crashed"
+    ABSENT = "absent"
+    ERROR = "error"
+
+    @property
+    def judged(self) -> bool:
+        return self not in (Outcome.ABSENT, Outcome.ERROR)
+
+    @property
+    def colour(self) -> str:
+        """The class of its cell on a page."""
+        return {Outcome.AGREES: "good", Outcome.DIVERGES: "bad", Outcome.CRASHED: "bad"}.get(self, "warn")
+
+    @property
+    def rank(self) -> int:
+        """0 is best; only of what was judged."""
+        return list(Outcome).index(self)
 
 
 @dataclass(frozen=True)
@@ -74,7 +126,8 @@ class TensorResult:
     :ivar rms_ratio: rms(error)/rms(noise) over the whole tensor, 0 for an exact one.
     :ivar compared: number of elements compared.
     :ivar left_out: elements that the mask forbids, where the two sides may differ.
-    :ivar past: elements past the gate.
+    :ivar past: elements past the gate; of a mask, forbidden entries that are not 0.
+    :ivar leaked: sum of the absolute values of such entries.
     :ivar exact: no rounding separates the two sides; bit equality was asked.
     :ivar inputs_agreed: whether the tensors it is computed from passed; None when it has none.
     """
@@ -88,6 +141,7 @@ class TensorResult:
     compared: int = 0
     left_out: int = 0
     past: int = 0
+    leaked: float = 0.0
     exact: bool = False
     inputs_agreed: bool | None = None
     worst: Worst | None = None
@@ -183,6 +237,35 @@ class SaeView:
     top: list[Ranked] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Explained:
+    """Under which counterfactual PyTorch computes the candidate's numbers, or as what a refusal is known.
+
+    :ivar ids: of the explanations that were listed for the release; empty for one that was found by search.
+    :ivar says: one sentence for each explanation, or what is changed.
+    :ivar change: what is changed, in a few words; empty for a refusal.
+    :ivar tensors: number of tensors, scalars and decisions that pass under it.
+    :ivar worst: the largest ratio under it; 8 is the gate.
+    :ivar remedy: what a user can do; empty where there is nothing.
+    """
+
+    ids: list[str]
+    says: str
+    change: str = ""
+    tensors: int = 0
+    worst: float = 0.0
+    remedy: str = ""
+
+    def line(self) -> str:
+        """``CMI006: …; equal to PyTorch with sliding_window + 1, all 44 tensors, worst 1.4 of 8``."""
+        name = f"{', '.join(self.ids)}: " if self.ids else ""
+        if not self.change:
+            return f"{name}refused: {self.says}"
+        said = self.says.rstrip(".") + "; " if self.ids else ""
+        size = f"all {self.tensors} tensors, worst {self.worst:.2g} of 8"
+        return f"{name}{said}equal to PyTorch with {self.change}, {size}"
+
+
 @dataclass
 class CaseResult:
     """One case judged.
@@ -193,8 +276,9 @@ class CaseResult:
     :ivar sae: flips, MSE and strongest features, per chain.
     :ivar expected: number of tensors that could be compared.
     :ivar in_part: the candidate's trace was stored in part; ``expected`` counts that part.
-    :ivar error: why there is nothing to compare, one line.
-    :ivar known: the ledger's note when the divergence is a known one.
+    :ivar error: why there is nothing to compare, one line; ``failure`` says the same to a program.
+    :ivar explained: under which counterfactual the candidate is right; a case is KNOWN when it is a listed one.
+    :ivar unexplained: what was tried to explain the divergence, and why it does not.
     :ivar reproduce: the one command that shows it again.
     :ivar downloads: which commits and files of the hub the case was computed from.
     """
@@ -211,7 +295,9 @@ class CaseResult:
     expected: int = 0
     in_part: bool = False
     error: str = ""
-    known: str = ""
+    failure: Failure | None = None
+    explained: Explained | None = None
+    unexplained: str = ""
     seconds: float = 0.0
     downloads: tuple[Download, ...] = ()
 
@@ -228,6 +314,26 @@ class CaseResult:
         return next((tensor for tensor in self.tensors if tensor.status is Status.FAIL), None)
 
     @property
+    def note(self) -> str:
+        """What is known of the divergence, or what was tried to explain it; empty for nothing."""
+        return self.explained.line() if self.explained else self.unexplained
+
+    @property
+    def outcome(self) -> Outcome:
+        if self.status is Status.PASS:
+            return Outcome.AGREES
+        if self.status is Status.UNMEASURED:
+            # Without a tensor it is a model that the hub did not give.
+            return Outcome.UNMEASURED if self.tensors else Outcome.ERROR
+        if self.failure is None:
+            return Outcome.DIVERGES if self.tensors else Outcome.ERROR
+        if self.failure.refused:
+            return Outcome.REFUSED
+        if self.failure.crashed:
+            return Outcome.CRASHED
+        return Outcome.ABSENT if self.failure is Failure.ABSENT else Outcome.ERROR
+
+    @property
     def worst(self) -> TensorResult | None:
         return max(self.tensors, key=lambda tensor: tensor.ratio, default=None)
 
@@ -241,70 +347,6 @@ class CaseResult:
         first = self.first_divergence
         body = self.error or (first.message() if first else "nothing diverges")
         body += f"\n  shape of the error: {self.diagnosis.shape}" if self.diagnosis else ""
+        body += f"\n  {self.explained.line()}" if self.explained else ""
+        body += f"\n  {self.unexplained}" if self.unexplained else ""
         return f"{self.id}: {self.status.value}\n{body}\n  reproduce: {self.reproduce}"
-
-
-@dataclass
-class RunResult:
-    """All cases against one candidate.
-
-    :ivar candidate: as the user spelt it.
-    :ivar identity: what the traces say they came from; empty when none was read.
-    :ivar skipped: case id → reason and remedy.
-    :ivar stale: ledger entries that no longer diverge.
-    :ivar fault: what ended the run before its end, one line; what was judged until then is kept.
-    """
-
-    candidate: str
-    identity: dict[str, str]
-    versions: dict[str, str]
-    cases: list[CaseResult]
-    skipped: dict[str, str]
-    stale: list[str]
-    strict: bool = False
-    fault: str = ""
-
-    def count(self, status: Status) -> int:
-        return sum(1 for case in self.cases if case.status is status)
-
-    @property
-    def four_counts(self) -> dict[str, int]:
-        """Cases by what a reader asks first; an ERROR or a case not run has measured nothing."""
-        unmeasured = self.count(Status.UNMEASURED) + self.count(Status.ERROR) + len(self.skipped)
-        return {
-            "compared": sum(1 for case in self.cases if case.compared),
-            "diverging": self.count(Status.FAIL),
-            "known": self.count(Status.KNOWN),
-            "unmeasured": unmeasured,
-        }
-
-    @property
-    def verdict(self) -> Verdict:
-        """FAIL before ERROR before INCONCLUSIVE before PASS; a run that broke off is an ERROR whatever it saw."""
-        if self.fault:
-            return Verdict.ERROR
-        if self.count(Status.FAIL) or self.stale or (self.strict and self.count(Status.KNOWN)):
-            return Verdict.FAIL
-        if self.count(Status.ERROR):
-            return Verdict.ERROR
-        nothing = not any(case.compared for case in self.cases)
-        short = any(case.compared < case.expected for case in self.cases)
-        if nothing or short or self.count(Status.UNMEASURED):
-            return Verdict.INCONCLUSIVE
-        return Verdict.PASS
-
-    def line(self) -> str:
-        """The verdict in one line, all counts in it."""
-        known = [case for case in self.cases if case.status is Status.KNOWN]
-        families = ", ".join(sorted({case.family for case in known}))
-        text = self.verdict.value
-        text += f" ({self.fault})" if self.fault else ""
-        if known and self.verdict is Verdict.PASS:
-            text += f" except {len(known)} known divergence{'s' * (len(known) > 1)} ({families})"
-        tensors = sum(case.compared for case in self.cases)
-        counts = ", ".join(f"{self.count(status)} {status.value}" for status in Status if self.count(status))
-        text += f": {len(self.cases)} cases ({counts or 'none'}), {tensors} tensors compared"
-        unmeasured = sum(case.unmeasured for case in self.cases)
-        text += f", {unmeasured} too noisy to judge" if unmeasured else ""
-        text += f", {len(self.skipped)} cases not run" if self.skipped else ""
-        return text + (f", {len(self.stale)} stale ledger entries" if self.stale else "")

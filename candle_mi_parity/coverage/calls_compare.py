@@ -15,7 +15,7 @@ from pydantic import Field
 from candle_mi_parity.compare.gate import POSITION_GATE, TINY, UNIT, measure
 from candle_mi_parity.coverage.calls import Answered, CallRow, Calls, CallTable
 from candle_mi_parity.coverage.calls_truth import CallTruth
-from candle_mi_parity.errors import LedgerError, TraceError
+from candle_mi_parity.errors import ExplanationError, TraceError
 from candle_mi_parity.spec.cases import Row, read_toml
 from candle_mi_parity.spec.paths import FIXTURES
 
@@ -52,11 +52,11 @@ class CallVerdict:
 
 
 def load_known_calls(path: Path = FIXTURES / "known_calls.toml") -> KnownCalls:
-    """:raises LedgerError: malformed, or a call twice for one version."""
-    known = read_toml(path, KnownCalls, LedgerError)
+    """:raises ExplanationError: malformed, or a call twice for one version."""
+    known = read_toml(path, KnownCalls, ExplanationError)
     pairs = [(entry.call, version) for entry in known.known for version in entry.versions]
     if len(set(pairs)) != len(pairs):
-        raise LedgerError(f"{path}: a call is listed twice for one version")
+        raise ExplanationError(f"{path}: a call is listed twice for one version")
     return known
 
 
@@ -66,7 +66,7 @@ def judge_calls(
     """One verdict per row of the table.
 
     :raises TraceError: another table, other inputs, a call missing, unknown or answered twice.
-    :raises LedgerError: a known call that the table lacks.
+    :raises ExplanationError: a known call that the table lacks.
     """
     if calls.case.digest != table.digest():
         raise TraceError("the calls are of another table; emit them again")
@@ -79,7 +79,7 @@ def judge_calls(
     if wrong := sorted(rows ^ set(counts)):
         raise TraceError(f"calls missing or unknown: {', '.join(wrong)}")
     if unknown := sorted({entry.call for entry in known.known} - rows):
-        raise LedgerError(f"known calls that the table lacks: {', '.join(unknown)}")
+        raise ExplanationError(f"known calls that the table lacks: {', '.join(unknown)}")
     version = calls.candle_mi.version
     listed = {entry.call: entry for entry in known.known if version in entry.versions}
     lacking = {fn for fn, versions in known.absent.items() if version in versions}

@@ -15,8 +15,8 @@ import torch
 from candle_mi_parity.coverage.calls import CallRow, CallTable
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.models.sae import load_sae
+from candle_mi_parity.oracle.compute import SAMPLES
 from candle_mi_parity.oracle.interventions import scale_steering, set_steering
-from candle_mi_parity.oracle.oracle import SAMPLES
 from candle_mi_parity.oracle.rounding import MatmulScales, NoisePool, RoundingNoise, Truth64
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.spec.edits import Attention

@@ -19,6 +19,7 @@ from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.digest import digest_files
 from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.oracle import hooks, oracle, rounding
+from candle_mi_parity.oracle.compute import sample
 from candle_mi_parity.oracle.hooks import Edits, Recorder
 from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.spec.families import FAMILIES, Family
@@ -52,7 +53,7 @@ def _compute(subject: Subject) -> Truth:
     run = logits_only if family is None else partial(hooks.forward, family=family)
     seed = int(subject.digest[:16], 16)
     # One sample a pass: experts are given other rows of a batch in another order, and some classes take no positions.
-    recorder, values, squares = oracle.sample(model, tokens, seed, lambda captured: {}, {}, run=run, batch=1)
+    recorder, values, squares = sample(model, tokens, seed, lambda captured: {}, {}, run=run, batch=1)
     tensors = {}
     for name, value in values.items():
         if not bool(torch.isfinite(value).all() and torch.isfinite(squares[name]).all()):

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import transformers
-
-from candle_mi_parity.coverage import fields
-from candle_mi_parity.coverage.fields import Excited, Excused, FieldError, FieldLedger, fields_read
-from candle_mi_parity.coverage.sensitivity import ROTARY, Effect, effect, places
-from candle_mi_parity.files.cache import cached
-from candle_mi_parity.files.digest import digest_files
+from candle_mi_parity.coverage.fields import Excited, Excused, FieldError, FieldLedger
+from candle_mi_parity.coverage.sensitivity import ROTARY, Effect, effect
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.resolve import model_directory
-from candle_mi_parity.oracle.hooks import modeling_files
+from candle_mi_parity.oracle.fields_read import cached_fields_read
 from candle_mi_parity.spec.cases import Case, TinyModel
+from candle_mi_parity.spec.counterfactual import places
 from candle_mi_parity.spec.families import FAMILIES
 
 EXCITING = 100.0
@@ -45,19 +40,8 @@ def family_fields(cases: list[Case], cache: Path) -> set[str]:
     """Fields read over all generated configs among the cases of one family."""
     found: set[str] = set()
     for case in generated(cases):
-        directory = model_directory(case.model, cache)
-        sources = [
-            Path(str(fields.__file__)),
-            *modeling_files(case.family),
-            Path(str(transformers.configuration_utils.__file__)),
-        ]
-        key = [read_config(directory), digest_files(sources), transformers.__version__]
-        found |= set(cached(cache, "fields", key, partial(_sorted_fields, directory)))
+        found |= cached_fields_read(model_directory(case.model, cache), case.family, cache)
     return found
-
-
-def _sorted_fields(directory: Path) -> list[str]:
-    return sorted(fields_read(directory))
 
 
 def generated(cases: list[Case]) -> list[Case]:

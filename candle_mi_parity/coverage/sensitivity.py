@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from candle_mi_parity.oracle.hooks import forward, load_model
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.spec.cases import Case, Setting
+from candle_mi_parity.spec.counterfactual import with_field
 from candle_mi_parity.trace.truth import Truth
 
 Config = dict[str, Any]
@@ -71,27 +71,6 @@ def effect(base: Case, change: Mapping[str, Setting | None], cache: Path) -> Eff
     source = Path(__file__).read_text(encoding="utf-8")
     key = [oracle.key, GENERATOR, source, list(config.items())]
     return Effect.model_validate(cached(cache, "effects", key, compute))
-
-
-def places(config: Config, field: str) -> list[tuple[str, ...]]:
-    """Where a config has a field: its own key, or for ``rope_parameters.<key>`` each spelling of it that is there."""
-    if not field.startswith(f"{ROTARY}."):
-        return [(field,)] if field in config else []
-    key = field.partition(".")[2]
-    blocks = [(block, key) for block in (ROTARY, "rope_scaling") if key in (config.get(block) or {})]
-    return [*blocks, *([(key,)] if key in config else [])]
-
-
-def with_field(config: Config, field: str, value: Setting | None) -> Config:
-    """A copy of a config with a field at another value, wherever the config has it; None takes it away."""
-    copy: Config = json.loads(json.dumps(config))
-    for path in places(config, field) or [(field,)]:
-        target = copy[path[0]] if len(path) == 2 else copy
-        if value is None:
-            target.pop(path[-1], None)
-        else:
-            target[path[-1]] = value
-    return copy
 
 
 def _changed(config: Config, tokens: torch.Tensor) -> tuple[dict[str, list[int]], dict[str, np.ndarray]]:

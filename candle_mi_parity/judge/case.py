@@ -1,30 +1,30 @@
-"""One case from its row to its verdict: truth, trace, comparison."""
+"""One case from its row to its verdict: truth, trace, comparison, and what is known of a divergence."""
 
 from __future__ import annotations
 
 import fnmatch
 import shlex
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-import numpy as np
-
-from candle_mi_parity.candidate.sources import Source
+from candle_mi_parity.candidate.candidate import EmitterError
+from candle_mi_parity.candidate.sources import NotStoredError, Source
 from candle_mi_parity.candidate.store import stored_selection
 from candle_mi_parity.compare.compare import compare, look
 from candle_mi_parity.compare.diagnose_sae import look_sae
-from candle_mi_parity.compare.ledger import Ledger, apply_ledger
-from candle_mi_parity.compare.verdict import CaseResult, Diagnosis, SaeView, Status, TensorResult
+from candle_mi_parity.compare.verdict import CaseResult, Diagnosis, Failure, SaeView, Status, TensorResult
 from candle_mi_parity.errors import HubError, ParityError
 from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.judge.known import Evidence, decoder_of, facts_of, known_divergence, known_refusal
 from candle_mi_parity.models.prepared_case import Subject, prepare
-from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import Case
+from candle_mi_parity.spec.explanations import Explanations
 from candle_mi_parity.spec.hook_points import Mode
 
-_TORCH, _EMITTER = Lock(), Lock()
+TORCH, EMITTER = Lock(), Lock()
 """One case at a time: torch's default dtype, under which models are made and loaded, is the whole process's, and two
 models in memory are one too many; an emitter is one process."""
 
@@ -39,83 +39,163 @@ class Progress:
     def note(self, line: str) -> None: ...
 
 
-def judge_case(case: Case, source: Source, spec: str, cache: Path, ledger: Ledger, progress: Progress) -> CaseResult:
+@dataclass(frozen=True)
+class Judged:
+    """One mode of a case compared.
+
+    :ivar diagnosis: what the error of the first diverging tensor looks like.
+    :ivar in_part: whether a part of the trace is all there is.
+    """
+
+    tensors: list[TensorResult]
+    diagnosis: Diagnosis | None
+    in_part: bool
+    sae: list[SaeView]
+    evidence: Evidence
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A case judged.
+
+    :ivar evidence: of a new divergence, what it can be explained from; None elsewhere.
+    :ivar applicable: ids of the explanations that apply to the case in the candidate's baseline.
+    """
+
+    result: CaseResult
+    evidence: Evidence | None = None
+    applicable: tuple[str, ...] = ()
+
+
+def judge_case(
+    case: Case, source: Source, spec: str, cache: Path, table: Explanations, progress: Progress
+) -> Judgement:
     """One case from its row to its verdict."""
     started = time.monotonic()
-    command = f"candle-mi-parity run --candidate {shlex.quote(spec)} --cases {shlex.quote(case.id)}"
-    command += "" if source.device == "cpu" else f" --device {source.device}"
-    result = CaseResult(case.id, case.family, "", Status.ERROR, command)
+    result = CaseResult(case.id, case.family, "", Status.ERROR, reproduce_command(case, source, spec))
+    evidence: Evidence | None = None
+    applicable: tuple[str, ...] = ()
     try:
         progress.case_starts(case, "model")
-        with _TORCH:
+        with TORCH:
             subject = prepare(case, cache)
             oracle = Oracle(subject, cache, source.device)
         result.digest, result.downloads = subject.digest, subject.downloads
+        if source.identity is not None:
+            rows = table.applicable(facts_of(subject), table.baseline(source.identity.version))
+            applicable = tuple(row.id for row in rows)
         progress.case_starts(case, "truth")
-        result.tensors, result.diagnosis, result.in_part, result.sae = judge_mode(oracle, source, "free", progress)
-        result.expected = len(result.tensors)
-        result.status, result.error = _status(result.tensors, case, result.in_part)
-        if result.status is Status.FAIL and not case.edits:  # edits act on the whole trace
-            result.forced, result.known = _forced(oracle, source, progress)
+        try:
+            evidence = _judge(result, oracle, source, table, progress)
+        except EmitterError as error:
+            _take_failure(result, error, subject, table, source)
     except HubError as error:  # says nothing of the candidate, and no more of this suite
-        result.error, result.status = str(error), Status.UNMEASURED
+        result.error, result.failure, result.status = str(error), Failure.INPUT, Status.UNMEASURED
+    except NotStoredError as error:
+        result.error, result.failure = str(error), Failure.ABSENT
     except ParityError as error:
-        result.error, result.status = str(error), Status.ERROR
+        result.error, result.failure = str(error), Failure.INPUT
     except Exception as error:  # a fault of ours costs its own case, loudly, and not those already judged
-        result.error, result.status = f"internal: {type(error).__name__}: {one_line(str(error))}", Status.ERROR
-    if source.identity is not None:
-        apply_ledger(result, source.identity, ledger)
+        result.error, result.failure = f"internal: {type(error).__name__}: {one_line(str(error))}", Failure.INTERNAL
     result.seconds = time.monotonic() - started
-    return result
+    return Judgement(result, evidence if result.status is Status.FAIL else None, applicable)
 
 
-def _forced(oracle: Oracle, source: Source, progress: Progress) -> tuple[list[TensorResult], str]:
+def reproduce_command(case: Case, source: Source, spec: str) -> str:
+    """The one command that judges a case again."""
+    command = f"candle-mi-parity run --candidate {shlex.quote(spec)} --cases {shlex.quote(case.id)}"
+    return command + ("" if source.device == "cpu" else f" --device {source.device}")
+
+
+def _judge(result: CaseResult, oracle: Oracle, source: Source, table: Explanations, progress: Progress) -> Evidence:
+    """Fill the result of a case whose candidate answers."""
+    case = oracle.subject.case
+    judged = judge_mode(oracle, source, "free", progress)
+    result.tensors, result.diagnosis, result.in_part, result.sae = (
+        *(judged.tensors, judged.diagnosis),
+        *(judged.in_part, judged.sae),
+    )
+    result.expected = len(result.tensors)
+    result.status, result.error = status_of(result.tensors, case, result.in_part)
+    if result.status is not Status.FAIL:
+        return judged.evidence
+    if source.identity is not None:
+        with TORCH:
+            result.explained, result.unexplained = known_divergence(judged.evidence, table, source.identity)
+    if result.explained is not None:
+        result.status = Status.KNOWN
+    elif not case.edits:  # edits act on the whole trace
+        result.forced = _teacher_forced(result, oracle, source, progress)
+    return judged.evidence
+
+
+def _take_failure(
+    result: CaseResult, error: EmitterError, subject: Subject, table: Explanations, source: Source
+) -> None:
+    """A candidate that gave no numbers: refused, which may be known, or crashed."""
+    result.error, result.failure = str(error), failure_of(error)
+    if not result.failure.refused or source.identity is None:
+        return
+    result.status = Status.FAIL
+    result.explained, result.unexplained = known_refusal(error, subject, table, source.identity)
+    if result.explained is not None:
+        result.status = Status.KNOWN
+
+
+def failure_of(error: EmitterError) -> Failure:
+    """The kind of an emitter's failure; one that nobody knows is a breach of the protocol."""
+    return Failure(error.kind) if error.kind in set(Failure) else Failure.PROTOCOL
+
+
+def _teacher_forced(result: CaseResult, oracle: Oracle, source: Source, progress: Progress) -> list[TensorResult]:
     """The teacher-forced run of a case that diverged; where it cannot be had, the case stays a failure."""
     try:
-        return judge_mode(oracle, source, "forced", progress)[0], ""
+        return judge_mode(oracle, source, "forced", progress).tensors
     except ParityError as error:
-        return [], f"no teacher-forced run: {error}"
+        result.unexplained = f"{result.unexplained} no teacher-forced run: {error}".strip()
+        return []
 
 
-def judge_mode(
-    oracle: Oracle, source: Source, mode: Mode, progress: Progress
-) -> tuple[list[TensorResult], Diagnosis | None, bool, list[SaeView]]:
-    """Truth, trace and comparison of one mode, a look at the first divergence, whether a part is all there is, and
-    a look at the SAE.
+def judge_mode(oracle: Oracle, source: Source, mode: Mode, progress: Progress) -> Judged:
+    """Truth, trace and comparison of one mode.
 
     :raises ParityError: whichever of the three cannot be had.
     """
     subject = oracle.subject
-    with _TORCH:
+    with TORCH:
         truth = oracle.truth(mode)
         inputs = oracle.inputs(mode)
-    with _EMITTER:
+    with EMITTER:
         progress.case_starts(subject.case, "candle-mi")
         trace = source.trace(subject, mode, truth, inputs)
     progress.case_starts(subject.case, "compare")
     in_part = any(entry.part is not None for entry in trace.entries.values())
     selection = stored_selection(list(truth.tensors)) if in_part else None
-    results = compare(truth, trace, _decoder(subject, mode), selection)
-    return results, look(truth, trace, results), in_part, look_sae(truth, trace)
+    results = compare(truth, trace, decoder_of(subject) if mode == "free" else None, selection)
+    evidence = Evidence(oracle, trace, selection, declared_unmeasured(results, subject.case))
+    return Judged(results, look(truth, trace, results), in_part, look_sae(truth, trace), evidence)
 
 
-def _decoder(subject: Subject, mode: Mode) -> np.ndarray | None:
-    return load_sae(subject.sae_file).decoder if subject.sae_file is not None and mode == "free" else None
+def declared_unmeasured(tensors: list[TensorResult], case: Case) -> set[str]:
+    """The tensors of which a row says that they are too noisy to judge."""
+    names = [tensor.name for tensor in tensors]
+    return {name for pattern in case.unmeasured for name in fnmatch.filter(names, pattern)}
 
 
-def _status(tensors: list[TensorResult], case: Case, in_part: bool) -> tuple[Status, str]:
+def status_of(tensors: list[TensorResult], case: Case, in_part: bool) -> tuple[Status, str]:
     """Of a case, and what its row says wrongly of the tensors that are too noisy to judge."""
     if any(tensor.status is Status.FAIL for tensor in tensors):
         return Status.FAIL, ""
     if idle := [tensor.name for tensor in tensors if tensor.status is Status.PASS and not tensor.compared]:
         return Status.UNMEASURED, f"nothing was compared of {', '.join(idle)}"
     unmeasured = {tensor.name for tensor in tensors if tensor.status is Status.UNMEASURED}
-    names = [tensor.name for tensor in tensors]
-    declared = {name for pattern in case.unmeasured for name in fnmatch.filter(names, pattern)}
+    declared = declared_unmeasured(tensors, case)
     # A part may leave out the very positions that are too noisy.
     if unmeasured == declared or (in_part and unmeasured < declared):
         return Status.PASS, ""
     opened, closed = sorted(unmeasured - declared), sorted(declared - unmeasured)
-    said = f"too noisy to judge, and not declared so: {', '.join(opened)}. " if opened else ""
-    said += f"declared unmeasured, but measured: {', '.join(closed)}. " if closed else ""
+    said = (
+        f"{', '.join(opened)}: the noise is too large to judge, and `unmeasured` does not say so. " if opened else ""
+    )
+    said += f"{', '.join(closed)}: measured, though `unmeasured` says otherwise. " if closed else ""
     return Status.UNMEASURED, f"{said}Edit `unmeasured` of this case in fixtures/cases.toml"

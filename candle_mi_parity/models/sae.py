@@ -17,6 +17,7 @@ from candle_mi_parity.models.generate import tensor_values
 from candle_mi_parity.models.hub import fetch_sae
 from candle_mi_parity.models.saelens import CONFIG, WEIGHTS, Normalization, read_directory, saelens_files
 from candle_mi_parity.spec.cases import SaeFile, SaelensDirectory, ScopeSae
+from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual, Variant
 from candle_mi_parity.spec.paths import FIXTURES
 
 _REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec")
@@ -27,6 +28,7 @@ class Sae:
     """An SAE, float32: ``W_enc`` [d_in, d_sae], ``W_dec`` [d_sae, d_in], biases, θ or None.
 
     :ivar k: number of features that TopK keeps; None for JumpReLU and ReLU.
+    :ivar relu: whether of the k largest only positive ones fire; else all but a negative k-th, as a counterfactual.
     :ivar centred: whether ``b_dec`` is taken from the input.
     :ivar normalize: what is done to the input, and undone on the reconstruction.
     :ivar by_decoder_norm: whether pre-activations are multiplied by ‖W_dec row‖ before TopK selects, and features
@@ -39,6 +41,7 @@ class Sae:
     b_dec: np.ndarray
     threshold: np.ndarray | None
     k: int | None = None
+    relu: bool = True
     centred: bool = False
     normalize: Normalization = "none"
     by_decoder_norm: bool = False
@@ -128,14 +131,16 @@ def _generate_scope(sae: ScopeSae, width: int, out: Path) -> None:
     )
 
 
-def load_sae(path: Path) -> Sae:
+def load_sae(path: Path, change: Counterfactual = PLAIN) -> Sae:
     """Read and check an NPZ or a SAELens directory.
+
+    :param change: a counterfactual, which may change ``cfg.json`` or the arithmetic.
 
     :raises SaeError: whatever is wrong with it, in one line.
     """
     if not path.is_dir():
         return load_npz(path)
-    config, arrays = read_directory(path)
+    config, arrays = read_directory(path, change)
     jump = config.architecture == "jumprelu"
     _check_arrays(path, arrays, {*_REQUIRED, "threshold"} if jump else {*_REQUIRED})
     if jump != ("threshold" in arrays):
@@ -145,7 +150,8 @@ def load_sae(path: Path) -> Sae:
         shape = weights["W_enc"].shape
         raise SaeError(f"{path}: W_enc has shape {shape}, cfg.json says {(config.d_in, config.d_sae)}")
     # SAELens fires where pre > θ and then takes ReLU, so a negative θ is one at zero.
-    threshold = np.maximum(weights["threshold"], 0) if jump else None
+    floored = jump and not change.has(Variant.NEGATIVE_THRESHOLD_KEPT)
+    threshold = np.maximum(weights["threshold"], 0) if floored else weights.get("threshold")
     return Sae(
         weights["W_enc"],
         weights["W_dec"],
@@ -153,6 +159,7 @@ def load_sae(path: Path) -> Sae:
         weights["b_dec"],
         threshold=threshold,
         k=None if config.k is None else min(config.k, config.d_sae),
+        relu=not change.has(Variant.TOPK_WITHOUT_RELU),
         centred=config.apply_b_dec_to_input,
         normalize=config.normalize_activations,
         by_decoder_norm=config.rescale_acts_by_decoder_norm,

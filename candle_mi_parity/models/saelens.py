@@ -21,6 +21,7 @@ from candle_mi_parity.errors import SaeError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.files.untrusted import read_json, require_inside, require_memory
+from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
 
 CONFIG = "cfg.json"
 WEIGHTS = ("sae_weights.safetensors", "model.safetensors")
@@ -58,13 +59,15 @@ class SaelensConfig(BaseModel):
     rescale_acts_by_decoder_norm: bool = False
 
 
-def read_directory(path: Path) -> tuple[SaelensConfig, dict[str, np.ndarray]]:
+def read_directory(path: Path, change: Counterfactual = PLAIN) -> tuple[SaelensConfig, dict[str, np.ndarray]]:
     """The config and the arrays, float64 that hold the values of the config's ``dtype``.
+
+    :param change: a counterfactual, which may change ``cfg.json``.
 
     :raises SaeError: not such a directory, or a field or tensor that is unknown, missing, or not honoured here.
     """
     require_inside(path, SaeError)
-    config = _config(path / CONFIG)
+    config = _config(path / CONFIG, change)
     tensors = _tensors(path, config)
     scale = tensors.pop("scaling_factor", None)
     if scale is not None and not bool(torch.allclose(scale, torch.ones_like(scale))):
@@ -83,10 +86,11 @@ def saelens_files(path: Path) -> list[Path]:
     return [path / CONFIG, weights]
 
 
-def _config(path: Path) -> SaelensConfig:
+def _config(path: Path, change: Counterfactual) -> SaelensConfig:
     raw = read_json(path, SaeError)
     if not isinstance(raw, dict):
         raise SaeError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    raw = change.changed_sae_config(raw)
     metadata = raw.get("metadata")
     version = raw.get("sae_lens_version") or (
         metadata.get("sae_lens_version") if isinstance(metadata, dict) else None

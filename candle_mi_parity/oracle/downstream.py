@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,21 +15,10 @@ from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.hooks import Captured
 from candle_mi_parity.oracle.torch_sae import TorchSae
+from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
 from candle_mi_parity.spec.hook_points import is_lens
+from candle_mi_parity.trace.formats import round_to_dtype
 from candle_mi_parity.trace.truth import SaeTruth, TruthTensor
-
-BITS = {"float32": 16, "float16": 11, "bfloat16": 8}
-
-
-def coarse(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Round to few significant bits, float32: near the truth, and the same bytes on every machine.
-
-    The last bits of a float64 sum depend on the machine; at float32's 24 bits one element in 10⁸ would then round
-    elsewhere and change the file's digest, at 16 bits one in 10¹¹. A narrower format gets what it can hold.
-    """
-    bits = BITS[dtype]
-    mantissa, exponent = np.frexp(values)
-    return np.ascontiguousarray(np.ldexp(np.round(mantissa * 2.0**bits), exponent - bits), np.float32)
 
 
 def unembed(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -43,17 +33,21 @@ def unembed(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 class Lens:
     """The logit lens: every layer's output at the last position, projected onto the vocabulary.
 
-    The first call, the truth's, fixes the inputs; the samples are given the same.
+    The first call, the truth's, fixes the inputs that are not given; the samples are fed the same.
+
+    :param given: layer's output → its last position, [B, 1, d].
     """
 
-    def __init__(self, subject: Subject, model: nn.Module) -> None:
+    def __init__(self, subject: Subject, model: nn.Module, given: Mapping[str, np.ndarray]) -> None:
         self._model, self._batch, self._dtype = model, len(subject.tokens), subject.case.dtype
-        self._inputs: Captured = {}
+        self._inputs: Captured = {
+            name: torch.from_numpy(value).double() for name, value in given.items() if is_lens(name)
+        }
 
     def __call__(self, captured: Captured) -> Captured:
         for name in captured:
             if is_lens(name) and name not in self._inputs:
-                last = coarse(captured[name][:, -1:].numpy(), self._dtype)
+                last = round_to_dtype(captured[name][:, -1:].numpy(), self._dtype)
                 self._inputs[name] = torch.from_numpy(last.astype(np.float64))
         rows = captured["logits"].shape[0] // self._batch
         return {f"lens.{name}": unembed(self._model, x.repeat(rows, 1, 1)) for name, x in self._inputs.items()}
@@ -65,12 +59,14 @@ class SaeChain:
     The samples keep the truth's active set: a feature that rounding may flip is judged by its margin, and must
     not smear its decoder row over the noise of the reconstruction.
 
+    :param given: ``sae``, what the SAE alone is fed, [B, T, d]; without it the first call, the truth's, fixes it.
+    :param change: a counterfactual, which may change the SAE.
     :raises SaeError: when the SAE does not fit the model.
     """
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, given: Mapping[str, np.ndarray], change: Counterfactual = PLAIN) -> None:
         assert subject.case.sae is not None and subject.sae_file is not None
-        weights = load_sae(subject.sae_file)
+        weights = load_sae(subject.sae_file, change)
         width = read_config(subject.model_dir).get("hidden_size")
         if weights.d_in != width:
             raise SaeError(f"{subject.sae_file}: SAE has d_in {weights.d_in}, the model has hidden_size {width}")
@@ -79,14 +75,14 @@ class SaeChain:
         self._dtype = subject.case.dtype
         self._sae = TorchSae(weights)
         self._active: dict[str, torch.Tensor] = {}
-        self._fixed: torch.Tensor | None = None
-        self._k = weights.k or 0
+        self._fixed = torch.from_numpy(given["sae"]).double() if "sae" in given else None
+        self._k, self._relu = weights.k or 0, weights.relu
         self._threshold = np.zeros(weights.d_sae) if weights.threshold is None else weights.threshold.astype(float)
 
     def __call__(self, captured: Captured) -> Captured:
         resid = captured[self._hook]
         if self._fixed is None:
-            self._fixed = torch.from_numpy(coarse(resid.numpy(), self._dtype).astype(np.float64))
+            self._fixed = torch.from_numpy(round_to_dtype(resid.numpy(), self._dtype).astype(np.float64))
         rows = resid.shape[0] // self._batch
         return self._encode("sae", resid, rows) | self._encode("sae_on_truth", self._fixed.repeat(rows, 1, 1), rows)
 
@@ -108,4 +104,5 @@ class SaeChain:
         """What judging the features of a chain needs beside the tensors."""
         assert self._fixed is not None
         residual = values[self._hook] if name == "sae" else self._fixed
-        return SaeTruth(pre, self._threshold, residual.numpy(), self._k, self._sae.out_scale(residual).numpy())
+        scale = self._sae.out_scale(residual).numpy()
+        return SaeTruth(pre, self._threshold, residual.numpy(), self._k, scale, self._relu)

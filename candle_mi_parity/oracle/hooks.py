@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,9 +22,12 @@ from candle_mi_parity.errors import ModelError, OracleError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.quiet import quiet
 from candle_mi_parity.oracle.rounding import Float64
+from candle_mi_parity.spec.counterfactual import Variant
 from candle_mi_parity.spec.families import Family, family_of
 
 _ATTENTION = "candle_mi_parity"
+FAR_BELOW = -1e30
+"""A finite stand-in for −inf, of which a softcap makes −softcap; a sample's roundings would make NaN of −inf."""
 Captured = dict[str, torch.Tensor]
 Edits = Mapping[str, Sequence[Callable[[torch.Tensor], torch.Tensor]]]
 """Hook → what is done to the tensor there, in order, each to what the one before left."""
@@ -40,9 +42,11 @@ class Recorder:
     :ivar allowed: layer → boolean [T, T], what the attention mask lets through.
     :ivar attended: layer → boolean [H, T, T], what is left of that where the scores were edited.
     :param edits: changes to what arrives at a hook, after it was recorded (candle-mi's ``Intervention``).
+    :param variants: other arithmetic of the attention, for a counterfactual.
     """
 
-    def __init__(self, edits: Edits | None = None) -> None:
+    def __init__(self, edits: Edits | None = None, variants: frozenset[Variant] = frozenset()) -> None:
+        self.variants = variants
         self.tensors: Captured = {}
         self.allowed: dict[int, torch.Tensor] = {}
         self.attended: dict[int, torch.Tensor] = {}
@@ -91,14 +95,21 @@ def attention(
         raise OracleError(f"{type(module).__name__} passes no attention mask or no scaling to its attention")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     recorder = _recorder.get()
+    if Variant.KV_HEADS_TILED in recorder.variants:
+        key, value = key.repeat(1, groups, 1, 1), value.repeat(1, groups, 1, 1)
+    else:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     arrived = scores
     scores = recorder.at(f"blocks.{layer}.attn.hook_scores", scores)
     allowed = attention_mask == 0
+    if Variant.NO_CAUSAL_MASK in recorder.variants:
+        allowed = torch.ones_like(allowed)
     recorder.allowed[layer] = allowed[0, 0]
-    if scores is not arrived:
+    if softcap is not None and Variant.KNOCKOUT_BEFORE_SOFTCAP in recorder.variants:
+        scores = scores.masked_fill(scores == -torch.inf, FAR_BELOW)
+    elif scores is not arrived:
         # A score of −∞ is a knocked-out edge: it has no weight, also behind a softcap, which would make it finite.
         allowed = allowed & (scores != -torch.inf)
         recorder.attended[layer] = allowed[0]
@@ -166,15 +177,20 @@ def _mode_for(dtype: torch.dtype) -> AbstractContextManager[object]:
 
 
 def forward(
-    model: nn.Module, tokens: torch.Tensor, edits: Edits | None = None, family: Family | None = None
+    model: nn.Module,
+    tokens: torch.Tensor,
+    edits: Edits | None = None,
+    family: Family | None = None,
+    variants: frozenset[Variant] = frozenset(),
 ) -> Recorder:
     """One forward pass with every hook point recorded, ``logits`` last.
 
     :param tokens: int64 [B, T].
     :param edits: see :class:`Recorder`; honoured at every hook, not at ``logits``.
     :param family: where the hook points are; None looks it up by the model's own type.
+    :param variants: see :class:`Recorder`.
     """
-    recorder = Recorder(edits)
+    recorder = Recorder(edits, variants)
     handles = _attach(model, recorder, family)
     token = _recorder.set(recorder)
     # One row of positions a sequence, so that samples that share a batch share no rotary noise.
@@ -270,18 +286,3 @@ def _fused(names: list[str], heads: list[int], head_dim: int, recorder: Recorder
         return out if same else torch.cat(left, dim=-1)
 
     return hook
-
-
-def modeling_files(model_type: str) -> list[Path]:
-    """transformers' own source files whose code makes the truth: the family's, and the rotary and mask helpers."""
-    family = f"transformers.models.{model_type}"
-    names = [f"{family}.modeling_{model_type}", f"{family}.configuration_{model_type}"]
-    names += ["transformers.modeling_rope_utils", "transformers.masking_utils", "transformers.activations"]
-    try:
-        found = [find_spec(name) for name in names]
-    except ImportError as error:
-        raise OracleError(f"this transformers has no model_type {model_type!r}: {error}") from error
-    files = [Path(spec.origin) for spec in found if spec is not None and spec.origin is not None]
-    if len(files) < len(names):
-        raise OracleError(f"this transformers has no model_type {model_type!r}: it has but {files}")
-    return files

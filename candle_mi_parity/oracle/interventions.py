@@ -18,10 +18,11 @@ from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import seeded_words
 from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.models.sae import load_sae
-from candle_mi_parity.oracle.downstream import coarse
 from candle_mi_parity.oracle.hooks import Captured, Edits, forward, replacing
 from candle_mi_parity.oracle.rounding import Float64
+from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual, Variant
 from candle_mi_parity.spec.edits import Add, Drawn, Edit, Inject, Knockout, PatchAt, Scale, Steer, Zero, tensor_key
+from candle_mi_parity.trace.formats import round_to_dtype
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 
@@ -41,31 +42,38 @@ def drawn_tensors(subject: Subject, model: nn.Module) -> dict[str, np.ndarray]:
         tensor = there[edit.hook].numpy()
         shape = tensor.shape[-1:] if isinstance(edit, PatchAt) else tensor.shape
         words = seeded_words(f"edit:{edit.seed}", int(np.prod(shape)))
-        size = float(coarse(np.sqrt(np.square(tensor).mean(keepdims=True)), "bfloat16").flat[0])
+        size = float(round_to_dtype(np.sqrt(np.square(tensor).mean(keepdims=True)), "bfloat16").flat[0])
         uniform = (words / 2.0**63 - 1) * np.sqrt(3.0)
-        drawn[tensor_key(index)] = coarse((uniform * size * edit.size).reshape(shape), subject.case.dtype)
+        drawn[tensor_key(index)] = round_to_dtype((uniform * size * edit.size).reshape(shape), subject.case.dtype)
     return drawn
 
 
-def edits_of(subject: Subject, drawn: Captured) -> Edits:
+def edits_of(subject: Subject, drawn: Captured, counterfactual: Counterfactual = PLAIN) -> Edits:
     """What :func:`hooks.forward` is to do at each hook, in the order of the rows.
 
     :param drawn: key → tensor of the edits that bring one, in the format and on the device of the model.
+    :param counterfactual: what becomes of an edit, and of the arithmetic of one.
     """
     changes: dict[str, list[Change]] = {}
     n_heads = int(str(read_config(subject.model_dir)["num_attention_heads"]))
-    for index, edit in enumerate(subject.case.edits):
-        change = _change(edit, drawn.get(tensor_key(index)), subject, n_heads)
-        changes.setdefault(edit.hook, []).append(change)
+    for index, row in enumerate(subject.case.edits):
+        if (edit := counterfactual.edit_at(index, row)) is not None:
+            all_columns = counterfactual.has(Variant.STEERING_OVER_ALL_COLUMNS)
+            change = _change(edit, drawn.get(tensor_key(index)), subject, n_heads, all_columns)
+            changes.setdefault(edit.hook, []).append(change)
     return changes
 
 
-def _change(edit: Edit, drawn: torch.Tensor | None, subject: Subject, n_heads: int) -> Change:
+def _change(
+    edit: Edit, drawn: torch.Tensor | None, subject: Subject, n_heads: int, all_columns: bool = False
+) -> Change:
     if isinstance(edit, Knockout):
         return _knockout(edit.spec.chosen(n_heads, len(subject.tokens[0])))
     if isinstance(edit, Steer):
         chosen = edit.spec.chosen(n_heads, len(subject.tokens[0]))
-        return scale_steering(chosen, edit.value) if edit.how == "scale" else set_steering(chosen, edit.value)
+        if edit.how == "scale":
+            return scale_steering(chosen, edit.value)
+        return set_steering(chosen, edit.value, all_columns)
     if isinstance(edit, Scale):
         return lambda tensor: _finite_only(tensor, tensor * edit.factor)
     if isinstance(edit, Zero):
@@ -108,16 +116,18 @@ def scale_steering(chosen: np.ndarray, factor: float) -> Change:
     return change
 
 
-def set_steering(chosen: np.ndarray, value: float) -> Change:
+def set_steering(chosen: np.ndarray, value: float, all_columns: bool = False) -> Change:
     """Chosen weights set to ``value``; what they gained is taken from the row's other weights in equal shares.
 
     The other weights are those of keys that the query attends to: no mass goes to the future. Shares stop at 0,
     and the row is normalised again.
+
+    :param all_columns: for a counterfactual, whether keys of the future have a share too.
     """
 
     def change(pattern: torch.Tensor) -> torch.Tensor:
         meant = torch.from_numpy(chosen).to(pattern.device)
-        others = (pattern != 0) & ~meant
+        others = (pattern != 0) & ~meant if not all_columns else (~meant).expand_as(pattern)
         gained = value * torch.from_numpy(chosen.sum(-1, keepdims=True)).to(pattern)
         gained = gained - torch.where(meant, pattern, 0.0).sum(-1, keepdim=True)
         share = gained / others.to(pattern.dtype).sum(-1, keepdim=True).clamp_min(1)

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -38,30 +37,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from candle_mi_parity.errors import OracleError
-
-UNIT = 2.0**-24
-"""Unit roundoff of float32."""
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """How a device rounds.
-
-    :ivar unit: unit roundoff of the model's format.
-    :ivar accumulation: A, where summing the K products of a matmul adds the variance u²·A·K·Σa²b². 1/16 is a CPU's
-        kernel, measured: several partial sums side by side. 1/6 is K terms one after another, which a CUDA kernel
-        may do: the partial sum of k zero-mean terms of variance v has the variance k·v (a random walk), and its
-        rounding, uniform in ±u of it, adds u²/3·k·v; over k = 1…K that is u²·K²/6·v = u²·K/6·Σa²b². That
-        roundings add up like that, as the root of K, is the probabilistic analysis of Higham and Mary (SIAM J. Sci.
-        Comput. 41(5), 2019); Higham, Accuracy and Stability (2002), §4.2, has the sum they are taken over.
-    """
-
-    unit: float = UNIT
-    accumulation: float = 1 / 16
-
-
-ACCUMULATION = {"cpu": 1 / 16, "cuda": 1 / 6}
-"""By kind of device. CUDA's is derived and never was measured on a GPU."""
+from candle_mi_parity.oracle.arithmetic import CPU_FLOAT32, UNIT, Arithmetic
 
 _ONE = 1 / math.sqrt(3)
 """Deviation of one rounding in units of the roundoff: a uniform error in ±1."""
@@ -282,7 +258,7 @@ class RoundingNoise(Float64):  # type: ignore[no-untyped-call]
     :raises OracleError: on a floating operation that has no rule.
     """
 
-    def __init__(self, pool: NoisePool, scales: MatmulScales, arithmetic: Arithmetic = Arithmetic()) -> None:
+    def __init__(self, pool: NoisePool, scales: MatmulScales, arithmetic: Arithmetic = CPU_FLOAT32) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._pool = pool
         self._squares = scales.replay()

@@ -25,7 +25,7 @@ class TorchSae:
         self.W_enc, self.W_dec = tensor(sae.W_enc), tensor(sae.W_dec)
         self.b_enc, self.b_dec = tensor(sae.b_enc), tensor(sae.b_dec)
         self.threshold = None if sae.threshold is None else tensor(sae.threshold)
-        self.k, self._centred, self._normalize = sae.k, sae.centred, sae.normalize
+        self.k, self._relu, self._centred, self._normalize = sae.k, sae.relu, sae.centred, sae.normalize
         self._by_decoder_norm = sae.by_decoder_norm
 
     def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
@@ -45,8 +45,12 @@ class TorchSae:
             return pre > (0.0 if self.threshold is None else self.threshold)
         chosen = torch.zeros_like(pre, dtype=torch.bool)
         # Of equal values the first: a stable order, where topk's own is unspecified.
-        chosen.scatter_(-1, torch.sort(pre, dim=-1, descending=True, stable=True).indices[..., : self.k], True)
-        return chosen & (pre > 0)
+        values, indices = torch.sort(pre, dim=-1, descending=True, stable=True)
+        if self._relu:
+            return chosen.scatter_(-1, indices[..., : self.k], True) & (pre > 0)
+        chosen.scatter_(-1, indices[..., : self.k - 1], True)
+        last = slice(self.k - 1, self.k)
+        return chosen.scatter_(-1, indices[..., last], values[..., last] >= 0)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [..., d_in] → features [..., d_sae]."""

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Row, Side, shown, size
-from candle_mi_parity.compare.outcome import Outcome
-from candle_mi_parity.compare.verdict import Status, TensorResult, Verdict
+from candle_mi_parity.compare.run_result import Verdict
+from candle_mi_parity.compare.verdict import Outcome, Status, TensorResult
 from candle_mi_parity.files.escape import cell, number, printable, rendered
 from candle_mi_parity.files.json_out import plain
 from candle_mi_parity.trace.trace import Run
@@ -238,13 +238,20 @@ def _case(case: CaseDiff) -> dict[str, Any]:
         "cut": case.cut,
         "worse": case.worse,
         "better": case.better,
+        "note": case.note,
         "identical": case.count(Kind.IDENTICAL),
         "tensors": [_row(row) for row in case.rows if row.kind is not Kind.IDENTICAL],
     }
 
 
 def _side(side: Side) -> dict[str, Any]:
-    return {"outcome": side.outcome.value, "error": side.result.error, "known": side.result.known}
+    explained = side.result.explained
+    return {
+        "outcome": side.outcome.value,
+        "error": side.result.error,
+        "explained": asdict(explained) if explained else None,
+        "unexplained": side.result.unexplained,
+    }
 
 
 def _row(row: Row) -> dict[str, Any]:

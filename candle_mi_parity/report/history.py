@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from candle_mi_parity.compare.diff import size
-from candle_mi_parity.compare.outcome import Outcome, outcome
-from candle_mi_parity.compare.verdict import CaseResult, RunResult
+from candle_mi_parity.compare.run_result import RunResult
+from candle_mi_parity.compare.verdict import CaseResult, Outcome
 from candle_mi_parity.files.escape import cell, number, rendered
 from candle_mi_parity.files.json_out import plain
 
@@ -142,8 +142,8 @@ def _cell(case: CaseResult | None) -> Cell | None:
     if case is None:
         return None
     first = case.first_divergence
-    note = " ".join(part for part in (case.error, case.known) if part)
-    return Cell(outcome(case), first.name if first else "", size(first) if first else None, note)
+    note = " ".join(part for part in (case.error, case.note) if part)
+    return Cell(case.outcome, first.name if first else "", size(first) if first else None, note)
 
 
 def terminal(history: History, console: Console) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 from markupsafe import Markup
 
 from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE
-from candle_mi_parity.compare.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
+from candle_mi_parity.compare.run_result import RunResult, Verdict
+from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 from candle_mi_parity.files.escape import number, one_line, rendered
 from candle_mi_parity.report.plots import Line, case_plot, heatmap, ratio_plot
 from candle_mi_parity.report.proof_record import load_proof
@@ -64,7 +65,7 @@ def render(result: RunResult) -> str:
     evidence = {case.id: _evidence(case, i) for i, case in enumerate(result.cases) if case.status is not Status.PASS}
     bad = [evidence[case.id] for case in result.cases if case.status not in (Status.PASS, Status.KNOWN)]
     known = [evidence[case.id] for case in result.cases if case.status is Status.KNOWN]
-    notes = dict.fromkeys(found.case.known for found in known)
+    notes = dict.fromkeys(found.case.note for found in known)
     return rendered(
         "page.html.j2",
         result=result,
@@ -74,7 +75,7 @@ def render(result: RunResult) -> str:
         rows=matrix(result, families),
         symbols=SYMBOLS,
         bad=sorted(bad, key=lambda found: SEVERITY.index(found.case.status)),
-        known=[(note, [found for found in known if found.case.known == note]) for note in notes],
+        known=[(note, [found for found in known if found.case.note == note]) for note in notes],
         sae=[case for case in result.cases if case.sae],
         plots=list(_family_plots(result, families)),
         gates=(POSITION_GATE, ELEMENT_GATE),
@@ -129,8 +130,8 @@ def _cell(case: CaseResult, index: int) -> Cell:
     if case.status is Status.PASS:
         name = worst.name if worst else "nothing"
         why = f"{case.compared} tensors agree; the largest ratio is {ratio} of {POSITION_GATE:g}, at {name}"
-    elif case.known and case.status is Status.KNOWN:
-        why, ratio = case.known, "refused" if case.error else ratio
+    elif case.note and case.status is Status.KNOWN:
+        why, ratio = case.note, "refused" if case.error else ratio
     elif first is not None:
         shape = f", {case.diagnosis.shape}" if case.diagnosis else ""
         why = f"first at {first.name} ({first.reason}), ratio {number(first.ratio)}{shape}"
@@ -170,7 +171,15 @@ def _counts(result: RunResult) -> list[dict[str, Any]]:
         "known": f"{known - refused} differ, {refused} refused by candle-mi" if known else "recorded in the ledger",
         "unmeasured": ", ".join(f"{count} {what}" for count, what in parts if count) or "everything was measured",
     }
-    return [{"name": name, "count": count, "note": notes[name]} for name, count in result.four_counts.items()]
+    return [
+        {"name": name, "count": count, "note": notes[name]}
+        for name, count in {
+            "compared": sum(1 for case in result.cases if case.compared),
+            "diverging": result.count(Status.FAIL),
+            "known": known,
+            "unmeasured": sum(count for count, _ in parts[:3]),
+        }.items()
+    ]
 
 
 def _family_plots(result: RunResult, families: list[str]) -> Iterable[tuple[str, Markup]]:

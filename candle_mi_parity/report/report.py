@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from candle_mi_parity.compare.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
+from candle_mi_parity.compare.run_result import RunResult, Verdict
+from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 from candle_mi_parity.coverage.api_ledger import ApiTotals
 from candle_mi_parity.coverage.census_record import Census
 from candle_mi_parity.coverage.field_check import Finding
@@ -61,8 +62,8 @@ def terminal(result: RunResult, console: Console) -> None:
             console.print(
                 coloured(case.status), Text(printable(case.message())), soft_wrap=True
             )  # a command must copy whole
-    for note in dict.fromkeys(case.known for case in result.cases if case.known):
-        ids = ", ".join(case.id for case in result.cases if case.known == note)
+    for note in dict.fromkeys(case.note for case in result.cases if case.note):
+        ids = ", ".join(case.id for case in result.cases if case.note == note)
         console.print(Text(printable(f"{ids}: {note}"), style="yellow"))
     for reason in dict.fromkeys(result.skipped.values()):
         names = [name for name, why in result.skipped.items() if why == reason]
@@ -164,6 +165,8 @@ def document(result: RunResult) -> dict[str, Any]:
         "cases": cases,
         "skipped": result.skipped,
         "stale": result.stale,
+        "baseline": result.baseline,
+        "gone": result.gone,
     }
 
 
@@ -182,7 +185,9 @@ def _case(case: CaseResult) -> dict[str, Any]:
         "diagnosis": asdict(case.diagnosis) if case.diagnosis else None,
         "sae": [plain(asdict(view)) for view in case.sae],
         "error": case.error,
-        "known": case.known,
+        "explained": plain(asdict(case.explained)) if case.explained else None,
+        "unexplained": case.unexplained,
+        "failure": case.failure.value if case.failure else None,
         "reproduce": case.reproduce,
         "seconds": round(case.seconds, 3),
         "downloads": [asdict(download) for download in case.downloads],

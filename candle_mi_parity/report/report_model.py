@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from candle_mi_parity.compare.verdict import Diagnosis, SaeView, Status, TensorResult, Verdict
+from candle_mi_parity.compare.run_result import Verdict
+from candle_mi_parity.compare.verdict import Diagnosis, SaeView, Status, TensorResult
 from candle_mi_parity.spec.cases import Download
 
 

@@ -12,7 +12,8 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from candle_mi_parity.candidate.candidate import OutOfReachError
-from candle_mi_parity.compare.verdict import CaseResult, Verdict
+from candle_mi_parity.compare.run_result import Verdict
+from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.files.escape import printable
 from candle_mi_parity.judge.case import Progress

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from candle_mi_parity.compare.verdict import RunResult
+from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.errors import ParityError, Stopped
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.json_out import ReportError, write_json, write_text

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
-from candle_mi_parity.compare.verdict import CaseResult, RunResult, Status, Verdict
+from candle_mi_parity.compare.run_result import RunResult, Verdict
+from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.files.escape import one_line, printable
 from candle_mi_parity.files.json_out import ReportError
 
@@ -41,7 +42,7 @@ def junit(result: RunResult) -> str:
 def _test_case(case: CaseResult, strict: bool) -> TestCase:
     test = TestCase(one_line(case.id), one_line(case.family), case.seconds)
     text = printable(case.message())
-    known = one_line(f"known divergence: {case.known}")
+    known = one_line(f"known divergence: {case.note}")
     if case.status is Status.FAIL or (strict and case.status is Status.KNOWN):
         first = case.first_divergence
         return _with(test, Failure(one_line(first.name if first else case.error), case.status.value), text)
@@ -65,13 +66,20 @@ def summary(result: RunResult) -> str:
     known: defaultdict[str, list[CaseResult]] = defaultdict(list)
     for case in result.cases:
         if case.status is Status.KNOWN:
-            known[case.known].append(case)
+            known[case.note].append(case)
     parts = [
         f"## {_MARK[result.verdict]} {result.verdict.value}: candle-mi {code(result.candidate)}",
         prose(result.line()),
         table(
             ["compared", "diverging", "known", "unmeasured"],
-            [[str(count) for count in result.four_counts.values()]],
+            [
+                [
+                    "-",
+                    str(result.count(Status.FAIL)),
+                    str(result.count(Status.KNOWN)),
+                    str(result.count(Status.UNMEASURED)),
+                ]
+            ],
         ),
     ]
     parts += [f"**The run broke off:** {prose(result.fault)}"] if result.fault else []
@@ -92,7 +100,7 @@ def summary(result: RunResult) -> str:
     return "\n\n".join([*parts, f"<sub>{prose(versions)}</sub>"]) + "\n"
 
 
-_MARK = {Verdict.PASS: "✅", Verdict.FAIL: "❌", Verdict.ERROR: "💥", Verdict.INCONCLUSIVE: "❔"}
+_MARK = {Verdict.PASS: "✅", Verdict.FAIL: "❌", Verdict.ERROR: "💥", Verdict.INCONCLUSIVE: "❔", Verdict.KNOWN: "⚠️"}
 
 
 def _where(case: CaseResult) -> list[str]:

@@ -16,13 +16,14 @@ from rich.text import Text
 
 from candle_mi_parity.candidate.candidate import CandidateError, parse_candidate
 from candle_mi_parity.candidate.sources import open_source
-from candle_mi_parity.compare.ledger import load_ledger
-from candle_mi_parity.errors import CaseTableError
+from candle_mi_parity.judge.known import facts_of
+from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.repro.crate import dependencies
 from candle_mi_parity.repro.prove import Outcome, prove
 from candle_mi_parity.repro.repro import AgreesError, Reproduction, reproduce
 from candle_mi_parity.repro.write import Blame, slug, write_folder
 from candle_mi_parity.spec.cases import Case, load_cases, select
+from candle_mi_parity.spec.explanations import Explanations, load_explanations
 
 
 @dataclass
@@ -65,27 +66,29 @@ def repro(
     # Of token ids that a vocabulary of eight does not have.
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    ledger, lines = load_ledger(), []
+    table, lines = load_explanations(), []
     with (
         tempfile.TemporaryDirectory(prefix="parity-repro-") as traces,
         open_source(chosen, cache, Path(traces), tell) as source,
     ):
         assert source.identity is not None
         release = source.identity.version
-        known = {entry.case: entry.why for entry in ledger.known if entry.version == release}
         needed = dependencies(chosen, cache)
-        for case in _cases(pattern, list(known), release):
+        for case in select(load_cases(), [pattern] if pattern else []):
+            why = _known(case, table, release, cache)
+            if not (pattern or why):
+                continue
             try:
                 reproduction = reproduce(case, source, cache, tell)
             except AgreesError:
                 if pattern == case.id:
                     raise
                 continue
-            blame = Blame(candidate, release, known.get(case.id, ""))
+            blame = Blame(candidate, release, why)
             folder = write_folder(reproduction, blame, needed, out)
             lines.append(Line(reproduction, folder))
     if not lines:
-        raise AgreesError(f"no case of {pattern} diverges; there is nothing to reproduce")
+        raise AgreesError(f"no case of {pattern or 'the default lane'} diverges; there is nothing to reproduce")
     tests = [line.folder / "tests" / f"{slug(line.reproduction.original.id)}.rs" for line in lines]
     for spec, field in ((candidate if proof or mended else None, "proof"), (mended, "mended")):
         if spec is not None:
@@ -96,13 +99,10 @@ def repro(
     return lines
 
 
-def _cases(pattern: str | None, known: list[str], release: str) -> list[Case]:
-    table = load_cases()
-    if pattern is not None:
-        return select(table, pattern)
-    if not known:
-        raise CaseTableError(f"no known divergence of candle-mi {release}; name a case")
-    return [case for case in table if case.id in known]
+def _known(case: Case, table: Explanations, release: str, cache: Path) -> str:
+    """What is listed of a case that gives other numbers in a release; empty for nothing."""
+    rows = table.applicable(facts_of(prepare(case, cache)), table.baseline(release))
+    return " ".join(row.says for row in rows if row.change is not None)
 
 
 def repro_table(lines: list[Line], console: Console) -> None:

@@ -73,7 +73,7 @@ class Bench:
         )
         subject = prepare(case, self._scratch)
         oracle = Oracle(subject, self._scratch, self._source.device)
-        results, *_ = judge_mode(oracle, self._source, "free", Progress())
+        results = judge_mode(oracle, self._source, "free", Progress()).tensors
         return subject, oracle.truth(), _first(results)
 
     def judge(self, tried: Input) -> Divergence | None:
@@ -90,7 +90,7 @@ def reproduce(case: Case, source: Source, cache: Path, tell: Tell) -> Reproducti
     """
     _check_edits(case)
     subject = prepare(case, cache)
-    results, *_ = judge_mode(Oracle(subject, cache, source.device), source, "free", Progress())
+    results = judge_mode(Oracle(subject, cache, source.device), source, "free", Progress()).tensors
     first = _first(results)
     if first is None:
         raise AgreesError(f"{case.id}: nothing diverges; there is nothing to reproduce")

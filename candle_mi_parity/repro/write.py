@@ -18,7 +18,7 @@ from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE, UNITS, me
 from candle_mi_parity.files.escape import one_line, templates
 from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.models.sae import Sae, load_sae, sae_path
-from candle_mi_parity.oracle.oracle import SAMPLES
+from candle_mi_parity.oracle.compute import SAMPLES
 from candle_mi_parity.repro.crate import Dependencies, write_crate
 from candle_mi_parity.repro.probe import probe
 from candle_mi_parity.repro.repro import Reproduction
@@ -36,7 +36,7 @@ class Blame:
 
     :ivar candidate: as the user spelt it.
     :ivar version: of that candle-mi.
-    :ivar why: what the ledger knows of it; empty for nothing.
+    :ivar why: what is listed of it; empty for nothing.
     """
 
     candidate: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +12,15 @@ from candle_mi_parity.candidate.sources import NothingOpen, Source, open_source,
 from candle_mi_parity.candidate.store import stored_selection
 from candle_mi_parity.compare.align import like_with_like
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Side, diff_case
-from candle_mi_parity.compare.ledger import Ledger
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.judge.case import Progress, judge_case
+from candle_mi_parity.judge.explain import explain_new
+from candle_mi_parity.judge.search import SECONDS
 from candle_mi_parity.models.prepared_case import Subject
-from candle_mi_parity.run.run import library_versions
+from candle_mi_parity.run.run import SEARCH_SECONDS, library_versions
 from candle_mi_parity.spec.cases import Case
+from candle_mi_parity.spec.explanations import Explanations
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.trace.trace import CandleMi, Emitted, Run, Trace
 from candle_mi_parity.trace.truth import Truth
@@ -111,7 +114,7 @@ def diff(
     cases: list[Case],
     cache: Path,
     out: Path,
-    ledger: Ledger,
+    table: Explanations,
     progress: Progress,
     devices: tuple[str, str] = ("cpu", "cpu"),
 ) -> Diff:
@@ -129,7 +132,10 @@ def diff(
         open_source(b, cache, out / "b", progress.note, devices[1]) as source_b,
     ):
         pair = Pair(source_a, source_b)
-        done = [diff_one(case, pair, specs, cache, ledger, progress) for case in cases]
+        end = time.monotonic() + SEARCH_SECONDS
+        done = [
+            diff_one(case, pair, specs, cache, table, progress, max(0.0, end - time.monotonic())) for case in cases
+        ]
         one, other = (
             source.identity.model_dump(exclude_none=True) if source.identity else {} for source in pair.sources
         )
@@ -150,13 +156,24 @@ def _comparable(spec: str) -> Candidate:
 
 
 def diff_one(
-    case: Case, pair: Pair, specs: tuple[str, str], cache: Path, ledger: Ledger, progress: Progress
+    case: Case,
+    pair: Pair,
+    specs: tuple[str, str],
+    cache: Path,
+    table: Explanations,
+    progress: Progress,
+    search: float = SECONDS,
 ) -> CaseDiff:
-    """One case on both sides."""
+    """One case on both sides.
+
+    :param search: seconds that explaining a new divergence of either may take.
+    """
     pair.forget()
     results: list[CaseResult] = []
     for side, spec in enumerate(specs):
-        results.append(judge_case(case, PairedSource(pair, side), spec, cache, ledger, progress))
+        judged = judge_case(case, PairedSource(pair, side), spec, cache, table, progress)
+        explain_new([judged], table, cache, search, progress)
+        results.append(judged.result)
     sides = [
         Side(result, emission.trace, emission.run)
         for result, emission in zip(results, pair.emissions or [_Emission()] * SIDES, strict=True)
@@ -172,5 +189,5 @@ def diff_one(
     # The tensors of a large model are not kept for the report.
     return CaseDiff(
         Side(found.a.result, None, found.a.run), Side(found.b.result, None, found.b.run),
-        found.rows, found.worse, found.better, found.cut,
+        found.rows, found.worse, found.better, found.cut, found.note,
     )  # fmt: skip

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 from junitparser import Error, Failure, JUnitXml, Skipped
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from candle_mi_parity.compare.outcome import Outcome
-from candle_mi_parity.compare.verdict import Status, Verdict
+from candle_mi_parity.compare.run_result import Verdict
+from candle_mi_parity.compare.verdict import Outcome, Status
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.json_out import write_json

@@ -12,7 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from candle_mi_parity.compare.verdict import Status, Verdict
+from candle_mi_parity.compare.run_result import Verdict
+from candle_mi_parity.compare.verdict import Status
 from candle_mi_parity.files.json_out import write_json, write_text
 from candle_mi_parity.report.views_ci import ROWS, code, prose, table
 from candle_mi_parity.run.nightly import StepResult, read_model

@@ -1,4 +1,4 @@
-"""A run: each case's truth against a candidate's trace, the ledger applied, one :class:`RunResult`."""
+"""A run: each case judged, new divergences explained, the table of explanations held to what was seen."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,68 +17,109 @@ from candle_mi_parity.candidate import cuda
 from candle_mi_parity.candidate.candidate import OutOfReachError, parse_candidate
 from candle_mi_parity.candidate.sources import open_source
 from candle_mi_parity.candidate.store import StoringSource
-from candle_mi_parity.compare.ledger import Ledger
-from candle_mi_parity.compare.verdict import CaseResult, RunResult, Status
+from candle_mi_parity.compare.run_result import RunResult
+from candle_mi_parity.compare.verdict import CaseResult, Failure, Status
 from candle_mi_parity.coverage.flat_json import case_of, judge_reference, read_reference
 from candle_mi_parity.errors import HubError, ParityError
-from candle_mi_parity.judge.case import Progress, _status, judge_case
+from candle_mi_parity.judge.case import Judgement, Progress, judge_case, status_of
+from candle_mi_parity.judge.explain import explain_new, hold_table
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
-from candle_mi_parity.spec.cases import Case
+from candle_mi_parity.spec.cases import WAITS, Case, load_cases, select
+from candle_mi_parity.spec.explanations import load_explanations
+from candle_mi_parity.spec.paths import cache_root
 
 NOT_REACHED = "not reached: the run ended before it"
+SEARCH_SECONDS = 30.0
+"""What a run may spend on explaining its new divergences, all together."""
 
 
-def run(
-    spec: str,
-    cases: list[Case],
-    skipped: dict[str, str],
-    cache: Path,
-    out: Path,
-    ledger: Ledger,
-    progress: Progress,
-    strict: bool = False,
-    keep: Path | None = None,
-    device: str = "cpu",
-    result: RunResult | None = None,
-) -> RunResult:
-    """Judge a candidate on cases.
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run is asked.
 
-    :param skipped: cases that do not run, with reason and remedy; they are counted in the report.
-    :param out: where traces and reports go.
-    :param device: of the candidate; the truth is always the CPU's.
-    :param keep: store what the candidate emits in this directory, see :mod:`store`.
+    :ivar candidate: as the user spells it.
+    :ivar cases: globs over case ids; none for the default lane.
+    :ivar out: where traces and reports go.
+    :ivar strict: whether known divergences fail too.
+    :ivar keep: a directory in which what the candidate emits is stored, see :mod:`store`.
+    :ivar device: of the candidate; the truth is always the CPU's.
+    :ivar search: seconds that explaining new divergences may take; 0 for no search.
+    """
+
+    candidate: str
+    cases: tuple[str, ...] = ()
+    out: Path = Path("build/parity")
+    strict: bool = False
+    keep: Path | None = None
+    device: str = "cpu"
+    search: float = SEARCH_SECONDS
+    cache: Path = field(default_factory=cache_root)
+
+
+def run(options: RunOptions, progress: Callable[[int], Progress], result: RunResult | None = None) -> RunResult:
+    """Select the cases and judge a candidate on them.
+
+    :param progress: makes what tells of the work, given the number of cases.
     :param result: an empty one to fill as cases end, so that its owner has them when the run breaks off.
     :raises ParityError: the candidate cannot be built or found; a fault of one case is that case's ERROR. Where
         only network, GPU or nvcc is missing no case runs, each with that reason: INCONCLUSIVE.
     """
-    result = result or blank(spec, strict, device)
-    candidate = parse_candidate(spec)
+    table = load_cases()
+    chosen = select(table, list(options.cases))
+    skipped = {
+        case.id: f"{WAITS[case.lane]}; run it with candle-mi-parity run {case.id}"
+        for case in table
+        if not options.cases and case not in chosen
+    }
+    return run_cases(options, chosen, skipped, progress(len(chosen)), result)
+
+
+def run_cases(
+    options: RunOptions,
+    cases: list[Case],
+    skipped: dict[str, str],
+    progress: Progress,
+    result: RunResult | None = None,
+) -> RunResult:
+    """:func:`run` of cases that were selected.
+
+    :param skipped: cases that do not run, with reason and remedy; they are counted in the report.
+    """
+    result = result or blank(options)
+    candidate = parse_candidate(options.candidate)
     if candidate.kind == "stored" and Path(candidate.target).expanduser().is_file():
-        result.cases += run_reference(spec, Path(candidate.target).expanduser(), cache, progress).cases
+        result.cases += run_reference(options, Path(candidate.target).expanduser(), progress).cases
         return result
     try:
-        opening = open_source(candidate, cache, out / "traces", progress.note, device)
+        opening = open_source(candidate, options.cache, options.out / "traces", progress.note, options.device)
     except OutOfReachError as error:
         result.skipped = skipped | {case.id: str(error) for case in cases}
         return result
     result.skipped = skipped | {case.id: NOT_REACHED for case in cases}
+    known = load_explanations()
     with opening as opened:
-        source = StoringSource(opened, keep) if keep else opened
+        source = StoringSource(opened, options.keep) if options.keep else opened
         if source.identity:
             result.identity = source.identity.model_dump(exclude_none=True)
+            result.baseline = known.baseline(source.identity.version)
         # torch's default dtype is the whole process's: beside a truth no float32 model may be loaded in it.
         count = 1 if candidate.kind == "torch" else 2
-        with at_once(count, lambda case: judge_case(case, source, spec, cache, ledger, progress), cases) as futures:
+
+        def judge(case: Case) -> Judgement:
+            return judge_case(case, source, options.candidate, options.cache, known, progress)
+
+        with at_once(count, judge, cases) as futures:
             try:
                 for future in futures:
                     judged = future.result()
-                    _take(judged, result)
-                    progress.case_ends(judged)
+                    _take(judged.result, result)
+                    progress.case_ends(judged.result)
             finally:
                 _settle(result, futures, skipped, cases)
-                if source.identity:
-                    result.stale = [line for case in result.cases for line in ledger.stale(case, source.identity)]
+        judgements = [future.result() for future in futures]
+        explain_new(judgements, known, options.cache, options.search, progress)
+        hold_table(judgements, known, source.identity, result, whole=not options.cases)
     return result
 
 
@@ -86,17 +128,17 @@ def _take(judged: CaseResult, result: RunResult) -> None:
         result.cases.append(judged)
 
 
-def _settle(result: RunResult, futures: list[Future[CaseResult]], skipped: dict[str, str], cases: list[Case]) -> None:
+def _settle(result: RunResult, futures: list[Future[Judgement]], skipped: dict[str, str], cases: list[Case]) -> None:
     """What is judged is in the result, and what is not was not reached, at whatever point the run broke off."""
     for future in futures:
         if future.done() and not future.cancelled():
-            _take(future.result(), result)
+            _take(future.result().result, result)
     reached = {case.id for case in result.cases}
     result.skipped = skipped | {case.id: NOT_REACHED for case in cases if case.id not in reached}
 
 
 @contextmanager
-def at_once(count: int, judge: Callable[[Case], CaseResult], cases: list[Case]) -> Iterator[list[Future[CaseResult]]]:
+def at_once(count: int, judge: Callable[[Case], Judgement], cases: list[Case]) -> Iterator[list[Future[Judgement]]]:
     """A future a case, in their order; with two at once, while one is compared the emitter works on the next.
 
     A run that breaks off does not wait for the cases at work: their emitter, which may hang, is closed after this.
@@ -108,12 +150,13 @@ def at_once(count: int, judge: Callable[[Case], CaseResult], cases: list[Case]) 
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def blank(spec: str, strict: bool = False, device: str = "cpu") -> RunResult:
+def blank(options: RunOptions) -> RunResult:
     """The result of a run that has judged nothing yet."""
-    return RunResult(spec, {}, library_versions() | cuda.versions(device), [], {}, [], strict)
+    versions = library_versions() | cuda.versions(options.device)
+    return RunResult(options.candidate, {}, versions, [], {}, strict=options.strict)
 
 
-def run_reference(spec: str, path: Path, cache: Path, progress: Progress) -> RunResult:
+def run_reference(options: RunOptions, path: Path, progress: Progress) -> RunResult:
     """Judge a flat reference JSON; without provenance even a perfect one is only UNMEASURED.
 
     :raises ParityError: the file is not such a JSON; what it is about that cannot be had is an ERROR.
@@ -121,25 +164,25 @@ def run_reference(spec: str, path: Path, cache: Path, progress: Progress) -> Run
     started = time.monotonic()
     reference = read_reference(path)
     case = case_of(reference)
-    command = f"candle-mi-parity run --candidate {shlex.quote(spec)}"
+    command = f"candle-mi-parity run --candidate {shlex.quote(options.candidate)}"
     result = CaseResult(case.id, case.family, "", Status.ERROR, command)
     try:
         progress.case_starts(case, "model")
-        subject = prepare(case, cache)
+        subject = prepare(case, options.cache)
         result.digest, result.downloads = subject.digest, subject.downloads
         progress.case_starts(case, "truth")
-        result.tensors = judge_reference(reference, Oracle(subject, cache))
+        result.tensors = judge_reference(reference, Oracle(subject, options.cache))
         result.expected = len(result.tensors)
-        result.status, result.error = _status(result.tensors, case, in_part=True)
+        result.status, result.error = status_of(result.tensors, case, in_part=True)
         if result.status is Status.PASS:
             result.status = Status.UNMEASURED
             result.error = "every number agrees with the truth, but the file does not say what made it"
     except HubError as error:
-        result.error, result.status = str(error), Status.UNMEASURED
+        result.error, result.failure, result.status = str(error), Failure.INPUT, Status.UNMEASURED
     except ParityError as error:
-        result.error = str(error)
+        result.error, result.failure = str(error), Failure.INPUT
     result.seconds = time.monotonic() - started
-    return RunResult(spec, {}, library_versions(), [result], {}, [])
+    return RunResult(options.candidate, {}, library_versions(), [result], {})
 
 
 def library_versions() -> dict[str, str]:

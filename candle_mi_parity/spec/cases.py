@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 import tomllib
@@ -242,15 +243,27 @@ def load_cases(path: Path = FIXTURES / "cases.toml") -> list[Case]:
     return table.case
 
 
-def select(cases: list[Case], pattern: str | None) -> list[Case]:
-    """The cases whose id matches a glob; without one, the default lane.
+def select(cases: list[Case], patterns: list[str]) -> list[Case]:
+    """The cases whose id matches a glob, in the table's order; without globs, the default lane.
 
-    :raises CaseTableError: when nothing matches, with the ids there are.
+    A case of another lane runs only when a glob names it in full: a wildcard never starts a download of gigabytes.
+
+    :raises CaseTableError: a glob that matches nothing, with the nearest ids.
     """
-    if pattern is None:
+    if not patterns:
         return [case for case in cases if case.lane == "default"]
-    chosen = [case for case in cases if fnmatch.fnmatchcase(case.id, pattern)]
-    if not chosen:
-        known = ", ".join(case.id for case in cases)
-        raise CaseTableError(f"no case matches {pattern!r}; there are: {known}")
-    return chosen
+    chosen = {name for pattern in patterns for name in _matches(cases, pattern)}
+    return [case for case in cases if case.id in chosen]
+
+
+def _matches(cases: list[Case], pattern: str) -> list[str]:
+    found = [
+        case.id
+        for case in cases
+        if case.id == pattern or (case.lane == "default" and fnmatch.fnmatchcase(case.id, pattern))
+    ]
+    if not found:
+        near = difflib.get_close_matches(pattern, [case.id for case in cases], n=4, cutoff=0.5)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise CaseTableError(f"no case matches {pattern!r}{hint} `candle-mi-parity list` shows all")
+    return found

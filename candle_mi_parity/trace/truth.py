@@ -131,6 +131,7 @@ class SaeTruth:
     :ivar residual: the residual stream that was encoded, float64 [B, T, d_in].
     :ivar k: number of features that TopK keeps; 0 where a feature fires by its threshold alone.
     :ivar scale: by how much a position's decoded features are multiplied, [B, T, 1]; 1 without normalisation.
+    :ivar relu: whether of the k largest only positive ones fire; a counterfactual may keep negative ones too.
     """
 
     pre: TruthTensor
@@ -138,6 +139,7 @@ class SaeTruth:
     residual: np.ndarray
     k: int
     scale: np.ndarray
+    relu: bool = True
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Truth:
             _flatten(arrays, f"{name}.pre", sae.pre)
             arrays[f"{name}.pre|threshold"] = sae.threshold
             arrays[f"{name}.pre|residual"] = sae.residual
-            arrays[f"{name}.pre|k"] = np.array([sae.k])
+            arrays[f"{name}.pre|k"] = np.array([sae.k, int(sae.relu)])
             arrays[f"{name}.pre|scale"] = sae.scale
         header = {
             "tokens": self.tokens,
@@ -207,6 +209,7 @@ def _sae(file: TensorFile, pre: str) -> SaeTruth:
         file.tensor(f"{pre}|residual"),
         int(file.tensor(f"{pre}|k")[0]),
         file.tensor(f"{pre}|scale"),
+        bool(file.tensor(f"{pre}|k")[1]),
     )
 
 

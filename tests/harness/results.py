@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from candle_mi_parity.compare.align import Distance
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Row, Side
-from candle_mi_parity.compare.verdict import (
-    CaseResult,
-    Diagnosis,
-    Flip,
-    Ranked,
-    RunResult,
-    SaeView,
-    Status,
-    TensorResult,
-    Worst,
-)
+from candle_mi_parity.compare.run_result import RunResult
+from candle_mi_parity.compare.verdict import CaseResult, Diagnosis, Flip, Ranked, SaeView, Status, TensorResult, Worst
 from candle_mi_parity.report.history import History, make_history
 from candle_mi_parity.trace.trace import Run
 

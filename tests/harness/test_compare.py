@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from candle_mi_parity.compare.compare import compare
-from candle_mi_parity.compare.verdict import CaseResult, RunResult, Status, TensorResult, Verdict
+from candle_mi_parity.compare.run_result import RunResult, Verdict
+from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.trace.trace import InMemory
 from candle_mi_parity.trace.truth import Truth, TruthTensor

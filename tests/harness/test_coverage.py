@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 import pytest
-
 from candle_mi_parity.compare.ledger import load_ledger
+
 from candle_mi_parity.run.goldens import has_golden
 from candle_mi_parity.spec.cases import SaeFile, TinyModel, load_cases, select
 from candle_mi_parity.spec.families import FAMILIES

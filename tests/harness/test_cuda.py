@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from candle_mi_parity.compare.ledger import Ledger
 from torch import nn
 from typer.testing import CliRunner
 
@@ -19,7 +20,6 @@ from candle_mi_parity.candidate import cuda, torch_source
 from candle_mi_parity.candidate.sources import NothingOpen
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.cli import cli
-from candle_mi_parity.compare.ledger import Ledger
 from candle_mi_parity.errors import DeviceError
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.checkpoint import weight_bytes

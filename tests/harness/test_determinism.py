@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from candle_mi_parity.compare.ledger import load_ledger
 
 from candle_mi_parity.candidate.sources import LiveSource, NothingOpen, Source
 from candle_mi_parity.candidate.torch_source import TorchSource
-from candle_mi_parity.compare.ledger import load_ledger
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from candle_mi_parity.compare.ledger import Ledger
 
 from candle_mi_parity.candidate.candidate import EmitterError
 from candle_mi_parity.candidate.sources import NothingOpen
 from candle_mi_parity.compare.align import ENDLESS, SAME, common, figure_distance, tensor_distance
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Row
-from candle_mi_parity.compare.ledger import Ledger
-from candle_mi_parity.compare.outcome import Outcome
-from candle_mi_parity.compare.verdict import Verdict
+from candle_mi_parity.compare.run_result import Verdict
+from candle_mi_parity.compare.verdict import Outcome
 from candle_mi_parity.errors import ParityError, TraceError
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.prepared_case import Subject

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from candle_mi_parity.compare.ledger import Ledger
 from results import HOSTILE
 from rich.console import Console
 from test_cli import command, one_line
@@ -15,7 +16,6 @@ from test_diff import LLAMA, POST, Held, between, compared, emitted, only, scale
 
 from candle_mi_parity.candidate.candidate import Candidate, EmitterError
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Side
-from candle_mi_parity.compare.ledger import Ledger
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.files.json_out import write_json
 from candle_mi_parity.judge.case import Progress

@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from candle_mi_parity.compare.ledger import Ledger
 
 from candle_mi_parity.candidate import sources
 from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.candidate import BuiltEmitter, EmitterProcess, parse_candidate
 from candle_mi_parity.candidate.sources import LiveSource, Source, open_source
-from candle_mi_parity.compare.ledger import Ledger
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.models.prepared_case import Subject

@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+from candle_mi_parity.compare.ledger import load_ledger
+from candle_mi_parity.compare.outcome import outcome
 from results import HOSTILE
 from rich.console import Console
 
-from candle_mi_parity.compare.ledger import load_ledger
-from candle_mi_parity.compare.outcome import Outcome, outcome
-from candle_mi_parity.compare.verdict import CaseResult, RunResult, Status, TensorResult
+from candle_mi_parity.compare.run_result import RunResult
+from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status, TensorResult
 from candle_mi_parity.files.json_out import write_json
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.report import history

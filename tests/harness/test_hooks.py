@@ -14,7 +14,8 @@ import torch
 from safetensors.numpy import load_file
 
 from candle_mi_parity.errors import OracleError
-from candle_mi_parity.oracle.hooks import Recorder, _recorder, load_model, modeling_files
+from candle_mi_parity.oracle.hooks import Recorder, _recorder, load_model
+from candle_mi_parity.oracle.provenance import modeling_files
 from candle_mi_parity.oracle.rounding import MatmulScales, Truth64
 from candle_mi_parity.spec.families import FAMILIES
 from proof.planting import real

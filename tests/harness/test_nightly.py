@@ -13,7 +13,7 @@ from test_candidate import write_crate
 from typer.testing import CliRunner
 
 from candle_mi_parity.cli import cli
-from candle_mi_parity.compare.verdict import RunResult, Verdict
+from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.errors import ModelError
 from candle_mi_parity.files.json_out import write_json
 from candle_mi_parity.report import diff_views, report

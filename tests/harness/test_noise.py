@@ -11,7 +11,8 @@ import torch
 from test_rounding import Op, noisy, normal, rms
 from torch.nn import functional
 
-from candle_mi_parity.oracle.rounding import ACCUMULATION, Arithmetic, MatmulScales, NoisePool, RoundingNoise, Truth64
+from candle_mi_parity.oracle.arithmetic import ACCUMULATION, Arithmetic
+from candle_mi_parity.oracle.rounding import MatmulScales, NoisePool, RoundingNoise, Truth64
 
 
 def one_after_the_other(x: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,9 @@ from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from candle_mi_parity.errors import OracleError
+from candle_mi_parity.oracle.compute import sample
 from candle_mi_parity.oracle.hooks import Recorder, attention, forward, load_model
-from candle_mi_parity.oracle.oracle import Oracle, sample
+from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.rounding import MatmulScales, Truth64
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.hook_points import hook_names

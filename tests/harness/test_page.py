@@ -20,7 +20,8 @@ from rich.console import Console
 
 from candle_mi_parity.compare.diagnose_sae import look_sae
 from candle_mi_parity.compare.gate import ELEMENT_GATE
-from candle_mi_parity.compare.verdict import Diagnosis, RunResult, Status, Verdict
+from candle_mi_parity.compare.run_result import RunResult, Verdict
+from candle_mi_parity.compare.verdict import Diagnosis, Status
 from candle_mi_parity.report import page, report
 from candle_mi_parity.report.plots import LOWEST, Line, heatmap, ratio_plot
 from candle_mi_parity.report.report_model import Report, json_schema

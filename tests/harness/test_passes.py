@@ -19,8 +19,8 @@ from test_calls import judged as judged_calls
 from test_diff import between, scale
 
 from candle_mi_parity.compare.compare import compare
-from candle_mi_parity.compare.outcome import Outcome
-from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult, Verdict
+from candle_mi_parity.compare.run_result import Verdict
+from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status, TensorResult
 from candle_mi_parity.files.json_out import write_json
 from candle_mi_parity.judge.case import _status
 from candle_mi_parity.pytest_plugin import check

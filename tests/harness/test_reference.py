@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 
-from candle_mi_parity.compare.verdict import RunResult, Verdict
+from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.coverage.flat_json import is_last_layer, make_reference, read_reference, reference_case
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.judge.case import Progress

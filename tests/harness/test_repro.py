@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from candle_mi_parity.compare.ledger import load_ledger
 from test_cli import command, one_line
 
 from candle_mi_parity.candidate.candidate import parse_candidate
-from candle_mi_parity.compare.ledger import load_ledger
 from candle_mi_parity.repro.command import repro
 from candle_mi_parity.repro.prove import Outcome, prove, read_outcomes
 from candle_mi_parity.repro.reductions import STEPS

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from candle_mi_parity.compare.ledger import Ledger
 from results import case as result
 
-from candle_mi_parity.compare.ledger import Ledger
 from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.errors import ParityError, Stopped
 from candle_mi_parity.judge.case import Progress

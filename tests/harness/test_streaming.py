@@ -18,8 +18,9 @@ from candle_mi_parity.files import untrusted
 from candle_mi_parity.files.untrusted import memory_bytes
 from candle_mi_parity.models.checkpoint import weight_files
 from candle_mi_parity.oracle import streaming
+from candle_mi_parity.oracle.compute import round_weights, sample
 from candle_mi_parity.oracle.hooks import Captured, Recorder, forward, load_model
-from candle_mi_parity.oracle.oracle import Oracle, round_weights, sample
+from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.rounding import MatmulScales, Truth64
 from candle_mi_parity.oracle.streaming import Weights, load_streamed
 from candle_mi_parity.spec.families import FAMILIES

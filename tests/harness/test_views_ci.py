@@ -13,7 +13,8 @@ import pytest
 from results import HOSTILE, VERSIONS, case, everything, run_of
 
 from candle_mi_parity.cli import cli
-from candle_mi_parity.compare.verdict import CaseResult, RunResult, Status, Verdict
+from candle_mi_parity.compare.run_result import RunResult, Verdict
+from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.errors import ModelError, ParityError
 from candle_mi_parity.files.json_out import ReportError
 from candle_mi_parity.report import page, views, views_ci

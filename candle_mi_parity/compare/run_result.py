@@ -1,0 +1,143 @@
+"""A whole run: its cases, and the two questions that a reader asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
+
+
+class Verdict(StrEnum):
+    """Of a run, with its exit code. KNOWN: something is wrong, and all of it was known."""
+
+    PASS = "PASS"
+    KNOWN = "KNOWN"
+    FAIL = "FAIL"
+    ERROR = "ERROR"
+    INCONCLUSIVE = "INCONCLUSIVE"
+
+    @property
+    def exit_code(self) -> int:
+        codes = {Verdict.PASS: 0, Verdict.KNOWN: 0, Verdict.FAIL: 1, Verdict.ERROR: 2, Verdict.INCONCLUSIVE: 3}
+        return codes[self]
+
+
+@dataclass
+class RunResult:
+    """All cases against one candidate.
+
+    :ivar candidate: as the user spelt it.
+    :ivar identity: what the traces say they came from; empty when none was read.
+    :ivar baseline: the release whose explanations are listed for the candidate; empty for none.
+    :ivar skipped: case id → reason and remedy.
+    :ivar gone: id of an explanation of the baseline → the cases that agree though it applies to them; of a candidate
+        that was built from source.
+    :ivar stale: what is wrong with the explanations themselves, one line each; of a release.
+    :ivar fault: what ended the run before its end, one line; what was judged until then is kept.
+    """
+
+    candidate: str
+    identity: dict[str, str]
+    versions: dict[str, str]
+    cases: list[CaseResult]
+    skipped: dict[str, str]
+    stale: list[str] = field(default_factory=list)
+    strict: bool = False
+    fault: str = ""
+    baseline: str = ""
+    gone: dict[str, list[str]] = field(default_factory=dict)
+
+    def count(self, status: Status) -> int:
+        return sum(1 for case in self.cases if case.status is status)
+
+    def outcomes(self, *outcomes: Outcome) -> list[CaseResult]:
+        return [case for case in self.cases if case.outcome in outcomes]
+
+    @property
+    def wrong_causes(self) -> list[str]:
+        """Ids of the known causes of other numbers, in the order in which they are met."""
+        return _ids(case for case in self.outcomes(Outcome.DIVERGES) if case.status is Status.KNOWN)
+
+    @property
+    def refused_causes(self) -> list[str]:
+        """Ids of the known causes of refusals."""
+        return _ids(case for case in self.outcomes(Outcome.REFUSED) if case.status is Status.KNOWN)
+
+    @property
+    def verdict(self) -> Verdict:
+        """FAIL before ERROR before INCONCLUSIVE before KNOWN; a run that broke off is an ERROR whatever it saw."""
+        if self.fault:
+            return Verdict.ERROR
+        if self.count(Status.FAIL) or self.stale or (self.strict and self.count(Status.KNOWN)):
+            return Verdict.FAIL
+        if self.count(Status.ERROR):
+            return Verdict.ERROR
+        nothing = not any(case.compared for case in self.cases)
+        short = any(case.compared < case.expected for case in self.cases)
+        if nothing or short or self.count(Status.UNMEASURED):
+            return Verdict.INCONCLUSIVE
+        return Verdict.KNOWN if self.count(Status.KNOWN) else Verdict.PASS
+
+    def is_right(self) -> str:
+        """Does candle-mi compute what PyTorch computes? One sentence with its counts, which add up to the cases."""
+        total, agree = len(self.cases), len(self.outcomes(Outcome.AGREES))
+        if not total:
+            return "Unknown: no case was judged."
+        new = [case for case in self.outcomes(Outcome.DIVERGES, Outcome.CRASHED) if case.status is not Status.KNOWN]
+        refused = [case for case in self.outcomes(Outcome.REFUSED) if case.status is not Status.KNOWN]
+        parts = []
+        if causes := self.wrong_causes:
+            parts.append(f"{_many(len(causes), 'known cause')} {_verb(len(causes), 'give')} other numbers")
+        if causes := self.refused_causes:
+            parts.append(f"{len(causes)} {'is' if len(causes) == 1 else 'are'} refused")
+        if new:
+            parts.append(f"{_many(len(new), 'case')} {_verb(len(new), 'differ')} in a way that is not known")
+        if refused:
+            parts.append(
+                f"{_many(len(refused), 'case')} {'is' if len(refused) == 1 else 'are'} refused that should not be"
+            )
+        unmeasured = total - agree - len(self.outcomes(Outcome.DIVERGES, Outcome.CRASHED, Outcome.REFUSED))
+        rest = f"{agree} of {total} cases agree" + (f", {unmeasured} could not be measured" if unmeasured else "")
+        if parts:
+            return f"Not everywhere: {', '.join(parts)}; {rest}."
+        return f"Yes: {rest}." if agree == total else f"Where it was measured: {rest}."
+
+    def is_new(self) -> str:
+        """Is anything new since the baseline? One sentence."""
+        if self.fault:
+            return f"Unknown: {self.fault}."
+        since = f" since {self.baseline}" if self.baseline else ""
+        new = [case for case in self.cases if case.status is Status.FAIL]
+        parts = []
+        if new:
+            parts.append(f"{_many(len(new), 'case')} {_verb(len(new), 'fail')}")
+        if self.count(Status.ERROR):
+            parts.append(f"{_many(self.count(Status.ERROR), 'case')} could not be judged")
+        if self.stale:
+            parts.append(f"{_many(len(self.stale), 'explanation')} no longer {_verb(len(self.stale), 'hold')}")
+        if self.gone:
+            gone, verb = len(self.gone), "is" if len(self.gone) == 1 else "are"
+            parts.append(f"{_many(gone, 'known divergence')} of {self.baseline} {verb} gone ({', '.join(self.gone)})")
+        return f"New{since}: {'; '.join(parts)}." if parts else f"Nothing new{since}."
+
+    def line(self) -> str:
+        """Both answers behind the verdict's word, and what was compared."""
+        tensors = sum(case.compared for case in self.cases)
+        noisy = sum(case.unmeasured for case in self.cases)
+        text = f"{self.verdict.value}: {self.is_right()} {self.is_new()} {tensors} tensors compared"
+        text += f", {noisy} too noisy to judge" if noisy else ""
+        return text + (f", {_many(len(self.skipped), 'case')} not run" if self.skipped else "") + "."
+
+
+def _ids(cases: Iterable[CaseResult]) -> list[str]:
+    return list(dict.fromkeys(name for case in cases if case.explained for name in case.explained.ids))
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _verb(count: int, verb: str) -> str:
+    return f"{verb}s" if count == 1 else verb

@@ -1,0 +1,87 @@
+"""A run's new divergences explained, and the table of explanations held to what the run saw."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from candle_mi_parity.compare.run_result import RunResult
+from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
+from candle_mi_parity.judge.case import TORCH, Judgement, Progress
+from candle_mi_parity.judge.hypotheses import Hypothesis
+from candle_mi_parity.judge.search import SECONDS, search
+from candle_mi_parity.spec.explanations import Explanations
+from candle_mi_parity.trace.trace import CandleMi
+
+
+def explain_new(
+    judgements: list[Judgement], table: Explanations, cache: Path, seconds: float, progress: Progress
+) -> None:
+    """Search for the explanation of every new divergence.
+
+    Cases of one family that first diverge at the same hook point are taken for one cause: the first is searched in
+    full, and what explains it is tried on the others, which are searched no further.
+
+    :param seconds: for all together.
+    """
+    end = time.monotonic() + seconds
+    causes: defaultdict[tuple[str, str], list[Judgement]] = defaultdict(list)
+    for judgement in judgements:
+        first = judgement.result.first_divergence
+        if judgement.evidence is not None and first is not None:
+            causes[judgement.result.family, _point(first.name)].append(judgement)
+    explains: list[Hypothesis] = []
+    for group in causes.values():
+        leader: CaseResult | None = None
+        for judgement in sorted(group, key=lambda one: _size(one)):
+            assert judgement.evidence is not None
+            if (left := min(SECONDS, end - time.monotonic())) <= 0:
+                judgement.result.unexplained += "; no explanation was searched for: the run's time for it was over"
+                continue
+            progress.note(f"{judgement.result.id}: what is computed instead?")
+            only = f"first diverges where {leader.id} does, see there" if leader else ""
+            with TORCH:
+                found = search(judgement.result, judgement.evidence, table, cache, explains, left, only)
+            leader = leader or judgement.result
+            if found is not None:
+                explains = [found, *(one for one in explains if one is not found)]
+
+
+def _point(name: str) -> str:
+    """``attn.hook_q`` of ``blocks.3.attn.hook_q``."""
+    return name.split(".", 2)[-1] if name.startswith("blocks.") else name
+
+
+def _size(judgement: Judgement) -> int:
+    """Numbers that were compared: a search of a small case costs least."""
+    return sum(tensor.compared for tensor in judgement.result.tensors)
+
+
+def hold_table(
+    judgements: list[Judgement], table: Explanations, identity: CandleMi | None, result: RunResult, whole: bool
+) -> None:
+    """What of the explanations is no longer so: ``gone`` of a build from source, ``stale`` of a release.
+
+    :param whole: whether every case of the default lane ran; an explanation that no case needs is stale then.
+    """
+    if identity is None:
+        return
+    needed = {id for one in judgements if one.result.explained for id in one.result.explained.ids}
+    spared: defaultdict[str, list[str]] = defaultdict(list)
+    for one in judgements:
+        agrees = one.result.outcome is Outcome.AGREES
+        fixed = one.result.status is Status.KNOWN and one.result.explained is not None
+        left_out = set(one.applicable) - set(one.result.explained.ids if one.result.explained else ())
+        for id in left_out if agrees or fixed else ():
+            spared[id].append(one.result.id)
+    if identity.source != "registry":
+        result.gone = {id: cases for id, cases in sorted(spared.items()) if id not in needed}
+        return
+    if whole:
+        listed = [row.id for row in table.explanation if result.baseline in row.releases]
+        result.stale = [
+            f"{id} is listed for candle-mi {identity.version}, and no case needs it: remove the release from its row"
+            for id in listed
+            if id not in needed
+        ]

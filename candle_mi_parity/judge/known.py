@@ -1,0 +1,181 @@
+"""Known divergences: a candidate is held to the truth of the counterfactual that is listed for its release.
+
+A case is KNOWN only when the candidate passes that truth at every tensor, scalar and decision, at the ordinary gates.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+
+import numpy as np
+
+from candle_mi_parity.candidate.candidate import EmitterError
+from candle_mi_parity.compare.compare import compare
+from candle_mi_parity.compare.gate import UNITS, measure
+from candle_mi_parity.compare.verdict import Explained, Failure, Status, TensorResult
+from candle_mi_parity.errors import ExplanationError, ParityError
+from candle_mi_parity.files.tensor_file import TensorFile
+from candle_mi_parity.files.untrusted import read_json
+from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.sae import load_sae
+from candle_mi_parity.models.saelens import CONFIG, saelens_files
+from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.spec.conditions import Facts
+from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
+from candle_mi_parity.spec.explanations import Explanation, Explanations, combined
+from candle_mi_parity.trace.trace import CandleMi, Emitted
+from candle_mi_parity.trace.truth import Truth
+
+_FORMATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def facts_of(subject: Subject) -> Facts:
+    """What the conditions of an explanation are asked about."""
+    sae, weights, threshold = {}, "", None
+    if subject.sae_file is not None and subject.sae_file.is_dir():
+        sae = read_json(subject.sae_file / CONFIG, ExplanationError)
+        file = TensorFile(saelens_files(subject.sae_file)[1])
+        names = file.keys()
+        weights = _FORMATS.get(file.kind("W_enc")[0], "") if "W_enc" in names else ""
+        threshold = float(file.tensor("threshold").min()) if "threshold" in names and weights != "bfloat16" else None
+    return Facts(
+        config=read_config(subject.model_dir),
+        tokens=len(subject.tokens[0]),
+        dtype=subject.case.dtype,
+        sae=sae,
+        sae_weights=weights,
+        sae_threshold=threshold,
+        edits=[edit.model_dump() for edit in subject.case.edits],
+    )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a judged case leaves for whoever asks what was computed instead.
+
+    :ivar oracle: of the plain truth.
+    :ivar trace: what the candidate emitted.
+    :ivar selection: the tensors that a trace stored in part is to hold; None for all.
+    :ivar declared: tensors that may be too noisy to judge.
+    """
+
+    oracle: Oracle
+    trace: Emitted
+    selection: set[str] | None
+    declared: set[str]
+
+    @property
+    def subject(self) -> Subject:
+        return self.oracle.subject
+
+    def under(self, change: Counterfactual) -> list[TensorResult]:
+        """Every tensor of the candidate judged by the truth of a counterfactual.
+
+        :raises ParityError: the counterfactual has no truth.
+        """
+        return compare(
+            self.oracle.under(change).truth(), self.trace, decoder_of(self.subject, change), self.selection
+        )
+
+    @cached_property
+    def facts(self) -> Facts:
+        return facts_of(self.subject)
+
+
+def decoder_of(subject: Subject, change: Counterfactual = PLAIN) -> np.ndarray | None:
+    """``W_dec`` [d_sae, d_in] of the case's SAE, to grant flips that rounding excuses; None without an SAE."""
+    return load_sae(subject.sae_file, change).decoder if subject.sae_file is not None else None
+
+
+def explained(evidence: Evidence, change: Counterfactual, rows: list[Explanation]) -> Explained | str:
+    """Whether the candidate is right under a counterfactual; or why it is not, in one line.
+
+    :param rows: the explanations that are combined in ``change``; none for one that was found by search.
+    """
+    try:
+        truth, results = evidence.oracle.under(change).truth(), evidence.under(change)
+    except ParityError as error:
+        return f"{change.describe()} has no truth: {error}"
+    if wrong := [result for result in results if result.status is Status.FAIL]:
+        first = wrong[0]
+        many = f"{len(wrong)} of {len(results)} tensors differ"
+        return f"with {change.describe()}, {many}, first {first.name} ({first.ratio:.3g} of 8)"
+    noisy = {result.name for result in results if result.status is Status.UNMEASURED}
+    if opened := sorted(noisy - evidence.declared):
+        return f"with {change.describe()}, {', '.join(opened[:3])} cannot be judged: the noise is too large"
+    if not differ(evidence.oracle.truth(), truth, UNITS[evidence.trace.dtype]):
+        return f"{change.describe()} changes no tensor by more than rounding does: it explains nothing"
+    return Explained(
+        ids=[row.id for row in rows],
+        says=" ".join(row.says for row in rows) or change.describe(),
+        change=change.describe(),
+        tensors=len(results),
+        worst=max((result.ratio for result in results), default=0.0),
+        remedy=" ".join(dict.fromkeys(row.remedy for row in rows if row.remedy)),
+    )
+
+
+def differ(one: Truth, other: Truth, unit: float) -> bool:
+    """Whether two truths of one case differ by more than rounding, at any tensor or mask."""
+    for name, expected in one.tensors.items():
+        counter = other.tensors.get(name)
+        if counter is None or counter.shape != expected.shape:
+            return True
+        value, mask, also = expected.value, expected.allowed, counter.allowed
+        if (
+            mask is not None
+            and also is not None
+            and (np.broadcast_to(mask, value.shape) != np.broadcast_to(also, value.shape)).any()
+        ):
+            return True
+        both = None if mask is None else np.broadcast_to(mask, value.shape)
+        if not measure(counter.value - value, value, expected.noise, both, unit=unit).passes():
+            return True
+    return False
+
+
+def known_divergence(evidence: Evidence, table: Explanations, identity: CandleMi) -> tuple[Explained | None, str]:
+    """The explanation of a divergence by what is listed for the candidate's release, or why that does not hold.
+
+    A release must do all that is listed for it. A build from source may have fixed a part: any part of the list that
+    explains its numbers will do.
+    """
+    release = table.baseline(identity.version)
+    rows = [row for row in table.applicable(evidence.facts, release) if row.change is not None]
+    if not rows:
+        return None, ""
+    whole = identity.source == "registry"
+    sizes = [len(rows)] if whole else range(len(rows), 0, -1)
+    why = ""
+    for size in sizes:
+        for part in combinations(rows, size):
+            found = explained(evidence, combined(part), list(part))
+            if isinstance(found, Explained):
+                return _smallest(evidence, list(part)) or found, ""
+            why = why or f"not {', '.join(row.id for row in part)}: {found}"
+    return None, why
+
+
+def _smallest(evidence: Evidence, rows: list[Explanation]) -> Explained | None:
+    """The explanation by fewer rows than a combination that holds: a row that changes nothing here is left out."""
+    for size in range(1, len(rows)):
+        for part in combinations(rows, size):
+            if isinstance(found := explained(evidence, combined(part), list(part)), Explained):
+                return found
+    return None
+
+
+def known_refusal(
+    error: EmitterError, subject: Subject, table: Explanations, identity: CandleMi
+) -> tuple[Explained | None, str]:
+    """The explanation of a refusal, recognised by its stage and by candle-mi's whole message."""
+    for row in table.applicable(facts_of(subject), table.baseline(identity.version)):
+        if row.refuses is None:
+            continue
+        if Failure(error.kind) == Failure(row.refuses.stage) and re.fullmatch(row.refuses.message, error.message):
+            return Explained([row.id], row.says, remedy=row.remedy), ""
+    return None, "this refusal is not known"

@@ -1,0 +1,219 @@
+"""A truth computed: one forward pass in float64, and passes with rounding noise around it.
+
+Whoever reads truths that are cached does not import this module, nor torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import nn
+
+from candle_mi_parity.errors import OracleError
+from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.oracle import interventions, streaming
+from candle_mi_parity.oracle.arithmetic import CPU_FLOAT32, Arithmetic
+from candle_mi_parity.oracle.downstream import Lens, SaeChain
+from candle_mi_parity.oracle.hooks import Captured, Edits, Recorder, forward, load_model, replacing
+from candle_mi_parity.oracle.rounding import Float64, MatmulScales, NoisePool, RoundingNoise, Truth64
+from candle_mi_parity.oracle.variants import apply_to_model
+from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
+from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.trace.truth import Truth, TruthTensor
+
+SAMPLES = 16
+"""K, the number of noise samples."""
+
+Given = Mapping[str, np.ndarray]
+"""What both sides are fed beside the tokens, float32 by name; see :meth:`Oracle.inputs`."""
+
+Then = Callable[[Captured], Captured]
+Run = Callable[[nn.Module, torch.Tensor, Edits], Recorder]
+
+
+class Computation:
+    """The truths of one case; the model is loaded once.
+
+    :param change: the counterfactual; :data:`PLAIN` for the truth itself.
+    :raises ModelError: transformers cannot load the model, with the change or at all.
+    """
+
+    def __init__(self, subject: Subject, arithmetic: Arithmetic, change: Counterfactual = PLAIN) -> None:
+        self._subject, self._arithmetic, self._change = subject, arithmetic, change
+        self._scratch: TemporaryDirectory[str] | None = None
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """In float64, its weights rounded to the case's format."""
+        dtype: torch.dtype = getattr(torch, self._subject.case.dtype)
+        directory = self._directory()
+        if streamed := streaming.is_streamed(self._subject.model_dir):
+            model = streaming.load_streamed(directory, dtype)
+        else:
+            model = load_model(directory)
+            round_weights(model, dtype)
+        apply_to_model(model, self._change, dtype, streamed)
+        return model
+
+    def _directory(self) -> Path:
+        """The model's own directory, or one with a changed config and links to its other files."""
+        source = self._subject.model_dir
+        if not self._change.changes_config:
+            return source
+        self._scratch = TemporaryDirectory(prefix="parity-counterfactual-")
+        changed = Path(self._scratch.name)
+        for path in source.iterdir():
+            if path.name != "config.json":
+                (changed / path.name).symlink_to(path.resolve())
+        config = self._change.changed_config(read_config(source))
+        (changed / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return changed
+
+    def drawn(self) -> dict[str, np.ndarray]:
+        """The tensors of the case's edits, float32, sized by the unedited model."""
+        return interventions.drawn_tensors(self._subject, self.model)
+
+    def truth(self, mode: Mode, given: Given, samples: int = SAMPLES) -> Truth:
+        """The truth of a mode.
+
+        :param given: forced, the tensors that replace the residual stream; free, the tensors of the edits, and for a
+            counterfactual also what the logit lens and the SAE alone are fed.
+        :param samples: of the noise; 0 for the values alone, whose noise is then 0.
+        :raises OracleError: an operation without a noise rule, or a truth that is not finite.
+        """
+        changes: Edits
+        chains: list[Then] = []
+        sae: SaeChain | None = None
+        if mode == "forced":
+            changes = {name: [replacing(torch.from_numpy(array).double())] for name, array in given.items()}
+        else:
+            drawn = {key: torch.from_numpy(array).double() for key, array in given.items()}
+            changes = interventions.edits_of(self._subject, drawn, self._change)
+            chains.append(Lens(self._subject, self.model, given))
+            if self._subject.sae_file is not None:
+                sae = SaeChain(self._subject, given, self._change)
+                chains.append(sae)
+
+        def then(captured: Captured) -> Captured:
+            return {name: tensor for chain in chains for name, tensor in chain(captured).items()}
+
+        tokens = torch.tensor(self._subject.tokens)
+        seed = int(self._subject.digest[:16], 16)
+        run = partial(forward, variants=frozenset(self._change.variants))
+        recorder, values, squares = sample(
+            self.model, tokens, seed, then, changes, self._arithmetic, samples=samples, run=run
+        )
+        streamed = streaming.is_streamed(self._subject.model_dir)
+        meta = {"mode": mode, "weights": "streamed" if streamed else "whole"}
+        return _as_truth(self._subject, meta, recorder, values, squares, sae)
+
+
+def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round a float64 model's weights to a format, in place: what a candidate of that format is given."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+
+
+def sample(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    seed: int,
+    then: Then,
+    edits: Edits,
+    arithmetic: Arithmetic = CPU_FLOAT32,
+    samples: int = SAMPLES,
+    run: Run = forward,
+    batch: int = 160,
+) -> tuple[Recorder, Captured, Captured]:
+    """The truth pass, and ``samples`` passes of Monte-Carlo arithmetic around it.
+
+    :param tokens: int64 [B, T].
+    :param then: what is computed from the captured tensors inside the same mode; called first for the truth.
+    :param edits: what is done at the hooks, see :class:`hooks.Recorder`.
+    :param run: one recorded forward pass, as :func:`hooks.forward`.
+    :param batch: rows × tokens that a pass of samples may have; 1 takes the samples one by one.
+    :returns: the truth's recorder, its tensors with those of ``then``, and of each s² (mean square over the
+        samples of sample − truth), all float64.
+    """
+    scales = MatmulScales()
+    with Truth64(scales) if samples else Float64(), torch.no_grad():  # type: ignore[no-untyped-call]
+        recorder = run(model, tokens, edits)
+        values = recorder.tensors | then(recorder.tensors)
+    squares = {name: torch.zeros_like(value) for name, value in values.items()}
+    pool = NoisePool(seed)
+    done = 0
+    while done < samples:
+        # Samples as batch rows win while a pass is small (rows × tokens near 160) and lose after.
+        rows = max(1, min(samples - done, batch // tokens.numel()))
+        with RoundingNoise(pool, scales, arithmetic), torch.no_grad():
+            captured = run(model, tokens.repeat(rows, 1), edits).tensors
+            captured = captured | then(captured)
+        for name, value in values.items():
+            squares[name] += (captured[name].reshape(rows, *value.shape) - value).square_().sum(0)
+        done += rows
+    return recorder, values, {name: total.div_(max(samples, 1)) for name, total in squares.items()}
+
+
+def _as_truth(
+    subject: Subject,
+    meta: dict[str, str],
+    recorder: Recorder,
+    values: Captured,
+    squares: Captured,
+    chain: SaeChain | None,
+) -> Truth:
+    """:param meta: what the truth is to say of itself beside the subject's own digests."""
+    tensors, scalars = {}, {}
+    for name, value in values.items():
+        if not bool(torch.isfinite(value).all() and torch.isfinite(squares[name]).all()):
+            raise OracleError(f"{subject.case.id}: the truth's {name} holds NaN or Inf")
+        noise = squares[name].sqrt()
+        if name.endswith("reconstruction_mse"):
+            scalars[name] = (float(value), float(noise))
+            continue
+        attention = name.endswith(("hook_scores", "hook_pattern"))
+        allowed = _allowed(recorder, name).numpy() if attention else None
+        tensors[name] = TruthTensor(value.numpy(), noise.numpy(), allowed)
+    pre = {name: tensors.pop(f"{name}.pre") for name in ("sae", "sae_on_truth") if chain}
+    hook = {"sae": str(subject.sae_digest), "sae_hook": subject.case.sae.hook} if chain and subject.case.sae else {}
+    return Truth(
+        tokens=subject.tokens,
+        tensors=_execution_order(subject, tensors, forced=meta["mode"] == "forced"),
+        sae={name: chain.truth(name, pre[name], values) for name in pre if chain},
+        scalars=scalars,
+        meta={
+            "case": subject.digest,
+            "model": subject.model_digest,
+            "dtype": subject.case.dtype,
+            "samples": str(SAMPLES),
+            **hook,
+            **meta,
+        },
+    )
+
+
+def _allowed(recorder: Recorder, name: str) -> torch.Tensor:
+    """What of scores, [T, T], or of a pattern, [T, T] or [H, T, T], is compared; the rest of a pattern is to be 0."""
+    layer = int(name.split(".")[1])
+    allowed = recorder.allowed[layer]
+    return recorder.attended.get(layer, allowed) if name.endswith("hook_pattern") else allowed
+
+
+def _execution_order(subject: Subject, tensors: dict[str, TruthTensor], forced: bool) -> dict[str, TruthTensor]:
+    """Hooks as candle-mi fires them, then logits, the lens and the SAE.
+
+    Forced, what arrives at a layer is the output of the one before, which is compared under its own name.
+    """
+    names = [*subject.captures, "logits"]
+    names += [name for name in tensors if name.startswith(("lens", "sae"))]
+    if missing := [name for name in names if name not in tensors]:
+        raise OracleError(f"{subject.case.id}: transformers never reached {', '.join(missing[:3])}")
+    return {name: tensors[name] for name in names if not (forced and name.endswith("hook_resid_pre"))}

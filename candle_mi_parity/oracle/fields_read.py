@@ -1,0 +1,95 @@
+"""Which fields of ``config.json`` transformers reads: recorded while a model is built and run, not remembered."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from candle_mi_parity.files.cache import cached
+from candle_mi_parity.files.digest import digest_files
+from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.oracle.hooks import forward, load_model
+from candle_mi_parity.oracle.provenance import modeling_files
+from candle_mi_parity.spec.counterfactual import ROTARY
+
+LISTING = frozenset({"to_dict", "to_diff_dict", "dict_dtype_to_str", "validate_token_ids"})
+"""Functions of transformers that visit every attribute there is, without acting on any: they print or copy the
+config, or look for names that end in ``_token_id`` to warn of one outside the vocabulary."""
+
+
+def cached_fields_read(directory: Path, model_type: str, cache: Path) -> set[str]:
+    """:func:`fields_read`, from the cache or recorded."""
+    sources = [Path(__file__), *modeling_files(model_type), Path(str(transformers.configuration_utils.__file__))]
+    key = [read_config(directory), digest_files(sources), transformers.__version__]
+    return set(cached(cache, "fields", key, partial(_sorted_fields, directory)))
+
+
+def _sorted_fields(directory: Path) -> list[str]:
+    return sorted(fields_read(directory))
+
+
+def fields_read(directory: Path) -> set[str]:
+    """Fields that transformers reads while it loads a model directory and runs it on eight tokens.
+
+    Counted are attribute reads by transformers' own code, keys read from the rotary dictionary, and keys of
+    ``config.json`` that configuration code consumed, so that no attribute of that name is left. Not counted are
+    names with an underscore, what the class itself defines (methods, parallel plans), and :data:`LISTING`.
+    """
+    config = read_config(directory)
+    kind = type(transformers.AutoConfig.from_pretrained(directory))
+    read: set[str] = set()
+    with _recorded(kind, read):
+        model: Any = load_model(directory)
+        forward(model, torch.arange(8)[None])
+    consumed = set(config) - set(vars(model.config)) - {"model_type"}
+    return {name for name in read if _is_field(kind, name)} | consumed
+
+
+@contextmanager
+def _recorded(kind: type[Any], read: set[str]) -> Iterator[None]:
+    """Names read from any config of a class, and from its rotary dictionary, by transformers' code."""
+    plain: Any = kind.__getattribute__
+    library = str(Path(str(transformers.__file__)).parent)
+
+    def note(name: str, frame: Any) -> None:
+        if frame.f_code.co_filename.startswith(library) and frame.f_code.co_name not in LISTING:
+            read.add(name)
+
+    class Rotary(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            note(f"{ROTARY}.{key}", sys._getframe(1))
+            return super().__getitem__(key)
+
+        def get(self, key: str, default: Any = None) -> Any:
+            note(f"{ROTARY}.{key}", sys._getframe(1))
+            return super().get(key, default)
+
+    def getattribute(self: object, name: str) -> Any:
+        note(name, sys._getframe(1))
+        value = plain(self, name)
+        if name == ROTARY and type(value) is dict:
+            value = plain(self, "__dict__")[name] = Rotary(value)
+        return value
+
+    kind.__getattribute__ = getattribute  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del kind.__getattribute__
+
+
+def _is_field(kind: type[Any], name: str) -> bool:
+    """Whether ``config.json`` may carry a name: a declared field, a settable property, or nothing of the class."""
+    if name.startswith("_"):
+        return False
+    if name in {field.name for field in dataclasses.fields(kind)} or not hasattr(kind, name) or "." in name:
+        return True
+    return getattr(getattr(kind, name), "fset", None) is not None

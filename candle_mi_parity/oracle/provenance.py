@@ -1,0 +1,83 @@
+"""What a truth was made with: the one list of modules that move a number, and the versions of the libraries.
+
+Truths, censuses and the field ledger are cached under keys that hold these. No library is imported for it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import platform
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from candle_mi_parity.errors import OracleError
+from candle_mi_parity.files.digest import digest_files
+
+PACKAGE = Path(__file__).parents[1]
+MODULES = (
+    *("compare/gate", "trace/truth", "trace/formats"),
+    *("spec/counterfactual", "spec/edits", "spec/families", "spec/hook_points"),
+    *("models/checkpoint", "models/generate", "models/prepared_case", "models/sae", "models/saelens"),
+    *("oracle/compute", "oracle/downstream", "oracle/hooks", "oracle/interventions", "oracle/oracle"),
+    *("oracle/rounding", "oracle/streaming", "oracle/torch_sae", "oracle/variants"),
+)
+"""Every module of this package that moves a number of a truth."""
+LIBRARIES = ("torch", "transformers", "numpy")
+
+
+@cache
+def rules_digest() -> str:
+    """sha256 over the code of :data:`MODULES`; comments and docstrings do not count."""
+    digest = hashlib.sha256()
+    for name in MODULES:
+        digest.update(f"{name}\n{code_of((PACKAGE / f'{name}.py').read_text(encoding='utf-8'))}\n".encode())
+    return digest.hexdigest()
+
+
+def code_of(source: str) -> str:
+    """A module's syntax tree as text, without comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [child for child in node.body if not _is_docstring(child)]
+    return ast.dump(tree)
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    """A string that stands alone, as the docstring of a module, class, function or constant does."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+@cache
+def made_with(model_type: str) -> dict[str, str]:
+    """All that moves a truth of a family beside its case: libraries, their model code, our code, the processor.
+
+    :raises OracleError: this transformers has no such family.
+    """
+    libraries = {name: version(name) for name in LIBRARIES}
+    return {
+        **libraries,
+        "modeling": digest_files(modeling_files(model_type)),
+        "rules": rules_digest(),
+        "machine": platform.machine(),  # its kernels order the sums
+    }
+
+
+def modeling_files(model_type: str) -> list[Path]:
+    """transformers' own source files whose code makes the truth: the family's, and the rotary and mask helpers.
+
+    :raises OracleError: this transformers has no such family.
+    """
+    spec = find_spec("transformers")
+    if spec is None or spec.origin is None:
+        raise OracleError("transformers is not installed")
+    root = Path(spec.origin).parent
+    family = root / "models" / model_type
+    files = [family / f"modeling_{model_type}.py", family / f"configuration_{model_type}.py"]
+    files += [root / f"{name}.py" for name in ("modeling_rope_utils", "masking_utils", "activations")]
+    if missing := [path for path in files if not path.is_file()]:
+        raise OracleError(f"this transformers has no model_type {model_type!r}: there is no {missing[0]}")
+    return files

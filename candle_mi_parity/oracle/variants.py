@@ -1,0 +1,84 @@
+"""Counterfactuals that no config can say: weights left out, and other arithmetic in a loaded model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from candle_mi_parity.errors import OracleError
+from candle_mi_parity.spec.counterfactual import Counterfactual, Variant, matching
+
+
+def apply_to_model(model: Any, change: Counterfactual, dtype: torch.dtype, streamed: bool) -> None:
+    """Change the weights and modules of a float64 model, in place.
+
+    :param dtype: the case's format.
+    :param streamed: whether the weights come and go; they cannot be changed then.
+    :raises OracleError: a glob that matches no parameter, weights that are streamed, or a module that is not there.
+    """
+    for globs, value in ((change.weights_zero, 0.0), (change.weights_one, 1.0)):
+        _fill(model, globs, value, streamed)
+    if change.has(Variant.RMS_NORM_FOR_LAYER_NORM):
+        _replace_layer_norms(model)
+    if change.has(Variant.ROTARY_IN_MODEL_DTYPE):
+        model.model.rotary_emb = RoundedRotary(model.model.rotary_emb, dtype)
+
+
+def _fill(model: nn.Module, globs: list[str], value: float, streamed: bool) -> None:
+    if globs and streamed:
+        raise OracleError("the weights of a streamed model cannot be changed; it needs more memory")
+    parameters = dict(model.named_parameters())
+    for glob in globs:
+        names = matching(list(parameters), [glob])
+        if not names:
+            raise OracleError(f"the model has no parameter {glob}")
+        with torch.no_grad():
+            for name in names:
+                parameters[name].fill_(value)
+
+
+class RmsNorm(nn.Module):
+    """``x / sqrt(mean(x²) + eps) · weight`` (Zhang and Sennrich 2019), with a LayerNorm's weight and eps."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self._eps = norm.weight, norm.eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self._eps) * self.weight
+
+
+def _replace_layer_norms(model: nn.Module) -> None:
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    if not found:
+        raise OracleError("the model has no LayerNorm")
+    for name, module in found:
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, RmsNorm(module))
+
+
+class RoundedRotary(nn.Module):
+    """A rotary embedding whose positions, frequencies, angles, cosines and sines are rounded to a format.
+
+    :param rotary: transformers' module, whose inverse frequencies and scale are taken.
+    """
+
+    def __init__(self, rotary: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._rotary, self._dtype = rotary, dtype
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each [B, T, head_dim]."""
+        # Outside every mode, which would widen what is rounded here.
+        with _disable_current_modes():
+            frequencies = self._rounded(self._rotary.inv_freq)
+            angles = self._rounded(self._rounded(position_ids)[..., None] * frequencies)
+            angles = torch.cat((angles, angles), dim=-1)
+            scale = self._rotary.attention_scaling
+            return self._rounded(angles.cos()) * scale, self._rounded(angles.sin()) * scale
+
+    def _rounded(self, values: torch.Tensor) -> torch.Tensor:
+        return values.to(self._dtype).double()

@@ -1,0 +1,117 @@
+"""Conditions on a case, as the rows of ``fixtures/explanations.toml`` spell them: ``tokens > config.sliding_window``.
+
+A condition is a subject, an operator and a value. Subjects: ``config.KEY``, ``sae.KEY`` (of ``cfg.json``),
+``edit.KEY``, ``dtype``, ``sae_weights``, ``sae_threshold``, ``tokens``; a dot leads into a block. Operators:
+``absent``, ``present``, ``=``, ``!=``, ``<``, ``>``, ``in``, ``not in``. A value is JSON or another subject. A
+comparison with an absent value is false.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from candle_mi_parity.errors import ExplanationError
+
+_SUBJECT = r"(?:config|sae|edit)\.[A-Za-z0-9_.]+|dtype|sae_weights|sae_threshold|tokens"
+_CONDITION = re.compile(rf"({_SUBJECT}) (?:(absent|present)|(=|!=|<|>|in|not in) (.+))")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What conditions are asked about.
+
+    :ivar config: ``config.json`` of the model.
+    :ivar sae: ``cfg.json`` of the SAE; empty for an NPZ or none.
+    :ivar edits: rows of the case's interventions.
+    :ivar tokens: length of the prompt.
+    :ivar sae_weights: format of the SAE's stored tensors; empty without an SAE.
+    :ivar sae_threshold: the least θ of a JumpReLU; None without one.
+    """
+
+    config: dict[str, Any]
+    tokens: int
+    dtype: str = "float32"
+    sae: dict[str, Any] = field(default_factory=dict)
+    sae_weights: str = ""
+    sae_threshold: float | None = None
+    edits: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def family(self) -> str:
+        return str(self.config.get("model_type"))
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition, parsed.
+
+    :ivar value: JSON, or None where the operator takes none or ``other`` is a subject.
+    """
+
+    subject: str
+    operator: str
+    value: Any = None
+    other: str = ""
+
+    @staticmethod
+    def parse(text: str) -> Condition:
+        """:raises ExplanationError: not a condition; says what one looks like."""
+        found = _CONDITION.fullmatch(text)
+        if found is None:
+            raise ExplanationError(f"{text!r} is not a condition such as 'tokens > config.sliding_window'")
+        subject, unary, operator, value = found.groups()
+        if unary:
+            return Condition(subject, unary)
+        if re.fullmatch(_SUBJECT, value):
+            return Condition(subject, operator, other=value)
+        try:
+            parsed = json.loads(value)
+        except ValueError as error:
+            raise ExplanationError(f"{text!r}: {value!r} is neither JSON nor a subject") from error
+        if operator in ("in", "not in") and not isinstance(parsed, list):
+            raise ExplanationError(f"{text!r}: expected a list after '{operator}'")
+        return Condition(subject, operator, parsed)
+
+    @property
+    def of_edit(self) -> bool:
+        return self.subject.startswith("edit.")
+
+    def holds(self, facts: Facts, edit: dict[str, Any] | None = None) -> bool:
+        """:param edit: the intervention that ``edit.`` subjects are about."""
+        left = _look_up(self.subject, facts, edit)
+        if self.operator in ("absent", "present"):
+            return (left is None) == (self.operator == "absent")
+        right = _look_up(self.other, facts, edit) if self.other else self.value
+        if left is None or (self.other and right is None):
+            return False
+        if self.operator in ("<", ">"):
+            numbers = _is_number(left) and _is_number(right)
+            return numbers and bool(left < right if self.operator == "<" else left > right)
+        if self.operator in ("in", "not in"):
+            return (left in right) == (self.operator == "in")
+        return bool(left == right) == (self.operator == "=")
+
+
+def all_hold(conditions: list[Condition], facts: Facts) -> bool:
+    """Whether all conditions hold; those of an edit must hold for one and the same edit of the case."""
+    of_edit = [condition for condition in conditions if condition.of_edit]
+    rest = [condition for condition in conditions if not condition.of_edit]
+    one_edit = not of_edit or any(all(condition.holds(facts, edit) for condition in of_edit) for edit in facts.edits)
+    return one_edit and all(condition.holds(facts) for condition in rest)
+
+
+def _look_up(subject: str, facts: Facts, edit: dict[str, Any] | None) -> Any:
+    if subject in ("dtype", "sae_weights", "sae_threshold", "tokens"):
+        return getattr(facts, subject)
+    root, *path = subject.split(".")
+    found: Any = {"config": facts.config, "sae": facts.sae, "edit": edit or {}}[root]
+    for key in path:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,197 @@
+"""Counterfactuals as data: a case with something changed, under whose truth a candidate would be right."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from candle_mi_parity.errors import ExplanationError
+from candle_mi_parity.spec.cases import Row, Setting
+from candle_mi_parity.spec.edits import Edit
+
+Config = dict[str, Any]
+ROTARY = "rope_parameters"
+_ROTARY_BLOCKS = (ROTARY, "rope_scaling")
+
+
+class Variant(StrEnum):
+    """An arithmetic that no key of a config asks for."""
+
+    ROTARY_IN_MODEL_DTYPE = "rotary-in-model-dtype"
+    """Angles, cosines and sines of the rotary tables are computed in the model's format, not in float32."""
+    KNOCKOUT_BEFORE_SOFTCAP = "knockout-before-softcap"
+    """The score of a knocked-out edge passes the softcap, which makes -softcap of -inf."""
+    STEERING_OVER_ALL_COLUMNS = "steering-over-all-columns"
+    """``set_value`` spreads what it takes over all keys of the row, those that the mask forbids included."""
+    RMS_NORM_FOR_LAYER_NORM = "rms-norm-for-layer-norm"
+    """Every LayerNorm is an RMSNorm: no mean is subtracted and no bias added."""
+    NO_CAUSAL_MASK = "no-causal-mask"
+    """Every position attends to every other."""
+    KV_HEADS_TILED = "kv-heads-tiled"
+    """Key and value heads are repeated as 0 1 0 1, not as 0 0 1 1."""
+    TOPK_WITHOUT_RELU = "topk-without-relu"
+    """The k largest pre-activations are kept, negative ones too, but for the k-th where that is negative."""
+    NEGATIVE_THRESHOLD_KEPT = "negative-threshold-kept"
+    """A JumpReLU feature with a negative threshold fires with a negative value."""
+
+
+class Counterfactual(Row):
+    """What is changed; the weights, the tokens and everything else stay.
+
+    :ivar config_set: keys of ``config.json`` and their other value. ``rope_theta``, like every key of the rotary
+        embedding, is changed wherever the config has it.
+    :ivar config_null: keys of ``config.json`` that are set to null.
+    :ivar config_add: keys of ``config.json`` and what is added to their number.
+    :ivar config_drop: keys of ``config.json`` that are left out, so that transformers' own default holds.
+    :ivar weights_zero: parameters of the model that are 0, by glob over transformers' names.
+    :ivar weights_one: parameters that are 1, as a norm's weight that is left out.
+    :ivar variants: other arithmetic.
+    :ivar sae_set: keys of the SAE's ``cfg.json`` and their other value.
+    :ivar sae_drop: keys of the SAE's ``cfg.json`` that are left out.
+    :ivar edits_drop: kinds of edits that have no effect.
+    :ivar edits: index of an edit in the case → what stands in its place; None for nothing.
+    """
+
+    config_set: dict[str, Setting] = {}
+    config_null: list[str] = []
+    config_add: dict[str, int] = {}
+    config_drop: list[str] = []
+    weights_zero: list[str] = []
+    weights_one: list[str] = []
+    variants: list[Annotated[Variant, Field(strict=False)]] = []
+    sae_set: dict[str, Setting] = {}
+    sae_drop: list[str] = []
+    edits_drop: list[str] = []
+    edits: dict[int, Edit | None] = {}
+
+    @property
+    def changes_config(self) -> bool:
+        return bool(self.config_set or self.config_null or self.config_add or self.config_drop)
+
+    def has(self, variant: Variant) -> bool:
+        return variant in self.variants
+
+    def with_also(self, other: Counterfactual) -> Counterfactual:
+        """Both changes at once.
+
+        :raises ExplanationError: the two change one thing in two ways.
+        """
+        mine, theirs = self._places(), other._places()
+        if clash := sorted(name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]):
+            raise ExplanationError(f"two counterfactuals change {', '.join(clash)} in two ways")
+        merged: dict[str, Any] = {}
+        for name in type(self).model_fields:
+            one, two = getattr(self, name), getattr(other, name)
+            merged[name] = one | two if isinstance(one, dict) else list(dict.fromkeys([*one, *two]))
+        return Counterfactual.model_construct(**merged)
+
+    def _places(self) -> dict[str, str]:
+        """What is changed → how, to find two changes of one thing."""
+        found = {f"config.{key}": f"set {value!r}" for key, value in self.config_set.items()}
+        found |= {f"config.{key}": f"add {value}" for key, value in self.config_add.items()}
+        found |= {f"config.{key}": "null" for key in self.config_null} | {
+            f"config.{key}": "drop" for key in self.config_drop
+        }
+        found |= {f"sae.{key}": f"set {value!r}" for key, value in self.sae_set.items()}
+        found |= {f"sae.{key}": "drop" for key in self.sae_drop}
+        return found | {f"edits[{index}]": repr(edit) for index, edit in self.edits.items()}
+
+    def changed_config(self, config: Config) -> Config:
+        """A copy of a ``config.json`` with the changes.
+
+        :raises ExplanationError: a key to add to that holds no number.
+        """
+        changed: Config = json.loads(json.dumps(config))
+        for key, value in self.config_set.items():
+            changed = with_field(changed, _field(key, changed), value)
+        for key, amount in self.config_add.items():
+            number = changed.get(key)
+            if not isinstance(number, int | float):
+                raise ExplanationError(f"cannot add {amount} to {key}, which is {number!r}")
+            changed[key] = number + amount
+        for key in self.config_drop:
+            changed = _without(changed, key)
+        return changed | dict.fromkeys(self.config_null)
+
+    def changed_sae_config(self, config: Config) -> Config:
+        """A copy of an SAE's ``cfg.json`` with the changes."""
+        return {key: value for key, value in config.items() if key not in self.sae_drop} | self.sae_set
+
+    def edit_at(self, index: int, edit: Edit) -> Edit | None:
+        """What an edit of the case becomes; None where it has no effect."""
+        found = self.edits.get(index, edit)
+        return None if found is None or found.kind in self.edits_drop else found
+
+    def describe(self) -> str:
+        """What is changed, in a few words, as ``rms_norm_eps = 1e-05``."""
+        parts = [f"{key} = {json.dumps(value)}" for key, value in self.config_set.items()]
+        parts += [f"{key} = null" for key in self.config_null]
+        parts += [f"{key} {'+' if amount > 0 else '-'} {abs(amount)}" for key, amount in self.config_add.items()]
+        parts += [f"no {key}" for key in self.config_drop]
+        parts += [
+            f"{', '.join(names)} {value}"
+            for names, value in ((self.weights_zero, "0"), (self.weights_one, "1"))
+            if names
+        ]
+        parts += [variant.value for variant in self.variants]
+        parts += [f"the SAE's {key} = {json.dumps(value)}" for key, value in self.sae_set.items()]
+        parts += [f"no {key} of the SAE" for key in self.sae_drop]
+        parts += [f"no {kind}" for kind in self.edits_drop]
+        parts += [
+            f"edits[{index}] " + ("left out" if edit is None else f"{edit.kind} at {edit.hook}")
+            for index, edit in self.edits.items()
+        ]
+        return " and ".join(parts)
+
+    def key(self) -> str:
+        """The same for the same changes, as a part of a cache key."""
+        return json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True)
+
+
+PLAIN = Counterfactual()
+"""Nothing is changed."""
+
+
+def places(config: Config, field: str) -> list[tuple[str, ...]]:
+    """Where a config has a field: its own key, or for ``rope_parameters.<key>`` each spelling of it that is there."""
+    if not field.startswith(f"{ROTARY}."):
+        return [(field,)] if field in config else []
+    key = field.partition(".")[2]
+    blocks = [(block, key) for block in _ROTARY_BLOCKS if key in (config.get(block) or {})]
+    return [*blocks, *([(key,)] if key in config else [])]
+
+
+def with_field(config: Config, field: str, value: object) -> Config:
+    """A copy of a config with a field at another value, wherever the config has it; None takes it away."""
+    copy: Config = json.loads(json.dumps(config))
+    for path in places(config, field) or [(field.rpartition(".")[2],)]:
+        target = copy[path[0]] if len(path) == 2 else copy
+        if value is None:
+            target.pop(path[-1], None)
+        else:
+            target[path[-1]] = value
+    return copy
+
+
+def _field(key: str, config: Config) -> str:
+    """A key of the rotary embedding may stand in a block of its own."""
+    nested = f"{ROTARY}.{key}"
+    return nested if any(key in (config.get(block) or {}) for block in _ROTARY_BLOCKS) else key
+
+
+def _without(config: Config, key: str) -> Config:
+    """A config without a key; without ``rope_scaling``, positions are rotated as if there were none."""
+    if key == "rope_scaling" and isinstance(config.get(ROTARY), dict):
+        kept = {name: value for name, value in config[ROTARY].items() if name == "rope_theta"}
+        config = {**config, ROTARY: {"rope_type": "default", **kept}}
+    config = with_field(config, _field(key, config), None)
+    return {name: value for name, value in config.items() if name != key}
+
+
+def matching(names: list[str], globs: list[str]) -> list[str]:
+    """The names that one of the globs matches, in their order."""
+    return [name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]

@@ -1,0 +1,155 @@
+"""Explanations: ``fixtures/explanations.toml``, what candle-mi is known to compute instead, and where.
+
+Each row is one cause with a stable id. It says in which cases it applies, and under which counterfactual PyTorch
+gives candle-mi's numbers, or in which words candle-mi refuses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from enum import StrEnum
+from functools import cached_property, reduce
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from candle_mi_parity.errors import ExplanationError
+from candle_mi_parity.spec.cases import Row, read_toml
+from candle_mi_parity.spec.conditions import Condition, Facts, all_hold
+from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
+from candle_mi_parity.spec.paths import FIXTURES
+
+MOST_STORED = 3
+"""Explanations that may be held to a stored trace, because no counterfactual says what is computed."""
+
+
+class Stage(StrEnum):
+    """Where a candidate may refuse a case."""
+
+    MODEL = "model"
+    SAE = "sae"
+    FORWARD = "forward"
+
+
+class Refusal(Row):
+    """How candle-mi refuses.
+
+    :ivar message: a regular expression that its whole message matches.
+    """
+
+    stage: Annotated[Stage, Field(strict=False)]
+    message: str
+
+    @field_validator("message")
+    @classmethod
+    def _compiles(cls, text: str) -> str:
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise ValueError(f"{text!r} is not a regular expression: {error}") from error
+        return text
+
+
+class Explanation(Row):
+    """One cause.
+
+    :ivar name: in a few words, for links and searches.
+    :ivar says: one sentence: what candle-mi does instead.
+    :ivar kind: whether its numbers are wrong, another definition, or an option that has no effect.
+    :ivar families: model types; empty for all.
+    :ivar when: conditions, which must all hold, see :mod:`conditions`.
+    :ivar change: the counterfactual under which candle-mi computes PyTorch's numbers.
+    :ivar refuses: how it refuses instead of computing.
+    :ivar stored: why neither can be said: the candidate is then held to the release's stored trace.
+    :ivar releases: of candle-mi, in which it holds.
+    :ivar remedy: what a user can do about it; empty where there is nothing.
+    """
+
+    id: Annotated[str, Field(pattern=r"^CMI\d{3}$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+    says: Annotated[str, Field(min_length=20)]
+    kind: Literal["wrong number", "different definition", "no effect", "refusal"]
+    families: list[str] = []
+    when: list[str] = []
+    change: Counterfactual | None = None
+    refuses: Refusal | None = None
+    stored: str = ""
+    releases: Annotated[list[str], Field(min_length=1)]
+    remedy: str = ""
+
+    @model_validator(mode="after")
+    def _one_answer(self) -> Explanation:
+        if sum(map(bool, (self.change, self.refuses, self.stored))) != 1:
+            raise ValueError(f"{self.id}: give exactly one of `change`, `refuses` and `stored`")
+        if (self.refuses is not None) != (self.kind == "refusal"):
+            raise ValueError(f"{self.id}: kind {self.kind!r} does not go with `refuses`")
+        if self.change == PLAIN:
+            raise ValueError(f"{self.id}: a counterfactual that changes nothing explains nothing")
+        if not (self.families or self.when):
+            raise ValueError(f"{self.id}: give `families` or `when`; it would apply to every case")
+        _ = self._conditions
+        return self
+
+    @cached_property
+    def _conditions(self) -> list[Condition]:
+        return [Condition.parse(text) for text in self.when]
+
+    def applies(self, facts: Facts) -> bool:
+        """Whether the cause is at work in a case, in the releases that have it."""
+        return (not self.families or facts.family in self.families) and all_hold(self._conditions, facts)
+
+
+class Explanations(Row):
+    """The whole table."""
+
+    format: Literal[1]
+    explanation: list[Explanation]
+
+    @model_validator(mode="after")
+    def _unique(self) -> Explanations:
+        for name in ("id", "name"):
+            values = [getattr(row, name) for row in self.explanation]
+            if doubled := sorted({value for value in values if values.count(value) > 1}):
+                raise ValueError(f"{name} given twice: {', '.join(doubled)}")
+        if len(held := [row.id for row in self.explanation if row.stored]) > MOST_STORED:
+            raise ValueError(f"{', '.join(held)} are held to a stored trace; at most {MOST_STORED} may be")
+        return self
+
+    @property
+    def releases(self) -> list[str]:
+        """Every release that a row names, oldest first."""
+        return sorted({release for row in self.explanation for release in row.releases}, key=numbers)
+
+    def baseline(self, version: str) -> str:
+        """The release whose explanations hold for a version: itself, or for a checkout the newest before it; empty
+        where there is none."""
+        older = [release for release in self.releases if numbers(release) <= numbers(version)]
+        return older[-1] if older else ""
+
+    def applicable(self, facts: Facts, release: str) -> list[Explanation]:
+        """The rows of a release that apply to a case, in the table's order."""
+        return [row for row in self.explanation if release in row.releases and row.applies(facts)]
+
+
+def combined(rows: Iterable[Explanation]) -> Counterfactual:
+    """The counterfactual of several explanations at once.
+
+    :raises ExplanationError: two change one thing in two ways.
+    """
+    return reduce(Counterfactual.with_also, (row.change for row in rows if row.change is not None), PLAIN)
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """``0.2.3-dev`` → (0, 2, 3), to order versions; a pre-release counts as its release."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+
+def load_explanations(path: Path = FIXTURES / "explanations.toml") -> Explanations:
+    """The table.
+
+    :raises ExplanationError: unreadable, unknown key, wrong type, an id or name twice, a row that explains nothing.
+    """
+    return read_toml(path, Explanations, ExplanationError)
