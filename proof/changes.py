@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from proof.catalogue import CatalogueError, Change
-from proof.planting import Arrays
+from tests.support.planting import Arrays
 
 One = Callable[[np.ndarray, Change], np.ndarray]
 

@@ -23,7 +23,7 @@ from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE
 from candle_mi_parity.compare.verdict import Status
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.trace.trace import InMemory
-from proof.planting import Arrays, Real, real, with_arrays
+from tests.support.planting import Arrays, Real, real, with_arrays
 
 CASES = ("llama/hub", "gemma2/hub", "smollm2/hub")
 MODES: tuple[Mode, ...] = ("free", "forced")

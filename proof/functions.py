@@ -21,7 +21,7 @@ from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.oracle import hooks
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.trace.trace import Feature
-from proof.planting import Arrays
+from tests.support.planting import Arrays
 
 Tensor = torch.Tensor
 Disturb = Callable[["Running"], None]

@@ -17,7 +17,7 @@ from candle_mi_parity.candidate.candidate import parse_candidate
 from candle_mi_parity.candidate.sources import request
 from candle_mi_parity.spec.paths import cache_root
 from proof.fuzz_mutants import dumped, mutate_bytes, mutate_tree
-from proof.planting import real
+from tests.support.planting import real
 
 REPLY_SECONDS = 9.0
 

@@ -31,7 +31,7 @@ from candle_mi_parity.spec.cases import LocalModel, load_cases
 from candle_mi_parity.spec.paths import FIXTURES
 from proof import fuzz_traces as traces
 from proof.fuzz_mutants import ODD_VALUES, dumped, mutate_array, mutate_bytes, mutate_tree
-from proof.planting import CASES, real
+from tests.support.planting import CASES, real
 
 Fuzz = Callable[[Random], str]
 

@@ -29,7 +29,7 @@ from candle_mi_parity.spec.paths import ROOT
 from candle_mi_parity.trace.trace import Trace
 from candle_mi_parity.trace.truth import Truth, TruthTensor
 from proof.fuzz_mutants import dumped, mutate_array, mutate_bytes, mutate_tree
-from proof.planting import Real, real
+from tests.support.planting import Real, real
 
 STORED = ROOT / "rust_outputs" / "0.2.2"
 KEPT = ("hook_embed", "blocks.0.attn.hook_q", "blocks.0.attn.hook_scores", "blocks.0.attn.hook_pattern", "logits")

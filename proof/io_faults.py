@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from proof.planting import real, write
+from tests.support.planting import real, write
 
 Edit = Callable[[dict[str, Any]], object]
 Harm = Callable[[Path], None]

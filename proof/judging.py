@@ -24,7 +24,7 @@ from candle_mi_parity.trace.truth import Truth
 from proof.catalogue import Fault
 from proof.io_faults import IO
 from proof.plant import EQUAL, difference64, emitted
-from proof.planting import CASES, RELEASE, real, write
+from tests.support.planting import CASES, RELEASE, real, write
 
 NOTHING_KNOWN = Ledger(format=1, known=[], refused=[])
 

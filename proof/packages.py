@@ -10,8 +10,8 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
-from proof.planting import Arrays, Real, rerun
 from proof.rules import UNNAMED, Rule, reference_of
+from tests.support.planting import Arrays, Real, rerun
 
 RUNS, SAFETY = 16, 6.0
 """firefly's own defaults of its calibration."""

@@ -28,7 +28,7 @@ from proof import functions_model, functions_numerics, functions_run
 from proof.catalogue import CatalogueError, Change, Fault
 from proof.changes import changed
 from proof.functions import FUNCTIONS, Dump, Running
-from proof.planting import Real, arrays_of, changed_model, with_arrays
+from tests.support.planting import Real, arrays_of, changed_model, with_arrays
 
 REGISTERED = (functions_model, functions_run, functions_numerics)
 """The modules whose functions are in :data:`FUNCTIONS`."""

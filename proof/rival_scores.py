@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from proof.planting import Arrays, Real
 from proof.rules import Rule
+from tests.support.planting import Arrays, Real
 
 ROOM = 1.5
 """How much more than the honest dumps need a tolerance is given."""

@@ -18,10 +18,10 @@ from proof import OUT, capture, rival_views
 from proof.catalogue import Fault, load_faults
 from proof.packages import Absent, from_packages
 from proof.plant import emitted
-from proof.planting import CASES, Arrays, Real, arrays_of, real, real_of
 from proof.rival_scores import Dumps, Faulty, Score, score
 from proof.rules import Rule, built_in, reference_of
 from proof.variants import Variant, load_settings
+from tests.support.planting import CASES, Arrays, Real, arrays_of, real, real_of
 
 FIGURES = ("sae.n_active_last_pos", "sae.top_features_last_pos", "sae.reconstruction_mse")
 """Names under which the suite judges what is beside the tensors."""

@@ -19,8 +19,8 @@ from torch._dynamo.utils import same
 
 from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE
 from candle_mi_parity.compare.verdict import Status, TensorResult
-from proof import planting
-from proof.planting import Arrays, Real
+from tests.support import planting
+from tests.support.planting import Arrays, Real
 
 UNNAMED = "(no tensor named)"
 

@@ -15,9 +15,9 @@ import typer
 from candle_mi_parity.errors import CaseTableError, OracleError
 from proof import alarm_views, alarms
 from proof.alarm_dumps import Judged, NotRun, judge_all
-from proof.planting import CASES
 from proof.sums import Reordered
 from proof.variants import Setting, Sums, Variant, load_settings, variants_of
+from tests.support.planting import CASES
 
 SETTINGS = {setting.id: setting for setting in load_settings()}
 ORDERS = [

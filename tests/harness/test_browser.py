@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browsing import CHECKS, browsing, chromium
 from playwright.sync_api import Browser, Error
-from results import a_report, differing, told
 
 from candle_mi_parity.report import diff_views, history, page
+from tests.support.browsing import CHECKS, browsing, chromium
+from tests.support.results import a_report, differing, told
 
 # One browser, where workers are told to keep groups together.
 pytestmark = pytest.mark.xdist_group("browser")

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_candidate import write_crate
 
 from candle_mi_parity.candidate import build as builder
 from candle_mi_parity.candidate.candidate import CandidateError, parse_candidate
 from candle_mi_parity.coverage.api import RELEASES
+from tests.harness.test_candidate import write_crate
 
 
 def committed(root: Path) -> str:

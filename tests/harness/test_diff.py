@@ -27,7 +27,7 @@ from candle_mi_parity.trace.trace import Emitted, Feature, InMemory, Selection
 from candle_mi_parity.trace.truth import Truth
 from proof.catalogue import load_faults
 from proof.changes import changed
-from proof.planting import CASES, RELEASE, Arrays, Real, real
+from tests.support.planting import CASES, RELEASE, Arrays, Real, real
 
 POST, PATTERN = "blocks.1.mlp.hook_post", "blocks.1.attn.hook_pattern"
 LLAMA = "llama/hub"

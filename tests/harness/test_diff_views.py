@@ -8,10 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from results import HOSTILE
 from rich.console import Console
-from test_cli import command, one_line
-from test_diff import LLAMA, POST, Held, between, compared, emitted, only, scale
 
 from candle_mi_parity.candidate.candidate import Candidate, EmitterError
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Side
@@ -24,7 +21,10 @@ from candle_mi_parity.report.diff_views import figures
 from candle_mi_parity.run import diff as diff_run
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import Run
-from proof.planting import real
+from tests.harness.test_cli import command, one_line
+from tests.harness.test_diff import LLAMA, POST, Held, between, compared, emitted, only, scale
+from tests.support.planting import real
+from tests.support.results import HOSTILE
 
 
 def terminal(diff: Diff) -> str:

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_build import committed
 
 from candle_mi_parity.candidate import build as builder
 from candle_mi_parity.candidate.candidate import parse_candidate
@@ -27,7 +26,8 @@ from candle_mi_parity.files.cache import publish
 from candle_mi_parity.files.json_out import ReportError, write_json, write_text
 from candle_mi_parity.spec.paths import ROOT, cache_root
 from candle_mi_parity.trace.trace import Trace
-from proof.planting import CASES, real
+from tests.harness.test_build import committed
+from tests.support.planting import CASES, real
 
 Kept = dict[int, int]
 

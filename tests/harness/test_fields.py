@@ -25,7 +25,7 @@ from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.spec.cases import Case, Setting
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.paths import cache_root
-from proof.planting import CASES
+from tests.support.planting import CASES
 
 TABLE = list(CASES.values())
 Plant = Callable[[FieldLedger], FieldLedger]

@@ -29,7 +29,7 @@ from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import ROOT, cache_root
 from candle_mi_parity.trace.trace import Emitted, Trace
 from candle_mi_parity.trace.truth import Truth
-from proof.planting import CASES, real
+from tests.support.planting import CASES, real
 
 CASE = CASES["llama/hub"]
 NO_LEDGER = Ledger(format=1, known=[])

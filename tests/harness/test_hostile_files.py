@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hostile import model, refused, saelens
 
 from candle_mi_parity.coverage.flat_json import case_of, read_reference
 from candle_mi_parity.errors import CaseTableError, GoldenError, ParityError
@@ -34,7 +33,8 @@ from candle_mi_parity.spec.cases import LocalModel, load_cases
 from candle_mi_parity.spec.paths import FIXTURES
 from candle_mi_parity.trace.trace import Trace, read_json
 from proof.fuzz_targets import REFERENCE
-from proof.planting import real, write
+from tests.support.hostile import model, refused, saelens
+from tests.support.planting import real, write
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "trace": ("x.json", Trace),

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from results import HOSTILE, a_report, differing, told
 from rich.console import Console
 
 from candle_mi_parity.files.escape import printable, templates
 from candle_mi_parity.report import diff_views, history, page, report, views_ci
 from candle_mi_parity.repro.write import _cell
+from tests.support.results import HOSTILE, a_report, differing, told
 
 TEMPLATES, PAGES_TEMPLATES = templates(html=False), templates(html=True)
 

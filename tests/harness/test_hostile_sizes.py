@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hostile import model, refused, saelens
 
 from candle_mi_parity.errors import CaseTableError, GoldenError, ModelError, ParityError, SaeError, TraceError
 from candle_mi_parity.files import untrusted
@@ -22,7 +21,8 @@ from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.trace.trace import Trace
 from proof.fuzz_targets import CFG, sae_arrays
-from proof.planting import judge, real, write
+from tests.support.hostile import model, refused, saelens
+from tests.support.planting import judge, real, write
 
 
 def header(claims: dict[str, Any], size: int | None = None) -> bytes:

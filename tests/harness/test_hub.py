@@ -17,10 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hub_client
 import pytest
-from hub_client import Found
-from hub_server import MEMBER, STRANGER, Fault, Hub, Repo, git_digest, serving, sha256
 from huggingface_hub import constants
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -28,6 +25,9 @@ from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.spec.cases import HubModel, SaeFile, TinyModel, load_cases
 from candle_mi_parity.spec.paths import FIXTURES, ROOT, cache_root
+from tests.harness import hub_client
+from tests.harness.hub_client import Found
+from tests.harness.hub_server import MEMBER, STRANGER, Fault, Hub, Repo, git_digest, serving, sha256
 
 CASE = next(case for case in load_cases() if case.lane == "hub")
 assert isinstance(CASE.model, HubModel) and isinstance(CASE.sae, SaeFile) and CASE.sae.repo and CASE.sae.revision

@@ -7,9 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from results import HOSTILE, case, differing, everything, run_of
-from test_build import committed
-from test_candidate import write_crate
 from typer.testing import CliRunner
 
 from candle_mi_parity.cli import cli
@@ -23,6 +20,9 @@ from candle_mi_parity.run.nightly_verdict import conclude
 from candle_mi_parity.run.repeat import Repeated, RepeatedCase
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import ROOT
+from tests.harness.test_build import committed
+from tests.harness.test_candidate import write_crate
+from tests.support.results import HOSTILE, case, differing, everything, run_of
 
 STEP = Step("release", (*nightly.OURS, "run", "--candidate", "0.2.2"))
 OUT_OF_REACH = "git says: could not resolve host; check the network"

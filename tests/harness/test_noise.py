@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_rounding import Op, noisy, normal, rms
 from torch.nn import functional
 
 from candle_mi_parity.oracle.rounding import ACCUMULATION, Arithmetic, MatmulScales, NoisePool, RoundingNoise, Truth64
+from tests.harness.test_rounding import Op, noisy, normal, rms
 
 
 def one_after_the_other(x: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from results import case as result
-from results import run_of
-from test_calls import STORED, answered
-from test_calls import judged as judged_calls
-from test_diff import between, scale
 
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.outcome import Outcome
@@ -29,7 +24,12 @@ from candle_mi_parity.run.nightly import StepResult
 from candle_mi_parity.run.repeat import RepeatedCase
 from candle_mi_parity.spec.paths import ROOT
 from candle_mi_parity.trace.trace import InMemory
-from proof.planting import CASES, Arrays, real, with_arrays
+from tests.harness.test_calls import STORED, answered
+from tests.harness.test_calls import judged as judged_calls
+from tests.harness.test_diff import between, scale
+from tests.support.planting import CASES, Arrays, real, with_arrays
+from tests.support.results import case as result
+from tests.support.results import run_of
 
 SCORE, SAE, CALL = "llama/hub", "llama/sae-jumprelu", "kl/1d"
 Plant = Callable[[Arrays], object]

@@ -19,9 +19,9 @@ from proof.functions import FUNCTIONS, Running, output
 from proof.io_faults import IO
 from proof.judging import Outcome, PlantedSource, Status, outcome, twin_problem
 from proof.plant import REGISTERED, emitted
-from proof.planting import CASES, real, with_arrays
 from proof.scores import markdown, proved, scores
 from proof.source import check_anchors, edited, released_crate
+from tests.support.planting import CASES, real, with_arrays
 
 FAULTS = {fault.id: fault for fault in load_faults()}
 LLAMA = "llama/hub"

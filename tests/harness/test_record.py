@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from results import everything
 
 from candle_mi_parity.errors import ProofError
 from candle_mi_parity.report import proof_record
 from candle_mi_parity.report.page import render
 from candle_mi_parity.report.proof_record import RECORD, ProofRecord, Table, load_proof
 from proof import record
+from tests.support.results import everything
 
 
 @pytest.fixture(scope="module")

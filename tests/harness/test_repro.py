@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_cli import command, one_line
 
 from candle_mi_parity.candidate.candidate import parse_candidate
 from candle_mi_parity.compare.ledger import load_ledger
@@ -24,6 +23,7 @@ from candle_mi_parity.spec.edits import Attention, Inject, Knockout
 from candle_mi_parity.spec.paths import cache_root
 from proof.mending import MENDS, Mend, MendError, Mends, load_mends, mended_copy
 from proof.source import released_crate
+from tests.harness.test_cli import command, one_line
 
 CASES = {case.id: case for case in load_cases()}
 KNOWN = [entry.case for entry in load_ledger().known if entry.version == "0.2.2"]

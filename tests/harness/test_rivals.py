@@ -14,10 +14,10 @@ import pytest
 from proof import packages, rival_views, rivals, rules
 from proof.catalogue import load_faults
 from proof.packages import Absent, from_packages
-from proof.planting import Arrays, Real, real
 from proof.rival_scores import Dumps, Faulty, Score, need, score
 from proof.rules import Rule, built_in
 from proof.variants import load_settings
+from tests.support.planting import Arrays, Real, real
 
 CASE = "gemma2/hub"
 MADE = [*built_in(), *from_packages()]

@@ -14,7 +14,7 @@ from candle_mi_parity.errors import ParityError
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.spec.cases import Case, LocalModel
 from proof.fuzz_targets import CFG, sae_arrays
-from proof.planting import CASES, real
+from tests.support.planting import CASES, real
 
 
 def refused(read: Callable[[], object]) -> str:
