@@ -1,4 +1,4 @@
-"""What a planted fault shows beside its first tensor; the faults themselves are in ``proof/faults.toml``."""
+"""What a planted fault shows beside its first tensor; the faults themselves are in ``validation/faults.toml``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The catalogue of faults: ``proof/faults.toml`` read into :class:`Fault`, one row of data each."""
+"""The rows of ``faults.toml``, read into :class:`Fault`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from candle_mi_parity.spec.cases import Row, Setting, read_toml
 
 FAULTS = Path(__file__).with_name("faults.toml")
 NOWHERE = "nowhere"
-"""The ``first`` of a fault that changes nothing but rounding."""
+"""The ``first`` of a change that alters no number beyond rounding."""
 
 Kind = Literal[
     "config", "rotary", "mask", "norm", "activation", "scaling", "heads", "weights", "hook", "sae", "intervention",
@@ -21,13 +21,13 @@ Kind = Literal[
 
 
 class CatalogueError(ParityError):
-    """The catalogue does not say what a row must say, or a row cannot be planted as it says."""
+    """The catalogue is malformed, or a row cannot be planted as it says."""
 
 
 class Change(Row):
-    """What is done to one array, or with ``*`` to all; the changes are in :mod:`proof.changes`.
+    """What is done to one array, or to all with ``*``; :mod:`validation.array_changes` has the changes.
 
-    :ivar at: index of an element or a slice, or for an exchange the two starts.
+    :ivar at: index of an element or a slice; for an exchange, the two starts.
     :ivar by: a factor, a value, a step or a count.
     :ivar other: a second name.
     """
@@ -43,8 +43,8 @@ class Change(Row):
 class SourceEdit(Row):
     """An edit of candle-mi's source.
 
-    :ivar file: below the crate's root.
-    :ivar find: is there exactly once.
+    :ivar file: relative to the root of the crate.
+    :ivar find: text that must occur exactly once.
     """
 
     file: str
@@ -56,18 +56,16 @@ class Fault(Row):
     """One deliberate mistake.
 
     :ivar case: the row of ``fixtures/cases.toml`` that excites it.
-    :ivar config: config values that the run has otherwise; with ``absent``, keys it does not have.
-    :ivar weight: one weight that the run has otherwise.
-    :ivar tensor: one captured tensor that is another.
-    :ivar function: a function of :mod:`proof.functions` that disturbs the float32 run.
-    :ivar io: a function of :mod:`proof.io_faults` that harms the written trace.
+    :ivar config: config values that the run reads instead; ``absent`` lists keys that it does not find.
+    :ivar weight: a change of one weight of the model.
+    :ivar tensor: a change of one captured tensor.
+    :ivar function: a registered function, see :mod:`validation.disturb`, that disturbs the float32 run.
+    :ivar io: a function of :mod:`validation.trace_faults` that damages the written trace.
     :ivar source: an edit of candle-mi's own source.
-    :ivar first: the tensor that must fail first; of a ``refused`` row what the error must say; or ``nowhere``.
-    :ivar reason: for which of the reasons of :class:`TensorResult` it must fail; "" for any.
-    :ivar refused: the trace is no trace, and the case must end in an error instead of a divergence.
-    :ivar fast: whether the fast lane has it.
-    :ivar written_before_run: it was written down, with its ``first``, before it was first run.
-    :ivar predicted: what ``first`` was then, where it was wrong; ``why`` says why.
+    :ivar first: the tensor that must fail first; a part of the error of a ``refused`` row; or :data:`NOWHERE`.
+    :ivar reason: the reason of :class:`TensorResult` for which it must fail; "" accepts any.
+    :ivar refused: the trace must be refused, so that the case ends in an error instead of a divergence.
+    :ivar fast: whether ``make test`` runs it.
     """
 
     id: str
@@ -85,9 +83,6 @@ class Fault(Row):
     reason: str = ""
     refused: bool = False
     fast: bool = False
-    written_before_run: bool = False
-    predicted: str = ""
-    why: str = ""
 
     @model_validator(mode="after")
     def _one_plant(self) -> Fault:
@@ -96,37 +91,25 @@ class Fault(Row):
             raise ValueError(
                 f"{self.id}: give exactly one of config (or absent), weight, tensor, function, io, source"
             )
-        if bool(self.predicted) != bool(self.why) or (self.predicted and not self.written_before_run):
-            raise ValueError(f"{self.id}: `predicted` needs `why`, and a row that was written before it was run")
         if self.refused and self.io is None:
             raise ValueError(f"{self.id}: only a fault of the written trace can be refused")
         return self
 
-    @property
-    def scored(self) -> bool:
-        """Whether it must be killed."""
-        return self.first != NOWHERE
-
-    @property
-    def foretold(self) -> str:
-        """What was written down first."""
-        return self.predicted or self.first
-
 
 class Catalogue(Row):
+    """The whole file."""
+
     format: Literal[1]
-    fault: list[Fault]
+    fault: Annotated[list[Fault], Field(min_length=1)]
 
 
 def load_faults(path: Path = FAULTS) -> list[Fault]:
     """All rows.
 
-    :raises CatalogueError: unreadable, an unknown key, a doubled id, no row.
+    :raises CatalogueError: an unreadable file, an unknown key, an id given twice, no row.
     """
     faults = read_toml(path, Catalogue, CatalogueError).fault
     ids = [fault.id for fault in faults]
     if doubled := sorted({name for name in ids if ids.count(name) > 1}):
         raise CatalogueError(f"{path}: ids given twice: {', '.join(doubled)}")
-    if not faults:
-        raise CatalogueError(f"{path}: no fault; nothing would be proved")
     return faults

@@ -16,7 +16,7 @@ from candle_mi_parity.oracle.hooks import Edits, Recorder
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.spec.edits import Inject, Knockout, PatchAt
 from candle_mi_parity.trace.trace import Feature
-from proof.functions import Dump, Running, Tensor, fault, output
+from validation.disturb import Dump, Running, Tensor, fault, output
 
 # --- hook -----------------------------------------------------------------------------------------
 

@@ -6,15 +6,29 @@ All orders are right: they differ from each other, and from torch's, by rounding
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from proof.variants import Sums
+from candle_mi_parity.spec.cases import Row
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Sums(Row):
+    """The order in which a matmul adds its terms.
+
+    :ivar order: ``permuted`` and ``reversed`` also reorder means and sums; ``one_by_one`` is a plain loop.
+    :ivar size: terms in a block, or at the leaves of the pairwise tree.
+    """
+
+    order: Literal["permuted", "reversed", "blocks", "pairwise", "one_by_one", "float64", "openblas"]
+    seed: int = 0
+    size: Annotated[int, Field(ge=1)] = 8
+
 
 _MATMULS = frozenset({"mm", "bmm", "addmm", "baddbmm"})
 _REDUCTIONS = frozenset({"mean", "sum"})

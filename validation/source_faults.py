@@ -6,14 +6,14 @@ import functools
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from candle_mi_parity.candidate.build import EMITTER
 from candle_mi_parity.candidate.candidate import parse_candidate
 from candle_mi_parity.candidate.sources import Source, open_source
-from proof.catalogue import CatalogueError, Fault, SourceEdit
+from validation.catalogue import CatalogueError, Fault, SourceEdit
 
 VERSION = "0.2.2"
 
@@ -61,12 +61,13 @@ def check_anchors(faults: list[Fault], crate: Path) -> None:
 class Checkout:
     """One copy of the crate that every fault is planted in by turns, so that cargo builds on what is there.
 
-    :param cache: where it is copied to; the same place each time.
+    :param cache: where the crate is copied to, always to the same place.
+    :param out: where the traces go.
     """
 
-    def __init__(self, cache: Path, out: Path, log: Callable[[str], None]) -> None:
-        self._cache, self._out, self._log = cache, out, log
-        self._directory = cache / "proof" / f"candle-mi-{VERSION}"
+    def __init__(self, cache: Path, out: Path) -> None:
+        self._cache, self._out = cache, out
+        self._directory = cache / "validation" / f"candle-mi-{VERSION}"
 
     @contextmanager
     def candidate(self, fault: Fault | None) -> Iterator[Source]:
@@ -77,7 +78,7 @@ class Checkout:
         self._lay_out(fault)
         name = fault.id if fault else "twin"
         candidate = parse_candidate(f"path:{self._directory}")
-        with open_source(candidate, self._cache, self._out / name, self._log) as source:
+        with open_source(candidate, self._cache, self._out / name, lambda line: None) as source:
             yield source
 
     def _lay_out(self, fault: Fault | None) -> None:
@@ -94,5 +95,3 @@ class Checkout:
             if not target.is_file() or target.read_bytes() != content:
                 shutil.copyfile(path, target)
                 target.write_bytes(content)
-        if fault and fault.source and not (self._directory / fault.source.file).is_file():
-            raise CatalogueError(f"{fault.id}: candle-mi {VERSION} has no {fault.source.file}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from proof.functions import Running, Tensor, fault, output
+from validation.disturb import Running, Tensor, fault, output
 
 # --- rotary ---------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from proof.catalogue import CatalogueError, Change
 from tests.support.planting import Arrays
+from validation.catalogue import CatalogueError, Change
 
 One = Callable[[np.ndarray, Change], np.ndarray]
 
