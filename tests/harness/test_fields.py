@@ -53,7 +53,6 @@ def inert(other: Setting) -> Excused:
     return Excused(kind="inert", other=other, reason="planted")
 
 
-@pytest.mark.slow
 def test_every_field_that_transformers_reads_is_covered_as_the_ledger_says() -> None:
     found = check(load_fields(), TABLE, cache_root())
     assert not [finding for finding in found if finding.fault]

@@ -347,7 +347,6 @@ def judged(machine: Machine, candidate: str, out: Path) -> tuple[int, str, dict[
     return done.returncode, done.stdout, json.loads((out / "report.json").read_text())["cases"][0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("candidate", ["torch", pytest.param("0.2.2", marks=pytest.mark.rust)])
 def test_the_case_of_the_table_from_download_to_verdict(
     hub: Hub, machine: Machine, tmp_path: Path, candidate: str
@@ -360,7 +359,6 @@ def test_the_case_of_the_table_from_download_to_verdict(
     assert scope["files"] == {SAE: sha256(hub.repos[SCOPE].files[SAE])}
 
 
-@pytest.mark.slow
 def test_a_model_that_is_not_to_be_had_is_inconclusive(hub: Hub, machine: Machine, tmp_path: Path) -> None:
     hub.repos[MODEL].gated = True
     status, printed, case = judged(machine, "torch", tmp_path)
