@@ -24,7 +24,7 @@ from candle_mi_parity.trace.trace import Feature
 from tests.support.planting import Arrays
 
 Tensor = torch.Tensor
-Disturb = Callable[["Running"], None]
+Disturb = Callable[["Running"], object]
 
 
 @dataclass
@@ -108,9 +108,17 @@ def output(module: Any, change: Callable[[Tensor, Tensor], Tensor]) -> None:
 FUNCTIONS: dict[str, Disturb] = {}
 
 
+def register(**functions: Disturb) -> None:
+    """Register functions under their names.
+
+    :raises ValueError: a name is given twice.
+    """
+    if twice := FUNCTIONS.keys() & functions.keys():
+        raise ValueError(f"registered twice: {', '.join(twice)}")
+    FUNCTIONS.update(functions)
+
+
 def fault(function: Disturb) -> Disturb:
-    """Register a function under its name."""
-    if function.__name__ in FUNCTIONS:
-        raise ValueError(f"{function.__name__} is registered twice")
-    FUNCTIONS[function.__name__] = function
+    """Register a function under its own name."""
+    register(**{function.__name__: function})
     return function

@@ -229,7 +229,7 @@ def as_emitted(tensor: torch.Tensor) -> np.ndarray:
 
 def main() -> None:
     """Judge every setting on its cases and print the largest ratios; exit code 1 on a false positive."""
-    console = Console()
+    console = Console(soft_wrap=True)
     runs, failures = 0, []
     for setting in load_settings():
         judged = [(case.id, one) for case in cases_of(setting) for one in judge(setting, case)]

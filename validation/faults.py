@@ -143,7 +143,7 @@ def main(
     only: Annotated[str, typer.Option(help="one fault by its id")] = "",
 ) -> None:
     """Judge the faults of the catalogue; exit code 1 unless each is detected where it was planted."""
-    console = Console()
+    console = Console(soft_wrap=True)
     faults = [
         fault
         for fault in load_faults()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from validation.disturb import Running, Tensor, fault, output
+from validation.disturb import Running, Tensor, fault, output, register
 
 # --- rotary ---------------------------------------------------------------------------------------
 
@@ -23,16 +23,6 @@ def rotary_interleaved(run: Running) -> None:
         return x * cos + other * sin
 
     run.rotary(lambda _, q, k, cos, sin: (turned(q, cos, sin), turned(k, cos, sin)))
-
-
-@fault
-def rotary_backwards(run: Running) -> None:
-    run.rotary(lambda original, q, k, cos, sin: original(q, k, cos, -sin))
-
-
-@fault
-def rotary_query_only(run: Running) -> None:
-    run.rotary(lambda original, q, k, cos, sin: (original(q, k, cos, sin)[0], k))
 
 
 @fault
@@ -58,14 +48,12 @@ def _positions(run: Running, change: Any) -> None:
     run.model.model.rotary_emb.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-@fault
-def rotary_table_short(run: Running) -> None:
-    _positions(run, lambda positions: positions.clamp(max=16))
-
-
-@fault
-def rotary_from_one(run: Running) -> None:
-    _positions(run, lambda positions: positions + 1)
+register(
+    rotary_backwards=lambda run: run.rotary(lambda original, q, k, cos, sin: original(q, k, cos, -sin)),
+    rotary_query_only=lambda run: run.rotary(lambda original, q, k, cos, sin: (original(q, k, cos, sin)[0], k)),
+    rotary_table_short=lambda run: _positions(run, lambda positions: positions.clamp(max=16)),
+    rotary_from_one=lambda run: _positions(run, lambda positions: positions + 1),
+)
 
 
 # --- mask -----------------------------------------------------------------------------------------
@@ -83,49 +71,25 @@ def _masks(run: Running, change: Any, layer: int | None = None) -> None:
     run.attention(edit)
 
 
-@fault
-def mask_future_one(run: Running) -> None:
-    _masks(run, lambda mask, query, key: mask.masked_fill(key == query + 1, 0.0))
-
-
-@fault
-def mask_strict(run: Running) -> None:
-    _masks(run, lambda mask, query, key: mask.masked_fill((key == query) & (query > 0), -torch.inf))
-
-
-@fault
-def mask_without_first(run: Running) -> None:
-    _masks(run, lambda mask, query, key: mask.masked_fill((key == 0) & (query > 0), -torch.inf))
-
-
-@fault
-def mask_none(run: Running) -> None:
-    _masks(run, lambda mask, query, key: torch.zeros_like(mask))
-
-
-@fault
-def mask_none_in_layer_1(run: Running) -> None:
-    _masks(run, lambda mask, query, key: torch.zeros_like(mask), layer=1)
-
-
 def _finite_mask(run: Running, value: float) -> None:
     softmax = torch.softmax
     run.softmax(lambda scores: softmax(scores.masked_fill(scores == -torch.inf, value), dim=-1))
 
 
-@fault
-def mask_minus_50(run: Running) -> None:
-    _finite_mask(run, -50.0)
-
-
-@fault
-def softcap_after_mask(run: Running) -> None:
-    _finite_mask(run, -50.0)
-
-
-@fault
-def mask_minus_10000(run: Running) -> None:
-    _finite_mask(run, -10000.0)
+register(
+    mask_future_one=lambda run: _masks(run, lambda mask, query, key: mask.masked_fill(key == query + 1, 0.0)),
+    mask_strict=lambda run: _masks(
+        run, lambda mask, query, key: mask.masked_fill((key == query) & (query > 0), -torch.inf)
+    ),
+    mask_without_first=lambda run: _masks(
+        run, lambda mask, query, key: mask.masked_fill((key == 0) & (query > 0), -torch.inf)
+    ),
+    mask_none=lambda run: _masks(run, lambda mask, query, key: torch.zeros_like(mask)),
+    mask_none_in_layer_1=lambda run: _masks(run, lambda mask, query, key: torch.zeros_like(mask), layer=1),
+    mask_minus_50=lambda run: _finite_mask(run, -50.0),
+    softcap_after_mask=lambda run: _finite_mask(run, -50.0),
+    mask_minus_10000=lambda run: _finite_mask(run, -10000.0),
+)
 
 
 # --- norm -----------------------------------------------------------------------------------------
@@ -136,21 +100,6 @@ def _mean_square(x: Tensor) -> Tensor:
 
 
 @fault
-def norm_without_one(run: Running) -> None:
-    run.norms(lambda norm, x: x * torch.rsqrt(_mean_square(x) + norm.eps) * norm.weight)
-
-
-@fault
-def norm_with_one(run: Running) -> None:
-    run.norms(lambda norm, x: x * torch.rsqrt(_mean_square(x) + norm.variance_epsilon) * (1 + norm.weight))
-
-
-@fault
-def norm_eps_outside(run: Running) -> None:
-    run.norms(lambda norm, x: norm.weight * (x / (_mean_square(x).sqrt() + norm.variance_epsilon)))
-
-
-@fault
 def norm_subtracts_mean(run: Running) -> None:
     def instead(norm: Any, x: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
@@ -158,11 +107,6 @@ def norm_subtracts_mean(run: Running) -> None:
         return scaled
 
     run.norms(instead)
-
-
-@fault
-def norm_final_skipped(run: Running) -> None:
-    output(run.model.model.norm, lambda x, _: x)
 
 
 @fault
@@ -188,6 +132,18 @@ def norm_unbiased(run: Running) -> None:
             output(module, partial(unbiased, module))
 
 
+register(
+    norm_without_one=lambda run: run.norms(lambda norm, x: x * torch.rsqrt(_mean_square(x) + norm.eps) * norm.weight),
+    norm_with_one=lambda run: run.norms(
+        lambda norm, x: x * torch.rsqrt(_mean_square(x) + norm.variance_epsilon) * (1 + norm.weight)
+    ),
+    norm_eps_outside=lambda run: run.norms(
+        lambda norm, x: norm.weight * (x / (_mean_square(x).sqrt() + norm.variance_epsilon))
+    ),
+    norm_final_skipped=lambda run: output(run.model.model.norm, lambda x, _: x),
+)
+
+
 # --- activation -----------------------------------------------------------------------------------
 
 
@@ -195,26 +151,6 @@ def _activation(run: Running, instead: Any) -> None:
     for layer in run.layers:
         act = getattr(layer.mlp, "act_fn", None) or layer.mlp.act
         output(act, lambda x, _: instead(x))
-
-
-@fault
-def gelu_quick(run: Running) -> None:
-    _activation(run, lambda x: x * torch.sigmoid(1.702 * x))
-
-
-@fault
-def relu_for_silu(run: Running) -> None:
-    _activation(run, functional.relu)
-
-
-@fault
-def hardswish_for_silu(run: Running) -> None:
-    _activation(run, functional.hardswish)
-
-
-@fault
-def gelu_constant_cut(run: Running) -> None:
-    _activation(run, lambda x: 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.0447 * x**3))))
 
 
 @fault
@@ -227,6 +163,16 @@ def gate_and_up_exchanged(run: Running) -> None:
         output(layer.mlp, partial(exchanged, layer.mlp))
 
 
+register(
+    gelu_quick=lambda run: _activation(run, lambda x: x * torch.sigmoid(1.702 * x)),
+    relu_for_silu=lambda run: _activation(run, functional.relu),
+    hardswish_for_silu=lambda run: _activation(run, functional.hardswish),
+    gelu_constant_cut=lambda run: _activation(
+        run, lambda x: 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.0447 * x**3)))
+    ),
+)
+
+
 # --- scaling --------------------------------------------------------------------------------------
 
 
@@ -234,11 +180,6 @@ def gate_and_up_exchanged(run: Running) -> None:
 def embedding_unscaled(run: Running) -> None:
     embedding = run.model.model.embed_tokens
     output(embedding, lambda tokens, _: functional.embedding(tokens, embedding.weight))
-
-
-@fault
-def scale_is_linear(run: Running) -> None:
-    run.attention(lambda given: given.update(scaling=1 / given["module"].head_dim))
 
 
 @fault
@@ -253,6 +194,11 @@ def final_softcap_twice(run: Running) -> None:
     output(run.model.lm_head, lambda _, logits: torch.tanh(logits / cap) * cap)
 
 
+register(
+    scale_is_linear=lambda run: run.attention(lambda given: given.update(scaling=1 / given["module"].head_dim)),
+)
+
+
 # --- heads and tied weights -----------------------------------------------------------------------
 
 
@@ -265,21 +211,6 @@ def _tiled(given: dict[str, Any], *names: str) -> None:
 
 
 @fault
-def kv_tiled(run: Running) -> None:
-    run.attention(lambda given: _tiled(given, "key", "value"))
-
-
-@fault
-def values_tiled(run: Running) -> None:
-    run.attention(lambda given: _tiled(given, "value"))
-
-
-@fault
-def kv_first_only(run: Running) -> None:
-    run.attention(lambda given: given.update(key=given["key"][:, :1].expand_as(given["key"])))
-
-
-@fault
 def head_is_embedding(run: Running) -> None:
     embedding = run.model.model.embed_tokens.weight
     output(run.model.lm_head, lambda x, _: functional.linear(x, embedding))
@@ -289,3 +220,12 @@ def head_is_embedding(run: Running) -> None:
 def head_is_rolled(run: Running) -> None:
     weight = run.model.lm_head.weight.detach().roll(1, 0)
     output(run.model.lm_head, lambda x, _: functional.linear(x, weight))
+
+
+register(
+    kv_tiled=lambda run: run.attention(lambda given: _tiled(given, "key", "value")),
+    values_tiled=lambda run: run.attention(lambda given: _tiled(given, "value")),
+    kv_first_only=lambda run: run.attention(
+        lambda given: given.update(key=given["key"][:, :1].expand_as(given["key"]))
+    ),
+)

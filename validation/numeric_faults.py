@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from validation.disturb import Running, Tensor, fault, output
+from validation.disturb import Running, Tensor, fault, output, register
 
 
 def tf32(x: Tensor) -> Tensor:
@@ -88,11 +88,6 @@ def tf32_linear(run: Running) -> None:
 
 
 @fault
-def tf32_scores(run: Running) -> None:
-    run.attention(lambda given: given.update(query=tf32(given["query"]), key=tf32(given["key"])))
-
-
-@fault
 def f16_accumulation(run: Running) -> None:
     def added(weight: Tensor, x: Tensor, _: Tensor) -> Tensor:
         total = torch.zeros(*x.shape[:-1], weight.shape[0], dtype=torch.float16)
@@ -102,11 +97,6 @@ def f16_accumulation(run: Running) -> None:
 
     for layer in run.layers:
         output(layer.mlp.down_proj, partial(added, layer.mlp.down_proj.weight))
-
-
-@fault
-def rotary_bf16(run: Running) -> None:
-    run.rotary(lambda original, q, k, cos, sin: original(q, k, bf16(cos), bf16(sin)))
 
 
 @fault
@@ -122,29 +112,9 @@ def rotary_angle_f16(run: Running) -> None:
 
 
 @fault
-def keys_bf16(run: Running) -> None:
-    run.attention(lambda given: given.update(key=bf16(given["key"])))
-
-
-@fault
-def logits_bf16(run: Running) -> None:
-    output(run.model.lm_head, lambda _, logits: bf16(logits))
-
-
-@fault
-def stream_f16(run: Running) -> None:
-    output(run.layers[0], lambda _, stream: f16(stream))
-
-
-@fault
 def silu_f16(run: Running) -> None:
     for layer in run.layers:
         output(layer.mlp.act_fn, lambda x, _: functional.silu(x.half()).to(x.dtype))
-
-
-@fault
-def values_bf16(run: Running) -> None:
-    output(run.layers[0].self_attn.v_proj, lambda _, out: bf16(out))
 
 
 @fault
@@ -160,3 +130,15 @@ def tanh_pade(run: Running) -> None:
         return x * (27 + square) / (27 + 9 * square)
 
     run.patch(torch, "tanh", rough)
+
+
+register(
+    tf32_scores=lambda run: run.attention(
+        lambda given: given.update(query=tf32(given["query"]), key=tf32(given["key"]))
+    ),
+    rotary_bf16=lambda run: run.rotary(lambda original, q, k, cos, sin: original(q, k, bf16(cos), bf16(sin))),
+    keys_bf16=lambda run: run.attention(lambda given: given.update(key=bf16(given["key"]))),
+    logits_bf16=lambda run: output(run.model.lm_head, lambda _, logits: bf16(logits)),
+    stream_f16=lambda run: output(run.layers[0], lambda _, stream: f16(stream)),
+    values_bf16=lambda run: output(run.layers[0].self_attn.v_proj, lambda _, out: bf16(out)),
+)

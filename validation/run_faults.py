@@ -16,7 +16,7 @@ from candle_mi_parity.oracle.hooks import Edits, Recorder
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.spec.edits import Inject, Knockout, PatchAt
 from candle_mi_parity.trace.trace import Feature
-from validation.disturb import Dump, Running, Tensor, fault, output
+from validation.disturb import Dump, Running, Tensor, fault, output, register
 
 # --- hook -----------------------------------------------------------------------------------------
 
@@ -62,9 +62,9 @@ def logits_before_softcap(run: Running) -> None:
     output(run.model.lm_head, keep)
 
 
-@fault
-def lens_without_norm(run: Running) -> None:
-    run.patch(torch_source, "unembed", lambda model, hidden: model.lm_head(hidden))
+register(
+    lens_without_norm=lambda run: run.patch(torch_source, "unembed", lambda model, hidden: model.lm_head(hidden)),
+)
 
 
 # --- SAE ------------------------------------------------------------------------------------------
@@ -78,16 +78,6 @@ def _sae(run: Running) -> TorchSae:
 @fault
 def sae_threshold_ignored(run: Running) -> None:
     _sae(run).threshold = None
-
-
-@fault
-def sae_shrunk(run: Running) -> None:
-    run.patch(TorchSae, "encode", lambda sae, x: torch.relu(sae.pre_activations(x) - sae.threshold))
-
-
-@fault
-def sae_decoder_bias_dropped(run: Running) -> None:
-    _sae(run).b_dec.zero_()
 
 
 @fault
@@ -117,16 +107,6 @@ def _sae_place(run: Running, **place: object) -> None:
     assert case.sae is not None
     elsewhere = case.model_copy(update={"sae": case.sae.model_copy(update=place)})
     run.subject = replace(run.subject, case=elsewhere)
-
-
-@fault
-def sae_other_layer(run: Running) -> None:
-    _sae_place(run, layer=0)
-
-
-@fault
-def sae_other_point(run: Running) -> None:
-    _sae_place(run, point="hook_resid_post")
 
 
 @fault
@@ -169,11 +149,6 @@ def sae_top_from_one(run: Running) -> None:
 
 
 @fault
-def sae_active_everywhere(run: Running) -> None:
-    _scalar(run, "sae.n_active_last_pos", lambda dump: float((dump.arrays["sae.features"] > 0).sum()))
-
-
-@fault
 def sae_f16(run: Running) -> None:
     sae = _sae(run)
     sae.W_enc = sae.W_enc.half().to(sae.W_enc)
@@ -189,6 +164,19 @@ def sae_decoder_norm_ignored(run: Running) -> None:
     _sae(run)._by_decoder_norm = False
 
 
+register(
+    sae_shrunk=lambda run: run.patch(
+        TorchSae, "encode", lambda sae, x: torch.relu(sae.pre_activations(x) - sae.threshold)
+    ),
+    sae_decoder_bias_dropped=lambda run: _sae(run).b_dec.zero_(),
+    sae_other_layer=lambda run: _sae_place(run, layer=0),
+    sae_other_point=lambda run: _sae_place(run, point="hook_resid_post"),
+    sae_active_everywhere=lambda run: _scalar(
+        run, "sae.n_active_last_pos", lambda dump: float((dump.arrays["sae.features"] > 0).sum())
+    ),
+)
+
+
 # --- interventions --------------------------------------------------------------------------------
 
 
@@ -198,26 +186,11 @@ def _edits(run: Running, change: Callable[[Edits], Edits]) -> None:
 
 
 @fault
-def edit_of_embedding_dropped(run: Running) -> None:
-    _edits(run, lambda edits: {hook: changes for hook, changes in edits.items() if hook != "hook_embed"})
-
-
-@fault
 def edit_subtracted(run: Running) -> None:
     def negative(edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda tensor: 2 * tensor - edit(tensor)
 
     _edits(run, lambda edits: {hook: [negative(edit) for edit in changes] for hook, changes in edits.items()})
-
-
-@fault
-def edit_order_reversed(run: Running) -> None:
-    _edits(run, lambda edits: {hook: [*reversed(changes)] for hook, changes in edits.items()})
-
-
-@fault
-def edit_twice(run: Running) -> None:
-    _edits(run, lambda edits: {hook: [*changes, *changes] for hook, changes in edits.items()})
 
 
 @fault
@@ -302,6 +275,17 @@ def captured_after_edit(run: Running) -> None:
     run.patch(Recorder, "at", at)
 
 
+register(
+    edit_of_embedding_dropped=lambda run: _edits(
+        run, lambda edits: {hook: changes for hook, changes in edits.items() if hook != "hook_embed"}
+    ),
+    edit_order_reversed=lambda run: _edits(
+        run, lambda edits: {hook: [*reversed(changes)] for hook, changes in edits.items()}
+    ),
+    edit_twice=lambda run: _edits(run, lambda edits: {hook: [*changes, *changes] for hook, changes in edits.items()}),
+)
+
+
 # --- tokens ---------------------------------------------------------------------------------------
 
 
@@ -315,21 +299,9 @@ def tokens_next_id(run: Running) -> None:
     _tokens(run, lambda rows: [[(token + 1) % size for token in row] for row in rows])
 
 
-@fault
-def tokens_reversed(run: Running) -> None:
-    _tokens(run, lambda rows: [row[::-1] for row in rows])
-
-
-@fault
-def tokens_last_replaced(run: Running) -> None:
-    _tokens(run, lambda rows: [[*row[:-1], row[-1] - 1] for row in rows])
-
-
-@fault
-def tokens_rows_exchanged(run: Running) -> None:
-    _tokens(run, lambda rows: rows[::-1])
-
-
-@fault
-def tokens_cut(run: Running) -> None:
-    _tokens(run, lambda rows: [row[:-1] for row in rows])
+register(
+    tokens_reversed=lambda run: _tokens(run, lambda rows: [row[::-1] for row in rows]),
+    tokens_last_replaced=lambda run: _tokens(run, lambda rows: [[*row[:-1], row[-1] - 1] for row in rows]),
+    tokens_rows_exchanged=lambda run: _tokens(run, lambda rows: rows[::-1]),
+    tokens_cut=lambda run: _tokens(run, lambda rows: [row[:-1] for row in rows]),
+)

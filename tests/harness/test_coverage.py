@@ -54,7 +54,7 @@ def test_every_fixture_file_belongs_to_something() -> None:
     used = tiny | saes | {f"goldens/{name}{suffix}" for name in goldens for suffix in (".npz", ".json")}
     tables = {"cases.toml", "known_divergences.toml", "config_fields.toml", "census.toml", "texts.json"}
     tables |= {"calls.toml", "known_calls.toml"}
-    makers = {"saes/README.md", "saes/make_tiny.py", "saes/train_smollm2.py"}
+    makers = {"saes/README.md", "saes/make_tiny.py"}
     there = {
         str(path.relative_to(FIXTURES)) for path in FIXTURES.rglob("*") if path.is_file() and path.suffix != ".pyc"
     }

@@ -154,7 +154,7 @@ def test_of_a_killed_run_there_is_no_report_rather_than_an_older_one(
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """Signals have their default handlers, also where the tests run in the background, and afterwards those of before."""
+    """Signals have their default handlers, also in a background job, and afterwards those of before."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     yield

@@ -1,4 +1,4 @@
-// What is measured inside a page; browsing.py calls these functions and judges what they return.
+// What is measured inside a page; test_browser.py calls these functions and judges what they return.
 
 const open = () => document.querySelectorAll('details').forEach(details => { details.open = true })
 
