@@ -47,9 +47,5 @@ class CensusError(ParityError):
     """The auto-config census cannot be made, or a stored one is not valid."""
 
 
-class ProofError(ParityError):
-    """The record of the proof cannot be read or made."""
-
-
 class Stopped(BaseException):
     """Ctrl-C, SIGTERM, or the terminal was closed. Nothing that catches exceptions may take it for one of its own."""

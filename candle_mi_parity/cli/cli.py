@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -20,8 +19,6 @@ from candle_mi_parity.candidate.candidate import CandidateError, parse_candidate
 from candle_mi_parity.candidate.tokens import emit_tokens
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import Status
-from candle_mi_parity.coverage import api_ledger, api_rustdoc
-from candle_mi_parity.coverage.api import RELEASES
 from candle_mi_parity.coverage.calls import emit_calls, load_calls, read_calls
 from candle_mi_parity.coverage.calls_compare import judge_calls, load_known_calls
 from candle_mi_parity.coverage.calls_truth import truth_of
@@ -40,9 +37,7 @@ from candle_mi_parity.report import diff_views, history, report
 from candle_mi_parity.report.terminal import Terminal, one_line_errors, progress_bar, say
 from candle_mi_parity.report.views import remove, written
 from candle_mi_parity.repro.command import repro, repro_table
-from candle_mi_parity.run import nightly
 from candle_mi_parity.run.diff import diff
-from candle_mi_parity.run.nightly_verdict import conclude
 from candle_mi_parity.run.repeat import repeat
 from candle_mi_parity.run.run import RunOptions, blank, run
 from candle_mi_parity.spec.cases import load_cases, select
@@ -265,14 +260,14 @@ def repro_command(
     candidate: CandidateOption = DEFAULT_CANDIDATE,
     out: Annotated[Path, typer.Option(help="Where the folders go.")] = Path("build/repro"),
     prove: Annotated[bool, typer.Option("--prove", help="Run the Rust test; it must fail on the candidate.")] = False,
-    mended: Annotated[str | None, typer.Option(help="A candidate on which the test must pass.")] = None,
+    fixed: Annotated[str | None, typer.Option(help="A candidate on which the test must pass.")] = None,
 ) -> None:
     """Shrink a divergence and write its model, expected tensor, Rust test, Python script and issue text."""
     with one_line_errors():
         with progress_bar() as bar:
             task = bar.add_task("starting", total=None)
             lines = repro(
-                case, candidate, out, cache_root(), lambda line: bar.update(task, description=line), prove, mended
+                case, candidate, out, cache_root(), lambda line: bar.update(task, description=line), prove, fixed
             )
         repro_table(lines, Console())
         print(f"{len(lines)} reproduced, below {out}")
@@ -291,42 +286,6 @@ def fields_command(
         findings = check(load_fields(), load_cases(), cache_root(), families)
         report.fields_table(findings, Console())
     raise typer.Exit(1 if any(finding.fault for finding in findings) else 0)
-
-
-@app.command("api")
-def api_command(
-    record: Annotated[bool, typer.Option(help="List the releases' functions anew first; needs Rust.")] = False,
-) -> None:
-    """The ledger of candle-mi's public functions: how many of each release are compared, and why the rest is not."""
-    with one_line_errors():
-        for version in RELEASES if record else ():
-            print(f"wrote {api_rustdoc.record(version, cache_root())}")
-        ledger, surfaces = api_ledger.load_api(), api_ledger.load_surfaces()
-        found = api_ledger.faults(ledger, surfaces, api_ledger.comparisons())
-        report.api_table(api_ledger.totals(ledger, surfaces), found, Console())
-    raise typer.Exit(1 if found else 0)
-
-
-@app.command("nightly")
-def nightly_command(
-    steps: Annotated[str, typer.Option(help="Glob over the steps' names.")] = "*",
-    release: Annotated[str, typer.Option(help="The candidate of the release steps.")] = nightly.RELEASE,
-    main_line: Annotated[str, typer.Option("--main", help="The candidate of the step `main`.")] = nightly.MAIN,
-    gathered: Annotated[bool, typer.Option("--gathered", help="Run nothing; read what the steps left.")] = False,
-    out: OutOption = Path("build/nightly"),
-) -> None:
-    """Run the night's steps and say what changed since the last night. Exit code as for `run`."""
-    with one_line_errors():
-        chosen = nightly.chosen(nightly.plan(release, main_line), steps)
-        table = load_cases()
-        results = []
-        for step in chosen:
-            found = nightly.gathered(step, out) if gathered else nightly.run_step(step, out, table, cache_root())
-            print(printable(f"nightly: {found.name}: {found.verdict.value}: {found.line}"))
-            results.append(found)
-        verdict = conclude(results, out, datetime.now(UTC).date().isoformat())
-        print(f"nightly: {verdict.value}, see {out / 'summary.md'}")
-    raise typer.Exit(verdict.exit_code)
 
 
 @app.command("repeat")

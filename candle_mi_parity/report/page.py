@@ -17,7 +17,6 @@ from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 from candle_mi_parity.files.escape import number, one_line, rendered
 from candle_mi_parity.report.plots import Line, case_plot, heatmap, ratio_plot
-from candle_mi_parity.report.proof_record import load_proof
 
 SEVERITY = [Status.FAIL, Status.ERROR, Status.UNMEASURED, Status.KNOWN, Status.PASS]
 SYMBOLS = {"FAIL": "✗", "ERROR": "!", "UNMEASURED": "?", "KNOWN": "≈", "PASS": "✓", "NOT RUN": "–"}
@@ -79,7 +78,6 @@ def render(result: RunResult) -> str:
         sae=[case for case in result.cases if case.sae],
         plots=list(_family_plots(result, families)),
         gates=(POSITION_GATE, ELEMENT_GATE),
-        proof=load_proof(),
     )
 
 

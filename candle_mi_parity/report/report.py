@@ -12,11 +12,11 @@ from rich.text import Text
 
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
-from candle_mi_parity.coverage.api_ledger import ApiTotals
 from candle_mi_parity.coverage.census_record import Census
 from candle_mi_parity.coverage.field_check import Finding
 from candle_mi_parity.files.escape import cell, printable
 from candle_mi_parity.files.json_out import plain
+from candle_mi_parity.report.views_ci import table
 
 REPORT_FORMAT = "candle-mi-parity/report/2"
 _COLOURS = {
@@ -111,13 +111,11 @@ def versions_table(results: dict[str, RunResult]) -> str:
     :param results: version → its run.
     """
     families = list(dict.fromkeys(case.family for result in results.values() for case in result.cases))
-    lines = ["| family | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
+    rows = []
     for family in families:
-        cells = [
-            _family_cell([case for case in result.cases if case.family == family]) for result in results.values()
-        ]
-        lines.append(f"| {family} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cases = [[case for case in result.cases if case.family == family] for result in results.values()]
+        rows.append([family, *map(_family_cell, cases)])
+    return table(["family", *results], rows)
 
 
 def _family_cell(cases: list[CaseResult]) -> str:
@@ -208,25 +206,3 @@ def fields_table(findings: list[Finding], console: Console) -> None:
     console.print(table)
     faults = sum(1 for found in findings if found.fault)
     console.print(f"{len(findings)} fields, {faults} of them not covered as the ledger says")
-
-
-def api_table(totals: list[ApiTotals], faults: list[str], console: Console) -> None:
-    """Public functions per release: compared, and not compared by reason; then what each release added and took."""
-    table = Table(title="public functions of candle-mi", box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for total in totals:
-        table.add_column(cell(total.version), justify="right")
-    for cover in ["compared", *sorted({cover for total in totals for cover in total.covers} - {"compared"})]:
-        table.add_row(cell(cover), *(str(total.covers.get(cover, 0)) for total in totals))
-    table.add_section()
-    table.add_row("all", *(str(total.functions) for total in totals))
-    table.add_row("added", *(str(len(total.added)) for total in totals))
-    table.add_row("removed", *(str(len(total.removed)) for total in totals))
-    console.print(table)
-    for total in totals:
-        for sign, items in (("+", total.added), ("-", total.removed)):
-            for item in items:
-                console.print(Text(printable(f"{total.version} {sign} {item}")), soft_wrap=True)
-    for fault in faults:
-        console.print(Text(printable(fault), style="bold red"), soft_wrap=True)
-    console.print(f"{len(faults)} faults of the ledger")

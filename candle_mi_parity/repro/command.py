@@ -30,18 +30,18 @@ from candle_mi_parity.spec.explanations import Explanations, load_explanations
 class Line:
     """One case's outcome.
 
-    :ivar proof: what its test does on the diverging candle-mi, and on the mended one; None where it was not asked.
+    :ivar proof: what its test does on the diverging candle-mi, and on the fixed one; None where it was not run.
     """
 
     reproduction: Reproduction
     folder: Path
     proof: Outcome | None = None
-    mended: Outcome | None = None
+    fixed: Outcome | None = None
 
     @property
     def proven(self) -> bool:
         """Nothing that was asked contradicts it."""
-        return self.proof in (None, Outcome.DIFFERS) and self.mended in (None, Outcome.PASSES)
+        return self.proof in (None, Outcome.DIFFERS) and self.fixed in (None, Outcome.PASSES)
 
 
 def repro(
@@ -51,7 +51,7 @@ def repro(
     cache: Path,
     tell: Callable[[str], None],
     proof: bool = False,
-    mended: str | None = None,
+    fixed: str | None = None,
 ) -> list[Line]:
     """Reproduce cases, write a folder for each, and prove them.
 
@@ -90,7 +90,7 @@ def repro(
     if not lines:
         raise AgreesError(f"no case of {pattern or 'the default lane'} diverges; there is nothing to reproduce")
     tests = [line.folder / "tests" / f"{slug(line.reproduction.original.id)}.rs" for line in lines]
-    for spec, field in ((candidate if proof or mended else None, "proof"), (mended, "mended")):
+    for spec, field in ((candidate if proof or fixed else None, "proof"), (fixed, "fixed")):
         if spec is not None:
             tell(f"cargo test: {len(tests)} tests against {spec}")
             outcomes = prove(tests, parse_candidate(spec), cache)
@@ -116,7 +116,7 @@ def repro_table(lines: list[Line], console: Console) -> None:
         "tokens",
         "element / σ",
         "candidate",
-        "mended",
+        "fixed",
     ):
         right = heading in ("layers", "width", "heads", "tokens", "element / σ")
         table.add_column(heading, justify="right" if right else "left", overflow="fold")
@@ -131,7 +131,7 @@ def repro_table(lines: list[Line], console: Console) -> None:
             str(len(line.reproduction.pair.case.tokens)),
             f"{line.reproduction.first.element_ratio:.3g}",
             _outcome(line.proof, Outcome.DIFFERS),
-            _outcome(line.mended, Outcome.PASSES),
+            _outcome(line.fixed, Outcome.PASSES),
         )
     console.print(table)
 

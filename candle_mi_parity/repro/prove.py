@@ -1,4 +1,4 @@
-"""The proof of a reproduction: its Rust test is compiled and run, on the diverging candle-mi and on a mended one."""
+"""The proof of a reproduction: its Rust test is compiled and run, on the diverging candle-mi and on a fixed one."""
 
 from __future__ import annotations
 

@@ -108,14 +108,17 @@ def test_a_tampered_trace_fails_with_the_command_that_shows_it_again(tmp_path: P
     assert "reproduce: candle-mi-parity run --candidate" in done.stdout
 
 
+ABSENT = str(Path(__file__).with_name("absent"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("run", "--candidate", "newest"), "unknown candidate 'newest'"),
         (("run", "--candidate", "stored:9.9.9"), "no stored traces"),
-        (("run", "--candidate", "path:/nonexistent"), "no Cargo.toml in /nonexistent"),
+        (("run", "--candidate", f"path:{ABSENT}"), f"no Cargo.toml in {ABSENT}"),
         (("run", "--candidate", "stored:0.2.2", "--cases", "nothing/*"), "no case matches 'nothing/*'"),
-        (("reference", "--model", "/nonexistent", "--out", "x.json"), "model directory /nonexistent does not exist"),
+        (("reference", "--model", ABSENT, "--out", "x.json"), f"model directory {ABSENT} does not exist"),
     ],
 )
 def test_a_bad_input_is_one_line_and_exit_code_2(arguments: tuple[str, ...], said: str) -> None:

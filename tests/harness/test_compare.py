@@ -19,7 +19,7 @@ from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.trace.trace import InMemory
 from candle_mi_parity.trace.truth import Truth, TruthTensor
-from proof.planting import Arrays, Edit, failures, first, judge, planted, real, write
+from tests.support.planting import Arrays, Edit, failures, first, judge, planted, real, write
 
 SCORES, PATTERN = "blocks.0.attn.hook_scores", "blocks.0.attn.hook_pattern"
 

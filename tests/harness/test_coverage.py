@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,10 +52,9 @@ def test_every_fixture_file_belongs_to_something() -> None:
     saes = {case.sae.path for case in CASES if isinstance(case.sae, SaeFile) and case.sae.repo is None}
     goldens = {case.id.replace("/", "-") for case in DEFAULT if has_golden(case)}
     used = tiny | saes | {f"goldens/{name}{suffix}" for name in goldens for suffix in (".npz", ".json")}
-    tables = {"cases.toml", "known_divergences.toml", "config_fields.toml", "census.toml", "texts.json", "api.toml"}
-    tables |= {"proof.json"}
-    tables |= {"calls.toml", "known_calls.toml", *(f"api/{path.name}.json" for path in VERSIONS)}
-    makers = {"saes/README.md", "saes/make_tiny.py", "saes/train_smollm2.py"}
+    tables = {"cases.toml", "known_divergences.toml", "config_fields.toml", "census.toml", "texts.json"}
+    tables |= {"calls.toml", "known_calls.toml"}
+    makers = {"saes/README.md", "saes/make_tiny.py"}
     there = {
         str(path.relative_to(FIXTURES)) for path in FIXTURES.rglob("*") if path.is_file() and path.suffix != ".pyc"
     }
@@ -100,3 +100,11 @@ def test_every_hook_point_of_candle_mi_is_compared_or_has_a_reason() -> None:
         "".join(word.title() for word in re.split(r"[._]", point.replace("hook_", ""))) for point in LAYER_POINTS
     }
     assert variants == camel | {"Embed", "FinalNorm"} | set(NO_TRANSFORMER)
+
+
+def test_what_the_list_of_public_functions_names_as_a_comparison_exists() -> None:
+    text = (ROOT / "docs" / "public-functions.md").read_text(encoding="utf-8")
+    calls = {row["fn"] for row in tomllib.loads((FIXTURES / "calls.toml").read_text(encoding="utf-8"))["call"]}
+    assert set(re.findall(r"call:(\w+)", text)) == calls
+    edits = {edit.kind for case in DEFAULT for edit in case.edits}
+    assert set(re.findall(r"edit:([a-z_]+)", text)) == edits

@@ -25,9 +25,9 @@ from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import Emitted, Feature, InMemory, Selection
 from candle_mi_parity.trace.truth import Truth
-from proof.catalogue import load_faults
-from proof.changes import changed
-from proof.planting import CASES, RELEASE, Arrays, Real, real
+from tests.support.planting import CASES, RELEASE, Arrays, Real, real
+from validation.array_changes import changed
+from validation.catalogue import load_faults
 
 POST, PATTERN = "blocks.1.mlp.hook_post", "blocks.1.attn.hook_pattern"
 LLAMA = "llama/hub"
@@ -100,7 +100,7 @@ def test_two_that_are_the_same_differ_in_nothing() -> None:
 FAULTS = {fault.id: fault for fault in load_faults() if fault.tensor is not None and fault.case == "llama/hub"}
 
 
-# In memory one dtype is declared for all tensors: what a file declares is test_proof's.
+# In memory one dtype is declared for all tensors: what a file declares is test_faults'.
 @pytest.mark.parametrize("name", sorted(set(FAULTS) - {"float64-tensor"}))
 def test_a_fault_planted_in_b_is_worse_and_named_and_in_a_it_is_mended(name: str) -> None:
     change, where = FAULTS[name].tensor, FAULTS[name].first

@@ -8,11 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from candle_mi_parity.compare.ledger import Ledger
-from results import HOSTILE
+
 from rich.console import Console
-from test_cli import command, one_line
-from test_diff import LLAMA, POST, Held, between, compared, emitted, only, scale
 
 from candle_mi_parity.candidate.candidate import Candidate, EmitterError
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Side
@@ -24,7 +21,10 @@ from candle_mi_parity.report.diff_views import figures
 from candle_mi_parity.run import diff as diff_run
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import Run
-from proof.planting import real
+from tests.harness.test_cli import command, one_line
+from tests.harness.test_diff import LLAMA, POST, Held, between, compared, emitted, only, scale
+from tests.support.planting import real
+from tests.support.results import HOSTILE
 
 
 def terminal(diff: Diff) -> str:
@@ -100,9 +100,7 @@ def test_speed_is_compared_over_the_cases_that_both_recorded() -> None:
         (("stored:0.1.10", "stored:0.2.2", "--case", "llama/rope-linear"), 0, "diverges → agrees"),
         (("stored:0.1.10", "stored:0.2.2", "--cases", "qwen3/window"), 1, "refused → diverges"),
         (("stored:0.2.2", "stored:0.2.2", "--case", "qwen3/rope-yarn"), 3, "INCONCLUSIVE: nothing was compared"),
-        pytest.param(
-            ("torch", "stored:0.2.2", "--case", "smollm2/hub"), 0, "cut to that part", marks=pytest.mark.slow
-        ),
+        pytest.param(("torch", "stored:0.2.2", "--case", "smollm2/hub"), 0, "cut to that part"),
     ],
 )
 def test_the_command(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:

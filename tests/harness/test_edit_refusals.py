@@ -13,7 +13,7 @@ from candle_mi_parity.candidate.candidate import EmitterError, EmitterProcess, p
 from candle_mi_parity.candidate.sources import request
 from candle_mi_parity.pytest_plugin import missing_tool
 from candle_mi_parity.spec.paths import cache_root
-from proof.planting import real
+from tests.support.planting import real
 
 POST, SCORES, PATTERN = "blocks.1.hook_resid_post", "blocks.1.attn.hook_scores", "blocks.1.attn.hook_pattern"
 EDGE = {"edges": [[5, 2]]}

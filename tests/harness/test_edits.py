@@ -24,7 +24,7 @@ from candle_mi_parity.oracle.interventions import edits_of
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.paths import cache_root
-from proof.planting import Real, failures, judge, real, rerun, write
+from tests.support.planting import Real, failures, judge, real, rerun, write
 
 ADD, SCALE, POST = "llama/edit-add-then-scale", "llama/edit-scale-stream", "blocks.1.hook_resid_post"
 Tensor = torch.Tensor

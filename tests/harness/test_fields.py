@@ -18,7 +18,7 @@ from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.spec.cases import Case, Setting
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.paths import cache_root
-from proof.planting import CASES
+from tests.support.planting import CASES
 
 TABLE = list(CASES.values())
 Plant = Callable[[FieldLedger], FieldLedger]
@@ -46,7 +46,6 @@ def inert(other: Setting) -> Excused:
     return Excused(kind="inert", other=other, reason="planted")
 
 
-@pytest.mark.slow
 def test_every_field_that_transformers_reads_is_covered_as_the_ledger_says() -> None:
     found = check(load_fields(), TABLE, cache_root())
     assert not [finding for finding in found if finding.fault]

@@ -17,7 +17,7 @@ from candle_mi_parity.compare.gate import measure
 from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.models.sae import load_npz
 from candle_mi_parity.trace.truth import SaeTruth, Truth, TruthTensor
-from proof.planting import Arrays, Real, failures, judge, real, write
+from tests.support.planting import Arrays, Real, failures, judge, real, write
 
 LAST = (0, 23)
 

@@ -24,7 +24,7 @@ from candle_mi_parity.models.generate import (
 )
 from candle_mi_parity.models.sae import load_sae, sae_path
 from candle_mi_parity.spec.cases import ScopeSae, TinyModel
-from proof.planting import CASES
+from tests.support.planting import CASES
 
 FULL = CASES["gemma-2-2b/generated"]
 SHAPES: dict[str, tuple[int, ...]] = {"b.weight": (7, 5), "a.bias": (3,), "a.norm": (1,), "c.weight": (2, 3, 4)}

@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from candle_mi_parity.compare.ledger import load_ledger
-from candle_mi_parity.compare.outcome import outcome
-from results import HOSTILE
+
 from rich.console import Console
 
 from candle_mi_parity.compare.run_result import RunResult
@@ -21,6 +19,7 @@ from candle_mi_parity.report.history import History, make_history
 from candle_mi_parity.run.run import run
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import ROOT, cache_root
+from tests.support.results import HOSTILE
 
 RELEASES = ("0.1.6", "0.1.10", "0.1.24", "0.2.2")
 CHOSEN = ("llama/hub", "llama/v5", "llama/rope-linear", "llama/rope-yarn", "qwen3/window")

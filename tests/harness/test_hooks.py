@@ -18,7 +18,7 @@ from candle_mi_parity.oracle.hooks import Recorder, _recorder, load_model
 from candle_mi_parity.oracle.provenance import modeling_files
 from candle_mi_parity.oracle.rounding import MatmulScales, Truth64
 from candle_mi_parity.spec.families import FAMILIES
-from proof.planting import real
+from tests.support.planting import real
 
 
 def values(case_id: str) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.spec.cases import LocalModel, TinyModel, select
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.paths import cache_root
-from proof.planting import CASES, real
+from tests.support.planting import CASES, real
 
 LLAMA = TinyModel(source="tiny", config="models/llama.json", dialect="hub")
 LLAMA_TENSORS = "9954571900e0c06a6c2ef09d8dc276896c4ab781796a8c5636c3634dea0823be"

@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_rounding import Op, noisy, normal, rms
 from torch.nn import functional
 
 from candle_mi_parity.oracle.arithmetic import ACCUMULATION, Arithmetic
 from candle_mi_parity.oracle.rounding import MatmulScales, NoisePool, RoundingNoise, Truth64
+from tests.harness.test_rounding import Op, noisy, normal, rms
 
 
 def one_after_the_other(x: torch.Tensor) -> torch.Tensor:

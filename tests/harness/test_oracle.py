@@ -26,7 +26,7 @@ from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.hook_points import hook_names
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.truth import Truth
-from proof.planting import CASES, changed_model, real
+from tests.support.planting import CASES, changed_model, real
 
 HEAD_DIM, THETA = 20, 500000.0
 PLAIN = THETA ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)

@@ -15,7 +15,6 @@ import jsonschema
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from results import HOSTILE, case, everything, run_of, sae_view, tensor
 from rich.console import Console
 
 from candle_mi_parity.compare.diagnose_sae import look_sae
@@ -27,7 +26,8 @@ from candle_mi_parity.report.plots import LOWEST, Line, heatmap, ratio_plot
 from candle_mi_parity.report.report_model import Report, json_schema
 from candle_mi_parity.spec.paths import ROOT
 from candle_mi_parity.trace.trace import Trace
-from proof.planting import real, write
+from tests.support.planting import real, write
+from tests.support.results import HOSTILE, case, everything, run_of, sae_view, tensor
 
 
 def text_of(html: str) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.files import chunks as stretches
-from proof.planting import Arrays, Real, judge, real, write
+from tests.support.planting import Arrays, Real, judge, real, write
 
 WHOLE = 1 << 40
 PIECES = {

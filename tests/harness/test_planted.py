@@ -1,4 +1,4 @@
-"""What a planted fault shows beside its first tensor; the faults themselves are in ``proof/faults.toml``."""
+"""What a planted fault shows beside its first tensor; the faults themselves are in ``validation/faults.toml``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from candle_mi_parity.compare.verdict import Status
 from candle_mi_parity.spec.cases import RandomTokens
-from proof.planting import Real, changed_model, failures, first, judge, planted, real, real_of, rerun, write
+from tests.support.planting import Real, changed_model, failures, first, judge, planted, real, real_of, rerun, write
 
 
 def square() -> Real:

@@ -91,7 +91,6 @@ def judged(document: dict[str, Any], path: Path) -> RunResult:
     return run_reference(f"stored:{path}", path, cache_root(), Progress())
 
 
-@pytest.mark.slow
 def test_the_twenty_keys_agree_with_the_script(
     model_dir: Path, script: Callable[[int], dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -109,7 +108,6 @@ def test_the_twenty_keys_agree_with_the_script(
     assert read_reference(tmp_path / "r.json").model_dump() == ours
 
 
-@pytest.mark.slow
 def test_the_scripts_own_numbers_are_right_but_prove_nothing(
     script: Callable[[int], dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -119,7 +117,6 @@ def test_the_scripts_own_numbers_are_right_but_prove_nothing(
     assert "does not say what made it" in result.cases[0].error
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "change", "tensor"),
     [
@@ -141,7 +138,6 @@ def test_one_wrong_number_fails_where_it_is(
     assert [t.name for t in result.cases[0].tensors if t.status == "FAIL"] == [tensor]
 
 
-@pytest.mark.slow
 def test_the_last_layer_of_the_script_is_after_the_final_norm(
     model_dir: Path, script: Callable[[int], dict[str, Any]], tmp_path: Path
 ) -> None:

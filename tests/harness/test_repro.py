@@ -1,4 +1,4 @@
-"""A divergence made small: kept at every step, and proven by a Rust test that passes once it is mended."""
+"""A divergence made small: kept at every step, and shown by a Rust test that passes once candle-mi is fixed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from candle_mi_parity.compare.ledger import load_ledger
-from test_cli import command, one_line
-
 from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.candidate.candidate import Candidate, parse_candidate
 from candle_mi_parity.repro.command import repro
 from candle_mi_parity.repro.prove import Outcome, prove, read_outcomes
 from candle_mi_parity.repro.reductions import STEPS
@@ -22,11 +20,11 @@ from candle_mi_parity.repro.shrink import Divergence, Input, Pair, Shrinker
 from candle_mi_parity.spec.cases import SaelensDirectory, load_cases
 from candle_mi_parity.spec.edits import Attention, Inject, Knockout
 from candle_mi_parity.spec.paths import cache_root
-from proof.mending import MENDS, Mend, MendError, Mends, load_mends, mended_copy
-from proof.source import released_crate
+from tests.harness.test_cli import command, one_line
+from validation.catalogue import SourceEdit
+from validation.source_faults import edited, released_crate
 
 CASES = {case.id: case for case in load_cases()}
-KNOWN = [entry.case for entry in load_ledger().known if entry.version == "0.2.2"]
 WANTED = Divergence("blocks.*.attn.hook_q", "values")
 CONFIG = {
     "model_type": "llama", "vocab_size": 211, "hidden_size": 64, "intermediate_size": 144, "num_hidden_layers": 3,
@@ -138,70 +136,55 @@ def test_a_test_that_could_not_compare_proves_nothing() -> None:
     }  # fmt: skip
 
 
-def test_every_known_divergence_has_its_mend() -> None:
-    mends = load_mends()
-    assert [case for case in KNOWN if not mends.of(case)] == []
-    unused = [mend.id for mend in mends.mend if mend.kinds and not any(mend.id in mends.of(case) for case in KNOWN)]
-    assert unused == [], "a mend of nothing"
-
-
-@pytest.mark.parametrize("times", [0, 2])
-def test_a_dead_mend_is_an_error(tmp_path: Path, times: int) -> None:
-    (tmp_path / "candle-mi").mkdir()
-    (tmp_path / "candle-mi" / "lib.rs").write_text("anchor\n" * times)
-    mends = Mends(version="0.2.2", mend=[Mend(id="planted", file="lib.rs", find="anchor", replace="other")])
-    with pytest.raises(MendError, match=f"dead mend: planted: its anchor is {times} times"):
-        mended_copy(tmp_path / "candle-mi", mends, tmp_path / "out")
-
-
 # --- with Rust ------------------------------------------------------------------------------------
 
-PROVEN = ("llama/attention-bias", "llama/sae-negative-threshold", "gemma2/edit-knockout-low-cap")
+PROVEN = "llama/sae-negative-threshold"
+FIX = SourceEdit(
+    file="src/sae/mod.rs",
+    find="                Ok((&pre_acts * &mask_f32)?)\n",
+    replace="                Ok((&pre_acts * &mask_f32)?.relu()?)\n",
+)
+"""What makes candle-mi 0.2.2 right in that case."""
 
 
 @pytest.fixture(scope="module")
-def mended() -> str:
-    """Beside the emitters, under a name of its own content: cargo builds it once."""
-    key = hashlib.sha256(MENDS.read_bytes()).hexdigest()[:16]
-    out = cache_root() / "mended" / key
+def fixed() -> Candidate:
+    """A copy of candle-mi 0.2.2 with the fix, beside the emitters: cargo builds it once."""
+    out = cache_root() / "fixed" / hashlib.sha256(repr(FIX).encode()).hexdigest()[:16]
     if not (out / "Cargo.toml").is_file():
-        made = mended_copy(released_crate(), load_mends(), out.with_name(f"{key}.partial"))
-        made.rename(out)
-    return f"path:{out}"
+        partial = out.with_name(f"{out.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(released_crate(), partial, ignore=shutil.ignore_patterns("target", ".cargo-ok"))
+        (partial / FIX.file).write_text(edited((partial / FIX.file).read_text(), FIX))
+        partial.rename(out)
+    return parse_candidate(f"path:{out}")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("repro")
-    return [repro(case, "0.2.2", out, cache_root(), lambda line: None)[0].folder for case in PROVEN]
+    return repro(PROVEN, "0.2.2", out, cache_root(), lambda line: None)[0].folder
 
 
 @pytest.mark.rust
-@pytest.mark.slow
 @pytest.mark.xdist_group("repro")
-def test_the_rust_test_fails_on_the_release_and_passes_on_the_mended_copy(
-    folders: list[Path], mended: str, tmp_path: Path
+def test_the_rust_test_fails_on_the_release_and_passes_on_a_fixed_copy(
+    folder: Path, fixed: Candidate, tmp_path: Path
 ) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(folders[0], broken)
-    [test] = (broken / "tests").glob("*.rs")
-    (test.with_suffix("") / "model" / "config.json").unlink()
-    test.rename(test.with_name("parity_broken.rs"))
-    test.with_suffix("").rename(test.with_name("parity_broken"))
-    tests = [next((folder / "tests").glob("*.rs")) for folder in folders]
-    spoilt = test.with_name("parity_broken.rs")
-    spoilt.write_text(spoilt.read_text().replace(test.stem, "parity_broken"))
-    on_release = prove([*tests, spoilt], parse_candidate("0.2.2"), cache_root())
-    assert on_release == {test.stem: Outcome.DIFFERS for test in tests} | {"parity_broken": Outcome.BROKEN}
-    assert set(prove(tests, parse_candidate(mended), cache_root()).values()) == {Outcome.PASSES}
+    [test] = (folder / "tests").glob("*.rs")
+    shutil.copytree(folder, tmp_path / "broken")
+    broken = tmp_path / "broken" / "tests" / "parity_broken.rs"
+    broken.write_text(test.read_text().replace(test.stem, "parity_broken"))
+    (broken.parent / test.stem).rename(broken.with_suffix(""))
+    (broken.with_suffix("") / "model" / "config.json").unlink()
+    on_release = prove([test, broken], parse_candidate("0.2.2"), cache_root())
+    assert on_release == {test.stem: Outcome.DIFFERS, "parity_broken": Outcome.BROKEN}
+    assert prove([test], fixed, cache_root()) == {test.stem: Outcome.PASSES}
 
 
 @pytest.mark.rust
-@pytest.mark.slow
 @pytest.mark.xdist_group("repro")
-@pytest.mark.parametrize("index", range(len(PROVEN)), ids=PROVEN)
-def test_the_script_prints_what_pytorch_computes(folders: list[Path], index: int) -> None:
-    folder = folders[index]
+def test_the_script_prints_what_pytorch_computes(folder: Path) -> None:
     expected = json.loads(next((folder / "tests").glob("*/expected.json")).read_text())
     issue = (folder / "ISSUE.md").read_text()
     told = float(next(line for line in issue.splitlines() if line.startswith("| PyTorch, float64")).split("|")[2])
@@ -210,12 +193,8 @@ def test_the_script_prints_what_pytorch_computes(folders: list[Path], index: int
     # transformers normalises and rotates in float32 whatever it is asked for.
     assert float(done.stdout) == pytest.approx(told, rel=1e-5, abs=1e-12)
     assert len(expected["values"]) == len(expected["sigma"])
-    assert small(folder), "a reproduction is to be small"
-
-
-def small(folder: Path) -> bool:
     config = json.loads(next((folder / "tests").glob("*/model/config.json")).read_text())
-    return bool(config["num_hidden_layers"] == 1 and config["hidden_size"] <= 4 and config["vocab_size"] == 8)
+    assert config["num_hidden_layers"] == 1 and config["hidden_size"] <= 4 and config["vocab_size"] == 8
 
 
 @pytest.mark.rust

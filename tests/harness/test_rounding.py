@@ -17,7 +17,7 @@ from candle_mi_parity.errors import OracleError
 from candle_mi_parity.oracle import rounding
 from candle_mi_parity.oracle.compute import sample
 from candle_mi_parity.oracle.rounding import Float64, MatmulScales, NoisePool, RoundingNoise, Truth64
-from proof.planting import real
+from tests.support.planting import real
 
 Op = Callable[[torch.Tensor], torch.Tensor]
 

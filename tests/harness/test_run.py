@@ -10,8 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from candle_mi_parity.compare.ledger import Ledger
-from results import case as result
+
 
 from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.errors import ParityError, Stopped
@@ -19,6 +18,7 @@ from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.run import run
 from candle_mi_parity.run.run import at_once
 from candle_mi_parity.spec.cases import Case, load_cases
+from tests.support.results import case as result
 
 CASES = load_cases()[:8]
 

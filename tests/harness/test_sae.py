@@ -20,7 +20,7 @@ from candle_mi_parity.errors import SaeError
 from candle_mi_parity.models.sae import Sae, load_npz
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.torch_sae import TorchSae
-from proof.planting import Arrays, failures, first, judge, real, write
+from tests.support.planting import Arrays, failures, first, judge, real, write
 
 
 def arrays(d_in: int = 4, d_sae: int = 6) -> dict[str, Any]:

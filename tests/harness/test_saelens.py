@@ -25,7 +25,7 @@ from candle_mi_parity.models.saelens import WEIGHTS
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.spec.cases import SaelensDirectory
 from candle_mi_parity.trace.truth import SaeTruth, TruthTensor
-from proof.planting import CASES, Arrays, failures, first, judge, real, write
+from tests.support.planting import CASES, Arrays, failures, first, judge, real, write
 
 SAELENS = sorted(case.id for case in CASES.values() if isinstance(case.sae, SaelensDirectory))
 

@@ -154,9 +154,9 @@ def test_of_a_killed_run_there_is_no_report_rather_than_an_older_one(
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """Handlers of signals are those of before after the test."""
+    """Signals have their default handlers, also in a background job, and afterwards those of before."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

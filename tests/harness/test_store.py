@@ -22,7 +22,7 @@ from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.trace.trace import Trace
 from candle_mi_parity.trace.truth import Truth
-from proof.planting import RELEASE, Real, failures, real, write
+from tests.support.planting import RELEASE, Real, failures, real, write
 
 
 class Emitting(NothingOpen):

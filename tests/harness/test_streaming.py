@@ -25,7 +25,7 @@ from candle_mi_parity.oracle.rounding import MatmulScales, Truth64
 from candle_mi_parity.oracle.streaming import Weights, load_streamed
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.hook_points import Mode
-from proof.planting import changed_model, real
+from tests.support.planting import changed_model, real
 
 BFLOAT16 = "llama/bf16"
 CHUNK = 50

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.untrusted import MAX_JSON_BYTES
 from candle_mi_parity.trace.trace import Trace, read_json
-from proof.planting import Edit, judge, real, write
+from tests.support.planting import Edit, judge, real, write
 
 
 @pytest.fixture

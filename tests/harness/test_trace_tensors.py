@@ -15,11 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_trace import edited, refused
 
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.trace.trace import Trace
-from proof.planting import Edit, entry, real, write
+from tests.harness.test_trace import edited, refused
+from tests.support.planting import Edit, entry, real, write
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from results import HOSTILE, VERSIONS, case, everything, run_of
 
 from candle_mi_parity.cli import cli
 from candle_mi_parity.compare.run_result import RunResult, Verdict
@@ -21,6 +20,7 @@ from candle_mi_parity.report import page, views, views_ci
 from candle_mi_parity.report.terminal import Terminal
 from candle_mi_parity.run import run
 from candle_mi_parity.spec.cases import load_cases, select
+from tests.support.results import HOSTILE, VERSIONS, case, everything, run_of
 
 VIEWS = ("report.json", "report.html", "junit.xml", "summary.md")
 

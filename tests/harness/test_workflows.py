@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from candle_mi_parity.run.nightly import plan
+from candle_mi_parity.cli.cli import app
 from candle_mi_parity.spec.paths import ROOT
 
 FILES = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -36,10 +36,6 @@ def commands() -> list[str]:
 def unpinned(text: str) -> list[str]:
     uses = [line.strip().removeprefix("- ") for line in text.splitlines() if "uses:" in line]
     return [line for line in uses if not PIN.fullmatch(line)]
-
-
-def test_there_are_two() -> None:
-    assert [path.name for path in FILES] == ["ci.yml", "nightly.yml"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -91,24 +87,10 @@ def test_the_pythons_are_those_of_the_project() -> None:
     assert asked <= {*matrix, "${{ matrix.python }}"}
 
 
-def test_every_make_target_exists() -> None:
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    called = {words[1] for words in (line.split() for line in commands()) if words and words[0] == "make"}
-    assert called == {"lint", "rust-lint", "pytest", "nightly"}
-    assert called <= set(targets)
-
-
-def test_every_step_of_a_night_has_a_machine() -> None:
-    text = (ROOT / ".github/workflows/nightly.yml").read_text()
-    matrix = read(ROOT / ".github/workflows/nightly.yml")["jobs"]["cpu"]["strategy"]["matrix"]["step"]
-    globs = [*matrix, *re.findall(r'make nightly STEPS="?([\w*-]+)', text)]
-    assert [step.name for step in plan() if not any(Path(step.name).match(glob) for glob in globs)] == []
-
-
-def test_the_issue_is_written_from_the_files_of_make_nightly() -> None:
-    job = read(ROOT / ".github/workflows/nightly.yml")["jobs"]["issue"]
-    step = next(step for step in job["steps"] if "run" in step)
-    assert step["if"] == "hashFiles('build/nightly/issue.md') != ''"
-    assert step["env"]["BODY"] == "build/nightly/issue.md"
-    assert step["run"].count("gh issue create") == 1 and step["run"].count("gh issue comment") == 1
-    assert job["steps"][-1]["uses"].startswith("actions/cache/save@"), "kept only when the issue is written"
+def test_every_command_exists() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    called = {words[1] for words in map(str.split, commands()) if words[:1] == ["make"]}
+    weekly = read(ROOT / ".github/workflows/weekly.yml")["jobs"]["validation"]["strategy"]["matrix"]["target"]
+    assert called - {"$TARGET"} | {target.split()[0] for target in weekly} <= targets
+    ours = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert {words[1] for words in map(str.split, commands()) if words[:1] == ["$PARITY"]} <= ours

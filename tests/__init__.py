@@ -1,0 +1,1 @@
+"""Tests: the cases against every candidate, and in ``harness`` the suite itself."""

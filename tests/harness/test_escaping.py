@@ -1,0 +1,107 @@
+"""Every view is given names that attack it: no control character is shown, and no page gets a tag or a handler."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from candle_mi_parity.files.escape import printable, templates
+from candle_mi_parity.report import diff_views, history, page, report, views_ci
+from candle_mi_parity.repro.write import _cell
+from tests.support.results import HOSTILE, a_report, differing, told
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
+TEXTS = """slug case command version title model_type torch transformers tensor shape rows last dtype candle_dtype
+layers width heads got expected absolute noise ratio position_ratio element_gate position_gate detail samples imports
+value extra config lines"""
+LISTS: dict[str, Any] = {
+    "edits": [], "probe": [HOSTILE], "tokens": [1], "index": [0], "differing": [(HOSTILE, HOSTILE, HOSTILE)],
+    "sae": SimpleNamespace(hook=HOSTILE),
+}  # fmt: skip
+
+
+def shown(show: Callable[[Console], None]) -> str:
+    """What a terminal is sent, without rich's own colours."""
+    console = Console(width=200, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        show(console)
+    return capture.get()
+
+
+def reproduced(name: str) -> Callable[[], str]:
+    """A file of a reproduction whose every text is the hostile one."""
+    given = dict.fromkeys(TEXTS.split(), HOSTILE) | LISTS
+    return lambda: templates(html=False).get_template(f"{name}.j2").render(given)
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "report.html": lambda: page.render(a_report()),
+    "diff.html": lambda: diff_views.page(differing()),
+    "history.html": lambda: history.page(told()),
+}
+VIEWS: dict[str, Callable[[], str]] = {
+    **PAGES,
+    "terminal of run": lambda: shown(lambda console: report.terminal(a_report(), console)),
+    "terminal of diff": lambda: shown(lambda console: diff_views.terminal(differing(), console)),
+    "terminal of ratios": lambda: shown(lambda console: console.print(report.clean_ratios(a_report()))),
+    "junit.xml": lambda: views_ci.junit(a_report()),
+    "summary.md": lambda: views_ci.summary(a_report()),
+    "annotations": lambda: "\n".join(views_ci.workflow_commands(a_report())),
+    **{name: reproduced(name) for name in ("ISSUE.md", "test.rs", "check.py", "Cargo.toml")},
+}
+
+
+class _Tags(HTMLParser):
+    """Tags that run or load something, handlers, addresses, and content security policies."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.odd: list[str] = []
+        self.policies: list[str | None] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        held = dict(attrs)
+        self.odd += [tag] * (tag in ("script", "iframe", "object", "embed", "link", "base"))
+        self.odd += [name for name in held if name.startswith("on") or name == "srcdoc"]
+        links = [held.get(name) or "" for name in ("href", "src", "action", "xlink:href")]
+        self.odd += [link for link in links if link and not link.startswith(("#", "data:image/png;base64,"))]
+        if held.get("http-equiv") == "Content-Security-Policy":
+            self.policies.append(held.get("content"))
+
+
+def obeyed(name: str, text: str) -> list[str]:
+    """What a view does that no name may make it do."""
+    found = [f"sends {c!a}" for c in sorted({c for c in text if not c.isprintable() and c not in "\n\t"})]
+    if name in PAGES:
+        tags = _Tags(text)
+        found += tags.odd + ([] if tags.policies == [POLICY] else [f"its policies are {tags.policies}"])
+    return found
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_obeys_no_name(name: str) -> None:
+    text = VIEWS[name]()
+    assert "owned" in text, "the hostile name is not shown, so that nothing is tested"
+    assert not obeyed(name, text)
+    assert obeyed(name, text + HOSTILE)
+
+
+@pytest.mark.parametrize("harm", ["<script>alert(1)</script>", "<p onclick=x>", "<a href=javascript:x>", "<iframe>"])
+def test_a_page_with_harm_in_it_is_caught(harm: str) -> None:
+    good = PAGES["report.html"]()
+    assert obeyed("report.html", good.replace("</body>", f"{harm}</body>"))
+    assert obeyed("report.html", good.replace(POLICY, POLICY.replace("'none'", "*", 1)))
+
+
+@pytest.mark.parametrize("text", ["a`b", "a|b", "a\nb", HOSTILE])
+def test_a_cell_of_the_issue_s_table_stays_one_cell(text: str) -> None:
+    cell = _cell(text)
+    assert "`" not in cell and "\n" not in cell and not re.search(r"(?<!\\)\|", cell)
+    assert printable(cell) == cell

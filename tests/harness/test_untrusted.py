@@ -1,0 +1,433 @@
+"""Untrusted files: stored traces, downloaded models and SAEs, flat JSONs. A damaged one is refused in one line.
+
+Hypothesis damages each kind; below are the attacks that a random change does not find. Nothing is executed, nothing
+outside a directory is read, and no size is believed before it is checked.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from candle_mi_parity.candidate.sources import StoredSource
+from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.coverage.flat_json import case_of, read_reference
+from candle_mi_parity.errors import GoldenError, ParityError, SaeError
+from candle_mi_parity.files import untrusted
+from candle_mi_parity.files.npz import read_npz
+from candle_mi_parity.judge.case import Progress, judge_mode
+from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.prepared_case import prepare, tokenizer
+from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.models.sae import load_sae
+from candle_mi_parity.oracle.hooks import load_model
+from candle_mi_parity.spec.cases import LocalModel
+from candle_mi_parity.spec.paths import ROOT
+from candle_mi_parity.trace.trace import Trace
+from tests.support.planting import judge, real, write
+from tests.support.untrusted import CFG, REFERENCE, model, refused, sae_arrays, saelens
+
+# --- random damage --------------------------------------------------------------------------------
+
+ODD: list[Any] = [
+    None, True, -1, 0, 2**63, 10**400, float("nan"), float("inf"), 1e300, "", "\x1b[2J", "../x", "/dev/zero",
+    "\ud800", "a" * 5000, [], {}, [None], [2**62] * 9,
+]  # fmt: skip
+json_values = st.recursive(
+    st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(ODD),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value in a JSON tree."""
+    keys = list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else []
+    return [(*path, key) for key in keys] + [found for key in keys for found in places(tree[key], (*path, key))]
+
+
+@st.composite
+def damaged_tree(draw: st.DrawFn, tree: Any) -> bytes:
+    """A JSON document in which one value is another, or is missing."""
+    changed = copy.deepcopy(tree)
+    *way, last = draw(st.sampled_from(places(tree)))
+    holder = functools.reduce(lambda found, key: found[key], way, changed)
+    if draw(st.booleans()):
+        holder[last] = draw(json_values)
+    else:
+        del holder[last]
+    return json.dumps(changed).encode()
+
+
+@st.composite
+def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
+    """A file in which some bytes are replaced, missing or added."""
+    start = draw(st.integers(0, len(content)))
+    end = draw(st.integers(start, min(len(content), start + 64)))
+    return content[:start] + draw(st.binary(max_size=64)) + content[end:]
+
+
+def is_read(read: Callable[[], object]) -> bool:
+    """Whether a file is read; else it must be refused in one line, and by no other exception."""
+    try:
+        read()
+    except ParityError as error:
+        message = str(error)
+    else:
+        return True
+    assert message and "\n" not in message
+    return False
+
+
+FUZZ = settings(max_examples=60, deadline=None, database=None, derandomize=True)
+
+
+@settings(FUZZ, max_examples=20)
+@given(data=st.data())
+def test_a_damaged_trace_passes_only_with_all_its_evidence(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    there = real("gemma2/hub")
+    path = write(tmp_path_factory.getbasetemp() / "damaged", there)
+    honest = [(result.name, result.status, result.compared) for result in judge(there, path)]
+    tree = json.loads(path.read_bytes())
+    path.write_bytes(data.draw(damaged_tree(tree) | damaged_bytes(json.dumps(tree).encode())))
+    results: list[TensorResult] = []
+    if is_read(lambda: results.extend(judge(there, path))) and Status.FAIL not in {one.status for one in results}:
+        assert [(result.name, result.status, result.compared) for result in results] == honest
+
+
+@FUZZ
+@given(data=st.data())
+def test_damaged_tensors_of_a_trace_are_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    there = real("llama/hub")
+    path = write(tmp_path_factory.getbasetemp() / "tensors", there)
+    file = path.with_suffix(".safetensors")
+    content = file.read_bytes()
+    damaged = data.draw(damaged_bytes(content))
+    file.write_bytes(damaged)
+    assert is_read(lambda: judge(there, path)) == (damaged == content)
+
+
+@pytest.mark.parametrize("kind", ["npz", "cfg", "weights", "reference", "config"])
+@FUZZ
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, kind: str
+) -> None:
+    directory = tmp_path_factory.mktemp(kind)
+    if kind == "npz":
+        path = directory / "sae.npz"
+        np.savez(path, allow_pickle=False, **sae_arrays())
+        path.write_bytes(data.draw(damaged_bytes(path.read_bytes())))
+        is_read(lambda: load_sae(path))
+    elif kind in ("cfg", "weights"):
+        path = saelens(directory) / ("cfg.json" if kind == "cfg" else "sae_weights.safetensors")
+        damage = damaged_bytes(path.read_bytes())
+        path.write_bytes(data.draw(damage | damaged_tree(CFG) if kind == "cfg" else damage))
+        is_read(lambda: load_sae(directory))
+    elif kind == "reference":
+        path = directory / "reference.json"
+        path.write_bytes(data.draw(damaged_tree(REFERENCE) | damaged_bytes(json.dumps(REFERENCE).encode())))
+        is_read(lambda: case_of(read_reference(path)))
+    else:
+        case = model(directory / "model")
+        path = directory / "model" / "config.json"
+        path.write_bytes(data.draw(damaged_tree(json.loads(path.read_bytes()))))
+        is_read(lambda: prepare(case, directory))
+
+
+# --- a trace cannot leave out or add what is not compared ------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case_id", "edit"),
+    [
+        ("llama/hub", lambda d: d["scalars"].update({"sae.reconstruction_mse": 0.5})),
+        ("llama/hub", lambda d: d.update(top_features_last_pos=[{"index": 1, "value": 2.0}])),
+        ("gemma2/hub", lambda d: d["scalars"].update({"odd": 0.5})),
+        ("gemma2/hub", lambda d: d["top_features_last_pos"].pop()),
+        ("gemma2/hub", lambda d: d["top_features_last_pos"].append({"index": 95, "value": 0.0})),
+    ],
+)
+def test_what_is_given_beside_the_tensors_is_compared_or_refused(
+    tmp_path: Path, case_id: str, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    there = real(case_id)
+    assert all(result.status is Status.PASS for result in judge(there, write(tmp_path / "honest", there)))
+    path = write(tmp_path / "edited", there, edit=edit)
+    assert not is_read(lambda: judge(there, path)) or Status.FAIL in {one.status for one in judge(there, path)}
+
+
+STORED = ROOT / "rust_outputs" / "0.2.2"
+
+
+def stored_trace(
+    directory: Path, case_id: str, edit: Callable[[dict[str, Any], dict[str, np.ndarray]], object]
+) -> None:
+    """Read a copy of a stored case of 0.2.2, of which ``edit`` changes document and tensors, as a run does."""
+    there = real(case_id)
+    path = directory / f"{case_id}.json"
+    path.parent.mkdir(parents=True)
+    shutil.copy(STORED / "candidate.json", directory)
+    document = json.loads((STORED / f"{case_id}.json").read_text())
+    tensors = load_file(STORED / f"{case_id}.safetensors")
+    edit(document, tensors)
+    save_file(tensors, path.with_suffix(".safetensors"))
+    path.write_text(json.dumps(document))
+    judge_mode(there.oracle, StoredSource(directory), "free", Progress())
+
+
+@pytest.mark.parametrize(("field", "value"), [("device", "cuda:0"), ("case", {"id": "llama/v5", "digest": "0" * 64})])
+def test_a_stored_trace_of_another_device_or_case_is_refused(tmp_path: Path, field: str, value: object) -> None:
+    refused(lambda: stored_trace(tmp_path, "llama/hub", lambda d, _: d["header"].update({field: value})))
+
+
+@pytest.mark.parametrize("columns", [[0], list(range(99)), [0] * 100, list(range(100))[::-1], list(range(100))])
+def test_a_stored_part_cannot_choose_which_logits_are_compared(tmp_path: Path, columns: list[int]) -> None:
+    """With its digest made anew, one logit that agrees could stand for the hundred that are stored."""
+
+    def choose(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        entry = next(entry for entry in document["tensors"] if entry["name"] == "logits")
+        tensors["logits"] = np.ascontiguousarray(tensors["logits"][..., columns])
+        entry["part"]["columns"] = [entry["part"]["columns"][i] for i in columns]
+        entry["shape"] = list(tensors["logits"].shape)
+        entry["sha256"] = hashlib.sha256(tensors["logits"].tobytes()).hexdigest()
+
+    assert is_read(lambda: stored_trace(tmp_path, "llama/one-token", choose)) == (columns == list(range(100)))
+
+
+# --- JSON and sizes that attack the reader ---------------------------------------------------------
+
+JSON_READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "trace": ("x.json", Trace),
+    "flat reference": ("x.json", read_reference),
+    "config.json": ("config.json", lambda path: read_config(path.parent)),
+    "cfg.json": ("cfg.json", lambda path: load_sae(path.parent)),
+}
+"""Reader → the name under which it looks for its file, and how it is called."""
+ATTACKS = {
+    "10^6 lists": b"[" * 10**6 + b"]" * 10**6,
+    "key twice among many": b"{" + b",".join(b'"k%d":0' % i for i in range(10**4)) + b',"k999":0}',
+    "NaN": b'{"d_in": NaN}',
+    "a number past float64": b'{"d_in": 1e999}',
+    "an integer of 10^5 digits": b'{"d_in": ' + b"9" * 10**5 + b"}",
+    "no UTF-8": b'{"\xff": 1}',
+}
+
+
+@pytest.mark.parametrize("reader", JSON_READERS)
+def test_json_that_attacks_its_parser_is_refused(tmp_path: Path, reader: str) -> None:
+    name, read = JSON_READERS[reader]
+    path = saelens(tmp_path) / name
+    for attack in ATTACKS.values():
+        path.write_bytes(attack)
+        assert "not valid JSON" in refused(lambda: read(path))
+    os.truncate(path, 1 << 40)
+    assert "bytes, more than" in refused(lambda: read(path))
+    path.unlink()
+    os.mkfifo(path)
+    refused(lambda: read(path))
+
+
+def header(claims: dict[str, Any], size: int | None = None) -> bytes:
+    text = json.dumps(claims).encode()
+    return struct.pack("<Q", len(text) if size is None else size) + text
+
+
+HEADERS = {
+    "a header of terabytes": header({}, 1 << 42),
+    "a tensor of terabytes": header({"x": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}),
+    "a shape that overflows": header({"x": {"dtype": "F32", "shape": [2**62, 8], "data_offsets": [0, 0]}}),
+    "offsets backwards": header({"x": {"dtype": "F32", "shape": [1], "data_offsets": [8, 4]}}) + bytes(8),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("attack", HEADERS)
+def test_a_tensor_file_that_claims_too_much_is_refused(tmp_path: Path, attack: str) -> None:
+    path = write(tmp_path / "trace", real("llama/hub"))
+    path.with_suffix(".safetensors").write_bytes(HEADERS[attack])
+    refused(lambda: Trace(path).tensor("hook_embed"))
+    (saelens(tmp_path / "sae") / "sae_weights.safetensors").write_bytes(HEADERS[attack])
+    refused(lambda: load_sae(tmp_path / "sae"))
+    case = model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(HEADERS[attack])
+    refused(lambda: prepare(case, tmp_path))
+
+
+def test_sizes_that_do_not_fit_in_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saelens(tmp_path)
+    (tmp_path / "cfg.json").write_text(json.dumps(CFG | {"d_in": 1 << 20, "d_sae": 1 << 20}))
+    claim = header({"x": {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}})
+    (tmp_path / "sae_weights.safetensors").write_bytes(claim)
+    os.truncate(tmp_path / "sae_weights.safetensors", len(claim) + (1 << 40))  # a hole, which costs no disk
+    assert "of memory" in refused(lambda: load_sae(tmp_path))
+    monkeypatch.setattr("resource.getrlimit", lambda _: (1 << 20, 1 << 20))
+    with pytest.raises(SaeError, match="there are 1048576"):
+        untrusted.require_memory((1 << 20) + 1, "x", SaeError)
+
+
+def array_header(shape: tuple[int, ...], descr: str = "<f4") -> bytes:
+    text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text
+
+
+NPZ = {
+    "a shape of terabytes": (array_header((1 << 40,)), "and has 0"),
+    "a shape that overflows": (array_header((2**62, 2**62)), "and has 0"),
+    "a shape below zero": (array_header((-1,)), "claims"),
+    "64 MB of zeros in a few KB": (array_header((1 << 24,)) + bytes(1 << 26), "more than weights can"),
+    "a header that is code": (b"\x93NUMPY\1\0" + struct.pack("<H", 20) + b"__import__('os')    ", ""),
+}
+
+
+@pytest.mark.parametrize("attack", NPZ)
+def test_an_archive_that_claims_too_much_is_refused(tmp_path: Path, attack: str) -> None:
+    content, said = NPZ[attack]
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("W_enc.npy", content)
+    assert said in refused(lambda: load_sae(path))
+    assert said in refused(lambda: read_npz(path, GoldenError))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_hidden_layers": 10**9}, {"hidden_size": 10**12}, {"num_hidden_layers": "3"}, {"num_attention_heads": 0}],
+    ids=str,
+)
+def test_a_config_whose_sizes_the_weights_do_not_have_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    case = model(tmp_path / "model", **change)
+    assert "config.json" in refused(lambda: prepare(case, tmp_path))
+
+
+# --- nothing is executed ---------------------------------------------------------------------------
+
+
+class Payload:
+    """Unpickling this makes a directory."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (os.environ["PARITY_TEST_PAYLOAD"],)
+
+
+@pytest.fixture
+def executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory that exists once a payload has run."""
+    monkeypatch.setenv("PARITY_TEST_PAYLOAD", str(tmp_path / "executed"))
+    return tmp_path / "executed"
+
+
+def test_a_pickle_is_unpickled_by_no_reader(tmp_path: Path, executed: Path) -> None:
+    array = tmp_path / "x.npz"
+    np.savez(array, W_enc=np.array([Payload()], dtype=object))
+    refused(lambda: load_sae(array))
+    case = model(tmp_path / "model")
+    # transformers falls back to the pickle where shards have no index.
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
+    load_model(prepare(case, tmp_path).model_dir, torch.float32)
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "model-00001-of-00001.safetensors")
+    assert "model.safetensors.index.json: no such file" in refused(lambda: prepare(case, tmp_path))
+    assert not executed.exists()
+    pickle.loads(pickle.dumps(Payload()))
+    assert executed.exists(), "the payload does nothing, so that nothing is tested"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "evil", None])
+def test_code_beside_a_model_is_not_run(
+    tmp_path: Path, executed: Path, monkeypatch: pytest.MonkeyPatch, model_type: str | None
+) -> None:
+    def asked(*_: object) -> str:
+        raise AssertionError("a question was asked on the terminal")
+
+    monkeypatch.setattr("builtins.input", asked)
+    names = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil")
+    case = model(tmp_path / "model", model_type=model_type, auto_map=names)
+    (tmp_path / "model" / "evil.py").write_text("import os\nos.mkdir(os.environ['PARITY_TEST_PAYLOAD'])")
+    (tmp_path / "model" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
+    )
+    if model_type == "llama":
+        load_model(prepare(case, tmp_path).model_dir, torch.float32)
+    else:
+        assert "model_type" in refused(lambda: prepare(case, tmp_path))
+    refused(lambda: tokenizer(tmp_path / "model"))
+    assert not executed.exists()
+
+
+# --- nothing outside a directory is read -----------------------------------------------------------
+
+
+def test_a_config_cannot_point_at_other_weights(tmp_path: Path) -> None:
+    for i, key in enumerate(("transformers_weights", "quantization_config")):
+        case = model(tmp_path / f"model{i}", **{key: {"x": "../model.safetensors"}})
+        assert key in refused(lambda: prepare(case, tmp_path))  # noqa: B023
+    case = model(tmp_path / "adapted")
+    (tmp_path / "adapted" / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+    assert "an adapter to another model" in refused(lambda: prepare(case, tmp_path))
+
+
+@pytest.mark.parametrize("named", ["../evil.safetensors", "/dev/zero", "model-00002-of-00002.safetensors", "", None])
+def test_an_index_lists_the_shards_beside_it_and_nothing_else(tmp_path: Path, named: str | None) -> None:
+    case = model(tmp_path / "model")
+    shard = "model-00001-of-00001.safetensors"
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / shard)
+    shutil.copy(tmp_path / "model" / shard, tmp_path / "evil.safetensors")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": shard, "b": named}}))
+    assert "lists" in refused(lambda: prepare(case, tmp_path))
+    index.write_text(json.dumps({"weight_map": {"a": shard}}))
+    prepare(case, tmp_path)
+
+
+def test_a_link_out_of_a_directory_is_refused_and_one_within_is_not(tmp_path: Path) -> None:
+    case, sae = model(tmp_path / "model"), saelens(tmp_path / "sae")
+    shutil.copytree(tmp_path / "model", tmp_path / "secret")
+    shutil.copytree(sae, tmp_path / "other")
+    for directory, name, outside, read in (
+        (tmp_path / "model", "model.safetensors", "secret", lambda: prepare(case, tmp_path)),
+        (sae, "cfg.json", "other", lambda: load_sae(sae)),
+    ):
+        place = directory / name
+        place.unlink()
+        place.symlink_to(tmp_path / outside / name)
+        assert f"{name} is a link that leads out" in refused(read)
+        place.unlink()
+        shutil.copy(tmp_path / outside / name, directory / f"within-{name}")
+        place.symlink_to(f"within-{name}")
+        read()
+
+
+def test_the_links_of_the_hub_s_own_cache_are_followed(tmp_path: Path) -> None:
+    model(tmp_path / "model")
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tmp_path / "model" / name, blobs / f"sha-{name}")
+        (snapshot / name).symlink_to(Path("../../blobs") / f"sha-{name}")
+    local = LocalModel(source="local", path=str(snapshot))
+    assert model_directory(local, tmp_path) == snapshot
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(tmp_path / "model" / "config.json")
+    assert "leads out" in refused(lambda: model_directory(local, tmp_path))

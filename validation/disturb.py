@@ -1,0 +1,124 @@
+"""Functions that disturb transformers' float32 run, by the name that a row gives as ``function``.
+
+Each run has a model of its own, so hooks and weights that a function leaves in it disturb no other; what is patched
+in a module is restored by :meth:`Running.patch`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from torch import nn
+
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.oracle import hooks
+from candle_mi_parity.oracle.torch_sae import TorchSae
+from candle_mi_parity.trace.trace import Feature
+from tests.support.planting import Arrays
+
+Tensor = torch.Tensor
+Disturb = Callable[["Running"], object]
+
+
+@dataclass
+class Dump:
+    """What a run left, for changes afterwards."""
+
+    arrays: Arrays
+    scalars: dict[str, float]
+    top_features: list[Feature]
+
+
+@dataclass
+class Running:
+    """A run that is about to start.
+
+    :ivar subject: what it is given; a function may put another in its place.
+    :ivar captured: tensors that the dump has in place of the recorded ones.
+    :ivar after: changes of the dump.
+    """
+
+    subject: Subject
+    model: Any
+    sae: TorchSae | None
+    stack: ExitStack
+    captured: dict[str, Tensor] = field(default_factory=dict)
+    after: list[Callable[[Dump], None]] = field(default_factory=list)
+
+    def patch(self, target: object, name: str, value: object) -> None:
+        self.stack.enter_context(mock.patch.object(target, name, value))
+
+    @property
+    def layers(self) -> Any:
+        return self.model.model.layers
+
+    @property
+    def modeling(self) -> Any:
+        """transformers' module of the model's family."""
+        return importlib.import_module(type(self.model).__module__)
+
+    def attention(self, change: Callable[[dict[str, Any]], None]) -> None:
+        """Change the arguments of attention: module, query, key, value, attention_mask, scaling, softcap."""
+
+        def wrapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **rest: Any) -> Any:
+            given = {"module": module, "query": query, "key": key, "value": value, "attention_mask": mask, **rest}
+            change(given)
+            return hooks.attention(**given)
+
+        register = transformers.AttentionInterface.register
+        register(hooks.our_attention(), wrapped)
+        self.stack.callback(register, hooks.our_attention(), hooks.attention)
+
+    def softmax(self, instead: Callable[[Tensor], Tensor]) -> None:
+        """Another softmax over the last axis, for attention."""
+        self.patch(torch, "softmax", lambda scores, dim, dtype=None: instead(scores))
+
+    def rotary(self, instead: Callable[[Callable[..., Any], Tensor, Tensor, Tensor, Tensor], Any]) -> None:
+        """Another rotation: ``instead(original, q, k, cos, sin)``."""
+        original = self.modeling.apply_rotary_pos_emb
+
+        def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> Any:
+            return instead(original, q, k, cos, sin)
+
+        self.patch(self.modeling, "apply_rotary_pos_emb", rotate)
+
+    def norms(self, instead: Callable[[Any, Tensor], Tensor]) -> None:
+        """Another forward of the family's RMSNorm: ``instead(module, x)``."""
+        self.patch(type(self.model.model.norm), "forward", instead)
+
+
+def output(module: Any, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Put ``change(input, output)`` in place of a module's output, before it is recorded."""
+
+    def hook(_module: nn.Module, args: Any, out: Any) -> Any:
+        if isinstance(out, tuple):
+            return (change(args[0] if args else out[0], out[0]), *out[1:])
+        return change(args[0], out)
+
+    module.register_forward_hook(hook)
+
+
+FUNCTIONS: dict[str, Disturb] = {}
+
+
+def register(**functions: Disturb) -> None:
+    """Register functions under their names.
+
+    :raises ValueError: a name is given twice.
+    """
+    if twice := FUNCTIONS.keys() & functions.keys():
+        raise ValueError(f"registered twice: {', '.join(twice)}")
+    FUNCTIONS.update(functions)
+
+
+def fault(function: Disturb) -> Disturb:
+    """Register a function under its own name."""
+    register(**{function.__name__: function})
+    return function

@@ -1,0 +1,172 @@
+"""``python -m validation.faults``: plant every fault of the catalogue and judge it as ``run`` judges a case.
+
+With ``--source`` the faults in candle-mi's own source, one build for each. Exit code 1 when a fault survives, shows
+first at another tensor or ends in another error than it should.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from candle_mi_parity.candidate.sources import NothingOpen, Source, same_candidate
+from candle_mi_parity.compare.compare import check_header
+from candle_mi_parity.compare.ledger import Ledger
+from candle_mi_parity.compare.verdict import CaseResult, Status
+from candle_mi_parity.errors import ParityError
+from candle_mi_parity.files.digest import file_digest
+from candle_mi_parity.judge.case import Progress, judge_case
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.trace import Trace
+from candle_mi_parity.trace.truth import Truth
+from tests.support.planting import CASES, RELEASE, real, write
+from validation.catalogue import NOWHERE, Fault, load_faults
+from validation.plant import emitted
+from validation.source_faults import Checkout, check_anchors, released_crate
+from validation.trace_faults import IO
+
+NOTHING_KNOWN = Ledger(format=1, known=[], refused=[])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a fault.
+
+    :ivar found: the first tensor that failed, what the error had to say, or :data:`NOWHERE` when the case passed.
+    :ivar reason: why that tensor failed.
+    :ivar error: the reason why nothing could be judged: a crash is no detection.
+    """
+
+    fault: Fault
+    found: str = ""
+    reason: str = ""
+    error: str = ""
+
+    @property
+    def right(self) -> bool:
+        """Whether it was detected exactly where the catalogue says."""
+        return self.found == self.fault.first and self.fault.reason in ("", self.reason) and not self.error
+
+
+class PlantedSource(NothingOpen):
+    """A candidate in whose every trace a fault is planted; None plants nothing: the clean twin."""
+
+    identity = RELEASE
+
+    def __init__(self, fault: Fault | None, directory: Path) -> None:
+        self._fault, self._directory = fault, directory
+
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Trace:
+        there = real(subject.case.id, mode)
+        dump = there.emitted if self._fault is None else emitted(self._fault, there)
+        path = write(self._directory / mode, replace(there, emitted=dump))
+        if self._fault is not None and self._fault.io is not None:
+            IO[self._fault.io](path)
+        trace = same_candidate(Trace(path), self.identity)
+        check_header(truth, trace, file_digest(inputs))
+        return trace
+
+
+def _judge(source: Source, case_id: str) -> CaseResult:
+    """A case against a source, as ``run`` judges it; no divergence is known."""
+    return judge_case(CASES[case_id], source, "planted", cache_root(), NOTHING_KNOWN, Progress())
+
+
+def twin_problem(source: Source, case_id: str) -> str:
+    """What is wrong with the clean twin of a case; "" when it passes."""
+    result = _judge(source, case_id)
+    if result.status is Status.PASS:
+        return ""
+    return f"the clean twin is {result.message()}"
+
+
+def outcome(fault: Fault, source: Source, twin: Callable[[str], str]) -> Outcome:
+    """Judge a fault.
+
+    :param twin: case id → what is wrong with its clean twin, "" for nothing.
+    """
+    if problem := twin(fault.case):
+        return Outcome(fault, error=problem)
+    result = _judge(source, fault.case)
+    if result.status is Status.ERROR:
+        refused = fault.refused and fault.first in result.error
+        return Outcome(fault, found=fault.first) if refused else Outcome(fault, error=result.error)
+    if result.status is Status.PASS:
+        return Outcome(fault, found=NOWHERE)
+    if (first := result.first_divergence) is None:
+        return Outcome(fault, error=result.error)
+    return Outcome(fault, first.name, first.reason)
+
+
+def judge_planted(faults: list[Fault], directory: Path) -> Iterator[Outcome]:
+    """The faults of torch's own run.
+
+    :param directory: where the faulty traces are written.
+    """
+
+    @functools.cache
+    def twin(case_id: str) -> str:
+        return twin_problem(PlantedSource(None, directory / "twins" / case_id), case_id)
+
+    for fault in faults:
+        yield outcome(fault, PlantedSource(fault, directory / fault.id), twin)
+
+
+def judge_source(faults: list[Fault], directory: Path) -> Iterator[Outcome]:
+    """The faults in candle-mi's own source, built one by one."""
+    check_anchors(faults, released_crate())
+    checkout = Checkout(cache_root(), directory)
+    with checkout.candidate(None) as honest:
+        twins = {case: twin_problem(honest, case) for case in {fault.case for fault in faults}}
+    for fault in faults:
+        try:
+            with checkout.candidate(fault) as source:
+                yield outcome(fault, source, twins.__getitem__)
+        except ParityError as error:  # it does not build
+            yield Outcome(fault, error=str(error))
+
+
+def main(
+    source: Annotated[bool, typer.Option(help="the faults in candle-mi's own source, a build each")] = False,
+    fast: Annotated[bool, typer.Option(help="only the rows that `make test` runs")] = False,
+    only: Annotated[str, typer.Option(help="one fault by its id")] = "",
+) -> None:
+    """Judge the faults of the catalogue; exit code 1 unless each is detected where it was planted."""
+    console = Console(soft_wrap=True)
+    faults = [
+        fault
+        for fault in load_faults()
+        if (fault.source is not None) == source and (fault.fast or not fast) and only in ("", fault.id)
+    ]
+    if not faults:
+        console.print("no such fault")
+        raise typer.Exit(2)
+    with tempfile.TemporaryDirectory() as scratch:
+        judging = (judge_source if source else judge_planted)(faults, Path(scratch))
+        outcomes = list(track(judging, "seeded faults", total=len(faults), console=Console(stderr=True)))
+    totals, right = Counter(one.fault.kind for one in outcomes), Counter(o.fault.kind for o in outcomes if o.right)
+    for kind, count in totals.items():
+        console.print(f"{kind}: {right[kind]} of {count} detected where they were planted", highlight=False)
+    for one in outcomes:
+        if not one.right:
+            found = one.error or f"{one.found} {one.reason}"
+            console.print(
+                f"{one.fault.id} ({one.fault.case}): expected {one.fault.first}, found {found}", markup=False
+            )
+    console.print(f"all: {right.total()} of {len(outcomes)}", highlight=False)
+    raise typer.Exit(0 if right.total() == len(outcomes) else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,231 @@
+"""Faults in what a transformer computes: rotary, mask, norm, activation, scaling, heads, tied weights."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from validation.disturb import Running, Tensor, fault, output, register
+
+# --- rotary ---------------------------------------------------------------------------------------
+
+
+@fault
+def rotary_interleaved(run: Running) -> None:
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        cos, sin = (table[..., :half].repeat_interleave(2, -1).unsqueeze(1) for table in (cos, sin))
+        other = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
+        return x * cos + other * sin
+
+    run.rotary(lambda _, q, k, cos, sin: (turned(q, cos, sin), turned(k, cos, sin)))
+
+
+@fault
+def rotary_half(run: Running) -> None:
+    def instead(original: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        size = cos.shape[-1]
+        slow = torch.arange(size) % (size // 2) >= size // 4
+        return original(q, k, torch.where(slow, 1.0, cos), torch.where(slow, 0.0, sin))
+
+    run.rotary(instead)
+
+
+@fault
+def rotary_not_in_layer_1(run: Running) -> None:
+    layers = itertools.count()
+    run.rotary(lambda original, q, k, cos, sin: (q, k) if next(layers) == 1 else original(q, k, cos, sin))
+
+
+def _positions(run: Running, change: Any) -> None:
+    def hook(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "position_ids": change(kwargs["position_ids"])}
+
+    run.model.model.rotary_emb.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+register(
+    rotary_backwards=lambda run: run.rotary(lambda original, q, k, cos, sin: original(q, k, cos, -sin)),
+    rotary_query_only=lambda run: run.rotary(lambda original, q, k, cos, sin: (original(q, k, cos, sin)[0], k)),
+    rotary_table_short=lambda run: _positions(run, lambda positions: positions.clamp(max=16)),
+    rotary_from_one=lambda run: _positions(run, lambda positions: positions + 1),
+)
+
+
+# --- mask -----------------------------------------------------------------------------------------
+
+
+def _masks(run: Running, change: Any, layer: int | None = None) -> None:
+    """``change(mask, query, key)`` on a copy of the mask [B, 1, T, T]; allowed entries are 0."""
+
+    def edit(given: dict[str, Any]) -> None:
+        if layer is None or given["module"].layer_idx == layer:
+            mask = given["attention_mask"].clone()
+            query = torch.arange(mask.shape[-1])[:, None]
+            given["attention_mask"] = change(mask, query, query.T)
+
+    run.attention(edit)
+
+
+def _finite_mask(run: Running, value: float) -> None:
+    softmax = torch.softmax
+    run.softmax(lambda scores: softmax(scores.masked_fill(scores == -torch.inf, value), dim=-1))
+
+
+register(
+    mask_future_one=lambda run: _masks(run, lambda mask, query, key: mask.masked_fill(key == query + 1, 0.0)),
+    mask_strict=lambda run: _masks(
+        run, lambda mask, query, key: mask.masked_fill((key == query) & (query > 0), -torch.inf)
+    ),
+    mask_without_first=lambda run: _masks(
+        run, lambda mask, query, key: mask.masked_fill((key == 0) & (query > 0), -torch.inf)
+    ),
+    mask_none=lambda run: _masks(run, lambda mask, query, key: torch.zeros_like(mask)),
+    mask_none_in_layer_1=lambda run: _masks(run, lambda mask, query, key: torch.zeros_like(mask), layer=1),
+    mask_minus_50=lambda run: _finite_mask(run, -50.0),
+    softcap_after_mask=lambda run: _finite_mask(run, -50.0),
+    mask_minus_10000=lambda run: _finite_mask(run, -10000.0),
+)
+
+
+# --- norm -----------------------------------------------------------------------------------------
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.pow(2).mean(-1, keepdim=True)
+
+
+@fault
+def norm_subtracts_mean(run: Running) -> None:
+    def instead(norm: Any, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled: Tensor = norm.weight * (centred * torch.rsqrt(_mean_square(centred) + norm.variance_epsilon))
+        return scaled
+
+    run.norms(instead)
+
+
+@fault
+def norm_post_attention_skipped(run: Running) -> None:
+    for layer in run.layers:
+        output(layer.post_attention_layernorm, lambda x, _: x)
+
+
+@fault
+def norm_of_query_skipped(run: Running) -> None:
+    for layer in run.layers:
+        output(layer.self_attn.q_norm, lambda x, _: x)
+
+
+@fault
+def norm_unbiased(run: Running) -> None:
+    def unbiased(norm: torch.nn.LayerNorm, x: Tensor, _: Tensor) -> Tensor:
+        root = (x.var(-1, keepdim=True, unbiased=True) + norm.eps).rsqrt()
+        return (x - x.mean(-1, keepdim=True)) * root * norm.weight + norm.bias
+
+    for module in run.model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            output(module, partial(unbiased, module))
+
+
+register(
+    norm_without_one=lambda run: run.norms(lambda norm, x: x * torch.rsqrt(_mean_square(x) + norm.eps) * norm.weight),
+    norm_with_one=lambda run: run.norms(
+        lambda norm, x: x * torch.rsqrt(_mean_square(x) + norm.variance_epsilon) * (1 + norm.weight)
+    ),
+    norm_eps_outside=lambda run: run.norms(
+        lambda norm, x: norm.weight * (x / (_mean_square(x).sqrt() + norm.variance_epsilon))
+    ),
+    norm_final_skipped=lambda run: output(run.model.model.norm, lambda x, _: x),
+)
+
+
+# --- activation -----------------------------------------------------------------------------------
+
+
+def _activation(run: Running, instead: Any) -> None:
+    for layer in run.layers:
+        act = getattr(layer.mlp, "act_fn", None) or layer.mlp.act
+        output(act, lambda x, _: instead(x))
+
+
+@fault
+def gate_and_up_exchanged(run: Running) -> None:
+    def exchanged(mlp: Any, x: Tensor, _: Tensor) -> Tensor:
+        out: Tensor = mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x))
+        return out
+
+    for layer in run.layers:
+        output(layer.mlp, partial(exchanged, layer.mlp))
+
+
+register(
+    gelu_quick=lambda run: _activation(run, lambda x: x * torch.sigmoid(1.702 * x)),
+    relu_for_silu=lambda run: _activation(run, functional.relu),
+    hardswish_for_silu=lambda run: _activation(run, functional.hardswish),
+    gelu_constant_cut=lambda run: _activation(
+        run, lambda x: 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.0447 * x**3)))
+    ),
+)
+
+
+# --- scaling --------------------------------------------------------------------------------------
+
+
+@fault
+def embedding_unscaled(run: Running) -> None:
+    embedding = run.model.model.embed_tokens
+    output(embedding, lambda tokens, _: functional.embedding(tokens, embedding.weight))
+
+
+@fault
+def scale_of_width(run: Running) -> None:
+    config = run.model.config
+    run.attention(lambda given: given.update(scaling=(config.hidden_size / config.num_attention_heads) ** -0.5))
+
+
+@fault
+def final_softcap_twice(run: Running) -> None:
+    cap = run.model.config.final_logit_softcapping
+    output(run.model.lm_head, lambda _, logits: torch.tanh(logits / cap) * cap)
+
+
+register(
+    scale_is_linear=lambda run: run.attention(lambda given: given.update(scaling=1 / given["module"].head_dim)),
+)
+
+
+# --- heads and tied weights -----------------------------------------------------------------------
+
+
+def _tiled(given: dict[str, Any], *names: str) -> None:
+    groups = given["query"].shape[1] // given["key"].shape[1]
+    for name in ("key", "value"):
+        heads = given[name]
+        wrong = name in names
+        given[name] = heads.repeat(1, groups, 1, 1) if wrong else heads.repeat_interleave(groups, dim=1)
+
+
+@fault
+def head_is_embedding(run: Running) -> None:
+    embedding = run.model.model.embed_tokens.weight
+    output(run.model.lm_head, lambda x, _: functional.linear(x, embedding))
+
+
+@fault
+def head_is_rolled(run: Running) -> None:
+    weight = run.model.lm_head.weight.detach().roll(1, 0)
+    output(run.model.lm_head, lambda x, _: functional.linear(x, weight))
+
+
+register(
+    kv_tiled=lambda run: run.attention(lambda given: _tiled(given, "key", "value")),
+    values_tiled=lambda run: run.attention(lambda given: _tiled(given, "value")),
+    kv_first_only=lambda run: run.attention(
+        lambda given: given.update(key=given["key"][:, :1].expand_as(given["key"]))
+    ),
+)

@@ -1,0 +1,144 @@
+"""Faults of precision: one operation in a narrower format, a rougher approximation, another order of summing."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from validation.disturb import Running, Tensor, fault, output, register
+
+
+def tf32(x: Tensor) -> Tensor:
+    """Rounded to TF32's 10 bits of mantissa, float32."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def bf16(x: Tensor) -> Tensor:
+    return x.bfloat16().to(x.dtype)
+
+
+def f16(x: Tensor) -> Tensor:
+    return x.half().to(x.dtype)
+
+
+def _maximum(scores: Tensor) -> Tensor:
+    return scores.amax(-1, keepdim=True)
+
+
+@fault
+def softmax_bf16(run: Running) -> None:
+    softmax = torch.softmax
+    run.softmax(lambda scores: softmax(scores.bfloat16(), dim=-1).to(scores.dtype))
+
+
+@fault
+def softmax_without_maximum(run: Running) -> None:
+    def plain(scores: Tensor) -> Tensor:
+        weights = torch.exp(scores)
+        return weights / weights.sum(-1, keepdim=True)
+
+    run.softmax(plain)
+
+
+@fault
+def exp_approximate(run: Running) -> None:
+    def rough(scores: Tensor) -> Tensor:
+        weights = torch.exp(scores - _maximum(scores))
+        sign = 1 - 2 * (torch.arange(scores.shape[-1]) % 2)
+        weights = weights * (1 + 1e-5 * sign)
+        return weights / weights.sum(-1, keepdim=True)
+
+    run.softmax(rough)
+
+
+@fault
+def norm_bf16(run: Running) -> None:
+    def narrow(norm: Any, x: Tensor) -> Tensor:
+        low = x.bfloat16()
+        normed = low * torch.rsqrt(low.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        scaled: Tensor = norm.weight.bfloat16() * normed
+        return scaled.to(x.dtype)
+
+    run.norms(narrow)
+
+
+@fault
+def rsqrt_approximate(run: Running) -> None:
+    def rough(norm: Any, x: Tensor) -> Tensor:
+        root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        mantissa, exponent = torch.frexp(root)
+        scaled: Tensor = norm.weight * (x * torch.ldexp(torch.round(mantissa * 4096) / 4096, exponent))
+        return scaled
+
+    run.norms(rough)
+
+
+@fault
+def tf32_linear(run: Running) -> None:
+    def rounded(module: torch.nn.Linear, x: Tensor, _: Tensor) -> Tensor:
+        return functional.linear(tf32(x), tf32(module.weight), module.bias)
+
+    for module in run.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            output(module, partial(rounded, module))
+
+
+@fault
+def f16_accumulation(run: Running) -> None:
+    def added(weight: Tensor, x: Tensor, _: Tensor) -> Tensor:
+        total = torch.zeros(*x.shape[:-1], weight.shape[0], dtype=torch.float16)
+        for part in range(x.shape[-1]):
+            total = (total.float() + x[..., part, None] * weight[:, part]).half()
+        return total.to(x.dtype)
+
+    for layer in run.layers:
+        output(layer.mlp.down_proj, partial(added, layer.mlp.down_proj.weight))
+
+
+@fault
+def rotary_angle_f16(run: Running) -> None:
+    frequencies = run.model.model.rotary_emb.inv_freq
+
+    def instead(original: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        angles = f16(torch.arange(q.shape[-2])[:, None] * frequencies)
+        angles = torch.cat((angles, angles), -1)[None]
+        return original(q, k, angles.cos(), angles.sin())
+
+    run.rotary(instead)
+
+
+@fault
+def silu_f16(run: Running) -> None:
+    for layer in run.layers:
+        output(layer.mlp.act_fn, lambda x, _: functional.silu(x.half()).to(x.dtype))
+
+
+@fault
+def tanh_pade(run: Running) -> None:
+    """Attention's tanh alone: the first call of each layer."""
+    exact = torch.tanh
+    calls = itertools.count()
+
+    def rough(x: Tensor) -> Tensor:
+        if next(calls) >= len(run.layers):
+            return exact(x)
+        square = x * x
+        return x * (27 + square) / (27 + 9 * square)
+
+    run.patch(torch, "tanh", rough)
+
+
+register(
+    tf32_scores=lambda run: run.attention(
+        lambda given: given.update(query=tf32(given["query"]), key=tf32(given["key"]))
+    ),
+    rotary_bf16=lambda run: run.rotary(lambda original, q, k, cos, sin: original(q, k, bf16(cos), bf16(sin))),
+    keys_bf16=lambda run: run.attention(lambda given: given.update(key=bf16(given["key"]))),
+    logits_bf16=lambda run: output(run.model.lm_head, lambda _, logits: bf16(logits)),
+    stream_f16=lambda run: output(run.layers[0], lambda _, stream: f16(stream)),
+    values_bf16=lambda run: output(run.layers[0].self_attn.v_proj, lambda _, out: bf16(out)),
+)

@@ -1,0 +1,97 @@
+"""Faults in candle-mi's own source: an edited copy of the released crate, built as a ``path:`` candidate."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from candle_mi_parity.candidate.build import EMITTER
+from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.candidate.sources import Source, open_source
+from validation.catalogue import CatalogueError, Fault, SourceEdit
+
+VERSION = "0.2.2"
+
+
+@functools.cache
+def released_crate() -> Path:
+    """The unpacked source of the release, where cargo keeps it.
+
+    :raises CatalogueError: there is no cargo, or it has another version.
+    """
+    command = ["cargo", "metadata", "--format-version", "1", "--locked"]
+    command += ["--manifest-path", str(EMITTER / "Cargo.toml")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CatalogueError(f"cargo cannot say where candle-mi {VERSION} is: {error}") from error
+    found = [one for one in json.loads(done.stdout)["packages"] if one["name"] == "candle-mi"]
+    if [one["version"] for one in found] != [VERSION]:
+        raise CatalogueError(f"the emitter is locked to candle-mi {[one['version'] for one in found]}, not {VERSION}")
+    return Path(found[0]["manifest_path"]).parent
+
+
+def edited(text: str, edit: SourceEdit) -> str:
+    """The text of a file with its anchor replaced.
+
+    :raises CatalogueError: the anchor is not there exactly once, or nothing changes.
+    """
+    if (count := text.count(edit.find)) != 1:
+        raise CatalogueError(f"{edit.file}: anchor found {count} times, expected once: {edit.find!r}")
+    if edit.find == edit.replace:
+        raise CatalogueError(f"{edit.file}: the anchor is replaced by itself: {edit.find!r}")
+    return text.replace(edit.find, edit.replace)
+
+
+def check_anchors(faults: list[Fault], crate: Path) -> None:
+    """Every edit finds its anchor exactly once; nothing is built.
+
+    :raises CatalogueError: the first that does not.
+    """
+    for fault in faults:
+        if fault.source is not None:
+            edited((crate / fault.source.file).read_text(encoding="utf-8"), fault.source)
+
+
+class Checkout:
+    """One copy of the crate that every fault is planted in by turns, so that cargo builds on what is there.
+
+    :param cache: where the crate is copied to, always to the same place.
+    :param out: where the traces go.
+    """
+
+    def __init__(self, cache: Path, out: Path) -> None:
+        self._cache, self._out = cache, out
+        self._directory = cache / "validation" / f"candle-mi-{VERSION}"
+
+    @contextmanager
+    def candidate(self, fault: Fault | None) -> Iterator[Source]:
+        """The built candidate, with a fault or, for the twin, without.
+
+        :raises ParityError: the anchor is dead, or it does not build.
+        """
+        self._lay_out(fault)
+        name = fault.id if fault else "twin"
+        candidate = parse_candidate(f"path:{self._directory}")
+        with open_source(candidate, self._cache, self._out / name, lambda line: None) as source:
+            yield source
+
+    def _lay_out(self, fault: Fault | None) -> None:
+        crate = released_crate()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path in sorted(crate.rglob("*")):
+            target = self._directory / path.relative_to(crate)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+                continue
+            content = path.read_bytes()
+            if fault and fault.source and path.relative_to(crate).as_posix() == fault.source.file:
+                content = edited(content.decode(), fault.source).encode()
+            if not target.is_file() or target.read_bytes() != content:
+                shutil.copyfile(path, target)
+                target.write_bytes(content)
