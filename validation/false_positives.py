@@ -119,8 +119,8 @@ def cases_of(setting: Setting) -> list[Case]:
 
     :raises CaseTableError: a glob that matches no case.
     """
-    default = select(load_cases(), None)
-    chosen = {case.id: case for glob in setting.cases for case in select(default, glob)}
+    default = select(load_cases(), [])
+    chosen = {case.id: case for glob in setting.cases for case in select(default, [glob])}
     change: dict[str, object] = {}
     if isinstance(setting.tokens, Repeat):
         change = {"tokens": [setting.tokens.token] * setting.tokens.times, "text": None}
@@ -213,11 +213,11 @@ def _samples(oracle: Oracle, count: int) -> Iterator[InMemory]:
     subject, truth = oracle.subject, oracle.truth()
     tokens, scales = torch.tensor(subject.tokens), MatmulScales()
     with Truth64(scales), torch.no_grad():
-        forward(oracle.model, tokens)
+        forward(oracle.computation.model, tokens)
     pool = NoisePool(int(subject.digest[16:32], 16))
     for _ in range(count):
         with RoundingNoise(pool, scales, oracle.arithmetic), torch.no_grad():
-            captured = forward(oracle.model, tokens).tensors
+            captured = forward(oracle.computation.model, tokens).tensors
         arrays = {name: as_emitted(tensor) for name, tensor in captured.items() if name in truth.tensors}
         yield InMemory({name: (array, None) for name, array in arrays.items()}, "float32", {}, [])
 

@@ -20,12 +20,12 @@ from rich.progress import track
 
 from candle_mi_parity.candidate.sources import NothingOpen, Source, same_candidate
 from candle_mi_parity.compare.compare import check_header
-from candle_mi_parity.compare.ledger import Ledger
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import Trace
@@ -35,8 +35,6 @@ from validation.catalogue import NOWHERE, Fault, load_faults
 from validation.plant import emitted
 from validation.source_faults import Checkout, check_anchors, released_crate
 from validation.trace_faults import IO
-
-NOTHING_KNOWN = Ledger(format=1, known=[], refused=[])
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class PlantedSource(NothingOpen):
 
 def _judge(source: Source, case_id: str) -> CaseResult:
     """A case against a source, as ``run`` judges it; no divergence is known."""
-    return judge_case(CASES[case_id], source, "planted", cache_root(), NOTHING_KNOWN, Progress())
+    return judge_case(CASES[case_id], source, "planted", cache_root(), NOTHING_KNOWN, Progress()).result
 
 
 def twin_problem(source: Source, case_id: str) -> str:

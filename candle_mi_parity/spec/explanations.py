@@ -133,6 +133,10 @@ class Explanations(Row):
         return [row for row in self.explanation if release in row.releases and row.applies(facts)]
 
 
+NOTHING_KNOWN = Explanations(format=1, explanation=[])
+"""A table without rows, with which every divergence is new."""
+
+
 def combined(rows: Iterable[Explanation]) -> Counterfactual:
     """The counterfactual of several explanations at once.
 

@@ -10,7 +10,7 @@ import pytest
 from candle_mi_parity.coverage.calls import Answer, Answered, Calls, load_calls, read_calls
 from candle_mi_parity.coverage.calls_compare import KnownCall, KnownCalls, fault, judge_calls, load_known_calls
 from candle_mi_parity.coverage.calls_truth import CallTruth, truth_of
-from candle_mi_parity.errors import LedgerError, TraceError
+from candle_mi_parity.errors import ExplanationError, TraceError
 from candle_mi_parity.spec.paths import ROOT, cache_root
 
 TABLE = load_calls()
@@ -148,7 +148,7 @@ def test_unlisted_divergence_fails_and_stale_entry_fails() -> None:
     assert judged(STORED.calls, KnownCalls(absent=known.absent))["sample/tie"] == "FAIL"
     stale = KnownCall(call="kl/1d", versions=["0.2.2"], kind="wrong number", fault="none", why="planted")
     assert judged(STORED.calls, KnownCalls(known=[*known.known, stale]))["kl/1d"] == "STALE"
-    with pytest.raises(LedgerError, match="lacks"):
+    with pytest.raises(ExplanationError, match="lacks"):
         judged(STORED.calls, KnownCalls(known=[stale.model_copy(update={"call": "nowhere"})]))
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from candle_mi_parity.compare.ledger import Ledger
 from torch import nn
 from typer.testing import CliRunner
 
@@ -30,6 +29,7 @@ from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.run import diff as diff_run
 from candle_mi_parity.spec.cases import load_cases
+from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import InMemory
@@ -201,7 +201,7 @@ def test_a_diff_of_cpu_and_cuda_judges_each_side_with_its_own_noise(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(diff_run, "open_source", lambda candidate, cache, out, log, device: AsIfOnCuda(device))
-    devices, empty = ("cpu", "cuda:0"), Ledger(format=1)
+    devices, empty = ("cpu", "cuda:0"), NOTHING_KNOWN
     found = diff_run.diff(("torch", "torch"), [CASE], cache_root(), tmp_path, empty, Progress(), devices)
     assert found.versions["device"] == "cpu against cuda:0" and found.verdict.exit_code == 0
     cpu, gpu = found.cases[0].a.result, found.cases[0].b.result

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from candle_mi_parity.compare.ledger import load_ledger
 
 from candle_mi_parity.candidate.sources import LiveSource, NothingOpen, Source
 from candle_mi_parity.candidate.torch_source import TorchSource
@@ -19,8 +18,9 @@ from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.report import report
 from candle_mi_parity.run import repeat as repeating
 from candle_mi_parity.run.repeat import digests, repeat
-from candle_mi_parity.run.run import blank
+from candle_mi_parity.run.run import RunOptions, blank
 from candle_mi_parity.spec.cases import load_cases
+from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import InMemory, Trace
 
@@ -62,10 +62,10 @@ def test_torch_gives_the_same_bytes_twice_from_a_model_loaded_twice(name: str) -
 
 def test_a_report_says_the_same_twice_but_for_its_seconds(torch_cpu: TorchSource) -> None:
     def once() -> dict[str, Any]:
-        result = blank("torch")
+        result = blank(RunOptions("torch"))
         cases = [CASES[name] for name in KINDS[:1]]
         result.cases = [
-            judge_case(case, torch_cpu, "torch", cache_root(), load_ledger(), Progress()) for case in cases
+            judge_case(case, torch_cpu, "torch", cache_root(), NOTHING_KNOWN, Progress()).result for case in cases
         ]
         document = report.document(result)
         assert all(case.pop("seconds") >= 0 for case in document["cases"])

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from candle_mi_parity.compare.ledger import Ledger
 
 from candle_mi_parity.candidate.candidate import EmitterError
 from candle_mi_parity.candidate.sources import NothingOpen
@@ -21,6 +20,7 @@ from candle_mi_parity.errors import ParityError, TraceError
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.run.diff import Pair, diff_one
+from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import Emitted, Feature, InMemory, Selection
@@ -71,7 +71,7 @@ def scale(name: str, factor: float) -> Change:
 
 def compared(a: Held, b: Held, case_ids: tuple[str, ...] = (LLAMA,)) -> Diff:
     pair = Pair(a, b)
-    empty = Ledger(format=1)
+    empty = NOTHING_KNOWN
     cases = [diff_one(CASES[name], pair, ("A", "B"), cache_root(), empty, Progress()) for name in case_ids]
     return Diff("A", "B", {}, {}, {"transformers": "5", "device": "cpu"}, cases)
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from rich.console import Console
 
 from candle_mi_parity.candidate.candidate import Candidate, EmitterError
@@ -19,6 +18,7 @@ from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.report import diff_views
 from candle_mi_parity.report.diff_views import figures
 from candle_mi_parity.run import diff as diff_run
+from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import Run
 from tests.harness.test_cli import command, one_line
@@ -134,7 +134,7 @@ def test_both_candidates_are_opened_on_the_device_and_the_page_names_it(
         return Held({})
 
     monkeypatch.setattr(diff_run, "open_source", open_source)
-    empty = Ledger(format=1)
+    empty = NOTHING_KNOWN
     found = diff_run.diff(("0.2.2", "torch"), [], cache_root(), tmp_path, empty, Progress(), ("cuda:1", "cuda:1"))
     assert opened == [("0.2.2", "cuda:1"), ("torch", "cuda:1")]
     assert "cuda:1 for both" in diff_views.page(found) and found.versions["device"] == "cuda:1"

@@ -12,9 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from candle_mi_parity.coverage.field_check import EXCITING, INERT, Finding, check
 from candle_mi_parity.coverage.fields import Excited, Excused, FieldError, FieldLedger, FieldRow, load_fields
-from candle_mi_parity.oracle.fields_read import fields_read
 from candle_mi_parity.coverage.sensitivity import effect
 from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.oracle.fields_read import fields_read
 from candle_mi_parity.spec.cases import Case, Setting
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.paths import cache_root

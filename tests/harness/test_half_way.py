@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from candle_mi_parity.compare.ledger import Ledger
 
 from candle_mi_parity.candidate import sources
 from candle_mi_parity.candidate.build import build
@@ -22,6 +21,7 @@ from candle_mi_parity.candidate.sources import LiveSource, Source, open_source
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import ROOT, cache_root
 from candle_mi_parity.trace.trace import Emitted, Trace
@@ -33,7 +33,7 @@ SPEC = "0.2.2"
 
 
 def judged(source: Source, cache: Path | None = None) -> CaseResult:
-    return judge_case(CASE, source, SPEC, cache or cache_root(), Ledger(format=1, known=[]), Progress())
+    return judge_case(CASE, source, SPEC, cache or cache_root(), NOTHING_KNOWN, Progress()).result
 
 
 def error_of(result: CaseResult) -> str:

@@ -7,18 +7,16 @@ import json
 from pathlib import Path
 
 import pytest
-
 from rich.console import Console
 
 from candle_mi_parity.compare.run_result import RunResult
-from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status, TensorResult
+from candle_mi_parity.compare.verdict import CaseResult, Failure, Outcome, Status, TensorResult
 from candle_mi_parity.files.json_out import write_json
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.report import history
 from candle_mi_parity.report.history import History, make_history
-from candle_mi_parity.run.run import run
+from candle_mi_parity.run.run import RunOptions, run_cases
 from candle_mi_parity.spec.cases import load_cases
-from candle_mi_parity.spec.paths import ROOT, cache_root
 from tests.support.results import HOSTILE
 
 RELEASES = ("0.1.6", "0.1.10", "0.1.24", "0.2.2")
@@ -31,9 +29,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> History:
     out, cases = tmp_path_factory.mktemp("out"), [case for case in load_cases() if case.id in CHOSEN]
     return make_history(
         {
-            release: run(
-                f"stored:{ROOT / 'rust_outputs' / release}", cases, {}, cache_root(), out, load_ledger(), Progress()
-            )
+            release: run_cases(RunOptions(f"stored:{release}", CHOSEN, out), cases, {}, Progress())
             for release in RELEASES
         }
     )
@@ -55,7 +51,7 @@ def test_a_cell_names_the_first_tensor_and_its_size(stored: History) -> None:
     for cell in line.cells:
         assert cell is not None and cell.outcome is Outcome.DIVERGES
         assert cell.first == "blocks.0.attn.hook_scores" and cell.ratio is not None and 1e6 < cell.ratio < 3e6
-        assert "rope_parameters" in cell.note, "what the ledger knows"
+        assert cell.note.startswith("CMI001: ") and "rope_parameters" in cell.note, "what is known of it"
 
 
 def test_a_family_is_counted_and_told_what_came_and_went(stored: History) -> None:
@@ -83,11 +79,9 @@ def test_the_page_and_the_json_hold_all_of_it(stored: History, tmp_path: Path) -
 def test_names_are_escaped_and_a_case_that_a_release_lacks_has_no_arrow() -> None:
     evil = "llama/<b>"
     tensors = [TensorResult("<u>" + HOSTILE, Status.FAIL, "missing")]
-    case = CaseResult(evil, "<i>", "", Status.FAIL, "", tensors=tensors, known=HOSTILE)
+    case = CaseResult(evil, "<i>", "", Status.FAIL, "", tensors=tensors, unexplained=HOSTILE)
     versions = {"transformers": "5"}
-    told = make_history(
-        {"1": RunResult("1", {}, versions, [case], {}, []), "2": RunResult("2", {}, versions, [], {}, [])}
-    )
+    told = make_history({"1": RunResult("1", {}, versions, [case], {}), "2": RunResult("2", {}, versions, [], {})})
     page = history.page(told)
     assert "<b>" not in page and "<i>" not in page and "<u>" not in page and "llama/&lt;b&gt;" in page
     assert "<script" not in page and not [c for c in page if not c.isprintable() and c != "\n"]
@@ -100,24 +94,30 @@ def test_no_release_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "error", "expected"),
+    ("status", "failure", "expected"),
     [
-        (Status.PASS, "", Outcome.AGREES),
-        (Status.UNMEASURED, "cannot get google/gemma-2-2b@main from the hub", Outcome.ERROR),
-        (Status.FAIL, "", Outcome.DIVERGES),
-        (Status.KNOWN, "", Outcome.DIVERGES),
-        (Status.KNOWN, "model: unsupported rope", Outcome.REFUSED),
-        (Status.ERROR, "forward: no such hook", Outcome.REFUSED),
-        (Status.ERROR, "timeout: no reply", Outcome.CRASHED),
-        (Status.ERROR, "nothing is stored for llama/hub (free) at x", Outcome.ABSENT),
-        (Status.ERROR, "internal: KeyError: 'x'", Outcome.ERROR),
-        (Status.ERROR, "no oracle", Outcome.ERROR),
+        (Status.PASS, None, Outcome.AGREES),
+        (Status.UNMEASURED, Failure.INPUT, Outcome.ERROR),
+        (Status.KNOWN, Failure.MODEL, Outcome.REFUSED),
+        (Status.FAIL, Failure.FORWARD, Outcome.REFUSED),
+        (Status.ERROR, Failure.TIMEOUT, Outcome.CRASHED),
+        (Status.ERROR, Failure.ABSENT, Outcome.ABSENT),
+        (Status.ERROR, Failure.INTERNAL, Outcome.ERROR),
+        (Status.ERROR, Failure.INPUT, Outcome.ERROR),
     ],
 )
-def test_an_outcome_is_one_word(status: Status, error: str, expected: Outcome) -> None:
-    assert outcome(CaseResult("llama/hub", "llama", "", status, "", error=error)) is expected
+def test_an_outcome_is_one_word(status: Status, failure: Failure | None, expected: Outcome) -> None:
+    """A message decides nothing: it may begin as it likes."""
+    case = CaseResult("llama/hub", "llama", "", status, "", error="model: not a refusal", failure=failure)
+    assert case.outcome is expected
+
+
+@pytest.mark.parametrize("status", [Status.FAIL, Status.KNOWN])
+def test_a_case_with_numbers_that_are_wrong_diverges(status: Status) -> None:
+    wrong = [TensorResult("logits", Status.FAIL, "values")]
+    assert CaseResult("llama/hub", "llama", "", status, "", wrong).outcome is Outcome.DIVERGES
 
 
 def test_a_case_that_is_too_noisy_is_judged_and_one_that_was_not_to_be_had_is_not() -> None:
     noisy = [TensorResult("logits", Status.UNMEASURED, "noisy")]
-    assert outcome(CaseResult("llama/hub", "llama", "", Status.UNMEASURED, "", noisy)) is Outcome.UNMEASURED
+    assert CaseResult("llama/hub", "llama", "", Status.UNMEASURED, "", noisy).outcome is Outcome.UNMEASURED

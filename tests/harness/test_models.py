@@ -71,7 +71,7 @@ def test_the_fixture_set_can_show_how_key_heads_are_repeated() -> None:
 
 
 def test_no_prompt_that_carries_a_family_is_as_long_as_there_are_heads() -> None:
-    for case in select([*CASES.values()], None):
+    for case in select([*CASES.values()], []):
         if isinstance(case.model, TinyModel) and case.id.endswith(("/hub", "/v5", "/window")):
             subject = prepare(case, cache_root())
             config, length = read_config(subject.model_dir), len(subject.tokens[0])

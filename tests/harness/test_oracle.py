@@ -106,7 +106,7 @@ def test_a_forward_leaves_nothing_but_float64(rope: tuple[str, Path]) -> None:
 
 
 def test_a_seed_decides_every_bit() -> None:
-    model, tokens = real("llama/hub").oracle.model, torch.tensor([[1, 5, 9]])
+    model, tokens = real("llama/hub").oracle.computation.model, torch.tensor([[1, 5, 9]])
 
     def run(seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         return sample(model, tokens, seed, lambda captured: {}, {})[1:]

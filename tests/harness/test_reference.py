@@ -24,7 +24,7 @@ from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.oracle.oracle import Oracle
-from candle_mi_parity.run.run import run_reference
+from candle_mi_parity.run.run import RunOptions, run_reference
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import FIXTURES, cache_root
 
@@ -88,7 +88,7 @@ def script(model_dir: Path) -> Callable[[int], dict[str, Any]]:
 
 def judged(document: dict[str, Any], path: Path) -> RunResult:
     path.write_text(json.dumps(document), encoding="utf-8")
-    return run_reference(f"stored:{path}", path, cache_root(), Progress())
+    return run_reference(RunOptions(f"stored:{path}"), path, Progress())
 
 
 def test_the_twenty_keys_agree_with_the_script(

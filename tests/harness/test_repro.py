@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from candle_mi_parity.candidate.candidate import parse_candidate
+
 from candle_mi_parity.candidate.candidate import Candidate, parse_candidate
 from candle_mi_parity.repro.command import repro
 from candle_mi_parity.repro.prove import Outcome, prove, read_outcomes

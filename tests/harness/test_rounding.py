@@ -124,7 +124,7 @@ def test_no_sample_writes_to_the_numbers_that_all_read() -> None:
     numbers = rounding._normal_numbers(NoisePool.SIZE)
     before = numbers.clone()
     there = real("starcoder2/hub")
-    sample(there.oracle.model, torch.tensor(there.subject.tokens), 0, lambda captured: {}, {}, samples=2)
+    sample(there.oracle.computation.model, torch.tensor(there.subject.tokens), 0, lambda captured: {}, {}, samples=2)
     assert torch.equal(numbers, before)
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-
 from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.errors import ParityError, Stopped
-from candle_mi_parity.judge.case import Progress
+from candle_mi_parity.judge import case as judge_case_module
+from candle_mi_parity.judge.case import Judgement, Progress
 from candle_mi_parity.run import run
-from candle_mi_parity.run.run import at_once
+from candle_mi_parity.run.run import RunOptions, at_once
 from candle_mi_parity.spec.cases import Case, load_cases
+from candle_mi_parity.spec.conditions import Facts
 from tests.support.results import case as result
 
 CASES = load_cases()[:8]
@@ -26,33 +27,33 @@ CASES = load_cases()[:8]
 def test_the_next_case_is_emitted_while_one_is_compared() -> None:
     meeting = threading.Barrier(2, timeout=10)
 
-    def judge(case: Case) -> CaseResult:
+    def judge(case: Case) -> Judgement:
         meeting.wait()  # a broken barrier raises: one case at a time never meets another
-        return result(case.id)
+        return Judgement(result(case.id))
 
     with at_once(2, judge, CASES) as futures:
         assert len([future.result() for future in futures]) == len(CASES)
 
 
 def test_results_come_in_the_order_of_the_cases() -> None:
-    def judge(case: Case) -> CaseResult:
+    def judge(case: Case) -> Judgement:
         time.sleep(0.05 if case.id == CASES[0].id else 0)
-        return result(case.id)
+        return Judgement(result(case.id))
 
     with at_once(2, judge, CASES) as futures:
-        assert [future.result().id for future in futures] == [case.id for case in CASES]
+        assert [future.result().result.id for future in futures] == [case.id for case in CASES]
 
 
 def test_a_run_that_breaks_off_begins_no_further_case() -> None:
     begun: list[str] = []
 
-    def judge(case: Case) -> CaseResult:
+    def judge(case: Case) -> Judgement:
         begun.append(case.id)
         time.sleep(0.05)
-        return result(case.id)
+        return Judgement(result(case.id))
 
     with pytest.raises(Stopped), at_once(2, judge, CASES) as futures:
-        raise Stopped(futures[0].result().id)
+        raise Stopped(futures[0].result().result.id)
     assert len(begun) <= 4
 
 
@@ -60,9 +61,9 @@ def test_a_run_that_breaks_off_waits_for_no_case() -> None:
     """One may hang in its emitter, which is closed only after this."""
     release = threading.Event()
 
-    def judge(case: Case) -> CaseResult:
+    def judge(case: Case) -> Judgement:
         release.wait(30)
-        return result(case.id)
+        return Judgement(result(case.id))
 
     started = time.monotonic()
     with pytest.raises(Stopped), at_once(2, judge, CASES):
@@ -89,19 +90,19 @@ def test_results_that_were_computed_out_of_turn_are_in_the_report(
     """The second case is still at work when the run is stopped; the third has been judged."""
     third, release = threading.Event(), threading.Event()
 
-    def judge(case: Case, *_: object) -> CaseResult:
+    def judge(case: Case, *_: object) -> Judgement:
         if case.id == CASES[1].id:
             release.wait(30)
         if case.id == CASES[3].id:
             third.set()  # the same thread did the third before
             release.wait(30)
-        return result(case.id)
+        return Judgement(result(case.id))
 
     monkeypatch.setattr(run, "judge_case", judge)
-    told = run.blank("stored:0.2.2")
-    arguments = (tmp_path, tmp_path, Ledger(format=1, known=[]), Interrupting(third))
+    options = RunOptions("stored:0.2.2", out=tmp_path, cache=tmp_path)
+    told = run.blank(options)
     with pytest.raises(Stopped):
-        run.run("stored:0.2.2", CASES, {"x/hub": "no hub"}, *arguments, result=told)
+        run.run_cases(options, CASES, {"x/hub": "no hub"}, Interrupting(third), told)
     release.set()
     assert [found.id for found in told.cases] == [CASES[0].id, CASES[2].id]
     assert set(told.skipped) == {"x/hub", CASES[1].id} | {case.id for case in CASES[3:]}
@@ -114,17 +115,17 @@ def test_no_truth_is_made_beside_torchs_own_forward(
     """The default dtype, which a float64 model is loaded under, is the whole process's."""
     lock, at_work, seen = threading.Lock(), [0], [0]
 
-    def judge(case: Case, *_: object) -> CaseResult:
+    def judge(case: Case, *_: object) -> Judgement:
         with lock:
             at_work[0] += 1
             seen[0] = max(seen[0], at_work[0])
         time.sleep(0.05)
         with lock:
             at_work[0] -= 1
-        return result(case.id)
+        return Judgement(result(case.id))
 
     monkeypatch.setattr(run, "judge_case", judge)
-    run.run(spec, CASES, {}, tmp_path, tmp_path, Ledger(format=1, known=[]), Progress())
+    run.run_cases(RunOptions(spec, ("*",), tmp_path, cache=tmp_path), CASES, {}, Progress())
     assert seen[0] == most
 
 
@@ -153,10 +154,11 @@ def test_no_model_is_made_or_loaded_beside_another(
             torch_works()
             raise ParityError("made")
 
-    monkeypatch.setattr(run, "prepare", torch_works)
-    monkeypatch.setattr(run, "Oracle", FakeOracle)
+    monkeypatch.setattr(judge_case_module, "prepare", torch_works)
+    monkeypatch.setattr(judge_case_module, "Oracle", FakeOracle)
+    monkeypatch.setattr(judge_case_module, "facts_of", lambda _: Facts({}, 1))
     if not locked:
-        monkeypatch.setattr(run, "_TORCH", nullcontext())
-    found = run.run("stored:0.2.2", CASES, {}, tmp_path, tmp_path, Ledger(format=1, known=[]), Progress())
+        monkeypatch.setattr(judge_case_module, "TORCH", nullcontext())
+    found = run.run_cases(RunOptions("stored:0.2.2", ("*",), tmp_path, cache=tmp_path), CASES, {}, Progress())
     assert [case.error for case in found.cases] == ["made"] * len(CASES)
     assert bool(together) is not locked

@@ -5,7 +5,18 @@ from __future__ import annotations
 from candle_mi_parity.compare.align import Distance
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Row, Side
 from candle_mi_parity.compare.run_result import RunResult
-from candle_mi_parity.compare.verdict import CaseResult, Diagnosis, Flip, Ranked, SaeView, Status, TensorResult, Worst
+from candle_mi_parity.compare.verdict import (
+    CaseResult,
+    Diagnosis,
+    Explained,
+    Failure,
+    Flip,
+    Ranked,
+    SaeView,
+    Status,
+    TensorResult,
+    Worst,
+)
 from candle_mi_parity.report.history import History, make_history
 from candle_mi_parity.trace.trace import Run
 
@@ -36,9 +47,12 @@ def case(name: str, status: Status = Status.PASS, bad: str = "blocks.0.attn.hook
         result.forced = [tensor(bad, 4321.0, Status.FAIL, "values")]
         result.diagnosis = Diagnosis(bad, "one head (3)", [[0.1, 3.5], [0.2, 4.25]], [0, 5], "head")
     if status is Status.KNOWN:
-        result.known = "rope_theta is not read"
+        result.explained = Explained(
+            ["CMI001"], "rope_theta is not read.", "rope_theta = 10000.0", 42, 1.2, "Write it."
+        )
     if status is Status.ERROR:
         result.tensors, result.error = [], "crash: emitter was ended by SIGKILL"
+        result.failure = Failure.CRASH
     if status is Status.UNMEASURED:
         tensors[1] = tensor("blocks.0.attn.hook_q", 1.0, Status.UNMEASURED, "noisy")
         result.error = "too noisy to judge, and not declared so: blocks.0.attn.hook_q"
@@ -50,11 +64,11 @@ def everything() -> RunResult:
     """One case of each status, and one that did not run."""
     cases = [case(f"{status.value.lower()}fam/{status.value.lower()}", status) for status in Status]
     skipped = {"gemma-2-2b/scope-l0": "needs a download from the hub"}
-    return RunResult("0.2.2", {"version": "0.2.2", "source": "registry"}, VERSIONS, cases, skipped, [])
+    return RunResult("0.2.2", {"version": "0.2.2", "source": "registry"}, VERSIONS, cases, skipped)
 
 
 def run_of(*cases: CaseResult) -> RunResult:
-    return RunResult("0.2.2", {}, VERSIONS, list(cases), {}, [])
+    return RunResult("0.2.2", {}, VERSIONS, list(cases), {})
 
 
 def sae_view(chain: str = "sae") -> SaeView:
@@ -69,7 +83,8 @@ def a_report() -> RunResult:
     result = everything()
     refused, judged = case("llama/rope-yarn", Status.KNOWN), case("llama/sae")
     refused.tensors, refused.forced, refused.diagnosis = [], [], None
-    refused.error, refused.known = "model: unsupported rope", "refused: not implemented"
+    refused.error, refused.failure = "model: unsupported rope", Failure.MODEL
+    refused.explained = Explained(["CMI030"], "Not implemented.")
     judged.sae = [sae_view(), sae_view("sae_on_truth")]
     hostile, broken = case(f"llama/{HOSTILE}", Status.FAIL, bad=LONG), case(f"llama/{LONG}", Status.ERROR)
     hostile.error = broken.error = f"{HOSTILE} {LONG}"

@@ -1,0 +1,338 @@
+"""What is known is measured: an explanation excuses the one counterfactual that it names, and nothing on top of it.
+
+The candidates here are torch's own float32 under another config or with other weights: honest arithmetic of a wrong
+setting, which is what a known divergence is. A fault is planted on top of it, and must fail.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from candle_mi_parity.candidate.candidate import EmitterError
+from candle_mi_parity.compare.verdict import Explained
+from candle_mi_parity.errors import ExplanationError
+from candle_mi_parity.judge.hypotheses import hypotheses
+from candle_mi_parity.judge.known import Evidence, facts_of, known_divergence, known_refusal
+from candle_mi_parity.judge.search import Search, search
+from candle_mi_parity.models.checkpoint import read_config, weight_files
+from candle_mi_parity.spec.conditions import Condition, Facts, all_hold
+from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
+from candle_mi_parity.spec.explanations import NOTHING_KNOWN, Explanation, Explanations, combined, load_explanations
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.trace import CandleMi
+from tests.support.planting import RELEASE, Arrays, Real, real, rerun, with_arrays
+
+TABLE = load_explanations()
+CHECKOUT = CandleMi(version="0.2.3-dev", source="path", checksum=None, revision=None, tree_digest="b" * 64)
+
+
+def changed(directory: Path, there: Real, config: dict[str, Any], weights: dict[str, float] | None = None) -> Real:
+    """float32 under another config, and with the parameters of some endings filled with a number."""
+    base = there.subject.model_dir
+    directory.mkdir(parents=True)
+    said = {key: value for key, value in (read_config(base) | config).items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(said))
+    for file in weight_files(base):
+        tensors = load_file(file)
+        for name in tensors:
+            for ending, value in (weights or {}).items():
+                if name.endswith(ending):
+                    tensors[name] = np.full_like(tensors[name], value)
+        save_file(tensors, directory / file.name, metadata={"format": "pt"})
+    return replace(there, emitted=with_arrays(there.emitted, rerun(there, directory)))
+
+
+def evidence(there: Real, arrays: Arrays | None = None) -> Evidence:
+    emitted = there.emitted if arrays is None else with_arrays(there.emitted, arrays)
+    return Evidence(there.oracle, emitted, None, set())
+
+
+def known(there: Real, arrays: Arrays | None = None, identity: CandleMi = RELEASE) -> tuple[Explained | None, str]:
+    return known_divergence(evidence(there, arrays), TABLE, identity)
+
+
+NESTED = {"rope_theta": 10000.0, "rope_parameters": None}
+
+HONEST: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
+    "CMI001": ("llama/v5", NESTED, {}),
+    "CMI002": ("qwen2/absent-rope-theta", {"rope_theta": 1e6}, {}),
+    "CMI004": ("phi3/partial-rotary", {"partial_rotary_factor": 1.0}, {}),
+    "CMI006": ("mistral/window", {"sliding_window": 9}, {}),
+    "CMI007": ("phi3/window", {"sliding_window": None}, {}),
+    "CMI008": ("qwen2/window", {"use_sliding_window": False}, {}),
+    "CMI009": ("gemma2/layer-types", {"layer_types": None, "sliding_window": 9}, {}),
+    "CMI012": ("llama/attention-bias", {}, {"self_attn.q_proj.bias": 0, "self_attn.k_proj.bias": 0,
+                                          "self_attn.v_proj.bias": 0, "self_attn.o_proj.bias": 0}),
+    "CMI013": ("llama/absent-norm-eps", {"rms_norm_eps": 1e-5}, {}),
+    "CMI015": ("llama/activation", {"hidden_act": "silu"}, {}),
+    "CMI018": ("gemma2/gelu", {"hidden_activation": "gelu_pytorch_tanh"}, {}),
+    "CMI019": ("llama/mlp-bias", {}, {"mlp.gate_proj.bias": 0, "mlp.up_proj.bias": 0, "mlp.down_proj.bias": 0}),
+}  # fmt: skip
+"""Explanation → its case, and the config and weights under which float32 does what candle-mi does."""
+
+ON_TOP: dict[str, tuple[str, dict[str, Any], dict[str, float], str]] = {
+    "another theta than 10,000": ("CMI001", NESTED | {"rope_theta": 20000.0}, {}, "blocks.0.attn.hook_scores"),
+    "a window of two too many": ("CMI006", {"sliding_window": 10}, {}, "blocks.0.attn.hook_pattern"),
+    "no window at all": ("CMI006", {"sliding_window": None}, {}, "blocks.0.attn.hook_pattern"),
+    "a window where none is read": ("CMI007", {"sliding_window": 9}, {}, "blocks.0.attn.hook_pattern"),
+    "a window in the wrong layer": (
+        *("CMI008", {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}),
+        *({}, "blocks.0.attn.hook_pattern"),
+    ),
+    "layer types unread and no window + 1": ("CMI009", {"layer_types": None}, {}, "blocks.0.attn.hook_pattern"),
+    "one bias of four is added": (
+        *("CMI012", {}, {"self_attn.q_proj.bias": 0.0, "self_attn.k_proj.bias": 0.0, "self_attn.o_proj.bias": 0.0}),
+        "blocks.0.attn.hook_v",
+    ),
+    "eps 2e-5": ("CMI013", {"rms_norm_eps": 2e-5}, {}, "blocks.0.attn.hook_q"),
+    "relu for silu": ("CMI015", {"hidden_act": "relu"}, {}, "blocks.0.mlp.hook_post"),
+    "silu for the tanh gelu": ("CMI018", {"hidden_activation": "silu"}, {}, "blocks.0.mlp.hook_post"),
+    "one bias of three is added": (
+        *("CMI019", {}, {"mlp.gate_proj.bias": 0.0, "mlp.up_proj.bias": 0.0}),
+        "blocks.0.mlp.hook_post",
+    ),
+}
+"""Fault on top → the explanation, what the candidate is instead, and the first tensor that differs under it."""
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_the_listed_counterfactual_explains(name: str, tmp_path: Path) -> None:
+    """The unplanted twin: honest float32 of just that setting is KNOWN, at every tensor."""
+    case, config, weights = HONEST[name]
+    there = changed(tmp_path / "model", real(case), config, weights)
+    found, why = known(there)
+    assert found is not None, why
+    assert name in found.ids and found.worst < 8
+    assert found.tensors >= len(there.truth.tensors)
+
+
+@pytest.mark.parametrize("fault", ON_TOP)
+def test_a_fault_on_top_of_a_known_one_is_not_excused(fault: str, tmp_path: Path) -> None:
+    name, config, weights, first = ON_TOP[fault]
+    there = changed(tmp_path / "model", real(HONEST[name][0]), config, weights)
+    found, why = known(there)
+    assert found is None, f"{fault} is excused: {found and found.line()}"
+    assert name in why and f"first {first} " in why, why
+
+
+def scaled(arrays: Arrays, name: str) -> None:
+    arrays[name] = arrays[name] * np.float32(1 + 1e-4)
+
+
+def captured_elsewhere(arrays: Arrays, name: str) -> None:
+    arrays[name] = arrays["blocks.1.hook_resid_post"].copy()
+
+
+def leaked(arrays: Arrays, name: str) -> None:
+    arrays[name][0, 0, 20, 5] = 1e-9
+
+
+@pytest.mark.parametrize(
+    ("plant", "tensor"),
+    [
+        (scaled, "blocks.1.attn.hook_v"),
+        (captured_elsewhere, "blocks.1.hook_mlp_out"),
+        (leaked, "blocks.1.attn.hook_pattern"),
+        (scaled, "logits"),
+    ],
+)
+def test_a_wrong_tensor_in_a_known_case_is_not_excused(
+    plant: Callable[[Arrays, str], None], tensor: str, tmp_path: Path
+) -> None:
+    """A hook that captures something else, one more leaked entry, a scale that no gate of a factor of 3 sees."""
+    case, config, weights = HONEST["CMI006"]
+    there = changed(tmp_path / "model", real(case), config, weights)
+    arrays = there.arrays
+    plant(arrays, tensor)
+    found, why = known(there, arrays)
+    assert found is None and f"first {tensor} " in why, why
+
+
+def test_a_checkout_that_fixed_a_part_is_known_by_the_rest(tmp_path: Path) -> None:
+    """Layer types are read now, the window is still one too long: a release must do both, a build need not."""
+    there = changed(tmp_path / "model", real("gemma2/layer-types"), {"sliding_window": 9})
+    found, _ = known(there, identity=CHECKOUT)
+    assert found is not None and found.ids == ["CMI006"]
+    found, why = known(there)
+    assert found is None and "CMI009" in why
+
+
+def test_what_holds_for_no_release_excuses_nothing(tmp_path: Path) -> None:
+    case, config, weights = HONEST["CMI006"]
+    there = changed(tmp_path / "model", real(case), config, weights)
+    older = RELEASE.model_copy(update={"version": "0.1.0"})
+    assert known(there, identity=older) == (None, "")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search says of a candidate."""
+
+    explained: Explained | None
+    unexplained: str
+
+
+def searched(there: Real, arrays: Arrays | None = None, table: Explanations = NOTHING_KNOWN) -> Found:
+    from candle_mi_parity.compare.compare import compare
+    from candle_mi_parity.compare.verdict import CaseResult, Status
+
+    found = evidence(there, arrays)
+    result = CaseResult(there.subject.case.id, "", "", Status.FAIL, "")
+    result.tensors = compare(there.truth, found.trace, there.decoder, None)
+    search(result, found, table, cache_root(), [], 120)
+    return Found(result.explained, result.unexplained)
+
+
+@pytest.mark.parametrize("name", ["CMI001", "CMI006", "CMI013", "CMI012"])
+def test_the_search_finds_by_itself_what_is_listed(name: str, tmp_path: Path) -> None:
+    case, config, weights = HONEST[name]
+    found = searched(changed(tmp_path / "model", real(case), config, weights))
+    assert found.explained is not None, found.unexplained
+    assert not found.explained.ids and found.explained.worst < 8
+
+
+def test_the_search_finds_a_pair(tmp_path: Path) -> None:
+    """Each of the two changes alone explains nothing."""
+    case, config, weights = HONEST["CMI009"]
+    found = searched(changed(tmp_path / "model", real(case), config, weights))
+    assert found.explained is not None, found.unexplained
+    assert "sliding_window + 1" in found.explained.change and "layer_types" in found.explained.change
+
+
+def test_the_search_explains_no_fault_that_is_no_setting() -> None:
+    there = real("llama/hub")
+    arrays = there.arrays
+    arrays["blocks.1.attn.hook_q"][0, 2] *= np.float32(1.01)
+    found = searched(there, arrays)
+    assert found.explained is None
+    assert found.unexplained.startswith("none of ") and "single changes" in found.unexplained
+
+
+def test_a_counterfactual_that_changes_nothing_explains_nothing(tmp_path: Path) -> None:
+    """A window longer than the prompt, held against a candidate that fails just past the gate."""
+    there = real("mistral/window-7")
+    row = explanation(change={"config_add": {"sliding_window": 1}}, when=["tokens > 1"])
+    arrays = there.arrays
+    table = Explanations(format=1, explanation=[row])
+    found, why = known_divergence(evidence(there, arrays), table, RELEASE)
+    assert found is None and "it explains nothing" in why
+
+
+def explanation(**fields: Any) -> Explanation:
+    given = {
+        "id": "CMI900",
+        "name": "made-up",
+        "says": "A sentence of some length.",
+        "kind": "wrong number",
+        "releases": ["0.2.2"],
+    }
+    return Explanation.model_validate(given | fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"when": ["tokens > 1"]}, "exactly one of"),
+        ({"when": ["tokens > 1"], "change": {}}, "changes nothing"),
+        ({"change": {"config_drop": ["x"]}}, "apply to every case"),
+        ({"when": ["tokens >"], "change": {"config_drop": ["x"]}}, "is not a condition"),
+        ({"when": ["tokens in 3"], "change": {"config_drop": ["x"]}}, "expected a list"),
+        ({"when": ["tokens > x"], "change": {"config_drop": ["x"]}}, "neither JSON nor a subject"),
+        ({"when": ["tokens > 1"], "refuses": {"stage": "model", "message": "x"}}, "does not go with"),
+        ({"when": ["tokens > 1"], "change": {"variants": ["no-such-variant"]}}, "variants"),
+    ],
+)
+def test_a_row_that_says_nothing_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, ExplanationError), match=message):
+        explanation(**fields)
+
+
+def test_an_id_given_twice_and_too_many_held_to_a_trace_are_refused() -> None:
+    row = explanation(when=["tokens > 1"], change={"config_drop": ["x"]})
+    with pytest.raises(ValueError, match="id given twice: CMI900"):
+        Explanations(format=1, explanation=[row, row])
+    held = [
+        explanation(id=f"CMI90{i}", name=f"held-{i}", when=["tokens > 1"], stored="no config says it")
+        for i in range(4)
+    ]
+    with pytest.raises(ValueError, match="at most 3"):
+        Explanations(format=1, explanation=held)
+
+
+def test_two_rows_that_change_one_thing_in_two_ways_overlap() -> None:
+    one = explanation(when=["tokens > 1"], change={"config_set": {"rope_theta": 1.0}})
+    other = explanation(when=["tokens > 1"], change={"config_set": {"rope_theta": 2.0}})
+    with pytest.raises(ExplanationError, match=r"config\.rope_theta in two ways"):
+        combined([one, other])
+
+
+def test_conditions() -> None:
+    facts = Facts(
+        config={"sliding_window": 8, "rope_parameters": {"rope_theta": 5e5}, "flag": True, "none": None},
+        tokens=9,
+        edits=[{"kind": "steer", "how": "scale"}, {"kind": "zero", "how": "set_value"}],
+    )
+
+    def holds(*texts: str) -> bool:
+        return all_hold([Condition.parse(text) for text in texts], facts)
+
+    assert holds("tokens > config.sliding_window", "config.flag = true", 'dtype = "float32"')
+    assert holds("config.none absent", "config.missing absent", "config.rope_parameters.rope_theta != 10000")
+    assert not holds("config.missing != 10000"), "a comparison with an absent value is false"
+    assert not holds("tokens > config.missing") and not holds("config.flag > 0")
+    assert holds('edit.kind = "steer"') and holds('edit.how = "set_value"')
+    assert not holds('edit.kind = "steer"', 'edit.how = "set_value"'), "of one and the same edit"
+
+
+def test_a_config_is_changed_wherever_it_says_it() -> None:
+    nested = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "sliding_window": 8}
+    change = Counterfactual(config_set={"rope_theta": 1e4}, config_add={"sliding_window": 1})
+    assert change.changed_config(nested) == {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "sliding_window": 9,
+    }
+    assert change.changed_config({"sliding_window": 8}) == {"rope_theta": 1e4, "sliding_window": 9}
+    dropped = Counterfactual(config_drop=["rope_scaling"])
+    assert dropped.changed_config({"rope_scaling": {"type": "linear"}, "rope_theta": 2.0}) == {"rope_theta": 2.0}
+    assert dropped.changed_config({"rope_parameters": {"rope_type": "yarn", "rope_theta": 2.0, "factor": 4}}) == {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 2.0}
+    }
+    with pytest.raises(ExplanationError, match="cannot add 1 to sliding_window, which is None"):
+        Counterfactual(config_add={"sliding_window": 1}).changed_config({"sliding_window": None})
+
+
+def test_a_refusal_is_known_by_its_stage_and_its_whole_message() -> None:
+    subject = real("llama/rope-yarn").subject
+    message = (
+        "config error: unsupported rope_scaling type \"yarn\" (candle-mi implements 'linear', 'llama3', and "
+        "'longrope'); see ROADMAP.md §3.3 for status"
+    )
+    found, _ = known_refusal(EmitterError("model", message), subject, TABLE, RELEASE)
+    assert found is not None and found.ids == ["CMI030"]
+    for error in (
+        EmitterError("forward", message),
+        EmitterError("model", f"config error: x: {message}"),
+        EmitterError("model", "config error: unsupported activation"),
+    ):
+        assert known_refusal(error, subject, TABLE, RELEASE)[0] is None, error
+    elsewhere = real("llama/hub").subject
+    assert known_refusal(EmitterError("model", message), elsewhere, TABLE, RELEASE)[0] is None, "it does not apply"
+
+
+def test_every_hypothesis_of_a_case_is_tried_once_and_changes_something() -> None:
+    there = real("llama/hub")
+    ideas = hypotheses(evidence(there), TABLE, "blocks.0.attn.hook_scores", cache_root())
+    keys = [idea.change.key() for idea in ideas]
+    assert len(set(keys)) == len(keys) > 60 and PLAIN.key() not in keys
+    assert ideas[0].rows, "listed explanations come first"
+    attempt = Search(evidence(there), "blocks.0.attn.hook_scores", 0.0)
+    assert attempt.run(ideas) is None, "no time is no explanation"
+    assert facts_of(there.subject).family == "llama"
