@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
-from candle_mi_parity.compare import gate
 from candle_mi_parity.coverage import census_models
 from candle_mi_parity.errors import OracleError, ParityError
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.digest import digest_files
 from candle_mi_parity.models.prepared_case import Subject
-from candle_mi_parity.oracle import hooks, oracle, rounding
+from candle_mi_parity.oracle import hooks
 from candle_mi_parity.oracle.compute import sample
 from candle_mi_parity.oracle.hooks import Edits, Recorder
+from candle_mi_parity.oracle.provenance import library_versions, rules_digest
 from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.spec.families import FAMILIES, Family
 from candle_mi_parity.spec.hook_points import hook_names
@@ -33,9 +32,8 @@ def truth_of(subject: Subject, cache: Path) -> Truth:
     :raises OracleError: an op without a noise rule, or a truth that is not finite.
     :raises Exception: whatever the class's forward pass raises.
     """
-    sources = [census_models, gate, hooks, oracle, rounding]
-    files = [Path(str(module.__file__)) for module in sources] + [Path(__file__)]
-    key = content_key(subject.digest, digest_files(files), torch.__version__, transformers.__version__)
+    own = digest_files([Path(str(census_models.__file__)), Path(__file__)])
+    key = content_key(subject.digest, own, rules_digest(), library_versions())
     path = publish(cache / "truth" / f"census-{key}", lambda out: _compute(subject).save(out / "truth.safetensors"))
     return Truth.load(path / "truth.safetensors")
 

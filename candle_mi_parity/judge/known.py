@@ -161,11 +161,18 @@ def known_divergence(evidence: Evidence, table: Explanations, identity: CandleMi
 
 
 def _smallest(evidence: Evidence, rows: list[Explanation]) -> Explained | None:
-    """The explanation by fewer rows than a combination that holds: a row that changes nothing here is left out."""
+    """The explanation by fewer rows than a combination that holds: a row that changes nothing here is left out.
+
+    :raises ExplanationError: two parts of the combination explain the case, each without the other.
+    """
     for size in range(1, len(rows)):
-        for part in combinations(rows, size):
-            if isinstance(found := explained(evidence, combined(part), list(part)), Explained):
-                return found
+        parts = [list(part) for part in combinations(rows, size)]
+        found = [each for part in parts if isinstance(each := explained(evidence, combined(part), part), Explained)]
+        if len(found) > 1:
+            both = " and ".join(", ".join(each.ids) for each in found)
+            raise ExplanationError(f"{both} overlap: either alone explains {evidence.subject.case.id}")
+        if found:
+            return found[0]
     return None
 
 

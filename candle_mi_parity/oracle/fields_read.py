@@ -14,10 +14,9 @@ import torch
 import transformers
 
 from candle_mi_parity.files.cache import cached
-from candle_mi_parity.files.digest import digest_files
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.oracle.hooks import forward, load_model
-from candle_mi_parity.oracle.provenance import modeling_files
+from candle_mi_parity.oracle.provenance import code_of, made_with
 from candle_mi_parity.spec.counterfactual import ROTARY
 
 LISTING = frozenset({"to_dict", "to_diff_dict", "dict_dtype_to_str", "validate_token_ids"})
@@ -27,8 +26,7 @@ config, or look for names that end in ``_token_id`` to warn of one outside the v
 
 def cached_fields_read(directory: Path, model_type: str, cache: Path) -> set[str]:
     """:func:`fields_read`, from the cache or recorded."""
-    sources = [Path(__file__), *modeling_files(model_type), Path(str(transformers.configuration_utils.__file__))]
-    key = [read_config(directory), digest_files(sources), transformers.__version__]
+    key = [read_config(directory), made_with(model_type), code_of(Path(__file__).read_text(encoding="utf-8"))]
     return set(cached(cache, "fields", key, partial(_sorted_fields, directory)))
 
 

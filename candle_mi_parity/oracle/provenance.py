@@ -51,15 +51,19 @@ def _is_docstring(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
+def library_versions() -> dict[str, str]:
+    """The versions of the libraries that move a number."""
+    return {name: version(name) for name in LIBRARIES}
+
+
 @cache
 def made_with(model_type: str) -> dict[str, str]:
     """All that moves a truth of a family beside its case: libraries, their model code, our code, the processor.
 
     :raises OracleError: this transformers has no such family.
     """
-    libraries = {name: version(name) for name in LIBRARIES}
     return {
-        **libraries,
+        **library_versions(),
         "modeling": digest_files(modeling_files(model_type)),
         "rules": rules_digest(),
         "machine": platform.machine(),  # its kernels order the sums

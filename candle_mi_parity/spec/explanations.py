@@ -6,6 +6,7 @@ gives candle-mi's numbers, or in which words candle-mi refuses.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from enum import StrEnum
@@ -140,9 +141,40 @@ NOTHING_KNOWN = Explanations(format=1, explanation=[])
 def combined(rows: Iterable[Explanation]) -> Counterfactual:
     """The counterfactual of several explanations at once.
 
-    :raises ExplanationError: two change one thing in two ways.
+    :raises ExplanationError: two overlap: they change one thing in two ways.
     """
-    return reduce(Counterfactual.with_also, (row.change for row in rows if row.change is not None), PLAIN)
+    rows = list(rows)
+    try:
+        return reduce(Counterfactual.with_also, (row.change for row in rows if row.change is not None), PLAIN)
+    except ExplanationError as error:
+        raise ExplanationError(
+            f"{', '.join(row.id for row in rows)} apply to one case and overlap: {error}"
+        ) from error
+
+
+def proposed(explained_by: Counterfactual | Refusal, family: str, release: str, table: Explanations) -> str:
+    """The TOML of a row for a new divergence or refusal; a person fills in `says`, `when` and `remedy`."""
+    taken = [int(row.id.removeprefix("CMI")) for row in table.explanation]
+    answer = {"change" if isinstance(explained_by, Counterfactual) else "refuses": explained_by}
+    kind = "wrong number" if isinstance(explained_by, Counterfactual) else "refusal"
+    fields: dict[str, object] = {"id": f"CMI{max(taken, default=0) + 1:03}", "name": "", "says": "", "kind": kind}
+    fields |= {"families": [family], "when": []}
+    fields |= {key: value.model_dump(exclude_defaults=True, mode="json") for key, value in answer.items()}
+    fields |= {"releases": [release], "remedy": ""}
+    return "[[explanation]]\n" + "\n".join(f"{key} = {_toml(value)}" for key, value in fields.items()) + "\n"
+
+
+def _toml(value: object) -> str:
+    """A value as TOML spells it on one line."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)
+
+
+def _toml_key(key: object) -> str:
+    return str(key) if re.fullmatch(r"[A-Za-z0-9_-]+", str(key)) else json.dumps(str(key))
 
 
 def numbers(version: str) -> tuple[int, ...]:
