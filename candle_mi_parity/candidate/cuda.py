@@ -11,8 +11,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from candle_mi_parity.errors import DeviceError
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -30,6 +28,8 @@ def missing(device: str) -> str:
 
     :param device: ``cpu``, ``cuda`` or ``cuda:N``.
     """
+    import torch
+
     if not device.startswith("cuda"):
         return ""
     if not torch.cuda.is_available():
@@ -40,6 +40,8 @@ def missing(device: str) -> str:
 
 def describe(device: str) -> str:
     """The card, its memory, its driver and torch's CUDA; ``none`` where it is not there."""
+    import torch
+
     if not device.startswith("cuda") or missing(device):
         return "none"
     card = torch.cuda.get_device_properties(device)
@@ -69,6 +71,8 @@ def strict_float32(device: str) -> Iterator[None]:
 
     :raises DeviceError: a setting did not take, or something inside set it back.
     """
+    import torch
+
     if not device.startswith("cuda"):
         yield
         return
@@ -95,6 +99,8 @@ def strict_float32(device: str) -> Iterator[None]:
 
 def check_strict() -> None:
     """:raises DeviceError: naming each setting under which a result is not float32's, or not the same twice."""
+    import torch
+
     wrong = [name for name, value in _settings().items() if value != _STRICT[name]]
     wrong += [] if torch.are_deterministic_algorithms_enabled() else ["deterministic algorithms"]
     wrong += [] if os.environ.get(WORKSPACE) in (":4096:8", ":16:8") else [WORKSPACE]
@@ -103,11 +109,15 @@ def check_strict() -> None:
 
 
 def _settings() -> dict[str, bool]:
+    import torch
+
     matmul = {f"matmul.{name}": bool(getattr(torch.backends.cuda.matmul, name)) for name in _MATMUL}
     return matmul | {f"cudnn.{name}": bool(getattr(torch.backends.cudnn, name)) for name in _CUDNN}
 
 
 def _set(settings: dict[str, bool]) -> None:
+    import torch
+
     places = {"matmul": torch.backends.cuda.matmul, "cudnn": torch.backends.cudnn}
     for name, value in settings.items():
         place, _, setting = name.partition(".")
@@ -124,6 +134,8 @@ def memory_told(device: str, what: str, needed: Callable[[], int]) -> Iterator[N
     :param needed: at least how many bytes ``what`` takes on the device.
     :raises DeviceError: what was needed, what was free, and the remedy.
     """
+    import torch
+
     try:
         yield
     except torch.OutOfMemoryError as error:

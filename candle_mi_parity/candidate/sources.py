@@ -20,7 +20,6 @@ from candle_mi_parity.candidate.candidate import (
     OutOfReachError,
     stored_dir,
 )
-from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import check_header
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.digest import file_digest
@@ -96,6 +95,8 @@ def open_source(
     if reason := cuda.missing(device):
         raise OutOfReachError(reason)
     if candidate.kind == "torch":
+        from candle_mi_parity.candidate.torch_source import TorchSource
+
         return TorchSource(device)
     if candidate.kind == "stored":
         return StoredSource(stored_dir(candidate, ROOT))

@@ -13,9 +13,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from candle_mi_parity.candidate.candidate import CandidateError, EmitterError
 from candle_mi_parity.candidate.sources import REFUSAL_FORMAT, NothingOpen, Source, trace_path
@@ -89,6 +87,9 @@ def store_trace(trace: Trace, case: Case, target: Path) -> None:
     :param target: the JSON file to write; its safetensors is named after it.
     :raises TraceError: when what was written does not read back as the same numbers.
     """
+    import torch
+    from safetensors.torch import save_file  # numpy has no bfloat16
+
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors_file = target.with_suffix(".safetensors")
     document = trace.document.model_dump(exclude_none=False)
@@ -105,7 +106,6 @@ def store_trace(trace: Trace, case: Case, target: Path) -> None:
             array, part = _part(entry["name"], array)
         array = np.ascontiguousarray(array)
         arrays[entry["name"]] = array
-        # numpy has no bfloat16, torch has.
         tensor = torch.from_numpy(array).to(getattr(torch, entry["dtype"]))
         tensors[entry["name"]] = tensor
         entries.append(

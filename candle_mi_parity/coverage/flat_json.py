@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
-import transformers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from candle_mi_parity.compare.compare import compare
@@ -189,6 +187,9 @@ def judge_reference(reference: Reference, oracle: Oracle) -> list[TensorResult]:
 
 def environment() -> dict[str, str]:
     """What the script prints first, so that a file can be traced to the machine that made it."""
+    import torch
+    import transformers
+
     cuda = torch.cuda.is_available()
     lines = {
         "Python": sys.version.replace("\n", " "),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
 from candle_mi_parity.judge.case import TORCH, Judgement, Progress
-from candle_mi_parity.judge.hypotheses import Hypothesis
-from candle_mi_parity.judge.search import SECONDS, search
 from candle_mi_parity.spec.explanations import Explanations
 from candle_mi_parity.trace.trace import CandleMi
+
+if TYPE_CHECKING:
+    from candle_mi_parity.judge.hypotheses import Hypothesis
 
 
 def explain_new(
@@ -31,6 +33,11 @@ def explain_new(
         first = judgement.result.first_divergence
         if judgement.evidence is not None and first is not None:
             causes[judgement.result.family, _point(first.name)].append(judgement)
+    if not causes:
+        return
+    # Imported where there is something to search for: a run without a new divergence needs no torch.
+    from candle_mi_parity.judge.search import SECONDS, search
+
     explains: list[Hypothesis] = []
     for group in causes.values():
         leader: CaseResult | None = None

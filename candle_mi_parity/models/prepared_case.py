@@ -17,7 +17,6 @@ from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.models.checkpoint import model_digest, read_config, weight_files
 from candle_mi_parity.models.generate import seeded_words
-from candle_mi_parity.models.hub import fetch_model, fetch_sae
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.models.sae import sae_files, sae_path
 from candle_mi_parity.spec import edits
@@ -97,6 +96,11 @@ def prepare(case: Case, cache: Path) -> Subject:
 
 def _downloads(case: Case) -> tuple[Download, ...]:
     """What of a case came from the hub; it is here by now, so that asking again costs nothing."""
+    remote_sae = isinstance(case.sae, SaeFile) and case.sae.repo
+    if not (remote_sae or isinstance(case.model, HubModel)):
+        return ()
+    from candle_mi_parity.models.hub import fetch_model, fetch_sae
+
     found = [fetch_model(case.model)[1]] if isinstance(case.model, HubModel) else []
     if isinstance(case.sae, SaeFile) and case.sae.repo:
         found.append(fetch_sae(case.sae)[1])

@@ -14,7 +14,6 @@ from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.npz import read_npz
 from candle_mi_parity.models.checkpoint import local_path
 from candle_mi_parity.models.generate import tensor_values
-from candle_mi_parity.models.hub import fetch_sae
 from candle_mi_parity.models.saelens import CONFIG, WEIGHTS, Normalization, read_directory, saelens_files
 from candle_mi_parity.spec.cases import SaeFile, SaelensDirectory, ScopeSae
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual, Variant
@@ -87,6 +86,8 @@ def sae_path(sae: SaeFile | SaelensDirectory | ScopeSae, width: int, cache: Path
         if not path.exists():
             raise SaeError(f"SAE file {path} does not exist")
         return path
+    from candle_mi_parity.models.hub import fetch_sae
+
     return fetch_sae(sae)[0]
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
@@ -22,6 +21,9 @@ from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.files.untrusted import read_json, require_inside, require_memory
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG = "cfg.json"
 WEIGHTS = ("sae_weights.safetensors", "model.safetensors")
@@ -67,6 +69,8 @@ def read_directory(path: Path, change: Counterfactual = PLAIN) -> tuple[SaelensC
     :raises SaeError: not such a directory, or a field or tensor that is unknown, missing, or not honoured here.
     """
     require_inside(path, SaeError)
+    import torch
+
     config = _config(path / CONFIG, change)
     tensors = _tensors(path, config)
     scale = tensors.pop("scaling_factor", None)
@@ -138,6 +142,8 @@ def _before_version_6(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(path: Path, config: SaelensConfig) -> dict[str, torch.Tensor]:
+    import torch
+
     weights, dtype = saelens_files(path)[1], getattr(torch, config.dtype)
     try:
         _check_sizes(weights, config)

@@ -16,7 +16,6 @@ from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.judge.explain import explain_new
-from candle_mi_parity.judge.search import SECONDS
 from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.run.run import SEARCH_SECONDS, library_versions
 from candle_mi_parity.spec.cases import Case
@@ -162,7 +161,7 @@ def diff_one(
     cache: Path,
     table: Explanations,
     progress: Progress,
-    search: float = SECONDS,
+    search: float = SEARCH_SECONDS,
 ) -> CaseDiff:
     """One case on both sides.
 
