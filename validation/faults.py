@@ -23,14 +23,14 @@ from candle_mi_parity.compare.compare import check_header
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.files.digest import file_digest
-from candle_mi_parity.judge.case import Progress, judge_case
+from candle_mi_parity.judge.case import Judgement, Progress, judge_case
 from candle_mi_parity.models.prepared_case import Subject
-from candle_mi_parity.spec.explanations import NOTHING_KNOWN
+from candle_mi_parity.spec.explanations import NOTHING_KNOWN, combined, load_explanations
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import Trace
 from candle_mi_parity.trace.truth import Truth
-from tests.support.planting import CASES, RELEASE, real, write
+from tests.support.planting import CASES, RELEASE, known_real, real, write
 from validation.catalogue import NOWHERE, Fault, load_faults
 from validation.plant import emitted
 from validation.source_faults import Checkout, check_anchors, released_crate
@@ -57,16 +57,32 @@ class Outcome:
         return self.found == self.fault.first and self.fault.reason in ("", self.reason) and not self.error
 
 
+KNOWN = {
+    "llama/hub": "llama/v5",
+    "mistral/hub": "mistral/v5",
+    "starcoder2/hub": "starcoder2/v5",
+    "gemma/hub": "gemma/rope-parameters",
+    "gemma2/hub": "gemma2/window",
+    "phi3/hub": "phi3/rope-parameters",
+    "qwen2/hub": "qwen2/window",
+    "qwen3/hub": "qwen3/window",
+}
+"""Case → one of the same family, without an SAE, in which 0.2.2 is known to diverge: the fault is planted on top."""
+
+
 class PlantedSource(NothingOpen):
-    """A candidate in whose every trace a fault is planted; None plants nothing: the clean twin."""
+    """A candidate in whose every trace a fault is planted; None plants nothing: the clean twin.
+
+    :param known: whether the candidate diverges as 0.2.2 is known to, before anything is planted.
+    """
 
     identity = RELEASE
 
-    def __init__(self, fault: Fault | None, directory: Path) -> None:
-        self._fault, self._directory = fault, directory
+    def __init__(self, fault: Fault | None, directory: Path, known: bool = False) -> None:
+        self._fault, self._directory, self._real = fault, directory, known_real if known else real
 
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Trace:
-        there = real(subject.case.id, mode)
+        there = self._real(subject.case.id, mode)
         dump = there.emitted if self._fault is None else emitted(self._fault, there)
         path = write(self._directory / mode, replace(there, emitted=dump))
         if self._fault is not None and self._fault.io is not None:
@@ -97,14 +113,8 @@ def outcome(fault: Fault, source: Source, twin: Callable[[str], str]) -> Outcome
     if problem := twin(fault.case):
         return Outcome(fault, error=problem)
     result = _judge(source, fault.case)
-    if result.status is Status.ERROR:
-        refused = fault.refused and fault.first in result.error
-        return Outcome(fault, found=fault.first) if refused else Outcome(fault, error=result.error)
-    if result.status is Status.PASS:
-        return Outcome(fault, found=NOWHERE)
-    if (first := result.first_divergence) is None:
-        return Outcome(fault, error=result.error)
-    return Outcome(fault, first.name, first.reason)
+    first = result.first_divergence
+    return _without_numbers(fault, result) if first is None else Outcome(fault, first.name, first.reason)
 
 
 def judge_planted(faults: list[Fault], directory: Path) -> Iterator[Outcome]:
@@ -119,6 +129,40 @@ def judge_planted(faults: list[Fault], directory: Path) -> Iterator[Outcome]:
 
     for fault in faults:
         yield outcome(fault, PlantedSource(fault, directory / fault.id), twin)
+
+
+def judge_on_top(faults: list[Fault], directory: Path) -> Iterator[Outcome]:
+    """The faults of torch's own run, each planted on top of a known divergence, with what is known listed."""
+    table = load_explanations()
+
+    def judge(source: Source, case_id: str) -> Judgement:
+        return judge_case(CASES[case_id], source, "planted", cache_root(), table, Progress())
+
+    @functools.cache
+    def twin(case_id: str) -> str:
+        result = judge(PlantedSource(None, directory / "twins" / case_id, known=True), case_id).result
+        return "" if result.status is Status.KNOWN else f"the unplanted twin is {result.message()}"
+
+    for fault in faults:
+        case_id = KNOWN[fault.case]
+        if problem := twin(case_id):
+            yield Outcome(fault, error=problem)
+            continue
+        judged = judge(PlantedSource(fault, directory / fault.id, known=True), case_id)
+        if judged.evidence is None:
+            yield _without_numbers(fault, judged.result)
+            continue
+        rows = [row for row in table.explanation if row.id in judged.applicable and row.change is not None]
+        first = next(one for one in judged.evidence.under(combined(rows)) if one.status is Status.FAIL)
+        yield Outcome(fault, first.name, first.reason)
+
+
+def _without_numbers(fault: Fault, result: CaseResult) -> Outcome:
+    """A case that ended as a pass, as a known divergence or as an error."""
+    if result.status in (Status.PASS, Status.KNOWN):
+        return Outcome(fault, found=NOWHERE)
+    refused = fault.refused and fault.first in result.error
+    return Outcome(fault, found=fault.first) if refused else Outcome(fault, error=result.error)
 
 
 def judge_source(faults: list[Fault], directory: Path) -> Iterator[Outcome]:
@@ -138,6 +182,7 @@ def judge_source(faults: list[Fault], directory: Path) -> Iterator[Outcome]:
 def main(
     source: Annotated[bool, typer.Option(help="the faults in candle-mi's own source, a build each")] = False,
     fast: Annotated[bool, typer.Option(help="only the rows that `make test` runs")] = False,
+    known: Annotated[bool, typer.Option(help="plant each on top of a known divergence of its family")] = False,
     only: Annotated[str, typer.Option(help="one fault by its id")] = "",
 ) -> None:
     """Judge the faults of the catalogue; exit code 1 unless each is detected where it was planted."""
@@ -145,13 +190,16 @@ def main(
     faults = [
         fault
         for fault in load_faults()
-        if (fault.source is not None) == source and (fault.fast or not fast) and only in ("", fault.id)
+        if (fault.source is not None) == source
+        and (fault.fast or not fast)
+        and only in ("", fault.id)
+        and (not known or (fault.case in KNOWN and fault.kind != "sae"))
     ]
     if not faults:
         console.print("no such fault")
         raise typer.Exit(2)
     with tempfile.TemporaryDirectory() as scratch:
-        judging = (judge_source if source else judge_planted)(faults, Path(scratch))
+        judging = (judge_source if source else judge_on_top if known else judge_planted)(faults, Path(scratch))
         outcomes = list(track(judging, "seeded faults", total=len(faults), console=Console(stderr=True)))
     totals, right = Counter(one.fault.kind for one in outcomes), Counter(o.fault.kind for o in outcomes if o.right)
     for kind, count in totals.items():

@@ -21,12 +21,16 @@ from safetensors.numpy import save_file
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import check_header, compare
 from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.digest import file_digest
+from candle_mi_parity.judge.known import facts_of
 from candle_mi_parity.models.checkpoint import read_config, weight_files
 from candle_mi_parity.models.prepared_case import Subject, prepare
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import Case, load_cases
+from candle_mi_parity.spec.counterfactual import Counterfactual
+from candle_mi_parity.spec.explanations import combined, load_explanations
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import FORMAT, CandleMi, InMemory, Trace
@@ -77,6 +81,31 @@ def real_of(case: Case, mode: Mode = "free") -> Real:
         return Real(subject, oracle, truth, source.trace(subject, mode, truth, inputs), inputs)
 
 
+@functools.cache
+def known_real(case_id: str, mode: Mode = "free") -> Real:
+    """A case in which release 0.2.2 is known to diverge, and a float32 run that does just what is known of it.
+
+    Its truth is that of the counterfactual, which may change the config alone.
+    """
+    subject = prepare(CASES[case_id], cache_root())
+    table, plain = load_explanations(), Oracle(subject, cache_root())
+    change = combined(row for row in table.applicable(facts_of(subject), RELEASE.version) if row.change is not None)
+    assert change.changes_config and not (change.weights_zero or change.variants), case_id
+    oracle = plain.under(change)
+
+    def write_model(out: Path) -> None:
+        config = change.changed_config(read_config(subject.model_dir))
+        (out / "config.json").write_text(json.dumps(config))
+        for file in weight_files(subject.model_dir):
+            (out / file.name).symlink_to(file.resolve())
+
+    key = content_key("known", subject.model_digest, change.key())
+    other = replace(subject, model_dir=publish(cache_root() / "models" / key, write_model))
+    truth, inputs = oracle.truth(mode), oracle.inputs(mode)
+    with TorchSource() as source:
+        return Real(other, oracle, truth, source.trace(other, mode, truth, inputs), inputs)
+
+
 def arrays_of(dump: InMemory) -> Arrays:
     """A dump's own arrays, in execution order; not to be written to."""
     return {name: array for name, (array, _) in dump.arrays.items()}
@@ -90,7 +119,9 @@ def with_arrays(dump: InMemory, arrays: Mapping[str, np.ndarray]) -> InMemory:
 def changed_model(directory: Path, base: Path, **change: object) -> Path:
     """The weights of a model directory under another config; None takes a key away."""
     directory.mkdir(parents=True)
-    config = {key: value for key, value in (read_config(base) | change).items() if value is not None}
+    keys = {key: value for key, value in change.items() if value is not None}
+    left_out = [key for key in change if key not in keys]
+    config = Counterfactual.model_construct(config_set=keys, config_drop=left_out).changed_config(read_config(base))
     (directory / "config.json").write_text(json.dumps(config))
     for file in weight_files(base):
         (directory / file.name).symlink_to(file)
