@@ -145,8 +145,8 @@ def _evidence(case: CaseResult, index: int) -> Evidence:
         case=case,
         anchor=key,
         first=case.first_divergence,
-        plot=case_plot(case, key) if any(tensor.compared for tensor in case.tensors) else None,
-        picture=heatmap(picture, f"{key}-picture") if picture else None,
+        plot=case_plot(case) if any(tensor.compared for tensor in case.tensors) else None,
+        picture=heatmap(picture) if picture else None,
         inherited=sum(1 for tensor in case.tensors if tensor.status is Status.FAIL) - 1,
     )
 
@@ -182,13 +182,13 @@ def _counts(result: RunResult) -> list[dict[str, Any]]:
 
 def _family_plots(result: RunResult, families: list[str]) -> Iterable[tuple[str, Markup]]:
     """One plot a family, one line a case."""
-    for number_, family in enumerate(families):
+    for family in families:
         cases = [case for case in result.cases if case.family == family and any(t.compared for t in case.tensors)]
         # Passing cases are drawn last: they are the many that lie low.
         cases.sort(key=lambda case: SEVERITY.index(case.status))
         lines = [Line(one_line(case.id), case.status.value, case.tensors) for case in cases]
         if lines:
-            yield family, ratio_plot(lines, f"family-{number_}")
+            yield family, ratio_plot(lines)
 
 
 def _ids(result: RunResult) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.errors import ParityError, Stopped
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.json_out import ReportError, write_json, write_text
-from candle_mi_parity.report import report, views_ci
+from candle_mi_parity.report import page, report, views_ci
 
 
 class Interrupted(ParityError):  # noqa: N818 -- a person's wish, no error
@@ -73,7 +72,7 @@ def write(result: RunResult, out: Path) -> None:
         lambda: write_json(report.document(result), out / "report.json"),
         lambda: write_text(views_ci.junit(result), out / "junit.xml"),
         lambda: write_text(summary, out / "summary.md"),
-        lambda: write_text(_html(result), out / "report.html"),
+        lambda: write_text(page.render(result), out / "report.html"),
         lambda: views_ci.tell_github(result, summary, os.environ),
     ]
     faults: list[Exception] = []
@@ -84,11 +83,3 @@ def write(result: RunResult, out: Path) -> None:
             faults.append(error)
     if faults:
         raise faults[0]
-
-
-def _html(result: RunResult) -> str:
-    """Imported late, when matplotlib has been told not to talk of its font cache on stderr."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from candle_mi_parity.report import page
-
-    return page.render(result)

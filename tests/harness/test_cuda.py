@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import weakref
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +22,6 @@ from candle_mi_parity.models.prepared_case import Subject, prepare
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.oracle.hooks import load_model
 from candle_mi_parity.oracle.oracle import Oracle
-from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.run import diff as diff_run
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
@@ -60,18 +55,6 @@ def test_float32_is_strict_inside_and_as_before_after(monkeypatch: pytest.Monkey
     assert settings() == before
     with cuda.strict_float32("cpu"):
         assert settings() == before
-
-
-def test_settings_that_were_not_strict_come_back() -> None:
-    loose = {name: not value for name, value in cuda._STRICT.items()}
-    before = cuda._settings()
-    try:
-        cuda._set(loose)
-        with cuda.strict_float32("cuda:0"):
-            assert cuda._settings() == cuda._STRICT
-        assert cuda._settings() == loose
-    finally:
-        cuda._set(before)
 
 
 @pytest.mark.parametrize("name", cuda._STRICT)
@@ -114,38 +97,6 @@ def test_what_weights_need_is_counted_in_the_format_they_are_loaded_in() -> None
     count = sum(parameter.numel() for parameter in load_model(directory, torch.float32).parameters())
     assert weight_bytes(directory, 4) == 4 * count
     assert weight_bytes(directory, 2) == 2 * count
-
-
-def test_a_model_and_an_sae_are_loaded_once_and_freed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    loads: list[str] = []
-
-    def counted(kind: str, load: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*arguments: Any) -> Any:
-            loads.append(kind)
-            return load(*arguments)
-
-        return wrapper
-
-    monkeypatch.setattr(torch_source, "load_model", counted("model", load_model))
-    monkeypatch.setattr(torch_source, "TorchSae", counted("sae", TorchSae))
-    subject = prepare(SAE, cache_root())
-    oracle = Oracle(subject, cache_root())
-    with TorchSource("cpu") as source:
-        for _ in range(3):
-            source.trace(subject, "free", oracle.truth(), oracle.inputs("free"))
-        assert sorted(loads) == ["model", "sae"]
-        assert subject.sae_file is not None
-        held: list[Callable[[], object]] = [
-            weakref.ref(source.model(subject.model_dir)),
-            weakref.ref(source.sae(subject.sae_file)),
-        ]
-        gc.collect()
-        assert all(ref() is not None for ref in held)
-    assert [ref() for ref in held] == [None, None], "what the session held is freed at its end"
-
-
-def test_the_sessions_source_is_one(torch_cpu: TorchSource, request: pytest.FixtureRequest) -> None:
-    assert request.getfixturevalue("torch_cpu") is torch_cpu
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from candle_mi_parity.report import history
 from candle_mi_parity.report.history import History, make_history
 from candle_mi_parity.run.run import RunOptions, run_cases
 from candle_mi_parity.spec.cases import load_cases
-from tests.support.results import HOSTILE
 
 RELEASES = ("0.1.6", "0.1.10", "0.1.24", "0.2.2")
 CHOSEN = ("llama/hub", "llama/v5", "llama/rope-linear", "llama/rope-yarn", "qwen3/window")
@@ -76,15 +75,10 @@ def test_the_page_and_the_json_hold_all_of_it(stored: History, tmp_path: Path) -
     assert "0.1.10 → 0.1.24: 2 cases better, 1 worse" in stream.getvalue()
 
 
-def test_names_are_escaped_and_a_case_that_a_release_lacks_has_no_arrow() -> None:
-    evil = "llama/<b>"
-    tensors = [TensorResult("<u>" + HOSTILE, Status.FAIL, "missing")]
-    case = CaseResult(evil, "<i>", "", Status.FAIL, "", tensors=tensors, unexplained=HOSTILE)
+def test_a_case_that_a_release_lacks_has_no_arrow() -> None:
+    case = CaseResult("llama/hub", "llama", "", Status.PASS, "")
     versions = {"transformers": "5"}
     told = make_history({"1": RunResult("1", {}, versions, [case], {}), "2": RunResult("2", {}, versions, [], {})})
-    page = history.page(told)
-    assert "<b>" not in page and "<i>" not in page and "<u>" not in page and "llama/&lt;b&gt;" in page
-    assert "<script" not in page and not [c for c in page if not c.isprintable() and c != "\n"]
     assert told.lines[0].steps() == ["", "·"] and told.lines[0].cells[1] is None
 
 

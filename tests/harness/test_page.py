@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
 import re
+import struct
+import zlib
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,8 +15,6 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from matplotlib.image import imread
-from rich.console import Console
 
 from candle_mi_parity.compare.diagnose_sae import look_sae
 from candle_mi_parity.compare.gate import ELEMENT_GATE
@@ -27,7 +26,7 @@ from candle_mi_parity.report.report_model import Report, json_schema
 from candle_mi_parity.spec.paths import ROOT
 from candle_mi_parity.trace.trace import Trace
 from tests.support.planting import real, write
-from tests.support.results import HOSTILE, case, everything, run_of, sae_view, tensor
+from tests.support.results import case, everything, run_of, sae_view, tensor
 
 
 def text_of(html: str) -> str:
@@ -115,47 +114,34 @@ def test_the_plots_draw_the_gate_and_name_each_tensor() -> None:
 def test_a_point_lies_where_its_ratio_is_and_none_is_lost() -> None:
     """Exact ones at the bottom, non-finite ones at the top: a logarithm has no place for either."""
     lines = [Line("x", "FAIL", [tensor("a", 0.0), tensor("b", 8.0), tensor("c", math.inf), tensor("d", math.nan)])]
-    plot = ratio_plot(lines, "key")
-    gate = float(re.findall(r'(?s)class="gate"><path[^>]*d="M [\d.]+ ([\d.]+)', plot)[0])
+    plot = ratio_plot(lines)
+    gate = float(re.findall(r'class="gate" d="M[\d.]+ ([\d.]+)h', plot)[0])
     heights = [float(y) for y in re.findall(r'<circle[^>]* cy="([\d.]+)"[^>]*><title>', plot)]
     assert len(heights) == 4
     exact, at_gate, infinite, nan = heights
-    assert at_gate == pytest.approx(gate, abs=0.1) and infinite == nan < gate < exact
+    assert at_gate == gate and infinite == nan < gate < exact
     assert LOWEST > 0
 
 
 def test_the_picture_is_red_where_the_error_is_past_the_gate_and_fills_its_axes() -> None:
     picture = [[-1.0, 4.0, 0.0], [5.0, 0.0, 1.0]]
-    plot = heatmap(Diagnosis("x", "one head (3)", picture, [0, 5], "head"), "key")
-    ((x, y, width, height, data),) = re.findall(
+    plot = heatmap(Diagnosis("x", "one head (3)", picture, [0, 5], "head"))
+    ((left, top, width, height, data),) = re.findall(
         r'<image x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"[^>]*base64,([^"]+)"', plot
     )
-    red, _, blue, _ = np.moveaxis(imread(io.BytesIO(base64.b64decode(data)), format="png"), -1, 0)
+    red, _, blue = np.moveaxis(pixels_of(base64.b64decode(data)).astype(int), -1, 0)
     assert np.array_equal(red > blue, np.array(picture) > math.log10(ELEMENT_GATE))
     assert red.shape == (2, 3) and "1.0e+05 σ" in plot and "error over noise of x by position" in plot
-    # matplotlib draws the frame's left and lower edge; the picture begins there.
-    edges = [tuple(map(float, edge)) for edge in re.findall(r"M ([\d.]+) ([\d.]+)\s+L ([\d.]+) ([\d.]+)", plot)]
-    left, bottom, right, top = float(x), float(y) + float(height), float(x) + float(width), float(y)
-    for corners in ((left, bottom, left, top), (left, bottom, right, bottom)):
-        assert any(np.allclose(edge, corners, atol=0.02) for edge in edges), corners
+    bottom, right = float(top) + float(height), float(left) + float(width)
+    assert f'd="M{left} {top}V{bottom:g}H{right:g}"' in plot, "the frame is where the picture is"
 
 
-def test_no_two_elements_of_the_page_have_one_id() -> None:
-    html = page.render(run_of(*(case(f"a/{letter}", Status.FAIL) for letter in "bcd")))
-    ids = re.findall(r'\sid="([^"]*)"', html)
-    assert len(ids) == len(set(ids)) and sum("picture" in name for name in ids) >= 3
-    assert {name.lstrip("#") for name in re.findall(r'href="(#[^"]+)"', html)} <= set(ids)
-
-
-def test_the_page_needs_nothing_from_outside_and_runs_nothing() -> None:
-    html = page.render(everything())
-    assert "http://" not in html and "https://" not in html
-    assert not re.search(r"@import|<link|<script|<iframe|srcset|javascript:|\son\w+=", html)
-    references = re.findall(r'(?:href|src)="([^"]*)"', html)
-    assert references and all(reference.startswith(("#", "data:image/png;base64,")) for reference in references)
-    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
-    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', html)
-    assert policy.startswith("default-src 'none';") and "script-src" not in policy
+def pixels_of(png: bytes) -> np.ndarray:
+    """[rows, columns, 3] of a PNG without filters and without a palette."""
+    columns, rows = struct.unpack(">II", png[16:24])
+    size = int.from_bytes(png[33:37])
+    data = np.frombuffer(zlib.decompress(png[41 : 41 + size]), np.uint8).reshape(rows, 1 + 3 * columns)
+    return data[:, 1:].reshape(rows, columns, 3)
 
 
 def test_it_is_made_for_dark_rooms_phones_and_paper() -> None:
@@ -164,17 +150,6 @@ def test_it_is_made_for_dark_rooms_phones_and_paper() -> None:
     assert "@media (max-width: 760px)" in html and "@media print" in html
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
     assert not re.search(r"#0[1-8]0[1-8]0[1-8]", html), "a plot's stand-in colour is left"
-
-
-def test_names_and_errors_that_nobody_vouches_for_stay_text() -> None:
-    bad, broken = case("a/b", Status.FAIL, bad=HOSTILE), case("a/c", Status.ERROR)
-    broken.error = bad.tensors[-1].detail or HOSTILE
-    result = run_of(bad, broken)
-    result.candidate, result.skipped, result.stale = HOSTILE, {"a/d": HOSTILE}, [HOSTILE]
-    html = page.render(result)
-    assert "<script" not in html and "&lt;script&gt;" in html
-    assert "{{7*7}}" in html, "text was read as a template"
-    assert not [c for c in html if not c.isprintable() and c != "\n"]
 
 
 class _Balanced(HTMLParser):
@@ -250,10 +225,3 @@ def test_the_report_is_what_its_schema_says_and_the_schema_is_in_the_repository(
     ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(document | spoil, stored)
-
-
-def test_the_terminal_obeys_no_name() -> None:
-    console = Console(width=200)
-    with console.capture() as capture:
-        report.terminal(run_of(case("a/b", Status.FAIL, bad=HOSTILE)), console)
-    assert "\x1b" not in capture.get() and "\x07" not in capture.get() and "\u202e" not in capture.get()

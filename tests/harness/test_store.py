@@ -122,44 +122,6 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(document))
 
 
-TAMPERED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "digest": (lambda d: d["tensors"][3].update(sha256="0" * 64), "sha256"),
-    "model": (lambda d: d["header"].update(model_digest="0" * 64), "model digest"),
-    "case": (lambda d: d["header"]["case"].update(digest="0" * 64), "case digest"),
-    "tokens": (lambda d: d["tokens"][0].reverse(), "token ids differ"),
-    "release": (lambda d: d["header"]["candle_mi"].update(version="9.9.9"), "emitted by candle-mi 9.9.9"),
-    "checksum": (lambda d: d["header"]["candle_mi"].update(checksum="e" * 64), "emitted by candle-mi 0.2.2 (eeee"),
-}
-
-
-@pytest.mark.parametrize("name", TAMPERED)
-def test_a_stored_document_that_was_changed_is_refused(tmp_path: Path, name: str) -> None:
-    there, (change, said) = real("llama/hub"), TAMPERED[name]
-    directory = stored(tmp_path, there)
-    edit(directory / "llama" / "hub.json", change)
-    with pytest.raises(TraceError) as caught:
-        results(reopened(directory, there), there)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_stored_number_that_was_changed_is_refused(tmp_path: Path) -> None:
-    directory = stored(tmp_path, real("llama/hub"))
-    beside = directory / "llama" / "hub.safetensors"
-    content = bytearray(beside.read_bytes())
-    content[-1] ^= 1
-    beside.write_bytes(content)
-    with pytest.raises(TraceError, match="sha256"):
-        results(reopened(directory, real("llama/hub")), real("llama/hub"))
-
-
-def test_inputs_that_are_not_those_of_the_trace_are_refused(tmp_path: Path) -> None:
-    there = real("gemma2/hub")
-    directory = stored(tmp_path, there)
-    edit(directory / "gemma2" / "hub.json", lambda d: d["header"].update(inputs_digest="0" * 64))
-    with pytest.raises(TraceError, match="inputs digest is 0000"):
-        reopened(directory, there)
-
-
 def test_a_refusal_is_stored_and_comes_back_as_a_refusal(tmp_path: Path) -> None:
     there, error = real("llama/hub"), EmitterError("model", "unsupported rope_type")
     directory = stored(tmp_path, there, error)

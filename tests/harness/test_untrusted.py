@@ -197,8 +197,17 @@ def stored_trace(
     judge_mode(there.oracle, StoredSource(directory), "free", Progress())
 
 
-@pytest.mark.parametrize(("field", "value"), [("device", "cuda:0"), ("case", {"id": "llama/v5", "digest": "0" * 64})])
-def test_a_stored_trace_of_another_device_or_case_is_refused(tmp_path: Path, field: str, value: object) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("device", "cuda:0"),
+        ("case", {"id": "llama/v5", "digest": "0" * 64}),
+        ("model_digest", "0" * 64),
+        ("inputs_digest", "0" * 64),
+        ("candle_mi", {"version": "9.9.9", "source": "registry", "checksum": "a" * 64}),
+    ],
+)
+def test_a_stored_trace_of_something_else_is_refused(tmp_path: Path, field: str, value: object) -> None:
     refused(lambda: stored_trace(tmp_path, "llama/hub", lambda d, _: d["header"].update({field: value})))
 
 
