@@ -153,7 +153,7 @@ class LiveSource:
         except ValidationError as error:
             raise CandidateError(f"{built.path} does not say which candle-mi it holds") from error
         self._out = out.resolve()
-        self._emitter = EmitterProcess(built.path)
+        self.emitter = EmitterProcess(built.path)
 
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Trace:
         """Emit and open the trace.
@@ -163,7 +163,7 @@ class LiveSource:
         """
         out = trace_path(self._out, subject.case.id, mode)
         out.parent.mkdir(parents=True, exist_ok=True)
-        trace = Trace(self._emitter.emit(request(subject, mode, inputs, out, self.device), TIMEOUT_SECONDS))
+        trace = Trace(self.emitter.emit(request(subject, mode, inputs, out, self.device), TIMEOUT_SECONDS))
         if any(entry.part is not None for entry in trace.entries.values()):
             raise TraceError(f"{trace.path}: an emitter writes whole tensors, and this trace holds parts")
         if trace.header.device != self.device:
@@ -178,14 +178,14 @@ class LiveSource:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._emitter.close()
+        self.emitter.close()
 
 
 class StoredSource(NothingOpen):
     """Traces that were emitted earlier, with ``candidate.json`` that says by which candle-mi."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
         try:
             self.identity = CandleMi.model_validate(read_json(directory / "candidate.json"))
         except ValidationError as error:
@@ -199,11 +199,11 @@ class StoredSource(NothingOpen):
         :raises EmitterError: the stored outcome is a refusal.
         :raises TraceError: nothing is stored, or it is not a trace of this candidate.
         """
-        path = trace_path(self._directory, subject.case.id, mode)
+        path = trace_path(self.directory, subject.case.id, mode)
         if not path.is_file():
             raise NotStoredError(f"nothing is stored for {subject.case.id} ({mode}) at {path}")
-        if not path.resolve().is_relative_to(self._directory.resolve()):
-            raise TraceError(f"{path} is a link that leads out of {self._directory}; it is not followed")
+        if not path.resolve().is_relative_to(self.directory.resolve()):
+            raise TraceError(f"{path} is a link that leads out of {self.directory}; it is not followed")
         raw = read_json(path)
         if isinstance(raw, dict) and raw.get("format") == REFUSAL_FORMAT:
             _check_refusal(path, raw, subject, self.identity)

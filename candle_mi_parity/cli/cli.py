@@ -11,17 +11,14 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.candidate import CandidateError, parse_candidate
+from candle_mi_parity.candidate.sources import open_source
 from candle_mi_parity.candidate.tokens import emit_tokens
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import Status
-from candle_mi_parity.coverage.calls import emit_calls, load_calls, read_calls
-from candle_mi_parity.coverage.calls_compare import judge_calls, load_known_calls
-from candle_mi_parity.coverage.calls_truth import truth_of
+from candle_mi_parity.coverage.calls_judge import expectations, hold_known, judge_source
 from candle_mi_parity.coverage.census import take_census
 from candle_mi_parity.coverage.census_record import STORED, Entry
 from candle_mi_parity.coverage.field_check import check
@@ -143,7 +140,6 @@ def store(
         directory = model_directory(model, cache_root())
         target = ROOT / "rust_outputs" / candidate / "tokens.json"
         emit_tokens(parse_candidate(candidate), cache_root(), directory, target, print)
-        emit_calls(parse_candidate(candidate), cache_root(), target.with_name("calls.json"), print)
         print(result.line())
 
 
@@ -196,6 +192,7 @@ def diff_command(
                 load_explanations(),
                 progress,
                 (device, device_b or device),
+                calls=cases is None,
             )
         write_json(diff_views.document(found), out / "diff.json")
         write_text(diff_views.page(found), out / "diff.html")
@@ -239,19 +236,16 @@ def census_command(
 
 @app.command("calls")
 def calls_command(candidate: CandidateOption = DEFAULT_CANDIDATE, out: OutOption = OUT) -> None:
-    """Judge direct calls of candle-mi's public functions; exit code 1 where one diverges and is not listed."""
+    """Judge direct calls of candle-mi's public functions. Exit codes as of `run`."""
     with one_line_errors():
-        chosen = parse_candidate(candidate)
-        if chosen.kind not in ("version", "path", "git"):
-            raise CandidateError(f"calls need a candle-mi to run, not {candidate}")
-        path = emit_calls(chosen, cache_root(), out / "calls.json", lambda line: None)
-        table, cache = load_calls(), cache_root()
-        verdicts = judge_calls(table, read_calls(path), lambda row: truth_of(row, table, cache), load_known_calls())
-        shown = Table("call", "verdict", "why")
-        for verdict in verdicts:
-            shown.add_row(verdict.id, verdict.status, Text(printable(verdict.why)))
-        Console().print(shown)
-    raise typer.Exit(1 if any(verdict.status in ("FAIL", "STALE") for verdict in verdicts) else 0)
+        result, held_to = blank(RunOptions(candidate)), expectations(cache_root())
+        with open_source(parse_candidate(candidate), cache_root(), out / "traces", lambda line: None) as source:
+            judged = judge_source(source, candidate, held_to, cache_root(), out / "calls.json")
+            if judged.lost is None and source.identity is not None:
+                hold_known(judged, held_to, source.identity, result)
+        result.calls = judged.direct
+        report.calls(result, Console())
+    raise typer.Exit(result.verdict.exit_code)
 
 
 @app.command("repro")

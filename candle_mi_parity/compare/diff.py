@@ -164,9 +164,30 @@ def diff_case(a: Side, b: Side, truth: Truth | None, cut: bool = False) -> CaseD
     case = CaseDiff(a, b, cut=cut)
     if truth is not None and a.trace is not None and b.trace is not None:
         case.rows = _rows(truth, a, b)
+    return _concluded(case)
+
+
+def diff_call(a: CaseResult, b: CaseResult, distances: dict[str, Distance]) -> CaseDiff:
+    """Compare two judged answers of a direct call.
+
+    :param distances: between the two, of each result that both have.
+    """
+    ours, theirs = ({result.name: result for result in side.tensors} for side in (a, b))
+    names = [name for name in ours if name in theirs]
+    return _concluded(
+        CaseDiff(
+            Side(a, None),
+            Side(b, None),
+            [_moved(name, ours[name], theirs[name], distances.get(name)) for name in names],
+        )
+    )
+
+
+def _concluded(case: CaseDiff) -> CaseDiff:
+    """With what got worse, what got better, and what is computed instead."""
     if case.judged:
         _verdict_change(case)
-        if not _same_explanation(a, b):  # both are equal to one truth, and differ by rounding
+        if not _same_explanation(case.a, case.b):  # both are equal to one truth, and differ by rounding
             _tensor_changes(case)
         _explanation_change(case)
     return case
@@ -214,6 +235,11 @@ def _both_there(name: str, truth: Truth, a: Emitted, b: Emitted, one: TensorResu
         distance = tensor_distance(name, truth, a, b)
     else:
         distance = figure_distance(name, a, b, one, other)
+    return _moved(name, one, other, distance)
+
+
+def _moved(name: str, one: TensorResult, other: TensorResult, distance: Distance | None) -> Row:
+    """What became of a tensor that both sides have."""
     worse, better = _by_the_gate(one, other)
     # Where both go wrong, another decision is a movement too; where both are right it is a tie.
     decided = distance is not None and distance.decisions > 0 and _fails(one) and _fails(other)

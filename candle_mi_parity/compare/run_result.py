@@ -24,6 +24,44 @@ class Verdict(StrEnum):
         return codes[self]
 
 
+@dataclass(frozen=True)
+class DirectCalls:
+    """candle-mi's public functions, called one by one.
+
+    :ivar results: one a call, as of a case; one alone where no call was answered.
+    :ivar skipped: why they were not judged; empty where they were.
+    """
+
+    results: list[CaseResult] = field(default_factory=list)
+    skipped: str = ""
+
+    @property
+    def known(self) -> dict[str, list[CaseResult]]:
+        """Calls whose divergence or refusal is known, by cause: id and sentence."""
+        found: dict[str, list[CaseResult]] = {}
+        for call in self.results:
+            if call.status is Status.KNOWN and call.explained is not None:
+                found.setdefault(f"{', '.join(call.explained.ids)}: {call.explained.says}", []).append(call)
+        return found
+
+    @property
+    def new(self) -> list[CaseResult]:
+        """Calls that neither agree nor are known not to."""
+        return [call for call in self.results if call.status not in _RIGHT_AND_KNOWN]
+
+    def line(self) -> str:
+        """``75 of 100 direct calls agree, 25 do not for 8 known causes``, and the new ones by name."""
+        if self.skipped:
+            return f"direct calls were not judged: {self.skipped}"
+        agree, known = (sum(1 for call in self.results if call.status is wanted) for wanted in _RIGHT_AND_KNOWN)
+        text = f"{agree} of {len(self.results)} direct calls agree"
+        text += f", {known} do not for {_many(len(self.known), 'known cause')}" if known else ""
+        return text + (f", and new: {', '.join(call.id for call in self.new)}" if self.new else "")
+
+
+_RIGHT_AND_KNOWN = (Status.PASS, Status.KNOWN)
+
+
 @dataclass
 class RunResult:
     """All cases against one candidate.
@@ -35,6 +73,7 @@ class RunResult:
     :ivar gone: id of an explanation of the baseline → the cases that agree though it applies to them; of a candidate
         that was built from source.
     :ivar stale: what is wrong with the explanations themselves, one line each; of a release.
+    :ivar calls: direct calls of functions; None where only some cases were asked for.
     :ivar fault: what ended the run before its end, one line; what was judged until then is kept.
     """
 
@@ -48,6 +87,12 @@ class RunResult:
     fault: str = ""
     baseline: str = ""
     gone: dict[str, list[str]] = field(default_factory=dict)
+    calls: DirectCalls | None = None
+
+    @property
+    def judged(self) -> list[CaseResult]:
+        """The cases and the direct calls."""
+        return [*self.cases, *(self.calls.results if self.calls else ())]
 
     def count(self, status: Status) -> int:
         return sum(1 for case in self.cases if case.status is status)
@@ -70,15 +115,16 @@ class RunResult:
         """FAIL before ERROR before INCONCLUSIVE before KNOWN; a run that broke off is an ERROR whatever it saw."""
         if self.fault:
             return Verdict.ERROR
-        if self.count(Status.FAIL) or self.stale or (self.strict and self.count(Status.KNOWN)):
+        seen = {case.status for case in self.judged}
+        if Status.FAIL in seen or self.stale or (self.strict and Status.KNOWN in seen):
             return Verdict.FAIL
-        if self.count(Status.ERROR):
+        if Status.ERROR in seen:
             return Verdict.ERROR
-        nothing = not any(case.compared for case in self.cases)
+        nothing = not any(case.compared for case in self.judged)
         short = any(case.compared < case.expected for case in self.cases)
-        if nothing or short or self.count(Status.UNMEASURED):
+        if nothing or short or Status.UNMEASURED in seen:
             return Verdict.INCONCLUSIVE
-        return Verdict.KNOWN if self.count(Status.KNOWN) else Verdict.PASS
+        return Verdict.KNOWN if Status.KNOWN in seen else Verdict.PASS
 
     def is_right(self) -> str:
         """Does candle-mi compute what PyTorch computes? One sentence with its counts, which add up to the cases."""
@@ -100,6 +146,10 @@ class RunResult:
             )
         unmeasured = total - agree - len(self.outcomes(Outcome.DIVERGES, Outcome.CRASHED, Outcome.REFUSED))
         rest = f"{agree} of {total} cases agree" + (f", {unmeasured} could not be measured" if unmeasured else "")
+        if self.calls and self.calls.results:
+            calls = [call.outcome is Outcome.AGREES for call in self.calls.results]
+            rest += f", and {sum(calls)} of {len(calls)} direct calls"
+            parts += [] if parts or all(calls) else ["direct calls of functions differ"]
         if parts:
             return f"Not everywhere: {', '.join(parts)}; {rest}."
         return f"Yes: {rest}." if agree == total else f"Where it was measured: {rest}."
@@ -115,6 +165,8 @@ class RunResult:
             parts.append(f"{_many(len(new), 'case')} {_verb(len(new), 'fail')}")
         if self.count(Status.ERROR):
             parts.append(f"{_many(self.count(Status.ERROR), 'case')} could not be judged")
+        if self.calls and self.calls.new:
+            parts.append(f"{_many(len(self.calls.new), 'direct call')} {_verb(len(self.calls.new), 'fail')}")
         if self.stale:
             parts.append(f"{_many(len(self.stale), 'explanation')} no longer {_verb(len(self.stale), 'hold')}")
         if self.gone:

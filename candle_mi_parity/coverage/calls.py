@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors.numpy import save, save_file
 
-from candle_mi_parity.candidate.build import build
-from candle_mi_parity.candidate.candidate import Candidate, EmitterProcess
+from candle_mi_parity.candidate.sources import LiveSource, NotStoredError, Source, StoredSource
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.spec.cases import Row, read_toml
@@ -82,6 +81,25 @@ class SaeRow(Row):
         save_file(self.weights(), directory / "sae_weights.safetensors")
 
 
+class Formula(StrEnum):
+    """What is known to be computed instead; :mod:`calls_truth` computes it."""
+
+    FIRST_POSITION = "first-position"
+    """Of logits with a sequence the first position is read."""
+    POSITIONS_FLATTENED = "positions-flattened"
+    """All positions are ranked together, and position x vocab + token is the token."""
+    TERMS_LEFT_OUT = "terms-below-1e-10-left-out"
+    """Terms of a KL divergence with p or q of at most 1e-10 are 0."""
+    LAST_OF_EQUAL = "last-of-equal"
+    """argmax gives the last of equal values."""
+    TOPK_WITHOUT_RELU = "topk-without-relu"
+    """The k largest are kept, negative ones too; a negative k-th is not where k is below d_sae."""
+    TIES_WITHIN_EPSILON = "ties-within-epsilon"
+    """What is nearer to the k-th largest than float32's epsilon is tied with it, and of more than k the last go."""
+    NEGATIVE_THRESHOLD_KEPT = "negative-threshold-kept"
+    """A JumpReLU feature with a negative threshold fires with a negative value."""
+
+
 class CallRow(Row):
     """One call.
 
@@ -144,6 +162,12 @@ class Answered(Part):
     results: list[Answer]
     error: str | None
 
+    @model_validator(mode="after")
+    def _unique(self) -> Answered:
+        if len({result.name for result in self.results}) != len(self.results):
+            raise ValueError(f"{self.id} has a result twice")
+        return self
+
 
 class Calls(Part):
     """What the emitter wrote."""
@@ -167,22 +191,30 @@ def load_calls(path: Path = FIXTURES / "calls.toml") -> CallTable:
     return table
 
 
-def emit_calls(candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None]) -> Path:
-    """Have candle-mi answer the table; the JSON file it wrote.
+def answers(source: Source, table: CallTable, cache: Path, out: Path) -> Calls:
+    """What a candidate answers, stored or live.
 
-    :raises EmitterError: the emitter refused, crashed or hung.
+    :param out: the JSON file that a live one writes.
+    :raises NotStoredError: none is stored, or the candidate is no candle-mi.
+    :raises EmitterError: the emitter refused the request, crashed or hung.
+    :raises TraceError: not such a file.
     """
-    table = load_calls()
-    directory = table.lay_out(cache)
-    request = {
-        "format": "candle-mi-parity/call/1",
-        "case": {"id": "calls", "digest": table.digest()},
-        "inputs": str(directory / "inputs.safetensors"),
-        "calls": [{"id": row.id, "run": _run(row, directory)} for row in table.call],
-        "out": str(out.resolve()),
-    }
-    with EmitterProcess(build(candidate, cache, log).path) as emitter:
-        return emitter.emit(request, TIMEOUT_SECONDS)
+    if isinstance(source, LiveSource):
+        directory = table.lay_out(cache)
+        request = {
+            "format": "candle-mi-parity/call/1",
+            "case": {"id": "calls", "digest": table.digest()},
+            "inputs": str(directory / "inputs.safetensors"),
+            "calls": [{"id": row.id, "run": _run(row, directory)} for row in table.call],
+            "out": str(out.resolve()),
+        }
+        return read_calls(source.emitter.emit(request, TIMEOUT_SECONDS))
+    if not isinstance(source, StoredSource):
+        raise NotStoredError("torch has none of candle-mi's functions")
+    path = source.directory / "calls.json"
+    if not path.is_file():
+        raise NotStoredError(f"no answers are stored at {path}; `candle-mi-parity store` keeps them")
+    return read_calls(path)
 
 
 def _run(row: CallRow, directory: Path) -> dict[str, object]:

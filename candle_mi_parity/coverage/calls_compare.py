@@ -1,205 +1,127 @@
-"""Judging direct calls: each answered once, each result inside the gate, what diverges listed and no more."""
+"""The answer of one direct call against a truth: each result inside the gate, or exact where that is asked."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
 
 import numpy as np
-from pydantic import Field
 
+from candle_mi_parity.compare.align import ENDLESS, SAME, Distance
 from candle_mi_parity.compare.gate import POSITION_GATE, TINY, UNIT, measure
-from candle_mi_parity.coverage.calls import Answered, CallRow, Calls, CallTable
-from candle_mi_parity.coverage.calls_truth import CallTruth
-from candle_mi_parity.errors import ExplanationError, TraceError
-from candle_mi_parity.spec.cases import Row, read_toml
-from candle_mi_parity.spec.paths import FIXTURES
+from candle_mi_parity.compare.tensor_result import judged, nonfinite
+from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.coverage.calls import CallRow
+from candle_mi_parity.trace.truth import TruthTensor
 
-Status = Literal["PASS", "FAIL", "KNOWN", "STALE", "ABSENT"]
-
-
-class KnownCall(Row):
-    """A divergence of one call in the listed releases, and why.
-
-    :ivar fault: what :func:`fault` says of it; its numbers may differ in the fourth digit, as on another processor.
-    """
-
-    call: str
-    versions: list[str]
-    kind: Literal["wrong number", "silent no-op", "refusal", "different definition"]
-    fault: str
-    why: str
+CallTruth = Mapping[str, TruthTensor]
+"""Name of a result → its value and noise. Of ``top_changed_tokens``: over all tokens; of ``encode_sparse``: dense."""
+Results = dict[str, np.ndarray]
 
 
-class KnownCalls(Row):
-    """:ivar absent: function → the releases that lack it."""
-
-    absent: dict[str, list[str]] = Field(default_factory=dict)
-    known: list[KnownCall] = Field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class CallVerdict:
-    """:ivar why: the first fault, empty where there is none."""
-
-    id: str
-    status: Status
-    why: str
-
-
-def load_known_calls(path: Path = FIXTURES / "known_calls.toml") -> KnownCalls:
-    """:raises ExplanationError: malformed, or a call twice for one version."""
-    known = read_toml(path, KnownCalls, ExplanationError)
-    pairs = [(entry.call, version) for entry in known.known for version in entry.versions]
-    if len(set(pairs)) != len(pairs):
-        raise ExplanationError(f"{path}: a call is listed twice for one version")
-    return known
-
-
-def judge_calls(
-    table: CallTable, calls: Calls, truth: Callable[[CallRow], CallTruth], known: KnownCalls
-) -> list[CallVerdict]:
-    """One verdict per row of the table.
-
-    :raises TraceError: another table, other inputs, a call missing, unknown or answered twice.
-    :raises ExplanationError: a known call that the table lacks.
-    """
-    if calls.case.digest != table.digest():
-        raise TraceError("the calls are of another table; emit them again")
-    if calls.inputs_digest != table.inputs_digest():
-        raise TraceError("the calls were answered on other inputs than the table's; emit them again")
-    counts = Counter(answer.id for answer in calls.calls)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise TraceError(f"calls answered twice: {', '.join(twice)}")
-    rows = {row.id for row in table.call}
-    if wrong := sorted(rows ^ set(counts)):
-        raise TraceError(f"calls missing or unknown: {', '.join(wrong)}")
-    if unknown := sorted({entry.call for entry in known.known} - rows):
-        raise ExplanationError(f"known calls that the table lacks: {', '.join(unknown)}")
-    version = calls.candle_mi.version
-    listed = {entry.call: entry for entry in known.known if version in entry.versions}
-    lacking = {fn for fn, versions in known.absent.items() if version in versions}
-    answers = {answer.id: answer for answer in calls.calls}
-    verdicts = []
-    for row in table.call:
-        answer = answers[row.id]
-        if (answer.outcome == "absent") != (row.fn in lacking):
-            verdicts.append(
-                CallVerdict(row.id, "FAIL", f"{row.fn} is {answer.outcome}, against the list of absent ones")
-            )
-        elif answer.outcome == "absent":
-            verdicts.append(CallVerdict(row.id, "ABSENT", f"{version} has no {row.fn}"))
-        else:
-            verdicts.append(_verdict(row, answer, truth(row), listed.get(row.id)))
-    return verdicts
-
-
-def _verdict(row: CallRow, answer: Answered, truth: CallTruth, known: KnownCall | None) -> CallVerdict:
-    why = fault(row, answer, truth)
-    if known is None:
-        return CallVerdict(row.id, "FAIL" if why else "PASS", why)
-    if not why:
-        return CallVerdict(row.id, "STALE", "listed as known, but it passes")
-    if (known.kind == "refusal") != (answer.outcome == "error"):
-        return CallVerdict(row.id, "FAIL", f"not the {known.kind} that is known: {why}")
-    if not _alike(why, known.fault):
-        return CallVerdict(row.id, "FAIL", f"{why}; known is another fault: {known.fault}")
-    return CallVerdict(row.id, "KNOWN", f"{known.kind}: {known.why}")
-
-
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
-
-
-def _alike(one: str, other: str) -> bool:
-    """The same words, and numbers that agree in three digits."""
-    (mine, theirs) = (np.array(_NUMBER.findall(text), dtype=np.float64) for text in (one, other))
-    same_words = _NUMBER.sub("#", one) == _NUMBER.sub("#", other)
-    return same_words and bool(np.allclose(mine, theirs, rtol=1e-3, atol=0))
-
-
-def fault(row: CallRow, answer: Answered, truth: CallTruth) -> str:
-    """What is wrong with one answer, in one line; empty where nothing is."""
-    if answer.outcome == "error":
-        return f"refused: {answer.error}"
-    names = [result.name for result in answer.results]
-    expected = {"top_changed_tokens": ["tokens", *truth.values], "encode_sparse": ["indices", "values"]}
-    if names != expected.get(row.fn, list(truth.values)):
-        return f"results are {names or 'none'}"
-    got = {result.name: result.array() for result in answer.results}
+def compare_call(row: CallRow, got: Results, truth: CallTruth) -> list[TensorResult]:
+    """Every result of an answer."""
+    special = {"top_changed_tokens": ["tokens", *truth], "encode_sparse": ["indices", "values"]}
+    expected = special.get(row.fn, list(truth))
+    if list(got) != expected:
+        return [_wrong("results", f"got {', '.join(got) or 'none'}, expected {', '.join(expected)}")]
     if row.fn == "top_changed_tokens":
         return _top_changed(row, got, truth)
     if row.fn == "encode_sparse":
-        return _sparse(got, truth)
-    if row.fn == "pca_top_k" and got["components"].shape == truth.values["components"].shape:
-        sign = np.sign((got["components"] * truth.values["components"]).sum(-1, keepdims=True))
-        got["components"] = got["components"] * sign
-    for name, value in got.items():
-        if why := _tensor(row, name, value, truth.values[name], truth.noise[name]):
-            return why
-    return ""
+        return _sparse(row, got, truth)
+    if row.fn == "pca_top_k" and got["components"].shape == truth["components"].shape:
+        sign = np.sign((got["components"] * truth["components"].value).sum(-1, keepdims=True))
+        got = got | {"components": got["components"] * sign}
+    return [_judge(row, name, got[name], truth[name]) for name in truth]
 
 
-def _tensor(row: CallRow, name: str, got: np.ndarray, truth: np.ndarray, noise: np.ndarray) -> str:
-    if got.shape != truth.shape:
-        return f"{name} has shape {list(got.shape)}, expected {list(truth.shape)}"
+def answer_of(row: CallRow, truth: CallTruth) -> Results:
+    """What a candidate answers that computes just a truth, and rounds it to float32."""
+    values = {name: tensor.value.astype(np.float32).astype(np.float64) for name, tensor in truth.items()}
+    if row.fn == "top_changed_tokens":
+        at = _most_changed(row, truth)
+        return {"tokens": at.astype(np.float64), **{name: value[at] for name, value in values.items()}}
+    if row.fn == "encode_sparse":
+        features = values["features"]
+        at = np.argsort(-features, kind="stable")[: np.count_nonzero(features > 0)]
+        return {"indices": at.astype(np.float64), "values": features[at]}
+    return values
+
+
+def distance(row: CallRow, one: np.ndarray, other: np.ndarray, expected: TruthTensor | None) -> Distance:
+    """Between two candidates' arrays of one result.
+
+    :param expected: the result's truth, whose noise is the measure; without one a few ULP are.
+    """
+    if one.shape == other.shape and one.tobytes() == other.tobytes():
+        return SAME
+    if one.shape != other.shape:
+        return ENDLESS
+    noise = expected.noise if expected is not None and expected.shape == one.shape else np.zeros_like(one)
+    found = _judge(row.model_copy(update={"exact": False}), "", other, TruthTensor(one, noise))
+    return Distance(False, found.position_ratio, found.element_ratio)
+
+
+def _wrong(name: str, detail: str) -> TensorResult:
+    """What no number says: other results, another shape, another decision."""
+    return TensorResult(name, Status.FAIL, "values", float("inf"), float("inf"), compared=1, past=1, detail=detail)
+
+
+def _judge(row: CallRow, name: str, got: np.ndarray, expected: TruthTensor) -> TensorResult:
+    value, noise = expected.value, expected.noise
+    if got.shape != value.shape:
+        return _wrong(name, f"got shape {list(got.shape)}, expected {list(value.shape)}")
     if row.exact:
-        narrow = truth.astype(np.float32).astype(np.float64)
-        if row.ties:
-            got, narrow = np.sort(got, -1), np.sort(narrow, -1)
-        # NaN equals nothing, itself included.
-        wrong = np.argwhere(~np.atleast_1d(got == narrow))
-        if len(wrong) == 0:
-            return ""
-        at = tuple(wrong[0])
-        return f"{name}{list(map(int, at))} is {np.atleast_1d(got)[at]:.9g}, expected {np.atleast_1d(narrow)[at]:.9g}"
-    shape = (1, -1, truth.shape[-1]) if truth.ndim else (1, 1, 1)
-    found = measure((got - truth).reshape(shape), truth.reshape(shape), noise.reshape(shape))
-    if found.unresolved.any():
-        return f"{name} cannot be judged: its noise is too large"
-    if found.passes():
-        return ""
-    at = np.unravel_index(np.nanargmax(np.nan_to_num(found.element.ravel(), nan=np.inf)), shape_of(truth))
-    pair = np.reshape(got, shape_of(truth))[at], np.reshape(truth, shape_of(truth))[at]
-    return f"{name}{list(map(int, at))} is {pair[0]:.9g}, expected {pair[1]:.9g}"
+        value = value.astype(np.float32).astype(np.float64)
+    if row.ties:
+        got, value = np.sort(got, -1), np.sort(value, -1)
+    rows = (1, -1, value.shape[-1]) if value.ndim else (1, 1, 1)
+    got, value, noise = got.reshape(rows), value.reshape(rows), noise.reshape(rows)
+    # A mask's infinities are right where both have them.
+    same = got == value
+    if (broken := nonfinite(name, np.where(same, 0.0, got), value, None)) is not None:
+        return _at(broken, expected.shape)
+    with np.errstate(invalid="ignore"):
+        error = np.where(same, 0.0, got - value)
+    found = measure(error, np.where(np.isfinite(value), value, 0.0), noise)
+    return _at(judged(name, found, got, value, None, None, exact=row.exact), expected.shape)
 
 
-def shape_of(array: np.ndarray) -> tuple[int, ...]:
-    """A scalar counts as a list of one."""
-    return array.shape or (1,)
+def _at(result: TensorResult, shape: tuple[int, ...]) -> TensorResult:
+    """With the index of the worst element in the result's own shape, not in that of its rows."""
+    assert result.worst is not None
+    _, row, column = result.worst.index
+    place = np.unravel_index(row * (shape[-1] if shape else 1) + column, shape or (1,))
+    return replace(result, worst=replace(result.worst, index=[int(i) for i in place] if shape else []))
 
 
-def _top_changed(row: CallRow, got: dict[str, np.ndarray], truth: CallTruth) -> str:
+def _most_changed(row: CallRow, truth: CallTruth) -> np.ndarray:
+    return np.argsort(-truth["change"].value, kind="stable")[: cast(int, row.args["k"])]
+
+
+def _top_changed(row: CallRow, got: Results, truth: CallTruth) -> list[TensorResult]:
     """Any order that the truth's margins allow; the values at the tokens that were named."""
-    tokens, change = got["tokens"], truth.values["change"]
-    k = row.args["k"]
-    assert isinstance(k, int)
-    if tokens.shape != (min(k, change.size),):
-        return f"{tokens.size} tokens, expected {min(k, change.size)}"
+    tokens, change, noise = got["tokens"], truth["change"].value, truth["change"].noise
+    best = _most_changed(row, truth)
+    if tokens.shape != best.shape:
+        return [_wrong("tokens", f"got {tokens.size} tokens, expected {best.size}")]
     if len(set(tokens)) != tokens.size or not np.isin(tokens, np.arange(change.size)).all():
-        return f"tokens are {tokens.tolist()}, expected distinct ones below {change.size}"
+        return [_wrong("tokens", f"got {tokens.tolist()}, expected distinct ones below {change.size}")]
     at = tokens.astype(int)
-    best = np.argsort(-change, kind="stable")[: tokens.size]
-    slack = POSITION_GATE * (truth.noise["change"][at] + truth.noise["change"][best] + UNIT * change[best]) + TINY
+    slack = POSITION_GATE * (noise[at] + noise[best] + UNIT * change[best]) + TINY
     if not (np.abs(change[at] - change[best]) <= slack).all():
-        return f"tokens are {at.tolist()}, expected {best.tolist()}"
-    for name in truth.values:
-        if why := _tensor(row, name, got[name], truth.values[name][at], truth.noise[name][at]):
-            return why
-    return ""
+        return [_wrong("tokens", f"got {at.tolist()}, expected {best.tolist()}")]
+    chosen = {name: TruthTensor(tensor.value[at], tensor.noise[at]) for name, tensor in truth.items()}
+    named = TensorResult("tokens", Status.PASS, compared=tokens.size)
+    return [named, *(_judge(row, name, got[name], tensor) for name, tensor in chosen.items())]
 
 
-def _sparse(got: dict[str, np.ndarray], truth: CallTruth) -> str:
-    """Exact: the positive features, largest first; equal ones in any order."""
-    features = truth.values["features"].astype(np.float32).astype(np.float64)
-    indices, values = got["indices"], got["values"]
-    if indices.shape != values.shape or indices.ndim != 1:
-        return f"{indices.shape} indices for {values.shape} values"
-    if sorted(indices) != np.flatnonzero(features > 0).tolist():
-        return f"indices are {indices.astype(int).tolist()}, expected {np.flatnonzero(features > 0).tolist()}"
-    if not np.array_equal(values, features[indices.astype(int)]):
-        return f"values are {values.tolist()}, expected {features[indices.astype(int)].tolist()}"
-    return "" if (np.diff(values) <= 0).all() else f"values are not in descending order: {values.tolist()}"
+def _sparse(row: CallRow, got: Results, truth: CallTruth) -> list[TensorResult]:
+    """The positive features, largest first; equal ones in any order."""
+    expected = answer_of(row, truth)
+    pairs, wanted = (list(zip(*(each[name].tolist() for name in expected), strict=False)) for each in (got, expected))
+    shaped = all(got[name].shape == array.shape for name, array in expected.items())
+    if not shaped or sorted(pairs) != sorted(wanted) or not np.array_equal(got["values"], expected["values"]):
+        return [_wrong("indices", f"got {pairs}, expected {wanted}, largest first")]
+    return [TensorResult(name, Status.PASS, compared=array.size, exact=True) for name, array in got.items()]

@@ -1,35 +1,30 @@
-"""What each function of ``fixtures/calls.toml`` should give, in float64, and the noise of float32 around it."""
+"""What each function of ``fixtures/calls.toml`` should give, and what it is known to give instead.
+
+Both in float64, with the noise of float32 around it.
+"""
 
 from __future__ import annotations
 
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
 
-from candle_mi_parity.coverage.calls import CallRow, CallTable
+from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
 from candle_mi_parity.errors import CaseTableError
-from candle_mi_parity.models.sae import load_sae
+from candle_mi_parity.models.sae import Sae, load_sae
 from candle_mi_parity.oracle.compute import SAMPLES
 from candle_mi_parity.oracle.interventions import scale_steering, set_steering
 from candle_mi_parity.oracle.rounding import MatmulScales, NoisePool, RoundingNoise, Truth64
 from candle_mi_parity.oracle.torch_sae import TorchSae
+from candle_mi_parity.spec.counterfactual import Counterfactual, Variant
 from candle_mi_parity.spec.edits import Attention
+from candle_mi_parity.trace.truth import TruthTensor
 
 Named = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class CallTruth:
-    """:ivar values: name → expected, float64. :ivar noise: name → rms of sample − truth, same shapes."""
-
-    values: dict[str, np.ndarray]
-    noise: dict[str, np.ndarray]
 
 
 def _last(logits: torch.Tensor) -> torch.Tensor:
@@ -49,7 +44,10 @@ def _logit_diff(baseline: torch.Tensor, ablated: torch.Tensor, token: int) -> Na
 
 def _top_changed(baseline: torch.Tensor, ablated: torch.Tensor, k: int) -> Named:
     """Of every token; the comparison takes the k largest changes."""
-    p, q = torch.softmax(_last(baseline), -1), torch.softmax(_last(ablated), -1)
+    return _changes(torch.softmax(_last(baseline), -1), torch.softmax(_last(ablated), -1))
+
+
+def _changes(p: torch.Tensor, q: torch.Tensor) -> Named:
     return {"baseline": p, "ablated": q, "change": (p - q).abs()}
 
 
@@ -151,29 +149,86 @@ SAE_FUNCTIONS = frozenset(
 )
 
 
-def truth_of(row: CallRow, table: CallTable, cache: Path) -> CallTruth:
-    """The expected results of a call, and the root mean square of 16 samples of float32's rounding around them.
+def _first(logits: torch.Tensor) -> torch.Tensor:
+    return logits.reshape(-1, logits.shape[-1])[0]
 
-    :param cache: where the SAEs that both sides read are laid out.
-    :raises CaseTableError: a function without a reference.
+
+def _terms_left_out(baseline: torch.Tensor, other: torch.Tensor) -> Named:
+    p, q = torch.softmax(baseline, -1), torch.softmax(other, -1)
+    return {"value": torch.where((p > 1e-10) & (q > 1e-10), p * torch.log(p / q), 0.0).sum()}
+
+
+class LooseTopK(TorchSae):
+    """TopK as ``topk_cpu`` of candle-mi 0.2.2 selects (``src/sae/mod.rs``).
+
+    What is below the k-th largest value becomes 0. Where more than k are then at or above it, which zeros are when it
+    is negative, those within ``epsilon`` of it are dropped from the end. Where k is d_sae, all are kept.
+
+    :param relu: whether ReLU follows.
     """
+
+    def __init__(self, sae: Sae, epsilon: float, relu: bool) -> None:
+        super().__init__(sae)
+        self._epsilon, self._positive_only = epsilon, relu
+
+    def active(self, pre: torch.Tensor) -> torch.Tensor:
+        assert self.k is not None
+        fires = torch.ones_like(pre, dtype=torch.bool)
+        if self.k < pre.shape[-1]:
+            kth = torch.sort(pre, dim=-1, descending=True).values[..., self.k - 1 : self.k]
+            fires = pre >= kth
+            kept = torch.where(fires, pre, 0.0)
+            excess = (kept >= kth).sum(-1, keepdim=True) - self.k
+            tied = (kept - kth).abs() <= self._epsilon
+            fires = fires & ~(tied & (tied.flip(-1).cumsum(-1).flip(-1) <= excess))
+        return fires & (pre > 0) if self._positive_only else fires
+
+
+WRONG: dict[Formula, tuple[str, Callable[..., Named]]] = {
+    Formula.FIRST_POSITION: ("logit_diff", lambda baseline, ablated, token: _logit_diff(
+        _first(baseline), _first(ablated), token)),
+    Formula.POSITIONS_FLATTENED: ("top_changed_tokens", lambda baseline, ablated, k: _changes(
+        torch.softmax(baseline, -1).reshape(-1), torch.softmax(ablated, -1).reshape(-1))),
+    Formula.TERMS_LEFT_OUT: ("kl_divergence", _terms_left_out),
+    Formula.LAST_OF_EQUAL: ("sample_token", lambda logits: {
+        "token": torch.nonzero(logits == logits.max())[-1, 0].double()}),
+}  # fmt: skip
+_KEPT = Counterfactual(variants=[Variant.NEGATIVE_THRESHOLD_KEPT])
+WRONG_SAES: dict[Formula, Callable[[Path], TorchSae]] = {
+    Formula.TOPK_WITHOUT_RELU: lambda path: LooseTopK(load_sae(path), 0.0, relu=False),
+    Formula.TIES_WITHIN_EPSILON: lambda path: LooseTopK(load_sae(path), 2.0**-23, relu=True),
+    Formula.NEGATIVE_THRESHOLD_KEPT: lambda path: TorchSae(load_sae(path, _KEPT)),
+}
+
+
+def _computation(row: CallRow, formula: Formula | None, table: CallTable, cache: Path) -> Callable[[], Named]:
+    """:raises CaseTableError: a function without a reference, or a formula that is not of it."""
     arrays = table.arrays()
     args: dict[str, Any] = {
         key: torch.from_numpy(arrays[value]).double() if isinstance(value, str) and value in arrays else value
         for key, value in row.args.items()
     }
+    if row.sae is not None and row.fn in SAE_FUNCTIONS and (formula is None or formula in WRONG_SAES):
+        path = table.lay_out(cache) / row.sae
+        sae = TorchSae(load_sae(path)) if formula is None else WRONG_SAES[formula](path)
+        return lambda: _sae_call(sae, row.fn, args)
+    fn, compute = (row.fn, MEASURES.get(row.fn)) if formula is None else WRONG.get(formula, ("", None))
+    if compute is None or fn != row.fn:
+        raise CaseTableError(f"{row.id}: {row.fn} has no {f'formula {formula}' if formula else 'reference'}")
+    return lambda: compute(**args)
 
-    sae = None if row.sae is None else TorchSae(load_sae(table.lay_out(cache) / row.sae))
 
-    def once() -> Named:
-        if sae is not None and row.fn in SAE_FUNCTIONS:
-            return _sae_call(sae, row.fn, args)
-        if row.fn not in MEASURES:
-            raise CaseTableError(f"{row.id}: no reference for {row.fn}")
-        return MEASURES[row.fn](**args)
+def truth_of(row: CallRow, table: CallTable, cache: Path, formula: Formula | None = None) -> dict[str, TruthTensor]:
+    """The expected results of a call, and the root mean square of 16 samples of float32's rounding around them.
+
+    :param cache: where the SAEs that both sides read are laid out.
+    :param formula: what is known to be computed instead; None for the truth.
+    :raises CaseTableError: a function without a reference, or a formula that is not of it.
+    """
+    once = _computation(row, formula, table, cache)
 
     def finish(values: Named) -> Named:
-        return _eigen(values, args["k"]) if row.fn == "pca_top_k" else values
+        return _eigen(values, cast(int, row.args["k"])) if row.fn == "pca_top_k" else values
 
     scales = MatmulScales()
     with Truth64(scales), torch.no_grad():
@@ -187,7 +242,4 @@ def truth_of(row: CallRow, table: CallTable, cache: Path) -> CallTruth:
                 inner = once()
             for name, value in finish(inner).items():
                 squares[name] += (value - values[name]) ** 2 / SAMPLES
-    return CallTruth(
-        {name: value.numpy() for name, value in values.items()},
-        {name: value.sqrt().numpy() for name, value in squares.items()},
-    )
+    return {name: TruthTensor(value.numpy(), squares[name].sqrt().numpy()) for name, value in values.items()}

@@ -57,7 +57,8 @@ def case_table(result: RunResult) -> Table:
 def terminal(result: RunResult, console: Console) -> None:
     """The table, what to read about each case that is not a pass, and the verdict in the last line."""
     console.print(case_table(result))
-    for case in result.cases:
+    _terminal_calls(result, console)
+    for case in result.judged:
         if case.status not in (Status.PASS, Status.KNOWN):
             console.print(
                 coloured(case.status), Text(printable(case.message())), soft_wrap=True
@@ -74,6 +75,28 @@ def terminal(result: RunResult, console: Console) -> None:
     console.print(
         Text.assemble("verdict: ", (printable(result.line()), _COLOURS.get(result.verdict.value, "bold magenta")))
     )
+
+
+def calls(result: RunResult, console: Console) -> None:
+    """The direct calls that do not agree, those that are known by cause; what is known no longer; the counts."""
+    if result.calls is None:
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    for heading in ("verdict", "calls", "why"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "verdict")
+    for cause, known in result.calls.known.items():
+        table.add_row(coloured(Status.KNOWN), cell(", ".join(call.id for call in known)), cell(cause))
+    for call in result.calls.new:
+        table.add_row(coloured(call.status), cell(call.id), cell(call.message()))
+    console.print(table)
+    for line in result.stale:
+        console.print(Text(printable(f"stale: {line}"), style="bold red"))
+    _terminal_calls(result, console)
+
+
+def _terminal_calls(result: RunResult, console: Console) -> None:
+    if result.calls is not None:
+        console.print(Text(printable(result.calls.line())), soft_wrap=True)
 
 
 def clean_ratios(result: RunResult) -> Table:
@@ -161,6 +184,9 @@ def document(result: RunResult) -> dict[str, Any]:
         "fault": result.fault,
         "counts": {status.value: result.count(status) for status in Status},
         "cases": cases,
+        "calls": {"results": [_case(call) for call in result.calls.results], "skipped": result.calls.skipped}
+        if result.calls
+        else None,
         "skipped": result.skipped,
         "stale": result.stale,
         "baseline": result.baseline,

@@ -13,6 +13,7 @@ from candle_mi_parity.candidate.store import stored_selection
 from candle_mi_parity.compare.align import like_with_like
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Side, diff_case
 from candle_mi_parity.compare.verdict import CaseResult, Status
+from candle_mi_parity.coverage.calls_judge import diff_calls, expectations, judge_source
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.judge.explain import explain_new
@@ -116,11 +117,13 @@ def diff(
     table: Explanations,
     progress: Progress,
     devices: tuple[str, str] = ("cpu", "cpu"),
+    calls: bool = False,
 ) -> Diff:
     """Build or read both candidates and compare them.
 
     :param out: where live candidates write their traces, each in its own directory.
     :param devices: of each candidate; the truth is always the CPU's.
+    :param calls: whether direct calls are compared too.
     :raises ParityError: a candidate cannot be built or found; a fault of one case stays that case's.
     """
     a, b = (_comparable(spec) for spec in specs)
@@ -135,6 +138,14 @@ def diff(
         done = [
             diff_one(case, pair, specs, cache, table, progress, max(0.0, end - time.monotonic())) for case in cases
         ]
+        if calls:
+            progress.note("direct calls")
+            held_to = expectations(cache)
+            judged = [
+                judge_source(source, spec, held_to, cache, out / side / "calls.json")
+                for source, spec, side in zip(pair.sources, specs, "ab", strict=True)
+            ]
+            done += diff_calls(judged[0], judged[1], held_to)
         one, other = (
             source.identity.model_dump(exclude_none=True) if source.identity else {} for source in pair.sources
         )

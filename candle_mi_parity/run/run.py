@@ -15,10 +15,11 @@ from pathlib import Path
 from candle_mi_parity import __version__
 from candle_mi_parity.candidate import cuda
 from candle_mi_parity.candidate.candidate import OutOfReachError, parse_candidate
-from candle_mi_parity.candidate.sources import open_source
+from candle_mi_parity.candidate.sources import Source, open_source
 from candle_mi_parity.candidate.store import StoringSource
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.verdict import CaseResult, Failure, Status
+from candle_mi_parity.coverage.calls_judge import expectations, hold_known, judge_source
 from candle_mi_parity.coverage.flat_json import case_of, judge_reference, read_reference
 from candle_mi_parity.errors import HubError, ParityError
 from candle_mi_parity.judge.case import Judgement, Progress, judge_case, status_of
@@ -120,7 +121,20 @@ def run_cases(
         judgements = [future.result() for future in futures]
         explain_new(judgements, known, options.cache, options.search, progress)
         hold_table(judgements, known, source.identity, result, whole=not options.cases)
+        if not options.cases:
+            _judge_calls(opened, options, result, progress)
     return result
+
+
+def _judge_calls(source: Source, options: RunOptions, result: RunResult, progress: Progress) -> None:
+    """candle-mi's functions called one by one; where the candidate is stored, their answers are too."""
+    progress.note("direct calls")
+    held_to = expectations(options.cache)
+    out = (options.keep or options.out / "traces") / "calls.json"
+    judged = judge_source(source, options.candidate, held_to, options.cache, out)
+    result.calls = judged.direct
+    if judged.lost is None and source.identity is not None:
+        hold_known(judged, held_to, source.identity, result)
 
 
 def _take(judged: CaseResult, result: RunResult) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from candle_mi_parity.errors import ExplanationError
 from candle_mi_parity.spec.cases import Row, read_toml
@@ -34,6 +34,17 @@ class Stage(StrEnum):
     FORWARD = "forward"
 
 
+def _compiles(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is not a regular expression: {error}") from error
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+
+
 class Refusal(Row):
     """How candle-mi refuses.
 
@@ -41,44 +52,44 @@ class Refusal(Row):
     """
 
     stage: Annotated[Stage, Field(strict=False)]
-    message: str
-
-    @field_validator("message")
-    @classmethod
-    def _compiles(cls, text: str) -> str:
-        try:
-            re.compile(text)
-        except re.error as error:
-            raise ValueError(f"{text!r} is not a regular expression: {error}") from error
-        return text
+    message: Pattern
 
 
-class Explanation(Row):
-    """One cause.
+class Cause(Row):
+    """What all rows of what is known say.
 
+    :ivar id: below CMI100 of cases, from there on of direct calls.
     :ivar name: in a few words, for links and searches.
     :ivar says: one sentence: what candle-mi does instead.
     :ivar kind: whether its numbers are wrong, another definition, or an option that has no effect.
+    :ivar releases: of candle-mi, in which it holds.
+    :ivar remedy: what a user can do about it; empty where there is nothing.
+    """
+
+    id: str
+    name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+    says: Annotated[str, Field(min_length=20)]
+    kind: Literal["wrong number", "different definition", "no effect", "refusal"]
+    releases: Annotated[list[str], Field(min_length=1)]
+    remedy: str = ""
+
+
+class Explanation(Cause):
+    """One cause.
+
     :ivar families: model types; empty for all.
     :ivar when: conditions, which must all hold, see :mod:`conditions`.
     :ivar change: the counterfactual under which candle-mi computes PyTorch's numbers.
     :ivar refuses: how it refuses instead of computing.
     :ivar stored: why neither can be said: the candidate is then held to the release's stored trace.
-    :ivar releases: of candle-mi, in which it holds.
-    :ivar remedy: what a user can do about it; empty where there is nothing.
     """
 
-    id: Annotated[str, Field(pattern=r"^CMI\d{3}$")]
-    name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
-    says: Annotated[str, Field(min_length=20)]
-    kind: Literal["wrong number", "different definition", "no effect", "refusal"]
+    id: Annotated[str, Field(pattern=r"^CMI0\d\d$")]
     families: list[str] = []
     when: list[str] = []
     change: Counterfactual | None = None
     refuses: Refusal | None = None
     stored: str = ""
-    releases: Annotated[list[str], Field(min_length=1)]
-    remedy: str = ""
 
     @model_validator(mode="after")
     def _one_answer(self) -> Explanation:
@@ -102,6 +113,26 @@ class Explanation(Row):
         return (not self.families or facts.family in self.families) and all_hold(self._conditions, facts)
 
 
+def check_unique(rows: Sequence[Cause]) -> None:
+    """:raises ValueError: an id or a name is given twice."""
+    for name in ("id", "name"):
+        values = [getattr(row, name) for row in rows]
+        if doubled := sorted({value for value in values if values.count(value) > 1}):
+            raise ValueError(f"{name} given twice: {', '.join(doubled)}")
+
+
+def releases_of(rows: Iterable[Cause]) -> list[str]:
+    """Every release that a row names, oldest first."""
+    return sorted({release for row in rows for release in row.releases}, key=numbers)
+
+
+def baseline(rows: Iterable[Cause], version: str) -> str:
+    """The release whose rows hold for a version: itself, or for a checkout the newest before it; empty where there
+    is none."""
+    older = [release for release in releases_of(rows) if numbers(release) <= numbers(version)]
+    return older[-1] if older else ""
+
+
 class Explanations(Row):
     """The whole table."""
 
@@ -110,10 +141,7 @@ class Explanations(Row):
 
     @model_validator(mode="after")
     def _unique(self) -> Explanations:
-        for name in ("id", "name"):
-            values = [getattr(row, name) for row in self.explanation]
-            if doubled := sorted({value for value in values if values.count(value) > 1}):
-                raise ValueError(f"{name} given twice: {', '.join(doubled)}")
+        check_unique(self.explanation)
         if len(held := [row.id for row in self.explanation if row.stored]) > MOST_STORED:
             raise ValueError(f"{', '.join(held)} are held to a stored trace; at most {MOST_STORED} may be")
         return self
@@ -121,13 +149,11 @@ class Explanations(Row):
     @property
     def releases(self) -> list[str]:
         """Every release that a row names, oldest first."""
-        return sorted({release for row in self.explanation for release in row.releases}, key=numbers)
+        return releases_of(self.explanation)
 
     def baseline(self, version: str) -> str:
-        """The release whose explanations hold for a version: itself, or for a checkout the newest before it; empty
-        where there is none."""
-        older = [release for release in self.releases if numbers(release) <= numbers(version)]
-        return older[-1] if older else ""
+        """See :func:`baseline`."""
+        return baseline(self.explanation, version)
 
     def applicable(self, facts: Facts, release: str) -> list[Explanation]:
         """The rows of a release that apply to a case, in the table's order."""

@@ -1,28 +1,50 @@
-"""The comparison of direct calls fails on each planted fault."""
+"""Direct calls: each planted fault fails, also on top of a known one, and a run and a diff see it."""
 
 import functools
+import json
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from candle_mi_parity.compare.diff import Diff
+from candle_mi_parity.compare.run_result import DirectCalls, RunResult, Verdict
+from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage.calls import Answer, Answered, Calls, load_calls, read_calls
-from candle_mi_parity.coverage.calls_compare import KnownCall, KnownCalls, fault, judge_calls, load_known_calls
-from candle_mi_parity.coverage.calls_truth import CallTruth, truth_of
+from candle_mi_parity.coverage.calls_compare import compare_call
+from candle_mi_parity.coverage.calls_judge import (
+    Expectations,
+    KnownCalls,
+    diff_calls,
+    expectations,
+    hold_known,
+    judge_calls,
+    load_known_calls,
+)
 from candle_mi_parity.errors import ExplanationError, TraceError
+from candle_mi_parity.judge.case import Progress
+from candle_mi_parity.run.run import RunOptions, run_cases
 from candle_mi_parity.spec.paths import ROOT, cache_root
+from tests.support.results import case, run_of
 
 TABLE = load_calls()
 ROWS = {row.id: row for row in TABLE.call}
 ARRAYS = {name: array.astype(np.float64) for name, array in TABLE.arrays().items()}
-STORED = read_calls(ROOT / "rust_outputs" / "0.2.2" / "calls.json")
+RELEASE = ROOT / "rust_outputs" / "0.2.2"
+STORED = read_calls(RELEASE / "calls.json")
 Values = dict[str, np.ndarray]
 
 
 @functools.cache
-def truth(call: str) -> CallTruth:
-    return truth_of(ROWS[call], TABLE, cache_root())
+def held_to() -> Expectations:
+    return expectations(cache_root())
+
+
+def right(call: str) -> Values:
+    return {name: tensor.value for name, tensor in held_to().truths[call, None].items()}
 
 
 def answered(call: str, values: Values) -> Answered:
@@ -86,10 +108,10 @@ PLANTED: dict[str, Callable[[], tuple[str, Values]]] = {
     "top-k by signed change": lambda: ("top_changed/both-ways", ranked(DOWN)),
     "a token twice": lambda: ("top_changed/both-ways", {name: v[[0, 0]] for name, v in ranked(np.abs(DOWN)).items()}),
     "one token short": lambda: ("top_changed/both-ways", ranked(np.abs(DOWN), 1)),
-    "mask transposed": lambda: ("causal/4", {"value": truth("causal/4").values["value"].swapaxes(-1, -2)}),
+    "mask transposed": lambda: ("causal/4", {"value": right("causal/4")["value"].swapaxes(-1, -2)}),
     "knockout transposed": lambda: (
         "knockout/all-heads",
-        {"value": truth("knockout/all-heads").values["value"].swapaxes(-1, -2)},
+        {"value": right("knockout/all-heads")["value"].swapaxes(-1, -2)},
     ),
     "PCA not centred": lambda: ("pca/2", pca(ARRAYS["matrix"])),
     "ties kept beyond k": lambda: ("topk-cpu/ties", {"value": ARRAYS["tied4"]}),
@@ -107,65 +129,198 @@ PLANTED: dict[str, Callable[[], tuple[str, Values]]] = {
 }
 
 
+def passes(call: str, values: Values) -> bool:
+    results = compare_call(ROWS[call], values, held_to().truths[call, None])
+    return all(result.status is Status.PASS for result in results)
+
+
 @pytest.mark.parametrize("name", RIGHT)
 def test_numpy_passes(name: str) -> None:
-    call, values = RIGHT[name]()
-    assert fault(ROWS[call], answered(call, values), truth(call)) == ""
+    assert passes(*RIGHT[name]())
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_fault_fails(name: str) -> None:
-    call, values = PLANTED[name]()
-    assert fault(ROWS[call], answered(call, values), truth(call)) != ""
+    assert not passes(*PLANTED[name]())
 
 
-def judged(calls: list[Answered], known: KnownCalls | None = None) -> dict[str, str]:
-    document = Calls(**(dict(STORED) | {"calls": calls}))
-    found = judge_calls(TABLE, document, lambda row: truth(row.id), known or load_known_calls())
-    return {verdict.id: verdict.status for verdict in found}
+def spoilt(*calls: Answered, of: Calls = STORED) -> Calls:
+    """The release's answers, some of them others."""
+    new = {call.id: call for call in calls}
+    return of.model_copy(update={"calls": [new.get(call.id, call) for call in of.calls]})
+
+
+def refused(call: str, message: str, outcome: str = "error") -> Answered:
+    return Answered.model_validate({"id": call, "outcome": outcome, "results": [], "error": message})
+
+
+def stored(call: str) -> Values:
+    found = next(each for each in STORED.calls if each.id == call)
+    return {result.name: result.array() for result in found.results}
+
+
+def judged(calls: Calls) -> dict[str, CaseResult]:
+    return {call.id.removeprefix("calls/"): call for call in judge_calls(calls, held_to()).results}
+
+
+def times(call: str, factor: float) -> Answered:
+    return answered(call, {name: value * factor for name, value in stored(call).items()})
 
 
 @pytest.mark.parametrize("calls", [STORED.calls[1:], [*STORED.calls, STORED.calls[0]], []])
 def test_missing_or_doubled_call(calls: list[Answered]) -> None:
     with pytest.raises(TraceError, match=r"calls (missing|answered twice)"):
-        judged(calls)
+        judged(STORED.model_copy(update={"calls": calls}))
 
 
 def test_unknown_call() -> None:
     extra = STORED.calls[0].model_copy(update={"id": "kl/unheard-of"})
     with pytest.raises(TraceError, match="unknown: kl/unheard-of"):
-        judged([*STORED.calls, extra])
+        judged(STORED.model_copy(update={"calls": [*STORED.calls, extra]}))
 
 
-def test_a_refusal_or_absence_that_is_not_listed_fails() -> None:
-    for outcome in ("error", "absent"):
-        spoilt = STORED.calls[0].model_copy(update={"outcome": outcome, "results": [], "error": "no"})
-        assert judged([spoilt, *STORED.calls[1:]])[spoilt.id] == "FAIL"
-
-
-def test_unlisted_divergence_fails_and_stale_entry_fails() -> None:
-    known = load_known_calls()
-    assert judged(STORED.calls, KnownCalls(absent=known.absent))["sample/tie"] == "FAIL"
-    stale = KnownCall(call="kl/1d", versions=["0.2.2"], kind="wrong number", fault="none", why="planted")
-    assert judged(STORED.calls, KnownCalls(known=[*known.known, stale]))["kl/1d"] == "STALE"
-    with pytest.raises(ExplanationError, match="lacks"):
-        judged(STORED.calls, KnownCalls(known=[stale.model_copy(update={"call": "nowhere"})]))
-
-
-@pytest.mark.parametrize("value, status", [(0.0, "KNOWN"), (1e-7, "FAIL"), (29.0, "FAIL"), (math.nan, "FAIL")])
-def test_a_known_call_may_be_wrong_by_what_is_known_only(value: float, status: str) -> None:
-    spoilt = answered("kl/far", {"value": np.array(value)})
-    calls = [spoilt if answer.id == "kl/far" else answer for answer in STORED.calls]
-    assert judged(calls)["kl/far"] == status
-
-
-def test_another_table_is_refused() -> None:
-    other = STORED.model_copy(update={"case": STORED.case.model_copy(update={"digest": "0" * 64})})
+def test_another_table_and_other_inputs_are_refused() -> None:
+    case = STORED.case.model_copy(update={"digest": "0" * 64})
     with pytest.raises(TraceError, match="another table"):
-        judge_calls(TABLE, other, lambda row: truth(row.id), load_known_calls())
-
-
-def test_answers_on_other_inputs_are_refused() -> None:
-    other = STORED.model_copy(update={"inputs_digest": "0" * 64})
+        judged(STORED.model_copy(update={"case": case}))
     with pytest.raises(TraceError, match="other inputs"):
-        judge_calls(TABLE, other, lambda row: truth(row.id), load_known_calls())
+        judged(STORED.model_copy(update={"inputs_digest": "0" * 64}))
+
+
+@pytest.mark.parametrize("outcome", ["error", "absent"])
+def test_a_refusal_or_absence_that_is_not_listed_fails(outcome: str) -> None:
+    found = judged(spoilt(refused("kl/1d", "no", outcome)))["kl/1d"]
+    assert (found.status, found.unexplained) == (Status.FAIL, "this refusal is not known")
+
+
+KEPT, FLAT, TIES = (stored(call) for call in ("topk-auto/k-is-all", "top_changed/2d", "topk-cpu/small-ties"))
+SECOND = ARRAYS["base2d"][1, 3] - ARRAYS["other2d"][1, 3]
+SHAPES = "model error: shape mismatch in cmp, lhs: [1, 4], rhs: [1, 1]"
+AS_KNOWN: dict[str, Answered] = {
+    "terms left out": answered("kl/far", {"value": np.array(-0.0)}),
+    "negative values kept": answered("topk-auto/k-is-all", KEPT),
+    "flattened tokens": answered("top_changed/2d", FLAT),
+    "refused": refused("topk-gpu/spread", SHAPES),
+    "absent": refused("position_delta/0", "", "absent"),
+}
+ON_TOP: dict[str, Answered] = {
+    "nearly what is known": answered("kl/far", {"value": np.array(1e-7)}),
+    "another wrong number": answered("kl/far", {"value": np.array(29.0)}),
+    "NaN": answered("kl/far", {"value": np.array(math.nan)}),
+    "one negative value not kept": answered("topk-auto/k-is-all", {"value": np.maximum(KEPT["value"], -2.5)}),
+    "another of the ties dropped": answered("topk-cpu/small-ties", {"value": np.flip(TIES["value"])}),
+    "a probability of another token": answered("top_changed/2d", FLAT | {"ablated": np.flip(FLAT["ablated"])}),
+    "the second position": answered("logit_diff/2d", {"value": SECOND}),
+    "computed, not refused": answered("topk-gpu/spread", {"value": 2 * stored("topk-cpu/spread")["value"]}),
+    "more words": refused("topk-gpu/spread", f"{SHAPES}!"),
+    "other shapes": refused("topk-gpu/spread", SHAPES.replace("[1, 1]", "[2, 1]")),
+    "refused, not computed": refused("kl/far", SHAPES),
+}
+
+
+@pytest.mark.parametrize("name", AS_KNOWN)
+def test_what_is_known_is_known(name: str) -> None:
+    answer = AS_KNOWN[name]
+    older = STORED.candle_mi.model_copy(update={"version": "0.1.10"})
+    calls = spoilt(answer).model_copy(update={"candle_mi": older})
+    assert judged(calls)[answer.id].status is Status.KNOWN
+
+
+@pytest.mark.parametrize("name", ON_TOP)
+def test_a_fault_on_top_of_what_is_known_fails(name: str) -> None:
+    found = judged(spoilt(ON_TOP[name]))[ON_TOP[name].id]
+    assert found.status is Status.FAIL and found.unexplained.startswith("not CMI10")
+
+
+def held(calls: Calls, source: str = "registry") -> RunResult:
+    result = run_of(case("llama/hub"))
+    identity = STORED.candle_mi.model_copy(update={"source": source})
+    hold_known(judge_calls(calls, held_to()), held_to(), identity, result)
+    return result
+
+
+def test_what_agrees_though_it_is_listed_is_stale_and_of_a_checkout_gone() -> None:
+    mended = spoilt(answered("kl/far", right("kl/far")), answered("logit_diff/2d", right("logit_diff/2d")))
+    assert held(STORED).stale == [] and held(STORED, "path").gone == {}
+    first, second = held(mended).stale
+    assert first.startswith("CMI101 is listed for candle-mi 0.2.2, but calls/logit_diff/2d agree")
+    assert second.startswith("CMI103") and held(mended).verdict is Verdict.FAIL
+    assert held(mended, "path").gone == {"CMI103": ["calls/kl/far"]}  # of CMI101 another call is left
+
+
+def test_a_checkout_is_held_to_the_release_before_it() -> None:
+    checkout = STORED.candle_mi.model_copy(update={"version": "0.2.3-dev", "source": "path"})
+    assert judged(STORED.model_copy(update={"candle_mi": checkout}))["kl/far"].status is Status.KNOWN
+
+
+BAD_ROWS: dict[str, dict[str, object]] = {
+    "CMI103 explains nothing: terms-below-1e-10-left-out gives the right value of kl/1d": {"calls": ["kl/*"]},
+    "CMI103: there is no call kl/nowhere": {"calls": ["kl/nowhere"]},
+    "CMI103 and CMI104 overlap: both explain sample/tie": {"calls": ["sample/tie"]},
+    "CMI103: kl/far: kl_divergence has no formula last-of-equal": {"formula": "last-of-equal"},
+    "CMI103: give `formula`": {"formula": None},
+    "is not a regular expression": {"refuses": "("},
+    "id given twice: CMI104": {"id": "CMI104"},
+    "should match pattern": {"id": "CMI003"},
+}
+
+
+@pytest.mark.parametrize("message", BAD_ROWS)
+def test_a_row_that_cannot_be_is_an_error_that_names_it(message: str, tmp_path: Path) -> None:
+    rows = [row.model_dump() for row in load_known_calls().known]
+    spoilt_rows = [row | (BAD_ROWS[message] if row["id"] == "CMI103" else {}) for row in rows]
+    with pytest.raises((ValueError, ExplanationError), match=re.escape(message)):
+        expectations(tmp_path, KnownCalls.model_validate({"known": spoilt_rows}))
+
+
+HALVED = [times(call, 0.5) for call in ("kl/1d", "kl/2d", "kl/3d")]
+
+
+def test_a_run_judges_calls_and_fails_where_a_function_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "candidate.json").write_bytes((RELEASE / "candidate.json").read_bytes())
+
+    def ran(calls: Calls | None, *cases: str) -> RunResult:
+        (tmp_path / "calls.json").write_text("{}" if calls is None else json.dumps(calls.model_dump()))
+        return run_cases(RunOptions(f"stored:{tmp_path}", cases), [], {}, Progress())
+
+    honest, broken, torn = ran(STORED), ran(spoilt(*HALVED)), ran(None)
+    assert honest.calls and honest.calls.line() == "75 of 100 direct calls agree, 25 do not for 8 known causes"
+    assert broken.calls and [call.id for call in broken.calls.new] == ["calls/kl/1d", "calls/kl/2d", "calls/kl/3d"]
+    assert torn.calls and [call.status for call in torn.calls.results] == [Status.ERROR]
+    assert ran(STORED, "llama/*").calls is None
+    (tmp_path / "calls.json").unlink()
+    left_out = run_cases(RunOptions(f"stored:{tmp_path}"), [], {}, Progress())
+    assert left_out.calls and "no answers are stored" in left_out.calls.skipped
+
+
+def test_a_verdict_counts_calls() -> None:
+    def verdict(calls: Calls) -> tuple[Verdict, str]:
+        result = run_of(case("llama/hub"))
+        result.calls = DirectCalls(judge_calls(calls, held_to()).results)
+        return result.verdict, result.line()
+
+    assert run_of(case("llama/hub")).verdict is Verdict.PASS
+    assert verdict(STORED)[0] is Verdict.KNOWN
+    assert verdict(spoilt(*HALVED))[0] is Verdict.FAIL
+    assert "3 direct calls fail" in verdict(spoilt(*HALVED))[1]
+
+
+def worse(a: Calls, b: Calls) -> list[str]:
+    found = diff_calls(judge_calls(a, held_to()), judge_calls(b, held_to()), held_to())
+    diff = Diff("A", "B", {}, {}, {}, found)
+    assert diff.verdict is (Verdict.FAIL if diff.worse else Verdict.PASS)
+    return [f"{one.id}: {'; '.join(one.worse)}" for one in diff.worse]
+
+
+def test_a_diff_compares_calls() -> None:
+    halved = spoilt(*HALVED)
+    assert worse(STORED, STORED) == worse(halved, STORED) == worse(halved, halved) == []
+    assert [line.partition(" at ")[0] for line in worse(STORED, halved)] == [
+        f"calls/{answer.id}: agrees → diverges" for answer in HALVED
+    ]
+    further = worse(spoilt(times("kl/1d", 0.9)), spoilt(times("kl/1d", 0.5)))
+    assert len(further) == 1 and "value diverges by" in further[0]
+    unexplained = worse(STORED, spoilt(answered("kl/far", {"value": np.array(29.0)})))
+    assert len(unexplained) == 1 and "now it is not explained: not CMI103" in unexplained[0]
+    absent = worse(STORED, spoilt(refused("position_delta/0", "", "absent")))
+    assert absent == ["calls/position_delta/0: agrees → refused: candle-mi 0.2.2 has no position_delta"]

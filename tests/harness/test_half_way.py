@@ -96,7 +96,7 @@ def test_a_full_disk_for_the_trace_costs_one_case(limited: Callable[[int, str], 
         assert "io: " in (said := error_of(judged(source))) and "File too large" in said
         assert list((tmp_path / "traces").rglob("*.*")) == [], "something half-written was left"
         assert isinstance(source, LiveSource)
-        source._emitter._abandon(0)  # space was made
+        source.emitter._abandon(0)  # space was made
         right(judged(source))
 
 

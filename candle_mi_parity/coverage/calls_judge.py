@@ -1,0 +1,307 @@
+"""Judging direct calls: each answered once, each result inside the gate, and what is known measured as sharply."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from candle_mi_parity.candidate.candidate import EmitterError
+from candle_mi_parity.candidate.sources import NotStoredError, Source
+from candle_mi_parity.compare.diff import CaseDiff, diff_call
+from candle_mi_parity.compare.run_result import DirectCalls, RunResult
+from candle_mi_parity.compare.verdict import CaseResult, Explained, Failure, Outcome, Status, TensorResult
+from candle_mi_parity.coverage.calls import CallRow, Calls, CallTable, Formula, answers, load_calls
+from candle_mi_parity.coverage.calls_compare import CallTruth, Results, answer_of, compare_call, distance
+from candle_mi_parity.errors import CaseTableError, ExplanationError, OracleError, TraceError
+from candle_mi_parity.files.cache import content_key, publish
+from candle_mi_parity.files.digest import digest_files
+from candle_mi_parity.judge.case import failure_of
+from candle_mi_parity.oracle.provenance import library_versions, rules_digest
+from candle_mi_parity.spec.cases import Row, read_toml
+from candle_mi_parity.spec.explanations import Cause, Pattern, baseline, check_unique
+from candle_mi_parity.spec.paths import FIXTURES
+from candle_mi_parity.trace.trace import CandleMi
+from candle_mi_parity.trace.truth import TruthTensor
+
+Asked = tuple[str, Formula | None]
+"""A call, and what is computed instead of the truth."""
+
+
+class KnownCall(Cause):
+    """One cause.
+
+    :ivar calls: globs over the calls that it concerns; each of them needs it.
+    :ivar formula: what is computed instead.
+    :ivar refuses: a regular expression that the whole message of a refusal matches, or of a function's absence.
+    """
+
+    id: Annotated[str, Field(pattern=r"^CMI1\d\d$")]
+    calls: Annotated[list[str], Field(min_length=1)]
+    formula: Annotated[Formula | None, Field(strict=False)] = None
+    refuses: Pattern = ""
+
+    @model_validator(mode="after")
+    def _one_answer(self) -> KnownCall:
+        if (self.formula is None) == (not self.refuses) or (self.kind == "refusal") != bool(self.refuses):
+            raise ValueError(f'{self.id}: give `formula`, or `refuses` and the kind "refusal"')
+        return self
+
+
+class KnownCalls(Row):
+    """The whole table."""
+
+    format: Literal[1] = 1
+    known: list[KnownCall] = []
+
+    @model_validator(mode="after")
+    def _unique(self) -> KnownCalls:
+        check_unique(self.known)
+        return self
+
+    def matches(self, table: CallTable) -> Iterator[tuple[KnownCall, str]]:
+        """Each row with each call that it names.
+
+        :raises ExplanationError: a glob that matches no call, or a call that two rows explain in one release.
+        """
+        owners: dict[tuple[str, str], str] = {}
+        for row in self.known:
+            for glob in row.calls:
+                if not (found := fnmatch.filter([call.id for call in table.call], glob)):
+                    raise ExplanationError(f"{row.id}: there is no call {glob}")
+                for call in found:
+                    for release in row.releases:
+                        if (other := owners.setdefault((call, release), row.id)) != row.id:
+                            raise ExplanationError(f"{other} and {row.id} overlap: both explain {call} in {release}")
+                    yield row, call
+
+
+def load_known_calls(path: Path = FIXTURES / "known_calls.toml") -> KnownCalls:
+    """:raises ExplanationError: malformed, an id or name twice, or a row that explains nothing."""
+    return read_toml(path, KnownCalls, ExplanationError)
+
+
+@dataclass(frozen=True)
+class Expectations:
+    """What answers are held to.
+
+    :ivar matches: each row of what is known with each call that it names.
+    :ivar truths: of each call, and of each formula of a call.
+    """
+
+    table: CallTable
+    matches: list[tuple[KnownCall, str]]
+    truths: dict[Asked, CallTruth]
+
+    def known(self, version: str) -> dict[str, KnownCall]:
+        """Call → what is known of it in a release, or for a checkout in the newest release before it."""
+        release = baseline([row for row, _ in self.matches], version)
+        return {call: row for row, call in self.matches if release in row.releases}
+
+
+def expectations(cache: Path, known: KnownCalls | None = None) -> Expectations:
+    """The tables and their truths, which are computed once and cached.
+
+    :param known: None for the project's own.
+    :raises ExplanationError: a row for no call, two rows for one, or a formula whose value is the right one.
+    """
+    table = load_calls()
+    rows = {row.id: row for row in table.call}
+    matches = list((known or load_known_calls()).matches(table))
+    asked: dict[Asked, str] = {(call, None): "" for call in rows}
+    asked |= {(call, row.formula): row.id for row, call in matches if row.formula}
+    truths = _truths(table, asked, cache)
+    for row, call in matches:
+        right, wrong = truths[call, None], truths[call, row.formula]
+        if row.formula and _status(compare_call(rows[call], answer_of(rows[call], wrong), right)) is not Status.FAIL:
+            raise ExplanationError(f"{row.id} explains nothing: {row.formula} gives the right value of {call}")
+    return Expectations(table, matches, truths)
+
+
+def _truths(table: CallTable, asked: dict[Asked, str], cache: Path) -> dict[Asked, CallTruth]:
+    """What was asked, computed or from the cache.
+
+    :param asked: with the id of the row that names the formula.
+    :raises ExplanationError: a formula that is not of the call's function.
+    :raises OracleError: the cached file is unreadable.
+    """
+
+    def compute(out: Path) -> None:
+        # Imported where it is needed: cached truths are read without torch.
+        from candle_mi_parity.coverage.calls_truth import truth_of
+
+        rows, arrays = {row.id: row for row in table.call}, {}
+        for index, ((call, formula), owner) in enumerate(asked.items()):
+            try:
+                truth = truth_of(rows[call], table, cache, formula)
+            except CaseTableError as error:
+                raise ExplanationError(f"{owner or FIXTURES / 'calls.toml'}: {error}") from error
+            for place, (name, tensor) in enumerate(truth.items()):
+                arrays[f"{index:04}.{place}.{name}"] = np.stack([tensor.value, tensor.noise])
+        save_file(arrays, out / "truth.safetensors")
+
+    code = digest_files(list(Path(__file__).parent.glob("calls*.py")))
+    key = content_key(table.digest(), list(asked), code, rules_digest(), library_versions())
+    path = publish(cache / "truth" / f"calls-{key}", compute) / "truth.safetensors"
+    truths: dict[Asked, dict[str, TruthTensor]] = {one: {} for one in asked}
+    try:
+        arrays = load_file(path)
+        for key, pair in sorted(arrays.items()):
+            index, _, name = key.split(".")
+            truths[list(asked)[int(index)]][name] = TruthTensor(pair[0, ...], pair[1, ...])
+    except (OSError, SafetensorError) as error:
+        raise OracleError(f"cached truth {path} is unreadable ({error}); delete it") from error
+    return dict(truths)
+
+
+@dataclass(frozen=True)
+class JudgedCalls:
+    """The answers of one candidate, judged.
+
+    :ivar results: one a call.
+    :ivar answers: of the calls that were answered, the arrays.
+    :ivar lost: why there are none of these; its outcome is ABSENT where there are none to be had.
+    """
+
+    results: list[CaseResult]
+    answers: dict[str, Results]
+    lost: CaseResult | None = None
+
+    @property
+    def direct(self) -> DirectCalls:
+        """For a run's report."""
+        if self.lost is None:
+            return DirectCalls(self.results)
+        absent = self.lost.outcome is Outcome.ABSENT
+        return DirectCalls(skipped=self.lost.error) if absent else DirectCalls([self.lost])
+
+
+def judge_source(source: Source, spec: str, held_to: Expectations, cache: Path, out: Path) -> JudgedCalls:
+    """Have a candidate answer, or read its stored answers, and judge them.
+
+    :param spec: the candidate as the user spelt it.
+    :param out: the JSON file that a live one writes.
+    """
+    command = f"candle-mi-parity calls --candidate {shlex.quote(spec)}"
+    lost = CaseResult("calls", "calls", held_to.table.digest(), Status.ERROR, command)
+    try:
+        return judge_calls(answers(source, held_to.table, cache, out), held_to, command)
+    except NotStoredError as error:
+        lost.error, lost.failure = str(error), Failure.ABSENT
+    except EmitterError as error:
+        lost.error, lost.failure = str(error), failure_of(error)
+    except TraceError as error:
+        lost.error, lost.failure = str(error), Failure.INPUT
+    return JudgedCalls([], {}, lost)
+
+
+def judge_calls(calls: Calls, held_to: Expectations, command: str = "") -> JudgedCalls:
+    """One result per row of the table.
+
+    :param command: which shows them again.
+    :raises TraceError: another table, other inputs, a call missing, unknown or answered twice.
+    """
+    table = held_to.table
+    if calls.case.digest != table.digest():
+        raise TraceError("the calls are of another table; emit them again")
+    if calls.inputs_digest != table.inputs_digest():
+        raise TraceError("the calls were answered on other inputs than the table's; emit them again")
+    counts = Counter(answer.id for answer in calls.calls)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise TraceError(f"calls answered twice: {', '.join(twice)}")
+    if wrong := sorted({row.id for row in table.call} ^ set(counts)):
+        raise TraceError(f"calls missing or unknown: {', '.join(wrong)}")
+    found, known = {answer.id: answer for answer in calls.calls}, held_to.known(calls.candle_mi.version)
+    results, arrays = [], {}
+    for row in table.call:
+        result = CaseResult(f"calls/{row.id}", "calls", table.digest(), Status.FAIL, command)
+        answer, cause = found[row.id], known.get(row.id)
+        if answer.outcome == "results":
+            arrays[row.id] = {each.name: each.array() for each in answer.results}
+            _judge_values(result, row, arrays[row.id], held_to, cause)
+        else:
+            absent = f"candle-mi {calls.candle_mi.version} has no {row.fn}"
+            _judge_refusal(result, absent if answer.outcome == "absent" else answer.error or "", cause)
+        results.append(result)
+    return JudgedCalls(results, arrays)
+
+
+def _judge_values(
+    result: CaseResult, row: CallRow, got: Results, held_to: Expectations, cause: KnownCall | None
+) -> None:
+    result.tensors = compare_call(row, got, held_to.truths[row.id, None])
+    result.expected, result.status = len(result.tensors), _status(result.tensors)
+    if result.status is not Status.FAIL or cause is None:
+        return
+    if cause.formula is None:
+        result.unexplained = f"not {cause.id}: it is not refused"
+        return
+    # A formula says which of equal features are kept.
+    strict = row.model_copy(update={"ties": False})
+    under = compare_call(strict, got, held_to.truths[row.id, cause.formula])
+    if _status(under) is Status.PASS:
+        worst = max(each.ratio for each in under)
+        change = f"the formula {cause.formula}"
+        result.explained = Explained([cause.id], cause.says, change, len(under), worst, cause.remedy)
+        result.status = Status.KNOWN
+    else:
+        first = next(each for each in under if each.status is not Status.PASS)
+        result.unexplained = f"not {cause.id}: with the formula {cause.formula}, {first.message()}"
+
+
+def _judge_refusal(result: CaseResult, message: str, cause: KnownCall | None) -> None:
+    result.error, result.failure = message, Failure.FORWARD
+    if cause is None:
+        result.unexplained = "this refusal is not known"
+    elif not (cause.refuses and re.fullmatch(cause.refuses, message)):
+        result.unexplained = f"not {cause.id}: it refuses with another message"
+    else:
+        result.explained, result.status = Explained([cause.id], cause.says, remedy=cause.remedy), Status.KNOWN
+
+
+def _status(tensors: list[TensorResult]) -> Status:
+    found = {tensor.status for tensor in tensors}
+    return next((status for status in (Status.FAIL, Status.UNMEASURED) if status in found), Status.PASS)
+
+
+def hold_known(judged: JudgedCalls, held_to: Expectations, identity: CandleMi, result: RunResult) -> None:
+    """What is known and no longer so: ``gone`` of a build from source, ``stale`` of a release."""
+    agree = {one.id for one in judged.results if one.outcome is Outcome.AGREES}
+    spared: dict[str, list[str]] = {}
+    needed: set[str] = set()
+    for call, row in held_to.known(identity.version).items():
+        if f"calls/{call}" in agree:
+            spared.setdefault(row.id, []).append(f"calls/{call}")
+        else:
+            needed.add(row.id)
+    if identity.source != "registry":
+        result.gone |= {id: calls for id, calls in spared.items() if id not in needed}
+        return
+    result.stale += [
+        f"{id} is listed for candle-mi {identity.version}, but {', '.join(calls)} agree: take them or the release out"
+        for id, calls in spared.items()
+    ]
+
+
+def diff_calls(a: JudgedCalls, b: JudgedCalls, held_to: Expectations) -> list[CaseDiff]:
+    """Call by call what changed; one line where a side has no answers."""
+    if a.lost or b.lost:
+        whole = CaseResult("calls", "calls", held_to.table.digest(), Status.PASS, "")
+        return [diff_call(a.lost or whole, b.lost or whole, {})]
+    found = []
+    for row, one, other in zip(held_to.table.call, a.results, b.results, strict=True):
+        ours, theirs = a.answers.get(row.id, {}), b.answers.get(row.id, {})
+        truth = held_to.truths[row.id, None]
+        apart = {name: distance(row, ours[name], theirs[name], truth.get(name)) for name in ours if name in theirs}
+        found.append(diff_call(one, other, apart))
+    return found
