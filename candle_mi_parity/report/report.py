@@ -57,7 +57,14 @@ def case_table(result: RunResult) -> Table:
 def terminal(result: RunResult, console: Console) -> None:
     """The table, what to read about each case that is not a pass, and the verdict in the last line."""
     console.print(case_table(result))
-    _terminal_calls(result, console)
+    _terminal_rest(result, console)
+    console.print(
+        Text.assemble("verdict: ", (printable(result.line()), _COLOURS.get(result.verdict.value, "bold magenta")))
+    )
+
+
+def _terminal_rest(result: RunResult, console: Console) -> None:
+    """Below the table: whatever is not as it should be, and the direct calls in one line."""
     for case in result.judged:
         if case.status not in (Status.PASS, Status.KNOWN):
             console.print(
@@ -72,31 +79,19 @@ def terminal(result: RunResult, console: Console) -> None:
         console.print(Text(printable(f"{', '.join(names[:3])}{more}: not run: {reason}"), style="dim"))
     for line in result.stale:
         console.print(Text(printable(f"stale: {line}"), style="bold red"))
-    console.print(
-        Text.assemble("verdict: ", (printable(result.line()), _COLOURS.get(result.verdict.value, "bold magenta")))
-    )
+    if result.calls is not None:
+        console.print(Text(printable(result.calls.line())), soft_wrap=True)
 
 
 def calls(result: RunResult, console: Console) -> None:
-    """The direct calls that do not agree, those that are known by cause; what is known no longer; the counts."""
-    if result.calls is None:
-        return
+    """Direct calls: what is known by cause, and then what :func:`terminal` says of them."""
     table = Table(box=box.SIMPLE_HEAD, padding=0)
-    for heading in ("verdict", "calls", "why"):
-        table.add_column(heading, overflow="fold", no_wrap=heading == "verdict")
-    for cause, known in result.calls.known.items():
-        table.add_row(coloured(Status.KNOWN), cell(", ".join(call.id for call in known)), cell(cause))
-    for call in result.calls.new:
-        table.add_row(coloured(call.status), cell(call.id), cell(call.message()))
+    for heading in ("known", "calls"):
+        table.add_column(heading, overflow="fold")
+    for cause, known in (result.calls.known if result.calls else {}).items():
+        table.add_row(cell(cause), cell(", ".join(call.id for call in known)))
     console.print(table)
-    for line in result.stale:
-        console.print(Text(printable(f"stale: {line}"), style="bold red"))
-    _terminal_calls(result, console)
-
-
-def _terminal_calls(result: RunResult, console: Console) -> None:
-    if result.calls is not None:
-        console.print(Text(printable(result.calls.line())), soft_wrap=True)
+    _terminal_rest(result, console)
 
 
 def clean_ratios(result: RunResult) -> Table:
