@@ -167,7 +167,7 @@ def census(taken: Census, console: Console) -> None:
 
 def document(result: RunResult) -> dict[str, Any]:
     """The report as JSON-ready data; a number that JSON has not is spelt as a string."""
-    cases = [_case(case) for case in result.cases]
+    cases, calls = [_case(case) for case in result.cases], result.calls
     return {
         "format": REPORT_FORMAT,
         "verdict": result.verdict.value,
@@ -179,9 +179,7 @@ def document(result: RunResult) -> dict[str, Any]:
         "fault": result.fault,
         "counts": {status.value: result.count(status) for status in Status},
         "cases": cases,
-        "calls": {"results": [_case(call) for call in result.calls.results], "skipped": result.calls.skipped}
-        if result.calls
-        else None,
+        "calls": calls and {"results": [_case(call) for call in calls.results], "skipped": calls.skipped},
         "skipped": result.skipped,
         "stale": result.stale,
         "baseline": result.baseline,

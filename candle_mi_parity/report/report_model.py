@@ -44,6 +44,13 @@ class CaseReport(Part):
     forced: list[TensorResult]
 
 
+class CallsReport(Part):
+    """Direct calls; the meaning of each field is :class:`candle_mi_parity.compare.run_result.DirectCalls`'s."""
+
+    results: list[CaseReport]
+    skipped: str
+
+
 class Report(Part):
     """A run; the meaning of each field is :class:`candle_mi_parity.compare.verdict.RunResult`'s."""
 
@@ -57,6 +64,7 @@ class Report(Part):
     fault: str
     counts: dict[Status, int] = Field(description="cases by status")
     cases: list[CaseReport]
+    calls: CallsReport | None
     skipped: dict[str, str]
     stale: list[str]
 

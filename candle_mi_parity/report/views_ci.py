@@ -26,7 +26,7 @@ def junit(result: RunResult) -> str:
     suite = TestSuite(f"candle-mi {printable(result.candidate)}")
     for name, value in {**result.versions, **result.identity}.items():
         suite.add_property(name, printable(str(value)))
-    suite.add_testcases([_test_case(case, result.strict) for case in result.cases])
+    suite.add_testcases([_test_case(case, result.strict) for case in result.judged])
     for name, reason in result.skipped.items():
         suite.add_testcase(_with(TestCase(one_line(name), one_line(name.split("/")[0])), Skipped(printable(reason))))
     for line in result.stale:
@@ -62,7 +62,7 @@ def _with(test: TestCase, outcome: Skipped | Failure | Error, text: str = "") ->
 
 def summary(result: RunResult) -> str:
     """Markdown: the verdict, four counts, what diverges, what is known, what was not measured."""
-    bad = [case for case in result.cases if case.status in (Status.FAIL, Status.ERROR, Status.UNMEASURED)]
+    bad = [case for case in result.judged if case.status in (Status.FAIL, Status.ERROR, Status.UNMEASURED)]
     known: defaultdict[str, list[CaseResult]] = defaultdict(list)
     for case in result.cases:
         if case.status is Status.KNOWN:
@@ -140,7 +140,7 @@ def workflow_commands(result: RunResult) -> list[str]:
     """GitHub's workflow commands: an error per failing case, a warning for what was not measured."""
     lines = [_command("error", "candle-mi-parity broke off", result.fault)] if result.fault else []
     lines += [_command("error", "stale ledger entry", line) for line in result.stale]
-    for case in result.cases:
+    for case in result.judged:
         failed = case.status in (Status.FAIL, Status.ERROR) or (result.strict and case.status is Status.KNOWN)
         if failed or case.status is Status.UNMEASURED:
             title = f"{case.id}: {case.status.value}"
