@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 
 from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
@@ -24,6 +26,11 @@ class Verdict(StrEnum):
         return codes[self]
 
 
+def now() -> str:
+    """ISO 8601, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 @dataclass
 class RunResult:
     """All cases against one candidate.
@@ -36,6 +43,9 @@ class RunResult:
         that was built from source.
     :ivar stale: what is wrong with the explanations themselves, one line each; of a release.
     :ivar fault: what ended the run before its end, one line; what was judged until then is kept.
+    :ivar started: when the run began, ISO 8601.
+    :ivar tick: the same on a clock that no change of the date moves, in seconds.
+    :ivar seconds: how long the run took until its report was written.
     """
 
     candidate: str
@@ -48,6 +58,9 @@ class RunResult:
     fault: str = ""
     baseline: str = ""
     gone: dict[str, list[str]] = field(default_factory=dict)
+    started: str = field(default_factory=now)
+    tick: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
 
     def count(self, status: Status) -> int:
         return sum(1 for case in self.cases if case.status is status)
