@@ -5,6 +5,7 @@ What is judged here is whole: a directory as a user has it, a row, a candidate, 
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -13,16 +14,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.torch_source import TorchSource
+from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.judge.case import Progress, judge_case
+from candle_mi_parity.judge.notes import padding_notes
 from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.oracle import compute, hooks
+from candle_mi_parity.oracle.hooks import forward, load_model
+from candle_mi_parity.oracle.streaming import load_streamed
+from candle_mi_parity.report import page, report, views_ci
 from candle_mi_parity.spec.cases import Case, LocalModel, TinyModel
 from candle_mi_parity.spec.edits import Zero
 from candle_mi_parity.spec.explanations import Explanations
 from tests.support.planting import CASES, real
+from tests.support.results import VERSIONS
 
 Weights = dict[str, np.ndarray]
 Change = Callable[[Weights], object]
@@ -226,12 +237,11 @@ def test_a_fault_of_our_own_stays_internal(
     judged: Judged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """The same exceptions, raised by our own code on a config that transformers runs."""
-    from candle_mi_parity.oracle import hooks, oracle
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("The size of tensor a (20) must match the size of tensor b (10)")
 
-    monkeypatch.setattr(*{"model": (hooks, "_mode_for"), "truth": (oracle, "sample")}[place], broken)
+    monkeypatch.setattr(*{"model": (hooks, "_mode_for"), "truth": (compute, "sample")}[place], broken)
     found = judged(local(tmp_path / "model"))
     assert found.error.startswith("internal: RuntimeError: The size of tensor a"), found.error
 
@@ -243,12 +253,15 @@ def test_a_fault_of_our_own_stays_internal(
 @pytest.mark.parametrize(
     "value", ["sdpa", "eager", "flash_attention_2", "flex_attention", "someone/kernels", {"": "sdpa"}, None], ids=str
 )
-def test_the_attention_is_our_own_whatever_a_config_says(
-    judged: Judged, tmp_path: Path, key: str, value: Any
-) -> None:
-    found = judged(local(tmp_path / "model", "llama", None, **{key: value}))
+def test_the_attention_is_our_own_whatever_a_config_says(tmp_path: Path, key: str, value: Any) -> None:
+    directory = prepare(local(tmp_path / "model", "llama", None, **{key: value}), tmp_path).model_dir
+    for model in (load_model(directory, torch.float32), load_streamed(directory, torch.float32)):
+        assert "blocks.2.attn.hook_scores" in forward(model, torch.tensor([[1, 5]])).tensors
+
+
+def test_a_config_that_asks_for_another_attention_is_judged(judged: Judged, tmp_path: Path) -> None:
+    found = judged(local(tmp_path / "model", "llama", None, _attn_implementation="sdpa"))
     assert found.status is Status.PASS, found.message()
-    assert "blocks.2.attn.hook_scores" in [tensor.name for tensor in found.tensors]
 
 
 # --- E10: a stale copy of a tensor in another shard
@@ -310,17 +323,30 @@ def test_a_tensor_in_two_shards_is_refused_by_name_before_any_truth(judged: Judg
         ([1, 5, 9, 7], {"pad_token_id": 1, "bos_token_id": 1}, ""),
     ],
 )
-def test_padding_fed_as_tokens_is_noted(
-    judged: Judged, tmp_path: Path, tokens: list[int], config: dict[str, Any], said: str
-) -> None:
-    found = judged(local(tmp_path / "model", **config).model_copy(update={"tokens": tokens}))
-    assert found.status is Status.PASS, found.message()
-    assert len(found.notes) == bool(said)
+def test_padding_fed_as_tokens_is_noted(tmp_path: Path, tokens: list[int], config: dict[str, Any], said: str) -> None:
+    case = local(tmp_path / "model", **config).model_copy(update={"tokens": tokens})
+    notes = padding_notes(prepare(case, tmp_path))
+    assert len(notes) == bool(said)
     if said:
         pad = config["pad_token_id"]
-        assert found.notes[0].startswith(
-            f"the prompt holds the padding id {pad} ({said}) as plain tokens: candle-mi takes"
-        )
+        assert notes[0].startswith(f"the prompt holds the padding id {pad} ({said}) as plain tokens: candle-mi takes")
+
+
+def test_a_padded_prompt_is_judged_and_its_note_is_told(judged: Judged, tmp_path: Path) -> None:
+    case = local(tmp_path / "model", pad_token_id=0).model_copy(update={"tokens": [0, 0, 1, 5, 9]})
+    found = judged(case)
+    assert found.status is Status.PASS and len(found.notes) == 1
+    run = RunResult("torch", {}, VERSIONS, [found], {})
+    told = [json.dumps(report.document(run)), page.render(run), views_ci.summary(run), said_by_the_terminal(run)]
+    assert all("as plain tokens" in text for text in told)
+    found.notes = []
+    assert "as plain tokens" not in page.render(run) + said_by_the_terminal(run)
+
+
+def said_by_the_terminal(run: RunResult) -> str:
+    stream = io.StringIO()
+    report.terminal(run, Console(file=stream, width=500, color_system=None))
+    return stream.getvalue()
 
 
 # --- a value beyond the candidate's own format
