@@ -34,7 +34,8 @@ PLAIN = {"dtype": "float32", "architecture": "standard", "apply_b_dec_to_input":
 
 def row(cfg: dict[str, Any], **update: object) -> Case:
     """A generated SAE with this ``cfg.json``, placed at layer 1's output."""
-    return ROW.model_copy(update={"id": "llama/tried", "sae": SaelensDirectory(layer=1, d_sae=96, cfg=cfg), **update})
+    sae = SaelensDirectory(layer=1, d_sae=96, cfg=cfg)
+    return ROW.model_copy(update={"id": "llama/tried", "sae": sae, **update})
 
 
 def judged(case: Case, source: Source, cache: Path) -> CaseResult:
@@ -147,6 +148,16 @@ def test_numbers_without_a_truth_are_unmeasured(tmp_path: Path) -> None:
 def test_its_twin_of_a_known_kind_passes(tmp_path: Path) -> None:
     with TorchSource() as source:
         assert judged(row(PLAIN), source, tmp_path).status is Status.PASS
+
+
+def test_an_sae_of_which_no_feature_fires_was_not_exercised(tmp_path: Path) -> None:
+    cfg = PLAIN | {"architecture": "jumprelu"}
+    silent, firing = (SaelensDirectory(layer=1, d_sae=96, threshold=theta, cfg=cfg) for theta in (1e3, 0.25))
+    with TorchSource() as source:
+        found = judged(row({}, sae=silent), source, tmp_path)
+        assert found.status is Status.UNMEASURED
+        assert found.error == "no feature of the SAE fires at any position: it was not exercised"
+        assert judged(row({}, sae=firing), source, tmp_path).status is Status.PASS
 
 
 @pytest.mark.rust
