@@ -29,7 +29,7 @@ from candle_mi_parity.trace.truth import Truth
 from tests.support.planting import CASES, RELEASE, real, write
 
 ROW = CASES["llama/sae-standard"]
-PLAIN = {"dtype": "float32", "architecture": "standard", "apply_b_dec_to_input": False}
+PLAIN: dict[str, Any] = {"dtype": "float32", "architecture": "standard", "apply_b_dec_to_input": False}
 
 
 def row(cfg: dict[str, Any], **update: object) -> Case:
