@@ -23,8 +23,16 @@ class SaeError(ParityError):
     """SAE weights are missing, incomplete or do not fit the model."""
 
 
+class NoTruthError(SaeError):
+    """An SAE of a kind whose truth this suite does not compute; candle-mi can be asked for it all the same."""
+
+
 class OracleError(ParityError):
     """The truth cannot be computed as promised (an op without a noise rule, a float32 result, …)."""
+
+
+class OutOfRangeError(OracleError):
+    """A weight is beyond the case's format, so that there is no truth in it: of a run's case, UNMEASURED."""
 
 
 class DeviceError(ParityError):

@@ -20,6 +20,7 @@ from candle_mi_parity.candidate.candidate import (
     OutOfReachError,
     stored_dir,
 )
+from candle_mi_parity.candidate.tokens import TextIds, stored_text_ids, text_ids
 from candle_mi_parity.compare.compare import check_header
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.digest import file_digest
@@ -56,6 +57,10 @@ class Source(Protocol):
         """
         ...
 
+    def text_ids(self, subject: Subject) -> TextIds:
+        """What the candidate's own tokenizer makes of the subject's text."""
+        ...
+
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -71,6 +76,9 @@ class NothingOpen:
     """A source that holds nothing which has to be closed, of traces made on a CPU where it says nothing else."""
 
     device = "cpu"
+
+    def text_ids(self, subject: Subject) -> TextIds:
+        return TextIds()
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +122,11 @@ def refuse_device(candidate: Candidate, device: str) -> None:
 def trace_path(directory: Path, case_id: str, mode: Mode) -> Path:
     """``<family>/<rest>.json``, and ``.forced.json`` for the teacher-forced run."""
     return directory / f"{case_id}{'' if mode == 'free' else '.forced'}.json"
+
+
+def text_path(directory: Path, case_id: str) -> Path:
+    """Where the ids of a case's text are, beside its trace."""
+    return trace_path(directory, case_id, "free").with_suffix(".tokens.json")
 
 
 def request(subject: Subject, mode: Mode, inputs: Path, out: Path, device: str) -> dict[str, object]:
@@ -172,6 +185,16 @@ class LiveSource:
         _check_id(trace, subject)
         return trace
 
+    def text_ids(self, subject: Subject) -> TextIds:
+        """Have candle-mi tokenise the text.
+
+        :raises ParityError: see :func:`tokens.text_ids`.
+        """
+        assert subject.case.text is not None
+        out = text_path(self._out, subject.case.id)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return text_ids(self._emitter, self.identity, subject.model_dir, subject.case.text, out)
+
     def __enter__(self) -> Self:
         return self
 
@@ -217,6 +240,15 @@ class StoredSource(NothingOpen):
         check_header(truth, trace, file_digest(inputs))
         _check_id(trace, subject)
         return trace
+
+    def text_ids(self, subject: Subject) -> TextIds:
+        """Read the stored ids.
+
+        :raises TraceError: they are of something else.
+        """
+        assert subject.case.text is not None
+        path = text_path(self._directory, subject.case.id)
+        return stored_text_ids(path, self.identity, subject.case.id, subject.case.text, subject.model_dir)
 
 
 def _kept_as_stored(entry: TensorEntry) -> bool:

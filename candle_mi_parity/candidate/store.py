@@ -16,9 +16,11 @@ import numpy as np
 from safetensors import safe_open
 
 from candle_mi_parity.candidate.candidate import CandidateError, EmitterError
-from candle_mi_parity.candidate.sources import REFUSAL_FORMAT, NothingOpen, Source, trace_path
+from candle_mi_parity.candidate.sources import REFUSAL_FORMAT, NothingOpen, Source, text_path, trace_path
+from candle_mi_parity.candidate.tokens import TextIds, TextTokens
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files import atomic as durable
+from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.hook_points import Mode
@@ -55,6 +57,31 @@ class StoringSource(NothingOpen):
         assert isinstance(trace, Trace)
         store_trace(trace, subject.case, target)
         return trace
+
+    def text_ids(self, subject: Subject) -> TextIds:
+        """Pass on the ids of the text, after they were stored; of a refusal, as the outcome of the case."""
+        target = trace_path(self._directory, subject.case.id, "free")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            asked = self._source.text_ids(subject)
+        except EmitterError as error:
+            write_json(target, refusal(subject, self.identity, error))
+            raise
+        if asked.ids is not None and subject.case.text is not None:
+            store_text_ids(self._directory, subject, self.identity, asked.ids)
+        return asked
+
+
+def store_text_ids(directory: Path, subject: Subject, identity: CandleMi, ids: list[int]) -> None:
+    """Keep what a candidate's tokenizer made of a case's text."""
+    stored = TextTokens(
+        candle_mi=identity,
+        case=subject.case.id,
+        text=str(subject.case.text),
+        tokenizer_digest=file_digest(subject.model_dir / "tokenizer.json"),
+        ids=ids,
+    )
+    write_json(text_path(directory, subject.case.id), stored.model_dump())
 
 
 def refusal(subject: Subject, identity: CandleMi, error: EmitterError) -> dict[str, object]:

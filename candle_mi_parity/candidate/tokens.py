@@ -1,4 +1,4 @@
-"""Token ids: candle-mi against transformers on one ``tokenizer.json``, over ``fixtures/texts.json``.
+"""Token ids: candle-mi's tokenizer against transformers', on a case's text and over ``fixtures/texts.json``.
 
 The texts hold Unicode of many scripts, emoji, long white space, code, special tokens in text, the empty string.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from candle_mi_parity.candidate.build import build
-from candle_mi_parity.candidate.candidate import Candidate, EmitterProcess
+from candle_mi_parity.candidate.candidate import Candidate, EmitterError, EmitterProcess
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.models.prepared_case import tokenizer
@@ -43,6 +44,31 @@ class Tokens(BaseModel):
     errors: dict[str, str]
 
 
+@dataclass(frozen=True)
+class TextIds:
+    """What a candidate's own tokenizer makes of a case's text.
+
+    :ivar ids: None where it was not asked.
+    :ivar why: why it was not asked; empty where the candidate has no tokenizer of its own.
+    """
+
+    ids: list[int] | None = None
+    why: str = ""
+
+
+class TextTokens(BaseModel):
+    """The ids of one case's text as they are stored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    format: Literal["candle-mi-parity/text/1"] = "candle-mi-parity/text/1"
+    candle_mi: CandleMi
+    case: str
+    text: str
+    tokenizer_digest: str
+    ids: list[int]
+
+
 def load_texts() -> list[str]:
     """The corpus."""
     texts: list[str] = json.loads((FIXTURES / "texts.json").read_text(encoding="utf-8"))
@@ -54,14 +80,56 @@ def emit_tokens(candidate: Candidate, cache: Path, model_dir: Path, out: Path, l
 
     :raises EmitterError: the emitter refused, crashed or hung.
     """
+    with EmitterProcess(build(candidate, cache, log).path) as emitter:
+        return tokenize(emitter, model_dir, load_texts(), out)
+
+
+def tokenize(emitter: EmitterProcess, model_dir: Path, texts: list[str], out: Path) -> Path:
+    """Have an emitter tokenise texts with the ``tokenizer.json`` of a model; the JSON file it wrote.
+
+    :raises EmitterError: the emitter refused, crashed or hung.
+    """
     request = {
         "format": "candle-mi-parity/tokenize/1",
         "tokenizer": str(model_dir / "tokenizer.json"),
-        "texts": load_texts(),
+        "texts": texts,
         "out": str(out),
     }
-    with EmitterProcess(build(candidate, cache, log).path) as emitter:
-        return emitter.emit(request, TIMEOUT_SECONDS)
+    return emitter.emit(request, TIMEOUT_SECONDS)
+
+
+def text_ids(emitter: EmitterProcess, identity: CandleMi, model_dir: Path, text: str, out: Path) -> TextIds:
+    """The ids of one text, with the special tokens that the tokenizer adds.
+
+    :raises EmitterError: candle-mi refused the tokenizer or the text, or the emitter crashed or hung.
+    :raises TraceError: what the emitter wrote is of another candle-mi or tokenizer.
+    """
+    if not (model_dir / "tokenizer.json").is_file():
+        return TextIds(why="the model has no tokenizer.json, which is all that it reads")
+    tokens = read_tokens(tokenize(emitter, model_dir, [text], out))
+    if tokens.candle_mi != identity or tokens.tokenizer_digest != file_digest(model_dir / "tokenizer.json"):
+        raise TraceError(f"{out}: the tokens are of another candle-mi or another tokenizer.json")
+    if len(tokens.encode) != 1 or (ids := tokens.encode[0]) is None:
+        raise EmitterError("model", f"tokenizer: {tokens.errors.get('0', 'no ids')}")
+    return TextIds(ids)
+
+
+def stored_text_ids(path: Path, identity: CandleMi, case: str, text: str, model_dir: Path) -> TextIds:
+    """The ids that were stored for a case.
+
+    :raises TraceError: they are of another candle-mi, text or tokenizer.
+    """
+    if not path.is_file():
+        return TextIds(why="its ids are not stored for this case")
+    try:
+        stored = TextTokens.model_validate(read_json(path))
+    except ValidationError as error:
+        raise TraceError(f"{path}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from error
+    digest = file_digest(model_dir / "tokenizer.json")
+    found = (stored.candle_mi, stored.case, stored.text, stored.tokenizer_digest)
+    if found != (identity, case, text, digest):
+        raise TraceError(f"{path}: the ids are of another candle-mi, case, text or tokenizer.json")
+    return TextIds(stored.ids)
 
 
 def read_tokens(path: Path) -> Tokens:

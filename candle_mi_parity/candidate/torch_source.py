@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from candle_mi_parity.candidate import cuda
+from candle_mi_parity.candidate.tokens import TextIds
 from candle_mi_parity.models.checkpoint import weight_bytes
 from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.models.sae import load_sae
@@ -61,6 +62,10 @@ class TorchSource:
             with cuda.memory_told(self.device, f"loading {file.name}", lambda: file.stat().st_size):
                 self._saes[file] = TorchSae(load_sae(file), self.device, torch.float32)
         return self._saes[file]
+
+    def text_ids(self, subject: Subject) -> TextIds:
+        """None of its own: the ids of a case are transformers'."""
+        return TextIds()
 
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
         """Run the model, and the SAE on its residual and on the truth's; every hook as float32 on the CPU.

@@ -32,7 +32,7 @@ from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.report import diff_views, history, report
 from candle_mi_parity.report.terminal import Terminal, one_line_errors, progress_bar, say
-from candle_mi_parity.report.views import remove, written
+from candle_mi_parity.report.views import VIEWS, remove, written
 from candle_mi_parity.repro.command import repro, repro_table
 from candle_mi_parity.run.diff import diff
 from candle_mi_parity.run.repeat import repeat
@@ -68,6 +68,7 @@ def judge(options: RunOptions, result: RunResult | None = None) -> RunResult:
 
 def judge_and_write(options: RunOptions) -> RunResult:
     """Judge, and write every view of the result, also of a run that breaks off."""
+    remove(options.out, *VIEWS)  # before anything that takes time: of a run that is killed there is no older report
     with written(blank(options), options.out) as result:
         judge(options, result)
     return result
@@ -216,6 +217,7 @@ def census_command(
         chosen = parse_candidate(candidate)
         if chosen.kind in ("stored", "torch"):
             raise CandidateError(f"the census asks an emitter: it needs a candidate to build, not {candidate}")
+        remove(out, "census.json")
         with progress_bar() as bar:
             task = bar.add_task("starting", total=None)
             done: list[Entry] = []
@@ -293,6 +295,7 @@ def repeat_command(
     """Run the same case several times and count the tensors whose bytes differ. Measures: exit code 0 either way."""
     with one_line_errors():
         chosen = select(load_cases(), list(globs(cases)))
+        remove(out, "repeat.json")
         with progress_bar() as bar:
             found = repeat(candidate, chosen, times, cache_root(), out / "repeat", device, Terminal(bar, len(chosen)))
         write_json(found.model_dump(), out / "repeat.json")

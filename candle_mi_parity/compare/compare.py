@@ -12,12 +12,13 @@ import numpy as np
 from candle_mi_parity.compare.compare_sae import judge_sae, judge_sae_scalars, say_whose_fault
 from candle_mi_parity.compare.diagnose import diagnose
 from candle_mi_parity.compare.gate import ELEMENT_GATE, UNITS, measure
+from candle_mi_parity.compare.out_of_range import excuse_out_of_range
 from candle_mi_parity.compare.tensor_result import concluded, malformed, nonfinite, selected, tally
 from candle_mi_parity.compare.verdict import Diagnosis, Status, TensorResult, Worst
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.chunks import blocks
 from candle_mi_parity.files.escape import one_line
-from candle_mi_parity.spec.hook_points import inputs_of
+from candle_mi_parity.spec.hook_points import FORCED, inputs_of, is_lens
 from candle_mi_parity.trace.trace import Emitted, Selection, Trace, stretches
 from candle_mi_parity.trace.truth import Expected, Truth
 
@@ -64,13 +65,10 @@ def compare(
     """
     results: list[TensorResult] = []
     passed: dict[str, bool] = {}
-    forced = truth.meta["mode"] == "forced"
     for name, expected in truth.tensors.items():
         if selection is not None and name not in selection:
             continue
-        feeders = [feeder for feeder in _feeders(name, truth) if feeder in passed]
-        if forced:  # what a half-layer starts from is given, and agrees by construction
-            feeders = [feeder for feeder in feeders if not feeder.endswith(("resid_pre", "resid_mid"))]
+        feeders = [feeder for feeder in _feeders_of(name, truth) if feeder in passed]
         agreed = all(passed[feeder] for feeder in feeders) if feeders else None
         if name not in trace.entries:
             result = TensorResult(name, Status.FAIL, "missing", detail=_there(trace))
@@ -88,7 +86,8 @@ def compare(
     chains = [name for name in truth.sae if selection is None or f"{name}.features" in selection]
     results = say_whose_fault(results)
     scalars = judge_sae_scalars(truth, trace, decoder, chains)
-    return results + _judge_tokens(truth, trace) + scalars + _surplus(trace, {scalar.name for scalar in scalars})
+    results += _judge_tokens(truth, trace) + scalars + _surplus(trace, {scalar.name for scalar in scalars})
+    return excuse_out_of_range(results, truth, trace.dtype, lambda name: _feeders_of(name, truth))
 
 
 def _surplus(trace: Emitted, judged: set[str]) -> list[TensorResult]:
@@ -111,9 +110,17 @@ def look(truth: Truth, trace: Emitted, results: list[TensorResult]) -> Diagnosis
     return diagnose(first.name, got, value, noise, mask)
 
 
+def _feeders_of(name: str, truth: Truth) -> list[str]:
+    """The tensors of the truth that a tensor is computed from, those that were given to the candidate left out."""
+    feeders = _feeders(name, truth)
+    if truth.meta["mode"] == "forced":  # what a half-layer starts from is given, and agrees by construction
+        feeders = [feeder for feeder in feeders if not feeder.endswith(FORCED)]
+    return feeders
+
+
 def _feeders(name: str, truth: Truth) -> list[str]:
     if name == "hook_final_norm":
-        return [other for other in truth.tensors if other.endswith("hook_resid_post")][-1:]
+        return [other for other in truth.tensors if is_lens(other)][-1:]
     return [truth.meta["sae_hook"]] if name == "sae.features" else inputs_of(name)
 
 

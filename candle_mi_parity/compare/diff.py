@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from candle_mi_parity.compare.align import ENDLESS, Distance, figure_distance, tensor_distance
 from candle_mi_parity.compare.gate import POSITION_GATE
-from candle_mi_parity.compare.run_result import Verdict
+from candle_mi_parity.compare.run_result import Verdict, now
 from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status, TensorResult
 from candle_mi_parity.files.escape import number
 from candle_mi_parity.trace.trace import Emitted, Run
@@ -116,6 +116,7 @@ class Diff:
     """All cases of two candidates.
 
     :ivar a: as the user spelt it; ``identity_a`` what its traces say, empty when they say nothing.
+    :ivar started: when it began, ISO 8601; ``seconds`` is how long it took.
     """
 
     a: str
@@ -124,6 +125,8 @@ class Diff:
     identity_b: dict[str, str]
     versions: dict[str, str]
     cases: list[CaseDiff]
+    started: str = field(default_factory=now)
+    seconds: float = 0.0
 
     @property
     def worse(self) -> list[CaseDiff]:

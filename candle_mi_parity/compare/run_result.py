@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 
 from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
@@ -22,6 +24,11 @@ class Verdict(StrEnum):
     def exit_code(self) -> int:
         codes = {Verdict.PASS: 0, Verdict.KNOWN: 0, Verdict.FAIL: 1, Verdict.ERROR: 2, Verdict.INCONCLUSIVE: 3}
         return codes[self]
+
+
+def now() -> str:
+    """ISO 8601, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,9 @@ class RunResult:
     :ivar stale: what is wrong with the explanations themselves, one line each; of a release.
     :ivar calls: direct calls of functions; None where only some cases were asked for.
     :ivar fault: what ended the run before its end, one line; what was judged until then is kept.
+    :ivar started: when the run began, ISO 8601.
+    :ivar tick: the same on a clock that no change of the date moves, in seconds.
+    :ivar seconds: how long the run took until its report was written.
     """
 
     candidate: str
@@ -87,6 +97,9 @@ class RunResult:
     fault: str = ""
     baseline: str = ""
     gone: dict[str, list[str]] = field(default_factory=dict)
+    started: str = field(default_factory=now)
+    tick: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
     calls: DirectCalls | None = None
 
     @property

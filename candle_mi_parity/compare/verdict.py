@@ -279,6 +279,7 @@ class CaseResult:
     :ivar error: why there is nothing to compare, one line; ``failure`` says the same to a program.
     :ivar explained: under which counterfactual the candidate is right; a case is KNOWN when it is a listed one.
     :ivar unexplained: what was tried to explain the divergence, and why it does not.
+    :ivar notes: what a reader of the verdict has to know beside it, one sentence each.
     :ivar reproduce: the one command that shows it again.
     :ivar downloads: which commits and files of the hub the case was computed from.
     """
@@ -298,6 +299,7 @@ class CaseResult:
     failure: Failure | None = None
     explained: Explained | None = None
     unexplained: str = ""
+    notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     downloads: tuple[Download, ...] = ()
 
@@ -349,4 +351,5 @@ class CaseResult:
         body += f"\n  shape of the error: {self.diagnosis.shape}" if self.diagnosis else ""
         body += f"\n  {self.explained.line()}" if self.explained else ""
         body += f"\n  {self.unexplained}" if self.unexplained else ""
+        body += "".join(f"\n  note: {note}" for note in self.notes)
         return f"{self.id}: {self.status.value}\n{body}\n  reproduce: {self.reproduce}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 
@@ -14,10 +14,12 @@ from candle_mi_parity.candidate.sources import NotStoredError, Source
 from candle_mi_parity.candidate.store import stored_selection
 from candle_mi_parity.compare.compare import compare, look
 from candle_mi_parity.compare.diagnose_sae import look_sae
+from candle_mi_parity.compare.out_of_range import OUT_OF_RANGE
 from candle_mi_parity.compare.verdict import CaseResult, Diagnosis, Failure, SaeView, Status, TensorResult
-from candle_mi_parity.errors import HubError, ParityError
+from candle_mi_parity.errors import HubError, NoTruthError, OutOfRangeError, ParityError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.known import Evidence, decoder_of, facts_of, known_divergence, known_refusal
+from candle_mi_parity.judge.notes import other_ids, padding_notes, truth_notes, unexercised
 from candle_mi_parity.models.prepared_case import Subject, prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import Case
@@ -84,12 +86,13 @@ def judge_case(
         if source.identity is not None:
             rows = table.applicable(facts_of(subject), table.baseline(source.identity.version))
             applicable = tuple(row.id for row in rows)
-        progress.case_starts(case, "truth")
+        result.notes = padding_notes(subject)
         try:
-            evidence = _judge(result, oracle, source, table, progress)
+            if case.text is None or _same_ids(result, subject, source, progress):
+                evidence = _judge(result, oracle, source, table, progress)
         except EmitterError as error:
             _take_failure(result, error, subject, table, source)
-    except HubError as error:  # says nothing of the candidate, and no more of this suite
+    except (HubError, OutOfRangeError) as error:  # says nothing of the candidate, and no more of this suite
         result.error, result.failure, result.status = str(error), Failure.INPUT, Status.UNMEASURED
     except NotStoredError as error:
         result.error, result.failure = str(error), Failure.ABSENT
@@ -107,9 +110,34 @@ def reproduce_command(case: Case, source: Source, spec: str) -> str:
     return command + ("" if source.device == "cpu" else f" --device {source.device}")
 
 
-def _judge(result: CaseResult, oracle: Oracle, source: Source, table: Explanations, progress: Progress) -> Evidence:
-    """Fill the result of a case whose candidate answers."""
+def _same_ids(result: CaseResult, subject: Subject, source: Source, progress: Progress) -> bool:
+    """Whether the candidate's tokenizer makes the case's ids of its text; where not, nothing else is worth judging.
+
+    :raises EmitterError: it refuses the text.
+    """
+    progress.case_starts(subject.case, "tokenizer")
+    with EMITTER:
+        asked = source.text_ids(subject)
+    if asked.ids is None:
+        result.notes += [f"candle-mi's tokenizer was not asked: {asked.why}"] if asked.why else []
+        return True
+    if failure := other_ids(subject, asked.ids):
+        result.tensors, result.expected, result.status = [failure], 1, Status.FAIL
+    return failure is None
+
+
+def _judge(
+    result: CaseResult, oracle: Oracle, source: Source, table: Explanations, progress: Progress
+) -> Evidence | None:
+    """Fill the result of a case whose candidate answers; None where there is no truth to hold the answer against."""
     case = oracle.subject.case
+    progress.case_starts(case, "truth")
+    try:
+        with TORCH:
+            oracle.truth()
+    except NoTruthError as error:
+        _ask_without_truth(result, oracle, source, progress, error)
+        return None
     judged = judge_mode(oracle, source, "free", progress)
     result.tensors, result.diagnosis, result.in_part, result.sae = (
         *(judged.tensors, judged.diagnosis),
@@ -117,6 +145,9 @@ def _judge(result: CaseResult, oracle: Oracle, source: Source, table: Explanatio
     )
     result.expected = len(result.tensors)
     result.status, result.error = status_of(result.tensors, case, result.in_part)
+    result.notes += truth_notes(oracle.truth(), case)
+    if result.status is Status.PASS and (reason := unexercised(oracle.truth())):
+        result.status, result.error = Status.UNMEASURED, reason
     if result.status is not Status.FAIL:
         return judged.evidence
     if source.identity is not None:
@@ -127,6 +158,26 @@ def _judge(result: CaseResult, oracle: Oracle, source: Source, table: Explanatio
     elif not case.edits:  # edits act on the whole trace
         result.forced = _teacher_forced(result, oracle, source, progress)
     return judged.evidence
+
+
+def _ask_without_truth(
+    result: CaseResult, oracle: Oracle, source: Source, progress: Progress, error: NoTruthError
+) -> None:
+    """A case whose SAE has no truth: the candidate is asked for it all the same.
+
+    :raises EmitterError: it refuses, which is the result.
+    :raises ParityError: the model has no truth either.
+    """
+    subject = oracle.subject
+    with TORCH:
+        model = oracle.without_sae()
+        truth, inputs = model.truth(), model.inputs("free")
+    asked = {"case": subject.digest, "sae": str(subject.sae_digest)}
+    with EMITTER:
+        progress.case_starts(subject.case, "candle-mi")
+        source.trace(subject, "free", replace(truth, meta=truth.meta | asked), inputs)
+    result.status, result.failure = Status.UNMEASURED, Failure.INPUT
+    result.error = f"candle-mi computes something, but {error}"
 
 
 def _take_failure(
@@ -193,6 +244,9 @@ def status_of(tensors: list[TensorResult], case: Case, in_part: bool) -> tuple[S
     # A part may leave out the very positions that are too noisy.
     if unmeasured == declared or (in_part and unmeasured < declared):
         return Status.PASS, ""
+    if far := [tensor for tensor in tensors if tensor.reason == OUT_OF_RANGE and tensor.name not in declared]:
+        more = f"; and {len(far) - 1} more" if len(far) > 1 else ""
+        return Status.UNMEASURED, f"{far[0].name}: {far[0].detail}{more}"
     opened, closed = sorted(unmeasured - declared), sorted(declared - unmeasured)
     said = (
         f"{', '.join(opened)}: the noise is too large to judge, and `unmeasured` does not say so. " if opened else ""

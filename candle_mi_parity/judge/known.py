@@ -106,7 +106,7 @@ def explained(evidence: Evidence, change: Counterfactual, rows: list[Explanation
         return f"with {change.describe()}, {many}, first {first.name} ({first.ratio:.3g} of 8)"
     noisy = {result.name for result in results if result.status is Status.UNMEASURED}
     if opened := sorted(noisy - evidence.declared):
-        return f"with {change.describe()}, {', '.join(opened[:3])} cannot be judged: the noise is too large"
+        return f"with {change.describe()}, {', '.join(opened[:3])} cannot be judged"
     if not differ(evidence.oracle.truth(), truth, UNITS[evidence.trace.dtype]):
         return f"{change.describe()} changes no tensor by more than rounding does: it explains nothing"
     return Explained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError
 
@@ -62,16 +63,40 @@ def weight_files(directory: Path) -> list[Path]:
     return [whole] if whole.is_file() else sorted(directory.glob("model-*-of-*.safetensors"))
 
 
+class StoredTensor(NamedTuple):
+    """Where a tensor of a model directory is, and its shape."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+def weight_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """The tensors of a directory's weights, by name; only headers are read.
+
+    :raises ModelError: they cannot be read, or two files hold one tensor.
+    """
+    found: dict[str, StoredTensor] = {}
+    try:
+        for path in weight_files(directory):
+            file = TensorFile(path)
+            for name in sorted(file.keys()):
+                if name in found:
+                    raise ModelError(
+                        f"{directory}: {one_line(name)} is in {found[name].file.name} and in {path.name}; which copy "
+                        "is read depends on the reader, so candle-mi-parity refuses the directory"
+                    )
+                found[name] = StoredTensor(path, tuple(file.kind(name)[1]))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{directory}: weights cannot be read: {one_line(str(error))}") from error
+    return found
+
+
 def weight_bytes(directory: Path, itemsize: int) -> int:
     """What the weights of a model directory take at so many bytes a number.
 
-    :raises ModelError: they cannot be read.
+    :raises ModelError: see :func:`weight_tensors`.
     """
-    try:
-        files = [TensorFile(path) for path in weight_files(directory)]
-        return itemsize * sum(math.prod(file.kind(key)[1]) for file in files for key in file.keys())  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{directory}: weights cannot be read: {one_line(str(error))}") from error
+    return itemsize * sum(math.prod(tensor.shape) for tensor in weight_tensors(directory).values())
 
 
 def read_config(directory: Path) -> dict[str, object]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from candle_mi_parity.errors import ModelError
 from candle_mi_parity.files.cache import content_key, publish
+from candle_mi_parity.models.quiet import transformers_runs
 from candle_mi_parity.spec.cases import TinyModel
 from candle_mi_parity.spec.families import family_of
 from candle_mi_parity.spec.paths import FIXTURES
@@ -62,8 +63,9 @@ def _generate(hub: dict[str, object], dialect: str, shards: int, out: Path) -> N
 
     offset = family_of(str(hub["model_type"])).norm_offset
     write_config(hub, dialect, out)
-    config = transformers.AutoConfig.from_pretrained(out)
-    with torch.device("meta"):
+    with transformers_runs(out), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(out)
+        config._attn_implementation = "eager"  # whatever the config says
         model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:
@@ -93,7 +95,8 @@ def write_config(hub: dict[str, object], dialect: str, out: Path) -> None:
     import transformers
 
     settings = {name: value for name, value in hub.items() if name != "model_type"}
-    transformers.AutoConfig.for_model(str(hub["model_type"]), **settings).save_pretrained(out)
+    with transformers_runs(out):
+        transformers.AutoConfig.for_model(str(hub["model_type"]), **settings).save_pretrained(out)
 
 
 def tensor_stretches(name: str, shape: tuple[int, ...], norm_offset: int) -> Iterator[np.ndarray]:

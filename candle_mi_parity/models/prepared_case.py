@@ -9,16 +9,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from candle_mi_parity.errors import CaseTableError, ModelError
 from candle_mi_parity.files.digest import digest_files, file_digest
 from candle_mi_parity.files.escape import one_line
-from candle_mi_parity.files.tensor_file import TensorFile
-from candle_mi_parity.models.checkpoint import model_digest, read_config, weight_files
+from candle_mi_parity.models.checkpoint import model_digest, read_config, weight_files, weight_tensors
 from candle_mi_parity.models.generate import seeded_words
+from candle_mi_parity.models.quiet import transformers_runs
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.models.sae import sae_files, sae_path
+from candle_mi_parity.models.saelens import own_hook
 from candle_mi_parity.spec import edits
 from candle_mi_parity.spec.cases import Case, Download, HubModel, RandomTokens, SaeFile, SaePlace
 from candle_mi_parity.spec.families import family_of
@@ -26,6 +25,15 @@ from candle_mi_parity.spec.hook_points import hook_names
 
 SPECIAL = 3
 """Ids 0, 1 and 2 are padding, BOS and EOS in the families here."""
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Token ids with a meaning of their own, as transformers reads them from the config; None where it has none."""
+
+    pad: int | None = None
+    bos: int | None = None
+    eos: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Subject:
     sae_digest: str | None
     digest: str
     downloads: tuple[Download, ...] = ()
+    special: SpecialIds = SpecialIds()
 
 
 def prepare(case: Case, cache: Path) -> Subject:
@@ -59,7 +68,7 @@ def prepare(case: Case, cache: Path) -> Subject:
     # Before transformers sees it: for a type that it has no code of, a config may name code of its own.
     family_of(str(config.get("model_type")))
     _check_sizes(config, model_dir)
-    _check_config(model_dir, file_digest(model_dir / "config.json"))
+    special = _check_config(model_dir, file_digest(model_dir / "config.json"))
     tokens = _token_ids(case, model_dir, config)
     _check_tokens(case, tokens[0], _whole_number(config, "vocab_size", model_dir))
     n_layers = _whole_number(config, "num_hidden_layers", model_dir)
@@ -67,6 +76,11 @@ def prepare(case: Case, cache: Path) -> Subject:
     sae_file = sae_path(case.sae, width, cache) if case.sae else None
     if case.sae and case.sae.layer >= n_layers:
         raise CaseTableError(f"{case.id}: SAE layer {case.sae.layer}, but the model has {n_layers} layers")
+    if case.sae and sae_file and sae_file.is_dir() and (own := own_hook(sae_file)) not in (None, case.sae.hook):
+        raise CaseTableError(
+            f"{case.id}: the row places its SAE at {case.sae.hook}, and the SAE's own cfg.json places it at "
+            f"{one_line(str(own))}"
+        )
     weights = model_digest(model_dir)
     sae_digest = digest_files(sae_files(sae_file)) if sae_file else None
     content: dict[str, object] = {
@@ -91,6 +105,7 @@ def prepare(case: Case, cache: Path) -> Subject:
         sae_digest=sae_digest,
         digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
         downloads=_downloads(case),
+        special=special,
     )
 
 
@@ -113,34 +128,34 @@ def _elsewhere(sae: SaePlace) -> list[str]:
 
 
 @cache
-def _check_config(model_dir: Path, _digest: str) -> None:
+def _check_config(model_dir: Path, _digest: str) -> SpecialIds:
     """Ask transformers whether it takes the config, before anything is computed; no code beside it is run.
 
     Once for each content of the file: many cases share a model.
 
-    :raises ModelError: it does not.
+    :raises ModelError: it does not, or takes it for another class's.
     """
     import transformers
 
-    from candle_mi_parity.models.quiet import quiet
-
-    try:
-        with quiet():
-            transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # it has an exception of its own for each kind of wrong value
-        raise ModelError(f"transformers refuses {model_dir}/config.json: {one_line(str(error))}") from error
+    with transformers_runs(model_dir):
+        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    raw = read_config(model_dir)
+    if config.model_type != (written := raw.get("model_type")):
+        why = " because of its `layer_types`" if written == "mistral" and "layer_types" in raw else ""
+        raise ModelError(
+            f"transformers loads {model_dir}/config.json as another class{why}: model_type is "
+            f"{one_line(repr(written))}, and it makes a {config.model_type!r}, whose hook points are not known here"
+        )
+    eos = config.eos_token_id  # one, or a list of which any ends a text
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    ids = (config.pad_token_id, config.bos_token_id, eos)
+    return SpecialIds(*(value if isinstance(value, int) else None for value in ids))
 
 
 def _check_sizes(config: dict[str, object], model_dir: Path) -> None:
     """Refuse sizes that the weights cannot have, before lists and tensors are made of them."""
-    files = weight_files(model_dir)
-    try:
-        there, tensors = (
-            sum(file.stat().st_size for file in files),
-            sum(len(TensorFile(file).keys()) for file in files),
-        )
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{model_dir}: weights cannot be read: {one_line(str(error))}") from error
+    tensors = len(weight_tensors(model_dir))
+    there = sum(file.stat().st_size for file in weight_files(model_dir))
     sizes = [_whole_number(config, key, model_dir) for key in ("vocab_size", "hidden_size", "num_hidden_layers")]
     if sizes[0] * sizes[1] > there or sizes[2] > tensors:
         raise ModelError(

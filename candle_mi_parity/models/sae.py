@@ -106,6 +106,11 @@ def _generate(sae: SaelensDirectory, width: int, out: Path) -> None:
         "b_enc": tensor_values("sae.b_enc.bias", (sae.d_sae,), 0),
         "b_dec": 3 * tensor_values("sae.b_dec.bias", (width,), 0),
     }
+    if sae.cfg.get("architecture") == "gated":
+        bias = arrays.pop("b_enc")
+        arrays |= {"b_gate": bias, "b_mag": bias + 0.1, "r_mag": tensor_values("sae.r_mag.bias", (sae.d_sae,), 0)}
+    if sae.cfg.get("architecture") == "batchtopk":
+        arrays["topk_threshold"] = np.array(0.25)
     if sae.threshold is not None:
         arrays["threshold"] = np.abs(tensor_values("sae.threshold", (sae.d_sae,), 1)) + np.float32(sae.threshold)
     if sae.scaling_factor:

@@ -2,7 +2,8 @@
 
 What a field means is what SAELens 6 does on loading it, its rules for files written before version 6 included
 (``sae_lens/loading/pretrained_sae_loaders.py``, ``sae_lens/saes/*.py``, version 6.54). A field that it acts on
-is honoured here or refused; a field that it keeps as a note is known by name; any other is refused.
+is honoured here or has no truth; so has any field that is not known. A field that it keeps as a note is known by
+name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from candle_mi_parity.errors import SaeError
+from candle_mi_parity.errors import NoTruthError, SaeError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.files.untrusted import read_json, require_inside, require_memory
@@ -37,6 +38,9 @@ _NOTES = {
     *("normalize_sae_decoder", "sae_lens_training_version", "sae_lens_version", "seed", "seqpos_slice"),
     "tokens_per_buffer",
 }
+
+ARCHITECTURES = ("standard", "jumprelu", "topk")
+"""Those whose truth is computed here."""
 
 Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]
 
@@ -66,7 +70,8 @@ def read_directory(path: Path, change: Counterfactual = PLAIN) -> tuple[SaelensC
 
     :param change: a counterfactual, which may change ``cfg.json``.
 
-    :raises SaeError: not such a directory, or a field or tensor that is unknown, missing, or not honoured here.
+    :raises SaeError: not such a directory, or a field or tensor that is missing or malformed, or a tensor unknown.
+    :raises NoTruthError: an architecture or a field that is not honoured here.
     """
     require_inside(path, SaeError)
     import torch
@@ -77,6 +82,27 @@ def read_directory(path: Path, change: Counterfactual = PLAIN) -> tuple[SaelensC
     if scale is not None and not bool(torch.allclose(scale, torch.ones_like(scale))):
         raise SaeError(f"{path}: scaling_factor is not all ones, and SAELens 6 refuses such a file")
     return config, {name: tensor.double().numpy() for name, tensor in tensors.items()}
+
+
+def own_hook(directory: Path) -> str | None:
+    """The hook point at which an SAE's own config places it, by whichever of its names; None where it names none.
+
+    :raises SaeError: two of its fields name two places.
+    """
+    raw = _read(directory / CONFIG)
+    metadata = raw.get("metadata")
+    fields = {key: raw.get(key) for key in ("hook_name", "hook_point")}
+    fields["metadata.hook_name"] = metadata.get("hook_name") if isinstance(metadata, dict) else None
+    named = {key: value for key, value in fields.items() if isinstance(value, str) and value}
+    hook = next(iter(named.values()), None)
+    if len(set(named.values())) > 1:
+        said = ", ".join(f"{key} is {one_line(repr(value))}" for key, value in named.items())
+        raise SaeError(f"{directory / CONFIG}: {said}: an SAE is at one place")
+    layer = re.match(r"blocks\.([0-9]{1,9})\.", hook or "")
+    for key in ("hook_layer", "hook_point_layer"):
+        if layer and type(raw.get(key)) is int and raw[key] != int(layer[1]):
+            raise SaeError(f"{directory / CONFIG}: {key} is {raw[key]}, and the hook is {one_line(repr(hook))}")
+    return hook
 
 
 def saelens_files(path: Path) -> list[Path]:
@@ -90,11 +116,19 @@ def saelens_files(path: Path) -> list[Path]:
     return [path / CONFIG, weights]
 
 
-def _config(path: Path, change: Counterfactual) -> SaelensConfig:
+def _read(path: Path) -> dict[str, Any]:
     raw = read_json(path, SaeError)
     if not isinstance(raw, dict):
         raise SaeError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    raw = change.changed_sae_config(raw)
+    return raw
+
+
+def _no_truth(path: Path, what: str, known: str) -> NoTruthError:
+    return NoTruthError(f"{path}: there is no truth for {one_line(what)}: candle-mi-parity computes {known}")
+
+
+def _config(path: Path, change: Counterfactual) -> SaelensConfig:
+    raw = change.changed_sae_config(_read(path))
     metadata = raw.get("metadata")
     version = raw.get("sae_lens_version") or (
         metadata.get("sae_lens_version") if isinstance(metadata, dict) else None
@@ -107,10 +141,17 @@ def _config(path: Path, change: Counterfactual) -> SaelensConfig:
         fields["dtype"] = fields["dtype"].removeprefix("torch.")
     if fields.get("normalize_activations") == "expected_average_only_in":
         raise SaeError(f"{path}: normalize_activations expected_average_only_in needs a scale that the file has not")
+    if isinstance(named := fields.get("architecture"), str) and named not in ARCHITECTURES:
+        raise _no_truth(path, f"architecture {named!r}", f"{', '.join(ARCHITECTURES)} alone")
     try:
         config = SaelensConfig.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "extra_forbidden":
+            raise _no_truth(path, f"an SAE with {first['loc'][0]!r}", "nothing that depends on this field") from error
+        if first["type"] == "literal_error":
+            what, known = f"{first['loc'][0]} {first['input']!r}", first.get("ctx", {}).get("expected", "others")
+            raise _no_truth(path, what, known) from error
         raise SaeError(f"{path}: {one_line('.'.join(map(str, first['loc'])))}: {one_line(first['msg'])}") from error
     if (config.architecture == "topk") != (config.k is not None):
         raise SaeError(f"{path}: architecture {config.architecture} with k = {config.k}")
@@ -127,7 +168,7 @@ def _before_version_6(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     activation = fields.pop("activation_fn_str", fields.pop("activation_fn", "relu"))
     arguments = fields.pop("activation_fn_kwargs", None) or {}
     if activation not in ("relu", "topk", "jumprelu"):
-        raise SaeError(f"{path}: activation function {one_line(repr(activation))} is not one of relu, topk, jumprelu")
+        raise _no_truth(path, f"activation function {activation!r}", "relu, topk and jumprelu")
     if not isinstance(arguments, dict):
         raise SaeError(f"{path}: activation_fn_kwargs is {one_line(repr(arguments))}, expected an object")
     fields.setdefault("architecture", "standard")

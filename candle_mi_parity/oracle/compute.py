@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,13 +16,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from candle_mi_parity.errors import OracleError
+from candle_mi_parity.errors import OracleError, ParityError
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.prepared_case import Subject
-from candle_mi_parity.oracle import interventions, streaming
+from candle_mi_parity.oracle import interventions, remarks, streaming
 from candle_mi_parity.oracle.arithmetic import CPU_FLOAT32, Arithmetic
 from candle_mi_parity.oracle.downstream import Lens, SaeChain
-from candle_mi_parity.oracle.hooks import Captured, Edits, Recorder, forward, load_model, replacing
+from candle_mi_parity.oracle.hooks import (
+    Captured,
+    Edits,
+    Recorder,
+    forward,
+    ignored_tensors,
+    in_format,
+    load_model,
+    replacing,
+)
+from candle_mi_parity.oracle.plain import require_runs
 from candle_mi_parity.oracle.rounding import Float64, MatmulScales, NoisePool, RoundingNoise, Truth64
 from candle_mi_parity.oracle.variants import apply_to_model
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
@@ -87,7 +98,17 @@ class Computation:
             counterfactual also what the logit lens and the SAE alone are fed.
         :param samples: of the noise; 0 for the values alone, whose noise is then 0.
         :raises OracleError: an operation without a noise rule, or a truth that is not finite.
+        :raises ModelError: transformers cannot run the model.
         """
+        try:
+            return self._truth(mode, given, samples)
+        except ParityError:
+            raise
+        except Exception:
+            require_runs(self._directory(), self._subject.tokens)  # or else the fault is ours
+            raise
+
+    def _truth(self, mode: Mode, given: Given, samples: int) -> Truth:
         changes: Edits
         chains: list[Then] = []
         sae: SaeChain | None = None
@@ -112,14 +133,32 @@ class Computation:
         )
         streamed = streaming.is_streamed(self._subject.model_dir)
         meta = {"mode": mode, "weights": "streamed" if streamed else "whole"}
-        return _as_truth(self._subject, meta, recorder, values, squares, sae)
+        truth = _as_truth(self._subject, meta, recorder, values, squares, sae)
+        inner = self._inner_values(tokens, changes, run)
+        return replace(
+            truth,
+            ignored=ignored_tensors(self.model),
+            constant=remarks.constant(truth.tensors),
+            beyond=remarks.beyond(truth.tensors, inner, self._subject.case.dtype),
+        )
+
+    def _inner_values(self, tokens: torch.Tensor, changes: Edits, run: Run) -> dict[str, float]:
+        """See :func:`remarks.inner_values`; the range of bfloat16 is float32's, and nothing gets there."""
+        if self._subject.case.dtype != "float16":
+            return {}
+        with remarks.inner_values(self.model) as largest, Float64(), torch.no_grad():  # type: ignore[no-untyped-call]
+            run(self.model, tokens, changes)
+        return largest
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round a float64 model's weights to a format, in place: what a candidate of that format is given."""
+    """Round a float64 model's weights to a format, in place: what a candidate of that format is given.
+
+    :raises OutOfRangeError: the format cannot hold one.
+    """
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(dtype))
+        for name, parameter in model.named_parameters():
+            parameter.copy_(in_format(name, parameter, dtype))
 
 
 def sample(

@@ -7,7 +7,7 @@ records scores (scaled, before softcap and mask) and pattern. Everything else is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from functools import cache
@@ -16,11 +16,13 @@ from typing import Any, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
-from candle_mi_parity.errors import ModelError, OracleError
+from candle_mi_parity.errors import ModelError, OracleError, OutOfRangeError, ParityError
 from candle_mi_parity.files.escape import one_line
-from candle_mi_parity.models.quiet import quiet
+from candle_mi_parity.models.quiet import quiet, transformers_runs
+from candle_mi_parity.oracle.plain import require_loads
 from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.spec.counterfactual import Variant
 from candle_mi_parity.spec.families import Family, family_of
@@ -28,6 +30,7 @@ from candle_mi_parity.spec.families import Family, family_of
 _ATTENTION = "candle_mi_parity"
 FAR_BELOW = -1e30
 """A finite stand-in for −inf, of which a softcap makes −softcap; a sample's roundings would make NaN of −inf."""
+_IGNORED = "_candle_mi_parity_ignored"
 Captured = dict[str, torch.Tensor]
 Edits = Mapping[str, Sequence[Callable[[torch.Tensor], torch.Tensor]]]
 """Hook → what is done to the tensor there, in order, each to what the one before left."""
@@ -68,6 +71,11 @@ class Recorder:
             # A hook on the norm sees the stream but cannot replace it for the residual sum that ends the layer.
             self._owed[name.replace("resid_mid", "resid_post")] = edited - tensor
         return edited
+
+
+def recorded() -> Captured:
+    """What the forward pass at work has recorded so far."""
+    return _recorder.get().tensors
 
 
 def replacing(replacement: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -142,34 +150,98 @@ def load_model(
 
     In float64 it is also *loaded* under the float64 mode: rotary tables are computed at construction.
 
-    :raises ModelError: when transformers refuses the directory.
+    :raises ModelError: transformers cannot run the config, or the files do not hold the model's weights.
     """
     before = torch.get_default_dtype()
     attention = attention or our_attention()
+    config = model_config(directory, attention)
     try:
-        import_model_code(directory)
         torch.set_default_dtype(dtype)
         with _mode_for(dtype), torch.no_grad(), quiet():
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 directory,
+                config=config,
                 dtype=dtype,
                 attn_implementation=attention,
                 local_files_only=True,
                 trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report
             )
-    except Exception as error:  # what a config that nobody vouches for makes of it
+    except (OSError, SafetensorError, MemoryError) as error:
         raise ModelError(f"transformers cannot load {directory}: {one_line(str(error))}") from error
+    except ParityError:
+        raise
+    except Exception:
+        require_loads(directory)
+        raise
     finally:
         torch.set_default_dtype(before)
+    model, report = loaded
+    shapes = {name: (tuple(held), tuple(wanted)) for name, held, wanted in report["mismatched_keys"]}
+    require_weights(directory, report["missing_keys"], shapes)
+    if model.config._attn_implementation != attention:
+        raise OracleError(f"{directory}: transformers took {model.config._attn_implementation} for {attention}")
+    ignore_tensors(model, report["unexpected_keys"])
     return cast(nn.Module, model.to(device).eval())
 
 
-def import_model_code(directory: Path) -> None:
-    """What a module computes when it is imported is not to be computed under the float64 mode; raises what
-    transformers raises."""
-    with quiet():
+def in_format(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight rounded to the format in which a candidate is given it.
+
+    :raises OutOfRangeError: the format cannot hold it.
+    """
+    rounded = tensor.to(dtype)
+    if dtype == torch.float16 and bool((rounded.isinf() & ~tensor.isinf()).any()):
+        raise OutOfRangeError(f"{name} holds {float(tensor.abs().max()):.2g}, which is beyond float16's range")
+    return rounded
+
+
+def model_config(directory: Path, attention: str) -> Any:
+    """What transformers makes of ``config.json``, which does not choose the attention whatever it says.
+
+    The model's module is imported too: what it computes then is not to be computed under the float64 mode.
+
+    :raises ModelError: transformers cannot run it.
+    """
+    with transformers_runs(directory):
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config._attn_implementation = attention
         transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        return config
+
+
+Shape = tuple[int, ...]
+
+
+def require_weights(directory: Path, missing: Iterable[str], mismatched: Mapping[str, tuple[Shape, Shape]]) -> None:
+    """Refuse files that do not hold the whole model: transformers would make up the rest, another one each time.
+
+    :param mismatched: tensor → its shape in the files, and the shape that the model has.
+    :raises ModelError: naming what is missing, or the shapes.
+    """
+    if absent := sorted(missing):
+        more = f" (and {len(absent) - 3} more)" if len(absent) > 3 else ""
+        them = "it" if len(absent) == 1 else "them"
+        raise ModelError(
+            f"{directory}: the file holds no {one_line(', '.join(absent[:3]))}{more} and transformers would draw "
+            f"{them} at random: there is no truth"
+        )
+    for name, (held, wanted) in sorted(mismatched.items()):
+        raise ModelError(
+            f"{directory}: {one_line(name)} has shape {held}, expected {wanted}, and transformers would draw it at "
+            "random: there is no truth"
+        )
+
+
+def ignore_tensors(model: nn.Module, names: Iterable[str]) -> None:
+    """Note on a model which tensors of its files are not in it; see :func:`ignored_tensors`."""
+    setattr(model, _IGNORED, sorted(names))
+
+
+def ignored_tensors(model: nn.Module) -> list[str]:
+    """Tensors of the files that transformers did not take: the truth does not depend on them."""
+    return list(getattr(model, _IGNORED))
 
 
 def _mode_for(dtype: torch.dtype) -> AbstractContextManager[object]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +57,11 @@ class Oracle:
         oracle.__dict__["plain"] = self.plain
         return oracle
 
+    def without_sae(self) -> Oracle:
+        """The oracle of the same case without its SAE, of which there is no truth; its digest is another."""
+        digest = hashlib.sha256(f"{self.subject.digest} without its SAE".encode()).hexdigest()
+        return Oracle(replace(self.subject, sae_file=None, digest=digest), self._cache, self._device)
+
     @cached_property
     def computation(self) -> Computation:
         from candle_mi_parity.oracle.compute import Computation
@@ -68,7 +73,8 @@ class Oracle:
 
         :raises OracleError: an operation without a noise rule, a non-finite truth, an unreadable cache file, or a
             case with edits teacher-forced.
-        :raises ModelError: transformers cannot load the model.
+        :raises ModelError: transformers cannot load or run the model.
+        :raises NoTruthError: the case's SAE is of a kind whose truth is not computed here.
         """
         if mode == "forced" and self.subject.case.edits:
             raise OracleError(f"{self.subject.case.id}: a case with edits has no teacher-forced truth")

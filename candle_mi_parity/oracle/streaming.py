@@ -21,12 +21,12 @@ from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.initialization import no_init_weights
 
-from candle_mi_parity.errors import ModelError
-from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.errors import ModelError, ParityError
 from candle_mi_parity.files.untrusted import memory_bytes
-from candle_mi_parity.models.checkpoint import weight_bytes, weight_files
+from candle_mi_parity.models.checkpoint import weight_bytes, weight_tensors
 from candle_mi_parity.models.quiet import quiet
-from candle_mi_parity.oracle.hooks import import_model_code, our_attention
+from candle_mi_parity.oracle.hooks import ignore_tensors, in_format, model_config, our_attention, require_weights
+from candle_mi_parity.oracle.plain import parameters_on_meta, require_runs
 from candle_mi_parity.oracle.rounding import Float64
 
 SHARE = 4
@@ -34,6 +34,7 @@ SHARE = 4
 CHUNK = 1 << 13
 """Entries of the vocabulary whose unembedding rows are in memory at a time."""
 
+_BARE = "model."
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -50,24 +51,20 @@ class Weights:
 
     :ivar shapes: name → shape.
     :param dtype: the format that they are rounded to before they become float64.
-    :raises ModelError: a file that cannot be read, a name in two files.
+    :raises ModelError: a file that cannot be read, a tensor in two files.
     """
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: str = "cpu") -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, Path] = {}
+        tensors = weight_tensors(directory)
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self._files = {name: tensor.file for name, tensor in tensors.items()}
         self._dtype, self._device = dtype, device
-        for path in weight_files(directory):
-            with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118 -- safetensors' own, not a dict's
-                    if name in self._files:
-                        raise ModelError(f"{directory}: {name} is in {self._files[name].name} and in {path.name}")
-                    self.shapes[name], self._files[name] = tuple(file.get_slice(name).get_shape()), path
 
     def read(self, name: str, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
         """A tensor, or rows of it, float64 on the device; no dispatch mode sees it done.
 
         :raises ModelError: it holds no floating numbers.
+        :raises OutOfRangeError: the format cannot hold one of them.
         """
         # Mapped anew each time: what was read of a mapping counts as memory until it is closed.
         with _disable_current_modes(), _opened(self._files[name]) as file:
@@ -75,7 +72,7 @@ class Weights:
             if not whole.is_floating_point():
                 raise ModelError(f"{self._files[name]}: {name} is {whole.dtype}, expected floating numbers")
             part = whole if rows is None else whole[rows]
-            return cast(torch.Tensor, part.to(self._dtype).to(self._device, torch.float64, copy=True))
+            return in_format(name, part, self._dtype).to(self._device, torch.float64, copy=True)
 
 
 @contextmanager
@@ -102,10 +99,10 @@ def load_streamed(directory: Path, dtype: torch.dtype, device: str = "cpu", chun
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.to(device)
     for index, layer in enumerate(model.model.layers):
-        _stream(layer, f"model.layers.{index}.", weights)
-    _stream(model.model.norm, "model.norm.", weights)
+        _stream(layer, f"model.layers.{index}.", weights, held)
+    _stream(model.model.norm, "model.norm.", weights, held)
     _gather(model.model.embed_tokens, held[_EMBEDDING], weights)
-    bias = "lm_head.bias" if model.lm_head.bias is not None else None
+    bias = held["lm_head.bias"] if model.lm_head.bias is not None else None
     model.lm_head = Unembedding(weights, held[_HEAD], bias, chunk)
     return cast(nn.Module, model.eval())
 
@@ -113,65 +110,49 @@ def load_streamed(directory: Path, dtype: torch.dtype, device: str = "cpu", chun
 def _skeleton(directory: Path) -> Any:
     """The model with its buffers in float64 and without its weights."""
     before, attention = torch.get_default_dtype(), our_attention()
+    config = model_config(directory, attention)
     try:
-        import_model_code(directory)
         torch.set_default_dtype(torch.float64)
-        with Float64(), torch.no_grad(), quiet(), no_init_weights(), _parameters_on_meta():  # type: ignore[no-untyped-call]
-            config = transformers.AutoConfig.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
+        with Float64(), torch.no_grad(), quiet(), no_init_weights(), parameters_on_meta():  # type: ignore[no-untyped-call]
             return transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=torch.float64, attn_implementation=attention
             )
-    except Exception as error:  # what a config that nobody vouches for makes of it
-        raise ModelError(f"transformers cannot make {directory}: {one_line(str(error))}") from error
+    except ParityError:
+        raise
+    except Exception:
+        require_runs(directory)
+        raise
     finally:
         torch.set_default_dtype(before)
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters lose their memory when a module takes them; a buffer, which no file holds, keeps it.
-
-    Under ``torch.device("meta")`` buffers would be lost too.
-    """
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _names(directory: Path, model: Any, weights: Weights) -> dict[str, str]:
     """Parameter → the tensor of the files that it is, which for tied ones may bear the other's name."""
     tied = dict(model.all_tied_weights_keys)
     tied |= {source: target for target, source in tied.items()}
-    held = {name: name if name in weights.shapes else tied.get(name, name) for name in model.state_dict()}
+    held = {name: _spelt(name, tied.get(name), weights) for name in model.state_dict()}
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if missing := [name for name, there in held.items() if there not in weights.shapes]:
-        raise ModelError(f"{directory}: its files hold no {', '.join(missing[:3])}")
-    unread = [name for name in weights.shapes if name not in held.values() and "rotary_emb.inv_freq" not in name]
-    if unread:
-        raise ModelError(f"{directory}: transformers takes no {', '.join(unread[:3])} from its files")
-    for name, there in held.items():
-        if weights.shapes[there] != shapes[name]:
-            raise ModelError(f"{directory}: {there} has shape {weights.shapes[there]}, expected {shapes[name]}")
+    there = {name: weights.shapes[held[name]] for name in held if held[name] in weights.shapes}
+    other = {name: (there[name], shapes[name]) for name in there if there[name] != shapes[name]}
+    require_weights(directory, held.keys() - there.keys(), other)
+    ignored = weights.shapes.keys() - held.values()
+    ignore_tensors(model, [name for name in ignored if "rotary_emb.inv_freq" not in name])
     streamed = ("model.layers.", "model.norm.", "lm_head.", _EMBEDDING)
-    if other := [name for name in held if not name.startswith(streamed)]:
-        raise ModelError(f"{directory}: {other[0]} is in no layer; a model of this kind cannot be streamed")
+    if odd := [name for name in held if not name.startswith(streamed)]:
+        raise ModelError(f"{directory}: {odd[0]} is in no layer; a model of this kind cannot be streamed")
     if buffers := set(held) - {name for name, _ in model.named_parameters(remove_duplicate=False)}:
         raise ModelError(f"{directory}: {min(buffers)} is a stored buffer; a model of this kind cannot be streamed")
     return held
 
 
-def _stream(module: nn.Module, prefix: str, weights: Weights) -> None:
+def _spelt(name: str, tied: str | None, weights: Weights) -> str:
+    """A parameter's name in the files, which may lack the prefix of the bare model or have it twice, as transformers
+    takes it too; its own name where there is none."""
+    spellings = [(one, one.removeprefix(_BARE), _BARE + one) for one in (name, tied) if one]
+    return next((spelling for each in spellings for spelling in each if spelling in weights.shapes), name)
+
+
+def _stream(module: nn.Module, prefix: str, weights: Weights, held: dict[str, str]) -> None:
     """Give a module its weights for as long as it runs."""
     names = [name for name, _ in module.named_parameters()]
     empty = {name: module.get_parameter(name) for name in names}
@@ -182,7 +163,7 @@ def _stream(module: nn.Module, prefix: str, weights: Weights) -> None:
             module.get_submodule(owner)._parameters[key] = value
 
     def before(_module: nn.Module, _args: Any) -> None:
-        put({name: nn.Parameter(weights.read(prefix + name), requires_grad=False) for name in names})
+        put({name: nn.Parameter(weights.read(held[prefix + name]), requires_grad=False) for name in names})
 
     def after(_module: nn.Module, _args: Any, _out: Any) -> None:
         put(empty)

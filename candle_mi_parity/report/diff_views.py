@@ -223,6 +223,8 @@ def document(diff: Diff) -> dict[str, Any]:
         "a": {"candidate": diff.a, "candle_mi": diff.identity_a},
         "b": {"candidate": diff.b, "candle_mi": diff.identity_b},
         "versions": diff.versions,
+        "started": diff.started,
+        "seconds": round(diff.seconds, 3),
         "tensors": tensor_counts(diff),
         "changes": [{"from": change.before, "to": change.after, "cases": change.cases} for change in changes(diff)],
         "speed": [asdict(figure) | {"factor": figure.factor} for figure in figures(diff.cases)],

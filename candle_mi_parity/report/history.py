@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -91,11 +92,16 @@ class Summary:
 
 @dataclass(frozen=True)
 class History:
-    """All of it: releases in order, cases in the table's order."""
+    """All of it: releases in order, cases in the table's order.
+
+    :ivar started: when the first run began, ISO 8601; ``seconds`` is how long all of them took.
+    """
 
     releases: list[str]
     versions: dict[str, str]
     lines: list[Line]
+    started: str
+    seconds: float
 
     @property
     def families(self) -> list[str]:
@@ -135,7 +141,8 @@ def make_history(results: dict[str, RunResult]) -> History:
         Line(name, family, [_cell(cases.get(name)) for cases in by_release.values()])
         for name, family in families.items()
     ]
-    return History(list(results), next(iter(results.values())).versions, lines)
+    first = next(iter(results.values()))
+    return History(list(results), first.versions, lines, first.started, time.monotonic() - first.tick)
 
 
 def _cell(case: CaseResult | None) -> Cell | None:
@@ -181,6 +188,8 @@ def document(history: History) -> dict[str, Any]:
         "format": HISTORY_FORMAT,
         "releases": history.releases,
         "versions": history.versions,
+        "started": history.started,
+        "seconds": round(history.seconds, 3),
         "cases": [
             {
                 "id": line.case,

@@ -75,6 +75,7 @@ def render(result: RunResult) -> str:
         symbols=SYMBOLS,
         bad=sorted(bad, key=lambda found: SEVERITY.index(found.case.status)),
         known=[(note, [found for found in known if found.case.note == note]) for note in notes],
+        notes=_notes(result),
         sae=[case for case in result.cases if case.sae],
         plots=list(_family_plots(result, families)),
         gates=(POSITION_GATE, ELEMENT_GATE),
@@ -178,6 +179,15 @@ def _counts(result: RunResult) -> list[dict[str, Any]]:
             "unmeasured": sum(count for count, _ in parts[:3]),
         }.items()
     ]
+
+
+def _notes(result: RunResult) -> dict[str, list[str]]:
+    """Each note once, with its cases: a case that agrees shows its notes nowhere else."""
+    said: dict[str, list[str]] = {}
+    for case in result.cases:
+        for note in case.notes:
+            said.setdefault(note, []).append(case.id)
+    return said
 
 
 def _family_plots(result: RunResult, families: list[str]) -> Iterable[tuple[str, Markup]]:

@@ -18,7 +18,7 @@ from candle_mi_parity.files.escape import cell, printable
 from candle_mi_parity.files.json_out import plain
 from candle_mi_parity.report.views_ci import table
 
-REPORT_FORMAT = "candle-mi-parity/report/2"
+REPORT_FORMAT = "candle-mi-parity/report/3"
 _COLOURS = {
     "PASS": "green",
     "KNOWN": "yellow",
@@ -58,6 +58,7 @@ def terminal(result: RunResult, console: Console) -> None:
     """The table, what to read about each case that is not a pass, and the verdict in the last line."""
     console.print(case_table(result))
     _terminal_rest(result, console)
+    console.print(Text(f"started {result.started}, took {result.seconds:.0f} s", style="dim"))
     console.print(
         Text.assemble("verdict: ", (printable(result.line()), _COLOURS.get(result.verdict.value, "bold magenta")))
     )
@@ -73,6 +74,10 @@ def _terminal_rest(result: RunResult, console: Console) -> None:
     for note in dict.fromkeys(case.note for case in result.cases if case.note):
         ids = ", ".join(case.id for case in result.cases if case.note == note)
         console.print(Text(printable(f"{ids}: {note}"), style="yellow"))
+    passing = [case for case in result.cases if case.status in (Status.PASS, Status.KNOWN)]
+    for note in dict.fromkeys(note for case in passing for note in case.notes):
+        ids = ", ".join(case.id for case in passing if note in case.notes)
+        console.print(Text(printable(f"{ids}: note: {note}"), style="cyan"))
     for reason in dict.fromkeys(result.skipped.values()):
         names = [name for name, why in result.skipped.items() if why == reason]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -176,6 +181,8 @@ def document(result: RunResult) -> dict[str, Any]:
         "candle_mi": result.identity,
         "versions": result.versions,
         "strict": result.strict,
+        "started": result.started,
+        "seconds": round(result.seconds, 3),
         "fault": result.fault,
         "counts": {status.value: result.count(status) for status in Status},
         "cases": cases,
@@ -205,6 +212,7 @@ def _case(case: CaseResult) -> dict[str, Any]:
         "explained": plain(asdict(case.explained)) if case.explained else None,
         "unexplained": case.unexplained,
         "failure": case.failure.value if case.failure else None,
+        "notes": case.notes,
         "reproduce": case.reproduce,
         "seconds": round(case.seconds, 3),
         "downloads": [asdict(download) for download in case.downloads],

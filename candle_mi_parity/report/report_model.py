@@ -37,6 +37,7 @@ class CaseReport(Part):
     sae: list[SaeView]
     error: str
     known: str
+    notes: list[str]
     reproduce: str
     seconds: float
     downloads: list[Download]
@@ -54,13 +55,15 @@ class CallsReport(Part):
 class Report(Part):
     """A run; the meaning of each field is :class:`candle_mi_parity.compare.verdict.RunResult`'s."""
 
-    format: Literal["candle-mi-parity/report/2"]
+    format: Literal["candle-mi-parity/report/3"]
     verdict: Verdict
     line: str = Field(description="the verdict in one line, all counts in it")
     candidate: str
     candle_mi: dict[str, str]
     versions: dict[str, str]
     strict: bool
+    started: str = Field(description="when the run began, ISO 8601")
+    seconds: float = Field(description="how long it took")
     fault: str
     counts: dict[Status, int] = Field(description="cases by status")
     cases: list[CaseReport]

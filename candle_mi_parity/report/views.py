@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from candle_mi_parity.errors import ParityError, Stopped
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.json_out import ReportError, write_json, write_text
 from candle_mi_parity.report import page, report, views_ci
+
+VIEWS = ("report.json", "junit.xml", "summary.md", "report.html")
 
 
 class Interrupted(ParityError):  # noqa: N818 -- a person's wish, no error
@@ -27,7 +30,7 @@ def written(result: RunResult, out: Path) -> Iterator[RunResult]:
     :raises Interrupted: for Ctrl-C, SIGTERM and a closed terminal.
     :raises ReportError: a view cannot be written and nothing else went wrong.
     """
-    remove(out, "report.json", "junit.xml", "summary.md", "report.html")
+    remove(out, *VIEWS)
     try:
         yield result
     except (KeyboardInterrupt, Stopped) as error:
@@ -67,6 +70,7 @@ def write(result: RunResult, out: Path) -> None:
 
     :raises ReportError: the first that cannot be written, after all were tried.
     """
+    result.seconds = time.monotonic() - result.tick
     summary = views_ci.summary(result)
     tasks: list[Callable[[], None]] = [
         lambda: write_json(report.document(result), out / "report.json"),

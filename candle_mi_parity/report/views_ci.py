@@ -24,6 +24,7 @@ def junit(result: RunResult) -> str:
     A stale ledger entry, and whatever ended the run early, is a test case too, so that no failing run looks clean.
     """
     suite = TestSuite(f"candle-mi {printable(result.candidate)}")
+    suite.timestamp = result.started
     for name, value in {**result.versions, **result.identity}.items():
         suite.add_property(name, printable(str(value)))
     suite.add_testcases([_test_case(case, result.strict) for case in result.judged])
@@ -96,7 +97,11 @@ def summary(result: RunResult) -> str:
             reasons[re.sub(re.escape(name), "ID", reason)].append(name)
         rows = [[prose(reason), str(len(names)), _few(names)] for reason, names in reasons.items()]
         parts += ["### Not run", table(["why", "cases", "which"], rows)]
+    if notes := list(dict.fromkeys(note for case in result.cases for note in case.notes)):
+        rows = [[prose(note), _ids(case for case in result.cases if note in case.notes)] for note in notes[:ROWS]]
+        parts += ["### Notes", table(["what", "which"], rows)]
     versions = ", ".join(f"{name} {value}" for name, value in result.versions.items())
+    versions += f"; started {result.started}, took {result.seconds:.0f} s"
     return "\n\n".join([*parts, f"<sub>{prose(versions)}</sub>"]) + "\n"
 
 

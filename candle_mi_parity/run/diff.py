@@ -10,8 +10,10 @@ from candle_mi_parity.candidate import cuda
 from candle_mi_parity.candidate.candidate import Candidate, CandidateError, parse_candidate
 from candle_mi_parity.candidate.sources import NothingOpen, Source, open_source, refuse_device
 from candle_mi_parity.candidate.store import stored_selection
+from candle_mi_parity.candidate.tokens import TextIds
 from candle_mi_parity.compare.align import like_with_like
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Side, diff_case
+from candle_mi_parity.compare.run_result import now
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage.calls_judge import diff_calls, expectations, judge_source
 from candle_mi_parity.errors import ParityError
@@ -95,6 +97,10 @@ class PairedSource(NothingOpen):
     def identity(self) -> CandleMi | None:
         return self._pair.sources[self._side].identity
 
+    def text_ids(self, subject: Subject) -> TextIds:
+        """The side's own."""
+        return self._pair.sources[self._side].text_ids(subject)
+
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
         """The trace of the whole forward as the pair shows it; in any other mode, the side's own.
 
@@ -126,6 +132,7 @@ def diff(
     :param calls: whether direct calls are compared too.
     :raises ParityError: a candidate cannot be built or found; a fault of one case stays that case's.
     """
+    started, tick = now(), time.monotonic()
     a, b = (_comparable(spec) for spec in specs)
     for candidate, device in zip((a, b), devices, strict=True):
         refuse_device(candidate, device)
@@ -149,7 +156,7 @@ def diff(
         one, other = (
             source.identity.model_dump(exclude_none=True) if source.identity else {} for source in pair.sources
         )
-    return Diff(specs[0], specs[1], one, other, _versions(devices), done)
+    return Diff(specs[0], specs[1], one, other, _versions(devices), done, started, time.monotonic() - tick)
 
 
 def _versions(devices: tuple[str, str]) -> dict[str, str]:

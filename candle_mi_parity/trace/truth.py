@@ -149,6 +149,9 @@ class Truth:
     :ivar tensors: in execution order.
     :ivar sae: keyed ``sae`` (the whole chain) and ``sae_on_truth`` (the SAE alone, fed the truth's residual).
     :ivar meta: digests and library versions it was made with.
+    :ivar ignored: tensors of the model's files that transformers does not take.
+    :ivar constant: tensors whose entries are all one number, and that number; what leads to them was not exercised.
+    :ivar beyond: tensors of values that the model's format cannot hold, and the largest of those.
     """
 
     tokens: list[list[int]]
@@ -156,6 +159,9 @@ class Truth:
     sae: dict[str, SaeTruth] = field(default_factory=dict)
     scalars: dict[str, tuple[float, float]] = field(default_factory=dict)
     meta: dict[str, str] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+    constant: dict[str, float] = field(default_factory=dict)
+    beyond: dict[str, float] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write ``path`` (safetensors); values float64, noise float32, masks uint8."""
@@ -174,6 +180,9 @@ class Truth:
             "sae": list(self.sae),
             "scalars": self.scalars,
             "meta": self.meta,
+            "ignored": self.ignored,
+            "constant": self.constant,
+            "beyond": self.beyond,
         }
         save_file(
             {key: np.ascontiguousarray(array) for key, array in arrays.items()},
@@ -196,7 +205,8 @@ class Truth:
             tensors = {name: FiledTensor(file, name, shapes[name], f"{name}|allowed" in keys) for name in shapes}
             sae = {name: _sae(file, f"{name}.pre") for name in header["sae"]}
             scalars = {name: (float(value), float(noise)) for name, (value, noise) in header["scalars"].items()}
-            return Truth(header["tokens"], FiledTensors(tensors), sae, scalars, header["meta"])
+            remarks = [header[key] for key in ("meta", "ignored", "constant", "beyond")]
+            return Truth(header["tokens"], FiledTensors(tensors), sae, scalars, *remarks)
         except Exception as error:  # a truncated cache file fails in as many ways as there are bytes
             raise OracleError(f"cached truth {path} is unreadable ({error}); delete it") from error
 

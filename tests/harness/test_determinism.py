@@ -69,6 +69,7 @@ def test_a_report_says_the_same_twice_but_for_its_seconds(torch_cpu: TorchSource
         ]
         document = report.document(result)
         assert all(case.pop("seconds") >= 0 for case in document["cases"])
+        assert document.pop("started") and document.pop("seconds") >= 0
         return document
 
     assert once() == once()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,11 @@ def test_both_candidates_are_opened_on_the_device_and_the_page_names_it(
     found = diff_run.diff(("0.2.2", "torch"), [], cache_root(), tmp_path, empty, Progress(), ("cuda:1", "cuda:1"))
     assert opened == [("0.2.2", "cuda:1"), ("torch", "cuda:1")]
     assert "cuda:1 for both" in diff_views.page(found) and found.versions["device"] == "cuda:1"
+
+
+def test_a_diff_says_when_it_began(tmp_path: Path) -> None:
+    diff = between(None, None)
+    write_json(diff_views.document(diff), tmp_path / "diff.json")
+    told = json.loads((tmp_path / "diff.json").read_text())
+    assert datetime.fromisoformat(told["started"]).tzinfo and told["seconds"] >= 0
+    assert diff.started in diff_views.page(diff)

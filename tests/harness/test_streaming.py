@@ -19,7 +19,7 @@ from candle_mi_parity.files.untrusted import memory_bytes
 from candle_mi_parity.models.checkpoint import weight_files
 from candle_mi_parity.oracle import streaming
 from candle_mi_parity.oracle.compute import round_weights, sample
-from candle_mi_parity.oracle.hooks import Captured, Recorder, forward, load_model
+from candle_mi_parity.oracle.hooks import Captured, Recorder, forward, ignored_tensors, load_model
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.rounding import MatmulScales, Truth64
 from candle_mi_parity.oracle.streaming import Weights, load_streamed
@@ -251,36 +251,87 @@ def of_another_shape(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.norm.weight"] = torch.ones(3)
 
 
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        (without, "its files hold no model.layers.1.mlp.up_proj.weight"),
-        (with_more, "transformers takes no model.layers.9.mlp.up_proj.weight"),
-        (of_another_shape, r"model.norm.weight has shape \(3,\), expected \(64,\)"),
-    ],
-)
-def test_files_that_do_not_fit_are_one_line(
-    fault: Callable[[dict[str, torch.Tensor]], None], said: str, tmp_path: Path
-) -> None:
-    base = real("llama/hub").subject.model_dir
+def float32_streamed(directory: Path) -> nn.Module:
+    return load_streamed(directory, torch.float32)
+
+
+Fault = Callable[[dict[str, torch.Tensor]], None]
+
+
+def spoilt(tmp_path: Path, fault: Fault, case_id: str = "llama/hub", **change: object) -> Path:
+    """A copy of a tiny model in whose files something is otherwise."""
+    base = real(case_id).subject.model_dir
     tensors = load_file(base / "model.safetensors")
     fault(tensors)
-    directory = changed_model(tmp_path / "model", base)
+    directory = changed_model(tmp_path / "model", base, **change)
     (directory / "model.safetensors").unlink()
-    save_file(tensors, directory / "model.safetensors")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def without_bias(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.0.self_attn.q_proj.bias"]
+
+
+def nothing(_: dict[str, torch.Tensor]) -> None: ...
+
+
+@pytest.mark.parametrize("load", [load_model, float32_streamed])
+@pytest.mark.parametrize(
+    ("case_id", "change", "fault", "said"),
+    [
+        ("llama/hub", {}, without, "holds no model.layers.1.mlp.up_proj.weight and transformers would draw it at"),
+        ("qwen2/hub", {}, without_bias, "holds no model.layers.0.self_attn.q_proj.bias and transformers would draw"),
+        (
+            "llama/hub",
+            {"num_hidden_layers": 4},
+            nothing,
+            r"model.layers.3.*\(and 6 more\) and transformers wou",
+        ),
+        ("llama/hub", {}, of_another_shape, r"model.norm.weight has shape \(3,\), expected \(64,\), and transform"),
+    ],
+)
+def test_of_files_that_do_not_hold_the_model_there_is_no_truth(
+    load: Callable[[Path], nn.Module],
+    case_id: str,
+    change: dict[str, object],
+    fault: Fault,
+    said: str,
+    tmp_path: Path,
+) -> None:
     with pytest.raises(ModelError, match=said) as caught:
-        load_streamed(directory, torch.float32)
-    assert "\n" not in str(caught.value)
+        load(spoilt(tmp_path, fault, case_id, **change))
+    assert str(caught.value).endswith("at random: there is no truth") and "\n" not in str(caught.value)
 
 
-def test_a_name_in_two_files_and_numbers_that_are_whole_are_refused(tmp_path: Path) -> None:
-    one, two = (tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
-    save_file({"a": torch.arange(3)}, one)
+@pytest.mark.parametrize("load", [load_model, float32_streamed])
+def test_tensors_that_transformers_does_not_take_are_noted(load: Callable[[Path], nn.Module], tmp_path: Path) -> None:
+    whole = real("llama/hub").subject.model_dir
+    assert ignored_tensors(load(whole)) == []
+    model = load(spoilt(tmp_path, with_more))
+    assert ignored_tensors(model) == ["model.layers.9.mlp.up_proj.weight"]
+    tokens = torch.tensor([[1, 5, 9]])
+    assert_same(run(model, tokens)[0].tensors, run(load(whole), tokens)[0].tensors)
+
+
+def bare(tensors: dict[str, torch.Tensor]) -> None:
+    """As the model without its head is saved."""
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+@pytest.mark.parametrize("case_id", ["llama/hub", "qwen3/hub"])
+def test_names_without_their_prefix_are_found(case_id: str, tmp_path: Path) -> None:
+    directory, tokens = spoilt(tmp_path, bare, case_id), torch.tensor([[1, 5, 9]])
+    expected = run(load_model(real(case_id).subject.model_dir), tokens)[0].tensors
+    for load in (load_model, float32_streamed):
+        assert_same(run(load(directory), tokens)[0].tensors, expected)
+
+
+def test_numbers_that_are_whole_are_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(3)}, tmp_path / "model-00001-of-00002.safetensors")
     with pytest.raises(ModelError, match=r"a is torch.int64, expected floating"):
         Weights(tmp_path, torch.float32).read("a")
-    save_file({"a": torch.ones(3)}, two)
-    with pytest.raises(ModelError, match=r"a is in model-00001-of-00002.safetensors and in model-00002-of-00002"):
-        Weights(tmp_path, torch.float32)
 
 
 def test_an_unembedding_in_the_files_of_a_tied_model_is_taken(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import signal
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -19,6 +21,7 @@ from candle_mi_parity.files.json_out import ReportError
 from candle_mi_parity.report import page, views, views_ci
 from candle_mi_parity.report.terminal import Terminal
 from candle_mi_parity.run import run
+from candle_mi_parity.run.run import RunOptions
 from candle_mi_parity.spec.cases import load_cases, select
 from tests.support.results import HOSTILE, VERSIONS, case, everything, run_of
 
@@ -224,3 +227,30 @@ def test_a_crash_of_the_command_is_no_fail(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2
+
+
+def test_every_view_says_when_its_run_began_and_how_long_it_took(tmp_path: Path) -> None:
+    before = datetime.now(UTC).replace(microsecond=0)
+    with views.written(everything(), tmp_path) as result:
+        time.sleep(0.01)
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert before <= datetime.fromisoformat(document["started"]) <= datetime.now(UTC)
+    assert 0.01 <= document["seconds"] < 100
+    (suite,) = ElementTree.fromstring((tmp_path / "junit.xml").read_text())
+    assert suite.get("timestamp") == result.started
+    for name in ("report.html", "summary.md"):
+        text = (tmp_path / name).read_text().replace("\\", "")
+        assert result.started in text and "took 0 s" in text
+
+
+def test_an_older_report_goes_before_the_run_does_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VIEWS:
+        (tmp_path / name).write_text("of an earlier run")
+
+    def killed(_: RunOptions) -> RunResult:
+        assert not list(tmp_path.iterdir()), "an older report is there while this run is at work"
+        raise SystemExit(9)
+
+    monkeypatch.setattr(cli, "blank", killed)
+    with pytest.raises(SystemExit):
+        cli.judge_and_write(RunOptions("stored:0.2.2", out=tmp_path))

@@ -1,0 +1,79 @@
+"""What a reader of a case has to know beside its numbers, and when the case has exercised nothing."""
+
+from __future__ import annotations
+
+from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.spec.cases import Case
+from candle_mi_parity.trace.truth import Truth
+
+SHOWN = 3
+"""Names that a note lists."""
+LONGEST = 2000
+"""Letters of a list of ids."""
+
+
+def other_ids(subject: Subject, ids: list[int]) -> TensorResult | None:
+    """The failure of a tokenizer that makes other ids of the case's text than transformers does; ids have no
+    tolerance. None where they are the same."""
+    expected = subject.tokens[0]
+    if ids == expected:
+        return None
+    place = next((i for i, (one, other) in enumerate(zip(ids, expected, strict=False)) if one != other), len(ids))
+    said = f"candle-mi's tokenizer gives other ids from place {place} on: got {one_line(str(ids), LONGEST)}"
+    said += f", transformers gives {one_line(str(expected), LONGEST)}"
+    return TensorResult("tokens", Status.FAIL, "values", compared=len(expected), exact=True, detail=said)
+
+
+def padding_notes(subject: Subject) -> list[str]:
+    """A note where a prompt begins or ends with the padding id: nothing masks it, in the truth neither."""
+    pad = subject.special.pad
+    if pad is None:
+        return []
+    left = [_run(row, pad, subject.special.bos) for row in subject.tokens]
+    right = [_run(row[::-1], pad, subject.special.eos) for row in subject.tokens]
+    places = [f"{max(runs)} at the {side}" for side, runs in (("left", left), ("right", right)) if any(runs)]
+    if not places:
+        return []
+    return [
+        f"the prompt holds the padding id {pad} ({', '.join(places)}) as plain tokens: candle-mi takes no attention "
+        "mask, so that on both sides every query attends to them"
+    ]
+
+
+def _run(row: list[int], pad: int, own: int | None) -> int:
+    """How many padding ids a row begins with; where the id is the row's own mark too, one of them is that."""
+    run = next((place for place, token in enumerate(row) if token != pad), len(row))
+    return run - 1 if run and pad == own else run
+
+
+def truth_notes(truth: Truth, case: Case) -> list[str]:
+    """Notes on what the truth does not depend on, and on what it does not exercise."""
+    notes = []
+    if truth.ignored:
+        notes.append(
+            f"transformers takes no {_names(truth.ignored)} from the files: the truth does not depend on "
+            f"{'it' if len(truth.ignored) == 1 else 'them'}"
+        )
+    if truth.constant and not case.edits:  # an edit may mean it
+        notes.append(f"not exercised: {_names(list(truth.constant))} {_everywhere(truth)}")
+    return notes
+
+
+def unexercised(truth: Truth) -> str:
+    """Why a case that agrees has measured nothing: half of its tensors are one number everywhere, or no feature of
+    its SAE fires. Empty where it has measured something."""
+    if 2 * len(truth.constant) >= len(truth.tensors):
+        return f"{len(truth.constant)} of {len(truth.tensors)} tensors {_everywhere(truth)}: nothing was exercised"
+    silent = [name for name in truth.sae if truth.constant.get(f"{name}.features") == 0]
+    return "no feature of the SAE fires at any position: it was not exercised" if "sae" in silent else ""
+
+
+def _everywhere(truth: Truth) -> str:
+    return "are 0 everywhere" if not any(truth.constant.values()) else "are one number everywhere"
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return one_line(", ".join(names[:SHOWN])) + more

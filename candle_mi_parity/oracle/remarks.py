@@ -1,0 +1,73 @@
+"""What a truth says of itself beside its numbers: tensors that exercise nothing, and values beyond the format.
+
+Both are known once the truth is, whatever the candidate, and are kept with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from candle_mi_parity.oracle.hooks import recorded
+from candle_mi_parity.trace.truth import Expected
+
+
+def constant(tensors: Mapping[str, Expected]) -> dict[str, float]:
+    """Tensors whose compared entries, more than one, are all the same number, and that number.
+
+    Whatever leads to such a tensor cannot show: zero times any weight is zero.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        value = tensor.value
+        if tensor.allowed is not None:
+            value = value[np.broadcast_to(tensor.allowed, value.shape)]
+        if value.size > 1 and value.min() == value.max():
+            found[name] = float(value.flat[0])
+    return found
+
+
+def beyond(tensors: Mapping[str, Expected], inner: Mapping[str, float], dtype: str) -> dict[str, float]:
+    """Tensors that hold a value beyond their format, or are computed from one, and the largest such value.
+
+    :param inner: see :func:`inner_values`.
+    :param dtype: the model's format; an SAE is float32 in every model.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        limit = torch.finfo(torch.float32 if name.startswith("sae") else getattr(torch, dtype)).max
+        largest = max(float(np.abs(tensor.value).max(initial=0.0)), inner.get(name, 0.0))
+        if largest > limit:
+            found[name] = largest
+    return found
+
+
+@contextmanager
+def inner_values(model: nn.Module) -> Iterator[dict[str, float]]:
+    """Hook → the largest input of a linear layer on the way to it, filled while the model runs.
+
+    The gated product of an MLP and the attended values lie between two hook points, and are the first to leave
+    float16's range.
+    """
+    largest: dict[int, float] = {}
+    names: dict[str, float] = {}
+
+    def before(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        place = len(recorded())
+        largest[place] = max(largest.get(place, 0.0), float(args[0].abs().max()))
+
+    def after(_module: nn.Module, _args: object, _out: object) -> None:
+        order = list(recorded())
+        names.update({order[place]: value for place, value in largest.items() if place < len(order)})
+
+    handles = [m.register_forward_pre_hook(before) for m in model.modules() if isinstance(m, nn.Linear)]
+    handles.append(model.register_forward_hook(after))
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,185 @@
+"""A case with a text: candle-mi's own tokenizer is asked before anything is fed, and other ids are a failure.
+
+Public case E3: both sides were fed transformers' ids, so that a tokenizer that makes others went unseen.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from candle_mi_parity.candidate.candidate import EmitterError, EmitterProcess
+from candle_mi_parity.candidate.sources import NothingOpen, Source, StoredSource
+from candle_mi_parity.candidate.store import StoringSource, store_text_ids
+from candle_mi_parity.candidate.tokens import TextIds, text_ids
+from candle_mi_parity.candidate.torch_source import TorchSource
+from candle_mi_parity.compare.verdict import CaseResult, Status
+from candle_mi_parity.files.json_out import write_json
+from candle_mi_parity.judge.case import Progress, judge_case
+from candle_mi_parity.models.prepared_case import Subject, prepare
+from candle_mi_parity.run.diff import Pair, PairedSource
+from candle_mi_parity.spec.cases import Case, LocalModel
+from candle_mi_parity.spec.explanations import Explanations
+from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.trace import InMemory
+from candle_mi_parity.trace.truth import Truth
+from tests.support.planting import CASES, RELEASE, real
+
+TEXT = "The capital of"
+HERS, OURS = [1, 100, 101], [1, 99, 101]
+"""How the ids begin with the space that the tokenizer.json puts before the first word, and without it."""
+
+
+def model(directory: Path, **config: object) -> Case:
+    """A tiny Llama with a tokenizer whose Metaspace prepends a space, as far as ``tokenizer_config.json`` lets it."""
+    shutil.copytree(real("llama/hub").subject.model_dir, directory)
+    letters = ["<unk>", "<s>", "</s>", "▁", *(chr(code) for code in range(33, 127))]
+    vocabulary, merges = {letter: index for index, letter in enumerate(letters)}, []
+    for one, other in (("T", "h"), ("Th", "e"), ("▁", "The"), ("▁", "c")):
+        merges.append((one, other))
+        vocabulary[one + other] = len(vocabulary)
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    made.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made.save(str(directory / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer"} | special | config)
+    )
+    row = {"id": "llama/text", "tokens": None, "text": TEXT, "model": LocalModel(source="local", path=str(directory))}
+    return CASES["llama/hub"].model_copy(update=row)
+
+
+@dataclass
+class Asked(NothingOpen):
+    """torch's numbers under another name, with a tokenizer that gives what it is told to."""
+
+    answer: TextIds | EmitterError
+    identity = RELEASE
+
+    def text_ids(self, subject: Subject) -> TextIds:
+        if isinstance(self.answer, EmitterError):
+            raise self.answer
+        return self.answer
+
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
+        with TorchSource() as source:
+            return source.trace(subject, mode, truth, inputs)
+
+
+def judged(case: Case, source: Source, cache: Path) -> CaseResult:
+    return judge_case(case, source, "x", cache, Explanations(format=1, explanation=[]), Progress()).result
+
+
+def test_other_ids_are_a_failure_before_any_number_and_the_same_ids_pass(tmp_path: Path) -> None:
+    case = model(tmp_path / "model", add_prefix_space=False)
+    ids = prepare(case, tmp_path).tokens[0]
+    assert ids[:3] == OURS
+    found = judged(case, Asked(TextIds([*HERS, *ids[3:]])), tmp_path)
+    assert (found.status, found.compared, found.expected) == (Status.FAIL, 1, 1)
+    first = found.first_divergence
+    assert first is not None and first.name == "tokens"
+    assert first.detail == (
+        f"candle-mi's tokenizer gives other ids from place 1 on: got {[*HERS, *ids[3:]]}, transformers gives {ids}"
+    )
+    assert first.detail in found.message() and not (tmp_path / "truth").exists(), "nothing was fed"
+    same = judged(case, Asked(TextIds(ids)), tmp_path)
+    assert (same.status, same.notes) == (Status.PASS, []) and same.compared > 40
+    assert judged(case, Asked(TextIds(ids[1:])), tmp_path).status is Status.FAIL, "the BOS is missing"
+    assert judged(case, Asked(TextIds([*ids, 2])), tmp_path).status is Status.FAIL, "an EOS too many"
+
+
+def test_a_tokenizer_that_was_not_asked_is_noted(tmp_path: Path) -> None:
+    case = model(tmp_path / "model")
+    found = judged(case, Asked(TextIds(why="its ids are not stored for this case")), tmp_path)
+    assert found.status is Status.PASS
+    assert found.notes == ["candle-mi's tokenizer was not asked: its ids are not stored for this case"]
+    with TorchSource() as control:
+        assert judged(case, control, tmp_path).notes == [], "transformers has no tokenizer beside its own"
+
+
+def test_a_text_that_candle_mi_refuses_is_its_refusal(tmp_path: Path) -> None:
+    found = judged(model(tmp_path / "model"), Asked(EmitterError("model", "tokenizer: no such thing")), tmp_path)
+    assert found.failure is not None and found.failure.refused
+    assert found.error == "model: tokenizer: no such thing" and not found.tensors
+
+
+def test_without_a_tokenizer_json_it_cannot_be_asked(tmp_path: Path) -> None:
+    emitter = EmitterProcess(Path("/nonexistent"))
+    asked = text_ids(emitter, RELEASE, tmp_path, TEXT, tmp_path / "out.json")
+    assert asked.ids is None and "no tokenizer.json" in asked.why
+
+
+def test_each_side_of_a_diff_is_asked(tmp_path: Path) -> None:
+    subject = prepare(model(tmp_path / "model"), tmp_path)
+    pair = Pair(Asked(TextIds([1])), Asked(TextIds([2])))
+    assert [PairedSource(pair, side).text_ids(subject).ids for side in (0, 1)] == [[1], [2]]
+
+
+# --- what is stored
+
+
+def stored(directory: Path, subject: Subject, ids: list[int]) -> StoredSource:
+    directory.mkdir()
+    write_json(RELEASE.model_dump(), directory / "candidate.json")
+    store_text_ids(directory, subject, RELEASE, ids)
+    return StoredSource(directory)
+
+
+def test_ids_are_stored_and_read_back(tmp_path: Path) -> None:
+    subject = prepare(model(tmp_path / "model"), tmp_path)
+    StoringSource(Asked(TextIds([1, 7])), tmp_path / "kept").text_ids(subject)
+    assert StoredSource(tmp_path / "kept").text_ids(subject) == TextIds([1, 7])
+    (tmp_path / "kept" / "llama" / "text.tokens.json").unlink()
+    asked = StoredSource(tmp_path / "kept").text_ids(subject)
+    assert asked.ids is None and asked.why
+
+
+def test_a_refused_text_is_stored_as_the_case_s_outcome(tmp_path: Path) -> None:
+    subject = prepare(model(tmp_path / "model"), tmp_path)
+    refusing = StoringSource(Asked(EmitterError("model", "tokenizer: no")), tmp_path / "kept")
+    with pytest.raises(EmitterError):
+        refusing.text_ids(subject)
+    again = judged(subject.case, StoredSource(tmp_path / "kept"), tmp_path)
+    assert again.error == "model: tokenizer: no"
+
+
+def test_stored_ids_of_another_text_or_tokenizer_are_stale(tmp_path: Path) -> None:
+    case = model(tmp_path / "model")
+    subject = prepare(case, tmp_path)
+    source = stored(tmp_path / "kept", subject, subject.tokens[0])
+    other = case.model_copy(update={"text": "The capitals"})
+    for stale in (other, model(tmp_path / "other").model_copy(update={"id": case.id})):
+        if stale is not other:
+            path = tmp_path / "other" / "tokenizer.json"
+            path.write_text(path.read_text() + "\n")
+        found = judged(stale, source, tmp_path)
+        assert found.status is Status.ERROR and "of another candle-mi, case, text or tokenizer.json" in found.error
+    path = tmp_path / "kept" / "llama" / "text.tokens.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ids": "none"}))
+    assert "ids" in judged(case, source, tmp_path).error
+
+
+@pytest.mark.rust
+def test_candle_mi_s_tokenizer_knows_nothing_of_tokenizer_config(live: Source, tmp_path: Path) -> None:
+    """Its released tokenizer reads ``tokenizer.json`` alone, where transformers honours ``add_prefix_space`` too."""
+    found = judged(model(tmp_path / "model", add_prefix_space=False), live, tmp_path)
+    assert found.status is Status.FAIL
+    assert f"got {str(HERS)[:-1]}" in found.message() and f"transformers gives {str(OURS)[:-1]}" in found.message()
+    shutil.rmtree(tmp_path / "model")
+    twin = judged(model(tmp_path / "model"), live, tmp_path)
+    assert (twin.status, twin.notes) == (Status.PASS, []), twin.message()
+
+
+@pytest.mark.rust
+def test_a_case_of_the_table_is_asked(live: Source) -> None:
+    subject = prepare(CASES["smollm2/hub"], cache_root())
+    assert live.text_ids(subject) == TextIds(subject.tokens[0])

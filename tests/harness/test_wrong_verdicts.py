@@ -1,0 +1,406 @@
+"""Verdicts that came out wrong when the suite was tried on public reports, each beside its twin that must pass.
+
+What is judged here is whole: a directory as a user has it, a row, a candidate, and the word that the run says.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.numpy import load_file, save_file
+
+from candle_mi_parity.candidate.torch_source import TorchSource
+from candle_mi_parity.compare.run_result import RunResult
+from candle_mi_parity.compare.verdict import CaseResult, Status
+from candle_mi_parity.judge.case import Progress, judge_case
+from candle_mi_parity.judge.notes import padding_notes
+from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.oracle import compute, hooks
+from candle_mi_parity.oracle.hooks import forward, load_model
+from candle_mi_parity.oracle.streaming import load_streamed
+from candle_mi_parity.report import page, report, views_ci
+from candle_mi_parity.spec.cases import Case, LocalModel, TinyModel
+from candle_mi_parity.spec.edits import Zero
+from candle_mi_parity.spec.explanations import Explanations
+from tests.support.planting import CASES, real
+from tests.support.results import VERSIONS
+
+Weights = dict[str, np.ndarray]
+Change = Callable[[Weights], object]
+NOTHING_KNOWN = Explanations(format=1, explanation=[])
+
+
+def local(directory: Path, family: str = "llama", change: Change | None = None, **config: Any) -> Case:
+    """A case of a copy of a family's tiny model; a config key set to ``...`` is taken away."""
+    source = real(f"{family}/hub").subject.model_dir
+    directory.mkdir(parents=True)
+    found = {key: value for key, value in (read_config(source) | config).items() if value is not ...}
+    (directory / "config.json").write_text(json.dumps(found))
+    weights = load_file(source / "model.safetensors")
+    if change is not None:
+        change(weights)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return row(family, model=LocalModel(source="local", path=str(directory)))
+
+
+def tiny(family: str, **settings: Any) -> Case:
+    """A case of a generated model."""
+    model = TinyModel(source="tiny", config=f"models/{family}.json", **{"dialect": "hub", **settings})
+    return row(family, model=model)
+
+
+def row(family: str, **update: object) -> Case:
+    return CASES[f"{family}/hub"].model_copy(update={"id": f"{family}/tried", **update})
+
+
+@pytest.fixture
+def judged(tmp_path: Path) -> Callable[[Case], CaseResult]:
+    """What the control, torch in float32, gets for a case; a run has no other way to a verdict."""
+
+    def judge(case: Case) -> CaseResult:
+        with TorchSource() as source:
+            return judge_case(case, source, "torch", tmp_path / "cache", NOTHING_KNOWN, Progress()).result
+
+    return judge
+
+
+Judged = Callable[[Case], CaseResult]
+
+
+# --- E2: a tensor that the checkpoint does not have
+
+
+def without(name: str) -> Change:
+    return lambda weights: weights.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "config", "said"),
+    [
+        (
+            "qwen3",
+            None,
+            {"tie_word_embeddings": ...},
+            "holds no lm_head.weight and transformers would draw it at random",
+        ),
+        ("llama", without("lm_head.weight"), {}, "holds no lm_head.weight and transformers would draw it at random"),
+        (
+            "qwen2",
+            without("model.layers.1.self_attn.k_proj.bias"),
+            {},
+            "holds no model.layers.1.self_attn.k_proj.bias",
+        ),
+        ("llama", None, {"num_hidden_layers": 4}, "(and 6 more) and transformers would draw them at random"),
+        (
+            "llama",
+            None,
+            {"num_key_value_heads": 1},
+            "k_proj.weight has shape (40, 64), expected (20, 64), and transf",
+        ),
+    ],
+)
+def test_a_checkpoint_that_lacks_tensors_has_no_truth(
+    judged: Judged, tmp_path: Path, family: str, change: Change | None, config: dict[str, Any], said: str
+) -> None:
+    found = judged(local(tmp_path / "model", family, change, **config))
+    assert found.status is Status.ERROR and said in found.error, found.error
+    assert found.error.endswith("at random: there is no truth") and not found.tensors
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_a_whole_checkpoint_has_one(judged: Judged, tmp_path: Path, family: str) -> None:
+    found = judged(local(tmp_path / "model", family))
+    assert (found.status, found.notes) == (Status.PASS, []), found.message()
+
+
+def test_a_tensor_that_transformers_does_not_take_is_noted(judged: Judged, tmp_path: Path) -> None:
+    """What a candidate computes with it is a divergence, and the note says of what."""
+
+    def more(weights: Weights) -> None:
+        weights["model.layers.0.self_attn.q_proj.bias"] = np.ones(80, np.float32)
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(10, np.float32)
+
+    found = judged(local(tmp_path / "model", "llama", more))
+    assert found.status is Status.PASS
+    (note,) = found.notes
+    assert note.startswith("transformers takes no model.layers.0.self_attn.q_proj.bias from the files")
+
+
+# --- E4: two dead models agree
+
+
+def dead(weights: Weights) -> None:
+    for array in weights.values():
+        array[...] = 0
+
+
+def dead_norms(weights: Weights) -> None:
+    for name, array in weights.items():
+        if "norm" in name:
+            array[...] = 0
+
+
+def dead_layer(weights: Weights) -> None:
+    weights["model.layers.1.input_layernorm.weight"][...] = 0
+
+
+def test_of_a_dead_model_nothing_was_exercised(judged: Judged, tmp_path: Path) -> None:
+    for change, count in ((dead, "39 of 42"), (dead_norms, "29 of 42")):
+        found = judged(local(tmp_path / change.__name__, "llama", change))
+        assert found.status is Status.UNMEASURED, found.message()
+        assert found.error == f"{count} tensors are 0 everywhere: nothing was exercised"
+
+
+def test_a_model_killed_by_an_edit_was_not_exercised(judged: Judged) -> None:
+    case = tiny("llama", change={"num_hidden_layers": 1}).model_copy(
+        update={"edits": [Zero(kind="zero", hook="hook_embed")]}
+    )
+    found = judged(case)
+    assert found.status is Status.UNMEASURED, found.message()
+    assert "tensors are 0 everywhere: nothing was exercised" in found.error
+
+
+def test_one_dead_layer_is_noted(judged: Judged, tmp_path: Path) -> None:
+    found = judged(local(tmp_path / "model", "llama", dead_layer))
+    assert found.status is Status.PASS
+    assert any(
+        note.startswith("not exercised: blocks.1.attn.hook_q, ") and "0 everywhere" in note for note in found.notes
+    )
+
+
+@pytest.mark.parametrize("name", ["llama/edit-zero-attention", "llama/edit-zero-stream"])
+def test_a_hook_that_a_row_means_to_zero_is_no_dead_model(judged: Judged, name: str) -> None:
+    found = judged(CASES[name])
+    assert (found.status, found.notes) == (Status.PASS, [])
+
+
+# --- E6: a fault of the input is no fault of the suite
+
+SLIDING = {"layer_types": ["sliding_attention"] * 3}
+NO_LOW = {"rope_type": "llama3", "factor": 32.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+ROTARY = {"partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+
+UNRUNNABLE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no head_dim": ("qwen3", {"head_dim": None}, "head_dim"),
+    "llama3 scaling without its low frequency": ("llama", {"rope_scaling": NO_LOW}, "low_freq_factor"),
+    "odd head_dim": ("llama", {"head_dim": 15}, "even rotary dimension"),
+    "a partial rotary that the family's code cannot run": ("llama", ROTARY, "size of tensor a"),
+    "sliding layers without a window": ("qwen2", SLIDING, "sliding_window"),
+    "a kind of layer that the family has no mask for": (
+        "gemma2",
+        {"layer_types": ["chunked_attention"] * 3},
+        "KeyError: 'chunked_attention'",
+    ),
+    "an activation that nobody has": ("llama", {"hidden_act": "nope"}, "KeyError: 'nope'"),
+    "heads that do not divide the width": ("llama", {"num_attention_heads": 7}, "not a multiple"),
+    "a padding id outside the vocabulary": ("llama", {"pad_token_id": 500}, "Padding_idx"),
+    "a word for a number": ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps"),
+}
+
+
+@pytest.mark.parametrize("name", UNRUNNABLE)
+def test_what_transformers_cannot_run_reads_so(judged: Judged, tmp_path: Path, name: str) -> None:
+    family, config, said = UNRUNNABLE[name]
+    found = judged(local(tmp_path / "model", family, **config))
+    assert found.status is Status.ERROR
+    assert found.error.startswith("transformers cannot run this config: ") and said in found.error, found.error
+
+
+@pytest.mark.parametrize("dialect", ["hub", "v5"])
+def test_a_generated_model_that_transformers_cannot_make_reads_so(judged: Judged, dialect: str) -> None:
+    found = judged(tiny("qwen3", dialect=dialect, null=["head_dim"]))
+    assert found.error.startswith("transformers cannot run this config: "), found.error
+
+
+def test_a_config_that_transformers_takes_for_another_class_says_which(judged: Judged, tmp_path: Path) -> None:
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    found = judged(local(tmp_path / "model", "mistral", layer_types=types, sliding_window=8))
+    assert found.status is Status.ERROR
+    assert (
+        "as another class because of its `layer_types`: model_type is 'mistral', and it makes a 'ministral'"
+        in found.error
+    )
+
+
+@pytest.mark.parametrize("place", ["model", "truth"])
+def test_a_fault_of_our_own_stays_internal(
+    judged: Judged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """The same exceptions, raised by our own code on a config that transformers runs."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("The size of tensor a (20) must match the size of tensor b (10)")
+
+    monkeypatch.setattr(*{"model": (hooks, "_mode_for"), "truth": (compute, "sample")}[place], broken)
+    found = judged(local(tmp_path / "model"))
+    assert found.error.startswith("internal: RuntimeError: The size of tensor a"), found.error
+
+
+# --- E7: a config that says which attention to use
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+@pytest.mark.parametrize(
+    "value", ["sdpa", "eager", "flash_attention_2", "flex_attention", "someone/kernels", {"": "sdpa"}, None], ids=str
+)
+def test_the_attention_is_our_own_whatever_a_config_says(tmp_path: Path, key: str, value: Any) -> None:
+    directory = prepare(local(tmp_path / "model", "llama", None, **{key: value}), tmp_path).model_dir
+    for model in (load_model(directory, torch.float32), load_streamed(directory, torch.float32)):
+        assert "blocks.2.attn.hook_scores" in forward(model, torch.tensor([[1, 5]])).tensors
+
+
+def test_a_config_that_asks_for_another_attention_is_judged(judged: Judged, tmp_path: Path) -> None:
+    found = judged(local(tmp_path / "model", "llama", None, _attn_implementation="sdpa"))
+    assert found.status is Status.PASS, found.message()
+
+
+# --- E10: a stale copy of a tensor in another shard
+
+
+def sharded(directory: Path, *, twice: bool) -> Case:
+    case = local(directory)
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names, copied = sorted(weights), "model.layers.1.mlp.up_proj.weight"
+    shards = {
+        f"model-0000{i + 1}-of-00002.safetensors": {name: weights[name] for name in names[i::2]} for i in range(2)
+    }
+    index = {name: file for file, held in shards.items() for name in held}
+    if twice:
+        other = next(held for held in shards.values() if copied not in held)
+        other[copied] = weights[copied] + 1
+    for file, held in shards.items():
+        save_file(held, directory / file, metadata={"format": "pt"})
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return case
+
+
+def test_an_index_that_transformers_cannot_read_is_no_fault_of_ours(judged: Judged, tmp_path: Path) -> None:
+    case = sharded(tmp_path / "model", twice=False)
+    path = tmp_path / "model" / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": json.loads(path.read_text())["weight_map"]}))
+    found = judged(case)
+    assert found.error == f"transformers cannot load these weights: {tmp_path / 'model'}: KeyError: 'metadata'"
+
+
+def test_a_tensor_in_two_shards_is_refused_by_name_before_any_truth(judged: Judged, tmp_path: Path) -> None:
+    found = judged(sharded(tmp_path / "model", twice=True))
+    assert found.status is Status.ERROR
+    assert (
+        "model.layers.1.mlp.up_proj.weight is in model-00001-of-00002.safetensors and in model-00002-of"
+        in found.error
+    )
+    assert found.error.endswith("so candle-mi-parity refuses the directory")
+    assert not (tmp_path / "cache" / "truth").exists()
+    shutil.rmtree(tmp_path / "model")
+    assert judged(sharded(tmp_path / "model", twice=False)).status is Status.PASS
+
+
+# --- E11: padding
+
+
+@pytest.mark.parametrize(
+    ("tokens", "config", "said"),
+    [
+        ([0, 0, 0, 1, 5, 9], {"pad_token_id": 0}, "3 at the left"),
+        ([1, 5, 9, 0, 0], {"pad_token_id": 0}, "2 at the right"),
+        ([0, 1, 5, 0], {"pad_token_id": 0}, "1 at the left, 1 at the right"),
+        ([1, 1, 1, 5, 9], {"pad_token_id": 1, "bos_token_id": 1}, "2 at the left"),
+        ([1, 5, 9, 2, 2], {"pad_token_id": 2, "eos_token_id": [2, 7]}, "1 at the right"),
+        ([1, 5, 0, 9, 7], {"pad_token_id": 0}, ""),
+        ([0, 0, 1, 5, 9], {"pad_token_id": None}, ""),
+        ([1, 5, 9, 2], {"pad_token_id": 2, "eos_token_id": 2}, ""),
+        ([1, 5, 9, 7], {"pad_token_id": 1, "bos_token_id": 1}, ""),
+    ],
+)
+def test_padding_fed_as_tokens_is_noted(tmp_path: Path, tokens: list[int], config: dict[str, Any], said: str) -> None:
+    case = local(tmp_path / "model", **config).model_copy(update={"tokens": tokens})
+    notes = padding_notes(prepare(case, tmp_path))
+    assert len(notes) == bool(said)
+    if said:
+        pad = config["pad_token_id"]
+        assert notes[0].startswith(f"the prompt holds the padding id {pad} ({said}) as plain tokens: candle-mi takes")
+
+
+def test_a_padded_prompt_is_judged_and_its_note_is_told(judged: Judged, tmp_path: Path) -> None:
+    case = local(tmp_path / "model", pad_token_id=0).model_copy(update={"tokens": [0, 0, 1, 5, 9]})
+    found = judged(case)
+    assert found.status is Status.PASS and len(found.notes) == 1
+    run = RunResult("torch", {}, VERSIONS, [found], {})
+    told = [json.dumps(report.document(run)), page.render(run), views_ci.summary(run), said_by_the_terminal(run)]
+    assert all("as plain tokens" in text for text in told)
+    found.notes = []
+    assert "as plain tokens" not in page.render(run) + said_by_the_terminal(run)
+
+
+def said_by_the_terminal(run: RunResult) -> str:
+    stream = io.StringIO()
+    report.terminal(run, Console(file=stream, width=500, color_system=None))
+    return stream.getvalue()
+
+
+# --- a value beyond the candidate's own format
+
+
+def loud(factor: float) -> Change:
+    def change(weights: Weights) -> None:
+        weights["model.layers.1.mlp.up_proj.weight"] *= 300
+        weights["model.layers.1.mlp.down_proj.weight"] *= factor / 300
+
+    return change
+
+
+def loud_inside(factor: float) -> Change:
+    """The gated product is loud, and what is made of it is not: no hook point holds the large values."""
+
+    def change(weights: Weights) -> None:
+        weights["model.layers.1.mlp.up_proj.weight"] *= factor
+        weights["model.layers.1.mlp.down_proj.weight"] /= 100
+
+    return change
+
+
+@pytest.mark.parametrize("change", [loud(3e5), loud_inside(5e4)], ids=["at a hook", "between two hooks"])
+def test_what_float16_cannot_hold_is_unmeasured(judged: Judged, tmp_path: Path, change: Change) -> None:
+    case = local(tmp_path / "model", "llama", change)
+    found = judged(case.model_copy(update={"dtype": "float16"}))
+    assert found.status is Status.UNMEASURED, found.message()
+    assert found.error.startswith("blocks.1.mlp.hook_post: the truth's largest value ")
+    assert "is beyond float16's range" in found.error
+    by_name = {tensor.name: tensor for tensor in found.tensors}
+    assert by_name["blocks.1.mlp.hook_pre"].status is Status.PASS, "what comes before is measured"
+    assert {tensor.reason for tensor in found.tensors if tensor.status is not Status.PASS} == {"range"}
+    assert "is beyond float16's range at blocks." in by_name["logits"].detail
+
+
+def test_its_twin_that_float16_holds_is_measured(judged: Judged, tmp_path: Path) -> None:
+    for name, change in (("loud", loud(3e3)), ("inside", loud_inside(1e3))):
+        found = judged(local(tmp_path / name, "llama", change).model_copy(update={"dtype": "float16"}))
+        assert found.status is Status.PASS, found.message()
+
+
+def test_a_weight_that_float16_cannot_hold_is_unmeasured(judged: Judged, tmp_path: Path) -> None:
+    def change(weights: Weights) -> None:
+        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = -7e4
+
+    found = judged(local(tmp_path / "model", "llama", change).model_copy(update={"dtype": "float16"}))
+    assert found.status is Status.UNMEASURED
+    assert found.error == "model.layers.1.mlp.up_proj.weight holds 7e+04, which is beyond float16's range"
+
+
+def test_a_fault_before_the_range_ends_is_a_failure_all_the_same(tmp_path: Path) -> None:
+    """float32 holds these values: there the same model is judged whole."""
+    case = local(tmp_path / "model", "llama", loud(3e5))
+    with TorchSource() as source:
+        found = judge_case(case, source, "torch", tmp_path, NOTHING_KNOWN, Progress()).result
+    assert found.status is Status.PASS
