@@ -193,7 +193,7 @@ class LiveSource:
         assert subject.case.text is not None
         out = text_path(self._out, subject.case.id)
         out.parent.mkdir(parents=True, exist_ok=True)
-        return text_ids(self._emitter, self.identity, subject.model_dir, subject.case.text, out)
+        return text_ids(self.emitter, self.identity, subject.model_dir, subject.case.text, out)
 
     def __enter__(self) -> Self:
         return self
@@ -247,7 +247,7 @@ class StoredSource(NothingOpen):
         :raises TraceError: they are of something else.
         """
         assert subject.case.text is not None
-        path = text_path(self._directory, subject.case.id)
+        path = text_path(self.directory, subject.case.id)
         return stored_text_ids(path, self.identity, subject.case.id, subject.case.text, subject.model_dir)
 
 
