@@ -157,6 +157,7 @@ def test_no_model_is_made_or_loaded_beside_another(
     monkeypatch.setattr(judge_case_module, "prepare", torch_works)
     monkeypatch.setattr(judge_case_module, "Oracle", FakeOracle)
     monkeypatch.setattr(judge_case_module, "facts_of", lambda _: Facts({}, 1))
+    monkeypatch.setattr(judge_case_module, "padding_notes", lambda _: [])
     if not locked:
         monkeypatch.setattr(judge_case_module, "TORCH", nullcontext())
     found = run.run_cases(RunOptions("stored:0.2.2", ("*",), tmp_path, cache=tmp_path), CASES, {}, Progress())
