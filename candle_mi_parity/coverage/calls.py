@@ -210,7 +210,7 @@ def answers(source: Source, table: CallTable, cache: Path, out: Path) -> Calls:
         }
         return read_calls(source.emitter.emit(request, TIMEOUT_SECONDS))
     if not isinstance(source, StoredSource):
-        raise NotStoredError("torch has none of candle-mi's functions")
+        raise NotStoredError("this candidate is not candle-mi, whose functions are called")
     path = source.directory / "calls.json"
     if not path.is_file():
         raise NotStoredError(f"no answers are stored at {path}; `candle-mi-parity store` keeps them")

@@ -156,8 +156,8 @@ def _truths(table: CallTable, asked: dict[Asked, str], cache: Path) -> dict[Aske
     truths: dict[Asked, dict[str, TruthTensor]] = {one: {} for one in asked}
     try:
         arrays = load_file(path)
-        for key, pair in sorted(arrays.items()):
-            index, _, name = key.split(".")
+        for place, pair in sorted(arrays.items()):
+            index, _, name = place.split(".")
             truths[list(asked)[int(index)]][name] = TruthTensor(pair[0, ...], pair[1, ...])
     except (OSError, SafetensorError) as error:
         raise OracleError(f"cached truth {path} is unreadable ({error}); delete it") from error
@@ -195,7 +195,10 @@ def judge_source(source: Source, spec: str, held_to: Expectations, cache: Path, 
     command = f"candle-mi-parity calls --candidate {shlex.quote(spec)}"
     lost = CaseResult("calls", "calls", held_to.table.digest(), Status.ERROR, command)
     try:
-        return judge_calls(answers(source, held_to.table, cache, out), held_to, command)
+        found = answers(source, held_to.table, cache, out)
+        if found.candle_mi != source.identity:
+            raise TraceError(f"the calls were answered by candle-mi {found.candle_mi.version}, not by this candidate")
+        return judge_calls(found, held_to, command)
     except NotStoredError as error:
         lost.error, lost.failure = str(error), Failure.ABSENT
     except EmitterError as error:
@@ -256,7 +259,8 @@ def _judge_values(
         result.status = Status.KNOWN
     else:
         first = next(each for each in under if each.status is not Status.PASS)
-        result.unexplained = f"not {cause.id}: with the formula {cause.formula}, {first.message()}"
+        size = first.detail or f"{first.ratio:.3g} of 8"
+        result.unexplained = f"not {cause.id}: with the formula {cause.formula}, {first.name} differs ({size})"
 
 
 def _judge_refusal(result: CaseResult, message: str, cause: KnownCall | None) -> None:

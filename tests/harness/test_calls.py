@@ -1,6 +1,7 @@
 """Direct calls: each planted fault fails, also on top of a known one, and a run and a diff see it."""
 
 import functools
+import io
 import json
 import math
 import re
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from candle_mi_parity.compare.diff import Diff
-from candle_mi_parity.compare.run_result import DirectCalls, RunResult, Verdict
+from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage.calls import Answer, Answered, Calls, load_calls, read_calls
 from candle_mi_parity.coverage.calls_compare import compare_call
@@ -26,6 +28,7 @@ from candle_mi_parity.coverage.calls_judge import (
 )
 from candle_mi_parity.errors import ExplanationError, TraceError
 from candle_mi_parity.judge.case import Progress
+from candle_mi_parity.report import page, report, views_ci
 from candle_mi_parity.run.run import RunOptions, run_cases
 from candle_mi_parity.spec.paths import ROOT, cache_root
 from tests.support.results import case, run_of
@@ -288,21 +291,37 @@ def test_a_run_judges_calls_and_fails_where_a_function_is_broken(tmp_path: Path)
     assert broken.calls and [call.id for call in broken.calls.new] == ["calls/kl/1d", "calls/kl/2d", "calls/kl/3d"]
     assert torn.calls and [call.status for call in torn.calls.results] == [Status.ERROR]
     assert ran(STORED, "llama/*").calls is None
+    other = ran(STORED.model_copy(update={"candle_mi": STORED.candle_mi.model_copy(update={"version": "0.1.24"})}))
+    assert other.calls and "answered by candle-mi 0.1.24" in other.calls.results[0].error
     (tmp_path / "calls.json").unlink()
     left_out = run_cases(RunOptions(f"stored:{tmp_path}"), [], {}, Progress())
     assert left_out.calls and "no answers are stored" in left_out.calls.skipped
 
 
-def test_a_verdict_counts_calls() -> None:
-    def verdict(calls: Calls) -> tuple[Verdict, str]:
-        result = run_of(case("llama/hub"))
-        result.calls = DirectCalls(judge_calls(calls, held_to()).results)
-        return result.verdict, result.line()
+def reported(calls: Calls) -> RunResult:
+    result = run_of(case("llama/hub"))
+    result.calls = judge_calls(calls, held_to()).direct
+    return result
 
+
+def test_a_verdict_counts_calls() -> None:
     assert run_of(case("llama/hub")).verdict is Verdict.PASS
-    assert verdict(STORED)[0] is Verdict.KNOWN
-    assert verdict(spoilt(*HALVED))[0] is Verdict.FAIL
-    assert "3 direct calls fail" in verdict(spoilt(*HALVED))[1]
+    assert reported(STORED).verdict is Verdict.KNOWN
+    assert reported(spoilt(*HALVED)).verdict is Verdict.FAIL
+    assert "3 direct calls fail" in reported(spoilt(*HALVED)).line()
+
+
+def test_every_view_names_a_broken_function() -> None:
+    def views(result: RunResult) -> list[str]:
+        console = Console(record=True, file=io.StringIO())
+        report.terminal(result, console)
+        commands = "".join(views_ci.workflow_commands(result))
+        told = [views_ci.junit(result), views_ci.summary(result), page.render(result), console.export_text()]
+        return [*told, commands, json.dumps(report.document(result))]
+
+    honest, broken = views(reported(STORED)), views(reported(spoilt(*HALVED)))
+    assert ["calls/kl/1d" in view for view in honest] == [True, False, False, False, False, True]
+    assert all("calls/kl/1d" in view for view in broken)
 
 
 def worse(a: Calls, b: Calls) -> list[str]:
