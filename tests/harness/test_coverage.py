@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.run.goldens import has_golden
 from candle_mi_parity.spec.cases import SaeFile, TinyModel, load_cases, select
 from candle_mi_parity.spec.explanations import load_explanations
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.hook_points import LAYER_POINTS
 from candle_mi_parity.spec.paths import FIXTURES, ROOT
+from tests.support.goldens import has_golden
 
 CASES = load_cases()
 DEFAULT = select(CASES, [])

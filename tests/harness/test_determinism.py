@@ -25,7 +25,7 @@ from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import InMemory, Trace
 
 CASES = {case.id: case for case in load_cases()}
-KINDS = ["llama/hub", "gemma2/batch", "gemma2/edit-knockout", "llama/sae-topk", "llama/bf16"]
+KINDS = ["llama/hub", "gemma2/batch", "llama/bf16"]
 
 
 def files(trace: Trace) -> dict[str, bytes]:
