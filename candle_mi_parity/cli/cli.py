@@ -144,13 +144,6 @@ def store(
         print(result.line())
 
 
-@app.command()
-def versions(out: OutOption = OUT) -> None:
-    """The table family × version of every stored release, in Markdown."""
-    with one_line_errors():
-        print(report.versions_table(_stored_releases(out)))
-
-
 @app.command("history")
 def history_command(out: OutOption = OUT) -> None:
     """When each divergence came and went, over every stored release; writes history.html and history.json."""

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from safetensors.numpy import load_file
 from candle_mi_parity.errors import ModelError
 from candle_mi_parity.files.cache import publish
 from candle_mi_parity.models import generate
-from candle_mi_parity.models.checkpoint import model_digest, read_config, require_model, weight_bytes
+from candle_mi_parity.models.checkpoint import model_digest, read_config, require_model
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.spec.cases import LocalModel, TinyModel, select
@@ -130,14 +129,6 @@ def test_a_shard_that_the_index_names_and_nobody_has_is_named(tmp_path: Path, in
     assert said in refused(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\ufeff{}"])
-def test_a_config_that_is_no_json_object_is_one_line(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ModelError) as caught:
-        read_config(tmp_path)
-    assert "\n" not in str(caught.value) and "config.json" in str(caught.value)
-
-
 def test_the_digest_of_a_model_sees_config_and_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"a")
@@ -196,25 +187,3 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "open", read_only)
     with pytest.raises(ModelError, match=r"cannot write to the cache .*: Read-only file system"):
         model_directory(LLAMA, tmp_path / "cache")
-
-
-def test_what_is_in_a_read_only_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there, opened = model_directory(LLAMA, tmp_path), os.open
-
-    def read_only(path: str, flags: int, *rest: Any, **named: Any) -> int:
-        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            raise OSError(errno.EROFS, "Read-only file system")
-        return opened(path, flags, *rest, **named)
-
-    def no_directory(path: object, *_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(os, "open", read_only)
-    monkeypatch.setattr(os, "mkdir", no_directory)
-    assert model_directory(LLAMA, tmp_path) == there
-
-
-def test_weights_that_cannot_be_read_have_no_size(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(ModelError, match="weights cannot be read: a header of"):
-        weight_bytes(tmp_path, 8)
