@@ -52,7 +52,7 @@ def test_every_fixture_file_belongs_to_something() -> None:
     saes = {case.sae.path for case in CASES if isinstance(case.sae, SaeFile) and case.sae.repo is None}
     goldens = {case.id.replace("/", "-") for case in DEFAULT if has_golden(case)}
     used = tiny | saes | {f"goldens/{name}{suffix}" for name in goldens for suffix in (".npz", ".json")}
-    tables = {"cases.toml", "known_divergences.toml", "config_fields.toml", "census.toml", "texts.json"}
+    tables = {"cases.toml", "explanations.toml", "config_fields.toml", "census.toml", "texts.json"}
     tables |= {"calls.toml", "known_calls.toml"}
     makers = {"saes/README.md", "saes/make_tiny.py"}
     there = {
