@@ -7,7 +7,7 @@ in a module is restored by :meth:`Running.patch`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +59,10 @@ class Running:
     def layers(self) -> Any:
         return self.model.model.layers
 
+    def modules(self, kind: type[nn.Module]) -> list[Any]:
+        """The model's modules of a class."""
+        return [module for module in self.model.modules() if isinstance(module, kind)]
+
     @property
     def modeling(self) -> Any:
         """transformers' module of the model's family."""
@@ -103,6 +107,12 @@ def output(module: Any, change: Callable[[Tensor, Tensor], Tensor]) -> None:
         return change(args[0], out)
 
     module.register_forward_hook(hook)
+
+
+def outputs(modules: Iterable[Any], change: Callable[[Any, Tensor], Tensor]) -> None:
+    """Put ``change(module, input)`` in place of the output of each module."""
+    for module in modules:
+        output(module, lambda x, _, module=module: change(module, x))  # type: ignore[misc]
 
 
 FUNCTIONS: dict[str, Disturb] = {}

@@ -1,17 +1,16 @@
 """``python -m validation.false_positives``: honest variants of the arithmetic, none of which may be past the gate.
 
-``variants.toml`` lists them: another order of summation, number of threads, batch or attention code, or fresh samples
-of the noise model. Libraries choose their kernels from the environment when they are loaded, so other kernels need
-another run, with ``ATEN_CPU_CAPABILITY=default``, ``MKL_CBWR=COMPATIBLE`` or ``OPENBLAS_CORETYPE=Nehalem`` before the
-command. Exit code 1 when a tensor fails.
+``variants.toml`` lists them: another order of summation or attention code, long and extreme prompts, fresh samples of
+the noise model. Libraries choose their kernels from the environment when they are loaded, so other kernels need
+another run, with ``ATEN_CPU_CAPABILITY=default``, ``MKL_CBWR=COMPATIBLE``, ``OMP_NUM_THREADS=1`` or
+``OPENBLAS_CORETYPE=Nehalem`` before the command. Exit code 1 when a tensor fails.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,8 +25,7 @@ from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.verdict import Status, TensorResult
 from candle_mi_parity.errors import CaseTableError, OracleError
-from candle_mi_parity.models.checkpoint import read_config
-from candle_mi_parity.models.prepared_case import Subject, prepare, random_tokens
+from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.hooks import forward, load_model
 from candle_mi_parity.oracle.oracle import Oracle
@@ -52,7 +50,6 @@ class Setting(Row):
     """One honest way to compute.
 
     :ivar cases: globs over the ids of the default lane; each must match.
-    :ivar batch: rows of the batch; the case's prompt is row 0, and only that row is judged.
     :ivar attention: transformers' own code instead of the recording one; scores and patterns are then not recorded.
     :ivar samples: fresh samples of the noise model itself instead of a float32 run.
     :ivar tokens: another prompt, for the truth too; so are ``edits``.
@@ -60,11 +57,8 @@ class Setting(Row):
 
     id: str
     cases: Annotated[list[str], Field(min_length=1)]
-    threads: Annotated[int, Field(ge=1)] | None = None
     sums: Sums | None = None
-    batch: Annotated[int, Field(ge=1)] = 1
     attention: Literal["eager", "sdpa"] | None = None
-    onednn: bool = True
     samples: Annotated[int, Field(ge=0)] = 0
     tokens: RandomTokens | Repeat | None = None
     edits: list[Edit] = Field(default_factory=list)
@@ -78,7 +72,7 @@ class Setting(Row):
     @property
     def records_all(self) -> bool:
         """Whether its runs hold every tensor of the truth; of the others only what they hold is judged."""
-        return self.batch == 1 and self.attention is None and not self.samples
+        return self.attention is None and not self.samples
 
 
 class Table(Row):
@@ -170,39 +164,12 @@ class _OtherAttention(TorchSource):
 
 def _float32(setting: Setting, oracle: Oracle) -> InMemory:
     source = _OtherAttention(setting.attention) if setting.attention else TorchSource()
-    with source, _arithmetic(setting):
-        emitted = source.trace(
-            _in_batch(oracle.subject, setting.batch), "free", oracle.truth(), oracle.inputs("free")
-        )
-    if setting.batch == 1:
-        return emitted
-    # Without the SAE, whose scalars are of all rows, and the lens, which is fed one row in any case.
-    rows = {name: array[:1] for name, (array, _) in emitted.arrays.items() if not name.startswith(("sae", "lens"))}
-    return InMemory({name: (array, None) for name, array in rows.items()}, emitted.dtype, {}, [])
-
-
-@contextmanager
-def _arithmetic(setting: Setting) -> Iterator[None]:
-    """Threads, oneDNN and the order of sums as the setting says, and afterwards as before."""
-    before, order = torch.get_num_threads(), Reordered(setting.sums) if setting.sums else nullcontext()
-    torch.set_num_threads(setting.threads or before)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="TF32 acceleration")  # a hint for Intel GPUs
-            with nullcontext() if setting.onednn else torch.backends.mkldnn.flags(enabled=False), order:
-                yield
-    finally:
-        torch.set_num_threads(before)
+    order = Reordered(setting.sums) if setting.sums else nullcontext()
+    with source, order:
+        emitted = source.trace(oracle.subject, "free", oracle.truth(), oracle.inputs("free"))
     if isinstance(order, Reordered) and not order.calls:
         raise OracleError(f"{setting.id}: no operation was computed in another order; the variant varies nothing")
-
-
-def _in_batch(subject: Subject, rows: int) -> Subject:
-    if rows == 1:
-        return subject
-    others = RandomTokens(random=len(subject.tokens[0]), seed=1, batch=rows - 1)
-    vocabulary = int(str(read_config(subject.model_dir)["vocab_size"]))
-    return replace(subject, tokens=[*subject.tokens, *random_tokens(others, vocabulary)])
+    return emitted
 
 
 def _samples(oracle: Oracle, count: int) -> Iterator[InMemory]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from validation.disturb import Running, Tensor, fault, output, register
+from validation.disturb import Running, Tensor, fault, output, outputs, register
 
 # --- rotary ---------------------------------------------------------------------------------------
 
@@ -99,6 +98,13 @@ def _mean_square(x: Tensor) -> Tensor:
     return x.pow(2).mean(-1, keepdim=True)
 
 
+def _unbiased(norm: Any, x: Tensor) -> Tensor:
+    """LayerNorm with the unbiased variance."""
+    root = (x.var(-1, keepdim=True, unbiased=True) + norm.eps).rsqrt()
+    normed: Tensor = (x - x.mean(-1, keepdim=True)) * root * norm.weight + norm.bias
+    return normed
+
+
 @fault
 def norm_subtracts_mean(run: Running) -> None:
     def instead(norm: Any, x: Tensor) -> Tensor:
@@ -109,29 +115,6 @@ def norm_subtracts_mean(run: Running) -> None:
     run.norms(instead)
 
 
-@fault
-def norm_post_attention_skipped(run: Running) -> None:
-    for layer in run.layers:
-        output(layer.post_attention_layernorm, lambda x, _: x)
-
-
-@fault
-def norm_of_query_skipped(run: Running) -> None:
-    for layer in run.layers:
-        output(layer.self_attn.q_norm, lambda x, _: x)
-
-
-@fault
-def norm_unbiased(run: Running) -> None:
-    def unbiased(norm: torch.nn.LayerNorm, x: Tensor, _: Tensor) -> Tensor:
-        root = (x.var(-1, keepdim=True, unbiased=True) + norm.eps).rsqrt()
-        return (x - x.mean(-1, keepdim=True)) * root * norm.weight + norm.bias
-
-    for module in run.model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            output(module, partial(unbiased, module))
-
-
 register(
     norm_without_one=lambda run: run.norms(lambda norm, x: x * torch.rsqrt(_mean_square(x) + norm.eps) * norm.weight),
     norm_with_one=lambda run: run.norms(
@@ -140,6 +123,11 @@ register(
     norm_eps_outside=lambda run: run.norms(
         lambda norm, x: norm.weight * (x / (_mean_square(x).sqrt() + norm.variance_epsilon))
     ),
+    norm_post_attention_skipped=lambda run: outputs(
+        (layer.post_attention_layernorm for layer in run.layers), lambda _, x: x
+    ),
+    norm_of_query_skipped=lambda run: outputs((layer.self_attn.q_norm for layer in run.layers), lambda _, x: x),
+    norm_unbiased=lambda run: outputs(run.modules(torch.nn.LayerNorm), _unbiased),
     norm_final_skipped=lambda run: output(run.model.model.norm, lambda x, _: x),
 )
 
@@ -148,22 +136,18 @@ register(
 
 
 def _activation(run: Running, instead: Any) -> None:
-    for layer in run.layers:
-        act = getattr(layer.mlp, "act_fn", None) or layer.mlp.act
-        output(act, lambda x, _: instead(x))
+    acts = (getattr(layer.mlp, "act_fn", None) or layer.mlp.act for layer in run.layers)
+    outputs(acts, lambda _, x: instead(x))
 
 
-@fault
-def gate_and_up_exchanged(run: Running) -> None:
-    def exchanged(mlp: Any, x: Tensor, _: Tensor) -> Tensor:
-        out: Tensor = mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x))
-        return out
-
-    for layer in run.layers:
-        output(layer.mlp, partial(exchanged, layer.mlp))
+def _exchanged(mlp: Any, x: Tensor) -> Tensor:
+    """A gated MLP whose gate and up projections are exchanged."""
+    out: Tensor = mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x))
+    return out
 
 
 register(
+    gate_and_up_exchanged=lambda run: outputs((layer.mlp for layer in run.layers), _exchanged),
     gelu_quick=lambda run: _activation(run, lambda x: x * torch.sigmoid(1.702 * x)),
     relu_for_silu=lambda run: _activation(run, functional.relu),
     hardswish_for_silu=lambda run: _activation(run, functional.hardswish),

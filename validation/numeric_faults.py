@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from validation.disturb import Running, Tensor, fault, output, register
+from validation.disturb import Running, Tensor, fault, output, outputs, register
 
 
 def tf32(x: Tensor) -> Tensor:
@@ -78,28 +77,6 @@ def rsqrt_approximate(run: Running) -> None:
 
 
 @fault
-def tf32_linear(run: Running) -> None:
-    def rounded(module: torch.nn.Linear, x: Tensor, _: Tensor) -> Tensor:
-        return functional.linear(tf32(x), tf32(module.weight), module.bias)
-
-    for module in run.model.modules():
-        if isinstance(module, torch.nn.Linear):
-            output(module, partial(rounded, module))
-
-
-@fault
-def f16_accumulation(run: Running) -> None:
-    def added(weight: Tensor, x: Tensor, _: Tensor) -> Tensor:
-        total = torch.zeros(*x.shape[:-1], weight.shape[0], dtype=torch.float16)
-        for part in range(x.shape[-1]):
-            total = (total.float() + x[..., part, None] * weight[:, part]).half()
-        return total.to(x.dtype)
-
-    for layer in run.layers:
-        output(layer.mlp.down_proj, partial(added, layer.mlp.down_proj.weight))
-
-
-@fault
 def rotary_angle_f16(run: Running) -> None:
     frequencies = run.model.model.rotary_emb.inv_freq
 
@@ -109,12 +86,6 @@ def rotary_angle_f16(run: Running) -> None:
         return original(q, k, angles.cos(), angles.sin())
 
     run.rotary(instead)
-
-
-@fault
-def silu_f16(run: Running) -> None:
-    for layer in run.layers:
-        output(layer.mlp.act_fn, lambda x, _: functional.silu(x.half()).to(x.dtype))
 
 
 @fault
@@ -132,7 +103,21 @@ def tanh_pade(run: Running) -> None:
     run.patch(torch, "tanh", rough)
 
 
+def _added_in_f16(linear: Any, x: Tensor) -> Tensor:
+    total = torch.zeros(*x.shape[:-1], linear.weight.shape[0], dtype=torch.float16)
+    for part in range(x.shape[-1]):
+        total = (total.float() + x[..., part, None] * linear.weight[:, part]).half()
+    return total.to(x.dtype)
+
+
 register(
+    tf32_linear=lambda run: outputs(
+        run.modules(torch.nn.Linear), lambda linear, x: functional.linear(tf32(x), tf32(linear.weight), linear.bias)
+    ),
+    f16_accumulation=lambda run: outputs((layer.mlp.down_proj for layer in run.layers), _added_in_f16),
+    silu_f16=lambda run: outputs(
+        (layer.mlp.act_fn for layer in run.layers), lambda _, x: functional.silu(x.half()).to(x.dtype)
+    ),
     tf32_scores=lambda run: run.attention(
         lambda given: given.update(query=tf32(given["query"]), key=tf32(given["key"]))
     ),

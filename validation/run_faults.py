@@ -14,7 +14,6 @@ from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle import interventions
 from candle_mi_parity.oracle.hooks import Edits, Recorder
 from candle_mi_parity.oracle.torch_sae import TorchSae
-from candle_mi_parity.spec.edits import Inject, Knockout, PatchAt
 from candle_mi_parity.trace.trace import Feature
 from validation.disturb import Dump, Running, Tensor, fault, output, register
 
@@ -75,31 +74,11 @@ def _sae(run: Running) -> TorchSae:
     return run.sae
 
 
-@fault
-def sae_threshold_ignored(run: Running) -> None:
-    _sae(run).threshold = None
-
-
-@fault
-def sae_encoder_bias_dropped(run: Running) -> None:
-    sae = _sae(run)
-    sae.b_enc = torch.zeros_like(sae.b_enc)
-
-
-@fault
-def sae_decoder_tied(run: Running) -> None:
-    sae = _sae(run)
-    sae.W_dec = sae.W_enc.T.contiguous()
-
-
-@fault
-def sae_input_centred(run: Running) -> None:
-    _sae(run)._centred = True
-
-
-@fault
-def sae_input_not_centred(run: Running) -> None:
-    _sae(run)._centred = False
+def _sae_with(run: Running, **values: object) -> None:
+    """Other values of attributes of the SAE."""
+    for name, value in values.items():
+        assert hasattr(_sae(run), name)
+        setattr(_sae(run), name, value)
 
 
 def _sae_place(run: Running, **place: object) -> None:
@@ -107,13 +86,6 @@ def _sae_place(run: Running, **place: object) -> None:
     assert case.sae is not None
     elsewhere = case.model_copy(update={"sae": case.sae.model_copy(update=place)})
     run.subject = replace(run.subject, case=elsewhere)
-
-
-@fault
-def sae_topk_one_more(run: Running) -> None:
-    sae = _sae(run)
-    assert sae.k is not None
-    sae.k += 1
 
 
 @fault
@@ -148,27 +120,20 @@ def sae_top_from_one(run: Running) -> None:
     run.after.append(change)
 
 
-@fault
-def sae_f16(run: Running) -> None:
-    sae = _sae(run)
-    sae.W_enc = sae.W_enc.half().to(sae.W_enc)
-
-
-@fault
-def sae_normalization_ignored(run: Running) -> None:
-    _sae(run)._normalize = "none"
-
-
-@fault
-def sae_decoder_norm_ignored(run: Running) -> None:
-    _sae(run)._by_decoder_norm = False
-
-
 register(
     sae_shrunk=lambda run: run.patch(
         TorchSae, "encode", lambda sae, x: torch.relu(sae.pre_activations(x) - sae.threshold)
     ),
+    sae_threshold_ignored=lambda run: _sae_with(run, threshold=None),
+    sae_encoder_bias_dropped=lambda run: _sae_with(run, b_enc=torch.zeros_like(_sae(run).b_enc)),
     sae_decoder_bias_dropped=lambda run: _sae(run).b_dec.zero_(),
+    sae_decoder_tied=lambda run: _sae_with(run, W_dec=_sae(run).W_enc.T.contiguous()),
+    sae_input_centred=lambda run: _sae_with(run, _centred=True),
+    sae_input_not_centred=lambda run: _sae_with(run, _centred=False),
+    sae_topk_one_more=lambda run: _sae_with(run, k=(_sae(run).k or 0) + 1),
+    sae_f16=lambda run: _sae_with(run, W_enc=_sae(run).W_enc.half().to(_sae(run).W_enc)),
+    sae_normalization_ignored=lambda run: _sae_with(run, _normalize="none"),
+    sae_decoder_norm_ignored=lambda run: _sae_with(run, _by_decoder_norm=False),
     sae_other_layer=lambda run: _sae_place(run, layer=0),
     sae_other_point=lambda run: _sae_place(run, point="hook_resid_post"),
     sae_active_everywhere=lambda run: _scalar(
@@ -185,55 +150,14 @@ def _edits(run: Running, change: Callable[[Edits], Edits]) -> None:
     run.patch(torch_source, "edits_of", lambda subject, drawn: change(original(subject, drawn)))
 
 
-@fault
-def edit_subtracted(run: Running) -> None:
-    def negative(edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda tensor: 2 * tensor - edit(tensor)
-
-    _edits(run, lambda edits: {hook: [negative(edit) for edit in changes] for hook, changes in edits.items()})
-
-
-@fault
-def edit_of_first_row_only(run: Running) -> None:
-    def first(edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda tensor: torch.cat([edit(tensor)[:1], tensor[1:]])
-
-    _edits(run, lambda edits: {hook: [first(edit) for edit in changes] for hook, changes in edits.items()})
+def _each_edit(run: Running, change: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]) -> None:
+    _edits(run, lambda edits: {hook: [change(edit) for edit in changes] for hook, changes in edits.items()})
 
 
 def _rows(run: Running, change: Callable[[Any], Any]) -> None:
     case = run.subject.case
     edited = case.model_copy(update={"edits": [change(edit) for edit in case.edits]})
     run.subject = replace(run.subject, case=edited)
-
-
-@fault
-def knockout_of_all_heads(run: Running) -> None:
-    def everywhere(edit: Any) -> Any:
-        assert isinstance(edit, Knockout)
-        return edit.model_copy(update={"spec": edit.spec.model_copy(update={"heads": None})})
-
-    _rows(run, everywhere)
-
-
-@fault
-def patch_next_position(run: Running) -> None:
-    last = len(run.subject.tokens[0]) - 1
-
-    def later(edit: Any) -> Any:
-        assert isinstance(edit, PatchAt)
-        return edit.model_copy(update={"position": min(edit.position + 1, last)})
-
-    _rows(run, later)
-
-
-@fault
-def injection_strength_ignored(run: Running) -> None:
-    def plain(edit: Any) -> Any:
-        assert isinstance(edit, Inject)
-        return edit.model_copy(update={"features": [(index, 1.0) for index, _ in edit.features]})
-
-    _rows(run, plain)
 
 
 @fault
@@ -281,6 +205,19 @@ register(
     ),
     edit_order_reversed=lambda run: _edits(
         run, lambda edits: {hook: [*reversed(changes)] for hook, changes in edits.items()}
+    ),
+    edit_subtracted=lambda run: _each_edit(run, lambda edit: lambda tensor: 2 * tensor - edit(tensor)),
+    edit_of_first_row_only=lambda run: _each_edit(
+        run, lambda edit: lambda tensor: torch.cat([edit(tensor)[:1], tensor[1:]])
+    ),
+    knockout_of_all_heads=lambda run: _rows(
+        run, lambda edit: edit.model_copy(update={"spec": edit.spec.model_copy(update={"heads": None})})
+    ),
+    patch_next_position=lambda run: _rows(
+        run, lambda edit: edit.model_copy(update={"position": min(edit.position + 1, len(run.subject.tokens[0]) - 1)})
+    ),
+    injection_strength_ignored=lambda run: _rows(
+        run, lambda edit: edit.model_copy(update={"features": [(index, 1.0) for index, _ in edit.features]})
     ),
     edit_twice=lambda run: _edits(run, lambda edits: {hook: [*changes, *changes] for hook, changes in edits.items()}),
 )

@@ -21,11 +21,11 @@ Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Sums(Row):
     """The order in which a matmul adds its terms.
 
-    :ivar order: ``permuted`` and ``reversed`` also reorder means and sums; ``one_by_one`` is a plain loop.
-    :ivar size: terms in a block, or at the leaves of the pairwise tree.
+    :ivar order: ``permuted`` also reorders means and sums; ``one_by_one`` is a plain loop.
+    :ivar size: terms in a block.
     """
 
-    order: Literal["permuted", "reversed", "blocks", "pairwise", "one_by_one", "float64", "openblas"]
+    order: Literal["permuted", "blocks", "one_by_one", "float64", "openblas"]
     seed: int = 0
     size: Annotated[int, Field(ge=1)] = 8
 
@@ -46,9 +46,7 @@ class Reordered(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sums = sums
         self._product: Product = {
             "permuted": self._permuted,
-            "reversed": self._permuted,
             "blocks": self._blocks,
-            "pairwise": self._pairwise,
             "one_by_one": _one_by_one,
             "float64": lambda a, b: torch.matmul(a.double(), b.double()).float(),
             "openblas": lambda a, b: torch.from_numpy(np.matmul(a.numpy(), b.numpy())),
@@ -71,11 +69,9 @@ class Reordered(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def _moves_terms(self) -> bool:
-        return self._sums.order in ("permuted", "reversed")
+        return self._sums.order == "permuted"
 
     def _order(self, count: int) -> torch.Tensor:
-        if self._sums.order == "reversed":
-            return torch.arange(count - 1, -1, -1)
         return torch.from_numpy(np.random.default_rng([self._sums.seed, count]).permutation(count))
 
     def _permuted(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -90,14 +86,6 @@ class Reordered(TorchDispatchMode):  # type: ignore[no-untyped-call]
             total = part if total is None else total.add_(part)
         assert total is not None
         return total
-
-    def _pairwise(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        count = b.shape[-2]
-        if count <= self._sums.size:
-            return torch.matmul(a, b)
-        half = count // 2
-        left = self._pairwise(a[..., :half], b[..., :half, :])
-        return left.add_(self._pairwise(a[..., half:], b[..., half:, :]))
 
 
 def _one_by_one(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

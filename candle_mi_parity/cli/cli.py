@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -142,13 +143,6 @@ def store(
         target = ROOT / "rust_outputs" / candidate / "tokens.json"
         emit_tokens(parse_candidate(candidate), cache_root(), directory, target, print)
         print(result.line())
-
-
-@app.command()
-def versions(out: OutOption = OUT) -> None:
-    """The table family × version of every stored release, in Markdown."""
-    with one_line_errors():
-        print(report.versions_table(_stored_releases(out)))
 
 
 @app.command("history")
@@ -298,7 +292,7 @@ def repeat_command(
         remove(out, "repeat.json")
         with progress_bar() as bar:
             found = repeat(candidate, chosen, times, cache_root(), out / "repeat", device, Terminal(bar, len(chosen)))
-        write_json(found.model_dump(), out / "repeat.json")
+        write_json(asdict(found), out / "repeat.json")
         for case in found.cases:
             print(printable(f"{case.id}: {case.line}"))
         print(found.line)

@@ -16,7 +16,6 @@ from candle_mi_parity.coverage.census_record import Census
 from candle_mi_parity.coverage.field_check import Finding
 from candle_mi_parity.files.escape import cell, printable
 from candle_mi_parity.files.json_out import plain
-from candle_mi_parity.report.views_ci import table
 
 REPORT_FORMAT = "candle-mi-parity/report/3"
 _COLOURS = {
@@ -126,30 +125,6 @@ def clean_row(tensors: list[TensorResult]) -> list[str]:
     inside = min(spread) >= 0.2 and max(rms) <= 3 and position < 4 and element < 16
     figures = [f"{min(spread):.2f}", f"{max(rms):.2f}", f"{position:.2f}", f"{element:.2f}"]
     return [str(len(matrices)), str(len(exact)), *figures, "yes" if inside else "no"]
-
-
-def versions_table(results: dict[str, RunResult]) -> str:
-    """Markdown, family × version: how many cases pass, and where the others first go wrong.
-
-    :param results: version → its run.
-    """
-    families = list(dict.fromkeys(case.family for result in results.values() for case in result.cases))
-    rows = []
-    for family in families:
-        cases = [[case for case in result.cases if case.family == family] for result in results.values()]
-        rows.append([family, *map(_family_cell, cases)])
-    return table(["family", *results], rows)
-
-
-def _family_cell(cases: list[CaseResult]) -> str:
-    """``17 agree, 6 differ, 4 refused``; what is none of these keeps the name of its status."""
-    kinds = []
-    for case in cases:
-        refused = case.status is Status.KNOWN and case.error
-        differs = case.status in (Status.KNOWN, Status.FAIL)
-        agrees = case.status is Status.PASS
-        kinds.append("refused" if refused else "differ" if differs else "agree" if agrees else case.status.value)
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(sorted(kinds))) or "-"
 
 
 def census(taken: Census, console: Console) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from candle_mi_parity.candidate.candidate import parse_candidate
 from candle_mi_parity.candidate.sources import Source, open_source
@@ -19,14 +19,13 @@ from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.trace.trace import Emitted
 
 
-class RepeatedCase(BaseModel):
+@dataclass(frozen=True)
+class RepeatedCase:
     """One case.
 
     :ivar differing: tensors and scalars that are not the same to the bit in all runs.
     :ivar error: why it could not be run; empty when it was.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     id: str
     tensors: int
@@ -42,10 +41,9 @@ class RepeatedCase(BaseModel):
         return self.error or f"{len(self.differing)} of {self.tensors} differ {', '.join(self.differing[:3])}".strip()
 
 
-class Repeated(BaseModel):
+@dataclass(frozen=True)
+class Repeated:
     """``repeat.json``."""
-
-    model_config = ConfigDict(extra="forbid")
 
     candidate: str
     device: str

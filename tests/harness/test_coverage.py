@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.run.goldens import has_golden
 from candle_mi_parity.spec.cases import SaeFile, TinyModel, load_cases, select
 from candle_mi_parity.spec.explanations import load_explanations
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.hook_points import LAYER_POINTS
 from candle_mi_parity.spec.paths import FIXTURES, ROOT
+from tests.support.goldens import has_golden
 
 CASES = load_cases()
 DEFAULT = select(CASES, [])
@@ -52,7 +52,7 @@ def test_every_fixture_file_belongs_to_something() -> None:
     saes = {case.sae.path for case in CASES if isinstance(case.sae, SaeFile) and case.sae.repo is None}
     goldens = {case.id.replace("/", "-") for case in DEFAULT if has_golden(case)}
     used = tiny | saes | {f"goldens/{name}{suffix}" for name in goldens for suffix in (".npz", ".json")}
-    tables = {"cases.toml", "known_divergences.toml", "config_fields.toml", "census.toml", "texts.json"}
+    tables = {"cases.toml", "explanations.toml", "config_fields.toml", "census.toml", "texts.json"}
     tables |= {"calls.toml", "known_calls.toml"}
     makers = {"saes/README.md", "saes/make_tiny.py"}
     there = {

@@ -10,19 +10,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from candle_mi_parity.candidate.candidate import Candidate
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Side
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.files.json_out import write_json
-from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.report import diff_views
 from candle_mi_parity.report.diff_views import figures
-from candle_mi_parity.run import diff as diff_run
-from candle_mi_parity.spec.explanations import NOTHING_KNOWN
-from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import Run
 from tests.harness.test_cli import command, one_line
-from tests.harness.test_diff import LLAMA, POST, Held, between, only, scale
+from tests.harness.test_diff import LLAMA, POST, between, only, scale
 
 
 def terminal(diff: Diff) -> str:
@@ -109,22 +104,6 @@ def test_a_stored_candidate_has_no_other_device_on_either_side(tmp_path: Path) -
         done = command("diff", *pair, "--device", "cuda:0", "--case", LLAMA, "--out", str(tmp_path))
         assert f"{stored} was emitted on a CPU; --device cuda:0 needs a build" in one_line(done)
         assert not (tmp_path / "diff.json").exists()
-
-
-def test_both_candidates_are_opened_on_the_device_and_the_page_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened: list[tuple[str, str]] = []
-
-    def open_source(candidate: Candidate, cache: Path, out: Path, log: object, device: str) -> Held:
-        opened.append((candidate.spec, device))
-        return Held({})
-
-    monkeypatch.setattr(diff_run, "open_source", open_source)
-    empty = NOTHING_KNOWN
-    found = diff_run.diff(("0.2.2", "torch"), [], cache_root(), tmp_path, empty, Progress(), ("cuda:1", "cuda:1"))
-    assert opened == [("0.2.2", "cuda:1"), ("torch", "cuda:1")]
-    assert "cuda:1 for both" in diff_views.page(found) and found.versions["device"] == "cuda:1"
 
 
 def test_a_diff_says_when_it_began(tmp_path: Path) -> None:

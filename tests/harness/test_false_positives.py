@@ -16,9 +16,7 @@ from validation.summation import Reordered, Sums
 SETTINGS = {setting.id: setting for setting in load_settings()}
 ORDERS = [
     Sums(order="permuted", seed=1),
-    Sums(order="reversed"),
     Sums(order="blocks", size=4),
-    Sums(order="pairwise", size=4),
     Sums(order="one_by_one"),
     Sums(order="float64"),
     Sums(order="openblas"),
@@ -51,7 +49,7 @@ def test_a_permuted_order_moves_means_too() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["sums permuted, seed 1", "sums one by one", "OpenBLAS", "sums in float64", "batch of 4", "sdpa attention"],
+    ["sums permuted, seed 1", "sums one by one", "OpenBLAS", "sums in float64", "sdpa attention"],
 )
 def test_an_honest_variant_is_inside_the_gate(name: str) -> None:
     (run,) = judge(SETTINGS[name], LLAMA)
@@ -92,7 +90,7 @@ def test_an_order_in_which_nothing_was_computed_is_an_error(monkeypatch: pytest.
 
 
 def test_every_setting_has_its_cases() -> None:
-    assert len(SETTINGS) >= 50
+    assert len(SETTINGS) >= 30
     assert all(cases_of(setting) for setting in SETTINGS.values())
     with pytest.raises(CaseTableError, match="no case matches 'lama/"):
         cases_of(Setting(id="x", cases=["llama/hub", "lama/*"]))
@@ -103,7 +101,7 @@ def test_every_setting_has_its_cases() -> None:
     [
         ('[[setting]]\nid = "x"\ncases = ["*"]\nthread = 1\n', "thread"),
         ('[[setting]]\nid = "x"\ncases = []\n', "cases"),
-        ('[[setting]]\nid = "x"\ncases = ["*"]\nsamples = 3\nthreads = 2\n', "threads has no effect"),
+        ('[[setting]]\nid = "x"\ncases = ["*"]\nsamples = 3\nattention = "eager"\n', "attention has no effect"),
         ('[[setting]]\nid = "x"\ncases = ["*"]\n' * 2, "given twice: x"),
         ("setting = []\n", "setting"),
     ],

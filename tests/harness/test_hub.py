@@ -129,11 +129,6 @@ def test_a_public_model_arrives_whole_at_its_commit(hub: Hub, revision: str) -> 
     assert not [path for path in hub.asked if "README" in path]
 
 
-def test_one_file_of_an_sae_repository(hub: Hub) -> None:
-    where, download = fetch(SCOPE, SCOPE_COMMIT, SAE)
-    assert where.read_bytes() == hub.repos[SCOPE].files[SAE] and list(download.files) == [SAE]
-
-
 @pytest.mark.parametrize(
     ("token", "what", "said"),
     [
@@ -246,12 +241,6 @@ def test_offline_asks_nothing_and_says_what_is_missing(hub: Hub, home: Path, mon
     blob(home, WEIGHTS).unlink()
     assert "HF_HUB_OFFLINE is set" in refusal()
     assert not hub.asked
-
-
-def test_a_cache_without_links_cannot_be_checked_and_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
-    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda *_: False)
-    assert "cannot be checked" in refusal()
 
 
 def test_a_full_disk_names_the_remedy(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

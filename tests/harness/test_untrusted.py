@@ -35,10 +35,8 @@ from candle_mi_parity.files.npz import read_npz
 from candle_mi_parity.judge.case import Progress, judge_mode
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.prepared_case import prepare, tokenizer
-from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.hooks import load_model
-from candle_mi_parity.spec.cases import LocalModel
 from candle_mi_parity.spec.paths import ROOT
 from candle_mi_parity.trace.trace import Trace
 from tests.support.planting import judge, real, write
@@ -320,16 +318,6 @@ def test_an_archive_that_claims_too_much_is_refused(tmp_path: Path, attack: str)
     assert said in refused(lambda: read_npz(path, GoldenError))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"num_hidden_layers": 10**9}, {"hidden_size": 10**12}, {"num_hidden_layers": "3"}, {"num_attention_heads": 0}],
-    ids=str,
-)
-def test_a_config_whose_sizes_the_weights_do_not_have_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    case = model(tmp_path / "model", **change)
-    assert "config.json" in refused(lambda: prepare(case, tmp_path))
-
-
 # --- nothing is executed ---------------------------------------------------------------------------
 
 
@@ -396,7 +384,7 @@ def test_a_config_cannot_point_at_other_weights(tmp_path: Path) -> None:
     assert "an adapter to another model" in refused(lambda: prepare(case, tmp_path))
 
 
-@pytest.mark.parametrize("named", ["../evil.safetensors", "/dev/zero", "model-00002-of-00002.safetensors", "", None])
+@pytest.mark.parametrize("named", ["../evil.safetensors", "model-00002-of-00002.safetensors", None])
 def test_an_index_lists_the_shards_beside_it_and_nothing_else(tmp_path: Path, named: str | None) -> None:
     case = model(tmp_path / "model")
     shard = "model-00001-of-00001.safetensors"
@@ -425,18 +413,3 @@ def test_a_link_out_of_a_directory_is_refused_and_one_within_is_not(tmp_path: Pa
         shutil.copy(tmp_path / outside / name, directory / f"within-{name}")
         place.symlink_to(f"within-{name}")
         read()
-
-
-def test_the_links_of_the_hub_s_own_cache_are_followed(tmp_path: Path) -> None:
-    model(tmp_path / "model")
-    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(tmp_path / "model" / name, blobs / f"sha-{name}")
-        (snapshot / name).symlink_to(Path("../../blobs") / f"sha-{name}")
-    local = LocalModel(source="local", path=str(snapshot))
-    assert model_directory(local, tmp_path) == snapshot
-    (snapshot / "config.json").unlink()
-    (snapshot / "config.json").symlink_to(tmp_path / "model" / "config.json")
-    assert "leads out" in refused(lambda: model_directory(local, tmp_path))

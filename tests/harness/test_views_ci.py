@@ -17,7 +17,6 @@ from candle_mi_parity.cli import cli
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.errors import ModelError, ParityError
-from candle_mi_parity.files.json_out import ReportError
 from candle_mi_parity.report import page, views, views_ci
 from candle_mi_parity.report.terminal import Terminal
 from candle_mi_parity.run import run
@@ -108,13 +107,6 @@ def test_the_summary_stays_markdown_whatever_a_name_holds() -> None:
     assert len(rows) == 2 and all(len(re.findall(r"(?<!\\)\|", row)) == 7 for row in rows)
 
 
-def test_the_summary_of_a_thousand_failures_still_fits_a_job_page() -> None:
-    many = run_of(*(case(f"a/{i}", Status.FAIL, bad=f"blocks.{i}.{'x' * 5000}") for i in range(1000)))
-    text = views_ci.summary(many)
-    assert len(text.encode()) < 100_000
-    assert "950 more are in the report" in text
-
-
 def test_github_is_told_only_where_github_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
     for environment in ({}, {"GITHUB_ACTIONS": "false"}, {"GITHUB_STEP_SUMMARY": str(page)}):
@@ -130,12 +122,6 @@ def test_github_is_told_only_where_github_runs_it(tmp_path: Path, capsys: pytest
     ]
     assert "%0A  reproduce: candle-mi-parity run" in lines[0]
     assert page.read_text() == "before\ntext\n"
-
-
-def test_a_job_page_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    environment = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(tmp_path / "no" / "such")}
-    with pytest.raises(ReportError, match="cannot write"):
-        views_ci.tell_github(run_of(case("a/b")), "text", environment)
 
 
 def test_all_views_tell_one_verdict(tmp_path: Path) -> None:

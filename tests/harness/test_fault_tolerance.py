@@ -1,4 +1,4 @@
-"""Faults half-way: a killed emitter, a full disk, a file that vanishes or was truncated.
+"""Faults half-way: a killed emitter, a full disk, a truncated file; and two runs on one cache.
 
 The case is one line of ERROR, nothing half-written is read as whole, and the next case and the next run are right.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +21,11 @@ from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.candidate import BuiltEmitter, parse_candidate
 from candle_mi_parity.candidate.sources import LiveSource, Source, open_source
 from candle_mi_parity.compare.verdict import CaseResult, Status
+from candle_mi_parity.files.cache import publish
+from candle_mi_parity.files.json_out import ReportError, write_text
 from candle_mi_parity.judge.case import Progress, judge_case
-from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
-from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import ROOT, cache_root
-from candle_mi_parity.trace.trace import Emitted, Trace
-from candle_mi_parity.trace.truth import Truth
 from tests.support.planting import CASES, real
 
 CASE = CASES["llama/hub"]
@@ -100,20 +100,7 @@ def test_a_full_disk_for_the_trace_costs_one_case(limited: Callable[[int, str], 
         right(judged(source))
 
 
-# --- files that vanish or were truncated, a full disk ----------------------------------------------
-
-
-class Vanishing(sources.NothingOpen):
-    """A stored source whose tensor file vanishes between the moment it was found and the moment it is read."""
-
-    def __init__(self, inner: Source) -> None:
-        self._inner, self.identity = inner, inner.identity
-
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
-        trace = self._inner.trace(subject, mode, truth, inputs)
-        assert isinstance(trace, Trace)
-        trace.path.with_suffix(".safetensors").unlink()
-        return trace
+# --- truncated files, a full disk -----------------------------------------------------------------
 
 
 def stored_copy(tmp_path: Path) -> Source:
@@ -144,11 +131,6 @@ def cached(cache: Path, name: str) -> Path:
 def empty(directory: Path) -> None:
     for path in directory.iterdir():
         path.unlink()
-
-
-def test_a_trace_that_vanishes_is_an_error(tmp_path: Path) -> None:
-    assert "hub.safetensors" in error_of(judged(Vanishing(stored_copy(tmp_path))))
-    right(judged(stored_copy(tmp_path)))
 
 
 FILES = ["truth.safetensors", "inputs.safetensors", "model.safetensors", "config.json"]
@@ -189,3 +171,80 @@ def test_a_full_disk_for_the_cache_is_an_error_and_leaves_nothing(tmp_path: Path
     assert not [held for held in path.parent.rglob("*") if held.is_file()]
     assert not list(cache.rglob(".*.making"))
     right(judged(source, cache))
+
+
+# --- whole or absent, and once ---------------------------------------------------------------------
+
+
+def published(tmp_path: Path) -> Path:
+    def make(out: Path) -> None:
+        (out / "weights").write_bytes(b"w" * 5000)
+
+    return publish(tmp_path / "models" / "key", make)
+
+
+def reported(tmp_path: Path) -> Path:
+    write_text("whole", tmp_path / "report.json")
+    return tmp_path / "report.json"
+
+
+@pytest.mark.parametrize("write", [published, reported])
+def test_what_is_renamed_was_flushed_before_and_its_directory_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Path]
+) -> None:
+    flushed: list[int] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", record)
+    target = write(tmp_path)
+    made = [path.stat().st_ino for path in (target, *target.rglob("*"))]
+    assert set(made) <= set(flushed[:-1]) and flushed[-1] == target.parent.stat().st_ino
+
+
+@pytest.mark.parametrize("point", ["fsync", "replace"])
+def test_what_was_there_stays_when_the_disk_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    path = reported(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, point, full)
+    with pytest.raises(ReportError, match="No space left on device"):
+        write_text("half", path)
+    assert path.read_text() == "whole"
+    assert [held.name for held in tmp_path.iterdir()] == ["report.json"]
+
+
+CODE = """
+import sys, time
+from pathlib import Path
+from candle_mi_parity.files.cache import publish
+
+shared = Path(sys.argv[1])
+
+def make(out):
+    with (shared / "made").open("a") as file:
+        file.write("once\\n")
+    time.sleep(1)
+    (out / "weights").write_text("whole")
+
+(shared / f"here-{sys.argv[2]}").touch()
+while len(list(shared.glob("here-*"))) < 2:
+    time.sleep(0.005)
+print((publish(shared / "cache" / "key", make) / "weights").read_text())
+"""
+
+
+def test_an_entry_of_the_cache_is_made_once(tmp_path: Path) -> None:
+    runs = [
+        subprocess.Popen([sys.executable, "-c", CODE, str(tmp_path), str(number)], stdout=subprocess.PIPE, text=True)
+        for number in range(2)
+    ]
+    assert [run.communicate(timeout=120)[0].strip() for run in runs] == ["whole", "whole"]
+    assert (tmp_path / "made").read_text() == "once\n"

@@ -14,17 +14,17 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from candle_mi_parity.errors import GoldenError, TraceError
+from candle_mi_parity.errors import GoldenError, ParityError
 from candle_mi_parity.files.digest import digest_files
 from candle_mi_parity.files.npz import read_npz
+from candle_mi_parity.files.untrusted import read_json
 from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.spec.cases import Case
-from candle_mi_parity.trace.trace import read_json
 from candle_mi_parity.trace.truth import Truth
 
-PRODUCER = "oracle: transformers in float64"
 TOLERANCE = 1e-9
 """Of a tensor's rms: between two machines' float64 sums, far below float32's rounding (6e-8)."""
+REMAKE = "make it with: pytest tests/test_golden.py --force-regen --reason '...'"
 
 
 class Meta(BaseModel):
@@ -36,7 +36,7 @@ class Meta(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format: Literal["candle-mi-parity/golden/1"] = "candle-mi-parity/golden/1"
-    producer: str
+    producer: Literal["oracle: transformers in float64"] = "oracle: transformers in float64"
     case: str
     digest: str
     model: str
@@ -56,11 +56,7 @@ def has_golden(case: Case) -> bool:
 
 @dataclass(frozen=True)
 class Golden:
-    """The golden of one case.
-
-    :ivar arrays: what is compared, float64: the last position of the residual stream, of the attention
-        pattern, of the logits and of the SAE.
-    """
+    """The golden of one case."""
 
     subject: Subject
     truth: Truth
@@ -71,27 +67,25 @@ class Golden:
         """The ``.npz``; the ``.json`` has the same stem."""
         return self.directory / f"{self.subject.case.id.replace('/', '-')}.npz"
 
-    @property
-    def names(self) -> list[str]:
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Name → float64 array of the last position, batch row 0; scalars as arrays of one."""
+        last = {name: self.truth.tensors[name].value[0, ..., -1, :].copy() for name in self._names()}
+        return last | {name: np.array([value]) for name, (value, _) in self.truth.scalars.items()}
+
+    def _names(self) -> list[str]:
         wanted = ("hook_embed", "hook_resid_post", "attn.hook_pattern", "logits", "sae.features", "sae.recon")
         return [name for name in self.truth.tensors if name.endswith(wanted) and not name.startswith("lens")]
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Name → float64 array of the last position, batch row 0; scalars as arrays of one."""
-        last = {name: self.truth.tensors[name].value[0, ..., -1, :].copy() for name in self.names}
-        return last | {name: np.array([value]) for name, (value, _) in self.truth.scalars.items()}
-
     def tolerances(self) -> dict[str, dict[str, float]]:
-        """Absolute only, 1e-9 of each array's rms."""
+        """Absolute only, :data:`TOLERANCE` of each array's rms."""
         rms = {name: float(np.sqrt(np.square(array).mean())) for name, array in self.arrays().items()}
         return {name: {"rtol": 0.0, "atol": TOLERANCE * size} for name, size in rms.items()}
 
     def meta(self, reason: str) -> Meta:
         """What the installed oracle would make it from."""
         tokenizer = self.subject.model_dir / "tokenizer.json"
-        noise = {name: self.truth.tensors[name].noise[0, ..., -1, :] for name in self.names}
+        noise = {name: self.truth.tensors[name].noise[0, ..., -1, :] for name in self._names()}
         return Meta(
-            producer=PRODUCER,
             case=self.subject.case.id,
             digest=self.subject.digest,
             model=self.subject.model_digest,
@@ -105,57 +99,39 @@ class Golden:
         )
 
     def check(self) -> None:
-        """Refuse to compare with a golden that is absent, broken, stale, or not the oracle's.
+        """Refuse to compare with a golden that is absent, broken or stale, and what pytest-regressions forgives.
 
-        :raises GoldenError: what was found, what was expected, and the command that makes it anew.
+        :raises GoldenError: what differs, and the command that makes the golden anew.
         """
-        meta_path = self.path.with_suffix(".json")
-        remake = "make it with: pytest tests/test_golden.py --force-regen --reason '...'"
-        for path in (self.path, meta_path):
-            if not path.is_file():
-                raise GoldenError(f"golden {path} is absent; {remake}")
-            if path.is_symlink():
-                raise GoldenError(f"golden {path} is a link; it is not followed")
         try:
-            kept = Meta.model_validate(read_json(meta_path))
-        except (ValidationError, TraceError) as error:
-            raise GoldenError(f"golden {meta_path} is not readable: {str(error).splitlines()[0]}") from error
-        if kept.producer != PRODUCER:
-            raise GoldenError(f"golden {meta_path} was made by {kept.producer!r}: only the oracle makes goldens")
+            kept = Meta.model_validate(read_json(self.path.with_suffix(".json"), GoldenError))
+            found = read_npz(self.path, GoldenError)
+        except (ParityError, ValidationError) as error:
+            raise GoldenError(f"golden {self.path.name}: {str(error).splitlines()[0]}; {REMAKE}") from error
         now = self.meta(kept.reason)
-        if kept.tokens != now.tokens:
-            raise GoldenError(f"token ids changed: golden {kept.tokens}, now {now.tokens}")
-        for name in ("tokenizer", "modeling", "sae", "model", "digest"):
-            if getattr(kept, name) != getattr(now, name):
-                made, installed = kept.versions.get("transformers"), now.versions["transformers"]
-                raise GoldenError(
-                    f"stale golden {self.path.name}: {name} changed since it was made with transformers {made} "
-                    f"(installed {installed}); {remake}"
-                )
-        self._check_arrays()
-
-    def _check_arrays(self) -> None:
-        """What pytest-regressions forgives: other keys, another dtype, a NaN."""
-        found, expected = self._kept(), self.arrays()
-        if set(found) != set(expected):
-            odd = sorted(set(found) ^ set(expected))
+        fields = ("case", "tokens", "tokenizer", "modeling", "sae", "model", "digest")
+        if changed := [name for name in fields if getattr(kept, name) != getattr(now, name)]:
+            made, installed = kept.versions.get("transformers"), now.versions["transformers"]
+            raise GoldenError(
+                f"stale golden {self.path.name}: {', '.join(changed)} changed since it was made with transformers "
+                f"{made} (installed {installed}); {REMAKE}"
+            )
+        expected = self.arrays()
+        if odd := sorted(set(found) ^ set(expected)):
             raise GoldenError(f"golden {self.path.name} and the truth differ in {', '.join(odd)}")
         for name, array in found.items():
             if array.dtype != np.float64 or array.shape != expected[name].shape or not np.isfinite(array).all():
                 raise GoldenError(
-                    f"golden {self.path.name}: {name} is {array.dtype}{list(array.shape)}, expected finite "
-                    f"float64{list(expected[name].shape)}"
+                    f"golden {self.path.name}: {name} is {array.dtype}{list(array.shape)}, or not finite"
                 )
-
-    def _kept(self) -> dict[str, np.ndarray]:
-        return read_npz(self.path, GoldenError)
 
     def record(self, reason: str) -> None:
         """Write the ``.json`` of a regeneration; pytest-regressions writes the arrays.
 
         :raises GoldenError: the regeneration would drop an array.
         """
-        if self.path.is_file() and (lost := sorted(set(self._kept()) - set(self.arrays()))):
+        lost = set(read_npz(self.path, GoldenError)) - set(self.arrays()) if self.path.is_file() else None
+        if lost:
             raise GoldenError(f"regenerating {self.path.name} would drop {', '.join(lost)}; delete the file first")
         self.directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.meta(reason).model_dump(), indent=1) + "\n"

@@ -1,0 +1,91 @@
+"""The files around the code: crates and packages are pinned, and the workflows are pinned, read-only and current."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from candle_mi_parity.candidate.build import EMITTER
+from candle_mi_parity.cli.cli import app
+from candle_mi_parity.spec.paths import ROOT
+
+LOCKS = [EMITTER / "Cargo.lock", *sorted((EMITTER / "locks").glob("*.lock"))]
+WORKFLOWS = {
+    path.stem: (path.read_text(), yaml.safe_load(path.read_text()))
+    for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+}
+
+
+def unlocked(packages: list[dict[str, Any]]) -> list[str]:
+    """Crates that do not come from a registry with a checksum, or come from a second registry."""
+    theirs = [one for one in packages if one["name"] != "parity-emitter"]
+    locked = [
+        one for one in theirs if str(one.get("source")).startswith("registry+") and len(one.get("checksum", "")) == 64
+    ]
+    return [one["name"] for one in theirs if one not in locked] + sorted({one["source"] for one in locked})[1:]
+
+
+def test_every_release_has_a_lock_and_the_default_one_is_the_crates() -> None:
+    releases = {path.parent.name for path in (ROOT / "rust_outputs").glob("*/candidate.json")}
+    assert {lock.stem for lock in LOCKS[1:]} == releases
+    assert LOCKS[0].read_bytes() == (EMITTER / "locks" / "0.2.2.lock").read_bytes()
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.stem)
+def test_every_crate_is_locked_by_checksum_to_one_registry(lock: Path) -> None:
+    found = tomllib.loads(lock.read_text(encoding="utf-8"))["package"]
+    assert len(found) > 100 and unlocked(found) == []
+    for change in ({"source": "git+https://example.org/a"}, {"checksum": ""}, {"source": "registry+two"}):
+        assert unlocked([*found, found[0] | {"name": "a"} | change]) != []
+
+
+def test_every_python_package_is_the_pinned_one() -> None:
+    def spelt(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line.strip())
+    installed = {spelt(one.name): one.version for one in distributions() if one.name != "candle-mi-parity"}
+    assert len(installed) > 50
+    assert installed.items() <= {spelt(name): version for name, version in pins.items()}.items()
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_is_pinned_read_only_and_bounded(name: str) -> None:
+    text, workflow = WORKFLOWS[name]
+    used = re.findall(r"uses: (.*)", text)
+    assert [line for line in used if not re.fullmatch(r"\S+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)] == []
+    assert workflow["permissions"] == {"contents": "read"}
+    granted = {job: found["permissions"] for job, found in workflow["jobs"].items() if "permissions" in found}
+    assert granted == ({"issue": {"issues": "write"}} if name == "nightly" else {})
+    assert workflow["concurrency"]["group"]
+    for job, found in workflow["jobs"].items():
+        assert 0 < found["timeout-minutes"] < 360
+        for step in found["steps"]:
+            if "checkout" in step.get("uses", ""):
+                assert step["with"]["persist-credentials"] is False
+                assert job not in granted, "the job that may write runs no code of the repository"
+            assert "${{" not in step.get("run", ""), "what a workflow is given never becomes shell text"
+
+
+def test_the_pythons_are_those_of_the_project() -> None:
+    matrix = WORKFLOWS["ci"][1]["jobs"]["tests"]["strategy"]["matrix"]["python"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert matrix[0] == project["requires-python"].removeprefix(">=")
+    for text, _ in WORKFLOWS.values():
+        assert set(re.findall(r'python-version: "(.*)"', text)) <= set(matrix)
+
+
+def test_every_command_of_a_workflow_exists() -> None:
+    lines = [line.split() for text, _ in WORKFLOWS.values() for line in re.findall(r"(?:make|\$PARITY) .*", text)]
+    weekly = WORKFLOWS["weekly"][1]["jobs"]["validation"]["strategy"]["matrix"]["target"]
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    made = {words[1] for words in lines if words[0] == "make"} - {"$TARGET"}
+    assert made | {target.split()[0] for target in weekly} <= targets
+    ours = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert {words[1] for words in lines if words[0] == "$PARITY"} <= ours
