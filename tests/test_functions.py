@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.coverage.calls import CallRow, emit_calls, load_calls, read_calls
 from candle_mi_parity.coverage.calls_compare import CallVerdict, judge_calls, load_known_calls
 from candle_mi_parity.coverage.calls_truth import CallTruth, truth_of

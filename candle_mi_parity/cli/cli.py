@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from candle_mi_parity.candidate.build import build
-from candle_mi_parity.candidate.candidate import CandidateError, parse_candidate
+from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate
 from candle_mi_parity.candidate.tokens import emit_tokens
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import Status

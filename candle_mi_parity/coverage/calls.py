@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError
 from safetensors.numpy import save, save_file
 
 from candle_mi_parity.candidate.build import build
-from candle_mi_parity.candidate.candidate import Candidate, EmitterProcess
+from candle_mi_parity.candidate.process import EmitterProcess
+from candle_mi_parity.candidate.spelling import Candidate
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.spec.cases import Row, read_toml

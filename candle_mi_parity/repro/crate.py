@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from candle_mi_parity.candidate.build import crate_of
-from candle_mi_parity.candidate.candidate import Candidate
+from candle_mi_parity.candidate.spelling import Candidate
 from candle_mi_parity.files.escape import templates
 
 

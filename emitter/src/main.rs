@@ -43,7 +43,7 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match arguments.as_slice() {
         [] => serve(),
-        ["--version"] => say(&identity::Identity::of_this_build()),
+        ["--version"] => say(&identity::Version::of_this_build()),
         ["--once", file] => once(file),
         _ => Err(USAGE.to_owned()),
     };

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from candle_mi_parity.candidate.candidate import Candidate
+from candle_mi_parity.candidate.spelling import Candidate
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Side
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.files.json_out import write_json

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from candle_mi_parity.candidate import sources
-from candle_mi_parity.candidate.build import build
-from candle_mi_parity.candidate.candidate import BuiltEmitter, parse_candidate
+from candle_mi_parity.candidate.build import BuiltEmitter, build
 from candle_mi_parity.candidate.sources import LiveSource, Source, open_source
+from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.models.prepared_case import Subject

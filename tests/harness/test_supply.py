@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from candle_mi_parity.candidate.build import EMITTER
+from candle_mi_parity.candidate.plan import EMITTER
 from candle_mi_parity.spec.paths import ROOT
 
 LOCKS = [EMITTER / "Cargo.lock", *sorted((EMITTER / "locks").glob("*.lock"))]
