@@ -59,8 +59,9 @@ def put(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cargo:
 
 
 def fails(spec: str, cache: Path, said: list[str] | None = None) -> CandidateError:
+    said = [] if said is None else said
     with pytest.raises(CandidateError) as caught:
-        builder.build(parse_candidate(spec), cache, [].append if said is None else said.append)
+        builder.build(parse_candidate(spec), cache, said.append)
     assert "\n" not in str(caught.value)
     return caught.value
 
