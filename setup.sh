@@ -70,6 +70,7 @@ if [ ! -d "$packages" ]; then
     fi
     # Renamed when whole and on the disk, so that neither another set-up nor a power loss leaves a half that is used.
     "$python" -c 'import os, sys; os.sync(); os.rename(*sys.argv[1:]); os.sync()' "$making/site" "$packages" 2>/dev/null || [ -d "$packages" ]
+    echo "the Python packages are installed" >&2
 fi
 
 rm -rf .venv

@@ -30,7 +30,7 @@ class Terminal(Progress):
     def __init__(self, bar: Bar, total: int) -> None:
         self._bar, self._done, self._total = bar, 0, total
         self._task = bar.add_task("starting", total=None)
-        self._logged = time.monotonic()  # a run that is soon over says nothing
+        self._logged, self._silent = time.monotonic(), True
 
     def case_starts(self, case: Case, step: str) -> None:
         if step == "model" and case.lane == "hub":
@@ -40,14 +40,19 @@ class Terminal(Progress):
             self._bar.console.print(line, markup=False, highlight=False)
         else:
             self._bar.start()
-        self.note(f"[{self._done + 1}/{self._total}] {case.id}: {step}")
+        self._show(f"[{self._done + 1}/{self._total}] {case.id}: {step}")
 
     def case_ends(self, result: CaseResult) -> None:
         self._done += 1
 
     def note(self, line: str) -> None:
+        self._show(line, at_once=self._silent)
+        self._silent = False
+
+    def _show(self, line: str, at_once: bool = False) -> None:
         self._bar.update(self._task, description=line)
-        if not self._bar.console.is_terminal and time.monotonic() - self._logged >= LOG_SECONDS:
+        # A run without a build that is soon over logs nothing.
+        if not self._bar.console.is_terminal and (at_once or time.monotonic() - self._logged >= LOG_SECONDS):
             self._logged = time.monotonic()
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
