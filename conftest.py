@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from candle_mi_parity import pytest_plugin
-from candle_mi_parity.candidate.candidate import parse_candidate
 from candle_mi_parity.candidate.sources import Source, StoredSource, open_source
+from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.judge.case import Progress, judge_case

@@ -54,8 +54,18 @@ fn main() {
         ("CANDLE_MI_REVISION", revision),
         ("CANDLE_MI_TREE_DIGEST", digest),
         ("CANDLE_VERSION", candle),
+        ("PATCHED", patched(&lock).to_owned()),
     ] {
         println!("cargo:rustc-env=PARITY_{name}={value}");
+    }
+}
+
+/// The crate that is not what the registry holds under its name: a patch has no source in the lock.
+fn patched(lock: &str) -> &'static str {
+    const DOWNLOADER: &str = "hf-fetch-model";
+    match package(lock, DOWNLOADER) {
+        Some(block) if field(&block, "source").is_none() => DOWNLOADER,
+        _ => "",
     }
 }
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.candidate.candidate import parse_candidate
 from candle_mi_parity.candidate.sources import open_source
+from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage.calls_judge import JudgedCalls, expectations, judge_source
 from candle_mi_parity.spec.paths import ROOT, cache_root

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.candidate.tokens import Tokens, differences, emit_tokens, read_tokens
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.spec.cases import load_cases

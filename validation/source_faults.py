@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from candle_mi_parity.candidate.build import EMITTER
-from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.candidate.plan import EMITTER
 from candle_mi_parity.candidate.sources import Source, open_source
+from candle_mi_parity.candidate.spelling import parse_candidate
 from validation.catalogue import CatalogueError, Fault, SourceEdit
 
 VERSION = "0.2.2"

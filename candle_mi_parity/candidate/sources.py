@@ -12,14 +12,8 @@ from pydantic import ValidationError
 
 from candle_mi_parity.candidate import cuda
 from candle_mi_parity.candidate.build import build
-from candle_mi_parity.candidate.candidate import (
-    Candidate,
-    CandidateError,
-    EmitterError,
-    EmitterProcess,
-    OutOfReachError,
-    stored_dir,
-)
+from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
+from candle_mi_parity.candidate.spelling import Candidate, CandidateError, OutOfReachError, stored_dir
 from candle_mi_parity.candidate.tokens import TextIds, stored_text_ids, text_ids
 from candle_mi_parity.compare.compare import check_header
 from candle_mi_parity.errors import TraceError

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from candle_mi_parity.candidate.candidate import CandidateError, EmitterError
+from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import REFUSAL_FORMAT, NothingOpen, Source, text_path, trace_path
+from candle_mi_parity.candidate.spelling import CandidateError
 from candle_mi_parity.candidate.tokens import TextIds, TextTokens
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files import atomic as durable

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from candle_mi_parity.candidate.build import build
-from candle_mi_parity.candidate.candidate import Candidate, EmitterError, EmitterProcess
+from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
+from candle_mi_parity.candidate.spelling import Candidate
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.models.prepared_case import tokenizer

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 
 from candle_mi_parity.candidate.build import build
-from candle_mi_parity.candidate.candidate import CandidateError, parse_candidate
 from candle_mi_parity.candidate.sources import open_source
+from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate
 from candle_mi_parity.candidate.tokens import emit_tokens
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import Status

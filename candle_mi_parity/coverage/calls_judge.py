@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from candle_mi_parity.candidate.candidate import EmitterError
+from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import NotStoredError, Source
 from candle_mi_parity.compare.diff import CaseDiff, diff_call
 from candle_mi_parity.compare.run_result import DirectCalls, RunResult

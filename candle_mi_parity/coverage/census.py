@@ -27,7 +27,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from candle_mi_parity.candidate.candidate import EmitterError, EmitterProcess
+from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.sources import REQUEST_FORMAT, same_candidate
 from candle_mi_parity.compare.compare import check_header, compare
 from candle_mi_parity.compare.verdict import Status, TensorResult

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 
-from candle_mi_parity.candidate.candidate import EmitterError
+from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import NotStoredError, Source
 from candle_mi_parity.candidate.store import stored_selection
 from candle_mi_parity.compare.compare import compare, look

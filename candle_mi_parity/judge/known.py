@@ -12,7 +12,7 @@ from itertools import combinations
 
 import numpy as np
 
-from candle_mi_parity.candidate.candidate import EmitterError
+from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.gate import UNITS, measure
 from candle_mi_parity.compare.verdict import Explained, Failure, Status, TensorResult

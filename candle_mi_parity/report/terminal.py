@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ from rich.progress import Progress as Bar
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from candle_mi_parity.candidate.candidate import OutOfReachError
+from candle_mi_parity.candidate.spelling import OutOfReachError
 from candle_mi_parity.compare.run_result import Verdict
 from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.errors import ParityError
@@ -19,13 +20,17 @@ from candle_mi_parity.files.escape import printable
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.spec.cases import Case
 
+LOG_SECONDS = 15.0
+"""Where nobody watches a bar move, a line at most this often says what is done."""
+
 
 class Terminal(Progress):
-    """Progress on stderr, so that the table on stdout stays a table."""
+    """Progress on stderr, so that the table on stdout stays a table: a bar, or lines where stderr is no terminal."""
 
     def __init__(self, bar: Bar, total: int) -> None:
         self._bar, self._done, self._total = bar, 0, total
         self._task = bar.add_task("starting", total=None)
+        self._logged, self._silent = time.monotonic(), True
 
     def case_starts(self, case: Case, step: str) -> None:
         if step == "model" and case.lane == "hub":
@@ -35,13 +40,21 @@ class Terminal(Progress):
             self._bar.console.print(line, markup=False, highlight=False)
         else:
             self._bar.start()
-        self._bar.update(self._task, description=f"[{self._done + 1}/{self._total}] {case.id}: {step}")
+        self._show(f"[{self._done + 1}/{self._total}] {case.id}: {step}")
 
     def case_ends(self, result: CaseResult) -> None:
         self._done += 1
 
     def note(self, line: str) -> None:
+        self._show(line, at_once=self._silent)
+        self._silent = False
+
+    def _show(self, line: str, at_once: bool = False) -> None:
         self._bar.update(self._task, description=line)
+        # A run without a build that is soon over logs nothing.
+        if not self._bar.console.is_terminal and (at_once or time.monotonic() - self._logged >= LOG_SECONDS):
+            self._logged = time.monotonic()
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from candle_mi_parity.candidate.candidate import CandidateError, parse_candidate
 from candle_mi_parity.candidate.sources import open_source
+from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate
 from candle_mi_parity.judge.known import facts_of
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.repro.crate import dependencies

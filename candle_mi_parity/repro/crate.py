@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import tempfile
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 from candle_mi_parity.candidate.build import crate_of
-from candle_mi_parity.candidate.candidate import Candidate
+from candle_mi_parity.candidate.plan import DOWNLOADER
+from candle_mi_parity.candidate.spelling import Candidate
 from candle_mi_parity.files.escape import templates
 
 
@@ -17,11 +21,15 @@ class Dependencies:
     """What a crate of tests needs in order to be built against a candidate.
 
     :ivar lines: candle-mi, candle-core and candle-nn as ``Cargo.toml`` names them.
+    :ivar settings: the tables of ``Cargo.toml`` by which the crates in ``target`` were built.
+    :ivar stand_in: the directory of the crate that stands in for the downloader, named in ``settings``.
     :ivar lock: the versions to start from.
     :ivar target: the directory in the cache where they lie built.
     """
 
     lines: str
+    settings: str
+    stand_in: Path | None
     lock: bytes
     target: Path
 
@@ -33,15 +41,24 @@ def dependencies(candidate: Candidate, cache: Path) -> Dependencies:
         target = crate_of(candidate, cache, crate)
         manifest = (crate / "Cargo.toml").read_text(encoding="utf-8")
         lines = re.findall(r"^candle-(?:mi|core|nn) = .*$", manifest, re.MULTILINE)
-        return Dependencies("\n".join(lines), (crate / "Cargo.lock").read_bytes(), target)
+        settings = manifest[manifest.index("[profile.release]") :]
+        patch = tomllib.loads(manifest)["patch"]["crates-io"].get(DOWNLOADER)
+        stand_in = Path(patch["path"]) if patch else None
+        return Dependencies("\n".join(lines), settings, stand_in, (crate / "Cargo.lock").read_bytes(), target)
 
 
 def write_crate(folder: Path, dependencies: Dependencies, extra: str = "") -> None:
     """What cargo needs around ``tests/``.
 
-    :param extra: further lines of ``Cargo.toml``; with them the tests are no targets by themselves.
+    :param extra: further lines of ``Cargo.toml``; with them the tests are no targets by themselves. Without, the
+        folder is to be handed on, and takes the stand-in with it.
     """
-    text = templates(html=False).get_template("Cargo.toml.j2").render(lines=dependencies.lines, extra=extra)
+    settings = dependencies.settings
+    if not extra and dependencies.stand_in is not None:
+        shutil.copytree(dependencies.stand_in, folder / DOWNLOADER, dirs_exist_ok=True)
+        settings = settings.replace(json.dumps(str(dependencies.stand_in)), json.dumps(DOWNLOADER))
+    template = templates(html=False).get_template("Cargo.toml.j2")
+    text = template.render(lines=dependencies.lines, settings=settings, extra=extra)
     (folder / "Cargo.toml").write_text(text, encoding="utf-8")
     (folder / "Cargo.lock").write_bytes(dependencies.lock)
     (folder / "src").mkdir(exist_ok=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from candle_mi_parity.candidate.candidate import Candidate, CandidateError
 from candle_mi_parity.candidate.cargo import condense
+from candle_mi_parity.candidate.spelling import Candidate, CandidateError
 from candle_mi_parity.repro.crate import dependencies, write_crate
 
 TIMEOUT_SECONDS = 1800

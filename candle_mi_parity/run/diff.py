@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from candle_mi_parity.candidate import cuda
-from candle_mi_parity.candidate.candidate import Candidate, CandidateError, parse_candidate
 from candle_mi_parity.candidate.sources import NothingOpen, Source, open_source, refuse_device
+from candle_mi_parity.candidate.spelling import Candidate, CandidateError, parse_candidate
 from candle_mi_parity.candidate.store import stored_selection
 from candle_mi_parity.candidate.tokens import TextIds
 from candle_mi_parity.compare.align import like_with_like

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from candle_mi_parity.candidate.candidate import parse_candidate
 from candle_mi_parity.candidate.sources import Source, open_source
+from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.case import Progress

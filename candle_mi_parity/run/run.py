@@ -14,8 +14,8 @@ from pathlib import Path
 
 from candle_mi_parity import __version__
 from candle_mi_parity.candidate import cuda
-from candle_mi_parity.candidate.candidate import OutOfReachError, parse_candidate
 from candle_mi_parity.candidate.sources import Source, open_source
+from candle_mi_parity.candidate.spelling import OutOfReachError, parse_candidate
 from candle_mi_parity.candidate.store import StoringSource
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.verdict import CaseResult, Failure, Status

@@ -1,80 +1,18 @@
 //! Calls of the measures on logits and attention, of the masks, and of PCA.
 
 use candle_core::{DType, Device};
-use candle_mi::{AblationResult, InterventionType, KnockoutSpec, MIError, SteeringSpec};
-use serde::Deserialize;
+use candle_mi::{AblationResult, InterventionType, KnockoutSpec, SteeringSpec};
 
-use crate::call::{Answer, Outcome};
-use crate::edits::name_entries;
+use crate::answer::{Answer, Outcome};
+use crate::call_protocol::Measure;
+use crate::entries::name_entries;
 use crate::error::EmitError;
 use crate::inputs::Inputs;
-use crate::request::Attention;
-
-/// A function and its arguments; a string is a key of the inputs.
-#[derive(Debug, Deserialize)]
-#[serde(tag = "fn", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Measure {
-    KlDivergence {
-        baseline: String,
-        other: String,
-    },
-    LogitDiff {
-        baseline: String,
-        ablated: String,
-        token: u32,
-    },
-    TopChangedTokens {
-        baseline: String,
-        ablated: String,
-        k: usize,
-    },
-    #[serde(rename = "measure_attention_to_targets")]
-    AttentionToTargets {
-        attention: String,
-        from: usize,
-        targets: Vec<usize>,
-    },
-    ExtractTokenProb {
-        logits: String,
-        token: u32,
-    },
-    SampleToken {
-        logits: String,
-    },
-    PcaTopK {
-        matrix: String,
-        k: usize,
-        iterations: usize,
-    },
-    CreateKnockoutMask {
-        heads: Option<Vec<usize>>,
-        edges: Vec<(usize, usize)>,
-        n_heads: usize,
-        seq_len: usize,
-    },
-    ApplySteering {
-        attention: String,
-        heads: Option<Vec<usize>>,
-        edges: Vec<(usize, usize)>,
-        #[serde(default)]
-        scale: Option<f32>,
-        #[serde(default)]
-        set_value: Option<f32>,
-    },
-    CreateCausalMask {
-        seq_len: usize,
-    },
-    #[cfg_attr(not(since_0_1_24), allow(dead_code))]
-    PositionDelta {
-        direction: String,
-        position: usize,
-        seq_len: usize,
-    },
-}
+use crate::protocol::Attention;
 
 pub fn run(measure: &Measure, inputs: &Inputs) -> Result<Outcome, EmitError> {
     Ok(match measure {
-        Measure::KlDivergence { baseline, other } => scalar(candle_mi::kl_divergence(
+        Measure::KlDivergence { baseline, other } => Outcome::scalar(candle_mi::kl_divergence(
             inputs.get(baseline)?,
             inputs.get(other)?,
         )),
@@ -82,7 +20,7 @@ pub fn run(measure: &Measure, inputs: &Inputs) -> Result<Outcome, EmitError> {
             baseline,
             ablated,
             token,
-        } => scalar(ablation(inputs, baseline, ablated)?.logit_diff(*token)),
+        } => Outcome::scalar(ablation(inputs, baseline, ablated)?.logit_diff(*token)),
         Measure::TopChangedTokens {
             baseline,
             ablated,
@@ -100,13 +38,13 @@ pub fn run(measure: &Measure, inputs: &Inputs) -> Result<Outcome, EmitError> {
             attention,
             from,
             targets,
-        } => scalar(candle_mi::measure_attention_to_targets(
+        } => Outcome::scalar(candle_mi::measure_attention_to_targets(
             inputs.get(attention)?,
             *from,
             targets,
         )),
         Measure::ExtractTokenProb { logits, token } => {
-            scalar(candle_mi::extract_token_prob(inputs.get(logits)?, *token))
+            Outcome::scalar(candle_mi::extract_token_prob(inputs.get(logits)?, *token))
         }
         Measure::SampleToken { logits } => {
             match candle_mi::sample_token(inputs.get(logits)?, 0.0) {
@@ -137,7 +75,7 @@ pub fn run(measure: &Measure, inputs: &Inputs) -> Result<Outcome, EmitError> {
         } => {
             let chosen = entries(heads, edges);
             let spec = name_entries!(KnockoutSpec::new(), chosen);
-            tensor(candle_mi::create_knockout_mask(
+            Outcome::tensor(candle_mi::create_knockout_mask(
                 &spec,
                 *n_heads,
                 *seq_len,
@@ -163,7 +101,7 @@ pub fn run(measure: &Measure, inputs: &Inputs) -> Result<Outcome, EmitError> {
             };
             steer(inputs, attention, &entries(heads, edges), kind)?
         }
-        Measure::CreateCausalMask { seq_len } => tensor(candle_mi::create_causal_mask(
+        Measure::CreateCausalMask { seq_len } => Outcome::tensor(candle_mi::create_causal_mask(
             *seq_len,
             &Device::Cpu,
             DType::F32,
@@ -173,7 +111,7 @@ pub fn run(measure: &Measure, inputs: &Inputs) -> Result<Outcome, EmitError> {
             direction,
             position,
             seq_len,
-        } => tensor(candle_mi::position_delta(
+        } => Outcome::tensor(candle_mi::position_delta(
             inputs.get(direction)?,
             *position,
             *seq_len,
@@ -194,7 +132,7 @@ fn steer(
         .dims4()
         .map_err(|error| EmitError::Request(format!("attention: {error}")))?;
     let spec = name_entries!(SteeringSpec::new(kind), chosen);
-    tensor(candle_mi::apply_steering(
+    Outcome::tensor(candle_mi::apply_steering(
         attention, &spec, n_heads, seq_len,
     ))
 }
@@ -213,18 +151,4 @@ fn ablation(inputs: &Inputs, baseline: &str, ablated: &str) -> Result<AblationRe
         inputs.get(ablated)?.clone(),
         KnockoutSpec::new(),
     ))
-}
-
-fn scalar(value: Result<f32, MIError>) -> Outcome {
-    match value {
-        Ok(value) => Outcome::Results(vec![Answer::scalar("value", f64::from(value))]),
-        Err(error) => Outcome::Refused(error),
-    }
-}
-
-pub fn tensor(value: Result<candle_core::Tensor, MIError>) -> Result<Outcome, EmitError> {
-    match value {
-        Ok(value) => Ok(Outcome::Results(vec![Answer::of("value", &value)?])),
-        Err(error) => Ok(Outcome::Refused(error)),
-    }
 }

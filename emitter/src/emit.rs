@@ -9,7 +9,7 @@ use crate::forward;
 use crate::inputs::Inputs;
 use crate::machine;
 use crate::model::ModelCache;
-use crate::request::Request;
+use crate::protocol::Request;
 use crate::sae::{self, SaeCache, SaeResult};
 use crate::tensor::Encoded;
 use crate::trace::{self, Document, Entry, Header, Provenance, Run, Seconds};

@@ -6,9 +6,10 @@ use candle_mi::{HookPoint, HookSpec, MIBackend};
 
 use crate::edits::{self, Editor};
 use crate::error::EmitError;
+use crate::hook_point::{in_model_dtype, point};
 use crate::inputs::Inputs;
 use crate::model::LoadedModel;
-use crate::request::{Edit, Request};
+use crate::protocol::{Edit, Request};
 use crate::tensor::Named;
 
 /// What a forward pass left behind.
@@ -90,35 +91,11 @@ pub fn run(
     Ok(Forward { tensors, residual })
 }
 
-/// The hook point called `name`, which must be candle-mi's own spelling of it: `blocks.01.…` would parse as layer 1
-/// and put a name into the trace that no one else knows.
-pub fn point(name: &str) -> Result<HookPoint, EmitError> {
-    let point = HookPoint::from(name);
-    let spelt = point.to_string();
-    if spelt != name {
-        return Err(EmitError::Request(format!(
-            "hook point \"{name}\" is spelt \"{spelt}\""
-        )));
-    }
-    Ok(point)
-}
-
 fn token_tensor(request: &Request, loaded: &LoadedModel) -> Result<Tensor, EmitError> {
     let rows = request.tokens.len();
     let width = request.tokens.first().map_or(0, Vec::len);
     Tensor::from_vec(request.tokens.concat(), (rows, width), &loaded.device)
         .map_err(|error| EmitError::Forward(format!("token tensor: {error}")))
-}
-
-/// An input tensor in the model's dtype: the truth is float64, and candle-mi takes what it is given.
-pub fn in_model_dtype(
-    key: &str,
-    inputs: &Inputs,
-    loaded: &LoadedModel,
-) -> Result<Tensor, EmitError> {
-    inputs.get(key)?.to_dtype(loaded.dtype).map_err(|error| {
-        EmitError::Request(format!("inputs tensor \"{key}\" cannot be used: {error}"))
-    })
 }
 
 /// candle-mi's logit lens: a residual of the inputs through the final norm and the unembedding.

@@ -21,6 +21,25 @@ pub struct CandleMi {
     pub tree_digest: Option<&'static str>,
 }
 
+/// What `--version` says.
+#[derive(Debug, Serialize)]
+pub struct Version {
+    #[serde(flatten)]
+    pub identity: Identity,
+    /// Crates that are replaced by a local stand-in of the same name; everything else is as published. Not part of a
+    /// trace: no number depends on them.
+    pub patched: Vec<&'static str>,
+}
+
+impl Version {
+    pub fn of_this_build() -> Self {
+        Self {
+            identity: Identity::of_this_build(),
+            patched: told(env!("PARITY_PATCHED")).into_iter().collect(),
+        }
+    }
+}
+
 impl Identity {
     pub fn of_this_build() -> Self {
         let mut features = Vec::new();

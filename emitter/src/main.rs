@@ -1,18 +1,24 @@
 //! `parity-emitter` reads requests as JSON Lines on stdin, runs candle-mi on each, and writes a trace (or a
 //! document of token ids) per request and one reply line on stdout. It knows nothing of the truth and judges nothing.
 
+mod answer;
 mod call;
 mod call_measures;
+mod call_protocol;
 mod call_sae;
 mod digest;
+mod dispatch;
 mod edits;
 mod emit;
+mod entries;
 mod error;
 mod forward;
+mod hook_point;
 mod identity;
 mod inputs;
 mod machine;
 mod model;
+mod protocol;
 mod request;
 mod sae;
 mod tensor;
@@ -21,52 +27,23 @@ mod trace;
 mod weights;
 
 use std::io::{BufRead, Write};
-use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
 
+use crate::dispatch::answer;
 use crate::emit::Session;
-use crate::error::{one_line, EmitError};
-use crate::request::Asked;
+use crate::protocol::Reply;
 
 const USAGE: &str = "usage: parity-emitter < requests.jsonl | --once FILE | --version";
 
-/// The last panic's message. Not thread-local: a panic may come up on one of rayon's threads.
-static PANIC: Mutex<String> = Mutex::new(String::new());
-
-/// One reply line.
-#[derive(Serialize)]
-#[serde(untagged)]
-enum Reply {
-    Done {
-        /// `None` for a tokenising request, which has none.
-        case: Option<String>,
-        ok: bool,
-        trace: PathBuf,
-    },
-    Failed {
-        /// `None` when the line was too broken to name its case.
-        case: Option<String>,
-        ok: bool,
-        error: String,
-        kind: &'static str,
-    },
-}
-
 fn main() -> ExitCode {
-    std::panic::set_hook(Box::new(|info| {
-        let message = one_line(&info.to_string());
-        eprintln!("{message}");
-        *PANIC.lock().unwrap_or_else(PoisonError::into_inner) = message;
-    }));
+    dispatch::keep_panics();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match arguments.as_slice() {
         [] => serve(),
-        ["--version"] => say(&identity::Identity::of_this_build()),
+        ["--version"] => say(&identity::Version::of_this_build()),
         ["--once", file] => once(file),
         _ => Err(USAGE.to_owned()),
     };
@@ -79,7 +56,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Answers requests until stdin ends. A bad one costs its own reply and nothing else.
+/// Answers requests until stdin ends.
 fn serve() -> Result<(), String> {
     let mut session = Session::default();
     let mut stdin = std::io::stdin().lock();
@@ -103,44 +80,6 @@ fn once(file: &str) -> Result<(), String> {
     match answer(&line, &mut Session::default()) {
         Reply::Failed { error, kind, .. } => Err(format!("{kind}: {error}")),
         done => say(&done),
-    }
-}
-
-fn answer(line: &[u8], session: &mut Session) -> Reply {
-    let outcome = catch_unwind(AssertUnwindSafe(|| {
-        Ok(match request::parse(line)? {
-            Asked::Trace(request) => {
-                emit::emit(&request, session)?;
-                (Some(request.case.id), request.out)
-            }
-            Asked::Tokens(request) => {
-                tokenize::run(&request)?;
-                (None, request.out)
-            }
-            Asked::Calls(request) => {
-                call::run(&request)?;
-                (Some(request.case.id), request.out)
-            }
-        })
-    }))
-    .unwrap_or_else(|_| {
-        // What a panic left half done is not used again.
-        *session = Session::default();
-        let message = PANIC.lock().unwrap_or_else(PoisonError::into_inner);
-        Err(EmitError::Panic(message.clone()))
-    });
-    match outcome {
-        Ok((case, trace)) => Reply::Done {
-            case,
-            ok: true,
-            trace,
-        },
-        Err(error) => Reply::Failed {
-            case: request::case_id(line),
-            ok: false,
-            error: error.one_line(),
-            kind: error.kind(),
-        },
     }
 }
 

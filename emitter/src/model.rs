@@ -7,7 +7,7 @@ use candle_mi::{GenericTransformer, MIBackend, TransformerConfig};
 
 use crate::digest::{self, Stamp};
 use crate::error::EmitError;
-use crate::request::{ConfigReader, Precision};
+use crate::protocol::{ConfigReader, Precision};
 use crate::weights::{self, Weights, CONFIG};
 
 pub struct LoadedModel {
@@ -80,7 +80,7 @@ impl ModelCache {
                 // Freed before the next one is read: two large models may not fit beside each other.
                 drop(other);
                 let on = self.device(device)?;
-                (key, load(&files, precision.dtype(), reader, on)?)
+                (key, load(&files, dtype_of(precision), reader, on)?)
             }
         };
         Ok(&self.held.insert(held).1)
@@ -112,6 +112,14 @@ fn open_device(name: &str) -> Result<Device, EmitError> {
         })?;
     Device::new_cuda(ordinal)
         .map_err(|error| EmitError::Request(format!("device \"{name}\" cannot be opened: {error}")))
+}
+
+fn dtype_of(precision: Precision) -> DType {
+    match precision {
+        Precision::Float32 => DType::F32,
+        Precision::BFloat16 => DType::BF16,
+        Precision::Float16 => DType::F16,
+    }
 }
 
 fn load(

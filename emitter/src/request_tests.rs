@@ -1,11 +1,12 @@
 use serde_json::{json, Value};
 
-use super::{case_id, parse, Asked, ConfigReader, Edit, Precision, Request};
-use crate::tokenize::TokenizeRequest;
+use super::{case_id, parse, Asked};
+use crate::call_protocol::CALL_REQUEST;
+use crate::protocol::{ConfigReader, Edit, Precision, Request, TokenizeRequest, TRACE_REQUEST};
 
 fn good() -> Value {
     json!({
-        "format": super::FORMAT,
+        "format": TRACE_REQUEST,
         "case": {"id": "llama/hub/24", "digest": "00"},
         "model_dir": "/m", "tokens": [[1, 5, 7]], "captures": ["hook_embed"], "logits": true,
         "dtype": "bfloat16", "device": "cpu", "sae": null, "inputs": null, "sae_input": null,
@@ -221,7 +222,7 @@ fn an_edit_that_cannot_be_made_is_refused() {
 
 fn call_refusal(calls: Value) -> String {
     let value = json!({
-        "format": crate::call::REQUEST_FORMAT, "case": {"id": "calls", "digest": "00"},
+        "format": CALL_REQUEST, "case": {"id": "calls", "digest": "00"},
         "inputs": "/i.safetensors", "calls": calls, "out": "/o/a.json"
     });
     match parse(value.to_string().as_bytes()) {

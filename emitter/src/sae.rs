@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use candle_mi::sae::SparseAutoencoder;
-use serde::Serialize;
 
 use crate::digest::{self, Stamp};
 use crate::error::EmitError;
-use crate::request::SaeRequest;
+use crate::protocol::SaeRequest;
 use crate::tensor::Named;
+use crate::trace::Feature;
 
 /// How many of the active features a trace lists.
 const TOP: usize = 10;
@@ -112,12 +112,6 @@ fn load(wanted: &SaeRequest, files: &[PathBuf], device: &Device) -> Result<Loade
         sae,
         digest: digest::of_files(&digests),
     })
-}
-
-#[derive(Debug, Serialize)]
-pub struct Feature {
-    pub index: usize,
-    pub value: f64,
 }
 
 /// What a trace says of an SAE.

@@ -1,30 +1,18 @@
 //! Tokenising: what candle-mi's own tokenizer makes of texts, without a model.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_mi::MITokenizer;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::digest::{self, Stamp};
 use crate::error::{one_line, EmitError};
 use crate::identity::{CandleMi, Identity};
+use crate::protocol::TokenizeRequest;
 use crate::trace;
 
-pub const REQUEST_FORMAT: &str = "candle-mi-parity/tokenize/1";
 const FORMAT: &str = "candle-mi-parity/tokens/1";
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TokenizeRequest {
-    /// Checked before the rest (see [`crate::request::parse`]); kept so that the key is known.
-    #[serde(rename = "format")]
-    pub _format: String,
-    /// A `tokenizer.json`.
-    pub tokenizer: PathBuf,
-    pub texts: Vec<String>,
-    pub out: PathBuf,
-}
 
 /// The document at `out`; the lists run parallel to the request's texts. Nothing in it differs between two runs.
 #[derive(Serialize)]

@@ -10,8 +10,7 @@ use serde::Serialize;
 
 use crate::error::EmitError;
 use crate::identity::{CandleMi, Identity};
-use crate::request::Case;
-use crate::sae::Feature;
+use crate::protocol::Case;
 use crate::tensor::Encoded;
 
 pub const FORMAT: &str = "candle-mi-parity/trace/1";
@@ -121,6 +120,13 @@ impl<'a> Entry<'a> {
             key: values.is_none().then_some(&tensor.name),
         }
     }
+}
+
+/// An active feature of an SAE.
+#[derive(Debug, Serialize)]
+pub struct Feature {
+    pub index: usize,
+    pub value: f64,
 }
 
 /// A file that is being written: it takes its name only when whole, and leaves nothing behind when dropped before.

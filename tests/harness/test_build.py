@@ -1,17 +1,35 @@
-"""The build of a checkout: in part, and never an older text than the one that is there."""
+"""Building the emitter with a cargo that is put on: what is built, why it fails, and what is said meanwhile."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from candle_mi_parity.candidate import build as builder
-from candle_mi_parity.candidate.candidate import CandidateError, parse_candidate
-from tests.harness.test_candidate import write_crate
+from candle_mi_parity.candidate import cargo
+from candle_mi_parity.candidate.checkout import tree_digest
+from candle_mi_parity.candidate.plan import EMITTER, known_releases, lay_out, plan_of, with_real_downloader
+from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate
+
+Cargo = Callable[..., None]
+FINISHED = {"reason": "build-finished", "success": False}
+
+
+def write_crate(root: Path, name: str = "candle-mi", candle: str = "0.11", downloader: str = "0.12.3") -> Path:
+    (root / "src").mkdir(parents=True)
+    (root / "Cargo.toml").write_text(
+        f'[package]\nname = "{name}"\nversion = "9.9.9"\n[dependencies]\ncandle-core = "{candle}"\n'
+        f'hf-fetch-model = {{ version = "{downloader}", features = ["indicatif"] }}\n'
+    )
+    (root / "src" / "lib.rs").write_text("// a")
+    return root
 
 
 def committed(root: Path) -> str:
@@ -24,54 +42,209 @@ def committed(root: Path) -> str:
 
 
 @pytest.fixture
-def says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
-    """Put a rustc on PATH, and a cargo that fails with a text of its own."""
+def put(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cargo:
+    """Put a rustc on PATH, and a cargo that prints and fails."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
 
-    def put(said: str) -> None:
-        tools = tmp_path / "bin"
-        tools.mkdir()
-        for name, script in {"rustc": "echo rustc 9.9.9", "cargo": f'echo "error: {said}" >&2; exit 101'}.items():
-            (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+    def put(stderr: str, *messages: object, rustc: str = "echo rustc 9.9.9", before: str = "") -> None:
+        stdout = "\n".join(json.dumps(message) for message in messages)
+        script = f"{before}\ncat >&2 <<EOF\n{stderr}\nEOF\ncat <<'EOF'\n{stdout}\nEOF\nexit 101"
+        for name, text in {"rustc": rustc, "cargo": script}.items():
+            (tools / name).write_text(f"#!/bin/sh\n{text}\n")
             (tools / name).chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
 
     return put
 
 
+def fails(spec: str, cache: Path, said: list[str] | None = None) -> CandidateError:
+    said = [] if said is None else said
+    with pytest.raises(CandidateError) as caught:
+        builder.build(parse_candidate(spec), cache, said.append)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+# --- what is built --------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("told", ["0", "1", None])
 def test_a_checkout_alone_is_built_incrementally(
-    says: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: str | None
+    put: Cargo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: str | None
 ) -> None:
-    says("$* incremental=$CARGO_INCREMENTAL")
+    put("error: $* incremental=$CARGO_INCREMENTAL")
     if told is None:
         monkeypatch.delenv("CARGO_INCREMENTAL", raising=False)
     else:
         monkeypatch.setenv("CARGO_INCREMENTAL", told)
     specs = {f"path:{write_crate(tmp_path / 'crate')}": "1", "0.2.2": "0", committed(tmp_path / "repository"): "0"}
     for spec, incremental in specs.items():
-        with pytest.raises(CandidateError, match=f"--release .* incremental={incremental} "):
-            builder.build(parse_candidate(spec), tmp_path / "cache", lambda line: None)
+        assert re.search(f"--release .* incremental={incremental} ", str(fails(spec, tmp_path / "cache")))
 
 
-def test_what_cargo_knows_of_our_files_times_is_forgotten(says: Callable[[str], None], tmp_path: Path) -> None:
+def test_what_cargo_knows_of_our_files_times_is_forgotten(put: Cargo, tmp_path: Path) -> None:
     """A file put back with an old time, or written after the clock was set back, would pass for unchanged, and the
     build of before for this one."""
-    says("known: $(ls $CARGO_TARGET_DIR/release/.fingerprint | tr '\\n' ' ').")
+    put("error: known: $(ls $CARGO_TARGET_DIR/release/.fingerprint | tr '\\n' ' ').")
     known = tmp_path / "cache" / "target" / "candle-0.11" / "release" / ".fingerprint"
     for name in ("candle-mi-0a1b", "candle-core-2c3d", "parity-emitter-4e5f"):
         (known / name).mkdir(parents=True)
-    with pytest.raises(CandidateError, match=r"known: candle-core-2c3d candle-mi-0a1b \."):
-        builder.build(parse_candidate("0.2.2"), tmp_path / "cache", lambda line: None)
-    with pytest.raises(CandidateError, match=r"known: candle-core-2c3d \."):
-        builder.build(
-            parse_candidate(f"path:{write_crate(tmp_path / 'crate')}"), tmp_path / "cache", lambda line: None
-        )
+    assert "known: candle-core-2c3d candle-mi-0a1b ." in str(fails("0.2.2", tmp_path / "cache"))
+    checkout = f"path:{write_crate(tmp_path / 'crate')}"
+    assert "known: candle-core-2c3d ." in str(fails(checkout, tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("release", sorted(lock.stem for lock in (builder.EMITTER / "locks").glob("*.lock")))
-def test_a_release_is_built_from_its_lock(says: Callable[[str], None], tmp_path: Path, release: str) -> None:
-    says("$*")
-    with pytest.raises(CandidateError, match=r"build --release .* --locked "):
-        builder.build(parse_candidate(release), tmp_path / "cache", lambda line: None)
+@pytest.mark.parametrize("release", known_releases())
+def test_a_release_is_built_from_its_lock(put: Cargo, tmp_path: Path, release: str) -> None:
+    put("error: $*")
+    assert re.search(r"build --release .* --locked ", str(fails(release, tmp_path / "cache")))
     (lock,) = (tmp_path / "cache" / "crates").glob("*/Cargo.lock")
-    assert lock.read_bytes() == (builder.EMITTER / "locks" / f"{release}.lock").read_bytes()
+    assert lock.read_bytes() == (EMITTER / "locks" / f"{release}.lock").read_bytes()
+
+
+def test_the_digest_of_a_tree_sees_sources_only(tmp_path: Path) -> None:
+    crate = write_crate(tmp_path / "c")
+    before = tree_digest(crate)
+    (crate / "target").mkdir()
+    (crate / "target" / "CACHEDIR.TAG").write_text("")
+    (crate / "target" / "x.rs").write_text("// out")
+    (crate / "notes.md").write_text("a")
+    assert tree_digest(crate) == before
+    (crate / "src" / "lib.rs").write_text("// b")
+    assert tree_digest(crate) != before
+
+
+# --- the stand-in for the downloader --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "version"),
+    [
+        ("0.12.3", "0.12.999"),
+        ("^0.9", "0.9.999"),
+        (">=0.10.7, <0.11", "0.10.999"),
+        ("=0.12.6", "0.12.6"),
+        ("*", None),
+    ],
+)
+def test_the_stand_in_has_a_version_that_the_checkout_accepts(
+    tmp_path: Path, asked: str, version: str | None
+) -> None:
+    crate = write_crate(tmp_path / "crate", downloader=asked)
+    plan = plan_of(parse_candidate(f"path:{crate}"), tmp_path)
+    assert plan.downloader == version
+    lay_out(tmp_path / "made", plan, tmp_path / "cache")
+    patch = tomllib.loads((tmp_path / "made" / "Cargo.toml").read_text())["patch"]["crates-io"]
+    if version is None:
+        assert patch == {}
+    else:
+        stand_in = tomllib.loads((Path(patch["hf-fetch-model"]["path"]) / "Cargo.toml").read_text())["package"]
+        assert (stand_in["name"], stand_in["version"]) == ("hf-fetch-model", version)
+
+
+@pytest.mark.parametrize("release", known_releases())
+def test_the_lock_of_a_release_names_the_stand_in(tmp_path: Path, release: str) -> None:
+    plan = plan_of(parse_candidate(release), tmp_path)
+    locked = {one["name"]: one for one in tomllib.loads(plan.lock.decode())["package"]}["hf-fetch-model"]
+    assert plan.locked and locked == {"name": "hf-fetch-model", "version": plan.downloader}
+
+
+def test_a_checkout_that_asks_more_of_the_downloader_gets_the_real_one(put: Cargo, tmp_path: Path) -> None:
+    error = {"level": "error", "message": "cannot find function `x` in crate `hf_fetch_model`", "spans": []}
+    message = {"reason": "compiler-message", "message": error | {"rendered": error["message"]}}
+    put("$(grep -c ^hf-fetch-model $4)", message, FINISHED)
+    said: list[str] = []
+    told = str(fails(f"path:{write_crate(tmp_path / 'crate')}", tmp_path / "cache", said))
+    assert "does not compile: error: cannot find function" in told
+    assert [line for line in said if "building the real hf-fetch-model" in line]
+    assert Path(told.rpartition("full log: ")[2].rstrip(")")).read_text().startswith("0\n"), (
+        "no patch the second time"
+    )
+    plan = plan_of(parse_candidate("0.2.2"), tmp_path)
+    assert with_real_downloader(with_real_downloader(plan)) == with_real_downloader(plan) != plan
+
+
+# --- why there is none ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "candle"), [("other", "0.11"), ("candle-mi", "*")])
+def test_a_path_must_hold_candle_mi(tmp_path: Path, name: str, candle: str) -> None:
+    crate = write_crate(tmp_path / "c", name, candle)
+    assert "Cargo.toml of " in str(fails(f"path:{crate}", tmp_path))
+    assert "no Cargo.toml" in str(fails(f"path:{tmp_path}", tmp_path))
+
+
+def test_no_rust_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert re.search(r"on PATH.*cargo.*stored:", str(fails("0.2.2", tmp_path)))
+
+
+def test_a_rustc_that_does_not_run_is_quoted(put: Cargo, tmp_path: Path) -> None:
+    put("", rustc="echo 'error: no default toolchain' >&2; echo '  13: <unknown>' >&2; exit 1")
+    assert str(fails("0.2.2", tmp_path)) == "rustc -V failed: error: no default toolchain"
+
+
+def test_a_fault_of_cargo_is_one_line_with_its_cause(put: Cargo, tmp_path: Path) -> None:
+    put("    Updating index\nerror: failed to load the manifest\n\nCaused by:\n  no such file")
+    said: list[str] = []
+    told = str(fails("0.2.2", tmp_path / "cache", said))
+    assert "error: failed to load the manifest: no such file" in told
+    log = Path(told.rpartition("full log: ")[2].rstrip(")"))
+    assert "Updating index" in log.read_text()
+    assert any("Updating" in line for line in said)
+
+
+def test_a_release_that_is_not_there_lists_those_that_are(put: Cargo, tmp_path: Path) -> None:
+    unknown = 'error: failed to select a version for the requirement `candle-mi = "=0.9.9"`'
+    put(f"{unknown}\ncandidate versions found which didn't match: 0.2.2, 0.2.1, ...".replace("`", "\\`"))
+    assert str(fails("0.9.9", tmp_path)) == "no candle-mi 0.9.9; known releases: 0.2.2, 0.2.1, ..."
+    put(unknown.replace("`", "\\`"))
+    assert str(fails("0.9.9", tmp_path)).endswith("known releases: 0.2.2, 0.1.24, 0.1.10, 0.1.6")
+
+
+DOWNLOAD = "error: failed to download from \\`https://example.org\\`\n\nCaused by:\n  [7] Could not connect to server"
+
+
+def test_without_network_nothing_is_known_against_the_candidate(put: Cargo, tmp_path: Path) -> None:
+    put(DOWNLOAD)
+    assert isinstance(fails("0.2.2", tmp_path), OutOfReachError)
+    put(DOWNLOAD, FINISHED)  # it came to compiling, so what is said of downloads is no reason
+    assert not isinstance(fails("0.2.2", tmp_path), OutOfReachError)
+
+
+def test_what_does_not_compile_is_told_with_its_place(put: Cargo, tmp_path: Path) -> None:
+    spans = [
+        {"file_name": "src/a.rs", "line_start": 1, "column_start": 1, "is_primary": False},
+        {"file_name": "src/lib.rs", "line_start": 12, "column_start": 5, "is_primary": True},
+    ]
+    error = {
+        "level": "error",
+        "message": "mismatched types",
+        "spans": spans,
+        "rendered": "error: …\n --> src/lib.rs\n",
+    }
+    warning = {**error, "level": "warning", "message": "unused"}
+    messages = [{"reason": "compiler-message", "message": one} for one in (warning, error)]
+    put("   Compiling hf-fetch-model v0.12.999\nerror: could not compile", *messages, "not a message", FINISHED)
+    said: list[str] = []
+    told = str(fails(f"path:{write_crate(tmp_path / 'crate')}", tmp_path / "cache", said))
+    assert not [line for line in said if "the real hf-fetch-model" in line]
+    assert "crate does not compile: src/lib.rs:12:5: error: mismatched types (full log: " in told
+    assert " --> src/lib.rs" in Path(told.rpartition("full log: ")[2].rstrip(")")).read_text()
+
+
+# --- what is said meanwhile -----------------------------------------------------------------------
+
+
+def test_progress_says_which_crates_and_how_many(put: Cargo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cargo, "HEARTBEAT_SECONDS", 0.2)
+    bar = "printf '   Compiling a v1\\n    Building [=> ] 3/177: a, b   \\r    Building [=> ] 3/177: a, b   \\r' >&2"
+    put("error: x", before=f"{bar}; sleep 1; printf '    Building [==>] 4/177: b   \\r' >&2")
+    said: list[str] = []
+    told = str(fails("0.2.2", tmp_path / "cache", said))
+    steps = [line for line in said if "step" in line]
+    assert steps[0] == "cargo: step 3 of 177: a, b" and steps[-1] == "cargo: step 4 of 177: b"
+    assert 3 <= len(steps) <= 8, "said again while cargo is silent, and not for each state of its bar"
+    log = Path(told.rpartition("full log: ")[2].rstrip(")")).read_text()
+    assert "Compiling a v1" in log and "Building" not in log

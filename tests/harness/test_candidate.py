@@ -1,8 +1,8 @@
-"""The candidate's side of the harness: spellings, an emitter that lies, and builds that fail."""
+"""The candidate's side of the harness: spellings, and an emitter that lies."""
 
 from __future__ import annotations
 
-import os
+import re
 import stat
 import sys
 import textwrap
@@ -12,14 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.candidate import build as builder
-from candle_mi_parity.candidate.candidate import (
-    CandidateError,
-    EmitterError,
-    EmitterProcess,
-    parse_candidate,
-    stored_dir,
-)
+from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
+from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate, stored_dir
 
 # --- spelling -------------------------------------------------------------------------------------
 
@@ -64,6 +58,22 @@ def test_an_unknown_spelling_lists_the_accepted_ones(spec: str) -> None:
     assert "\n" not in message
     for form in ("0.2.2", "path:DIR", "git:URL@REV", "stored:VERSION_OR_DIR"):
         assert form in message
+
+
+@pytest.mark.parametrize(
+    ("spec", "meant"),
+    [
+        ("../candle-mi", "path:../candle-mi"),
+        ("/src/candle-mi", "path:/src/candle-mi"),
+        ("~/candle-mi", "path:~/candle-mi"),
+        ("src/candle-mi", "path:src/candle-mi"),
+        ("v0.2.2", "0.2.2"),
+        ("https://example.org/candle-mi", "git:https://example.org/candle-mi@main"),
+    ],
+)
+def test_what_was_probably_meant_is_said(spec: str, meant: str) -> None:
+    with pytest.raises(CandidateError, match=re.escape(f"did you mean {meant}?")):
+        parse_candidate(spec)
 
 
 def test_stored_versions_lie_in_rust_outputs(tmp_path: Path) -> None:
@@ -211,67 +221,3 @@ def test_no_binary_is_one_error(tmp_path: Path) -> None:
 def test_what_json_cannot_say_is_not_sent(fake: Fake, tmp_path: Path) -> None:
     with EmitterProcess(fake(GOOD)) as emitter:
         assert fails(emitter, ask(tmp_path / "o.json", factor=float("nan"))).kind == "request"
-
-
-# --- building, without a compiler -----------------------------------------------------------------
-
-
-def write_crate(root: Path, name: str = "candle-mi", candle: str = "0.11") -> Path:
-    (root / "src").mkdir(parents=True)
-    (root / "Cargo.toml").write_text(
-        f'[package]\nname = "{name}"\nversion = "9.9.9"\n[dependencies]\ncandle-core = "{candle}"\n'
-    )
-    (root / "src" / "lib.rs").write_text("// a")
-    return root
-
-
-def test_the_digest_of_a_tree_sees_sources_only(tmp_path: Path) -> None:
-    crate = write_crate(tmp_path / "c")
-    before = builder.tree_digest(crate)
-    (crate / "target").mkdir()
-    (crate / "target" / "CACHEDIR.TAG").write_text("")
-    (crate / "target" / "x.rs").write_text("// out")
-    (crate / "notes.md").write_text("a")
-    assert builder.tree_digest(crate) == before
-    (crate / "src" / "lib.rs").write_text("// b")
-    assert builder.tree_digest(crate) != before
-
-
-@pytest.mark.parametrize(("name", "candle"), [("other", "0.11"), ("candle-mi", "*")])
-def test_a_path_must_hold_candle_mi(tmp_path: Path, name: str, candle: str) -> None:
-    crate = write_crate(tmp_path / "c", name, candle)
-    with pytest.raises(CandidateError, match=r"Cargo\.toml of "):
-        builder.build(parse_candidate(f"path:{crate}"), tmp_path, print)
-    with pytest.raises(CandidateError, match=r"no Cargo\.toml"):
-        builder.build(parse_candidate(f"path:{tmp_path}"), tmp_path, print)
-
-
-def test_no_rust_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(CandidateError, match=r"on PATH.*cargo.*stored:") as caught:
-        builder.build(parse_candidate("0.2.2"), tmp_path, print)
-    assert "\n" not in str(caught.value)
-
-
-def test_cargo_failures_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name, script in {
-        "rustc": "echo rustc 9.9.9",
-        "cargo": (
-            "echo '    Updating index' >&2; echo 'error: failed to get serde' >&2; echo >&2; "
-            "echo 'Caused by:' >&2; echo '  could not resolve host' >&2; exit 101"
-        ),
-    }.items():
-        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tools / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}/bin{os.pathsep}/usr/bin")
-    said: list[str] = []
-    with pytest.raises(CandidateError) as caught:
-        builder.build(parse_candidate("0.2.2"), tmp_path / "cache", said.append)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "error: failed to get serde: could not resolve host" in message
-    log = Path(message.rpartition("full log: ")[2].rstrip(")"))
-    assert "Updating index" in log.read_text()
-    assert any("Updating" in line for line in said)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from candle_mi_parity.candidate.build import build
-from candle_mi_parity.candidate.candidate import parse_candidate
+from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.coverage.census import take_census
 from candle_mi_parity.coverage.census_models import hub_rotary, mapped_classes
 from candle_mi_parity.coverage.census_record import STORED, Census, Entry, read_census

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from candle_mi_parity.candidate.candidate import EmitterError
+from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import NothingOpen
 from candle_mi_parity.compare.align import ENDLESS, SAME, common, figure_distance, tensor_distance
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Row

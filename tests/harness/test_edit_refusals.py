@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from candle_mi_parity.candidate.build import build
-from candle_mi_parity.candidate.candidate import EmitterError, EmitterProcess, parse_candidate
+from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.sources import request
+from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.pytest_plugin import missing_tool
 from candle_mi_parity.spec.paths import cache_root
 from tests.support.planting import real

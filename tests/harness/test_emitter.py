@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.build import build
-from candle_mi_parity.candidate.candidate import EmitterError, EmitterProcess, parse_candidate
+from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
+from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.spec.paths import cache_root
 
 WIDTH = 16

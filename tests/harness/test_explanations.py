@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from candle_mi_parity.candidate.candidate import EmitterError
+from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.compare.verdict import Explained
 from candle_mi_parity.errors import ExplanationError
 from candle_mi_parity.judge.hypotheses import hypotheses

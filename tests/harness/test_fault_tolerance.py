@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from candle_mi_parity.candidate import sources
-from candle_mi_parity.candidate.build import build
-from candle_mi_parity.candidate.candidate import BuiltEmitter, parse_candidate
+from candle_mi_parity.candidate.build import BuiltEmitter, build
 from candle_mi_parity.candidate.sources import LiveSource, Source, open_source
+from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.files.cache import publish
 from candle_mi_parity.files.json_out import ReportError, write_text

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
-from candle_mi_parity.candidate.build import EMITTER
+from candle_mi_parity.candidate.plan import EMITTER
 from candle_mi_parity.cli.cli import app
 from candle_mi_parity.spec.paths import ROOT
 
@@ -24,7 +25,7 @@ WORKFLOWS = {
 
 def unlocked(packages: list[dict[str, Any]]) -> list[str]:
     """Crates that do not come from a registry with a checksum, or come from a second registry."""
-    theirs = [one for one in packages if one["name"] != "parity-emitter"]
+    theirs = [one for one in packages if one["name"] not in ("parity-emitter", "hf-fetch-model")]
     locked = [
         one for one in theirs if str(one.get("source")).startswith("registry+") and len(one.get("checksum", "")) == 64
     ]
@@ -45,14 +46,34 @@ def test_every_crate_is_locked_by_checksum_to_one_registry(lock: Path) -> None:
         assert unlocked([*found, found[0] | {"name": "a"} | change]) != []
 
 
-def test_every_python_package_is_the_pinned_one() -> None:
+PIN = re.compile(r"^([a-z0-9-]+)==(\S+)( ; [^\\\n]+)?((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n", re.MULTILINE)
+
+
+def pinned(text: str) -> dict[str, str]:
+    """The versions of a lock in which every package has hashes, and nothing else stands."""
+    assert PIN.sub("", text) == "", "a line that is neither a pin nor a hash"
+    return {name: version for name, version, _, _ in PIN.findall(text)}
+
+
+def test_every_python_package_is_the_pinned_one_and_the_lock_fulfils_what_is_asked() -> None:
     def spelt(name: str) -> str:
         return re.sub(r"[-_.]+", "-", name).lower()
 
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line.strip())
+    pins = pinned((ROOT / "requirements.lock").read_text(encoding="utf-8"))
     installed = {spelt(one.name): one.version for one in distributions() if one.name != "candle-mi-parity"}
     assert len(installed) > 50
-    assert installed.items() <= {spelt(name): version for name, version in pins.items()}.items()
+    assert installed.items() <= pins.items()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for asked in map(Requirement, project["dependencies"] + project["optional-dependencies"]["dev"]):
+        assert asked.specifier.contains(pins[spelt(asked.name)]), f"{asked}: run make lock"
+
+
+@pytest.mark.parametrize("line", ["a==1.0\n", "--index-url https://example.org/\n", "# a comment\n"])
+def test_a_line_of_the_lock_without_a_hash_is_seen(line: str) -> None:
+    good = "a==1.0 ; sys_platform == 'linux' \\\n    --hash=sha256:" + "0" * 64 + "\n"
+    assert pinned(good) == {"a": "1.0"}
+    with pytest.raises(AssertionError):
+        pinned(good + line)
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

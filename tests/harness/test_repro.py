@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.candidate.candidate import Candidate, parse_candidate
+from candle_mi_parity.candidate.spelling import Candidate, parse_candidate
 from candle_mi_parity.repro.command import repro
 from candle_mi_parity.repro.prove import Outcome, prove, read_outcomes
 from candle_mi_parity.repro.reductions import STEPS

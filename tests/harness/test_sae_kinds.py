@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from candle_mi_parity.candidate.candidate import EmitterError
+from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import NothingOpen, Source
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import check_header

@@ -41,7 +41,7 @@ COMMAND = """
 import json
 from pathlib import Path
 from candle_mi_parity.candidate import sources
-from candle_mi_parity.candidate.candidate import BuiltEmitter
+from candle_mi_parity.candidate.build import BuiltEmitter
 from candle_mi_parity.cli.cli import main
 
 identity = json.loads(Path({identity!r}).read_text())

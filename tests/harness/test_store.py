@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from candle_mi_parity.candidate.candidate import CandidateError, EmitterError
+from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import NothingOpen, StoredSource
+from candle_mi_parity.candidate.spelling import CandidateError
 from candle_mi_parity.candidate.store import StoringSource, store_trace, stored_selection
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import compare

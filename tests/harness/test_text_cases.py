@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from candle_mi_parity.candidate.candidate import EmitterError, EmitterProcess
+from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.sources import NothingOpen, Source, StoredSource
 from candle_mi_parity.candidate.store import StoringSource, store_text_ids
 from candle_mi_parity.candidate.tokens import TextIds, text_ids

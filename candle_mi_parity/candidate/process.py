@@ -1,9 +1,6 @@
-"""The candidate: which candle-mi is on trial, and the emitter process that runs it.
+"""The emitter as a process: it is kept at arm's length.
 
-A candidate is spelt ``0.2.2``, ``path:DIR``, ``git:URL@REV`` or ``stored:VERSION_OR_DIR``. The first three
-are built by :mod:`candle_mi_parity.candidate.build`; the last one is traces that were emitted earlier and needs no
-Rust. The emitter is kept at arm's length: it may crash, hang or answer nonsense, and each of those costs
-the case at hand and nothing else.
+It may crash, hang or answer nonsense, and each of those costs the case at hand and nothing else.
 """
 
 from __future__ import annotations
@@ -12,37 +9,20 @@ import contextlib
 import json
 import os
 import queue
-import re
 import signal
 import subprocess
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal, Self
+from typing import IO, Self
 
 from candle_mi_parity.errors import ParityError
 
-Kind = Literal["version", "path", "git", "stored", "torch"]
-
-ACCEPTED = "a version such as 0.2.2, path:DIR, git:URL@REV stored:VERSION_OR_DIR, or torch (float32, the control)"
-
-_VERSION = re.compile(r"\d+\.\d+\.\d+(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?")
-
 # How long a killed process is waited for before it is left to the system.
 _REAP_SECONDS = 5.0
-
-
-class CandidateError(ParityError):
-    """The candidate is misspelt, absent or cannot be built."""
-
-
-class OutOfReachError(CandidateError):
-    """What the candidate needs lies outside this suite and is not there (network, GPU, nvcc): nothing is known
-    against it, and a run ends INCONCLUSIVE. The text says what is missing and the remedy."""
 
 
 class EmitterError(ParityError):
@@ -56,70 +36,6 @@ class EmitterError(ParityError):
         super().__init__(f"{kind}: {message}")
         self.kind = kind
         self.message = message
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A candidate as the user spelt it.
-
-    ``target`` is the version, the directory or the URL; ``revision`` is given for ``git`` only, as spelt
-    and not yet resolved to a commit.
-    """
-
-    spec: str
-    kind: Kind
-    label: str
-    target: str
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
-class BuiltEmitter:
-    """An emitter that can be run, and what it says of itself (``parity-emitter --version``)."""
-
-    path: Path
-    identity: dict[str, object]
-
-
-def parse_candidate(spec: str) -> Candidate:
-    """Read a candidate's spelling; whether it exists is found out when it is used.
-
-    Raises :class:`CandidateError` with one line that lists the accepted forms.
-    """
-    text = spec.strip()
-    if _VERSION.fullmatch(text):
-        return Candidate(text, "version", f"candle-mi {text}", text)
-    if text == "torch":
-        return Candidate(text, "torch", "torch float32", text)
-    form, _, rest = text.partition(":")
-    if form == "path" and rest:
-        return Candidate(text, "path", f"candle-mi in {rest}", rest)
-    if form == "stored" and rest:
-        return Candidate(text, "stored", f"candle-mi {rest} (stored)", rest)
-    if form == "git":
-        # The last @: a URL may hold one of its own (git@host:…).
-        url, _, revision = rest.rpartition("@")
-        # A leading dash would be read as an option by git.
-        if url and revision and not url.startswith("-") and not revision.startswith("-"):
-            return Candidate(text, "git", f"candle-mi at {revision[:12]}", url, revision)
-    raise CandidateError(f"unknown candidate {spec!r}: expected {ACCEPTED}")
-
-
-def stored_dir(candidate: Candidate, repo_root: Path) -> Path:
-    """The directory that holds the traces of a ``stored:`` candidate.
-
-    A version names ``rust_outputs/<version>``; anything else is a directory, relative to the current one.
-    Raises :class:`CandidateError` where there is none.
-    """
-    if candidate.kind != "stored":
-        raise CandidateError(f"{candidate.spec} is not stored: it has to be built and run")
-    root = repo_root / "rust_outputs"
-    is_version = _VERSION.fullmatch(candidate.target) is not None
-    found = root / candidate.target if is_version else Path(candidate.target).expanduser()
-    if found.is_dir():
-        return found
-    held = sorted(entry.name for entry in root.glob("*") if entry.is_dir() and _VERSION.fullmatch(entry.name))
-    raise CandidateError(f"no stored traces at {found}; stored versions: {', '.join(held) or 'none'}")
 
 
 class _Pipes:

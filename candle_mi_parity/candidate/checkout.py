@@ -1,0 +1,87 @@
+"""The source of a candidate that is no release: what a directory holds, and which commit a revision means."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock
+
+from candle_mi_parity.candidate.spelling import Candidate, CandidateError, OutOfReachError
+from candle_mi_parity.files import atomic as durable
+
+
+def tree_digest(directory: Path) -> str:
+    """SHA-256 over the names and contents of a crate's ``.rs`` and ``.toml`` files, without build outputs."""
+    digest = hashlib.sha256()
+    root = directory.expanduser()
+    for path in sorted(_source_files(root), key=lambda path: path.relative_to(root).as_posix()):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(root).as_posix()}:{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _source_files(root: Path) -> Iterator[Path]:
+    for directory, folders, files in os.walk(root):
+        # CACHEDIR.TAG marks cargo's output under whatever name.
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not (Path(directory) / name / "CACHEDIR.TAG").exists()
+        ]
+        for name in files:
+            path = Path(directory) / name
+            if path.suffix in {".rs", ".toml"} and path.is_file():
+                yield path
+
+
+def fetch(candidate: Candidate, cache: Path) -> tuple[str, str]:
+    """The commit that a ``git:`` candidate means, and the text of its ``Cargo.toml``.
+
+    :raises OutOfReachError: the repository cannot be cloned or updated.
+    :raises CandidateError: there is no git, no such revision, or no ``Cargo.toml`` in it.
+    """
+    mirror = cache / "git" / hashlib.sha256(candidate.target.encode()).hexdigest()[:16]
+    mirror.parent.mkdir(parents=True, exist_ok=True)
+    revision = candidate.revision or ""
+    # A private repository is an error, not a question that no one sees.
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+
+    def git(*arguments: str, failing: type[CandidateError] = CandidateError, remedy: str = "") -> str:
+        try:
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, env=environment)
+        except FileNotFoundError:
+            raise CandidateError("git is not on PATH: install it, or use path:DIR") from None
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise failing(f"{candidate.spec}: git says: {reason}{remedy}")
+        return done.stdout.strip()
+
+    def git_remote(*arguments: str) -> None:
+        remedy = "; check the network and the URL, or use path:DIR"
+        git(*arguments, failing=OutOfReachError, remedy=remedy)
+
+    with FileLock(mirror.with_suffix(".lock")):
+        if not mirror.is_dir():
+            partial = mirror.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            git_remote("clone", "--quiet", "--mirror", "--", candidate.target, str(partial))
+            durable.put(partial, mirror)
+        else:
+            # A branch moves; a full commit that is there needs no network.
+            known = re.fullmatch(r"[0-9a-f]{40}", revision) and (
+                subprocess.run(
+                    ["git", "-C", str(mirror), "cat-file", "-e", revision], capture_output=True, check=False
+                ).returncode
+                == 0
+            )
+            if not known:
+                git_remote("-C", str(mirror), "remote", "update", "--prune")
+        commit = git("-C", str(mirror), "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
+        commit = commit.splitlines()[-1]
+        return commit, git("-C", str(mirror), "show", f"{commit}:Cargo.toml")

@@ -1,0 +1,229 @@
+"""What is built for a candidate: which candle-mi, on which candle, from which lock, with which downloader.
+
+A plan becomes a crate on disk (:func:`lay_out`): the emitter's source with a manifest of its own. candle-mi's
+downloader, hf-fetch-model, is replaced by the stand-in in ``emitter/hf-fetch-model``, because the emitter never
+downloads anything and half of all crates are there for the network; candle-mi itself stays as it is published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from candle_mi_parity.candidate.checkout import fetch, tree_digest
+from candle_mi_parity.candidate.spelling import Candidate, CandidateError
+from candle_mi_parity.files.atomic import write_text
+
+EMITTER = Path(__file__).parents[2] / "emitter"
+DOWNLOADER = "hf-fetch-model"
+
+# The first release on each pair of candle and hf-fetch-model, newest first.
+_DEPENDENCIES = (
+    ((0, 1, 24), "0.11", "0.12"),
+    ((0, 1, 20), "0.11", "0.11"),
+    ((0, 1, 19), "0.11", "0.10"),
+    ((0, 1, 11), "0.9", "0.10"),
+    ((0, 1, 5), "0.9", "0.9"),
+    ((0, 0, 0), "0.9", "0.7"),
+)
+
+# A committed lock per candle that a candidate without one of its own starts from: the versions that the
+# released candidate was tried with, rather than whatever is newest today.
+_SEED_LOCK = {"0.9": "0.1.10.lock", "0.11": "0.2.2.lock"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides what will be built.
+
+    :ivar manifest: the emitter's ``Cargo.toml``; it names the stand-in by the path that it has beside the emitter.
+    :ivar locked: whether ``lock`` is this very candidate's.
+    :ivar candle: the series, such as ``0.11``.
+    :ivar downloader: the version that the stand-in takes; ``None`` where the real downloader is built.
+    """
+
+    manifest: str
+    lock: bytes
+    locked: bool
+    candle: str
+    downloader: str | None
+    tree_digest: str | None
+    revision: str | None
+
+
+def plan_of(candidate: Candidate, cache: Path) -> Plan:
+    """Decide what to build.
+
+    :raises CandidateError: there is no candle-mi where the candidate says.
+    """
+    digest = revision = None
+    if candidate.kind == "version":
+        source = f'version = "={candidate.target}"'
+        candle, downloader = _dependencies_of(candidate.target)
+        requirement = candle
+    elif candidate.kind == "path":
+        directory = Path(candidate.target).expanduser().resolve()
+        if not (directory / "Cargo.toml").is_file():
+            raise CandidateError(f"no Cargo.toml in {directory}: path: takes a checkout of candle-mi")
+        # A JSON string is a TOML basic string: quotes and backslashes in a path survive.
+        source = f"path = {json.dumps(str(directory))}"
+        text = (directory / "Cargo.toml").read_text(encoding="utf-8")
+        requirement, candle, downloader = _read_manifest(text, str(directory))
+        digest = tree_digest(directory)
+    else:
+        revision, text = fetch(candidate, cache)
+        source = f'git = {json.dumps(candidate.target)}, rev = "{revision}"'
+        requirement, candle, downloader = _read_manifest(text, candidate.spec)
+    lock = EMITTER / "locks" / f"{candidate.target}.lock"
+    locked = candidate.kind == "version" and lock.is_file()
+    if not locked:
+        lock = EMITTER / "locks" / _SEED_LOCK.get(candle, "none")
+    plan = Plan(
+        manifest=_manifest(source, requirement),
+        lock=lock.read_bytes() if lock.is_file() else b"",
+        locked=locked,
+        candle=candle,
+        downloader=downloader,
+        tree_digest=digest,
+        revision=revision,
+    )
+    return plan if downloader else with_real_downloader(plan)
+
+
+def with_real_downloader(plan: Plan) -> Plan:
+    """The same without the stand-in."""
+    if plan.downloader is None:
+        return plan
+    return replace(plan, manifest=_with_line(plan.manifest, DOWNLOADER, ""), downloader=None)
+
+
+def known_releases() -> list[str]:
+    """The releases that have a lock of their own, oldest first."""
+    return sorted((path.stem for path in (EMITTER / "locks").glob("*.lock")), key=_numbers)
+
+
+def emitter_sources() -> list[Path]:
+    """The files that every candidate's emitter is made of."""
+    return [EMITTER / "build.rs", *sorted((EMITTER / "src").rglob("*.rs"))]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.split(r"[-+]", version)[0].split("."))
+
+
+def _dependencies_of(version: str) -> tuple[str, str]:
+    """The series of candle and the version of the stand-in that a release takes."""
+    numbers = _numbers(version)
+    candle, series = next((candle, series) for first, candle, series in _DEPENDENCIES if numbers >= first)
+    return candle, _stand_in_version(series)
+
+
+def _stand_in_version(requirement: str) -> str:
+    """A version that a requirement such as ``0.12.3`` accepts, whichever patch release it asks for."""
+    found = re.match(r"\s*(=?)[\^~>=]*\s*(\d+\.\d+)(\.\d+)?", requirement)
+    if found is None:
+        return ""
+    exactly, series, patch = found.groups()
+    return f"{series}{patch or '.0'}" if exactly else f"{series}.999"
+
+
+def _read_manifest(manifest: str, where: str) -> tuple[str, str, str]:
+    """The candle-core requirement of a candle-mi manifest, its series (``0.11``), and the stand-in's version."""
+    try:
+        parsed = tomllib.loads(manifest)
+    except tomllib.TOMLDecodeError as error:
+        raise CandidateError(f"Cargo.toml of {where} is not TOML: {error}") from error
+    name = parsed.get("package", {}).get("name")
+    if name != "candle-mi":
+        raise CandidateError(f"Cargo.toml of {where} is of package {name!r}, expected candle-mi")
+    requirement = _requirement(parsed, "candle-core")
+    found = re.search(r"\d+\.\d+", requirement)
+    if found is None:
+        raise CandidateError(f"Cargo.toml of {where} names no candle-core version")
+    return requirement, found.group(), _stand_in_version(_requirement(parsed, DOWNLOADER))
+
+
+def _requirement(manifest: dict[str, object], dependency: str) -> str:
+    dependencies = manifest.get("dependencies")
+    entry = dependencies.get(dependency) if isinstance(dependencies, dict) else None
+    requirement = entry.get("version") if isinstance(entry, dict) else entry
+    return requirement if isinstance(requirement, str) else ""
+
+
+def _manifest(source: str, candle: str) -> str:
+    """The emitter's manifest with its three candle lines turned to the candidate."""
+    text = (EMITTER / "Cargo.toml").read_text(encoding="utf-8")
+    plain = f'{{ version = "{candle}", default-features = false }}'
+    for name, value in {
+        "candle-mi": f'{{ {source}, default-features = false, features = ["transformer", "sae"] }}',
+        "candle-core": plain,
+        "candle-nn": plain,
+    }.items():
+        text = _with_line(text, name, f"{name} = {value}")
+    return text
+
+
+def _with_line(manifest: str, name: str, line: str) -> str:
+    """A manifest with the line of ``name`` replaced."""
+    # Not re.sub: a path may hold backslashes, which it would read as escapes.
+    before, found, rest = manifest.partition(f"\n{name} = ")
+    if not found:
+        raise CandidateError(f"emitter/Cargo.toml has no line for {name}")
+    return f"{before}\n{line}\n{rest.partition(chr(10))[2]}"
+
+
+# --- on disk --------------------------------------------------------------------------------------
+
+
+def lay_out(crate: Path, plan: Plan, cache: Path) -> None:
+    """Write the crate of a plan anew, also where it is already right.
+
+    The target directory is shared, and cargo tells two crates of one name and version apart by their files' times
+    alone: with an old time, what another candidate left there would pass for this one's.
+    """
+    (crate / "src").mkdir(parents=True, exist_ok=True)
+    text = plan.manifest
+    if plan.downloader is not None:
+        place = f"{DOWNLOADER} = {{ path = {json.dumps(str(_stand_in(plan.downloader, cache)))} }}"
+        text = _with_line(text, DOWNLOADER, place)
+    manifest, lock = crate / "Cargo.toml", crate / "Cargo.lock"
+    # A lock that cargo resolved for this very manifest is kept: resolving again would need the network.
+    resolved = manifest.is_file() and manifest.read_text(encoding="utf-8") == text and lock.is_file()
+    if plan.locked or not resolved:
+        if plan.lock:
+            lock.write_bytes(plan.lock)
+        else:
+            lock.unlink(missing_ok=True)
+    if lock.is_file():
+        os.utime(lock)
+    sources = {path.relative_to(EMITTER): path for path in emitter_sources()}
+    for stale in (crate / "src").rglob("*.rs"):
+        if stale.relative_to(crate) not in sources:
+            stale.unlink()
+    for relative, path in sources.items():
+        (crate / relative).parent.mkdir(parents=True, exist_ok=True)
+        (crate / relative).write_bytes(path.read_bytes())
+    manifest.write_bytes(text.encode())
+
+
+def stand_in_files(version: str) -> dict[str, str]:
+    """The stand-in for the downloader as a crate of some version: path and text of each file."""
+    home = EMITTER / DOWNLOADER
+    manifest = _with_line((home / "Cargo.toml").read_text(encoding="utf-8"), "version", f'version = "{version}"')
+    return {"Cargo.toml": manifest, "src/lib.rs": (home / "src" / "lib.rs").read_text(encoding="utf-8")}
+
+
+def _stand_in(version: str, cache: Path) -> Path:
+    """The stand-in where all candidates share it: by its content, so that no file in it ever changes."""
+    files = stand_in_files(version)
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]
+    home = cache / "crates" / f"{DOWNLOADER}-{version}-{digest}"
+    for name, text in files.items():
+        if not (home / name).is_file():
+            write_text(text, home / name)
+    return home

@@ -1,0 +1,163 @@
+//! What a request for direct calls holds: the functions of candle-mi that can be called, and their arguments.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use crate::protocol::Case;
+
+pub const CALL_REQUEST: &str = "candle-mi-parity/call/1";
+
+/// Direct calls of candle-mi's functions.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CallRequest {
+    /// Checked before the rest (see [`crate::request::parse`]); kept so that the key is known.
+    #[serde(rename = "format")]
+    pub _format: String,
+    pub case: Case,
+    /// A safetensors file; the calls' tensor arguments are keys in it.
+    pub inputs: PathBuf,
+    pub calls: Vec<Call>,
+    pub out: PathBuf,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Call {
+    pub id: String,
+    pub run: Function,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub enum Function {
+    Measure(Measure),
+    Sae(SaeCall),
+}
+
+/// A function and its arguments; a string is a key of the inputs.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "fn", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Measure {
+    KlDivergence {
+        baseline: String,
+        other: String,
+    },
+    LogitDiff {
+        baseline: String,
+        ablated: String,
+        token: u32,
+    },
+    TopChangedTokens {
+        baseline: String,
+        ablated: String,
+        k: usize,
+    },
+    #[serde(rename = "measure_attention_to_targets")]
+    AttentionToTargets {
+        attention: String,
+        from: usize,
+        targets: Vec<usize>,
+    },
+    ExtractTokenProb {
+        logits: String,
+        token: u32,
+    },
+    SampleToken {
+        logits: String,
+    },
+    PcaTopK {
+        matrix: String,
+        k: usize,
+        iterations: usize,
+    },
+    CreateKnockoutMask {
+        heads: Option<Vec<usize>>,
+        edges: Vec<(usize, usize)>,
+        n_heads: usize,
+        seq_len: usize,
+    },
+    ApplySteering {
+        attention: String,
+        heads: Option<Vec<usize>>,
+        edges: Vec<(usize, usize)>,
+        #[serde(default)]
+        scale: Option<f32>,
+        #[serde(default)]
+        set_value: Option<f32>,
+    },
+    CreateCausalMask {
+        seq_len: usize,
+    },
+    #[cfg_attr(not(since_0_1_24), allow(dead_code))]
+    PositionDelta {
+        direction: String,
+        position: usize,
+        seq_len: usize,
+    },
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SaeFile {
+    pub path: PathBuf,
+    pub layer: usize,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Strategy {
+    Auto,
+    Cpu,
+    Gpu,
+}
+
+/// A function of the SAE in `sae`; `x` is a key of the inputs.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "fn", rename_all = "snake_case", deny_unknown_fields)]
+pub enum SaeCall {
+    Encode {
+        sae: SaeFile,
+        x: String,
+    },
+    EncodeWithStrategy {
+        sae: SaeFile,
+        x: String,
+        strategy: Strategy,
+    },
+    EncodeSparse {
+        sae: SaeFile,
+        x: String,
+    },
+    Decode {
+        sae: SaeFile,
+        x: String,
+    },
+    Reconstruct {
+        sae: SaeFile,
+        x: String,
+    },
+    ReconstructionError {
+        sae: SaeFile,
+        x: String,
+    },
+    DecoderVector {
+        sae: SaeFile,
+        feature: usize,
+    },
+}
+
+impl SaeCall {
+    pub fn file(&self) -> &SaeFile {
+        match self {
+            Self::Encode { sae, .. }
+            | Self::EncodeWithStrategy { sae, .. }
+            | Self::EncodeSparse { sae, .. }
+            | Self::Decode { sae, .. }
+            | Self::Reconstruct { sae, .. }
+            | Self::ReconstructionError { sae, .. }
+            | Self::DecoderVector { sae, .. } => sae,
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! What goes in and out by line: requests and the replies to them, as serde types that know nothing of candle. Everything in a request is untrusted.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// The formats of a request, by what it asks for; that of direct calls is in `call_protocol`.
+pub const TRACE_REQUEST: &str = "candle-mi-parity/request/1";
+pub const TOKENIZE_REQUEST: &str = "candle-mi-parity/tokenize/1";
+
+/// One forward pass: what to run, what to capture, where to write.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Checked before the rest (see [`crate::request::parse`]); kept so that the key is known.
+    #[serde(rename = "format")]
+    pub _format: String,
+    pub case: Case,
+    pub model_dir: PathBuf,
+    /// Token ids, `[B][T]`.
+    pub tokens: Vec<Vec<u32>>,
+    /// Hook points in candle-mi's spelling, in execution order.
+    pub captures: Vec<String>,
+    pub logits: bool,
+    pub dtype: Precision,
+    pub device: String,
+    #[serde(default)]
+    pub sae: Option<SaeRequest>,
+    /// A safetensors file that `sae_input`, `project` and the edits take tensors from.
+    #[serde(default)]
+    pub inputs: Option<PathBuf>,
+    /// Key in `inputs`: a residual `[B,T,d]` for the SAE alone.
+    #[serde(default)]
+    pub sae_input: Option<String>,
+    #[serde(default)]
+    pub edits: Vec<Edit>,
+    /// Which of candle-mi's parsers reads `config.json`.
+    #[serde(default)]
+    pub config: ConfigReader,
+    /// Keys in `inputs`: residuals `[B,T,d]` or `[B,d]` that are taken to logits by themselves.
+    #[serde(default)]
+    pub project: Vec<String>,
+    pub out: PathBuf,
+}
+
+/// Copied into the header; never interpreted.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Case {
+    pub id: String,
+    pub digest: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SaeRequest {
+    /// A `.npz` file, or a directory with `cfg.json` and weights.
+    pub path: PathBuf,
+    pub layer: usize,
+    /// The hook point whose tensor is encoded.
+    pub hook: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    Float32,
+    BFloat16,
+    Float16,
+}
+
+impl Precision {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Float32 => "float32",
+            Self::BFloat16 => "bfloat16",
+            Self::Float16 => "float16",
+        }
+    }
+}
+
+/// candle-mi's two ways from a `config.json` to a model: by its family's own parser, or for a family that it does not
+/// know by what the tensors are called.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConfigReader {
+    #[default]
+    Hf,
+    Auto,
+}
+
+/// One intervention; `tensor` is a key in `inputs`.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Edit {
+    Replace {
+        hook: String,
+        tensor: String,
+    },
+    Add {
+        hook: String,
+        tensor: String,
+    },
+    /// Overwrites one position with a vector `[d]`.
+    PatchAt {
+        hook: String,
+        position: usize,
+        tensor: String,
+    },
+    Scale {
+        hook: String,
+        factor: f64,
+    },
+    Zero {
+        hook: String,
+    },
+    /// candle-mi's own mask of a `KnockoutSpec`.
+    Knockout {
+        hook: String,
+        spec: Attention,
+    },
+    /// candle-mi's own `apply_steering` of a `SteeringSpec`, on the pattern that a run before it gave.
+    Steer {
+        hook: String,
+        how: Steering,
+        value: f32,
+        spec: Attention,
+    },
+    /// The request's SAE's own `prepare_hook_injection`; features are pairs of index and strength.
+    Inject {
+        hook: String,
+        position: usize,
+        features: Vec<(usize, f32)>,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Steering {
+    Scale,
+    SetValue,
+}
+
+/// Entries of the attention matrix, by candle-mi's four ways of naming them; no `heads` is all of them.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Attention {
+    #[serde(default)]
+    pub heads: Option<Vec<usize>>,
+    #[serde(default)]
+    pub edges: Vec<(usize, usize)>,
+    #[serde(default)]
+    pub from_positions: Vec<usize>,
+    #[serde(default)]
+    pub to_positions: Vec<usize>,
+    #[serde(default)]
+    pub from_to: Vec<FromTo>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FromTo {
+    pub query: usize,
+    pub keys: Vec<usize>,
+}
+
+impl Edit {
+    pub fn hook(&self) -> &str {
+        match self {
+            Self::Replace { hook, .. }
+            | Self::Add { hook, .. }
+            | Self::PatchAt { hook, .. }
+            | Self::Scale { hook, .. }
+            | Self::Zero { hook }
+            | Self::Knockout { hook, .. }
+            | Self::Steer { hook, .. }
+            | Self::Inject { hook, .. } => hook,
+        }
+    }
+
+    pub fn tensor(&self) -> Option<&str> {
+        match self {
+            Self::Replace { tensor, .. }
+            | Self::Add { tensor, .. }
+            | Self::PatchAt { tensor, .. } => Some(tensor),
+            Self::Scale { .. }
+            | Self::Zero { .. }
+            | Self::Knockout { .. }
+            | Self::Steer { .. }
+            | Self::Inject { .. } => None,
+        }
+    }
+
+    pub fn position(&self) -> Option<usize> {
+        match self {
+            Self::PatchAt { position, .. } | Self::Inject { position, .. } => Some(*position),
+            _ => None,
+        }
+    }
+}
+
+/// Texts for candle-mi's own tokenizer.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizeRequest {
+    /// Checked before the rest (see [`crate::request::parse`]); kept so that the key is known.
+    #[serde(rename = "format")]
+    pub _format: String,
+    /// A `tokenizer.json`.
+    pub tokenizer: PathBuf,
+    pub texts: Vec<String>,
+    pub out: PathBuf,
+}
+
+/// One reply line.
+#[derive(Serialize)]
+#[serde(untagged)]
+pub enum Reply {
+    Done {
+        /// `None` for a tokenising request, which has none.
+        case: Option<String>,
+        ok: bool,
+        trace: PathBuf,
+    },
+    Failed {
+        /// `None` when the line was too broken to name its case.
+        case: Option<String>,
+        ok: bool,
+        error: String,
+        kind: &'static str,
+    },
+}
