@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.sources import open_source
@@ -31,7 +30,7 @@ from candle_mi_parity.files.json_out import write_json, write_text
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.oracle.oracle import Oracle
-from candle_mi_parity.report import diff_views, history, report
+from candle_mi_parity.report import diff_views, history, tables
 from candle_mi_parity.report.terminal import Terminal, one_line_errors, progress_bar, say
 from candle_mi_parity.report.views import VIEWS, remove, written
 from candle_mi_parity.repro.command import repro, repro_table
@@ -83,12 +82,10 @@ def run_command(
     device: DeviceOption = "cpu",
     strict: Annotated[bool, typer.Option(help="Known divergences fail too.")] = False,
 ) -> None:
-    """Judge a candle-mi against PyTorch. Exit code 0 PASS, 1 FAIL, 2 ERROR, 3 INCONCLUSIVE."""
+    """Judge a candle-mi against PyTorch. Exit code 0 PASS or KNOWN, 1 FAIL, 2 ERROR, 3 INCONCLUSIVE."""
     with one_line_errors():
         result = judge_and_write(RunOptions(candidate, globs(cases), out, strict, device=device))
-        console = Console()
-        report.terminal(result, console)
-        console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+        tables.run_tables(result, tables.stdout(), out / "report.html")
     raise typer.Exit(result.verdict.exit_code)
 
 
@@ -124,8 +121,8 @@ def ratios(candidate: CandidateOption = DEFAULT_CANDIDATE, cases: CasesOption = 
         result = judge(RunOptions(candidate, globs(cases), out))
         clean = [case for case in result.cases if case.status is Status.PASS]
         result.cases = clean
-        Console().print(report.clean_ratios(result))
-    outside = [case.id for case in clean if report.clean_row(case.tensors)[-1] != "yes"]
+        tables.stdout().print(tables.clean_ratios(result))
+    outside = [case.id for case in clean if tables.clean_row(case.tensors)[-1] != "yes"]
     raise typer.Exit(1 if outside or not clean else 0)
 
 
@@ -153,7 +150,7 @@ def history_command(out: OutOption = OUT) -> None:
         told = history.make_history(_stored_releases(out))
         write_json(history.document(told), out / "history.json")
         write_text(history.page(told), out / "history.html")
-        history.terminal(told, Console())
+        history.terminal(told, tables.stdout())
         print(f"wrote {out / 'history.html'}")
 
 
@@ -191,7 +188,7 @@ def diff_command(
             )
         write_json(diff_views.document(found), out / "diff.json")
         write_text(diff_views.page(found), out / "diff.html")
-        diff_views.terminal(found, Console())
+        diff_views.terminal(found, tables.stdout())
         print(f"wrote {out / 'diff.html'}")
     raise typer.Exit(found.verdict.exit_code)
 
@@ -226,7 +223,7 @@ def census_command(
         whole = family == "*"
         path = STORED / f"{candidate}.json" if whole and chosen.kind == "version" else out / "census.json"
         write_json(census.model_dump(exclude_defaults=True), path)
-        report.census(census, Console())
+        tables.census(census, tables.stdout())
         print(f"wrote {path}")
 
 
@@ -239,8 +236,8 @@ def calls_command(candidate: CandidateOption = DEFAULT_CANDIDATE, out: OutOption
             judged = judge_source(source, candidate, held_to, cache_root(), out / "calls.json")
             if judged.lost is None and source.identity is not None:
                 hold_known(judged, held_to, source.identity, result)
-        result.calls = judged.direct
-        report.calls(result, Console())
+        result.calls, result.known = judged.direct, dict(held_to.rows)
+        tables.run_tables(result, tables.stdout())
     raise typer.Exit(result.verdict.exit_code)
 
 
@@ -259,7 +256,7 @@ def repro_command(
             lines = repro(
                 case, candidate, out, cache_root(), lambda line: bar.update(task, description=line), prove, fixed
             )
-        repro_table(lines, Console())
+        repro_table(lines, tables.stdout())
         print(f"{len(lines)} reproduced, below {out}")
     raise typer.Exit(0 if all(line.proven for line in lines) else 1)
 
@@ -274,7 +271,7 @@ def fields_command(
             family_of(family)
         families = None if family is None else [family]
         findings = check(load_fields(), load_cases(), cache_root(), families)
-        report.fields_table(findings, Console())
+        tables.fields_table(findings, tables.stdout())
     raise typer.Exit(1 if any(finding.fault for finding in findings) else 0)
 
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
+from candle_mi_parity.spec.explanations import Cause
 
 
 class Verdict(StrEnum):
@@ -43,15 +44,6 @@ class DirectCalls:
     skipped: str = ""
 
     @property
-    def known(self) -> dict[str, list[CaseResult]]:
-        """Calls whose divergence or refusal is known, by cause: id and sentence."""
-        found: dict[str, list[CaseResult]] = {}
-        for call in self.results:
-            if call.status is Status.KNOWN and call.explained is not None:
-                found.setdefault(f"{', '.join(call.explained.ids)}: {call.explained.says}", []).append(call)
-        return found
-
-    @property
     def new(self) -> list[CaseResult]:
         """Calls that neither agree nor are known not to."""
         return [call for call in self.results if call.status not in _RIGHT_AND_KNOWN]
@@ -62,7 +54,8 @@ class DirectCalls:
             return f"direct calls were not judged: {self.skipped}"
         agree, known = (sum(1 for call in self.results if call.status is wanted) for wanted in _RIGHT_AND_KNOWN)
         text = f"{agree} of {len(self.results)} direct calls agree"
-        text += f", {known} do not for {_many(len(self.known), 'known cause')}" if known else ""
+        causes = len(_ids(call for call in self.results if call.status is Status.KNOWN))
+        text += f", {known} do not for {_many(causes, 'known cause')}" if known else ""
         return text + (f", and new: {', '.join(call.id for call in self.new)}" if self.new else "")
 
 
@@ -77,6 +70,7 @@ class RunResult:
     :ivar identity: what the traces say they came from; empty when none was read.
     :ivar baseline: the release whose explanations are listed for the candidate; empty for none.
     :ivar skipped: case id → reason and remedy.
+    :ivar known: id → cause, of all that are listed for any release.
     :ivar gone: id of an explanation of the baseline → the cases that agree though it applies to them; of a candidate
         that was built from source.
     :ivar stale: what is wrong with the explanations themselves, one line each; of a release.
@@ -96,6 +90,7 @@ class RunResult:
     strict: bool = False
     fault: str = ""
     baseline: str = ""
+    known: dict[str, Cause] = field(default_factory=dict)
     gone: dict[str, list[str]] = field(default_factory=dict)
     started: str = field(default_factory=now)
     tick: float = field(default_factory=time.monotonic)
@@ -115,13 +110,17 @@ class RunResult:
 
     @property
     def wrong_causes(self) -> list[str]:
-        """Ids of the known causes of other numbers, in the order in which they are met."""
-        return _ids(case for case in self.outcomes(Outcome.DIVERGES) if case.status is Status.KNOWN)
+        """Ids of the known causes of other numbers, in cases and in direct calls."""
+        return self._causes(Outcome.DIVERGES)
 
     @property
     def refused_causes(self) -> list[str]:
         """Ids of the known causes of refusals."""
-        return _ids(case for case in self.outcomes(Outcome.REFUSED) if case.status is Status.KNOWN)
+        return self._causes(Outcome.REFUSED)
+
+    def _causes(self, outcome: Outcome) -> list[str]:
+        known = (case for case in self.judged if case.status is Status.KNOWN)
+        return sorted(_ids(case for case in known if case.outcome is outcome))
 
     @property
     def verdict(self) -> Verdict:
@@ -139,61 +138,73 @@ class RunResult:
             return Verdict.INCONCLUSIVE
         return Verdict.KNOWN if Status.KNOWN in seen else Verdict.PASS
 
+    def notes(self) -> dict[str, list[str]]:
+        """Each note once, with the ids of its cases."""
+        said: dict[str, list[str]] = {}
+        for case in self.cases:
+            for note in case.notes:
+                said.setdefault(note, []).append(case.id)
+        return said
+
+    def tally(self) -> dict[str, int]:
+        """The cases by what candle-mi made of them, and those that did not run; adds up to all cases."""
+        counts = {
+            "agree": len(self.outcomes(Outcome.AGREES)),
+            "other numbers": len(self.outcomes(Outcome.DIVERGES)),
+            "refused": len(self.outcomes(Outcome.REFUSED)),
+            "crashed": len(self.outcomes(Outcome.CRASHED)),
+            "not measured": len(self.outcomes(Outcome.UNMEASURED, Outcome.ABSENT, Outcome.ERROR)),
+            "not run": len(self.skipped),
+        }
+        return {name: count for name, count in counts.items() if count or name != "crashed"}
+
     def is_right(self) -> str:
-        """Does candle-mi compute what PyTorch computes? One sentence with its counts, which add up to the cases."""
-        total, agree = len(self.cases), len(self.outcomes(Outcome.AGREES))
-        if not total:
+        """Does candle-mi compute what PyTorch computes? One sentence with its counts."""
+        if not self.judged:
             return "Unknown: no case was judged."
-        new = [case for case in self.outcomes(Outcome.DIVERGES, Outcome.CRASHED) if case.status is not Status.KNOWN]
-        refused = [case for case in self.outcomes(Outcome.REFUSED) if case.status is not Status.KNOWN]
-        parts = []
-        if causes := self.wrong_causes:
-            parts.append(f"{_many(len(causes), 'known cause')} {_verb(len(causes), 'give')} other numbers")
-        if causes := self.refused_causes:
-            parts.append(f"{len(causes)} {'is' if len(causes) == 1 else 'are'} refused")
-        if new:
-            parts.append(f"{_many(len(new), 'case')} {_verb(len(new), 'differ')} in a way that is not known")
-        if refused:
-            parts.append(
-                f"{_many(len(refused), 'case')} {'is' if len(refused) == 1 else 'are'} refused that should not be"
-            )
-        unmeasured = total - agree - len(self.outcomes(Outcome.DIVERGES, Outcome.CRASHED, Outcome.REFUSED))
-        rest = f"{agree} of {total} cases agree" + (f", {unmeasured} could not be measured" if unmeasured else "")
-        if self.calls and self.calls.results:
-            calls = [call.outcome is Outcome.AGREES for call in self.calls.results]
-            rest += f", and {sum(calls)} of {len(calls)} direct calls"
-            parts += [] if parts or all(calls) else ["direct calls of functions differ"]
-        if parts:
-            return f"Not everywhere: {', '.join(parts)}; {rest}."
-        return f"Yes: {rest}." if agree == total else f"Where it was measured: {rest}."
+        unknown = dict.fromkeys(Outcome, 0)
+        for case in self.cases:
+            unknown[case.outcome] += case.status is not Status.KNOWN
+        parts = [
+            _count(len(self.wrong_causes), "known cause", "gives other numbers", "give other numbers"),
+            _count(len(self.refused_causes), "", "is refused", "are refused"),
+            _count(unknown[Outcome.DIVERGES], "new case", "differs", "differ"),
+            _count(unknown[Outcome.REFUSED], "new case", "is refused", "are refused"),
+            _count(unknown[Outcome.CRASHED], "new case", "crashes", "crash"),
+            _count(len(self.calls.new) if self.calls else 0, "new direct call", "differs", "differ"),
+        ]
+        tally, calls = self.tally(), self.calls.results if self.calls else []
+        unmeasured = f"{tally['not measured']} could not be measured" if tally["not measured"] else ""
+        rest = [f"{tally['agree']} of {len(self.cases)} cases agree" if self.cases else "", unmeasured]
+        agree = sum(1 for call in calls if call.outcome is Outcome.AGREES)
+        rest.append(f"{agree} of {len(calls)} direct calls agree" if calls else "")
+        words = "Not everywhere" if any(parts) else "As far as measured" if unmeasured else "Yes"
+        return f"{words}: {'; '.join(', '.join(filter(None, said)) for said in (parts, rest) if any(said))}."
 
     def is_new(self) -> str:
         """Is anything new since the baseline? One sentence."""
         if self.fault:
             return f"Unknown: {self.fault}."
         since = f" since {self.baseline}" if self.baseline else ""
-        new = [case for case in self.cases if case.status is Status.FAIL]
-        parts = []
-        if new:
-            parts.append(f"{_many(len(new), 'case')} {_verb(len(new), 'fail')}")
-        if self.count(Status.ERROR):
-            parts.append(f"{_many(self.count(Status.ERROR), 'case')} could not be judged")
-        if self.calls and self.calls.new:
-            parts.append(f"{_many(len(self.calls.new), 'direct call')} {_verb(len(self.calls.new), 'fail')}")
-        if self.stale:
-            parts.append(f"{_many(len(self.stale), 'explanation')} no longer {_verb(len(self.stale), 'hold')}")
-        if self.gone:
-            gone, verb = len(self.gone), "is" if len(self.gone) == 1 else "are"
-            parts.append(f"{_many(gone, 'known divergence')} of {self.baseline} {verb} gone ({', '.join(self.gone)})")
-        return f"New{since}: {'; '.join(parts)}." if parts else f"Nothing new{since}."
+        old, gone = f"of {self.baseline}", f"gone ({', '.join(self.gone)})"
+        parts = [
+            _count(self.count(Status.FAIL), "case", "fails", "fail"),
+            _count(self.count(Status.ERROR), "case", "could not be judged", "could not be judged"),
+            _count(len(self.calls.new) if self.calls else 0, "direct call", "fails", "fail"),
+            _count(len(self.stale), "explanation", "no longer holds", "no longer hold"),
+            _count(len(self.gone), "known divergence", f"{old} is {gone}", f"{old} are {gone}"),
+        ]
+        said = f"New{since}: {'; '.join(filter(None, parts))}" if any(parts) else f"Nothing new{since}"
+        strict = self.strict and any(case.status is Status.KNOWN for case in self.judged)
+        return said + (", but --strict lets no known divergence pass." if strict else ".")
 
     def line(self) -> str:
-        """Both answers behind the verdict's word, and what was compared."""
+        """The verdict's word, the cases by what became of them, what is new, and how much was compared."""
+        cases = ", ".join(f"{count} {name}" for name, count in self.tally().items() if count) or "no case"
         tensors = sum(case.compared for case in self.cases)
         noisy = sum(case.unmeasured for case in self.cases)
-        text = f"{self.verdict.value}: {self.is_right()} {self.is_new()} {tensors} tensors compared"
-        text += f", {noisy} too noisy to judge" if noisy else ""
-        return text + (f", {_many(len(self.skipped), 'case')} not run" if self.skipped else "") + "."
+        size = f"{tensors} tensors compared" + (f", {noisy} too noisy to judge" if noisy else "")
+        return f"{self.verdict.value}: {cases}. {self.is_new()} {size}."
 
 
 def _ids(cases: Iterable[CaseResult]) -> list[str]:
@@ -201,8 +212,9 @@ def _ids(cases: Iterable[CaseResult]) -> list[str]:
 
 
 def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    return f"{count} {noun}{'' if count == 1 or not noun else 's'}".rstrip()
 
 
-def _verb(count: int, verb: str) -> str:
-    return f"{verb}s" if count == 1 else verb
+def _count(count: int, noun: str, one: str, several: str) -> str:
+    """``1 case fails``, ``2 cases fail``; empty for none."""
+    return f"{_many(count, noun)} {one if count == 1 else several}" if count else ""

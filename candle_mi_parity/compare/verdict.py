@@ -8,6 +8,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from candle_mi_parity.compare.suspects import suspect
 from candle_mi_parity.spec.cases import Download
 
 
@@ -74,6 +75,10 @@ class Outcome(StrEnum):
     @property
     def judged(self) -> bool:
         return self not in (Outcome.ABSENT, Outcome.ERROR)
+
+    @property
+    def sign(self) -> str:
+        return {"agrees": "✓", "refused": "⊘", "diverges": "≠", "crashed": "✗", "error": "!"}.get(self, "?")
 
     @property
     def colour(self) -> str:
@@ -244,17 +249,29 @@ class Explained:
     :ivar ids: of the explanations that were listed for the release; empty for one that was found by search.
     :ivar says: one sentence for each explanation, or what is changed.
     :ivar change: what is changed, in a few words; empty for a refusal.
-    :ivar tensors: number of tensors, scalars and decisions that pass under it.
-    :ivar worst: the largest ratio under it; 8 is the gate.
+    :ivar ratios: of every tensor, scalar and decision, which all pass under it; 8 is the gate.
     :ivar remedy: what a user can do; empty where there is nothing.
     """
 
     ids: list[str]
     says: str
     change: str = ""
-    tensors: int = 0
-    worst: float = 0.0
+    ratios: dict[str, float] = field(default_factory=dict)
     remedy: str = ""
+
+    @property
+    def tensors(self) -> int:
+        return len(self.ratios)
+
+    @property
+    def worst(self) -> float:
+        return max(self.ratios.values(), default=0.0)
+
+    @property
+    def equal(self) -> str:
+        """``equal to PyTorch with sliding_window + 1, all 44 tensors, worst 1.4 of 8``; empty for a refusal."""
+        size = f"all {self.tensors} tensors, worst {self.worst:.2g} of 8"
+        return f"equal to PyTorch with {self.change}, {size}" if self.change else ""
 
     def line(self) -> str:
         """``CMI006: …; equal to PyTorch with sliding_window + 1, all 44 tensors, worst 1.4 of 8``."""
@@ -262,8 +279,7 @@ class Explained:
         if not self.change:
             return f"{name}refused: {self.says}"
         said = self.says.rstrip(".") + "; " if self.ids else ""
-        size = f"all {self.tensors} tensors, worst {self.worst:.2g} of 8"
-        return f"{name}{said}equal to PyTorch with {self.change}, {size}"
+        return f"{name}{said}{self.equal}"
 
 
 @dataclass
@@ -281,6 +297,7 @@ class CaseResult:
     :ivar unexplained: what was tried to explain the divergence, and why it does not.
     :ivar notes: what a reader of the verdict has to know beside it, one sentence each.
     :ivar reproduce: the one command that shows it again.
+    :ivar shrink: the command that makes a failing Rust test of it; empty where there is none.
     :ivar downloads: which commits and files of the hub the case was computed from.
     """
 
@@ -300,6 +317,7 @@ class CaseResult:
     explained: Explained | None = None
     unexplained: str = ""
     notes: list[str] = field(default_factory=list)
+    shrink: str = ""
     seconds: float = 0.0
     downloads: tuple[Download, ...] = ()
 
@@ -349,7 +367,10 @@ class CaseResult:
         first = self.first_divergence
         body = self.error or (first.message() if first else "nothing diverges")
         body += f"\n  shape of the error: {self.diagnosis.shape}" if self.diagnosis else ""
+        body += f"\n  look at: {parts}" if first and not self.explained and (parts := suspect(first.name)) else ""
         body += f"\n  {self.explained.line()}" if self.explained else ""
         body += f"\n  {self.unexplained}" if self.unexplained else ""
         body += "".join(f"\n  note: {note}" for note in self.notes)
-        return f"{self.id}: {self.status.value}\n{body}\n  reproduce: {self.reproduce}"
+        body += f"\n  reproduce: {self.reproduce}"
+        body += f"\n  a failing Rust test of it: {self.shrink}" if self.shrink else ""
+        return f"{self.id}: {self.status.value}\n{body}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from candle_mi_parity.judge.case import failure_of
 from candle_mi_parity.oracle.provenance import library_versions, rules_digest
 from candle_mi_parity.spec.cases import Row, read_toml
 from candle_mi_parity.spec.explanations import Cause, Pattern, baseline, check_unique
-from candle_mi_parity.spec.paths import FIXTURES
+from candle_mi_parity.spec.paths import FIXTURES, command
 from candle_mi_parity.trace.trace import CandleMi
 from candle_mi_parity.trace.truth import TruthTensor
 
@@ -103,9 +102,14 @@ class Expectations:
     matches: list[tuple[KnownCall, str]]
     truths: dict[Asked, CallTruth]
 
+    @property
+    def rows(self) -> dict[str, KnownCall]:
+        """Id → what is known, of every release."""
+        return {row.id: row for row, _ in self.matches}
+
     def known(self, version: str) -> dict[str, KnownCall]:
         """Call → what is known of it in a release, or for a checkout in the newest release before it."""
-        release = baseline([row for row, _ in self.matches], version)
+        release = baseline(self.rows.values(), version)
         return {call: row for row, call in self.matches if release in row.releases}
 
 
@@ -192,13 +196,13 @@ def judge_source(source: Source, spec: str, held_to: Expectations, cache: Path, 
     :param spec: the candidate as the user spelt it.
     :param out: the JSON file that a live one writes.
     """
-    command = f"candle-mi-parity calls --candidate {shlex.quote(spec)}"
-    lost = CaseResult("calls", "calls", held_to.table.digest(), Status.ERROR, command)
+    again = command("calls", "--candidate", spec)
+    lost = CaseResult("calls", "calls", held_to.table.digest(), Status.ERROR, again)
     try:
         found = answers(source, held_to.table, cache, out)
         if found.candle_mi != source.identity:
             raise TraceError(f"the calls were answered by candle-mi {found.candle_mi.version}, not by this candidate")
-        return judge_calls(found, held_to, command)
+        return judge_calls(found, held_to, again)
     except NotStoredError as error:
         lost.error, lost.failure = str(error), Failure.ABSENT
     except EmitterError as error:
@@ -208,10 +212,10 @@ def judge_source(source: Source, spec: str, held_to: Expectations, cache: Path, 
     return JudgedCalls([], {}, lost)
 
 
-def judge_calls(calls: Calls, held_to: Expectations, command: str = "") -> JudgedCalls:
+def judge_calls(calls: Calls, held_to: Expectations, again: str = "") -> JudgedCalls:
     """One result per row of the table.
 
-    :param command: which shows them again.
+    :param again: the command that shows them again.
     :raises TraceError: another table, other inputs, a call missing, unknown or answered twice.
     """
     table = held_to.table
@@ -227,7 +231,7 @@ def judge_calls(calls: Calls, held_to: Expectations, command: str = "") -> Judge
     found, known = {answer.id: answer for answer in calls.calls}, held_to.known(calls.candle_mi.version)
     results, arrays = [], {}
     for row in table.call:
-        result = CaseResult(f"calls/{row.id}", "calls", table.digest(), Status.FAIL, command)
+        result = CaseResult(f"calls/{row.id}", "calls", table.digest(), Status.FAIL, again)
         answer, cause = found[row.id], known.get(row.id)
         if answer.outcome == "results":
             arrays[row.id] = {each.name: each.array() for each in answer.results}
@@ -253,9 +257,9 @@ def _judge_values(
     strict = row.model_copy(update={"ties": False})
     under = compare_call(strict, got, held_to.truths[row.id, cause.formula])
     if _status(under) is Status.PASS:
-        worst = max(each.ratio for each in under)
+        ratios = {each.name: each.ratio for each in under}
         change = f"the formula {cause.formula}"
-        result.explained = Explained([cause.id], cause.says, change, len(under), worst, cause.remedy)
+        result.explained = Explained([cause.id], cause.says, change, ratios, cause.remedy)
         result.status = Status.KNOWN
     else:
         first = next(each for each in under if each.status is not Status.PASS)

@@ -7,7 +7,7 @@ flushed: a rename alone may reach the disk before the contents do, and a power l
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 
@@ -27,20 +27,18 @@ def put(made: Path, target: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a file of UTF-8 whole or not at all; the directory is made if it is not there.
+    """Write a file of UTF-8 whole or not at all, readable by whom the umask allows; its directory is made if absent.
 
     :raises OSError: the disk is full or read-only.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}-"
-    with tempfile.NamedTemporaryFile("w", -1, "utf-8", dir=path.parent, prefix=prefix, delete=False) as file:
-        temporary = Path(file.name)
-        try:
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            put(temporary, path)
-        finally:  # Ctrl-C too leaves nothing behind
-            temporary.unlink(missing_ok=True)
+        put(temporary, path)
+    finally:  # Ctrl-C too leaves nothing behind
+        temporary.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

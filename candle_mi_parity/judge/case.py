@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.explanations import Explanations
 from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.spec.paths import command
 
 TORCH, EMITTER = Lock(), Lock()
 """One case at a time: torch's default dtype, under which models are made and loaded, is the whole process's, and two
@@ -90,6 +90,7 @@ def judge_case(
         try:
             if case.text is None or _same_ids(result, subject, source, progress):
                 evidence = _judge(result, oracle, source, table, progress)
+                result.shrink = shrink_command(case, spec) if result.status is Status.FAIL else ""
         except EmitterError as error:
             _take_failure(result, error, subject, table, source)
     except (HubError, OutOfRangeError) as error:  # says nothing of the candidate, and no more of this suite
@@ -106,8 +107,14 @@ def judge_case(
 
 def reproduce_command(case: Case, source: Source, spec: str) -> str:
     """The one command that judges a case again."""
-    command = f"candle-mi-parity run --candidate {shlex.quote(spec)} --cases {shlex.quote(case.id)}"
-    return command + ("" if source.device == "cpu" else f" --device {source.device}")
+    device = () if source.device == "cpu" else ("--device", source.device)
+    return command("run", "--candidate", spec, "--cases", case.id, *device)
+
+
+def shrink_command(case: Case, spec: str) -> str:
+    """The command that makes a failing Rust test of a divergence; empty for a candidate that cannot be built."""
+    buildable = spec.startswith(("path:", "git:")) or spec[:1].isdecimal()
+    return command("repro", case.id, "--candidate", spec) if buildable else ""
 
 
 def _same_ids(result: CaseResult, subject: Subject, source: Source, progress: Progress) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from candle_mi_parity.compare.run_result import RunResult
+from candle_mi_parity.compare.suspects import hook_point
 from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
 from candle_mi_parity.judge.case import TORCH, Judgement, Progress
 from candle_mi_parity.spec.explanations import Explanations
@@ -32,7 +33,7 @@ def explain_new(
     for judgement in judgements:
         first = judgement.result.first_divergence
         if judgement.evidence is not None and first is not None:
-            causes[judgement.result.family, _point(first.name)].append(judgement)
+            causes[judgement.result.family, hook_point(first.name)].append(judgement)
     if not causes:
         return
     # Imported where there is something to search for: a run without a new divergence needs no torch.
@@ -53,11 +54,6 @@ def explain_new(
             leader = leader or judgement.result
             if found is not None:
                 explains = [found, *(one for one in explains if one is not found)]
-
-
-def _point(name: str) -> str:
-    """``attn.hook_q`` of ``blocks.3.attn.hook_q``."""
-    return name.split(".", 2)[-1] if name.startswith("blocks.") else name
 
 
 def _size(judgement: Judgement) -> int:

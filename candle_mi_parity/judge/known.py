@@ -113,8 +113,7 @@ def explained(evidence: Evidence, change: Counterfactual, rows: list[Explanation
         ids=[row.id for row in rows],
         says=" ".join(row.says for row in rows) or change.describe(),
         change=change.describe(),
-        tensors=len(results),
-        worst=max((result.ratio for result in results), default=0.0),
+        ratios={result.name: result.ratio for result in results},
         remedy=" ".join(dict.fromkeys(row.remedy for row in rows if row.remedy)),
     )
 

@@ -17,6 +17,7 @@ from candle_mi_parity.compare.run_result import Verdict
 from candle_mi_parity.compare.verdict import Outcome, Status, TensorResult
 from candle_mi_parity.files.escape import cell, number, printable, rendered
 from candle_mi_parity.files.json_out import plain
+from candle_mi_parity.report.causes import few
 from candle_mi_parity.trace.trace import Run
 
 DIFF_FORMAT = "candle-mi-parity/diff/1"
@@ -87,6 +88,9 @@ def terminal(diff: Diff, console: Console) -> None:
             Text.assemble(("worse ", "bold red"), printable(f"{case.id}: {'; '.join(case.worse)}")), soft_wrap=True
         )
     _say_the_rest(len(diff.worse), console)
+    for case in (noted := [case for case in diff.cases if case.note])[:SHOWN]:
+        console.print(Text(printable(f"{case.id} differs otherwise: {case.note}"), style="yellow"), soft_wrap=True)
+    _say_the_rest(len(noted), console)
     for case in unjudged(diff)[:SHOWN]:
         said = case.a.result.error or case.b.result.error
         console.print(Text(printable(f"not compared {case.id}: {said}"), style="dim"), soft_wrap=True)
@@ -98,7 +102,8 @@ def terminal(diff: Diff, console: Console) -> None:
     console.print("speed and memory, as each trace recorded them when it was emitted:")
     for figure in figures(diff.cases):
         console.print(f"  {_figure_line(figure)}", highlight=False)
-    console.print(Text(printable(diff.line()), style=_STYLES.get(diff.verdict, "bold magenta")))
+    verdict = Text(printable(f"verdict: {diff.line()}"), style=_STYLES.get(diff.verdict, "bold magenta"))
+    console.print(verdict, soft_wrap=True)
 
 
 def _print_changes(diff: Diff, console: Console) -> None:
@@ -107,14 +112,9 @@ def _print_changes(diff: Diff, console: Console) -> None:
         table.add_column(heading, justify="right" if heading == "cases" else "left", overflow="fold")
     styles = {"bad": "bold red", "good": "green", "grey": "dim"}
     for change in changes(diff):
-        which = change.families if change.same else _some(change.cases)
+        which = change.families if change.same else few(change.cases, NAMED)
         table.add_row(Text(change.text, style=styles[change.colour]), str(len(change.cases)), cell(which))
     console.print(table)
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _by_movement(case: CaseDiff) -> tuple[bool, float]:
@@ -182,7 +182,7 @@ def quantity(value: float | None, unit: str) -> str:
 
 
 def result_size(result: TensorResult | None) -> str:
-    return "-" if result is None or result.reason == "missing" else shown(result)
+    return "absent" if result is None or result.reason == "missing" else shown(result)
 
 
 def _result_colour(result: TensorResult | None) -> str:
@@ -211,7 +211,13 @@ def page(diff: Diff) -> str:
         result_size=result_size,
         result_colour=_result_colour,
         row_colour=_row_colour,
+        anchored=_anchored,
     )
+
+
+def _anchored(case: CaseDiff) -> bool:
+    """Whether the page says more of a case than its verdicts."""
+    return bool(case.moved() or case.note)
 
 
 def document(diff: Diff) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Cell:
 
     :ivar first: the first diverging tensor; empty where none diverges.
     :ivar ratio: its size in noise, gate 8; None where none diverges.
-    :ivar note: why it diverges, as the ledger says, or why it was refused.
+    :ivar note: what is known of the divergence, or why it was refused.
     """
 
     outcome: Outcome

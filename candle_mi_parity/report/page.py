@@ -1,193 +1,227 @@
 """``report.html``: one file that needs no network and no script, drawn from a :class:`RunResult`.
 
 Its content security policy forbids scripts and every address, and jinja2 escapes what it is given: names and errors
-come from a trace that nobody vouches for.
+come from traces, which are untrusted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+import fnmatch
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
 from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE
-from candle_mi_parity.compare.run_result import RunResult, Verdict
-from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
+from candle_mi_parity.compare.run_result import RunResult
+from candle_mi_parity.compare.suspects import suspect
+from candle_mi_parity.compare.verdict import CaseResult, Outcome, SaeView, Status
 from candle_mi_parity.files.escape import number, one_line, rendered
-from candle_mi_parity.report.plots import Line, case_plot, heatmap, ratio_plot
+from candle_mi_parity.report.causes import NEW, RIGHT, known_causes, known_together, new_causes
+from candle_mi_parity.report.plots import case_plot, heatmap, line_of, ratio_plot
+from candle_mi_parity.spec.families import FAMILIES
 
 SEVERITY = [Status.FAIL, Status.ERROR, Status.UNMEASURED, Status.KNOWN, Status.PASS]
-SYMBOLS = {"FAIL": "✗", "ERROR": "!", "UNMEASURED": "?", "KNOWN": "≈", "PASS": "✓", "NOT RUN": "–"}
+NOT_RUN = "NOT-RUN"
+SIGNS = {
+    "agrees": Outcome.AGREES.sign,
+    "other numbers": Outcome.DIVERGES.sign,
+    "refused": Outcome.REFUSED.sign,
+    "crashed": Outcome.CRASHED.sign,
+    "not measured": Outcome.UNMEASURED.sign,
+    "not judged": Outcome.ERROR.sign,
+    "not run": "–",
+}
+NOTES = {
+    "agree": "at every tensor, within rounding",
+    "other numbers": "than PyTorch, without an error",
+    "refused": "by candle-mi, with an error",
+    "crashed": "candle-mi, or its emitter",
+    "not measured": "too noisy, or not to be had",
+    "not run": "the reasons stand below",
+}
+ROWS = {
+    "hub": "config.json as on the hub from 2023 to 2025",
+    "v5": "the same model as transformers 5 saves it",
+    "bf16*": "computed in bfloat16",
+    "f16*": "computed in float16",
+    "one-token": "a prompt of one token",
+    "long": "a prompt of 600 tokens",
+    "batch": "two prompts at once",
+    "past-max-position": "a prompt longer than max_position_embeddings",
+    "sharded": "weights in three files",
+    "window*": "a prompt longer than the sliding window",
+    "absent*": "config keys left out, so that each library's own default holds",
+    "tie": "embedding and unembedding share their weights",
+    "rope-*": "another base or scaling of the rotary embedding",
+    "sae-*": "a sparse autoencoder after a layer, in a directory of SAELens",
+    "edit-*": "an intervention at a hook point",
+    "scope-l0": "Gemma 2 2B with Gemma Scope",
+    "generated": "a model of the size of Gemma 2 2B",
+    "*": "the config field of that name at another value than usual",
+}
+"""Glob over the names of rows → what its cases are; the first that matches."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """One square of the matrix.
 
+    :ivar status: PASS, KNOWN …, its colour; ``sign`` says what candle-mi made of the case.
     :ivar text: the worst ratio, or a word where there is none.
     :ivar why: one sentence.
     :ivar link: the anchor of the case's evidence; empty when there is none.
+    :ivar ids: of the known causes.
     """
 
     status: str
+    sign: str
     text: str
     why: str
-    link: str
+    link: str = ""
+    ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why cells of a row do not agree: ``ids`` of known causes, or ``text``."""
+
+    families: list[str]
+    ids: tuple[str, ...]
+    text: str
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case of every family; ``cells`` has None where a family lacks it."""
+    """One kind of case in every family; ``cells`` has None where a family lacks it."""
 
     name: str
+    about: str
     cells: list[Cell | None]
-    reasons: list[str]
+    reasons: list[Reason]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the page shows of a case that is not a pass."""
+    """What the page shows of a case that does not agree.
+
+    :ivar look: what its first tensor points to.
+    :ivar inherited: number of later tensors that diverge too.
+    """
 
     case: CaseResult
     anchor: str
-    first: TensorResult | None
+    look: str
     plot: Markup | None
     picture: Markup | None
     inherited: int
 
 
+@dataclass(frozen=True)
+class SaeRow:
+    """One chain of one case."""
+
+    case: CaseResult
+    view: SaeView
+    status: Status
+    sign: str
+
+
 def render(result: RunResult) -> str:
     """The whole page."""
     families = list(dict.fromkeys(_family(name) for name in _ids(result)))
-    evidence = {case.id: _evidence(case, i) for i, case in enumerate(result.cases) if case.status is not Status.PASS}
-    bad = [evidence[case.id] for case in result.cases if case.status not in (Status.PASS, Status.KNOWN)]
-    known = [evidence[case.id] for case in result.cases if case.status is Status.KNOWN]
-    notes = dict.fromkeys(found.case.note for found in known)
+    rows = matrix(result, families)
+    new, known = new_causes(result), known_together(result)
+    places = {case.id: place for place, case in enumerate(result.judged)}
+    shown = [(cause, case) for cause in [*new, *known] for case in cause.cases]
     return rendered(
         "page.html.j2",
         result=result,
-        sentence=sentence(result),
-        counts=_counts(result),
+        questions=[_answer(RIGHT, result.is_right()), _answer(NEW, result.is_new())],
+        covered=list(FAMILIES),
+        tally=result.tally(),
+        notes=NOTES,
+        causes=[*new, *known_causes(result)],
+        anchors={case.id: cause.anchor for cause, case in shown},
+        evidence={case.id: _evidence(case, places[case.id]) for _, case in shown},
         families=families,
-        rows=matrix(result, families),
-        symbols=SYMBOLS,
-        bad=sorted(bad, key=lambda found: SEVERITY.index(found.case.status)),
-        known=[(note, [found for found in known if found.case.note == note]) for note in notes],
-        notes=_notes(result),
-        sae=[case for case in result.cases if case.sae],
+        rows=rows,
+        signs=SIGNS,
+        legend={about: [row.name for row in rows if row.about == about] for about in ROWS.values()},
+        new=new,
+        known=known,
+        sae=sorted(_sae_rows(result), key=lambda row: SEVERITY.index(row.status)),
         plots=list(_family_plots(result, families)),
         gates=(POSITION_GATE, ELEMENT_GATE),
     )
 
 
-def sentence(result: RunResult) -> str:
-    """What the verdict means for a reader who has five seconds."""
-    fail, error, known = (result.count(status) for status in (Status.FAIL, Status.ERROR, Status.KNOWN))
-    if result.fault:
-        return f"The run broke off: {result.fault}. What was judged until then is below."
-    if fail:
-        said = "1 case diverges" if fail == 1 else f"{fail} cases diverge"
-        return f"{said} from PyTorch by more than rounding, and the ledger does not know of it."
-    if result.verdict is Verdict.FAIL:
-        stale = f"{len(result.stale)} ledger entries no longer hold." if result.stale else ""
-        return stale or f"Nothing new diverges, but --strict lets no known divergence pass, and there are {known}."
-    if error:
-        return f"{error} case{'s' if error > 1 else ''} could not be judged."
-    if result.verdict is Verdict.INCONCLUSIVE:
-        return "Too little could be compared to say that nothing diverges."
-    agree = "Every case that ran computes what PyTorch computes, within rounding."
-    return f"Nothing new diverges. {known} known divergence{'s' * (known > 1)} remain." if known else agree
+def _answer(question: str, sentence: str) -> tuple[str, str, str]:
+    """The question, its answer in a word or two, and the rest of the sentence."""
+    word, _, rest = sentence.partition(": ")
+    return question, word.removesuffix("."), rest
 
 
 def matrix(result: RunResult, families: list[str]) -> list[Row]:
     """Family × case, rows with the gravest cell first."""
-    cells = {name: Cell("NOT RUN", "", f"not run: {reason}", "") for name, reason in result.skipped.items()}
-    cells |= {case.id: _cell(case, i) for i, case in enumerate(result.cases)}
+    cells = {name: Cell(NOT_RUN, "–", "not run", f"not run: {reason}") for name, reason in result.skipped.items()}
+    cells |= {case.id: _cell(case, place) for place, case in enumerate(result.cases)}
     rows = []
     for kind in dict.fromkeys(_kind(name) for name in _ids(result)):
-        mine = {family: cell for name, cell in cells.items() if _kind(name) == kind and (family := _family(name))}
-        rows.append(Row(kind, [mine.get(family) for family in families], _reasons(mine)))
-    order = [*(status.value for status in SEVERITY[:4]), "NOT RUN", "PASS"]
+        mine = {_family(name): cell for name, cell in cells.items() if _kind(name) == kind}
+        about = next(about for pattern, about in ROWS.items() if fnmatch.fnmatchcase(kind, pattern))
+        rows.append(Row(kind, about, [mine.get(family) for family in families], _reasons(mine)))
+    order = [*(status.value for status in SEVERITY[:4]), NOT_RUN, "PASS"]
     return sorted(rows, key=lambda row: min(order.index(cell.status) for cell in row.cells if cell))
 
 
-def _reasons(cells: dict[str, Cell]) -> list[str]:
-    """Each reason once, with its families where there are several; a cell that agrees needs none."""
-    said: dict[str, list[str]] = {}
+def _reasons(cells: dict[str, Cell]) -> list[Reason]:
+    """Each reason once, with its families; a cell that agrees needs none."""
+    said: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for family, cell in cells.items():
         if cell.status != "PASS":
-            said.setdefault(cell.why, []).append(family)
-    return [reason if len(said) == 1 else f"{', '.join(names)}: {reason}" for reason, names in said.items()]
+            said.setdefault((cell.ids, "" if cell.ids else cell.why), []).append(family)
+    return [Reason(names if len(said) > 1 else [], ids, text) for (ids, text), names in said.items()]
 
 
-def _cell(case: CaseResult, index: int) -> Cell:
+def _cell(case: CaseResult, place: int) -> Cell:
     worst, first = case.worst, case.first_divergence
     ratio = "" if worst is None else number(worst.ratio, 2).replace("e+0", "e").replace("e+", "e")
-    link = "" if case.status is Status.PASS else f"case-{index}"
+    cell = Cell(case.status.value, case.outcome.sign, ratio or case.outcome.value, "", f"case-{place}")
     if case.status is Status.PASS:
-        name = worst.name if worst else "nothing"
-        why = f"{case.compared} tensors agree; the largest ratio is {ratio} of {POSITION_GATE:g}, at {name}"
-    elif case.note and case.status is Status.KNOWN:
-        why, ratio = case.note, "refused" if case.error else ratio
-    elif first is not None:
+        size = f"the largest ratio is {ratio} of {POSITION_GATE:g}, at {worst.name}" if worst else "none was compared"
+        return replace(cell, why=one_line(f"{case.compared} tensors agree; {size}"), link="")
+    if case.status is Status.KNOWN and case.explained:
+        return replace(cell, why=one_line(case.note), ids=tuple(case.explained.ids))
+    if first is not None:
         shape = f", {case.diagnosis.shape}" if case.diagnosis else ""
         why = f"first at {first.name} ({first.reason}), ratio {number(first.ratio)}{shape}"
-    else:
-        why, ratio = one_line(case.error), "error" if case.status is Status.ERROR else ratio
-    return Cell(case.status.value, ratio or case.status.value.lower(), one_line(why), link)
+        return replace(cell, why=one_line(why))
+    return replace(cell, why=one_line(case.error))
 
 
-def _evidence(case: CaseResult, index: int) -> Evidence:
-    key = f"case-{index}"
+def _evidence(case: CaseResult, place: int) -> Evidence:
+    first = case.first_divergence
     picture = case.diagnosis if case.diagnosis and case.diagnosis.picture and case.diagnosis.picture[0] else None
     return Evidence(
         case=case,
-        anchor=key,
-        first=case.first_divergence,
-        plot=case_plot(case) if any(tensor.compared for tensor in case.tensors) else None,
+        anchor=f"case-{place}",
+        look=suspect(first.name) if first else "",
+        plot=case_plot(case) if sum(tensor.compared > 0 for tensor in case.tensors) > 1 else None,
         picture=heatmap(picture) if picture else None,
         inherited=sum(1 for tensor in case.tensors if tensor.status is Status.FAIL) - 1,
     )
 
 
-def _counts(result: RunResult) -> list[dict[str, Any]]:
-    """The four tiles, each with what it is made of."""
-    tensors = sum(case.compared for case in result.cases)
-    noisy = sum(case.unmeasured for case in result.cases)
-    parts = [
-        (result.count(Status.UNMEASURED), "too noisy, of unknown origin or not to be had from the hub"),
-        (result.count(Status.ERROR), "with an error"),
-        (len(result.skipped), "not run"),
-        (noisy, "single tensors too noisy"),
-    ]
-    refused = sum(1 for case in result.cases if case.status is Status.KNOWN and case.error)
-    known = result.count(Status.KNOWN)
-    notes = {
-        "compared": f"of {len(result.cases) + len(result.skipped)} cases; {tensors} tensors",
-        "diverging": "beyond what rounding explains",
-        "known": f"{known - refused} differ, {refused} refused by candle-mi" if known else "recorded in the ledger",
-        "unmeasured": ", ".join(f"{count} {what}" for count, what in parts if count) or "everything was measured",
-    }
-    return [
-        {"name": name, "count": count, "note": notes[name]}
-        for name, count in {
-            "compared": sum(1 for case in result.cases if case.compared),
-            "diverging": result.count(Status.FAIL),
-            "known": known,
-            "unmeasured": sum(count for count, _ in parts[:3]),
-        }.items()
-    ]
-
-
-def _notes(result: RunResult) -> dict[str, list[str]]:
-    """Each note once, with its cases: a case that agrees shows its notes nowhere else."""
-    said: dict[str, list[str]] = {}
+def _sae_rows(result: RunResult) -> Iterator[SaeRow]:
+    """A chain diverges when one of its own tensors or scalars does."""
     for case in result.cases:
-        for note in case.notes:
-            said.setdefault(note, []).append(case.id)
-    return said
+        for view in case.sae:
+            own = {tensor.status for tensor in case.tensors if tensor.name.startswith(f"{view.chain}.")}
+            worst = next((status for status in SEVERITY if status in own), case.status)
+            known = worst is Status.FAIL and case.status is Status.KNOWN
+            sign = {Status.FAIL: Outcome.DIVERGES, Status.PASS: Outcome.AGREES}.get(worst, Outcome.UNMEASURED).sign
+            yield SaeRow(case, view, Status.KNOWN if known else worst, sign)
 
 
 def _family_plots(result: RunResult, families: list[str]) -> Iterable[tuple[str, Markup]]:
@@ -196,9 +230,8 @@ def _family_plots(result: RunResult, families: list[str]) -> Iterable[tuple[str,
         cases = [case for case in result.cases if case.family == family and any(t.compared for t in case.tensors)]
         # Passing cases are drawn last: they are the many that lie low.
         cases.sort(key=lambda case: SEVERITY.index(case.status))
-        lines = [Line(one_line(case.id), case.status.value, case.tensors) for case in cases]
-        if lines:
-            yield family, ratio_plot(lines)
+        if cases:
+            yield family, ratio_plot([line_of(case, case.tensors, "", f"{one_line(case.id)}: ") for case in cases])
 
 
 def _ids(result: RunResult) -> list[str]:

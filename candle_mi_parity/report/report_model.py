@@ -1,4 +1,4 @@
-"""The model of ``report.json``; ``docs/report.schema.json`` is made from it.
+"""``report.json`` and its model; ``docs/report.schema.json`` is made from it.
 
 python -m candle_mi_parity.report.report_model > docs/report.schema.json
 """
@@ -6,70 +6,91 @@ python -m candle_mi_parity.report.report_model > docs/report.schema.json
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from collections.abc import Collection
+from dataclasses import asdict, fields, is_dataclass
+from types import GenericAlias
+from typing import Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from candle_mi_parity.compare.run_result import Verdict
-from candle_mi_parity.compare.verdict import Diagnosis, SaeView, Status, TensorResult
-from candle_mi_parity.spec.cases import Download
+from candle_mi_parity.compare.run_result import DirectCalls, RunResult, Verdict
+from candle_mi_parity.compare.verdict import CaseResult, Explained, Outcome, Status
+from candle_mi_parity.files.json_out import plain
+from candle_mi_parity.report.causes import CauseSeen, known_causes, new_causes
+
+FORMAT = "candle-mi-parity/report/4"
 
 
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class CaseReport(Part):
-    """One case; the meaning of each field is :class:`candle_mi_parity.compare.verdict.CaseResult`'s."""
-
-    id: str
-    family: str
-    digest: str
-    status: Status
-    compared: int
-    expected: int
-    unmeasured: int
-    in_part: bool
-    first_divergence: str | None
-    diagnosis: Diagnosis | None
-    sae: list[SaeView]
-    error: str
-    known: str
-    notes: list[str]
-    reproduce: str
-    seconds: float
-    downloads: list[Download]
-    tensors: list[TensorResult]
-    forced: list[TensorResult]
+def _model_of(source: type, without: Collection[str] = (), **computed: Any) -> Any:
+    """The fields of a dataclass, whose docstring says what they mean, and others that it computes."""
+    hints = get_type_hints(source)
+    kept = {field.name: hints[field.name] for field in fields(source) if field.name not in without}
+    wanted: dict[str, Any] = {name: (kind, ...) for name, kind in (kept | computed).items()}
+    return create_model(source.__name__, __base__=Part, __doc__=source.__doc__, **wanted)
 
 
-class CallsReport(Part):
-    """Direct calls; the meaning of each field is :class:`candle_mi_parity.compare.run_result.DirectCalls`'s."""
-
-    results: list[CaseReport]
-    skipped: str
+def _several(model: Any) -> Any:
+    return GenericAlias(list, (model,))
 
 
-class Report(Part):
-    """A run; the meaning of each field is :class:`candle_mi_parity.compare.verdict.RunResult`'s."""
+EXPLAINED = _model_of(Explained, tensors=int, worst=float)
+CASE = _model_of(
+    CaseResult, explained=EXPLAINED | None, outcome=Outcome, compared=int, unmeasured=int, first_divergence=str | None
+)
+CALLS = _model_of(DirectCalls, results=_several(CASE))
+CAUSE = _model_of(CauseSeen, cases=list[str], status=Status, outcome=Outcome, worst=float | None)
+REPORT = _model_of(
+    RunResult,
+    ("identity", "tick", "known"),
+    format=Literal["candle-mi-parity/report/4"],
+    verdict=Verdict,
+    right=str,
+    new=str,
+    line=str,
+    candle_mi=dict[str, str],
+    counts=dict[Status, int],
+    tally=dict[str, int],
+    causes=_several(CAUSE),
+    cases=_several(CASE),
+    calls=CALLS | None,
+)
+_MODELS = {Explained: EXPLAINED, CaseResult: CASE, DirectCalls: CALLS, CauseSeen: CAUSE}
 
-    format: Literal["candle-mi-parity/report/3"]
-    verdict: Verdict
-    line: str = Field(description="the verdict in one line, all counts in it")
-    candidate: str
-    candle_mi: dict[str, str]
-    versions: dict[str, str]
-    strict: bool
-    started: str = Field(description="when the run began, ISO 8601")
-    seconds: float = Field(description="how long it took")
-    fault: str
-    counts: dict[Status, int] = Field(description="cases by status")
-    cases: list[CaseReport]
-    calls: CallsReport | None
-    skipped: dict[str, str]
-    stale: list[str]
+
+def document(result: RunResult) -> dict[str, Any]:
+    """The report as data for JSON; a number that JSON cannot represent is spelt as a string."""
+    computed = {
+        "format": FORMAT,
+        "right": result.is_right(),
+        "new": result.is_new(),
+        "line": result.line(),
+        "candle_mi": result.identity,
+        "counts": {status: result.count(status) for status in Status},
+        "tally": result.tally(),
+        "causes": [_data(cause) for cause in [*new_causes(result), *known_causes(result)]],
+    }
+    rest = {name: _data(getattr(result, name)) for name in REPORT.model_fields if name not in computed}
+    return dict(plain({name: (computed | rest)[name] for name in REPORT.model_fields}))
+
+
+def _data(value: Any) -> Any:
+    """What its model names of an object; the cases of a cause are ids, a first divergence is a name."""
+    if isinstance(value, list | tuple):
+        return [_data(item) for item in value]
+    if type(value) not in _MODELS:
+        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    found = {name: _data(getattr(value, name)) for name in _MODELS[type(value)].model_fields if name != "cases"}
+    if isinstance(value, CauseSeen):
+        found["cases"] = [case.id for case in value.cases]
+    if isinstance(value, CaseResult) and value.first_divergence:
+        found["first_divergence"] = value.first_divergence.name
+    return found
 
 
 class _Strict(GenerateJsonSchema):
@@ -87,7 +108,7 @@ class _Strict(GenerateJsonSchema):
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of ``report.json``."""
-    schema = Report.model_json_schema(mode="serialization", schema_generator=_Strict)
+    schema = REPORT.model_json_schema(mode="serialization", schema_generator=_Strict)
     return {"$schema": GenerateJsonSchema.schema_dialect, **schema}
 
 

@@ -12,7 +12,7 @@ from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.errors import ParityError, Stopped
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.json_out import ReportError, write_json, write_text
-from candle_mi_parity.report import page, report, views_ci
+from candle_mi_parity.report import page, report_model, views_ci
 
 VIEWS = ("report.json", "junit.xml", "summary.md", "report.html")
 
@@ -73,7 +73,7 @@ def write(result: RunResult, out: Path) -> None:
     result.seconds = time.monotonic() - result.tick
     summary = views_ci.summary(result)
     tasks: list[Callable[[], None]] = [
-        lambda: write_json(report.document(result), out / "report.json"),
+        lambda: write_json(report_model.document(result), out / "report.json"),
         lambda: write_text(views_ci.junit(result), out / "junit.xml"),
         lambda: write_text(summary, out / "summary.md"),
         lambda: write_text(page.render(result), out / "report.html"),

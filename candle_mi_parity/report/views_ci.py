@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
@@ -13,6 +13,7 @@ from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.files.escape import one_line, printable
 from candle_mi_parity.files.json_out import ReportError
+from candle_mi_parity.report.causes import NEW, RIGHT, CauseSeen, few, known_causes, new_causes
 
 ROWS = 50
 """Longest table of the summary; a job page takes a megabyte in all."""
@@ -21,17 +22,19 @@ ROWS = 50
 def junit(result: RunResult) -> str:
     """One test case per case: KNOWN, UNMEASURED and not run are skipped with their reason, as pytest's xfail is.
 
-    A stale ledger entry, and whatever ended the run early, is a test case too, so that no failing run looks clean.
+    An explanation that no longer holds, and whatever ended the run early, is a test case too, so that no failing run
+    looks clean.
     """
     suite = TestSuite(f"candle-mi {printable(result.candidate)}")
     suite.timestamp = result.started
-    for name, value in {**result.versions, **result.identity}.items():
+    answers = {"verdict": result.verdict.value, "right": result.is_right(), "new": result.is_new()}
+    for name, value in {**answers, "baseline": result.baseline, **result.versions, **result.identity}.items():
         suite.add_property(name, printable(str(value)))
     suite.add_testcases([_test_case(case, result.strict) for case in result.judged])
     for name, reason in result.skipped.items():
         suite.add_testcase(_with(TestCase(one_line(name), one_line(name.split("/")[0])), Skipped(printable(reason))))
     for line in result.stale:
-        suite.add_testcase(_with(TestCase(one_line(line), "ledger"), Failure(printable(line), "stale")))
+        suite.add_testcase(_with(TestCase(one_line(line), "explanations"), Failure(printable(line), "stale")))
     if result.fault:
         suite.add_testcase(_with(TestCase("the run", "run"), Error(printable(result.fault), "broke off")))
     document = JUnitXml("candle-mi-parity")
@@ -41,17 +44,18 @@ def junit(result: RunResult) -> str:
 
 
 def _test_case(case: CaseResult, strict: bool) -> TestCase:
+    """The type of an outcome is status and outcome: ``KNOWN refused``."""
     test = TestCase(one_line(case.id), one_line(case.family), case.seconds)
-    text = printable(case.message())
-    known = one_line(f"known divergence: {case.note}")
+    text, kind = printable(case.message()), f"{case.status.value} {case.outcome.value}"
     if case.status is Status.FAIL or (strict and case.status is Status.KNOWN):
         first = case.first_divergence
-        return _with(test, Failure(one_line(first.name if first else case.error), case.status.value), text)
+        return _with(test, Failure(one_line(first.name if first else case.error), kind), text)
     if case.status is Status.ERROR:
-        return _with(test, Error(one_line(case.error), "ERROR"), text)
+        return _with(test, Error(one_line(case.error), kind), text)
     if case.status is Status.UNMEASURED:
-        return _with(test, Skipped(one_line(f"unmeasured: {case.error}"), "UNMEASURED"))
-    return _with(test, Skipped(known, "KNOWN")) if case.status is Status.KNOWN else test
+        return _with(test, Skipped(one_line(f"unmeasured: {case.error}"), kind))
+    known = one_line(f"known divergence: {case.note}")
+    return _with(test, Skipped(known, kind)) if case.status is Status.KNOWN else test
 
 
 def _with(test: TestCase, outcome: Skipped | Failure | Error, text: str = "") -> TestCase:
@@ -62,59 +66,60 @@ def _with(test: TestCase, outcome: Skipped | Failure | Error, text: str = "") ->
 
 
 def summary(result: RunResult) -> str:
-    """Markdown: the verdict, four counts, what diverges, what is known, what was not measured."""
-    bad = [case for case in result.judged if case.status in (Status.FAIL, Status.ERROR, Status.UNMEASURED)]
-    known: defaultdict[str, list[CaseResult]] = defaultdict(list)
-    for case in result.cases:
-        if case.status is Status.KNOWN:
-            known[case.note].append(case)
+    """Markdown: both answers, the cases by what became of them, causes, and what did not run."""
+    tally = result.tally()
     parts = [
         f"## {_MARK[result.verdict]} {result.verdict.value}: candle-mi {code(result.candidate)}",
-        prose(result.line()),
-        table(
-            ["compared", "diverging", "known", "unmeasured"],
-            [
-                [
-                    "-",
-                    str(result.count(Status.FAIL)),
-                    str(result.count(Status.KNOWN)),
-                    str(result.count(Status.UNMEASURED)),
-                ]
-            ],
-        ),
+        f"**{RIGHT}** {prose(result.is_right())}\n\n**{NEW}** {prose(result.is_new())}",
+        table(list(tally), [[str(count) for count in tally.values()]]),
     ]
     parts += [f"**The run broke off:** {prose(result.fault)}"] if result.fault else []
     parts += [f"**Stale:** {prose(line)}" for line in result.stale[:ROWS]]
-    if bad:
-        rows = [[code(case.id), case.status.value, *_where(case), code(case.reproduce)] for case in bad]
-        parts += ["### Diverging", table(["case", "status", "first at", "ratio", "shape", "reproduce"], rows)]
-    if known:
-        rows = [[prose(why), str(len(cases)), _ids(cases)] for why, cases in known.items()]
-        parts += ["### Known divergences", table(["what", "cases", "which"], rows)]
+    if new := new_causes(result):
+        rows = [[_sign(cause), *_where(cause.leader), *_cases(cause), code(cause.leader.reproduce)] for cause in new]
+        parts += ["### New", table(["status", "first at", "ratio", "shape", "cases", "which", "reproduce"], rows)]
+    if known := known_causes(result):
+        rows = [
+            [f"{_sign(cause)} {cause.id}", prose(cause.says), *_cases(cause), prose(cause.remedy)] for cause in known
+        ]
+        parts += ["### Known causes", table(["cause", "what candle-mi does", "cases", "which", "what to do"], rows)]
+    if result.gone:
+        rows = [[code(id), str(len(names)), few([code(name) for name in names])] for id, names in result.gone.items()]
+        parts += [f"### Gone since {prose(result.baseline)}", table(["cause", "cases", "which"], rows)]
     if result.skipped:
         reasons: defaultdict[str, list[str]] = defaultdict(list)
         for name, reason in result.skipped.items():
             reasons[re.sub(re.escape(name), "ID", reason)].append(name)
-        rows = [[prose(reason), str(len(names)), _few(names)] for reason, names in reasons.items()]
+        rows = [
+            [prose(reason), str(len(names)), few([code(name) for name in names])] for reason, names in reasons.items()
+        ]
         parts += ["### Not run", table(["why", "cases", "which"], rows)]
-    if notes := list(dict.fromkeys(note for case in result.cases for note in case.notes)):
-        rows = [[prose(note), _ids(case for case in result.cases if note in case.notes)] for note in notes[:ROWS]]
+    if notes := result.notes():
+        rows = [[prose(note), few([code(name) for name in names])] for note, names in notes.items()]
         parts += ["### Notes", table(["what", "which"], rows)]
     versions = ", ".join(f"{name} {value}" for name, value in result.versions.items())
     versions += f"; started {result.started}, took {result.seconds:.0f} s"
-    return "\n\n".join([*parts, f"<sub>{prose(versions)}</sub>"]) + "\n"
+    return "\n\n".join([*parts, f"<sub>{prose(f'{result.line()} {versions}')}</sub>"]) + "\n"
 
 
 _MARK = {Verdict.PASS: "✅", Verdict.FAIL: "❌", Verdict.ERROR: "💥", Verdict.INCONCLUSIVE: "❔", Verdict.KNOWN: "⚠️"}
 
 
+def _sign(cause: CauseSeen) -> str:
+    return f"{cause.outcome.sign} {cause.status.value}"
+
+
+def _cases(cause: CauseSeen) -> list[str]:
+    return [str(len(cause.cases)), few([code(case.id) for case in cause.cases])]
+
+
 def _where(case: CaseResult) -> list[str]:
-    """First tensor, its ratio, the error's shape; for a case without one its error."""
+    """First tensor, its ratio, the error's shape or what explains it; for a case without a tensor its error."""
     first = case.first_divergence
     if first is None:
         return [prose(one_line(case.error, 200)), "", ""]
     shape = case.diagnosis.shape if case.diagnosis else first.reason
-    return [code(first.name), f"{first.ratio:.3g}", prose(shape)]
+    return [code(first.name), f"{first.ratio:.3g}", prose(case.explained.equal if case.explained else shape)]
 
 
 def code(text: str) -> str:
@@ -127,14 +132,6 @@ def prose(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|~@&!])", r"\\\1", one_line(text, 600))
 
 
-def _ids(cases: Iterable[CaseResult]) -> str:
-    return _few([case.id for case in cases])
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(code(name) for name in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
 def table(headings: list[str], rows: list[list[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows[:ROWS]]
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -142,14 +139,17 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def workflow_commands(result: RunResult) -> list[str]:
-    """GitHub's workflow commands: an error per failing case, a warning for what was not measured."""
-    lines = [_command("error", "candle-mi-parity broke off", result.fault)] if result.fault else []
-    lines += [_command("error", "stale ledger entry", line) for line in result.stale]
-    for case in result.judged:
-        failed = case.status in (Status.FAIL, Status.ERROR) or (result.strict and case.status is Status.KNOWN)
-        if failed or case.status is Status.UNMEASURED:
-            title = f"{case.id}: {case.status.value}"
-            lines.append(_command("error" if failed else "warning", title, case.message()))
+    """GitHub's workflow commands: both answers, then an error per new cause, a warning for what was not measured."""
+    level = {Verdict.PASS: "notice", Verdict.KNOWN: "warning", Verdict.INCONCLUSIVE: "warning"}
+    head = f"{result.verdict.value}: candle-mi {result.candidate}"
+    answers = f"{RIGHT} {result.is_right()}\n{NEW} {result.is_new()}"
+    lines = [_command(level.get(result.verdict, "error"), head, answers)]
+    lines += [_command("error", "an explanation no longer holds", line) for line in result.stale]
+    for cause in new_causes(result):
+        kind = "warning" if cause.status is Status.UNMEASURED else "error"
+        others = [case.id for case in cause.cases[1:]]
+        more = f"\nthe same in {len(others)} more: {few(others)}" if others else ""
+        lines.append(_command(kind, f"{cause.leader.id}: {cause.status.value}", cause.leader.message() + more))
     return lines
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shlex
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +27,7 @@ from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import WAITS, Case, load_cases, select
 from candle_mi_parity.spec.explanations import load_explanations
-from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.spec.paths import cache_root, command
 
 NOT_REACHED = "not reached: the run ended before it"
 SEARCH_SECONDS = 30.0
@@ -68,8 +67,9 @@ def run(options: RunOptions, progress: Callable[[int], Progress], result: RunRes
     """
     table = load_cases()
     chosen = select(table, list(options.cases))
+    again = ("run", "--candidate", options.candidate, "--cases")
     skipped = {
-        case.id: f"{WAITS[case.lane]}; run it with candle-mi-parity run {case.id}"
+        case.id: f"{WAITS[case.lane]}; run it with {command(*again, case.id)}"
         for case in table
         if not options.cases and case not in chosen
     }
@@ -104,6 +104,7 @@ def run_cases(
         if source.identity:
             result.identity = source.identity.model_dump(exclude_none=True)
             result.baseline = known.baseline(source.identity.version)
+            result.known = {row.id: row for row in known.explanation}
         # torch's default dtype is the whole process's: beside a truth no float32 model may be loaded in it.
         count = 1 if candidate.kind == "torch" else 2
 
@@ -133,6 +134,7 @@ def _judge_calls(source: Source, options: RunOptions, result: RunResult, progres
     out = (options.keep or options.out / "traces") / "calls.json"
     judged = judge_source(source, options.candidate, held_to, options.cache, out)
     result.calls = judged.direct
+    result.known |= held_to.rows
     if judged.lost is None and source.identity is not None:
         hold_known(judged, held_to, source.identity, result)
 
@@ -178,8 +180,7 @@ def run_reference(options: RunOptions, path: Path, progress: Progress) -> RunRes
     started = time.monotonic()
     reference = read_reference(path)
     case = case_of(reference)
-    command = f"candle-mi-parity run --candidate {shlex.quote(options.candidate)}"
-    result = CaseResult(case.id, case.family, "", Status.ERROR, command)
+    result = CaseResult(case.id, case.family, "", Status.ERROR, command("run", "--candidate", options.candidate))
     try:
         progress.case_starts(case, "model")
         subject = prepare(case, options.cache)

@@ -4,7 +4,7 @@ const open = () => document.querySelectorAll('details').forEach(details => { det
 
 /** Of each link its address and the name of what it should lead to; in the matrix family/case. */
 const links = () => [...document.querySelectorAll('a[href]')].map(link => {
-  const cell = link.closest('.matrix td')
+  const cell = link.closest('.matrix td:not(.why)')
   if (!cell) return [link.getAttribute('href'), link.textContent]
   const heading = cell.closest('table').tHead.rows[0].cells[cell.cellIndex]
   return [link.getAttribute('href'), `${heading.textContent}/${cell.parentElement.cells[0].textContent}`]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,7 +108,8 @@ def links(browser: Browser, path: Path) -> list[str]:
     return faults
 
 
-def _contrast(browser: Browser, path: Path, scheme: Literal["light", "dark"]) -> list[str]:
+def contrast(browser: Browser, path: Path, scheme: Literal["light", "dark"]) -> list[str]:
+    """Every text stands out from what lies under it."""
     with _opened(browser, DESK, scheme) as tab:
         tab.goto(path.as_uri())
         _ask(tab, "open")
@@ -116,17 +118,7 @@ def _contrast(browser: Browser, path: Path, scheme: Literal["light", "dark"]) ->
     return [f"{text!r} has contrast {ratio:.2f}" for text, ratio in found if not ratio >= CONTRAST]
 
 
-def light(browser: Browser, path: Path) -> list[str]:
-    """Every text stands out from what lies under it."""
-    return _contrast(browser, path, "light")
-
-
-def dark(browser: Browser, path: Path) -> list[str]:
-    """The same for who prefers dark."""
-    return _contrast(browser, path, "dark")
-
-
-def _narrow(browser: Browser, path: Path, width: int) -> list[str]:
+def narrow(browser: Browser, path: Path, width: int) -> list[str]:
     """Nothing lies beside the screen but in a box that scrolls by itself; no letter too small, no word broken."""
     with _opened(browser, width) as tab:
         tab.goto(path.as_uri())
@@ -138,16 +130,6 @@ def _narrow(browser: Browser, path: Path, width: int) -> list[str]:
         sizes = _ask(tab, "sizes")
     assert len(sizes) >= FEWEST, f"{path}: {len(sizes)} texts"
     return faults + [f"{text!r} is {size:.1f} px high" for text, size in sizes if not size >= SMALLEST]
-
-
-def phone(browser: Browser, path: Path) -> list[str]:
-    """Legible on the narrowest screen."""
-    return _narrow(browser, path, PHONE)
-
-
-def tablet(browser: Browser, path: Path) -> list[str]:
-    """The same between a phone and a desk."""
-    return _narrow(browser, path, TABLET)
 
 
 def paper(browser: Browser, path: Path) -> list[str]:
@@ -163,7 +145,15 @@ def paper(browser: Browser, path: Path) -> list[str]:
     return faults
 
 
-CHECKS = {check.__name__: check for check in (quiet, links, light, dark, phone, tablet, paper)}
+CHECKS: dict[str, Callable[[Browser, Path], list[str]]] = {
+    "quiet": quiet,
+    "links": links,
+    "light": partial(contrast, scheme="light"),
+    "dark": partial(contrast, scheme="dark"),
+    "phone": partial(narrow, width=PHONE),
+    "tablet": partial(narrow, width=TABLET),
+    "paper": paper,
+}
 
 
 @pytest.mark.parametrize("name", ["report", "diff", "history"])

@@ -28,7 +28,7 @@ from candle_mi_parity.coverage.calls_judge import (
 )
 from candle_mi_parity.errors import ExplanationError, TraceError
 from candle_mi_parity.judge.case import Progress
-from candle_mi_parity.report import page, report, views_ci
+from candle_mi_parity.report import page, report_model, tables, views_ci
 from candle_mi_parity.run.run import RunOptions, run_cases
 from candle_mi_parity.spec.paths import ROOT, cache_root
 from tests.support.results import case, run_of
@@ -314,10 +314,10 @@ def test_a_verdict_counts_calls() -> None:
 def test_every_view_names_a_broken_function() -> None:
     def views(result: RunResult) -> list[str]:
         console = Console(record=True, file=io.StringIO())
-        report.terminal(result, console)
+        tables.run_tables(result, console)
         commands = "".join(views_ci.workflow_commands(result))
         told = [views_ci.junit(result), views_ci.summary(result), page.render(result), console.export_text()]
-        return [*told, commands, json.dumps(report.document(result))]
+        return [*told, commands, json.dumps(report_model.document(result))]
 
     honest, broken = views(reported(STORED)), views(reported(spoilt(*HALVED)))
     assert ["calls/kl/1d" in view for view in honest] == [True, False, False, False, False, True]

@@ -89,7 +89,8 @@ def test_a_known_divergence_is_named_in_the_line_and_fails_when_strict(tmp_path:
     arguments = ("--candidate", "stored:0.2.2", "--cases", "llama/v5")
     lenient, strict = run(tmp_path, *arguments), run(tmp_path, *arguments, "--strict")
     assert lenient.returncode == 0, lenient.stdout + lenient.stderr
-    assert "PASS except 1 known divergence (llama)" in lenient.stdout
+    last = "verdict: KNOWN: 1 other numbers. Nothing new since 0.2.2. 42 tensors compared."
+    assert "known: ≠ CMI001" in lenient.stdout and lenient.stdout.splitlines()[-1] == last
     assert strict.returncode == 1
 
 
@@ -105,7 +106,9 @@ def test_a_tampered_trace_fails_with_the_command_that_shows_it_again(tmp_path: P
     done = run(tmp_path, "--candidate", f"stored:{stored}", "--cases", "llama/hub")
     assert done.returncode == 1, done.stdout
     assert "blocks.1.mlp.hook_pre: FAIL (missing)" in done.stdout
-    assert "reproduce: candle-mi-parity run --candidate" in done.stdout
+    printed = next(line for line in done.stdout.splitlines() if line.startswith("  reproduce: "))
+    again = f"{printed.removeprefix('  reproduce: ')} --out {tmp_path}"
+    assert subprocess.run(again, shell=True, cwd=ROOT, check=False).returncode == 1, "it runs as printed"
 
 
 ABSENT = str(Path(__file__).with_name("absent"))

@@ -7,7 +7,7 @@ import pytest
 
 from candle_mi_parity.compare.diagnose import diagnose
 from candle_mi_parity.compare.verdict import Status, TensorResult, Worst
-from candle_mi_parity.report.report import clean_row
+from candle_mi_parity.report.tables import clean_row
 
 RNG = np.random.default_rng(0)
 TRUTH = RNG.standard_normal((1, 4, 12, 8))

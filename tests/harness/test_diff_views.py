@@ -29,9 +29,9 @@ def terminal(diff: Diff) -> str:
 def test_the_terminal_names_the_tensor_the_sizes_and_the_verdict() -> None:
     said = terminal(between(None, scale(POST, 1.001)))
     assert POST in said and "agrees → diverges" in said and "away" in said
-    assert said.rstrip().splitlines()[-1].startswith("WORSE: 1 of 1 cases")
+    assert said.rstrip().splitlines()[-1].startswith("verdict: WORSE: 1 of 1 cases")
     assert "not recorded → not recorded" in said, "traces in memory tell nothing of speed"
-    assert terminal(between(None, None)).rstrip().splitlines()[-1].startswith("NOTHING WORSE")
+    assert terminal(between(None, None)).rstrip().splitlines()[-1].startswith("verdict: NOTHING WORSE")
 
 
 def test_the_terminal_stays_short_however_much_moved() -> None:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from candle_mi_parity.files.escape import printable, templates
-from candle_mi_parity.report import diff_views, history, page, report, views_ci
+from candle_mi_parity.report import diff_views, history, page, tables, views_ci
 from candle_mi_parity.repro.write import _cell
 from tests.support.results import HOSTILE, a_report, differing, told
 
@@ -47,9 +47,9 @@ PAGES: dict[str, Callable[[], str]] = {
 }
 VIEWS: dict[str, Callable[[], str]] = {
     **PAGES,
-    "terminal of run": lambda: shown(lambda console: report.terminal(a_report(), console)),
+    "terminal of run": lambda: shown(lambda console: tables.run_tables(a_report(), console)),
     "terminal of diff": lambda: shown(lambda console: diff_views.terminal(differing(), console)),
-    "terminal of ratios": lambda: shown(lambda console: console.print(report.clean_ratios(a_report()))),
+    "terminal of ratios": lambda: shown(lambda console: console.print(tables.clean_ratios(a_report()))),
     "junit.xml": lambda: views_ci.junit(a_report()),
     "summary.md": lambda: views_ci.summary(a_report()),
     "annotations": lambda: "\n".join(views_ci.workflow_commands(a_report())),

@@ -87,31 +87,23 @@ def test_no_release_is_an_error() -> None:
         make_history({})
 
 
-@pytest.mark.parametrize(
-    ("status", "failure", "expected"),
-    [
-        (Status.PASS, None, Outcome.AGREES),
-        (Status.UNMEASURED, Failure.INPUT, Outcome.ERROR),
-        (Status.KNOWN, Failure.MODEL, Outcome.REFUSED),
-        (Status.FAIL, Failure.FORWARD, Outcome.REFUSED),
-        (Status.ERROR, Failure.TIMEOUT, Outcome.CRASHED),
-        (Status.ERROR, Failure.ABSENT, Outcome.ABSENT),
-        (Status.ERROR, Failure.INTERNAL, Outcome.ERROR),
-        (Status.ERROR, Failure.INPUT, Outcome.ERROR),
-    ],
-)
-def test_an_outcome_is_one_word(status: Status, failure: Failure | None, expected: Outcome) -> None:
-    """A message decides nothing: it may begin as it likes."""
-    case = CaseResult("llama/hub", "llama", "", status, "", error="model: not a refusal", failure=failure)
-    assert case.outcome is expected
+def test_an_outcome_is_decided_by_status_and_failure_and_by_no_message() -> None:
+    found: dict[Failure | None, Outcome] = {}
+    for status, failure in [(Status.PASS, None), *((Status.ERROR, failure) for failure in Failure)]:
+        found[failure] = CaseResult("a/b", "a", "", status, "", error="model: no refusal", failure=failure).outcome
+    refused, lost = {Failure.MODEL, Failure.SAE, Failure.FORWARD}, {Failure.INPUT, Failure.INTERNAL}
+    assert {outcome: {failure for failure in found if found[failure] is outcome} for outcome in found.values()} == {
+        Outcome.AGREES: {None},
+        Outcome.REFUSED: refused,
+        Outcome.ABSENT: {Failure.ABSENT},
+        Outcome.ERROR: lost,
+        Outcome.CRASHED: {*Failure} - refused - lost - {Failure.ABSENT},
+    }
 
 
-@pytest.mark.parametrize("status", [Status.FAIL, Status.KNOWN])
-def test_a_case_with_numbers_that_are_wrong_diverges(status: Status) -> None:
-    wrong = [TensorResult("logits", Status.FAIL, "values")]
-    assert CaseResult("llama/hub", "llama", "", status, "", wrong).outcome is Outcome.DIVERGES
-
-
-def test_a_case_that_is_too_noisy_is_judged_and_one_that_was_not_to_be_had_is_not() -> None:
-    noisy = [TensorResult("logits", Status.UNMEASURED, "noisy")]
-    assert CaseResult("llama/hub", "llama", "", Status.UNMEASURED, "", noisy).outcome is Outcome.UNMEASURED
+@pytest.mark.parametrize("status", [Status.FAIL, Status.KNOWN, Status.UNMEASURED])
+def test_a_case_with_numbers_was_judged(status: Status) -> None:
+    numbers = [TensorResult("logits", Status.UNMEASURED if status is Status.UNMEASURED else Status.FAIL)]
+    outcome = Outcome.UNMEASURED if status is Status.UNMEASURED else Outcome.DIVERGES
+    assert CaseResult("llama/hub", "llama", "", status, "", numbers).outcome is outcome
+    assert CaseResult("llama/hub", "llama", "", Status.UNMEASURED, "", failure=Failure.INPUT).outcome is Outcome.ERROR

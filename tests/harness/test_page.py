@@ -1,32 +1,35 @@
-"""The page says of every case what the result holds, needs nothing from outside, and believes no name."""
+"""Page, terminal and JSON say of every case what the result holds, and answer both questions apart."""
 
 from __future__ import annotations
 
-import base64
+import io
 import json
 import math
 import re
-import struct
-import zlib
 from html import unescape
-from html.parser import HTMLParser
 from pathlib import Path
 
 import jsonschema
 import numpy as np
 import pytest
+from rich.console import Console
 
 from candle_mi_parity.compare.diagnose_sae import look_sae
 from candle_mi_parity.compare.gate import ELEMENT_GATE
-from candle_mi_parity.compare.run_result import RunResult, Verdict
-from candle_mi_parity.compare.verdict import Diagnosis, Status
-from candle_mi_parity.report import page, report
-from candle_mi_parity.report.plots import LOWEST, Line, heatmap, ratio_plot
-from candle_mi_parity.report.report_model import Report, json_schema
+from candle_mi_parity.compare.run_result import RunResult
+from candle_mi_parity.compare.suspects import SUSPECTS, suspect
+from candle_mi_parity.compare.verdict import Diagnosis, Explained, Status
+from candle_mi_parity.files.json_out import write_text
+from candle_mi_parity.report import page, tables
+from candle_mi_parity.report.plots import Line, Point, heatmap, ratio_plot
+from candle_mi_parity.report.report_model import REPORT, document, json_schema
+from candle_mi_parity.spec.hook_points import hook_names
 from candle_mi_parity.spec.paths import ROOT
 from candle_mi_parity.trace.trace import Trace
 from tests.support.planting import real, write
-from tests.support.results import case, everything, run_of, sae_view, tensor
+from tests.support.results import case, changed, everything, refused, run_of, sae_view, tensor
+
+FAMILY = [case(f"gemma2/{name}", Status.FAIL) for name in ("hub", "v5", "window")]
 
 
 def text_of(html: str) -> str:
@@ -34,177 +37,172 @@ def text_of(html: str) -> str:
     return " ".join(unescape(re.sub(r"<[^>]+>", " ", re.sub(r"(?s)<style>.*?</style>", "", html))).split())
 
 
-@pytest.mark.parametrize(
-    ("result", "verdict"),
-    [
-        (run_of(case("a/b")), Verdict.PASS),
-        (run_of(case("a/b", Status.KNOWN)), Verdict.PASS),
-        (run_of(case("a/b", Status.FAIL)), Verdict.FAIL),
-        (run_of(case("a/b", Status.ERROR)), Verdict.ERROR),
-        (run_of(case("a/b", Status.UNMEASURED)), Verdict.INCONCLUSIVE),
-        (run_of(), Verdict.INCONCLUSIVE),
-    ],
-)
-def test_the_verdict_is_the_one_word_of_the_heading(result: RunResult, verdict: Verdict) -> None:
+def terminal(result: RunResult) -> str:
+    stream = io.StringIO()
+    tables.run_tables(result, Console(file=stream, width=tables.WIDE, color_system=None))
+    return stream.getvalue()
+
+
+GONE = changed(run_of(case("a/b")), baseline="0.2.2", gone={"CMI001": ["a/b"], "CMI004": ["a/b"]})
+RESULTS = [
+    run_of(case("a/b")),
+    run_of(case("a/b", Status.KNOWN), refused("a/c"), case("a/d")),
+    run_of(*FAMILY),
+    run_of(case("a/b", Status.ERROR)),
+    run_of(case("a/b", Status.UNMEASURED), case("a/c")),
+    run_of(),
+    changed(run_of(case("a/b", Status.FAIL)), fault="no space left"),
+    GONE,
+    changed(run_of(case("a/b", Status.KNOWN)), strict=True),
+]
+ANSWERS = """PASS | Yes: 1 of 1 cases agree. | Nothing new.
+KNOWN | Not everywhere: 1 known cause gives other numbers, 1 is refused; 1 of 3 cases agree. | Nothing new.
+FAIL | Not everywhere: 3 new cases differ; 0 of 3 cases agree. | New: 3 cases fail.
+ERROR | Not everywhere: 1 new case crashes; 0 of 1 cases agree. | New: 1 case could not be judged.
+INCONCLUSIVE | As far as measured: 1 of 2 cases agree, 1 could not be measured. | Nothing new.
+INCONCLUSIVE | Unknown: no case was judged. | Nothing new.
+ERROR | Not everywhere: 1 new case differs; 0 of 1 cases agree. | Unknown: no space left.
+PASS | Yes: 1 of 1 cases agree. | New since 0.2.2: 2 known divergences of 0.2.2 are gone (CMI001, CMI004).
+FAIL | Not everywhere: 1 known cause gives other numbers; 0 of 1 cases agree. | Nothing new, but --strict lets no \
+known divergence pass."""
+
+
+@pytest.mark.parametrize(("answers", "result"), [*zip(ANSWERS.splitlines(), RESULTS, strict=True)])
+def test_two_questions_have_two_answers_on_every_face(answers: str, result: RunResult) -> None:
+    verdict, right, new = answers.split(" | ")
+    assert (result.verdict.value, result.is_right(), result.is_new()) == (verdict, right, new)
     html = page.render(result)
-    assert re.findall(r"<h1>(.*?)</h1>", html) == [verdict.value]
-    assert f"<title>{verdict.value}: candle-mi 0.2.2</title>" in html
+    assert re.findall(r"<h1[^>]*>(.*?)</h1>", html) == [right.partition(": ")[0]]
+    assert f'<header class="{verdict}">' in html and f"<title>{verdict}: candle-mi 0.2.2</title>" in html
+    lines = terminal(result).splitlines()
+    assert lines[-3].endswith(f"? {right}") and lines[-2].endswith(f"? {new}")
+    assert [line for line in lines if line.startswith("verdict")] == [f"verdict: {result.line()}"] == lines[-1:]
+    assert result.line().startswith(f"{verdict}: ") and new in result.line()
 
 
-def test_the_four_counts_are_the_results() -> None:
+def test_the_counts_add_up_to_the_cases() -> None:
     result = everything()
-    html = page.render(result)
-    tiles = re.findall(r"<b>(\d+)</b><span>(\w+)</span>", html)
-    assert tiles == [("4", "compared"), ("1", "diverging"), ("1", "known"), ("3", "unmeasured")]
+    shown = re.findall(r"<b>(\d+)</b><span>([\w ]+)</span>", page.render(result))
+    assert {name: int(count) for count, name in shown} == result.tally()
+    assert list(result.tally().values()) == [1, 2, 0, 1, 1, 1] and len(result.cases) + len(result.skipped) == 6
 
 
-def test_every_case_has_a_square_with_its_reason() -> None:
+def test_the_terminal_shows_what_is_new_and_one_line_a_cause() -> None:
+    said = terminal(run_of(*(case(f"llama/{i}") for i in range(200)), case("a/known", Status.KNOWN), *FAMILY))
+    assert len(said.splitlines()) < 40 and "llama/7" not in said and "a/known" not in said
+    assert "known: ≠ CMI001" in said and said.count("look at: rotary") == 1 and "the same in 2 more" in said
+    assert "blocks.0.attn.hook_scores\n" in said.replace(" ", ""), "a name stays whole where stdout is a file"
+    assert "gone: CMI004: Now right: a/b" in terminal(GONE)
+
+
+def test_every_case_has_a_square_with_its_sign_and_reason() -> None:
     result = everything()
+    result.cases.append(refused("refusedfam/refused"))
     rows = page.matrix(result, [name.split("/")[0] for name in [*(c.id for c in result.cases), *result.skipped]])
     cells = {row.name: next(cell for cell in row.cells if cell) for row in rows}
-    assert {name: cell.status for name, cell in cells.items()} == {
-        **{status.value.lower(): status.value for status in Status},
-        "scope-l0": "NOT RUN",
-    }
+    signs = "fail ≠ FAIL, error ✗ ERROR, unmeasured ? UNMEASURED, known ≠ KNOWN, refused ⊘ KNOWN, scope-l0 – NOT-RUN"
+    assert ", ".join(f"{name} {cell.sign} {cell.status}" for name, cell in cells.items()) == signs + ", pass ✓ PASS"
     assert "the largest ratio is 1 of 8" in cells["pass"].why
-    assert cells["known"].why == "rope_theta is not read"
+    assert cells["known"].why.startswith("CMI001: rope_theta is not read; equal to PyTorch with rope_theta = 10000.0")
     assert cells["fail"].why == "first at blocks.0.attn.hook_scores (values), ratio 4.32e+03, one head (3)"
     assert "SIGKILL" in cells["error"].why and "too noisy" in cells["unmeasured"].why
     assert "needs a download" in cells["scope-l0"].why
     html = unescape(page.render(result))
     assert all(f'title="{cell.why}"' in html for cell in cells.values())
-    anchors = re.findall(r'href="#([^"]+)"', html)
-    assert all(f'id="{anchor}"' in html for anchor in anchors if anchor.startswith("case-"))
 
 
-def test_a_failing_case_shows_its_whole_census_and_the_command() -> None:
-    said = text_of(page.render(run_of(case("a/b", Status.FAIL))))
-    for part in (
-        "first divergence blocks.0.attn.hook_scores",
-        "past the gate 11 of 96 elements, 7 masked left out",
-        "worst index [0, 3, 17]",
-        "got 1.25",
-        "expected 1.75",
-        "absolute 0.5",
-        "relative 0.286",
-        "ULP 4.19e+06",
-        "noise σ 1.5e-07",
-        "ratio 1.73e+04 (gate 32)",
-        "position ratio 4.32e+03 (gate 8)",
-        "inputs agreed? yes",
-        "Shape of the error: one head (3)",
-        "With every half-layer fed the truth, 1 of 1 diverge: blocks.0.attn.hook_scores",
-        "candle-mi-parity run --cases a/b",
-    ):
-        assert part in said, part
+def test_new_failures_are_put_together_and_the_smallest_is_open() -> None:
+    html = page.render(run_of(*FAMILY, case("gemma/hub", Status.FAIL), case("a/b", Status.KNOWN)))
+    assert html.count('<details class="case">') == 3 and html.count('<details class="case" open>') == 2
+    said = text_of(html)
+    assert "new-1: gemma2 first differs at attn.hook_scores" in said and "new-2: gemma first" in said
+    assert said.index("Causes") < said.index("Families and cases") < said.index("With every half-layer")
+    assert "CMI001 Gone since 0.2.2: a/b agrees." in text_of(page.render(GONE))
 
 
-def test_the_plots_draw_the_gate_and_name_each_tensor() -> None:
-    html = page.render(run_of(case("a/b", Status.FAIL), case("a/c")))
-    plots = re.findall(r"(?s)<svg.*?</svg>", html)
-    ratios = [plot for plot in plots if "execution order" in plot]
-    assert len(ratios) == 2 and len(plots) == 3  # the case's, the family's, and the picture by position
-    for plot in ratios:
-        assert 'class="gate"' in plot and "gate 8" in plot
-    titles = re.findall(r"<title>([^<]*)</title>", ratios[1])
-    assert "a/b: blocks.0.attn.hook_scores, ratio 4.32e+03, FAIL, inputs agreed" in titles
-    assert sum(title.startswith("a/c: ") for title in titles) == 2
+EVIDENCE = """first divergence blocks.0.attn.hook_scores | past the gate 11 of 96 elements, 7 masked left out
+worst index [0, 3, 17] | got 1.25 | expected 1.75 | absolute 0.5 | relative 0.286 | ULP 4.19e+06 | noise σ 1.5e-07
+ratio 1.73e+04 (gate 32) | position ratio 4.32e+03 (gate 8) | inputs agreed? yes | Shape of the error: one head (3)
+Look at: rotary, scale, grouped-query repetition | none of 42 single changes | candle-mi-parity run --cases a/b
+With every half-layer fed the truth, 1 of 1 diverge: blocks.0.attn.hook_scores . | candle-mi-parity repro a/b"""
+
+
+def test_a_failing_case_shows_its_evidence_the_suspect_and_the_commands() -> None:
+    bad, found = case("a/b", Status.FAIL), case("a/c", Status.FAIL)
+    bad.shrink, bad.unexplained = "candle-mi-parity repro a/b", "none of 42 single changes explains it"
+    found.explained = Explained([], "rms_norm_eps = 1e-05", "rms_norm_eps = 1e-05", {"hook_embed": 1.0})
+    said = text_of(page.render(run_of(bad, found)))
+    assert not [part for part in re.split(r" \| |\n", EVIDENCE) if part not in said]
+    equal = "equal to PyTorch with rms_norm_eps = 1e-05, all 1 tensors, worst 1 of 8"
+    assert equal in said and equal in terminal(run_of(found))
+
+
+def test_the_plots_draw_the_gate_the_explanation_and_each_tensor() -> None:
+    html = page.render(run_of(case("a/b", Status.FAIL), case("a/c", Status.KNOWN)))
+    plots = re.findall(r'(?s)<svg class="ratios".*?</svg>\n.*?</svg>', html)
+    assert len(plots) == 3 and html.count('<svg class="heat"') == 2
+    assert all('class="gate"' in plot and "gate 8" in plot for plot in plots)
+    new, known, family = (re.findall(r"<title>([^<]*)</title>", plot) for plot in plots)
+    assert {"", "fed the truth: "} <= {
+        title.partition("blocks.0.attn.hook_scores 4.32e+03, FAIL")[0] for title in new
+    }
+    assert "explained: blocks.0.attn.hook_scores 1.2" in known and 'class="PASS explained"' in plots[1]
+    assert sum(title.startswith("a/c: ") for title in family) == 3
+    assert "Equal to PyTorch with rope_theta = 10000.0, all 2 tensors, worst 1.2 of 8." in text_of(html)
 
 
 def test_a_point_lies_where_its_ratio_is_and_none_is_lost() -> None:
     """Exact ones at the bottom, non-finite ones at the top: a logarithm has no place for either."""
-    lines = [Line("x", "FAIL", [tensor("a", 0.0), tensor("b", 8.0), tensor("c", math.inf), tensor("d", math.nan)])]
-    plot = ratio_plot(lines)
-    gate = float(re.findall(r'class="gate" d="M[\d.]+ ([\d.]+)h', plot)[0])
-    heights = [float(y) for y in re.findall(r'<circle[^>]* cy="([\d.]+)"[^>]*><title>', plot)]
-    assert len(heights) == 4
-    exact, at_gate, infinite, nan = heights
+    ratios = {"a": 0.0, "b": 8.0, "c": math.inf, "d": math.nan}
+    plot = ratio_plot([Line("FAIL", [Point(name, ratio, "FAIL", name) for name, ratio in ratios.items()])])
+    gate = float(re.findall(r'<line class="gate" x2="100%" y1="([\d.]+)"', plot)[0])
+    exact, at_gate, infinite, nan = (float(y) for y in re.findall(r'<circle[^>]* cy="([\d.]+)"', plot))
     assert at_gate == gate and infinite == nan < gate < exact
-    assert LOWEST > 0
 
 
-def test_the_picture_is_red_where_the_error_is_past_the_gate_and_fills_its_axes() -> None:
-    picture = [[-1.0, 4.0, 0.0], [5.0, 0.0, 1.0]]
+def test_the_picture_is_red_where_the_error_is_past_the_gate() -> None:
+    picture = [[-1.0, 4.0, 0.0], [5.0, 0.0, math.log10(ELEMENT_GATE)]]
     plot = heatmap(Diagnosis("x", "one head (3)", picture, [0, 5], "head"))
-    ((left, top, width, height, data),) = re.findall(
-        r'<image x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"[^>]*base64,([^"]+)"', plot
-    )
-    red, _, blue = np.moveaxis(pixels_of(base64.b64decode(data)).astype(int), -1, 0)
-    assert np.array_equal(red > blue, np.array(picture) > math.log10(ELEMENT_GATE))
-    assert red.shape == (2, 3) and "1.0e+05 σ" in plot and "error over noise of x by position" in plot
-    bottom, right = float(top) + float(height), float(left) + float(width)
-    assert f'd="M{left} {top}V{bottom:g}H{right:g}"' in plot, "the frame is where the picture is"
+    steps = {int(step): path for step, path in re.findall(r'class="heat-(\d)" d="([^"]*)"', plot)}
+    red = {cell for step, path in steps.items() if step >= 3 for cell in re.findall(r"M(\d \d)h1v1h-1z", path)}
+    assert red == {"1 0", "0 1", "2 1"} and sum(path.count("M") for path in steps.values()) == 6
+    assert 'viewBox="0 0 3 2"' in plot and "error over noise of x by position" in plot
 
 
-def pixels_of(png: bytes) -> np.ndarray:
-    """[rows, columns, 3] of a PNG without filters and without a palette."""
-    columns, rows = struct.unpack(">II", png[16:24])
-    size = int.from_bytes(png[33:37])
-    data = np.frombuffer(zlib.decompress(png[41 : 41 + size]), np.uint8).reshape(rows, 1 + 3 * columns)
-    return data[:, 1:].reshape(rows, columns, 3)
-
-
-def test_it_is_made_for_dark_rooms_phones_and_paper() -> None:
-    html = page.render(everything())
-    assert "@media screen and (prefers-color-scheme: dark)" in html
-    assert "@media (max-width: 760px)" in html and "@media print" in html
-    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
-    assert not re.search(r"#0[1-8]0[1-8]0[1-8]", html), "a plot's stand-in colour is left"
-
-
-class _Balanced(HTMLParser):
-    """Counts what is open; HTML's void elements never are."""
-
-    VOID = ("meta", "br", "hr", "img", "input", "link")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.ids += [value for key, value in attrs if key == "id" and value]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.ids += [value for key, value in attrs if key == "id" and value]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def test_every_element_is_closed_and_no_id_is_given_twice() -> None:
-    parser = _Balanced()
-    parser.feed(page.render(everything()))
-    assert parser.open == []
-    assert sorted(parser.ids) == sorted(set(parser.ids))
+def test_every_id_is_given_once_and_every_link_leads_somewhere() -> None:
+    html = page.render(run_of(*FAMILY, *everything().cases, refused("a/c")))
+    ids = re.findall(r'\sid="([^"]*)"', html)
+    assert len(ids) == len(set(ids)) and {"CMI001", "of-new-1"} <= set(ids)
+    assert set(re.findall(r'href="#([^"]+)"', html)) <= set(ids)
+    for tag in ("div", "details", "table", "tr", "td", "svg", "section"):
+        assert len(re.findall(f"<{tag}[ >]", html)) == html.count(f"</{tag}>"), tag
 
 
 def test_the_sae_panel_has_flips_with_margins_mse_and_ranks_side_by_side() -> None:
-    passing = case("a/b")
-    passing.sae = [sae_view()]
-    html = page.render(run_of(passing))
+    passing, wrong = case("a/b"), case("a/c", Status.KNOWN)
+    passing.sae = wrong.sae = [sae_view()]
+    wrong.tensors.append(tensor("sae.features", 99.0, Status.FAIL, "values"))
+    html = page.render(run_of(passing, wrong))
     said = text_of(html)
-    assert "a/b its own residual 12 / 13 1 3.25 σ 0.125 0.1250001 1e-07" in said
+    assert "a/b its own residual 12 / 13 active 1 flip, 3.25 σ MSE 0.125 / 0.1250001 ± 1e-07" in said
+    assert said.index("≠ KNOWN a/c its own residual") < said.index("✓ PASS a/b its own residual")
     assert "[0, 2, 40] 0 1.5 2.5e-06 3.25 by rounding" in said
     assert "1 #7 3.5 #7 3.5000002" in said and "2 #9 1.25 #11 1.5" in said
-    assert html.count('class="differs"') == 1
+    assert html.count('class="differs"') == 2
 
 
 def test_a_flip_that_is_planted_is_listed_with_its_margin(tmp_path: Path) -> None:
     there = real("gemma2/hub")
-    assert there.truth.sae, "the case has an SAE"
     honest = look_sae(there.truth, Trace(write(tmp_path / "honest", there)))
     features = there.arrays["sae.features"]
     index = tuple(int(i) for i in np.unravel_index(features.argmax(), features.shape))
     features[index] = 0.0
-    arrays = there.arrays | {"sae.features": features}
-    own = look_sae(there.truth, Trace(write(tmp_path / "planted", there, arrays)))[0]
-    assert own.flipped == honest[0].flipped + 1
+    own = look_sae(there.truth, Trace(write(tmp_path / "planted", there, there.arrays | {"sae.features": features})))[
+        0
+    ]
+    assert own.flipped == honest[0].flipped + 1 and own.active_got == honest[0].active_got - 1
     assert own.flips[0].index == list(index) and not own.flips[0].excused
     assert own.flips[0].over_noise > 32 and own.flips[0].got == 0.0
-    assert own.active_got == honest[0].active_got - 1
     best = honest[0].top[0]
     assert best.expected and best.got and best.expected[0] == best.got[0]
 
@@ -214,14 +212,27 @@ def test_the_report_is_what_its_schema_says_and_the_schema_is_in_the_repository(
     assert stored == json_schema(), "python -m candle_mi_parity.report.report_model > docs/report.schema.json"
     result = everything()
     result.cases[2].tensors[-1] = tensor("x", math.inf, Status.FAIL, "nonfinite")
-    document = json.loads(json.dumps(report.document(result)))
-    jsonschema.validate(document, stored)
-    Report.model_validate(document)
-    for spoil in (
-        {"format": "candle-mi-parity/report/1"},
-        {"verdict": "MAYBE"},
-        {"surplus": 1},
-        {"cases": [{**document["cases"][0], "tensors": [{"name": "x"}]}]},
-    ):
+    told = json.loads(json.dumps(document(result)))
+    jsonschema.validate(told, stored)
+    REPORT.model_validate(told)
+    known = next(one for one in told["cases"] if one["status"] == "KNOWN")
+    assert known["outcome"] == "diverges" and known["explained"]["change"] == "rope_theta = 10000.0"
+    assert [cause["id"] for cause in told["causes"]] == ["new-1", "new-2", "new-3", "CMI001"]
+    cut = {"cases": [{**told["cases"][0], "tensors": [{"name": "x"}]}]}
+    for spoil in ({"format": "candle-mi-parity/report/3"}, {"verdict": "MAYBE"}, {"surplus": 1}, cut):
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(document | spoil, stored)
+            jsonschema.validate(told | spoil, stored)
+
+
+def test_the_docs_name_the_suspects_that_page_and_terminal_name() -> None:
+    text = (ROOT / "docs" / "reading-a-report.md").read_text().partition("| first divergence |")[2]
+    rows = re.findall(r"^\| (`.*`) \| (.*) \|$", text, re.MULTILINE)
+    assert {tuple(re.findall("`(.*?)`", points)): parts for points, parts in rows} == SUSPECTS
+    assert all(suspect(name) for name in [*hook_names(2), "logits", "lens.blocks.0.hook_resid_post", "sae.features"])
+    assert not suspect("logits.next_token")
+
+
+def test_a_report_may_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_text("x", tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -18,11 +18,12 @@ from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.errors import ModelError, ParityError
 from candle_mi_parity.report import page, views, views_ci
+from candle_mi_parity.report.causes import NEW, RIGHT
 from candle_mi_parity.report.terminal import Terminal
 from candle_mi_parity.run import run
 from candle_mi_parity.run.run import RunOptions
 from candle_mi_parity.spec.cases import load_cases, select
-from tests.support.results import HOSTILE, VERSIONS, case, everything, run_of
+from tests.support.results import HOSTILE, VERSIONS, case, changed, everything, run_of
 
 VIEWS = ("report.json", "report.html", "junit.xml", "summary.md")
 
@@ -39,72 +40,58 @@ def outcome(suite: ElementTree.Element, name: str) -> tuple[str, str, str]:
     return child.tag, child.get("message", ""), child.text or ""
 
 
-def test_junit_counts_are_the_results() -> None:
-    result = everything()
-    suite = suite_of(result)
-    tests = list(suite.iter("testcase"))
-    assert len(tests) == len(result.cases) + len(result.skipped) == int(suite.get("tests", ""))
-    assert int(suite.get("failures", "")) == result.count(Status.FAIL) == 1
-    assert int(suite.get("errors", "")) == result.count(Status.ERROR) == 1
-    skipped = result.count(Status.KNOWN) + result.count(Status.UNMEASURED) + len(result.skipped)
-    assert int(suite.get("skipped", "")) == skipped == 3
-    assert sum(1 for test in tests if len(test) == 0) == result.count(Status.PASS)
-
-
-def test_junit_says_why() -> None:
-    suite = suite_of(everything())
+def test_junit_counts_and_says_why() -> None:
+    suite, result = suite_of(everything()), everything()
+    counts = {name: int(suite.get(name, "")) for name in ("tests", "failures", "errors", "skipped")}
+    assert counts == {"tests": 6, "failures": 1, "errors": 1, "skipped": 3}
+    assert [test.get("name") for test in suite.iter("testcase") if len(test) == 0] == ["passfam/pass"]
     kind, message, text = outcome(suite, "failfam/fail")
     assert (kind, message) == ("failure", "blocks.0.attn.hook_scores")
     assert "[0, 3, 17] got 1.25, expected 1.75" in text and "reproduce: candle-mi-parity run" in text
     assert outcome(suite, "errorfam/error")[:2] == ("error", "crash: emitter was ended by SIGKILL")
-    assert outcome(suite, "knownfam/known")[:2] == ("skipped", "known divergence: rope_theta is not read")
+    assert outcome(suite, "knownfam/known")[1].startswith("known divergence: CMI001: rope_theta is not read; equal")
     assert outcome(suite, "unmeasuredfam/unmeasured")[1].startswith("unmeasured: too noisy to judge")
     assert outcome(suite, "gemma-2-2b/scope-l0")[:2] == ("skipped", "needs a download from the hub")
+    told = {one.get("name"): one.get("value") for one in suite.iter("property")}
+    assert (told["verdict"], told["right"], told["new"]) == ("FAIL", result.is_right(), result.is_new())
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda result: result.cases.append(case("a/z", Status.FAIL)),
-        lambda result: result.cases.append(case("a/z", Status.ERROR)),
-        lambda result: result.stale.append("a/b no longer diverges"),
-        lambda result: setattr(result, "fault", "no space left"),
-        lambda result: result.__dict__.update(strict=True, cases=[case("a/z", Status.KNOWN)]),
-    ],
-    ids=["divergence", "error", "stale entry", "broke off", "strict"],
-)
-def test_a_run_that_fails_has_a_junit_that_fails(spoil: Callable[[RunResult], object]) -> None:
-    result = run_of(case("a/b"))
-    assert suite_of(result).get("failures") == suite_of(result).get("errors") == "0"
-    spoil(result)
-    assert result.verdict in (Verdict.FAIL, Verdict.ERROR)
-    suite = suite_of(result)
+BAD = {
+    "divergence": run_of(case("a/z", Status.FAIL)),
+    "error": run_of(case("a/z", Status.ERROR)),
+    "stale explanation": changed(run_of(case("a/b")), stale=["CMI001 is listed, and no case needs it"]),
+    "broke off": changed(run_of(case("a/b")), fault="no space left"),
+    "strict": changed(run_of(case("a/z", Status.KNOWN)), strict=True),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_run_that_fails_has_a_junit_that_fails(name: str) -> None:
+    good, suite = suite_of(run_of(case("a/b"), case("a/z", Status.KNOWN))), suite_of(BAD[name])
+    assert good.get("failures") == good.get("errors") == "0" and BAD[name].verdict in (Verdict.FAIL, Verdict.ERROR)
     assert int(suite.get("failures", "")) + int(suite.get("errors", "")) == 1
-
-
-def hostile() -> RunResult:
-    bad, broken = case("a/b", Status.FAIL, bad=HOSTILE), case("a/c", Status.ERROR)
-    broken.error = f"{HOSTILE}\n| x | `code` | [link](y) |\n# heading\n::error::forged"
-    result = run_of(bad, broken)
-    result.skipped = {"a/d": HOSTILE}
-    return result
 
 
 def test_the_summary_says_verdict_counts_cases_and_reasons() -> None:
     text = views_ci.summary(everything())
     assert text.startswith("## ❌ FAIL: candle-mi `0.2.2`")
-    assert "| compared | diverging | known | unmeasured |\n| --- | --- | --- | --- |\n| 4 | 1 | 1 | 3 |" in text
-    assert "| `failfam/fail` | FAIL | `blocks.0.attn.hook_scores` | 4.32e+03 | one head (3) |" in text
-    assert "SIGKILL" in text and "rope\\_theta is not read" in text and "needs a download from the hub" in text
+    assert f"**{RIGHT}** Not everywhere: 1 known cause" in text and f"**{NEW}** New: 1 case fails" in text
+    assert "| agree | other numbers | refused | crashed | not measured | not run |" in text
+    assert "| ≠ FAIL | `blocks.0.attn.hook_scores` | 4.32e+03 | one head (3) | 1 | `failfam/fail` |" in text
+    assert "| ≠ KNOWN CMI001 | rope\\_theta is not read. | 1 | `knownfam/known` | Write it. |" in text
+    assert "SIGKILL" in text and "needs a download from the hub" in text
+    assert views_ci.summary(run_of(case("a/b", Status.KNOWN))).startswith("## ⚠️ KNOWN")
 
 
 def test_the_summary_stays_markdown_whatever_a_name_holds() -> None:
-    text = views_ci.summary(hostile())
+    bad, broken = case("a/b", Status.FAIL, bad=HOSTILE), case("a/c", Status.ERROR)
+    broken.error = f"{HOSTILE}\n| x | `code` | [link](y) |\n# heading\n::error::forged"
+    text = views_ci.summary(changed(run_of(bad, broken), skipped={"a/d": HOSTILE}))
     bare = re.sub(r"`[^`]*`|\\.", "", text)  # neither code spans nor what is escaped
     assert "<script" not in bare and "[link]" not in bare and "\x1b" not in text
     assert not re.search(r"^(#+ heading|::error)", text, re.MULTILINE)
-    rows = [line for line in text.splitlines() if line.startswith("| `a/")]
-    assert len(rows) == 2 and all(len(re.findall(r"(?<!\\)\|", row)) == 7 for row in rows)
+    rows = [line for line in text.splitlines() if re.match(r"\| . (FAIL|ERROR) \|", line)]
+    assert len(rows) == 2 and all(len(re.findall(r"(?<!\\)\|", row)) == 8 for row in rows)
 
 
 def test_github_is_told_only_where_github_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,21 +103,18 @@ def test_github_is_told_only_where_github_runs_it(tmp_path: Path, capsys: pytest
     views_ci.tell_github(everything(), "text\n", {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(page)})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("::")[1] for line in lines] == [
+        "error title=FAIL%3A candle-mi 0.2.2",
         "error title=failfam/fail%3A FAIL",
-        "warning title=unmeasuredfam/unmeasured%3A UNMEASURED",
         "error title=errorfam/error%3A ERROR",
+        "warning title=unmeasuredfam/unmeasured%3A UNMEASURED",
     ]
-    assert "%0A  reproduce: candle-mi-parity run" in lines[0]
+    assert RIGHT in lines[0] and NEW in lines[0] and "%0A  reproduce: candle-mi-parity run" in lines[1]
     assert page.read_text() == "before\ntext\n"
 
 
-def test_all_views_tell_one_verdict(tmp_path: Path) -> None:
-    with views.written(everything(), tmp_path) as result:
-        pass
-    assert json.loads((tmp_path / "report.json").read_text())["verdict"] == result.verdict.value == "FAIL"
-    assert "<h1>FAIL</h1>" in (tmp_path / "report.html").read_text()
-    assert (tmp_path / "summary.md").read_text().startswith("## ❌ FAIL")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(VIEWS)
+def test_a_run_that_is_known_to_be_wrong_is_a_warning_and_no_notice() -> None:
+    kinds = [views_ci.workflow_commands(run_of(case("a/b", status)))[0].split()[0] for status in Status]
+    assert kinds == ["::notice", "::warning", "::error", "::warning", "::error"]
 
 
 @pytest.mark.parametrize(
@@ -156,17 +140,10 @@ def test_a_run_that_breaks_off_writes_every_view_with_what_it_had(
     assert document["verdict"] == "ERROR" and document["fault"] == said
     assert [judged["id"] for judged in document["cases"]] == ["a/b"] and list(document["skipped"]) == ["a/c", "a/d"]
     html = (tmp_path / "report.html").read_text()
-    assert "<h1>ERROR</h1>" in html and said in html and "a/d" in html
+    assert '<header class="ERROR">' in html and said in html and "a/d" in html
     (suite,) = ElementTree.fromstring((tmp_path / "junit.xml").read_text())
     assert (suite.get("tests"), suite.get("errors"), suite.get("skipped")) == ("4", "1", "2")
     assert (tmp_path / "summary.md").read_text().startswith("## 💥 ERROR")
-
-
-def test_a_divergence_found_before_the_break_does_not_hide_the_break() -> None:
-    result = run_of(case("a/b", Status.FAIL))
-    result.fault = "no space left"
-    assert result.verdict is Verdict.ERROR
-    assert result.line().startswith("ERROR (no space left): 1 cases (1 FAIL)")
 
 
 def test_one_view_that_cannot_be_drawn_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

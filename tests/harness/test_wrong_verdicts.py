@@ -28,7 +28,7 @@ from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle import compute, hooks
 from candle_mi_parity.oracle.hooks import forward, load_model
 from candle_mi_parity.oracle.streaming import load_streamed
-from candle_mi_parity.report import page, report, views_ci
+from candle_mi_parity.report import page, report_model, tables, views_ci
 from candle_mi_parity.spec.cases import Case, LocalModel, TinyModel
 from candle_mi_parity.spec.edits import Zero
 from candle_mi_parity.spec.explanations import Explanations
@@ -337,7 +337,8 @@ def test_a_padded_prompt_is_judged_and_its_note_is_told(judged: Judged, tmp_path
     found = judged(case)
     assert found.status is Status.PASS and len(found.notes) == 1
     run = RunResult("torch", {}, VERSIONS, [found], {})
-    told = [json.dumps(report.document(run)), page.render(run), views_ci.summary(run), said_by_the_terminal(run)]
+    told = [page.render(run), views_ci.summary(run), said_by_the_terminal(run)]
+    told.append(json.dumps(report_model.document(run)))
     assert all("as plain tokens" in text for text in told)
     found.notes = []
     assert "as plain tokens" not in page.render(run) + said_by_the_terminal(run)
@@ -345,7 +346,7 @@ def test_a_padded_prompt_is_judged_and_its_note_is_told(judged: Judged, tmp_path
 
 def said_by_the_terminal(run: RunResult) -> str:
     stream = io.StringIO()
-    report.terminal(run, Console(file=stream, width=500, color_system=None))
+    tables.run_tables(run, Console(file=stream, width=500, color_system=None))
     return stream.getvalue()
 
 

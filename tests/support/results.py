@@ -44,11 +44,11 @@ def case(name: str, status: Status = Status.PASS, bad: str = "blocks.0.attn.hook
     result = CaseResult(name, name.split("/")[0], "0" * 64, status, f"candle-mi-parity run --cases {name}", tensors)
     if status in (Status.FAIL, Status.KNOWN):
         tensors.append(tensor(bad, 4321.0, Status.FAIL, "values"))
-        result.forced = [tensor(bad, 4321.0, Status.FAIL, "values")]
+        result.forced = [tensor(bad, 4321.0, Status.FAIL, "values")] if status is Status.FAIL else []
         result.diagnosis = Diagnosis(bad, "one head (3)", [[0.1, 3.5], [0.2, 4.25]], [0, 5], "head")
     if status is Status.KNOWN:
         result.explained = Explained(
-            ["CMI001"], "rope_theta is not read.", "rope_theta = 10000.0", 42, 1.2, "Write it."
+            ["CMI001"], "rope_theta is not read.", "rope_theta = 10000.0", {"hook_embed": 0.0, bad: 1.2}, "Write it."
         )
     if status is Status.ERROR:
         result.tensors, result.error = [], "crash: emitter was ended by SIGKILL"
@@ -57,6 +57,15 @@ def case(name: str, status: Status = Status.PASS, bad: str = "blocks.0.attn.hook
         tensors[1] = tensor("blocks.0.attn.hook_q", 1.0, Status.UNMEASURED, "noisy")
         result.error = "too noisy to judge, and not declared so: blocks.0.attn.hook_q"
     result.expected = len(result.tensors)
+    return result
+
+
+def refused(name: str) -> CaseResult:
+    """A known refusal."""
+    result = case(name, Status.KNOWN)
+    result.tensors, result.diagnosis, result.expected = [], None, 0
+    result.error, result.failure = "model: unsupported rope", Failure.MODEL
+    result.explained = Explained(["CMI030"], "Not implemented.")
     return result
 
 
@@ -71,6 +80,12 @@ def run_of(*cases: CaseResult) -> RunResult:
     return RunResult("0.2.2", {}, VERSIONS, list(cases), {})
 
 
+def changed(result: RunResult, **fields: object) -> RunResult:
+    """The same result with other fields."""
+    vars(result).update(fields)
+    return result
+
+
 def sae_view(chain: str = "sae") -> SaeView:
     """One flip that rounding explains, and two ranks of which the second differs."""
     flip = Flip([0, 2, 40], 0.0, 1.5, 2.5e-6, 3.25, excused=True)
@@ -81,15 +96,12 @@ def sae_view(chain: str = "sae") -> SaeView:
 def a_report() -> RunResult:
     """Everything that the page can show, with names that attack it and names that do not break."""
     result = everything()
-    refused, judged = case("llama/rope-yarn", Status.KNOWN), case("llama/sae")
-    refused.tensors, refused.forced, refused.diagnosis = [], [], None
-    refused.error, refused.failure = "model: unsupported rope", Failure.MODEL
-    refused.explained = Explained(["CMI030"], "Not implemented.")
+    judged = case("llama/sae")
     judged.sae = [sae_view(), sae_view("sae_on_truth")]
     hostile, broken = case(f"llama/{HOSTILE}", Status.FAIL, bad=LONG), case(f"llama/{LONG}", Status.ERROR)
     hostile.error = broken.error = f"{HOSTILE} {LONG}"
     result.cases += [
-        refused,
+        refused("llama/rope-yarn"),
         judged,
         hostile,
         broken,
@@ -118,10 +130,13 @@ def differing() -> Diff:
     )
     gone = Row("hook_embed", Kind.VANISHED, good.tensors[0], None, worse="hook_embed vanished")
     mended, honest = case("mistral/v5", Status.KNOWN), case("mistral/v5")
+    known, other = case("phi3/window", Status.KNOWN), case("phi3/window", Status.KNOWN)
+    other.explained = Explained(["CMI006"], "One key too many.", "sliding_window + 1", {"hook_embed": 0.5})
     cases = [
         CaseDiff(Side(good, None, ran), Side(bad, None, ran), [away, gone], worse=["agrees → diverges", away.worse]),
         CaseDiff(Side(mended, None, ran), Side(honest, None), [towards], better=[towards.better], cut=True),
         CaseDiff(Side(lost, None), Side(lost, None)),
+        CaseDiff(Side(known, None), Side(other, None), note="A: rope_theta = 10000.0; B: sliding_window + 1"),
     ]
     return Diff("0.1.10", HOSTILE, {"version": "0.1.10"}, {}, VERSIONS, cases)
 

@@ -1,0 +1,125 @@
+"""Cases that are not right, put together by what makes them so; page, terminal, summary and JSON show the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from candle_mi_parity.compare.run_result import RunResult
+from candle_mi_parity.compare.suspects import hook_point
+from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
+from candle_mi_parity.files.escape import one_line
+
+RIGHT, NEW = "Does candle-mi compute what PyTorch computes?", "Is anything new?"
+"""The two questions, which :class:`RunResult` answers."""
+
+
+@dataclass(frozen=True)
+class CauseSeen:
+    """One cause and the cases, or direct calls, in which it was seen.
+
+    :ivar id: ``CMI006`` of a known cause, ``new-1`` of a new one.
+    :ivar name: of a known cause, in a few words.
+    :ivar says: what candle-mi does instead, one sentence.
+    :ivar cases: the smallest first.
+    """
+
+    id: str
+    says: str
+    cases: list[CaseResult]
+    name: str = ""
+    kind: str = ""
+    remedy: str = ""
+
+    @property
+    def anchor(self) -> str:
+        """Of its evidence on the page."""
+        return f"of-{self.id.replace(' ', '-')}"
+
+    @property
+    def leader(self) -> CaseResult:
+        return self.cases[0]
+
+    @property
+    def outcome(self) -> Outcome:
+        return self.leader.outcome
+
+    @property
+    def status(self) -> Status:
+        return self.leader.status
+
+    @property
+    def worst(self) -> float | None:
+        """Largest ratio under the explanation, gate 8; None of a refusal and of what is not explained."""
+        ratios = [case.explained.worst for case in self.cases if case.explained and case.explained.ratios]
+        return max(ratios, default=None)
+
+
+def known_causes(result: RunResult) -> list[CauseSeen]:
+    """Causes of other numbers, then of refusals; a case that has two counts for both."""
+    found = []
+    for id in dict.fromkeys([*result.wrong_causes, *result.refused_causes]):
+        known = (case for case in result.judged if case.status is Status.KNOWN)
+        cases = sorted((case for case in known if case.explained and id in case.explained.ids), key=_size)
+        if row := result.known.get(id):
+            found.append(CauseSeen(id, row.says, cases, row.name, row.kind, row.remedy))
+        elif explained := cases[0].explained:
+            found.append(CauseSeen(id, explained.says, cases, remedy=explained.remedy))
+    return found
+
+
+def known_together(result: RunResult) -> list[CauseSeen]:
+    """The same cases, each once: those with the same causes together."""
+    groups = grouped(case for case in result.judged if case.status is Status.KNOWN)
+    found = [
+        CauseSeen(" and ".join(explained.ids), explained.says, group)
+        for group in groups
+        if (explained := group[0].explained)
+    ]
+    return sorted(found, key=lambda cause: (cause.outcome.rank, cause.id))
+
+
+def new_causes(result: RunResult) -> list[CauseSeen]:
+    """Of what fails or could not be judged, the gravest first."""
+    gravest = [Status.FAIL, Status.ERROR, Status.UNMEASURED]
+    groups = grouped(case for case in result.judged if case.status in gravest)
+    groups.sort(key=lambda cases: gravest.index(cases[0].status))
+    return [CauseSeen(f"new-{place}", _says(cases[0]), cases, kind="new") for place, cases in enumerate(groups, 1)]
+
+
+def grouped(cases: Iterable[CaseResult]) -> list[list[CaseResult]]:
+    """Cases with one explanation, or of one family with one first hook point, or with one message; smallest first."""
+    found: dict[tuple[str, ...], list[CaseResult]] = {}
+    for case in cases:
+        found.setdefault((case.status.value, *_key(case)), []).append(case)
+    return [sorted(group, key=_size) for group in found.values()]
+
+
+def few(names: list[str], most: int = 8) -> str:
+    """The first names, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _key(case: CaseResult) -> tuple[str, ...]:
+    first = case.first_divergence
+    if case.explained:
+        return tuple(case.explained.ids) or (case.explained.change,)
+    if first:
+        return case.family, hook_point(first.name)
+    return (re.sub(r"\d+", "0", case.error.replace(case.id, "")),)
+
+
+def _says(case: CaseResult) -> str:
+    first = case.first_divergence
+    if case.explained:
+        return one_line(case.explained.line())
+    if first:
+        said = f"{case.family} first differs at {hook_point(first.name)}"
+        return one_line(f"{said}: {case.unexplained}" if case.unexplained else said)
+    return one_line(case.error)
+
+
+def _size(case: CaseResult) -> int:
+    return sum(tensor.compared for tensor in case.tensors)

@@ -1,0 +1,166 @@
+"""What the commands print on stdout: tables, both answers, and the verdict on one line that ``grep`` finds."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from candle_mi_parity.compare.run_result import RunResult, Verdict
+from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
+from candle_mi_parity.files.escape import cell, number, one_line, printable
+from candle_mi_parity.report.causes import NEW, RIGHT, CauseSeen, few, known_causes, new_causes
+
+if TYPE_CHECKING:
+    from candle_mi_parity.coverage.census_record import Census
+    from candle_mi_parity.coverage.field_check import Finding
+
+FEW = 24
+"""Up to so many cases each has a row; of more, those that are neither right nor known."""
+WIDE = 300
+"""Columns where stdout is a file: nothing is broken that a program may look for."""
+_COLOURS = {"PASS": "green", "KNOWN": "yellow", "FAIL": "bold red", "ERROR": "bold red"}
+
+
+def stdout() -> Console:
+    """The terminal, or a file that wraps nothing."""
+    return Console(width=None if sys.stdout.isatty() else WIDE)
+
+
+def colour(status: Status | Verdict) -> str:
+    return _COLOURS.get(status.value, "magenta")
+
+
+def run_tables(result: RunResult, console: Console, page: Path | None = None) -> None:
+    """What is known, what did not run, what is new, both answers, and the verdict in the last line.
+
+    :param page: where the page of the run lies.
+    """
+    for cause in known_causes(result):
+        _print(console, _known(cause), colour(cause.status))
+    for id, names in result.gone.items():
+        said = f" {result.known[id].says}" if id in result.known else ""
+        _print(console, f"gone: {id}:{said} Now right: {', '.join(names)}", "green")
+    waiting: defaultdict[str, list[str]] = defaultdict(list)
+    for name, reason in result.skipped.items():
+        waiting[reason].append(name)
+    for reason, names in waiting.items():
+        _print(console, f"not run: {few(names, 3)}: {reason}", "dim")
+    for note, names in result.notes().items():
+        _print(console, f"note: {few(names)}: {note}", "cyan")
+    odd = [case for case in result.cases if case.status not in (Status.PASS, Status.KNOWN)]
+    if shown := result.cases if len(result.cases) <= FEW else odd:
+        console.print(_case_table(result, shown))
+    for cause in new_causes(result):
+        others = [case.id for case in cause.cases[1:]]
+        also = f"\n  the same in {len(others)} more: {few(others)}" if others else ""
+        _print(console, cause.leader.message() + also, colour(cause.status))
+    for line in result.stale:
+        _print(console, f"stale: {line}", "bold red")
+    if result.calls is not None:
+        _print(console, result.calls.line())
+    _print(console, f"started {result.started}, took {result.seconds:.0f} s", "dim")
+    if page is not None:
+        _print(console, f"report: {page}")
+    _print(console, f"{RIGHT} {result.is_right()}")
+    _print(console, f"{NEW} {result.is_new()}")
+    _print(console, f"verdict: {result.line()}", colour(result.verdict))
+
+
+def _print(console: Console, line: str, style: str = "") -> None:
+    """Whole lines: a command must copy whole."""
+    console.print(Text(printable(line), style=style), soft_wrap=True)
+
+
+def _known(cause: CauseSeen) -> str:
+    size = f"{len(cause.cases)} case{'s' * (len(cause.cases) > 1)}"
+    size += "" if cause.worst is None else f", equal within {cause.worst:.2g} of 8"
+    return f"known: {cause.outcome.sign} {cause.id} {cause.name} ({size}): {cause.says}"
+
+
+def _case_table(result: RunResult, cases: list[CaseResult]) -> Table:
+    title = f"candle-mi {result.candidate} against transformers {result.versions['transformers']}"
+    table = _table(title, "case", "verdict", "tensors >", "ratio / 8 >", "first divergence, or largest ratio")
+    for case in cases:
+        tensor = case.first_divergence or case.worst
+        table.add_row(
+            cell(case.id),
+            Text(f"{case.outcome.sign} {case.status.value}", style=colour(case.status)),
+            f"{case.compared}/{case.expected}" + (" in part" if case.in_part else ""),
+            number(tensor.ratio) if tensor else "",
+            cell(tensor.name if tensor else one_line(case.error, 120)),
+        )
+    return table
+
+
+def _table(title: str, *headings: str) -> Table:
+    """The first column is not wrapped, and neither are numbers, whose headings end with ``>``."""
+    table = Table(title=cell(title), box=box.SIMPLE_HEAD, padding=0, title_justify="left")
+    for place, heading in enumerate(headings):
+        name = heading.removesuffix(" >")
+        right = name != heading
+        table.add_column(name, justify="right" if right else "left", no_wrap=right or not place, overflow="fold")
+    return table
+
+
+def clean_ratios(result: RunResult) -> Table:
+    """The clean bands of the gate, per case: every ratio of a tensor that passed, exact ones counted apart."""
+    bands = "bands: rms 0.2 to 3, position < 4, element < 16"
+    headings = ("case", "tensors >", "exact >", "rms from >", "rms to >", "position >", "element >", "inside")
+    table = _table(f"clean ratios of {result.candidate} ({bands})", *headings)
+    for case in result.cases:
+        row = clean_row(case.tensors)
+        table.add_row(cell(case.id), *row[:-1], Text(row[-1], style="green" if row[-1] == "yes" else "red"))
+    return table
+
+
+def clean_row(tensors: list[TensorResult]) -> list[str]:
+    """Counts and extremes of one case's tensors, ``yes`` last where all lie in the bands of the design."""
+    matrices = [tensor for tensor in tensors if tensor.worst is not None and tensor.worst.index]
+    exact = [tensor for tensor in matrices if tensor.element_ratio == 0]
+    noisy = [tensor for tensor in matrices if tensor.element_ratio > 0]
+    if not noisy:
+        return [str(len(matrices)), str(len(exact)), "-", "-", "-", "-", "no"]
+    rms = [tensor.rms_ratio for tensor in noisy]
+    position = max(tensor.position_ratio for tensor in noisy)
+    element = max(tensor.element_ratio for tensor in noisy)
+    # At the lens's one position all entries share the norm's one random factor, which may come out near zero.
+    spread = [tensor.rms_ratio for tensor in noisy if not tensor.name.startswith("lens")]
+    inside = min(spread) >= 0.2 and max(rms) <= 3 and position < 4 and element < 16
+    figures = [f"{min(spread):.2f}", f"{max(rms):.2f}", f"{position:.2f}", f"{element:.2f}"]
+    return [str(len(matrices)), str(len(exact)), *figures, "yes" if inside else "no"]
+
+
+def census(taken: Census, console: Console) -> None:
+    """One row a class, those that compute something else first, and the totals in the last line."""
+    title = f"candle-mi {taken.candle_mi.version} asked about transformers {taken.transformers}"
+    table = _table(title, "class", "outcome", "read by", "first divergence", "ratio >", "evidence")
+    for entry in sorted(taken.classes, key=lambda entry: list(taken.counts).index(entry.outcome)):
+        probes = ", ".join(f"{name}: {outcome}" for name, outcome in entry.probes.items())
+        unread = f"never reads {', '.join(entry.unread[:3])}" if entry.unread else ""
+        evidence = "; ".join(part for part in (entry.reason, probes, unread) if part)
+        reader = f"{entry.reader}, {entry.dialect}" if entry.reader else "-"
+        ratio = "-" if entry.ratio is None else f"{entry.ratio:.3g}"
+        cells = (entry.model_type, entry.outcome, reader, entry.first or "-", ratio, evidence)
+        table.add_row(*(cell(text) for text in cells))
+    console.print(table)
+    console.print(", ".join(f"{count} {outcome}" for outcome, count in taken.counts.items()), highlight=False)
+
+
+def fields_table(findings: list[Finding], console: Console) -> None:
+    """The config-field ledger, one line a family and field; what does not hold is said in its last column."""
+    title = "fields of config.json that transformers reads"
+    table = _table(title, "family", "field", "covered by", "effect / noise >", "fault")
+    for found in findings:
+        ratio = "-" if found.ratio is None else f"{found.ratio:.3g}"
+        fault = Text(printable(found.fault), style="bold red")
+        table.add_row(cell(found.family), cell(found.field), cell(found.cover), ratio, fault)
+    console.print(table)
+    faults = sum(1 for found in findings if found.fault)
+    console.print(f"{len(findings)} fields, {faults} of them not covered as the ledger says")
