@@ -4,23 +4,33 @@ from pathlib import Path
 
 import pytest
 
+from candle_mi_parity.candidate.sources import StoredSource
 from candle_mi_parity.candidate.spelling import parse_candidate
-from candle_mi_parity.candidate.tokens import Tokens, differences, emit_tokens, read_tokens
+from candle_mi_parity.candidate.tokens import TextIds, Tokens, differences, emit_tokens, read_tokens
+from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import ROOT, cache_root
 
+CASES = {case.id: case for case in load_cases()}
 STORED = sorted((ROOT / "rust_outputs").glob("*/tokens.json"))
 
 
 @pytest.fixture(scope="module")
 def model_dir() -> Path:
-    return model_directory(next(case.model for case in load_cases() if case.id == "smollm2/hub"), cache_root())
+    return model_directory(CASES["smollm2/hub"].model, cache_root())
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.parent.name)
 def test_stored_tokens(path: Path, model_dir: Path) -> None:
     assert differences(read_tokens(path), model_dir) == []
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.text and case.lane == "default"])
+def test_stored_ids_of_the_text_cases(path: Path, name: str) -> None:
+    subject = prepare(CASES[name], cache_root())
+    assert StoredSource(path.parent).text_ids(subject) == TextIds(subject.tokens[0])
 
 
 @pytest.mark.rust
