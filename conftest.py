@@ -5,24 +5,30 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from candle_mi_parity import pytest_plugin
+from candle_mi_parity.candidate import cuda
 from candle_mi_parity.candidate.sources import Source, StoredSource, open_source
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.spec.cases import WAITS, Case, load_cases
-from candle_mi_parity.spec.explanations import load_explanations
+from candle_mi_parity.spec.explanations import load_explanations, numbers
 from candle_mi_parity.spec.paths import ROOT, cache_root
 
 CASES = {case.id: case for case in load_cases()}
-STORED = sorted(path.parent.name for path in (ROOT / "rust_outputs").glob("*/candidate.json"))
+STORED = sorted((path.parent.name for path in (ROOT / "rust_outputs").glob("*/candidate.json")), key=numbers)
+NEWEST = STORED[-1]
+PLAIN = [name for name in CASES if name.endswith("/hub")]
+WITH_SAE = ["gemma2/hub", "llama/sae-standard", "llama/sae-jumprelu", "llama/sae-topk", "smollm2/hub"]
 LIVE = "0.2.2"
 CUDA = "cuda:0"
 
@@ -86,43 +92,36 @@ def pytest_report_header() -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes ``candidate`` and ``case_id`` runs for each pair; ``sae_case_id`` for cases with an SAE, and
-    ``edited_case_id`` for cases with edits."""
-    wanted = {
-        "case_id": lambda case: True,
-        "sae_case_id": lambda case: case.sae,
-        "edited_case_id": lambda case: case.edits,
-    }
-    for name, belongs in wanted.items():
-        if name not in metafunc.fixturenames or "judged" not in metafunc.fixturenames:
-            continue
-        cases = [case for case in CASES.values() if belongs(case)]
-        if "candidate" in metafunc.fixturenames:
-            pairs = [
-                _pair(candidate, case) for candidate in _candidates() for case in cases if _fits(candidate, case)
-            ]
-            metafunc.parametrize(("candidate", name), pairs)
-        else:
-            metafunc.parametrize(name, [pytest.param(case.id, marks=_marks(case)) for case in cases])
+    """A test that takes ``candidate`` and ``case_id`` runs for each pair.
+
+    ``plain_case_id`` and ``sae_case_id`` are the plain cases and one of each kind of SAE, against the newest stored
+    release.
+    """
+    names = metafunc.fixturenames
+    if "case_id" in names and "judged" in names and "candidate" in names:
+        pairs = [_pair(candidate, case) for candidate in _candidates() for case in CASES.values()]
+        metafunc.parametrize(("candidate", "case_id"), [pair for pair in pairs if pair is not None])
+    for name, cases in (("plain_case_id", PLAIN), ("sae_case_id", WITH_SAE)):
+        if name in names:
+            metafunc.parametrize(("candidate", name), [_pair(NEWEST, CASES[case]) for case in cases])
 
 
 def _candidates() -> list[str]:
-    return [*STORED, "torch_cpu", "torch_cuda", "live"]
+    """Of CUDA only where there is a card: a lane that cannot run has no parameters."""
+    return [*STORED, "torch_cpu", *(["torch_cuda"] if _has_card() else []), "live"]
 
 
-def _fits(candidate: str, case: Case) -> bool:
-    """Of the full size nothing is stored, and a model that the session keeps would leave the emitter no memory."""
-    return case.lane != "fullsize" or candidate == "live"
+def _has_card() -> bool:
+    return shutil.which("nvidia-smi") is not None and not cuda.missing("cuda")
 
 
-def _marks(case: Case) -> list[pytest.MarkDecorator]:
-    return [getattr(pytest.mark, case.lane)] if case.lane in WAITS else []
-
-
-def _pair(candidate: str, case: Case) -> object:
-    """A pair with its markers."""
-    marks = _marks(case)
+def _pair(candidate: str, case: Case) -> Any:
+    """A pair with its markers; None for one that cannot be: of the full size nothing is stored, and a model that the
+    session keeps would leave the emitter no memory."""
+    if case.lane == "fullsize" and candidate != "live":
+        return None
+    marks = [getattr(pytest.mark, case.lane)] if case.lane in WAITS else []
     marks += {"torch_cuda": [pytest.mark.gpu], "live": [pytest.mark.rust]}.get(candidate, [])
-    # One worker judges a case against a candidate, whatever is asserted of it.
-    marks.append(pytest.mark.xdist_group(f"{candidate}-{case.id}"))
+    if candidate != NEWEST and not (candidate == "live" and case.id in PLAIN):
+        marks.append(pytest.mark.thorough)
     return pytest.param(candidate, case.id, id=f"{candidate}-{case.id}", marks=marks)

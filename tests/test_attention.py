@@ -1,4 +1,4 @@
-"""Queries, keys, values, scores and patterns of every case are the truth's, within rounding.
+"""Queries, keys, values, scores and patterns are the truth's, within rounding.
 
 Rotary faults show at `hook_scores` (q and k are captured before rotary), mask and softcap faults at
 `hook_pattern` (scores are captured before both).
@@ -10,5 +10,9 @@ from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.pytest_plugin import check
 
 
-def test_attention(candidate: str, case_id: str, judged: Callable[[str, str], CaseResult]) -> None:
-    check(judged(candidate, case_id), lambda name: ".attn." in name)
+def belongs(name: str) -> bool:
+    return ".attn." in name
+
+
+def test_attention(candidate: str, plain_case_id: str, judged: Callable[[str, str], CaseResult]) -> None:
+    check(judged(candidate, plain_case_id), belongs)

@@ -1,4 +1,4 @@
-"""Logits of every case are the truth's, within rounding; a next token may differ only at a tie."""
+"""Logits are the truth's, within rounding; a next token may differ only at a tie. The logit lens too."""
 
 from collections.abc import Callable
 
@@ -6,5 +6,9 @@ from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.pytest_plugin import check
 
 
-def test_logits(candidate: str, case_id: str, judged: Callable[[str, str], CaseResult]) -> None:
-    check(judged(candidate, case_id), lambda name: name.startswith("logits"))
+def belongs(name: str) -> bool:
+    return name.startswith(("logits", "lens"))
+
+
+def test_logits(candidate: str, plain_case_id: str, judged: Callable[[str, str], CaseResult]) -> None:
+    check(judged(candidate, plain_case_id), belongs)
