@@ -58,7 +58,7 @@ class Refusal(Row):
 class Cause(Row):
     """What all rows of what is known say.
 
-    :ivar id: below CMI100 of cases, from there on of direct calls.
+    :ivar id: CMI1xx of direct calls, all others of cases.
     :ivar name: in a few words, for links and searches.
     :ivar says: one sentence: what candle-mi does instead.
     :ivar kind: whether its numbers are wrong, another definition, or an option that has no effect.
@@ -84,7 +84,7 @@ class Explanation(Cause):
     :ivar stored: why neither can be said: the candidate is then held to the release's stored trace.
     """
 
-    id: Annotated[str, Field(pattern=r"^CMI0\d\d$")]
+    id: Annotated[str, Field(pattern=r"^CMI[02-9]\d\d$")]
     families: list[str] = []
     when: list[str] = []
     change: Counterfactual | None = None
