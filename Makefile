@@ -10,6 +10,7 @@ CANDIDATE ?= 0.2.2
 CACHE := $(or $(PARITY_CACHE),$(HOME)/.cache/candle-mi-parity)
 PY := .venv/bin/python
 CARGO := CARGO_TARGET_DIR="$(CACHE)/target/candle-0.11" cargo
+STAND_IN := emitter/hf-fetch-model
 CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
 .PHONY: parity test pytest faults false-positives lint rust-lint lock setup
@@ -36,6 +37,9 @@ lint: setup
 
 rust-lint: setup
 	cargo fmt --check --manifest-path emitter/Cargo.toml
+	cargo fmt --check --manifest-path $(STAND_IN)/Cargo.toml
+	CARGO_TARGET_DIR=build/stand-in cargo clippy --quiet --all-targets --manifest-path $(STAND_IN)/Cargo.toml -- -D warnings
+	CARGO_TARGET_DIR=build/stand-in cargo test --quiet --manifest-path $(STAND_IN)/Cargo.toml
 	@touch emitter/build.rs emitter/src/*.rs # a shared target directory tells clones apart by time alone
 	$(CARGO) clippy $(CRATE) --all-targets -- -D warnings
 	$(CARGO) test --quiet $(CRATE)

@@ -77,7 +77,7 @@ def plan_of(candidate: Candidate, cache: Path) -> Plan:
         digest = tree_digest(directory)
     else:
         revision, text = fetch(candidate, cache)
-        source = f'git = {json.dumps(candidate.target)}, rev = "{revision}"'
+        source = f'git = {json.dumps(_url(candidate.target))}, rev = "{revision}"'
         requirement, candle, downloader = _read_manifest(text, candidate.spec)
     lock = EMITTER / "locks" / f"{candidate.target}.lock"
     locked = candidate.kind == "version" and lock.is_file()
@@ -110,6 +110,14 @@ def known_releases() -> list[str]:
 def emitter_sources() -> list[Path]:
     """The files that every candidate's emitter is made of."""
     return [EMITTER / "build.rs", *sorted((EMITTER / "src").rglob("*.rs"))]
+
+
+def _url(repository: str) -> str:
+    """A repository as cargo wants it: git takes a directory and ``git@host:path`` too."""
+    if "://" in repository:
+        return repository
+    short = re.fullmatch(r"([^/:]+@[^/:]+):(.+)", repository)
+    return f"ssh://{short[1]}/{short[2]}" if short else Path(repository).expanduser().resolve().as_uri()
 
 
 def _numbers(version: str) -> tuple[int, ...]:

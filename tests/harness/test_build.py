@@ -14,6 +14,7 @@ import pytest
 
 from candle_mi_parity.candidate import build as builder
 from candle_mi_parity.candidate import cargo
+from candle_mi_parity.candidate import plan as planning
 from candle_mi_parity.candidate.checkout import tree_digest
 from candle_mi_parity.candidate.plan import EMITTER, known_releases, lay_out, plan_of, with_real_downloader
 from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate
@@ -113,6 +114,18 @@ def test_the_digest_of_a_tree_sees_sources_only(tmp_path: Path) -> None:
     assert tree_digest(crate) == before
     (crate / "src" / "lib.rs").write_text("// b")
     assert tree_digest(crate) != before
+
+
+@pytest.mark.parametrize(
+    ("repository", "url"),
+    [
+        ("https://example.org/a.git", "https://example.org/a.git"),
+        ("git@example.org:a/b.git", "ssh://git@example.org/a/b.git"),
+        ("/src/a b", "file:///src/a%20b"),
+    ],
+)
+def test_a_repository_is_told_to_cargo_as_a_url(repository: str, url: str) -> None:
+    assert planning._url(repository) == url
 
 
 # --- the stand-in for the downloader --------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.build import build
+from candle_mi_parity.candidate.plan import EMITTER
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.spec.paths import cache_root
@@ -167,6 +170,34 @@ def test_rows_of_a_batch_are_what_each_is_alone(built: Path, llama: Path, tmp_pa
         assert list(single) == list(both)
         for name, array in single.items():
             np.testing.assert_allclose(both[name][row : row + 1], array, rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def optimised() -> Path:
+    """The same emitter with full optimisation of every crate, which is what its Cargo.toml saves."""
+    target = os.environ.get("PARITY_OPTIMISED")
+    if target is None:
+        pytest.skip("compiles 170 crates again, minutes: set PARITY_OPTIMISED to a directory for them")
+    profile = {"CARGO_PROFILE_RELEASE_OPT_LEVEL": "3", "CARGO_PROFILE_RELEASE_LTO": "false"}
+    command = ["cargo", "build", "--release", "--locked", "--manifest-path", str(EMITTER / "Cargo.toml")]
+    subprocess.run(command, env=os.environ | profile | {"CARGO_TARGET_DIR": target}, check=True)
+    return Path(target, "release", "parity-emitter")
+
+
+@pytest.mark.rust
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_low_optimisation_changes_no_bit(
+    built: Path, optimised: Path, llama: Path, tmp_path: Path, dtype: str
+) -> None:
+    traces = []
+    for binary in (built, optimised):
+        out = tmp_path / binary.parent.name / "case.json"
+        with EmitterProcess(binary) as emitter:
+            emitter.emit(real_request(llama, out, dtype=dtype), timeout=120)
+        document = json.loads(out.read_text())
+        del document["run"]
+        traces.append((document, out.with_suffix(".safetensors").read_bytes()))
+    assert built.read_bytes() != optimised.read_bytes() and traces[0] == traces[1]
 
 
 @pytest.mark.rust

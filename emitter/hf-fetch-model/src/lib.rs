@@ -197,12 +197,22 @@ pub fn download_file_blocking(
 ///
 /// # Errors
 /// What is wrong with the repository.
+pub fn download_files_blocking(
+    repo: String,
+) -> Result<DownloadOutcome<HashMap<String, PathBuf>>, FetchError> {
+    let found = files(&repo)?.into_iter().collect();
+    Ok(DownloadOutcome::Cached(found))
+}
+
+/// The same.
+///
+/// # Errors
+/// What is wrong with the repository.
 pub fn download_files_with_config_blocking(
     repo: String,
     _config: &FetchConfig,
 ) -> Result<DownloadOutcome<HashMap<String, PathBuf>>, FetchError> {
-    let found = files(&repo)?.into_iter().collect();
-    Ok(DownloadOutcome::Cached(found))
+    download_files_blocking(repo)
 }
 
 /// The folder that holds the files of a repository.
@@ -280,4 +290,40 @@ pub async fn inspect_npz_with_config(
     _config: &FetchConfig,
 ) -> Result<(NpzHeader, &'static str, Option<RangeStats>), FetchError> {
     Err(FetchError::Unsupported("answer range requests"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{download_file_blocking, download_files_blocking, FetchConfig, FetchError, HUB};
+
+    #[test]
+    fn a_repository_is_a_folder_and_what_is_not_there_is_named() {
+        let config = FetchConfig::builder().build().expect("no settings");
+        let file = |repo: &str, name: &str| download_file_blocking(repo.to_owned(), name, &config);
+        std::env::remove_var(HUB);
+        assert!(matches!(file("a/b", "c.json"), Err(FetchError::NoHub)));
+
+        let hub = std::env::temp_dir().join(format!("parity-hub-{}", std::process::id()));
+        std::fs::create_dir_all(hub.join("a/b/sub")).expect("a directory");
+        std::fs::write(hub.join("a/b/sub/c.json"), "{}").expect("a file");
+        std::fs::write(hub.join("a/b/b.txt"), "").expect("a file");
+        std::env::set_var(HUB, &hub);
+        let found = file("a/b", "sub/c.json").expect("it is there").into_inner();
+        assert_eq!(found, hub.join("a/b/sub/c.json"));
+        let all = download_files_blocking("a/b".to_owned()).expect("it is there");
+        let mut names: Vec<String> = all.into_inner().into_keys().collect();
+        names.sort();
+        assert_eq!(names, ["b.txt", "sub/c.json"]);
+
+        let told = |error: FetchError| error.to_string();
+        assert_eq!(
+            file("a/b", "sub").map_err(told).expect_err("a folder"),
+            "a/b holds no file sub"
+        );
+        assert!(matches!(
+            file("a/x", "c.json"),
+            Err(FetchError::RepoNotFound { .. })
+        ));
+        std::fs::remove_dir_all(&hub).expect("it was made here");
+    }
 }
