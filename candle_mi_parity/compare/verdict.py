@@ -251,6 +251,7 @@ class Explained:
     :ivar change: what is changed, in a few words; empty for a refusal.
     :ivar ratios: of every tensor, scalar and decision, which all pass under it; 8 is the gate.
     :ivar remedy: what a user can do; empty where there is nothing.
+    :ivar key: the counterfactual as JSON; empty for a refusal.
     """
 
     ids: list[str]
@@ -258,6 +259,7 @@ class Explained:
     change: str = ""
     ratios: dict[str, float] = field(default_factory=dict)
     remedy: str = ""
+    key: str = ""
 
     @property
     def tensors(self) -> int:

@@ -213,7 +213,7 @@ def answers(source: Source, table: CallTable, cache: Path, out: Path) -> Calls:
         raise NotStoredError("this candidate is not candle-mi, whose functions are called")
     path = source.directory / "calls.json"
     if not path.is_file():
-        raise NotStoredError(f"no answers are stored at {path}; `candle-mi-parity store` keeps them")
+        raise NotStoredError(f"no answers are stored at {path}; `candle-mi-parity maint store` keeps them")
     return read_calls(path)
 
 

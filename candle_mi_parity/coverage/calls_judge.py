@@ -196,7 +196,7 @@ def judge_source(source: Source, spec: str, held_to: Expectations, cache: Path, 
     :param spec: the candidate as the user spelt it.
     :param out: the JSON file that a live one writes.
     """
-    again = command("calls", "--candidate", spec)
+    again = command("maint", "calls", "--candidate", spec)
     lost = CaseResult("calls", "calls", held_to.table.digest(), Status.ERROR, again)
     try:
         found = answers(source, held_to.table, cache, out)

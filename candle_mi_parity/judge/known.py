@@ -115,6 +115,7 @@ def explained(evidence: Evidence, change: Counterfactual, rows: list[Explanation
         change=change.describe(),
         ratios={result.name: result.ratio for result in results},
         remedy=" ".join(dict.fromkeys(row.remedy for row in rows if row.remedy)),
+        key=change.key(),
     )
 
 

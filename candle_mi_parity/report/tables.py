@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -15,7 +15,10 @@ from rich.text import Text
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 from candle_mi_parity.files.escape import cell, number, one_line, printable
+from candle_mi_parity.files.json_out import ReportError
+from candle_mi_parity.files.untrusted import read_json
 from candle_mi_parity.report.causes import NEW, RIGHT, CauseSeen, few, known_causes, new_causes
+from candle_mi_parity.spec.cases import Case
 
 if TYPE_CHECKING:
     from candle_mi_parity.coverage.census_record import Census
@@ -164,3 +167,25 @@ def fields_table(findings: list[Finding], console: Console) -> None:
     console.print(table)
     faults = sum(1 for found in findings if found.fault)
     console.print(f"{len(findings)} fields, {faults} of them not covered as the ledger says")
+
+
+def case_list(cases: list[Case], report: Path, console: Console) -> None:
+    """One row a case: its lane, and what the last run said of it.
+
+    :param report: ``report.json`` of that run; where there is none, nothing is known.
+    """
+    last: dict[str, str] = {}
+    if report.is_file():
+        found = read_json(report, ReportError)
+        last = {case["id"]: f"{case['status']} {_ids_of(case)}".strip() for case in found.get("cases", [])}
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    for heading in ("case", "lane", "last run"):
+        table.add_column(heading, no_wrap=True)
+    for case in cases:
+        table.add_row(cell(case.id), case.lane, cell(last.get(case.id, "-")))
+    console.print(table)
+    console.print(f"{len(cases)} cases" + (f"; last run: {report}" if last else ""), highlight=False)
+
+
+def _ids_of(case: dict[str, Any]) -> str:
+    return ", ".join((case.get("explained") or {}).get("ids", []))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
-from candle_mi_parity.spec.cases import Case
+from candle_mi_parity.run.run import RunOptions
+from candle_mi_parity.spec.cases import Case, load_cases, select
 from candle_mi_parity.trace.trace import Emitted
 
 
@@ -56,22 +58,23 @@ class Repeated:
         return f"{same} of {len(self.cases)} cases gave the same bytes {self.times} times on {self.device}"
 
 
-def repeat(
-    spec: str, cases: list[Case], times: int, cache: Path, out: Path, device: str, progress: Progress
-) -> Repeated:
+def repeat(options: RunOptions, times: int, progress: Callable[[int], Progress]) -> Repeated:
     """Run each case ``times`` times in one process of the candidate.
 
     :raises ParityError: the candidate cannot be built or found; a fault of one case stays that case's.
     """
     done = []
-    with open_source(parse_candidate(spec), cache, out, progress.note, device) as source:
+    cases = select(load_cases(), list(options.cases))
+    told = progress(len(cases))
+    candidate = parse_candidate(options.candidate)
+    with open_source(candidate, options.cache, options.out / "repeat", told.note, options.device) as source:
         for case in cases:
-            progress.case_starts(case, "repeat")
+            told.case_starts(case, "repeat")
             try:
-                done.append(_case(case, source, times, cache))
+                done.append(_case(case, source, times, options.cache))
             except ParityError as error:
                 done.append(RepeatedCase(id=case.id, tensors=0, differing=[], error=one_line(str(error))))
-    return Repeated(candidate=spec, device=device, times=times, cases=done)
+    return Repeated(candidate=options.candidate, device=options.device, times=times, cases=done)
 
 
 def _case(case: Case, source: Source, times: int, cache: Path) -> RepeatedCase:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from candle_mi_parity import __version__
 from candle_mi_parity.candidate import cuda
-from candle_mi_parity.candidate.sources import Source, open_source
-from candle_mi_parity.candidate.spelling import OutOfReachError, parse_candidate
+from candle_mi_parity.candidate.sources import Source, open_source, refuse_device
+from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate, stored_dir
 from candle_mi_parity.candidate.store import StoringSource
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.verdict import CaseResult, Failure, Status
@@ -27,7 +27,7 @@ from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import WAITS, Case, load_cases, select
 from candle_mi_parity.spec.explanations import load_explanations
-from candle_mi_parity.spec.paths import cache_root, command
+from candle_mi_parity.spec.paths import ROOT, cache_root, command
 
 NOT_REACHED = "not reached: the run ended before it"
 SEARCH_SECONDS = 30.0
@@ -164,6 +164,20 @@ def at_once(count: int, judge: Callable[[Case], Judgement], cases: list[Case]) -
         yield [pool.submit(judge, case) for case in cases]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def require_selection(options: RunOptions) -> None:
+    """Refuse what names nothing, before an earlier report is removed.
+
+    :raises ParityError: a glob that matches no case, or a candidate that is misspelt or not there.
+    """
+    select(load_cases(), list(options.cases))
+    candidate = parse_candidate(options.candidate)
+    refuse_device(candidate, options.device)
+    if candidate.kind == "stored" and not Path(candidate.target).expanduser().is_file():
+        stored_dir(candidate, ROOT)
+    if candidate.kind == "path" and not (Path(candidate.target).expanduser() / "Cargo.toml").is_file():
+        raise CandidateError(f"no Cargo.toml in {candidate.target}; path:DIR is a checkout of candle-mi")
 
 
 def blank(options: RunOptions) -> RunResult:

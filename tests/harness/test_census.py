@@ -82,7 +82,7 @@ def test_a_stored_census_has_every_class_of_the_installed_transformers(path: Pat
     census = read_census(path)
     assert census.candle_mi.version == path.stem
     found = {entry.model_type: entry.class_name for entry in census.classes}
-    remedy = f"take it again: candle-mi-parity census --candidate {path.stem}"
+    remedy = f"take it again: candle-mi-parity maint census --candidate {path.stem}"
     assert found == mapped_classes(), f"{path.name} is of transformers {census.transformers}; {remedy}"
 
 

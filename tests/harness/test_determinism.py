@@ -17,6 +17,7 @@ from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.run import repeat as repeating
 from candle_mi_parity.run.repeat import digests, repeat
+from candle_mi_parity.run.run import RunOptions
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import InMemory, Trace
@@ -75,12 +76,11 @@ class Restless(NothingOpen):
 
 
 def test_repeat_counts_the_tensors_whose_bytes_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cases = [CASES["llama/hub"]]
-    arguments = (cases, 3, cache_root(), tmp_path, "cpu", Progress())
-    same = repeat("torch", *arguments)
+    options = RunOptions("torch", ("llama/hub",), tmp_path)
+    same = repeat(options, 3, lambda _: Progress())
     assert same.cases[0].status == "PASS" and same.cases[0].differing == [] and same.cases[0].tensors > 20
     assert same.line == "1 of 1 cases gave the same bytes 3 times on cpu"
     monkeypatch.setattr(repeating, "open_source", lambda *_: Restless())
-    other = repeat("torch", *arguments)
+    other = repeat(options, 3, lambda _: Progress())
     assert other.cases[0].differing == ["logits"] and other.cases[0].status == "other bytes"
     assert other.line.startswith("0 of 1 cases")

@@ -1,0 +1,67 @@
+"""``diff`` and ``history``: two candidates, and all stored releases, set side by side."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from candle_mi_parity.cli.options import OUT, CasesOption, DeviceOption, OutOption, globs
+
+
+def diff_command(
+    a: Annotated[str, typer.Argument(help="The candidate before, spelt as for `run`.")],
+    b: Annotated[str, typer.Argument(help="The candidate after.")],
+    patterns: Annotated[list[str] | None, typer.Argument(help="Globs over case ids.")] = None,
+    cases: CasesOption = None,
+    out: OutOption = OUT,
+    device: DeviceOption = "cpu",
+    device_b: Annotated[str | None, typer.Option(help="Of B, where it is not A's: a GPU against the CPU.")] = None,
+) -> None:
+    """Compare two candidates with each other and with PyTorch. Exit code 0, or 1 when B is worse anywhere."""
+    from candle_mi_parity.files.json_out import write_json, write_text
+    from candle_mi_parity.report import diff_views, tables
+    from candle_mi_parity.report.terminal import Terminal, one_line_errors, progress_bar
+    from candle_mi_parity.report.views import remove
+    from candle_mi_parity.run.diff import diff
+    from candle_mi_parity.spec.cases import load_cases, select
+    from candle_mi_parity.spec.explanations import load_explanations
+    from candle_mi_parity.spec.paths import cache_root
+
+    with one_line_errors():
+        wanted = globs(patterns, cases)
+        chosen = select(load_cases(), list(wanted))
+        remove(out, "diff.json", "diff.html")
+        with progress_bar() as bar:
+            found = diff(
+                *((a, b), chosen, cache_root(), out / "diff", load_explanations(), Terminal(bar, len(chosen))),
+                devices=(device, device_b or device),
+                calls=not wanted,
+            )
+        write_json(diff_views.document(found), out / "diff.json")
+        write_text(diff_views.page(found), out / "diff.html")
+        diff_views.terminal(found, tables.stdout())
+        print(f"wrote {out / 'diff.html'}")
+    raise typer.Exit(found.verdict.exit_code)
+
+
+def history_command(out: OutOption = OUT) -> None:
+    """When each divergence came and went, over every stored release; writes history.html and history.json."""
+    from candle_mi_parity.cli.run import judge
+    from candle_mi_parity.files.json_out import write_json, write_text
+    from candle_mi_parity.report import history, tables
+    from candle_mi_parity.report.terminal import one_line_errors
+    from candle_mi_parity.report.views import remove
+    from candle_mi_parity.run.run import RunOptions
+    from candle_mi_parity.spec.explanations import load_explanations
+
+    with one_line_errors():
+        remove(out, "history.json", "history.html")
+        releases = load_explanations().releases
+        told = history.make_history(
+            {release: judge(RunOptions(f"stored:{release}", out=out / release)) for release in releases}
+        )
+        write_json(history.document(told), out / "history.json")
+        write_text(history.page(told), out / "history.html")
+        history.terminal(told, tables.stdout())
+        print(f"wrote {out / 'history.html'}")
