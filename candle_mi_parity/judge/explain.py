@@ -45,7 +45,8 @@ def explain_new(
         for judgement in sorted(group, key=lambda one: _size(one)):
             assert judgement.evidence is not None
             if (left := min(SECONDS, end - time.monotonic())) <= 0:
-                judgement.result.unexplained += "; no explanation was searched for: the run's time for it was over"
+                said = [judgement.result.unexplained, "the run's time to search for an explanation was over"]
+                judgement.result.unexplained = "; ".join(filter(None, said))
                 continue
             progress.note(f"{judgement.result.id}: what is computed instead?")
             only = f"first diverges where {leader.id} does, see there" if leader else ""

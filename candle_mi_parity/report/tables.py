@@ -97,7 +97,7 @@ def _case_table(result: RunResult, cases: list[CaseResult]) -> Table:
             Text(f"{case.outcome.sign} {case.status.value}", style=colour(case.status)),
             f"{case.compared}/{case.expected}" + (" in part" if case.in_part else ""),
             number(tensor.ratio) if tensor else "",
-            cell(tensor.name if tensor else one_line(case.error, 120)),
+            cell(tensor.name if tensor else one_line(case.error, 60)),
         )
     return table
 

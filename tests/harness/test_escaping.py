@@ -19,7 +19,7 @@ from tests.support.results import HOSTILE, a_report, differing, told
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
 TEXTS = """slug case command version title model_type torch transformers tensor shape rows last dtype candle_dtype
 layers width heads got expected absolute noise ratio position_ratio element_gate position_gate detail samples imports
-value extra config lines"""
+value extra config lines settings"""
 LISTS: dict[str, Any] = {
     "edits": [], "probe": [HOSTILE], "tokens": [1], "index": [0], "differing": [(HOSTILE, HOSTILE, HOSTILE)],
     "sae": SimpleNamespace(hook=HOSTILE),
