@@ -228,7 +228,7 @@ def judge_mode(oracle: Oracle, source: Source, mode: Mode, progress: Progress) -
         trace = source.trace(subject, mode, truth, inputs)
     progress.case_starts(subject.case, "compare")
     in_part = any(entry.part is not None for entry in trace.entries.values())
-    selection = stored_selection(list(truth.tensors)) if in_part else None
+    selection = stored_selection(list(truth.tensors)) if in_part else trace.asked
     results = compare(truth, trace, decoder_of(subject) if mode == "free" else None, selection)
     evidence = Evidence(oracle, trace, selection, declared_unmeasured(results, subject.case))
     return Judged(results, look(truth, trace, results), in_part, look_sae(truth, trace), evidence)

@@ -15,6 +15,7 @@ import transformers
 
 from candle_mi_parity.files.cache import cached
 from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.quiet import quiet
 from candle_mi_parity.oracle.hooks import forward, load_model
 from candle_mi_parity.oracle.provenance import code_of, made_with
 from candle_mi_parity.spec.counterfactual import ROTARY
@@ -28,6 +29,21 @@ def cached_fields_read(directory: Path, model_type: str, cache: Path) -> set[str
     """:func:`fields_read`, from the cache or recorded."""
     key = [read_config(directory), made_with(model_type), code_of(Path(__file__).read_text(encoding="utf-8"))]
     return set(cached(cache, "fields", key, partial(_sorted_fields, directory)))
+
+
+def cached_fields_built(directory: Path, model_type: str, cache: Path) -> set[str]:
+    """The fields that are read while a model is built without weights, which takes a second whatever its size."""
+    key = ["built", read_config(directory), made_with(model_type), code_of(Path(__file__).read_text(encoding="utf-8"))]
+    return set(cached(cache, "fields", key, lambda: sorted(_fields_built(directory))))
+
+
+def _fields_built(directory: Path) -> set[str]:
+    kind = type(transformers.AutoConfig.from_pretrained(directory))
+    read: set[str] = set()
+    with _recorded(kind, read), quiet(), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(directory)
+        transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return {name for name in read if _is_field(kind, name)}
 
 
 def _sorted_fields(directory: Path) -> list[str]:
