@@ -16,6 +16,7 @@ from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.sources import open_source
 from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate
 from candle_mi_parity.candidate.tokens import emit_tokens
+from candle_mi_parity.cli.check import check_command
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import Status
 from candle_mi_parity.coverage.calls_judge import expectations, hold_known, judge_source
@@ -44,6 +45,7 @@ from candle_mi_parity.spec.paths import ROOT, cache_root
 from candle_mi_parity.trace.trace import CandleMi
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.command("check")(check_command)
 
 CandidateOption = Annotated[
     str, typer.Option(help="0.2.2 | path:DIR | git:URL@REV | stored:VERSION_OR_DIR", show_default=True)

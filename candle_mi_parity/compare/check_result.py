@@ -155,7 +155,8 @@ class CheckResult:
             return f"{self.who} computes PyTorch's numbers on this model: {size}."
         noisy = sum(case.unmeasured for case in cases)
         if not compared:
-            return f"Not answered: {one_line(next((case.error for case in cases if case.error), 'no prompt was judged'))}"
+            why = next((case.error for case in cases if case.error), "no prompt was judged")
+            return f"Not answered: {one_line(why)}"
         return (
             f"{self.who} computes PyTorch's numbers on this model as far as can be judged: {size}; "
             f"{noisy} of {tensors} tensors are too noisy in this format to judge."
@@ -167,8 +168,8 @@ class CheckResult:
         causes: dict[object, list[CaseResult]] = {}
         for case in wrong:
             first = case.first_divergence
-            key = case.explained.change or case.explained.says if case.explained else first.name if first else case.error
-            causes.setdefault(key, []).append(case)
+            known = case.explained and (case.explained.says, case.explained.change)
+            causes.setdefault(known or (first.name if first else case.error), []).append(case)
         return [_cause(cases, about) for cases in causes.values()]
 
     def document(self) -> dict[str, Any]:

@@ -35,7 +35,9 @@ def truth_of(subject: Subject, cache: Path, generated: bool = True) -> Truth:
     """
     own = digest_files([Path(str(census_models.__file__)), Path(__file__)])
     key = content_key(subject.digest, own, rules_digest(), library_versions())
-    path = publish(cache / "truth" / f"census-{key}", lambda out: _compute(subject, generated).save(out / "truth.safetensors"))
+    path = publish(
+        cache / "truth" / f"census-{key}", lambda out: _compute(subject, generated).save(out / "truth.safetensors")
+    )
     return Truth.load(path / "truth.safetensors")
 
 

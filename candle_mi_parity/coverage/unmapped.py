@@ -36,7 +36,9 @@ def unmapped_subject(case: Case, cache: Path) -> Subject:
     if case.sae or case.edits:
         raise CaseTableError(f"{case.id}: this family has no hook map, and SAEs and interventions need one")
     directory = model_directory(case.model, cache)
-    tokens = list(case.tokens) if isinstance(case.tokens, list) else list(tokenizer(directory)(case.text)["input_ids"])
+    tokens = (
+        list(case.tokens) if isinstance(case.tokens, list) else list(tokenizer(directory)(case.text)["input_ids"])
+    )
     digest = model_digest(directory)
     content = json.dumps({"model": digest, "tokens": [tokens]}, sort_keys=True)
     return Subject(

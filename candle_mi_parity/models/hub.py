@@ -19,6 +19,7 @@ import shlex
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, get_cached_repo_tree, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -69,12 +70,12 @@ def fetch_config(model: HubModel) -> Path:
 def to_download(model: HubModel) -> str:
     """What :func:`fetch_model` will download, in words."""
     try:
-        files = snapshot_download(
+        listed: Any = snapshot_download(
             model.repo, revision=model.revision, allow_patterns=list(MODEL_FILES), dry_run=True
         )
     except Exception as error:  # the download itself says why, in one line
         return f"{model.repo}@{model.revision}: what has to be downloaded is not known ({type(error).__name__})"
-    wanted = [file for file in files if file.will_download]
+    wanted = [file for file in listed if file.will_download]
     size = sum(file.file_size for file in wanted) / 1e6
     return f"{model.repo}@{model.revision}: {len(wanted)} files to download, {size:.0f} MB"
 

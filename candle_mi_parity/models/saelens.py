@@ -79,7 +79,7 @@ def read_directory(path: Path, change: Counterfactual = PLAIN) -> tuple[SaelensC
     config = _config(path / CONFIG, change)
     tensors = _tensors(path, config)
     scale = tensors.pop("scaling_factor", None)
-    if scale is not None and not bool(scale.allclose(scale.new_ones(()))):
+    if scale is not None and not bool(torch.allclose(scale, torch.ones_like(scale))):
         raise SaeError(f"{path}: scaling_factor is not all ones, and SAELens 6 refuses such a file")
     return config, {name: tensor.double().numpy() for name, tensor in tensors.items()}
 

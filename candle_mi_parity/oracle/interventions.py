@@ -43,9 +43,8 @@ def drawn_tensors(subject: Subject, model: nn.Module) -> dict[str, np.ndarray]:
         shape = tensor.shape[-1:] if isinstance(edit, PatchAt) else tensor.shape
         if edit.values is not None:
             if len(edit.values) != shape[-1]:
-                raise CaseTableError(
-                    f"edits[{index}] ({edit.kind} at {edit.hook}): {len(edit.values)} values, the hook is {shape[-1]} wide"
-                )
+                where = f"edits[{index}] ({edit.kind} at {edit.hook})"
+                raise CaseTableError(f"{where}: {len(edit.values)} values, the hook is {shape[-1]} wide")
             given = np.ascontiguousarray(np.broadcast_to(np.array(edit.values, np.float32), shape))
             exact = subject.case.dtype == "float32"
             drawn[tensor_key(index)] = given if exact else round_to_dtype(given, subject.case.dtype)

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from candle_mi_parity import __version__
 from candle_mi_parity.candidate.candidate import CandidateError, parse_candidate
 from candle_mi_parity.compare.check_result import CheckResult, PromptResult
-from candle_mi_parity.errors import ModelError, TraceError
+from candle_mi_parity.compare.verdict import Failure, Status
+from candle_mi_parity.errors import HubError, ModelError, ParityError, TraceError
 from candle_mi_parity.models.checkpoint import local_path, read_config
 from candle_mi_parity.models.resolve import as_model
 from candle_mi_parity.run.check_inputs import Prompt, built_in, sae_of
@@ -89,7 +90,12 @@ class CheckOptions:
         for prompt in self.prompts:
             given = prompt.text if prompt.text is not None else ",".join(map(str, prompt.tokens or ()))
             words += ["--prompt" if prompt.text is not None else "--tokens", given]
-        options = {"--sae": self.sae, "--hook": self.hook, "--candidate": self.candidate, "--trace": self.trace}
+        options: dict[str, object] = {
+            "--sae": self.sae,
+            "--hook": self.hook,
+            "--candidate": self.candidate,
+            "--trace": self.trace,
+        }
         options |= {"--dtype": self.dtype, "--generate": self.generate or None}
         options |= {"--device": None if self.device == "cpu" else self.device}
         words += [str(word) for name, value in options.items() if value for word in (name, value)]
@@ -135,7 +141,7 @@ def check(
 
 
 def _release(candidate: str, table: Explanations) -> str:
-    """The release whose known divergences are foretold; of a build from source, the newest until it says otherwise."""
+    """The release whose known divergences are foretold; of a build from source, the newest until it says its own."""
     named = parse_candidate(candidate)
     version = named.target if named.kind in ("version", "stored") else table.releases[-1]
     return table.baseline(version) or table.releases[-1]
@@ -149,7 +155,10 @@ def _config(model: Model) -> dict[str, Any]:
     if isinstance(model, HubModel):
         from candle_mi_parity.models.hub import fetch_config
 
-        return read_config(fetch_config(model))
+        try:
+            return read_config(fetch_config(model))
+        except HubError as error:
+            raise HubError(f"{error}; there is no directory of that name either") from error
     directory = local_path(getattr(model, "path", ""), ModelError)
     if directory.is_file():
         raise ModelError(f"{directory} is a file; give the directory that holds config.json and safetensors weights")
@@ -204,8 +213,12 @@ class _Check:
             from candle_mi_parity.run.check_unmapped import judge_unmapped_family
 
             judge_unmapped_family(self, cases)
-            return result
-        self._judge(cases)
+        else:
+            self._judge(cases)
+        told = [prompt.case for prompt in result.prompts]
+        if all(case.status is Status.ERROR and case.failure is Failure.INPUT for case in told):
+            result.prompts.clear()
+            raise ParityError(told[0].error)
         return result
 
     def _dump(self) -> Dump | None:
@@ -242,14 +255,15 @@ class _Check:
         from candle_mi_parity.candidate.watched import WatchedSource
         from candle_mi_parity.judge.explain import explain_new
         from candle_mi_parity.models.prepared_case import prepare
-        from candle_mi_parity.run.check_plan import plan
         from candle_mi_parity.run.check_findings import finish
+        from candle_mi_parity.run.check_plan import plan
 
         options = self.options
         subjects = [prepare(case, options.cache) for case in cases]
         if self.dump and subjects[0].tokens[0] != self.dump.tokens:
             raise TraceError(
-                f"trace {self.dump.directory}: its tokens are {self.dump.tokens}, the prompt's are {subjects[0].tokens[0]}"
+                f"trace {self.dump.directory}: its tokens are {self.dump.tokens}, the prompt's are "
+                f"{subjects[0].tokens[0]}"
             )
         self.told.line(plan(subjects, options.cache, options.device, options.generate).line())
         with self._open() as source:
@@ -310,8 +324,8 @@ class _Check:
         from candle_mi_parity.models.prepared_case import prepare
         from candle_mi_parity.oracle.continuation import greedy
         from candle_mi_parity.oracle.oracle import Oracle
-        from candle_mi_parity.run.check_measures import continuation
         from candle_mi_parity.run.check_findings import decoder
+        from candle_mi_parity.run.check_measures import continuation
 
         steps, length = self.options.generate, len(subject.tokens[0])
         name = f"{subject.case.id}-and-{steps}"
@@ -359,4 +373,3 @@ def _progress(told: Told) -> Any:
             told.step(line.removeprefix("check/"))
 
     return Steps()
-

@@ -64,7 +64,9 @@ def not_exercised(foretold: list[Forecast], table: Explanations, subjects: list[
     for key in _LENGTHS:
         value = facts[0].config.get(key)
         if type(value) is int and value >= longest and key not in told:
-            lines.append(f"{key} {value}: prompts are at most {longest} tokens; nothing is known against a longer one.")
+            lines.append(
+                f"{key} {value}: prompts are at most {longest} tokens; nothing is known against a longer one."
+            )
     return lines
 
 

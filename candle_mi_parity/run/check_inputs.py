@@ -145,14 +145,14 @@ def sae_of(text: str, hook: str | None) -> SaeFile:
         repo, _, inner = text.partition(":")
         name, _, revision = repo.partition("@")
         file = {"path": inner or ".", "repo": name, "revision": revision or "main"}
-        there = fetch_sae(SaeFile(layer=0, **file))[0]
+        there = fetch_sae(SaeFile.model_validate({"layer": 0} | file))[0]
     own = _own_hook(there)
     if hook and own and hook != own:
         raise SaeError(f"SAE {text}: its own config places it at {one_line(own)}, and --hook says {hook}")
     if not (hook or own):
         raise SaeError(f"SAE {text} does not say where it reads: give --hook, as blocks.12.hook_resid_post")
     place = _place(hook or str(own), text)
-    return SaeFile(layer=place.layer, point=place.point, **file)
+    return SaeFile.model_validate({"layer": place.layer, "point": place.point} | file)
 
 
 def _own_hook(path: Path) -> str | None:
@@ -187,8 +187,8 @@ def read_edits(path: Path) -> list[Edit]:
     except (OSError, ValueError) as error:
         raise CaseTableError(f"{path}: {one_line(str(error))}") from error
     rows = found.get("edits")
-    if set(found) != {"edits"} or not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
-        raise CaseTableError(f"{path}: expected [[edits]] rows and nothing else, found {one_line(str(sorted(found)))}")
+    if set(found) != {"edits"} or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CaseTableError(f"{path}: expected [[edits]] rows alone, found {one_line(str(sorted(found)))}")
     for row in rows:
         if "file" in row:
             row["values"] = _vector(path.parent / str(row.pop("file")), str(row.pop("key", "vector")))

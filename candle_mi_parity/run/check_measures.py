@@ -64,7 +64,8 @@ def lens_rows(seen: Seen, decode: Decode) -> list[LensRow]:
     """The likeliest token of each layer's logit lens, side by side; empty where the candidate gave no lens."""
     rows = []
     for name, expected in seen.truth.tensors.items():
-        if name.startswith("lens.") and name in seen.emitted.entries:
+        entry = seen.emitted.entries.get(name)
+        if name.startswith("lens.") and entry is not None and entry.part is None:
             theirs = int(seen.emitted.tensor(name).reshape(-1).argmax())
             ours = int(expected.value.reshape(-1).argmax())
             rows.append(LensRow(name.removeprefix("lens."), decode(ours), decode(theirs)))

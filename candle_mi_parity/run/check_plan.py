@@ -9,12 +9,10 @@ from candle_mi_parity.errors import ModelError
 from candle_mi_parity.files.untrusted import memory_bytes
 from candle_mi_parity.models.checkpoint import read_config, weight_bytes
 from candle_mi_parity.models.prepared_case import Subject
-from candle_mi_parity.oracle.compute import SAMPLES
 from candle_mi_parity.oracle.oracle import Oracle
-from candle_mi_parity.oracle.streaming import is_streamed
 
-BATCH = 160
-"""Rows × tokens of a pass of noise samples, as :func:`candle_mi_parity.oracle.compute.sample` takes them."""
+SAMPLES, BATCH = 16, 160
+"""Samples of the noise, and rows × tokens of one pass of them, see :func:`candle_mi_parity.oracle.compute.sample`."""
 PER_SECOND, FIXED = 2e10, 3.0
 """Float64 operations a second that two cores gave with noise, and seconds that a truth takes beside them."""
 
@@ -50,7 +48,7 @@ def plan(subjects: list[Subject], cache: Path, device: str, steps: int) -> Plan:
     directory = subjects[0].model_dir
     todo = [s for s in subjects if not (cache / "truth" / Oracle(s, cache, device).key / "free").is_dir()]
     parameters = weight_bytes(directory, 1)
-    streamed = is_streamed(directory)
+    streamed = bool(todo) and _is_streamed(directory)
     elements = [_elements(subject, steps) for subject in todo]
     tokens = [len(subject.tokens[0]) + steps for subject in todo]
     widest = max(elements, default=0) * 8 * (3 + min(SAMPLES, max(1, BATCH // max(tokens, default=1))))
@@ -65,11 +63,17 @@ def plan(subjects: list[Subject], cache: Path, device: str, steps: int) -> Plan:
     return Plan(len(todo), len(subjects) - len(todo), memory, 12 * sum(elements), seconds, streamed)
 
 
+def _is_streamed(directory: Path) -> bool:
+    from candle_mi_parity.oracle.streaming import is_streamed  # imports torch, which a cached truth does not need
+
+    return is_streamed(directory)
+
+
 def _elements(subject: Subject, steps: int) -> int:
     """Numbers in all tensors of a prompt."""
     config = {key: value for key, value in read_config(subject.model_dir).items() if type(value) is int}
     tokens = len(subject.tokens[0]) + steps
-    width, heads = config["hidden_size"], config.get("num_attention_heads", 1)  # type: ignore[call-overload]
+    width, heads = config["hidden_size"], config.get("num_attention_heads", 1)
     layers, vocabulary = config["num_hidden_layers"], config["vocab_size"]
     layer = tokens * 9 * int(width) + 2 * int(heads) * tokens * tokens + int(vocabulary)
     return int(layers) * layer + tokens * int(vocabulary)

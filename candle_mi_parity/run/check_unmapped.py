@@ -29,7 +29,7 @@ def judge_unmapped_family(check: _Check, cases: list[Case]) -> None:
     """
     subjects = [unmapped_subject(case, check.options.cache) for case in cases]
     family = subjects[0].model_type
-    check.result.notes.append(f"{family} is not among the families whose hooks are mapped: no explanation is searched")
+    check.result.notes.append(f"{family} is not among the families whose hooks are mapped: nothing is explained")
     if check.dump is not None:
         dump = check.dump
         _all(check, subjects, lambda subject, truth: as_trace(dump, truth, subject.case.dtype))
@@ -42,7 +42,9 @@ def _ask(check: _Check, subjects: list[Subject]) -> None:
     options = check.options
     candidate = parse_candidate(check.result.candidate)
     if candidate.kind in ("stored", "torch"):
-        raise CandidateError(f"a family without a hook map needs a candle-mi to ask, not {candidate.spec}")
+        raise CandidateError(
+            f"{subjects[0].model_type} has no hook map: it takes a candle-mi to ask, not {candidate.spec}"
+        )
     built = build(candidate, options.cache, check.told.line)
     identity = CandleMi.model_validate(built.identity["candle_mi"])
     check.result.identity = identity.model_dump(exclude_none=True)

@@ -1,9 +1,9 @@
 """Conditions on a case, as the rows of ``fixtures/explanations.toml`` spell them: ``tokens > config.sliding_window``.
 
 A condition is a subject, an operator and a value. Subjects: ``config.KEY``, ``sae.KEY`` (of ``cfg.json``),
-``edit.KEY``, ``dtype``, ``rope_type``, ``sae_weights``, ``sae_threshold``, ``tokens``; a dot leads into a block. Operators:
-``absent``, ``present``, ``=``, ``!=``, ``<``, ``>``, ``in``, ``not in``. A value is JSON or another subject. A
-comparison with an absent value is false.
+``edit.KEY``, ``dtype``, ``rope_type``, ``sae_weights``, ``sae_threshold``, ``tokens``; a dot leads into a block.
+Operators: ``absent``, ``present``, ``=``, ``!=``, ``<``, ``>``, ``in``, ``not in``. A value is JSON or another
+subject. A comparison with an absent value is false.
 """
 
 from __future__ import annotations

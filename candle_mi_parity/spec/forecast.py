@@ -37,7 +37,9 @@ class Forecast:
     @property
     def about(self) -> str:
         """``sliding_window 4096``, ``no rms_norm_eps``."""
-        return ", ".join([*(f"{key} {value}" for key, value in self.keys.items()), *(f"no {k}" for k in self.lacking)])
+        return ", ".join(
+            [*(f"{key} {value}" for key, value in self.keys.items()), *(f"no {k}" for k in self.lacking)]
+        )
 
 
 def forecast(table: Explanations, release: str, facts: Facts) -> list[Forecast]:
