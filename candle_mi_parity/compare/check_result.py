@@ -121,13 +121,18 @@ class CheckResult:
 
     @property
     def verdict(self) -> Verdict:
-        """FAIL for any divergence or refusal, listed or not: who asks about her own model does not ask for news."""
+        """FAIL for any divergence or refusal, listed or not: a user did not ask for news."""
         statuses = {prompt.case.status for prompt in self.prompts}
-        if statuses & {Status.FAIL, Status.KNOWN} or any(c.parted and not c.tie for c in self.continuations):
+        if Status.FAIL in statuses or any(c.parted and not c.tie for c in self.continuations):
             return Verdict.FAIL
         if self.fault or Status.ERROR in statuses:
             return Verdict.ERROR
         return Verdict.INCONCLUSIVE if Status.UNMEASURED in statuses or not statuses else Verdict.PASS
+
+    @property
+    def subject(self) -> str:
+        """``who`` as a sentence begins."""
+        return self.who.replace("the ", "The ", 1) if self.who.startswith("the ") else self.who
 
     @property
     def agrees(self) -> bool:
@@ -137,14 +142,14 @@ class CheckResult:
     def sentence(self) -> str:
         """The answer, in words."""
         cases = [prompt.case for prompt in self.prompts]
-        wrong = [case for case in cases if case.status in (Status.FAIL, Status.KNOWN)]
+        wrong = [case for case in cases if case.status is Status.FAIL]
         if self.fault and not wrong:
             return f"Not answered: {self.fault}."
         if wrong:
             refuses = all(case.outcome is Outcome.REFUSED for case in wrong)
             what = "refuses this model" if refuses else "does not compute PyTorch's numbers on this model"
             where = f" in {len(wrong)} of {len(cases)} prompts" if len(wrong) < len(cases) else ""
-            return f"{self.who} {what}{where}: {' Also: '.join(self._causes(wrong))}"
+            return f"{self.subject} {what}{where}: {' Also: '.join(self._causes(wrong))}"
         if error := next((case for case in cases if case.status is Status.ERROR), None):
             return f"Not answered: {one_line(error.error)}"
         tensors, compared = sum(case.expected for case in cases), sum(case.compared for case in cases)
@@ -152,13 +157,13 @@ class CheckResult:
         prompts = "1 prompt" if len(cases) == 1 else f"{len(cases)} prompts"
         size = f"{max((case.expected for case in cases), default=0)} tensors, {prompts}, worst {worst:.2g} of 8"
         if self.verdict is Verdict.PASS:
-            return f"{self.who} computes PyTorch's numbers on this model: {size}."
+            return f"{self.subject} computes PyTorch's numbers on this model: {size}."
         noisy = sum(case.unmeasured for case in cases)
         if not compared:
             why = next((case.error for case in cases if case.error), "no prompt was judged")
             return f"Not answered: {one_line(why)}"
         return (
-            f"{self.who} computes PyTorch's numbers on this model as far as can be judged: {size}; "
+            f"{self.subject} computes PyTorch's numbers on this model as far as can be judged: {size}; "
             f"{noisy} of {tensors} tensors are too noisy in this format to judge."
         )
 

@@ -247,6 +247,9 @@ def status_of(tensors: list[TensorResult], case: Case, in_part: bool) -> tuple[S
     if idle := [tensor.name for tensor in tensors if tensor.status is Status.PASS and not tensor.compared]:
         return Status.UNMEASURED, f"nothing was compared of {', '.join(idle)}"
     unmeasured = {tensor.name for tensor in tensors if tensor.status is Status.UNMEASURED}
+    if case.unmeasured == ["*"]:
+        noisy = f"{len(unmeasured)} of {len(tensors)} tensors are too noisy in {case.dtype} to judge"
+        return (Status.UNMEASURED, noisy) if unmeasured else (Status.PASS, "")
     declared = declared_unmeasured(tensors, case)
     # A part may leave out the very positions that are too noisy.
     if unmeasured == declared or (in_part and unmeasured < declared):

@@ -116,7 +116,7 @@ def explained(evidence: Evidence, change: Counterfactual, rows: list[Explanation
         ids=[row.id for row in rows],
         says=" ".join(row.says for row in rows) or change.describe(),
         change=change.describe(),
-        ratios={result.name: result.ratio for result in results},
+        ratios={result.name: result.ratio for result in results if result.name not in noisy},
         remedy=" ".join(dict.fromkeys(row.remedy for row in rows if row.remedy)),
     )
 

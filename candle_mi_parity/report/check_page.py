@@ -10,7 +10,7 @@ from markupsafe import Markup
 from candle_mi_parity.compare.check_result import CheckResult, PromptResult
 from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE
 from candle_mi_parity.compare.verdict import SaeView, Status, TensorResult
-from candle_mi_parity.files.escape import number, one_line, rendered
+from candle_mi_parity.files.escape import number, rendered
 from candle_mi_parity.report.plots import case_plot, heatmap
 
 GROUPS = {
@@ -104,14 +104,16 @@ def sae_line(view: SaeView) -> str:
 
 def page(result: CheckResult) -> str:
     """The whole page."""
+    rows = [(prompt, row(prompt)) for prompt in result.prompts]
+    groups = [group for group in GROUPS if any(group in cells for _, cells in rows)]
     bad = [prompt for prompt in result.prompts if prompt.case.first_divergence]
     return rendered(
         "check.html.j2",
         result=result,
-        groups=list(GROUPS),
-        rows=[(prompt, row(prompt)) for prompt in result.prompts],
+        groups=groups,
+        rows=[(prompt, [cells.get(group) for group in groups]) for prompt, cells in rows],
         matters=[(prompt, matters_line(prompt)) for prompt in result.prompts if prompt.matters],
-        bad=[(prompt, one_line(prompt.case.message(), 2000), _plot(prompt), _picture(prompt)) for prompt in bad],
+        bad=[(prompt, _plot(prompt), _picture(prompt)) for prompt in bad],
         foretold=list(foretold_lines(result)),
         sae=[(prompt, view) for prompt in result.prompts for view in prompt.case.sae if view.chain == "sae"],
         sae_line=sae_line,
@@ -119,22 +121,16 @@ def page(result: CheckResult) -> str:
     )
 
 
-def row(prompt: PromptResult) -> list[Cell | None]:
-    """A cell for each group; None where the prompt has no such tensor."""
+def row(prompt: PromptResult) -> dict[str, Cell]:
+    """A cell for each group of which the prompt has tensors."""
     groups: dict[str, list[TensorResult]] = {}
     for tensor in prompt.case.tensors:
         groups.setdefault(_group(tensor.name), []).append(tensor)
     grave = [Status.FAIL, Status.UNMEASURED, Status.PASS]
-    return [
-        Cell(
-            min((t.status for t in groups[group]), key=grave.index).value,
-            max(t.ratio for t in groups[group]),
-            len(groups[group]),
-        )
-        if group in groups
-        else None
-        for group in GROUPS
-    ]
+    return {
+        group: Cell(min((t.status for t in there), key=grave.index).value, max(t.ratio for t in there), len(there))
+        for group, there in groups.items()
+    }
 
 
 def _group(name: str) -> str:

@@ -108,7 +108,7 @@ def blank(options: CheckOptions) -> CheckResult:
     :raises CandidateError: the candidate is misspelt.
     """
     candidate = options.candidate or load_explanations().releases[-1]
-    who = f"The trace in {options.trace}" if options.trace else parse_candidate(candidate).label
+    who = f"the trace in {options.trace}" if options.trace else parse_candidate(candidate).label
     return CheckResult(options.model, who, candidate)
 
 
@@ -249,6 +249,7 @@ class _Check:
             sae=self.sae,
             dtype=self.options.dtype or (self.dump.dtype if self.dump else "float32"),  # type: ignore[arg-type]
             edits=list(self.options.edits),
+            unmeasured=["*"],
         )
 
     def _judge(self, cases: list[Case]) -> None:
@@ -312,6 +313,8 @@ class _Check:
             case, watched, self.result.candidate, self.options.cache, self.table, _progress(self.told)
         )
         judged.result.reproduce = self.options.command()
+        if judged.result.status is Status.KNOWN:  # to a user, what is known is as wrong as what is new
+            judged.result.status = Status.FAIL
         text = case.text if case.text is not None else f"{len(subject.tokens[0])} token ids"
         prompt = PromptResult(case.id.removeprefix("check/"), text, subject.tokens[0], judged.result)
         self.result.prompts.append(prompt)

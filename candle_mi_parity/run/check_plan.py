@@ -34,7 +34,7 @@ class Plan:
         how = ", layer by layer" if self.streamed else ""
         time = f"{self.seconds:.0f} s" if self.seconds < 90 else f"{self.seconds / 60:.0f} min"
         return (
-            f"{self.truths} truths to compute{how} ({self.cached} are in the cache), about {time}; "
+            f"truths to compute: {self.truths}{how} ({self.cached} more are in the cache), about {time}, "
             f"memory {size(self.memory)}, disk {size(self.disk)}"
         )
 
