@@ -189,7 +189,8 @@ def _cause(cases: list[CaseResult], about: dict[str, str]) -> str:
 
     :param about: explanation → the keys of this model that it is about.
     """
-    case = max(cases, key=lambda case: case.explained.worst if case.explained else 0.0)
+    # The smallest is the one that was searched in full.
+    case = min(cases, key=lambda case: sum(tensor.compared for tensor in case.tensors))
     found, first = case.explained, case.first_divergence
     if case.outcome is Outcome.REFUSED:
         text = f"{found.says} " if found else ""
@@ -201,6 +202,7 @@ def _cause(cases: list[CaseResult], about: dict[str, str]) -> str:
         here = "; ".join(about[id] for id in found.ids if about.get(id))
         says = f"{found.says} This model: {here}. " if here else f"{found.says} " if found.ids else ""
         ids = f" ({', '.join(found.ids)})" if found.ids else ""
-        same = f"with {found.change} in all {found.tensors} tensors, worst {found.worst:.2g} of 8{ids}."
+        worst = max(one.explained.worst for one in cases if one.explained)
+        same = f"with {found.change} in all {found.tensors} tensors, worst {worst:.2g} of 8{ids}."
         text = f"{says}Equal to PyTorch {same}"
     return text + (f" Remedy: {found.remedy}" if found and found.remedy else "")

@@ -276,7 +276,7 @@ class _Check:
             judgements = [self._one(case, subject, watched) for case, subject in zip(cases, subjects, strict=True)]
             if options.generate and self.dump is None:
                 judgements += [self._continued(subject, watched) for subject in list(subjects)]
-            explain_new(judgements, self.table, options.cache, options.search, _progress(self.told))
+            explain_new(judgements, self.table, options.cache, options.search, _progress(self.told), options.search)
         finish(self, [seen.subject for seen in watched.seen.values()] or subjects)
 
     def _open(self) -> Source:
