@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from candle_mi_parity.candidate.sources import Source
+from candle_mi_parity.candidate.tokens import TextIds
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.spec.hook_points import Mode
@@ -60,6 +61,10 @@ class WatchedSource:
         if mode == "free":
             self.seen[subject.case.id] = Seen(subject, truth, emitted)
         return emitted
+
+    def text_ids(self, subject: Subject) -> TextIds:
+        """As the source's own."""
+        return self._source.text_ids(subject)
 
     def wanted(self, captures: list[str]) -> list[str]:
         """The hooks that are asked for, in execution order."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from candle_mi_parity.candidate.candidate import EmitterError
+from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.watched import Seen
 from candle_mi_parity.compare.compare import compare, look
 from candle_mi_parity.compare.verdict import CaseResult, Status

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from candle_mi_parity import __version__
-from candle_mi_parity.candidate.candidate import CandidateError, parse_candidate
+from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate
 from candle_mi_parity.compare.check_result import CheckResult, PromptResult
 from candle_mi_parity.compare.verdict import Failure, Status
 from candle_mi_parity.errors import HubError, ModelError, ParityError, TraceError
@@ -312,7 +312,7 @@ class _Check:
         judged = judge_case(
             case, watched, self.result.candidate, self.options.cache, self.table, _progress(self.told)
         )
-        judged.result.reproduce = self.options.command()
+        judged.result.reproduce, judged.result.shrink = self.options.command(), ""  # it is no row of the table
         if judged.result.status is Status.KNOWN:  # to a user, what is known is as wrong as what is new
             judged.result.status = Status.FAIL
         text = case.text if case.text is not None else f"{len(subject.tokens[0])} token ids"

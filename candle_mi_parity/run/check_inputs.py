@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from candle_mi_parity.errors import CaseTableError, ParityError, SaeError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.tensor_file import TensorFile
-from candle_mi_parity.files.untrusted import read_bytes, read_json
+from candle_mi_parity.files.untrusted import read_bytes
 from candle_mi_parity.models.checkpoint import local_path
 from candle_mi_parity.models.generate import seeded_words
 from candle_mi_parity.spec.cases import BELOW, MAX_TOML_BYTES, Row, SaeFile, SaePlace
@@ -135,6 +135,7 @@ def sae_of(text: str, hook: str | None) -> SaeFile:
     :raises HubError: the hub does not give it.
     """
     from candle_mi_parity.models.hub import fetch_sae
+    from candle_mi_parity.models.saelens import own_hook
 
     path = local_path(text, SaeError)
     if path.exists() or text.startswith((".", "/", "~")) or "/" not in text:
@@ -146,24 +147,13 @@ def sae_of(text: str, hook: str | None) -> SaeFile:
         name, _, revision = repo.partition("@")
         file = {"path": inner or ".", "repo": name, "revision": revision or "main"}
         there = fetch_sae(SaeFile.model_validate({"layer": 0} | file))[0]
-    own = _own_hook(there)
+    own = own_hook(there) if there.is_dir() else None
     if hook and own and hook != own:
         raise SaeError(f"SAE {text}: its own config places it at {one_line(own)}, and --hook says {hook}")
     if not (hook or own):
         raise SaeError(f"SAE {text} does not say where it reads: give --hook, as blocks.12.hook_resid_post")
     place = _place(hook or str(own), text)
     return SaeFile.model_validate({"layer": place.layer, "point": place.point} | file)
-
-
-def _own_hook(path: Path) -> str | None:
-    """What an SAE's ``cfg.json`` says of its place; None for an NPZ, or where it says nothing."""
-    if not path.is_dir():
-        return None
-    config = read_json(path / "cfg.json", SaeError)
-    metadata = config.get("metadata") if isinstance(config, dict) else None
-    found = config.get("hook_name") or config.get("hook_point") if isinstance(config, dict) else None
-    found = found or (metadata.get("hook_name") if isinstance(metadata, dict) else None)
-    return found if isinstance(found, str) else None
 
 
 def _place(hook: str, text: str) -> Place:

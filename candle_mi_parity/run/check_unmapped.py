@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from candle_mi_parity.candidate.build import build
-from candle_mi_parity.candidate.candidate import CandidateError, EmitterError, EmitterProcess, parse_candidate
+from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.sources import TIMEOUT_SECONDS
+from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate
 from candle_mi_parity.compare.check_result import PromptResult
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage.census import Question

@@ -47,7 +47,14 @@ from tests.support.results import HOSTILE
 
 STORED = ROOT / "rust_outputs" / "0.2.2"
 FAMILIES = {
-    **{"llama": 16, "gemma2": 14, "mistral": 6, "phi3": 6, "starcoder2": 5, "qwen3": 5, "qwen2": 4, "gemma": 3},
+    "llama": 16,
+    "gemma2": 14,
+    "mistral": 6,
+    "phi3": 6,
+    "starcoder2": 5,
+    "qwen3": 5,
+    "qwen2": 4,
+    "gemma": 3,
     "smollm2": 1,
 }
 """Family → at least how many of its cases 0.2.2 computes otherwise in a known way."""
