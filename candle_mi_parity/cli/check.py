@@ -37,6 +37,7 @@ def check_command(
     device: Annotated[str, typer.Option(help="cpu | cuda:N")] = "cpu",
     layers: Annotated[str | None, typer.Option(help="Look at these layers alone, as 0-3,11.")] = None,
     hooks: Annotated[Many, typer.Option(help="Look at the hooks that match a glob; may be given again.")] = None,
+    search: Annotated[float, typer.Option(min=0, help="Seconds that explaining a new divergence may take.")] = 120.0,
     out: Annotated[Path, typer.Option(help="Where check.html, check.json and traces go.")] = Path("build/check"),
     json_out: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -61,6 +62,7 @@ def check_command(
             device=device,
             hooks=(*(hooks or ()), *layer_globs(layers)),
             generate=generate,
+            search=search,
             out=out,
         )
         result = check_and_write(options, json_out)

@@ -237,7 +237,7 @@ def test_a_bad_trace_is_one_line(
 def test_nan_in_a_trace_is_a_divergence(tmp_path: Path) -> None:
     model, arrays, tokens = plain("llama/hub")
     arrays["blocks.0.hook_mlp_out"][0, 3, 5] = np.nan
-    result = check(model, trace=dumped(tmp_path / "trace", arrays, tokens))
+    result = check(model, trace=dumped(tmp_path / "trace", arrays, tokens), search=0.0)
     assert result.verdict is Verdict.FAIL and "blocks.0.hook_mlp_out (∞ of 8, nonfinite)" in result.sentence
 
 
@@ -440,7 +440,7 @@ def test_the_command_answers_in_its_first_line_and_its_exit_code(tmp_path: Path)
     assert "How to cite" in (out / "check.html").read_text()
     arrays["logits"] += 1
     wrong = dumped(tmp_path / "wrong", arrays, tokens)
-    done = command("check", str(model), "--trace", str(wrong), "--out", str(out), "--json")
+    done = command("check", str(model), "--trace", str(wrong), "--out", str(out), "--json", "--search", "0")
     assert done.returncode == 1 and json.loads(done.stdout)["verdict"] == "FAIL"
     assert "does not exist" in one_line(command("check", str(tmp_path / "absent"), "--out", str(out)))
     assert not (out / "check.json").exists(), "what an earlier check wrote is gone"
