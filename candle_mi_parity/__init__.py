@@ -5,4 +5,50 @@ runs on) → :mod:`rounding` and :mod:`oracle` (float64 truth and its predicted 
 :mod:`candidate` and :mod:`trace` (what candle-mi emitted) → :mod:`compare` → :mod:`ledger` → :mod:`report`.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from candle_mi_parity.compare.check_result import CheckResult
+
 __version__ = "0.1.0"
+
+
+def check(
+    model: str | Path,
+    prompt: str | Sequence[str] = (),
+    tokens: Sequence[Sequence[int]] = (),
+    sae: str | Path | None = None,
+    edits: Sequence[dict[str, Any]] | Path = (),
+    **options: Any,
+) -> CheckResult:
+    """Does a candle-mi compute PyTorch's numbers on a model? The Python of ``candle-mi-parity check``.
+
+    >>> result = check("models/mine", prompt="The capital of France is", sae="saes/l12")  # doctest: +SKIP
+    >>> assert result.agrees, result.sentence                                              # doctest: +SKIP
+
+    :param model: a directory, or a hub id ``ID`` or ``ID@REVISION``.
+    :param prompt: one text or several; with neither texts nor ``tokens``, a short built-in set.
+    :param tokens: prompts as token ids.
+    :param sae: an NPZ, a directory of SAELens, or ``REPO:FILE`` of the hub.
+    :param edits: interventions, as rows of ``fixtures/cases.toml`` or a TOML file of them.
+    :param options: further fields of :class:`candle_mi_parity.run.check.CheckOptions`: ``hook``, ``candidate``,
+        ``trace``, ``dtype``, ``device``, ``hooks``, ``generate``, ``out``.
+    :raises ParityError: an input that cannot be used, in one line.
+    """
+    from pydantic import TypeAdapter
+
+    from candle_mi_parity.run.check import CheckOptions
+    from candle_mi_parity.run.check import check as run_check
+    from candle_mi_parity.run.check_inputs import prompts_of, read_edits
+    from candle_mi_parity.spec.edits import Edit
+
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    ids = [",".join(str(token) for token in row) for row in tokens]
+    rows = read_edits(edits) if isinstance(edits, Path) else TypeAdapter(list[Edit]).validate_python(list(edits))
+    prompts = tuple(prompts_of(texts, None, ids))
+    where = str(sae) if sae else None
+    return run_check(CheckOptions(str(model), prompts, sae=where, edits=tuple(rows), **options))

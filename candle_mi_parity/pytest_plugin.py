@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
 
 from candle_mi_parity.candidate import cuda
+from candle_mi_parity.compare.check_result import CheckResult
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.files.escape import one_line, printable
 from candle_mi_parity.run.run import library_versions
@@ -48,6 +49,21 @@ def pytest_report_header() -> list[str]:
         "parity: " + ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "numpy")),
         f"parity: CUDA device: {device}; gate: position < 8, element < 32 times the predicted rounding noise",
     ]
+
+
+@pytest.fixture
+def assert_parity() -> Callable[..., CheckResult]:
+    """``assert_parity(model=…, prompt=…, sae=…)`` fails the test where :func:`candle_mi_parity.check` says no."""
+    from candle_mi_parity import check
+
+    def holds(**asked: Any) -> CheckResult:
+        result = check(**asked)
+        if not result.agrees:
+            wrong = [p.case.message() for p in result.prompts if p.case.status is not Status.PASS]
+            pytest.fail(printable("\n".join([result.sentence, *wrong[:3]])), pytrace=False)
+        return result
+
+    return holds
 
 
 def missing_tool(marker: str) -> str:

@@ -9,6 +9,7 @@ from types import FrameType
 
 import typer
 
+from candle_mi_parity.cli.check import check_command
 from candle_mi_parity.cli.compare import diff_command, history_command
 from candle_mi_parity.cli.maint import maint
 from candle_mi_parity.cli.repro import repro_command
@@ -17,6 +18,7 @@ from candle_mi_parity.errors import Stopped
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.command("run")(run_command)
+app.command("check")(check_command)
 app.command("diff")(diff_command)
 app.command("repro")(repro_command)
 app.command("history")(history_command)

@@ -16,7 +16,7 @@ from candle_mi_parity.trace.trace import Emitted, Feature, Selection, TensorEntr
 from candle_mi_parity.trace.truth import Truth
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cut:
     """A whole trace, of which as much is shown as another one kept.
 
@@ -27,6 +27,7 @@ class Cut:
     whole: Emitted
     parts: dict[str, Selection]
     shown: set[str]
+    asked: set[str] | None = None
 
     @cached_property
     def entries(self) -> dict[str, TensorEntry]:

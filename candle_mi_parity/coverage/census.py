@@ -123,11 +123,22 @@ def _probes(entry: Entry) -> Iterator[tuple[str, dict[str, object]]]:
 
 
 class Question:
-    """One class, asked with one config after another."""
+    """One class, asked with one config after another.
+
+    :param seconds: what one answer of the emitter may take.
+    """
 
     def __init__(
-        self, model_type: str, class_name: str, emitter: EmitterProcess, identity: CandleMi, cache: Path, out: Path
+        self,
+        model_type: str,
+        class_name: str,
+        emitter: EmitterProcess,
+        identity: CandleMi,
+        cache: Path,
+        out: Path,
+        seconds: float = SECONDS,
     ) -> None:
+        self._seconds = seconds
         self._blank = Entry(model_type=model_type, class_name=class_name, outcome="not-asked")
         self._emitter, self._identity, self._cache, self._out = emitter, identity, cache, out
 
@@ -139,12 +150,12 @@ class Question:
             entry = entry.model_copy(update={"dialect": tiny.dialect})
             subject = _subject(entry.model_type, tiny)
             try:
-                reader = self._reader(subject)
+                reader = self.reader(subject)
             except EmitterError as error:
                 return self._unanswered(entry, error, tiny)
             entry = entry.model_copy(update={"reader": reader})
             truth = truth_of(subject, self._cache)
-            return judged(entry, self._compare(subject, reader, truth))
+            return judged(entry, self.compare(subject, reader, truth))
         except Exception as error:  # one class's fault, of whatever kind, is that class's line in the table
             loads = "candle-mi computes it, unjudged: " if entry.reader else ""
             return entry.model_copy(update={"reason": loads + one_line(error)})
@@ -155,26 +166,30 @@ class Question:
         subject = _subject(self._blank.model_type, tiny)
 
         def logits(directory: Path) -> str:
-            trace = self._emit(Subject(**{**vars(subject), "model_dir": directory}), reader)
+            trace = self.emit(Subject(**{**vars(subject), "model_dir": directory}), reader)
             return trace.entries["logits"].sha256
 
         return unread_tensors(tiny.directory, logits)
 
-    def _reader(self, subject: Subject) -> Reader:
+    def reader(self, subject: Subject) -> Reader:
         """candle-mi's parser that makes numbers of the model.
 
         :raises EmitterError: neither does; the error of the one that knows the model type, ``auto`` knowing all.
         """
         try:
-            self._emit(subject, "hf")
+            self.emit(subject, "hf")
         except EmitterError as error:
             if "unsupported model_type" not in error.message:
                 raise
-            self._emit(subject, "auto")
+            self.emit(subject, "auto")
             return "auto"
         return "hf"
 
-    def _emit(self, subject: Subject, reader: Reader) -> Trace:
+    def emit(self, subject: Subject, reader: Reader) -> Trace:
+        """The hooks of a subject's captures, and the logits.
+
+        :raises EmitterError: candle-mi refuses, or gives no clear answer.
+        """
         out = self._out / f"{subject.model_type}.json"
         asked = {
             "format": REQUEST_FORMAT,
@@ -188,12 +203,12 @@ class Question:
             "config": reader,
             "out": str(out),
         }
-        return same_candidate(Trace(self._emitter.emit(asked, SECONDS)), self._identity)
+        return same_candidate(Trace(self._emitter.emit(asked, self._seconds)), self._identity)
 
-    def _compare(self, subject: Subject, reader: Reader, truth: Truth) -> list[TensorResult]:
+    def compare(self, subject: Subject, reader: Reader, truth: Truth) -> list[TensorResult]:
         captures = [name for name in truth.tensors if name != "logits"]
         with_hooks = Subject(**{**vars(subject), "captures": captures})
-        trace = self._emit(with_hooks, reader)
+        trace = self.emit(with_hooks, reader)
         check_header(truth, trace, None)
         return compare(truth, trace, None, None)
 

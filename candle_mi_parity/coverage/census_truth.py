@@ -26,19 +26,22 @@ from candle_mi_parity.spec.hook_points import hook_names
 from candle_mi_parity.trace.truth import Truth, TruthTensor
 
 
-def truth_of(subject: Subject, cache: Path) -> Truth:
+def truth_of(subject: Subject, cache: Path, generated: bool = True) -> Truth:
     """The truth, from the cache or computed; ``hook_embed`` is in it where every hook point is.
 
+    :param generated: whether the weights are generated ones, which transformers must load as they were saved.
     :raises OracleError: an op without a noise rule, or a truth that is not finite.
     :raises Exception: whatever the class's forward pass raises.
     """
     own = digest_files([Path(str(census_models.__file__)), Path(__file__)])
     key = content_key(subject.digest, own, rules_digest(), library_versions())
-    path = publish(cache / "truth" / f"census-{key}", lambda out: _compute(subject).save(out / "truth.safetensors"))
+    path = publish(
+        cache / "truth" / f"census-{key}", lambda out: _compute(subject, generated).save(out / "truth.safetensors")
+    )
     return Truth.load(path / "truth.safetensors")
 
 
-def _compute(subject: Subject) -> Truth:
+def _compute(subject: Subject, generated: bool) -> Truth:
     tokens = torch.tensor(subject.tokens)
     eager = hooks.load_model(subject.model_dir, attention="eager")
     with Float64():  # type: ignore[no-untyped-call]
@@ -47,7 +50,8 @@ def _compute(subject: Subject) -> Truth:
     family = next((guess for guess in family_maps(model) if _fits(model, tokens, guess, logits)), None)
     if family is None:
         model = eager
-    census_models.check_filled(model)
+    if generated:
+        census_models.check_filled(model)
     run = logits_only if family is None else partial(hooks.forward, family=family)
     seed = int(subject.digest[:16], 16)
     # One sample a pass: experts are given other rows of a batch in another order, and some classes take no positions.

@@ -228,7 +228,7 @@ def judge_mode(oracle: Oracle, source: Source, mode: Mode, progress: Progress) -
         trace = source.trace(subject, mode, truth, inputs)
     progress.case_starts(subject.case, "compare")
     in_part = any(entry.part is not None for entry in trace.entries.values())
-    selection = stored_selection(list(truth.tensors)) if in_part else None
+    selection = stored_selection(list(truth.tensors)) if in_part else trace.asked
     results = compare(truth, trace, decoder_of(subject) if mode == "free" else None, selection)
     evidence = Evidence(oracle, trace, selection, declared_unmeasured(results, subject.case))
     return Judged(results, look(truth, trace, results), in_part, look_sae(truth, trace), evidence)
@@ -247,6 +247,9 @@ def status_of(tensors: list[TensorResult], case: Case, in_part: bool) -> tuple[S
     if idle := [tensor.name for tensor in tensors if tensor.status is Status.PASS and not tensor.compared]:
         return Status.UNMEASURED, f"nothing was compared of {', '.join(idle)}"
     unmeasured = {tensor.name for tensor in tensors if tensor.status is Status.UNMEASURED}
+    if case.unmeasured == ["*"]:
+        noisy = f"{len(unmeasured)} of {len(tensors)} tensors are too noisy in {case.dtype} to judge"
+        return (Status.UNMEASURED, noisy) if unmeasured else (Status.PASS, "")
     declared = declared_unmeasured(tensors, case)
     # A part may leave out the very positions that are too noisy.
     if unmeasured == declared or (in_part and unmeasured < declared):

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 
 def explain_new(
-    judgements: list[Judgement], table: Explanations, cache: Path, seconds: float, progress: Progress
+    judgements: list[Judgement],
+    table: Explanations,
+    cache: Path,
+    seconds: float,
+    progress: Progress,
+    each: float | None = None,
 ) -> None:
     """Search for the explanation of every new divergence.
 
@@ -27,6 +32,7 @@ def explain_new(
     full, and what explains it is tried on the others, which are searched no further.
 
     :param seconds: for all together.
+    :param each: for one; None for what a run grants one case.
     """
     end = time.monotonic() + seconds
     causes: defaultdict[tuple[str, str], list[Judgement]] = defaultdict(list)
@@ -44,7 +50,7 @@ def explain_new(
         leader: CaseResult | None = None
         for judgement in sorted(group, key=lambda one: _size(one)):
             assert judgement.evidence is not None
-            if (left := min(SECONDS, end - time.monotonic())) <= 0:
+            if (left := min(each or SECONDS, end - time.monotonic())) <= 0:
                 said = [judgement.result.unexplained, "the run's time to search for an explanation was over"]
                 judgement.result.unexplained = "; ".join(filter(None, said))
                 continue

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,22 +37,23 @@ _FORMATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloa
 
 def facts_of(subject: Subject) -> Facts:
     """What the conditions of an explanation are asked about."""
+    case = subject.case
+    edits = [edit.model_dump() for edit in case.edits]
+    return facts_about(read_config(subject.model_dir), subject.sae_file, len(subject.tokens[0]), case.dtype, edits)
+
+
+def facts_about(
+    config: dict[str, Any], sae_file: Path | None, tokens: int, dtype: str, edits: list[dict[str, Any]]
+) -> Facts:
+    """The same of what is not a case yet."""
     sae, weights, threshold = {}, "", None
-    if subject.sae_file is not None and subject.sae_file.is_dir():
-        sae = read_json(subject.sae_file / CONFIG, ExplanationError)
-        file = TensorFile(saelens_files(subject.sae_file)[1])
+    if sae_file is not None and sae_file.is_dir():
+        sae = read_json(sae_file / CONFIG, ExplanationError)
+        file = TensorFile(saelens_files(sae_file)[1])
         names = file.keys()
         weights = _FORMATS.get(file.kind("W_enc")[0], "") if "W_enc" in names else ""
         threshold = float(file.tensor("threshold").min()) if "threshold" in names and weights != "bfloat16" else None
-    return Facts(
-        config=read_config(subject.model_dir),
-        tokens=len(subject.tokens[0]),
-        dtype=subject.case.dtype,
-        sae=sae,
-        sae_weights=weights,
-        sae_threshold=threshold,
-        edits=[edit.model_dump() for edit in subject.case.edits],
-    )
+    return Facts(config, tokens, dtype, sae, weights, threshold, edits)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def explained(evidence: Evidence, change: Counterfactual, rows: list[Explanation
         ids=[row.id for row in rows],
         says=" ".join(row.says for row in rows) or change.describe(),
         change=change.describe(),
-        ratios={result.name: result.ratio for result in results},
+        ratios={result.name: result.ratio for result in results if result.name not in noisy},
         remedy=" ".join(dict.fromkeys(row.remedy for row in rows if row.remedy)),
         key=change.key(),
     )

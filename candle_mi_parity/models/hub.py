@@ -19,6 +19,7 @@ import shlex
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, get_cached_repo_tree, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -58,13 +59,40 @@ def fetch_model(model: HubModel) -> tuple[Path, Download]:
     return _fetch(model.repo, model.revision, MODEL_FILES)
 
 
+def fetch_config(model: HubModel) -> Path:
+    """The snapshot directory with ``config.json`` alone.
+
+    :raises HubError: as of :func:`fetch_model`.
+    """
+    return _fetch(model.repo, model.revision, ("config.json",))[0]
+
+
+def to_download(model: HubModel) -> str:
+    """What :func:`fetch_model` will download, in words."""
+    try:
+        listed: Any = snapshot_download(
+            model.repo, revision=model.revision, allow_patterns=list(MODEL_FILES), dry_run=True
+        )
+    except Exception as error:  # the download itself says why, in one line
+        return f"{model.repo}@{model.revision}: what has to be downloaded is not known ({type(error).__name__})"
+    wanted = [file for file in listed if file.will_download]
+    size = sum(file.file_size for file in wanted) / 1e6
+    return f"{model.repo}@{model.revision}: {len(wanted)} files to download, {size:.0f} MB"
+
+
 def fetch_sae(sae: SaeFile) -> tuple[Path, Download]:
-    """One file of a repository of SAEs.
+    """One NPZ file of a repository of SAEs, or a folder as SAELens writes it; ``.`` is the repository itself.
 
     :raises HubError: as of :func:`fetch_model`, or there is no such file; names those that are spelt alike.
     """
     assert sae.repo is not None
     revision = sae.revision or constants.DEFAULT_REVISION
+    if not sae.path.endswith(".npz"):
+        folder = "" if sae.path == "." else f"{glob.escape(sae.path)}/"
+        directory, download = _fetch(sae.repo, revision, (f"{folder}cfg.json", f"{folder}*.safetensors"))
+        if not (directory / sae.path / "cfg.json").is_file():
+            raise HubError(_cannot(sae.repo, revision, _no_file(sae.repo, f"{folder}cfg.json", download.commit)))
+        return directory / sae.path, download
     directory, download = _fetch(sae.repo, revision, (glob.escape(sae.path),))
     if sae.path not in download.files:
         raise HubError(_cannot(sae.repo, revision, _no_file(sae.repo, sae.path, download.commit)))

@@ -10,12 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from candle_mi_parity.files.cache import cached
 from candle_mi_parity.models.checkpoint import read_config
-from candle_mi_parity.oracle.hooks import forward, load_model
+from candle_mi_parity.models.quiet import quiet
 from candle_mi_parity.oracle.provenance import code_of, made_with
 from candle_mi_parity.spec.counterfactual import ROTARY
 
@@ -30,6 +27,29 @@ def cached_fields_read(directory: Path, model_type: str, cache: Path) -> set[str
     return set(cached(cache, "fields", key, partial(_sorted_fields, directory)))
 
 
+def cached_fields_built(directory: Path, model_type: str, cache: Path) -> set[str]:
+    """The fields that are read while a model is built without weights, which takes a second whatever its size."""
+    key = [
+        "built",
+        read_config(directory),
+        made_with(model_type),
+        code_of(Path(__file__).read_text(encoding="utf-8")),
+    ]
+    return set(cached(cache, "fields", key, lambda: sorted(_fields_built(directory))))
+
+
+def _fields_built(directory: Path) -> set[str]:
+    import torch
+    import transformers
+
+    kind = type(transformers.AutoConfig.from_pretrained(directory))
+    read: set[str] = set()
+    with _recorded(kind, read), quiet(), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(directory)
+        transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return {name for name in read if _is_field(kind, name)}
+
+
 def _sorted_fields(directory: Path) -> list[str]:
     return sorted(fields_read(directory))
 
@@ -41,6 +61,11 @@ def fields_read(directory: Path) -> set[str]:
     ``config.json`` that configuration code consumed, so that no attribute of that name is left. Not counted are
     names with an underscore, what the class itself defines (methods, parallel plans), and :data:`LISTING`.
     """
+    import torch
+    import transformers
+
+    from candle_mi_parity.oracle.hooks import forward, load_model
+
     config = read_config(directory)
     kind = type(transformers.AutoConfig.from_pretrained(directory))
     read: set[str] = set()
@@ -54,6 +79,8 @@ def fields_read(directory: Path) -> set[str]:
 @contextmanager
 def _recorded(kind: type[Any], read: set[str]) -> Iterator[None]:
     """Names read from any config of a class, and from its rotary dictionary, by transformers' code."""
+    import transformers
+
     plain: Any = kind.__getattribute__
     library = str(Path(str(transformers.__file__)).parent)
 

@@ -41,6 +41,14 @@ def drawn_tensors(subject: Subject, model: nn.Module) -> dict[str, np.ndarray]:
     for index, edit in wanted:
         tensor = there[edit.hook].numpy()
         shape = tensor.shape[-1:] if isinstance(edit, PatchAt) else tensor.shape
+        if edit.values is not None:
+            if len(edit.values) != shape[-1]:
+                where = f"edits[{index}] ({edit.kind} at {edit.hook})"
+                raise CaseTableError(f"{where}: {len(edit.values)} values, the hook is {shape[-1]} wide")
+            given = np.ascontiguousarray(np.broadcast_to(np.array(edit.values, np.float32), shape))
+            exact = subject.case.dtype == "float32"
+            drawn[tensor_key(index)] = given if exact else round_to_dtype(given, subject.case.dtype)
+            continue
         words = seeded_words(f"edit:{edit.seed}", int(np.prod(shape)))
         size = float(round_to_dtype(np.sqrt(np.square(tensor).mean(keepdims=True)), "bfloat16").flat[0])
         uniform = (words / 2.0**63 - 1) * np.sqrt(3.0)

@@ -170,7 +170,8 @@ class Case(Row):
 
     :ivar lane: ``default`` runs on every machine; a case of another runs when it is selected, see :data:`WAITS`.
     :ivar unmeasured: the tensors that are too noisy to judge, all of them and no other: opening or closing such a
-        gap is an edit of the row. ``blocks.*.x`` stands for every layer.
+        gap is an edit of the row. ``blocks.*.x`` stands for every layer; ``*`` alone says that any may be, as of
+        a model that is no row of the table, and such a case is UNMEASURED where one is.
     :ivar stored: how much of a trace is kept in ``rust_outputs/``.
     :ivar edits: interventions, in the order in which they are registered.
     """

@@ -1,9 +1,9 @@
 """Conditions on a case, as the rows of ``fixtures/explanations.toml`` spell them: ``tokens > config.sliding_window``.
 
 A condition is a subject, an operator and a value. Subjects: ``config.KEY``, ``sae.KEY`` (of ``cfg.json``),
-``edit.KEY``, ``dtype``, ``sae_weights``, ``sae_threshold``, ``tokens``; a dot leads into a block. Operators:
-``absent``, ``present``, ``=``, ``!=``, ``<``, ``>``, ``in``, ``not in``. A value is JSON or another subject. A
-comparison with an absent value is false.
+``edit.KEY``, ``dtype``, ``rope_type``, ``sae_weights``, ``sae_threshold``, ``tokens``; a dot leads into a block.
+Operators: ``absent``, ``present``, ``=``, ``!=``, ``<``, ``>``, ``in``, ``not in``. A value is JSON or another
+subject. A comparison with an absent value is false.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from candle_mi_parity.errors import ExplanationError
 
-_SUBJECT = r"(?:config|sae|edit)\.[A-Za-z0-9_.]+|dtype|sae_weights|sae_threshold|tokens"
+_SUBJECT = r"(?:config|sae|edit)\.[A-Za-z0-9_.]+|dtype|rope_type|sae_weights|sae_threshold|tokens"
 _CONDITION = re.compile(rf"({_SUBJECT}) (?:(absent|present)|(=|!=|<|>|in|not in) (.+))")
 
 
@@ -42,6 +42,13 @@ class Facts:
     @property
     def family(self) -> str:
         return str(self.config.get("model_type"))
+
+    @property
+    def rope_type(self) -> str:
+        """The kind of rotary scaling that the config asks for, in whichever spelling; ``default`` for none."""
+        block = self.config.get("rope_scaling") or self.config.get("rope_parameters")
+        found = block if isinstance(block, dict) else {}
+        return str(found.get("rope_type") or found.get("type") or "default")
 
 
 @dataclass(frozen=True)
@@ -81,10 +88,10 @@ class Condition:
 
     def holds(self, facts: Facts, edit: dict[str, Any] | None = None) -> bool:
         """:param edit: the intervention that ``edit.`` subjects are about."""
-        left = _look_up(self.subject, facts, edit)
+        left = look_up(self.subject, facts, edit)
         if self.operator in ("absent", "present"):
             return (left is None) == (self.operator == "absent")
-        right = _look_up(self.other, facts, edit) if self.other else self.value
+        right = look_up(self.other, facts, edit) if self.other else self.value
         if left is None or (self.other and right is None):
             return False
         if self.operator in ("<", ">"):
@@ -103,8 +110,8 @@ def all_hold(conditions: list[Condition], facts: Facts) -> bool:
     return one_edit and all(condition.holds(facts) for condition in rest)
 
 
-def _look_up(subject: str, facts: Facts, edit: dict[str, Any] | None) -> Any:
-    if subject in ("dtype", "sae_weights", "sae_threshold", "tokens"):
+def look_up(subject: str, facts: Facts, edit: dict[str, Any] | None) -> Any:
+    if "." not in subject:
         return getattr(facts, subject)
     root, *path = subject.split(".")
     found: Any = {"config": facts.config, "sae": facts.sae, "edit": edit or {}}[root]

@@ -35,13 +35,15 @@ class _Edit(BaseModel):
 
 
 class Drawn(_Edit):
-    """An edit with a tensor of uniform numbers.
+    """An edit with a tensor of uniform numbers, or with a vector that is given.
 
     :ivar size: their root mean square, in units of that of the hook's own tensor in the unedited model.
+    :ivar values: the vector [d] that stands at every position in place of them, as a steering vector does.
     """
 
     seed: int = 0
     size: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    values: list[float] | None = Field(default=None, min_length=1, exclude_if=lambda values: values is None)
 
 
 class Replace(Drawn):
@@ -246,10 +248,10 @@ def tensor_key(index: int) -> str:
 
 
 def for_emitter(edits: list[Edit]) -> list[dict[str, Any]]:
-    """The ``edits`` of a request: the rows, with a key in the inputs in place of seed and size."""
+    """The ``edits`` of a request: the rows, with a key in the inputs in place of what the tensor is made of."""
     rows = []
     for index, edit in enumerate(edits):
-        row = edit.model_dump(exclude={"seed", "size"})
+        row = edit.model_dump(exclude={"seed", "size", "values"})
         if isinstance(edit, Inject):
             row["features"] = [[int(feature), strength] for feature, strength in edit.features]
         rows.append(row | ({"tensor": tensor_key(index)} if isinstance(edit, Drawn) else {}))

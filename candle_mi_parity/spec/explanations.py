@@ -101,16 +101,16 @@ class Explanation(Cause):
             raise ValueError(f"{self.id}: a counterfactual that changes nothing explains nothing")
         if not (self.families or self.when):
             raise ValueError(f"{self.id}: give `families` or `when`; it would apply to every case")
-        _ = self._conditions
+        _ = self.conditions
         return self
 
     @cached_property
-    def _conditions(self) -> list[Condition]:
+    def conditions(self) -> list[Condition]:
         return [Condition.parse(text) for text in self.when]
 
     def applies(self, facts: Facts) -> bool:
         """Whether the cause is at work in a case, in the releases that have it."""
-        return (not self.families or facts.family in self.families) and all_hold(self._conditions, facts)
+        return (not self.families or facts.family in self.families) and all_hold(self.conditions, facts)
 
 
 def check_unique(rows: Sequence[Cause]) -> None:

@@ -168,7 +168,12 @@ class Document(Part):
 
 
 class Emitted(Protocol):
-    """What the comparison reads, whether from disk or from memory."""
+    """What the comparison reads, whether from disk or from memory.
+
+    :ivar asked: the tensors that it is to hold; None for all that the truth has.
+    """
+
+    asked: set[str] | None
 
     @property
     def entries(self) -> dict[str, TensorEntry]: ...
@@ -197,17 +202,19 @@ def stretches(entry: TensorEntry) -> list[slice]:
     return [slice(None)] if together else positions(entry.shape)
 
 
-@dataclass(frozen=True)
+@dataclass
 class InMemory:
     """Tensors that never were a file: torch's own, or those of a reference JSON.
 
     :param arrays: name → array and, where only a part of the tensor is there, which.
+    :param asked: see :class:`Emitted`.
     """
 
     arrays: dict[str, tuple[np.ndarray, Selection | None]]
     dtype: str
     scalars: dict[str, float]
     top_features: list[Feature]
+    asked: set[str] | None = None
 
     @cached_property
     def entries(self) -> dict[str, TensorEntry]:
@@ -241,6 +248,7 @@ class Trace:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.asked: set[str] | None = None
         self._files: dict[str, TensorFile] = {}
         self._verified: set[str] = set()
         raw = read_json(path)

@@ -20,11 +20,13 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.errors import HubError
 from candle_mi_parity.files import digest as digests
 from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.models import hub as downloads
 from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.run.check import CheckOptions, Told, check
 from candle_mi_parity.spec.cases import Download, HubModel, SaeFile, TinyModel, load_cases
 from candle_mi_parity.spec.paths import FIXTURES, cache_root
 from tests.harness.test_cli import command
@@ -275,3 +277,24 @@ def test_a_model_that_cannot_be_had_is_inconclusive(hub: Hub, home: Path, tmp_pa
     status, printed, case = judged(hub, home, "torch", tmp_path)
     assert status == 3 and case["status"] == "UNMEASURED" and not case["downloads"]
     assert "verdict: INCONCLUSIVE" in printed and f"accept the licence at https://huggingface.co/{MODEL}" in printed
+
+
+def test_a_check_says_that_a_model_is_gated_and_what_it_will_download(hub: Hub, tmp_path: Path) -> None:
+    downloads._fetch.cache_clear()
+    told: list[str] = []
+
+    class Telling(Told):
+        def line(self, text: str) -> None:
+            told.append(text)
+
+    sae = f"{SCOPE}@{SCOPE_COMMIT}:{SAE}"
+    options = CheckOptions(f"{MODEL}@{COMMIT}", sae=sae, hook="blocks.0.hook_resid_post", out=tmp_path)
+    hub.repos[MODEL].gated = True
+    with pytest.raises(HubError, match="it is gated and no token was sent"):
+        check(options, Telling(), opened=TorchSource)
+    hub.repos[MODEL].gated = False
+    result = check(options, Telling(), opened=TorchSource)
+    assert result.agrees, result.sentence
+    assert told[0].startswith(f"{MODEL}@{COMMIT}: ") and "files to download" in told[0]
+    assert result.cite[f"{MODEL}@{COMMIT}"] == f"commit {COMMIT}" and "sha256" in result.cite["SAE"]
+    assert {prompt.id for prompt in result.prompts} >= {"text", "non-ascii", "random", "one-token"}

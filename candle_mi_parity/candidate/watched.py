@@ -1,0 +1,85 @@
+"""A source whose traces are kept for whoever wants more of them than a verdict, and asked for a part of the hooks."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from candle_mi_parity.candidate.sources import Source
+from candle_mi_parity.candidate.tokens import TextIds
+from candle_mi_parity.errors import CaseTableError
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.trace.trace import CandleMi, Emitted
+from candle_mi_parity.trace.truth import Truth
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Both sides of a case's free run."""
+
+    subject: Subject
+    truth: Truth
+    emitted: Emitted
+
+
+class WatchedSource:
+    """Another source, watched.
+
+    :param hooks: globs over hook names; only what matches is asked for and judged, and the logits. Empty for all.
+    :ivar seen: case id → what was compared.
+    """
+
+    def __init__(self, source: Source, hooks: tuple[str, ...] = ()) -> None:
+        self._source, self._hooks = source, hooks
+        self.seen: dict[str, Seen] = {}
+
+    @property
+    def device(self) -> str:
+        return self._source.device
+
+    @property
+    def identity(self) -> CandleMi | None:
+        return self._source.identity
+
+    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
+        """As the source's own.
+
+        :raises CaseTableError: no hook matches.
+        """
+        wanted = self.wanted(subject.captures)
+        # Forced, every half-layer is replaced, whichever is looked at.
+        asked = subject if mode == "forced" else replace(subject, captures=wanted)
+        emitted = self._source.trace(asked, mode, truth, inputs)
+        left_out = set(subject.captures) - set(wanted)
+        if left_out:
+            names = {name for name in truth.tensors if name.removeprefix("lens.") not in left_out}
+            emitted.asked = names if emitted.asked is None else names & emitted.asked
+        if mode == "free":
+            self.seen[subject.case.id] = Seen(subject, truth, emitted)
+        return emitted
+
+    def text_ids(self, subject: Subject) -> TextIds:
+        """As the source's own."""
+        return self._source.text_ids(subject)
+
+    def wanted(self, captures: list[str]) -> list[str]:
+        """The hooks that are asked for, in execution order."""
+        if not self._hooks:
+            return captures
+        found = [name for name in captures if any(fnmatch.fnmatchcase(name, glob) for glob in self._hooks)]
+        if not found:
+            raise CaseTableError(f"no hook of this model matches {', '.join(self._hooks)}; they are as {captures[1]}")
+        return found
+
+    def __enter__(self) -> Self:
+        self._source.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._source.__exit__(kind, error, trace)

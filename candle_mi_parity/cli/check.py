@@ -1,0 +1,158 @@
+"""``candle-mi-parity check``: one model of the user's own."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from candle_mi_parity.compare.check_result import CheckResult
+    from candle_mi_parity.run.check import CheckOptions, Told
+
+SECONDS = 30.0
+"""Between two lines of progress where there is no terminal."""
+Many = list[str] | None
+
+
+def check_command(
+    model: Annotated[str, typer.Argument(help="A model directory, or a hub id as ID or ID@REVISION.")],
+    prompt: Annotated[Many, typer.Option(help="A prompt; may be given again.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="One prompt a line, or JSONL with id and text.")] = None,
+    tokens: Annotated[Many, typer.Option(help="Token ids, as 1,450,7483; may be given again.")] = None,
+    sae: Annotated[str | None, typer.Option(help="NPZ, SAELens directory, or of the hub REPO or REPO:FILE.")] = None,
+    hook: Annotated[str | None, typer.Option(help="Where the SAE reads, as blocks.12.hook_resid_post.")] = None,
+    edits: Annotated[Path | None, typer.Option(help="Interventions, as rows `edits` of a TOML file.")] = None,
+    generate: Annotated[int, typer.Option(min=0, help="Compare a greedy continuation of so many tokens.")] = 0,
+    candidate: Annotated[str, typer.Option(help="As for run; without it, the newest release.")] = "",
+    trace: Annotated[Path | None, typer.Option(help="Judge the tensors of this directory; needs no Rust.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 | bfloat16 | float16")] = None,
+    device: Annotated[str, typer.Option(help="cpu | cuda:N")] = "cpu",
+    layers: Annotated[str | None, typer.Option(help="Look at these layers alone, as 0-3,11.")] = None,
+    hooks: Annotated[Many, typer.Option(help="Look at the hooks that match a glob; may be given again.")] = None,
+    search: Annotated[float, typer.Option(min=0, help="Seconds that explaining a new divergence may take.")] = 120.0,
+    out: Annotated[Path, typer.Option(help="Where check.html, check.json and traces go.")] = Path("build/check"),
+    json_out: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Does candle-mi compute PyTorch's numbers on my model? Exit code 0 yes, 1 no, 2 no answer, 3 not measured."""
+    from candle_mi_parity.errors import CaseTableError
+    from candle_mi_parity.report.terminal import one_line_errors
+    from candle_mi_parity.run.check import CheckOptions
+    from candle_mi_parity.run.check_inputs import prompts_of, read_edits
+
+    with one_line_errors():
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise CaseTableError(f"--dtype {dtype}: expected float32, bfloat16 or float16")
+        options = CheckOptions(
+            model=model,
+            prompts=tuple(prompts_of(prompt or [], prompts, tokens or [])),
+            sae=sae,
+            hook=hook,
+            edits=tuple(read_edits(edits)) if edits else (),
+            candidate=candidate,
+            trace=trace,
+            dtype=dtype,  # type: ignore[arg-type]
+            device=device,
+            hooks=(*(hooks or ()), *layer_globs(layers)),
+            generate=generate,
+            search=search,
+            out=out,
+        )
+        result = check_and_write(options, json_out)
+    raise typer.Exit(result.verdict.exit_code)
+
+
+def layer_globs(layers: str | None) -> Iterator[str]:
+    """``0-2,5`` as globs over hook names.
+
+    :raises CaseTableError: not such a list.
+    """
+    from candle_mi_parity.errors import CaseTableError
+
+    for part in layers.split(",") if layers else ():
+        found = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)
+        if found is None:
+            raise CaseTableError(f"--layers {layers}: expected layers such as 0-3,11")
+        yield from (f"blocks.{i}.*" for i in range(int(found[1]), int(found[2] or found[1]) + 1))
+
+
+def check_and_write(options: CheckOptions, as_json: bool) -> CheckResult:
+    """Check, write ``check.json`` and ``check.html``, print the answer; what is judged is kept when it breaks off.
+
+    :raises ParityError: nothing could be judged, and nothing is written then.
+    """
+    import json
+
+    from candle_mi_parity.errors import Stopped
+    from candle_mi_parity.files.escape import printable
+    from candle_mi_parity.files.json_out import write_json, write_text
+    from candle_mi_parity.report.check_page import lines, page
+    from candle_mi_parity.report.views import Interrupted, remove
+    from candle_mi_parity.run.check import blank, check
+
+    result = blank(options)
+    remove(options.out, "check.json", "check.html")
+    with telling() as told:
+        try:
+            check(options, told, result)
+        except (KeyboardInterrupt, Stopped):
+            result.fault = f"interrupted after {len(result.prompts)} prompts"
+        except Exception:
+            if result.prompts:
+                result.fault = "it broke off with the error above"
+                write_json(result.document(), options.out / "check.json")
+            raise
+    write_json(result.document(), options.out / "check.json")
+    write_text(page(result), options.out / "check.html")
+    if result.fault:
+        raise Interrupted(f"{result.fault}; they are in {options.out}/check.json, and their truths are cached")
+    answer = "\n".join([*lines(result), f"page: {options.out}/check.html"])
+    print(json.dumps(result.document(), indent=1) if as_json else printable(answer))
+    return result
+
+
+@contextmanager
+def telling() -> Iterator[Told]:
+    """Progress on stderr: a spinner on a terminal, else a line every half minute."""
+    from rich.console import Console
+
+    from candle_mi_parity.files.escape import printable
+    from candle_mi_parity.report.check_page import foretold_lines
+    from candle_mi_parity.run.check import Told
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    started, over = time.monotonic(), threading.Event()
+    now = ["starting"]
+
+    class Telling(Told):
+        def foretold(self, result: CheckResult) -> None:
+            for text in foretold_lines(result):
+                self.line(text)
+
+        def line(self, text: str) -> None:
+            console.print(printable(text))
+
+        def step(self, text: str) -> None:
+            now[0] = text
+            if sys.stderr.isatty():
+                status.update(printable(text))
+
+    def tick() -> None:
+        while not over.wait(SECONDS):
+            console.print(printable(f"{time.monotonic() - started:.0f} s: {now[0]}"))
+
+    status = console.status("starting")
+    thread = threading.Thread(target=tick, daemon=True)
+    status.start() if sys.stderr.isatty() else thread.start()
+    try:
+        yield Telling()
+    finally:
+        over.set()
+        status.stop()

@@ -1,0 +1,208 @@
+"""What ``candle-mi-parity check`` found out about one model: plain data, and the answer in words."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from candle_mi_parity.compare.run_result import Verdict
+from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
+from candle_mi_parity.files.escape import number, one_line
+from candle_mi_parity.files.json_out import plain
+from candle_mi_parity.spec.forecast import Forecast
+
+CHECK_FORMAT = "candle-mi-parity/check/1"
+
+
+@dataclass(frozen=True)
+class Matters:
+    """How much the difference matters on one prompt, whether or not rounding explains it.
+
+    :ivar kl_mean: Kullback-Leibler divergence of the candidate's next-token distribution from the truth's, in nats,
+        mean over the positions; None where the candidate gave no logits.
+    :ivar kl_max: its maximum, at ``kl_position``.
+    :ivar top1: positions at which the likeliest next token is the same, of ``positions``.
+    :ivar relative: hook → ‖candidate − truth‖ / ‖truth‖ of the whole tensor.
+    :ivar rounding: hook → what rounding alone is predicted to make of that.
+    """
+
+    positions: int = 0
+    kl_mean: float | None = None
+    kl_max: float = 0.0
+    kl_position: int = 0
+    top1: int = 0
+    relative: dict[str, float] = field(default_factory=dict)
+    rounding: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LensRow:
+    """The likeliest token of one layer's logit lens at the last position, on both sides."""
+
+    hook: str
+    expected: str
+    got: str
+
+
+@dataclass
+class PromptResult:
+    """One prompt judged.
+
+    :ivar text: the prompt, or what stands for it where it was given as token ids.
+    """
+
+    id: str
+    text: str
+    tokens: list[int]
+    case: CaseResult
+    matters: Matters | None = None
+    lens: list[LensRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Greedy continuations of one prompt compared token by token.
+
+    :ivar steps: tokens that PyTorch appended, in float64.
+    :ivar parted: the step, from 1, at which the candidate's likeliest token is another; None where none is.
+    :ivar margin: of PyTorch's logits there, between its token and the candidate's.
+    :ivar tie: whether that margin is inside the gate: either token is right.
+    """
+
+    prompt: str
+    steps: int
+    text: str
+    parted: int | None = None
+    expected: str = ""
+    got: str = ""
+    margin: float = 0.0
+    tie: bool = False
+
+    def line(self) -> str:
+        head = f"{self.prompt}: {self.steps} tokens generated greedily: "
+        if self.parted is None:
+            return f"{head}the same"
+        said = "a tie inside the gate" if self.tie else "more than rounding explains"
+        return (
+            f"{head}part at step {self.parted}: PyTorch {self.expected!r}, candle-mi {self.got!r}, "
+            f"margin {number(self.margin)} ({said})"
+        )
+
+
+@dataclass
+class CheckResult:
+    """The whole answer. Cases are in the order of the prompts.
+
+    :ivar who: the subject of the sentence, as ``candle-mi 0.2.2``.
+    :ivar candidate: as the user spelt it.
+    :ivar forecast: what the config alone says, before anything was computed.
+    :ivar keys: number of keys in ``config.json``.
+    :ivar not_exercised: what these prompts could not show, one line each.
+    :ivar unknown: keys that this model sets, that transformers reads, and of which nothing is known.
+    :ivar notes: what else a reader has to know.
+    :ivar cite: everything that identifies this check, for a paper's appendix; name → value.
+    :ivar fault: what ended the check before its end.
+    """
+
+    model: str
+    who: str
+    candidate: str
+    identity: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    forecast: list[Forecast] = field(default_factory=list)
+    keys: int = 0
+    prompts: list[PromptResult] = field(default_factory=list)
+    continuations: list[Continuation] = field(default_factory=list)
+    not_exercised: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    cite: dict[str, str] = field(default_factory=dict)
+    fault: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        """FAIL for any divergence or refusal, listed or not: a user did not ask for news."""
+        statuses = {prompt.case.status for prompt in self.prompts}
+        if Status.FAIL in statuses or any(c.parted and not c.tie for c in self.continuations):
+            return Verdict.FAIL
+        if self.fault or Status.ERROR in statuses:
+            return Verdict.ERROR
+        return Verdict.INCONCLUSIVE if Status.UNMEASURED in statuses or not statuses else Verdict.PASS
+
+    @property
+    def subject(self) -> str:
+        """``who`` as a sentence begins."""
+        return self.who.replace("the ", "The ", 1) if self.who.startswith("the ") else self.who
+
+    @property
+    def agrees(self) -> bool:
+        return self.verdict is Verdict.PASS
+
+    @property
+    def sentence(self) -> str:
+        """The answer, in words."""
+        cases = [prompt.case for prompt in self.prompts]
+        wrong = [case for case in cases if case.status is Status.FAIL]
+        if self.fault and not wrong:
+            return f"Not answered: {self.fault}."
+        if wrong:
+            refuses = all(case.outcome is Outcome.REFUSED for case in wrong)
+            what = "refuses this model" if refuses else "does not compute PyTorch's numbers on this model"
+            where = f" in {len(wrong)} of {len(cases)} prompts" if len(wrong) < len(cases) else ""
+            return f"{self.subject} {what}{where}: {' Also: '.join(self._causes(wrong))}"
+        if error := next((case for case in cases if case.status is Status.ERROR), None):
+            return f"Not answered: {one_line(error.error)}"
+        tensors, compared = sum(case.expected for case in cases), sum(case.compared for case in cases)
+        worst = max((tensor.ratio for case in cases for tensor in case.tensors), default=0.0)
+        prompts = "1 prompt" if len(cases) == 1 else f"{len(cases)} prompts"
+        size = f"{max((case.expected for case in cases), default=0)} tensors, {prompts}, worst {worst:.2g} of 8"
+        if self.verdict is Verdict.PASS:
+            return f"{self.subject} computes PyTorch's numbers on this model: {size}."
+        noisy = sum(case.unmeasured for case in cases)
+        if not compared:
+            why = next((case.error for case in cases if case.error), "no prompt was judged")
+            return f"Not answered: {one_line(why)}"
+        return (
+            f"{self.subject} computes PyTorch's numbers on this model as far as can be judged: {size}; "
+            f"{noisy} of {tensors} tensors are too noisy in this format to judge."
+        )
+
+    def _causes(self, wrong: list[CaseResult]) -> list[str]:
+        """One text for each cause, in the order in which they are met."""
+        about = {found.id: found.about for found in self.forecast}
+        causes: dict[object, list[CaseResult]] = {}
+        for case in wrong:
+            first = case.first_divergence
+            known = case.explained and (case.explained.says, case.explained.change)
+            causes.setdefault(known or (first.name if first else case.error), []).append(case)
+        return [_cause(cases, about) for cases in causes.values()]
+
+    def document(self) -> dict[str, Any]:
+        """The result as JSON can hold it."""
+        told = {"format": CHECK_FORMAT, "verdict": self.verdict.value, "sentence": self.sentence}
+        found: dict[str, Any] = plain(told | asdict(self))
+        return found
+
+
+def _cause(cases: list[CaseResult], about: dict[str, str]) -> str:
+    """What is wrong in cases of one cause.
+
+    :param about: explanation → the keys of this model that it is about.
+    """
+    # The smallest is the one that was searched in full.
+    case = min(cases, key=lambda case: sum(tensor.compared for tensor in case.tensors))
+    found, first = case.explained, case.first_divergence
+    if case.outcome is Outcome.REFUSED:
+        text = f"{found.says} " if found else ""
+        text += f"Its words: {one_line(case.error)}"
+    elif found is None:
+        where = f"first at {first.name} ({number(first.ratio)} of 8, {first.reason}); " if first else ""
+        text = f"{where}{case.unexplained or 'no change that was tried explains it'}."
+    else:
+        here = "; ".join(about[id] for id in found.ids if about.get(id))
+        says = f"{found.says} This model: {here}. " if here else f"{found.says} " if found.ids else ""
+        ids = f" ({', '.join(found.ids)})" if found.ids else ""
+        worst = max(one.explained.worst for one in cases if one.explained)
+        same = f"with {found.change} in all {found.tensors} tensors, worst {worst:.2g} of 8{ids}."
+        text = f"{says}Equal to PyTorch {same}"
+    return text + (f" Remedy: {found.remedy}" if found and found.remedy else "")

@@ -1,0 +1,147 @@
+"""The faces of a :class:`CheckResult`: lines for a terminal, and ``check.html`` for a paper's appendix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from candle_mi_parity.compare.check_result import CheckResult, PromptResult
+from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE
+from candle_mi_parity.compare.verdict import SaeView, Status, TensorResult
+from candle_mi_parity.files.escape import number, rendered
+from candle_mi_parity.report.plots import case_plot, heatmap
+
+GROUPS = {
+    "embedding": ("hook_embed",),
+    "stream": ("hook_resid_pre", "hook_resid_mid", "hook_resid_post"),
+    "q, k, v": ("attn.hook_q", "attn.hook_k", "attn.hook_v"),
+    "scores": ("attn.hook_scores",),
+    "pattern": ("attn.hook_pattern",),
+    "attention out": ("hook_attn_out",),
+    "MLP": ("mlp.hook_pre", "mlp.hook_post", "hook_mlp_out"),
+    "final norm": ("hook_final_norm",),
+    "logits": ("logits",),
+    "lens": ("lens.",),
+    "SAE": ("sae",),
+}
+"""A column of the matrix → what the names of its tensors contain; the last one that fits counts."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One group of one prompt's tensors: its gravest status and its largest ratio."""
+
+    status: str
+    ratio: float
+    tensors: int
+
+
+def lines(result: CheckResult) -> Iterator[str]:
+    """The answer for a terminal, the sentence first."""
+    yield result.sentence
+    for prompt in result.prompts:
+        if said := matters_line(prompt):
+            yield f"  {prompt.id}: {said}"
+        for view in prompt.case.sae:
+            if view.chain == "sae":
+                yield f"  {prompt.id}: {sae_line(view)}"
+    yield from (f"  {told.line()}" for told in result.continuations)
+    yield from (f"  Note: {note}" for note in result.notes)
+    if result.not_exercised:
+        yield "Not exercised by these prompts:"
+        yield from (f"  {line}" for line in result.not_exercised)
+    if result.unknown:
+        yield f"Unknown: transformers reads {', '.join(result.unknown)}, and nothing is known of {result.who}."
+
+
+def foretold_lines(result: CheckResult) -> Iterator[str]:
+    """What the config alone says, before anything is computed."""
+    now = [found for found in result.forecast if not found.needs]
+    later = [found for found in result.forecast if found.needs]
+    if not result.forecast:
+        yield f"{result.candidate}: nothing is known against any of the {result.keys} keys that this model sets."
+    elif not now:
+        yield f"{result.candidate}: of the {result.keys} keys that this model sets, {len(later)} may matter."
+    else:
+        keys = len({key for found in now for key in found.keys} | {key for found in now for key in found.lacking})
+        yield f"{result.candidate} does not read {keys} of the {result.keys} keys of this model as PyTorch does:"
+    for found in [*now, *later]:
+        needs = f" ({found.needs})" if found.needs else ""
+        remedy = f" {found.remedy}" if found.remedy else ""
+        yield f"  {found.about or found.id}{needs}: {found.says}{remedy}"
+
+
+def matters_line(prompt: PromptResult) -> str:
+    """How much the difference matters on one prompt; empty where the candidate gave no numbers."""
+    found = prompt.matters
+    if found is None:
+        return ""
+    parts = []
+    if found.kl_mean is not None:
+        parts.append(
+            f"next token: KL {number(found.kl_mean)} nats on average, {number(found.kl_max)} at most (position "
+            f"{found.kl_position}); the same likeliest token at {found.top1} of {found.positions} positions"
+        )
+    parts += [
+        f"{hook} differs by {number(size)} of its norm (rounding alone: {number(found.rounding[hook])})"
+        for hook, size in found.relative.items()
+    ]
+    return "; ".join(parts)
+
+
+def sae_line(view: SaeView) -> str:
+    """Features that differ, of one prompt."""
+    ranks = [rank for rank in view.top if rank.expected and rank.got]
+    same = sum(1 for rank in ranks if rank.expected and rank.got and rank.expected[0] == rank.got[0])
+    unexcused = f", {view.flipped} differ" if view.flipped else ", all the same"
+    return (
+        f"SAE features: {view.active_got} active, PyTorch {view.active_expected}{unexcused}; "
+        f"{same} of {len(view.top)} of the strongest at the last position are the same"
+    )
+
+
+def page(result: CheckResult) -> str:
+    """The whole page."""
+    rows = [(prompt, row(prompt)) for prompt in result.prompts]
+    groups = [group for group in GROUPS if any(group in cells for _, cells in rows)]
+    bad = [prompt for prompt in result.prompts if prompt.case.first_divergence]
+    return rendered(
+        "check.html.j2",
+        result=result,
+        groups=groups,
+        rows=[(prompt, [cells.get(group) for group in groups]) for prompt, cells in rows],
+        matters=[(prompt, matters_line(prompt)) for prompt in result.prompts if prompt.matters],
+        bad=[(prompt, _plot(prompt), _picture(prompt)) for prompt in bad],
+        foretold=list(foretold_lines(result)),
+        sae=[(prompt, view) for prompt in result.prompts for view in prompt.case.sae if view.chain == "sae"],
+        sae_line=sae_line,
+        gates=(POSITION_GATE, ELEMENT_GATE),
+    )
+
+
+def row(prompt: PromptResult) -> dict[str, Cell]:
+    """A cell for each group of which the prompt has tensors."""
+    groups: dict[str, list[TensorResult]] = {}
+    for tensor in prompt.case.tensors:
+        groups.setdefault(_group(tensor.name), []).append(tensor)
+    grave = [Status.FAIL, Status.UNMEASURED, Status.PASS]
+    return {
+        group: Cell(min((t.status for t in there), key=grave.index).value, max(t.ratio for t in there), len(there))
+        for group, there in groups.items()
+    }
+
+
+def _group(name: str) -> str:
+    fits = [group for group, parts in GROUPS.items() if any(part in name for part in parts)]
+    return fits[-1] if fits else "embedding"
+
+
+def _plot(prompt: PromptResult) -> Markup | None:
+    return case_plot(prompt.case) if any(tensor.compared for tensor in prompt.case.tensors) else None
+
+
+def _picture(prompt: PromptResult) -> Markup | None:
+    found = prompt.case.diagnosis
+    return heatmap(found) if found and found.picture and found.picture[0] else None

@@ -1,0 +1,203 @@
+"""What a user of ``check`` gives, read and held against itself: prompts, an SAE and its place, interventions."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+
+from candle_mi_parity.errors import CaseTableError, ParityError, SaeError
+from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.files.tensor_file import TensorFile
+from candle_mi_parity.files.untrusted import read_bytes
+from candle_mi_parity.models.checkpoint import local_path
+from candle_mi_parity.models.generate import seeded_words
+from candle_mi_parity.spec.cases import BELOW, MAX_TOML_BYTES, Row, SaeFile, SaePlace
+from candle_mi_parity.spec.edits import Edit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAX_PROMPTS_BYTES = 16 << 20
+LONGEST = 256
+"""Tokens of a built-in prompt. A longer one costs minutes, so a user gives it where it matters."""
+_LENGTHS = ("sliding_window", "original_max_position_embeddings")
+
+
+class PromptError(ParityError):
+    """A prompt, or a file of prompts, cannot be used."""
+
+
+class Prompt(Row):
+    """:ivar id: a plain name, which becomes that of files."""
+
+    id: str
+    text: str | None = None
+    tokens: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an SAE's config, or its user, places it."""
+
+    layer: int
+    point: Any
+
+
+def prompts_of(texts: list[str], file: Path | None, tokens: list[str]) -> list[Prompt]:
+    """The prompts of a command line, in its order; ``p1``, ``p2``, … where they have no id.
+
+    :param tokens: lists of ids, as ``1,2,3``.
+    :raises PromptError: a file that cannot be read, a line that is no prompt, an id given twice.
+    """
+    found: list[dict[str, Any]] = [{"text": text} for text in texts]
+    found += list(_lines(file)) if file else []
+    for text in tokens:
+        if not re.fullmatch(r"\s*\d{1,9}(\s*,\s*\d{1,9})*\s*", text):
+            raise PromptError(f"--tokens {one_line(text, 60)}: expected token ids such as 1,450,7483")
+        found.append({"tokens": [int(token) for token in text.split(",")]})
+    prompts = []
+    for number, row in enumerate(found, 1):
+        try:
+            prompt = Prompt.model_validate({"id": f"p{number}"} | row)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise PromptError(f"prompt {number}: {first['loc'][0]}: {one_line(first['msg'])}") from error
+        if (prompt.text is None) == (prompt.tokens is None):
+            raise PromptError(f"prompt {number}: give exactly one of `text` and `tokens`")
+        if not re.match(BELOW, prompt.id):
+            raise PromptError(f"prompt {number}: the id {prompt.id!a} is not a plain name")
+        prompts.append(prompt)
+    ids = [prompt.id for prompt in prompts]
+    if doubled := sorted({id for id in ids if ids.count(id) > 1}):
+        raise PromptError(f"prompt ids given twice: {', '.join(doubled)}")
+    return prompts
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """A file of prompts: JSONL with ``id``, ``text`` or ``tokens`` where it is named so, else one prompt a line."""
+    try:
+        lines = read_bytes(file, MAX_PROMPTS_BYTES).decode("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise PromptError(f"{file}: {one_line(str(error))}") from error
+    if not any(line.strip() for line in lines):
+        raise PromptError(f"{file}: holds no prompt")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if file.suffix != ".jsonl":
+            yield {"text": line}
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise PromptError(f"{file}:{number}: not JSON: {one_line(str(error))}") from error
+        if not isinstance(row, dict):
+            raise PromptError(f'{file}:{number}: expected an object such as {{"id": "a", "text": "…"}}')
+        yield row
+
+
+def built_in(config: dict[str, Any], has_tokenizer: bool, edited: bool) -> list[Prompt]:
+    """Prompts that excite what a config announces, for a user who gives none.
+
+    :param edited: whether there are interventions, which name positions that a short prompt does not have.
+    """
+    vocabulary, limit = int(config["vocab_size"]), int(config.get("max_position_embeddings") or LONGEST)
+    lengths = [config.get(key) or (config.get("rope_scaling") or {}).get(key) for key in _LENGTHS]
+    beyond = [length + 8 for length in lengths if type(length) is int and length + 8 <= min(LONGEST, limit)]
+
+    def drawn(name: str, length: int) -> Prompt:
+        words = seeded_words(f"check:{length}", length)
+        return Prompt(id=name, tokens=[int(word) % vocabulary for word in words])
+
+    prompts = [drawn("random", min(24, limit))]
+    prompts += [drawn(f"beyond-{length - 8}", length) for length in dict.fromkeys(beyond)]
+    if edited:
+        return prompts
+    if has_tokenizer:
+        prompts.insert(0, Prompt(id="text", text="The capital of France is Paris, and the capital of Japan is"))
+        prompts.insert(1, Prompt(id="non-ascii", text="Zürich, 東京 und Москва: naïve café 🌍"))
+    return [*prompts, drawn("one-token", 1)]
+
+
+def sae_of(text: str, hook: str | None) -> SaeFile:
+    """An SAE by its spelling: an NPZ, a directory of SAELens, or ``REPO[@REVISION][:FILE_OR_FOLDER]`` of the hub.
+
+    :param hook: where the user places it; its own config may say so too, and they must agree.
+    :raises SaeError: there is none, or no place, or two.
+    :raises HubError: the hub does not give it.
+    """
+    from candle_mi_parity.models.hub import fetch_sae
+    from candle_mi_parity.models.saelens import own_hook
+
+    path = local_path(text, SaeError)
+    if path.exists() or text.startswith((".", "/", "~")) or "/" not in text:
+        if not path.exists():
+            raise SaeError(f"SAE {text} does not exist")
+        file, there = {"path": str(path.resolve())}, path
+    else:
+        repo, _, inner = text.partition(":")
+        name, _, revision = repo.partition("@")
+        file = {"path": inner or ".", "repo": name, "revision": revision or "main"}
+        there = fetch_sae(SaeFile.model_validate({"layer": 0} | file))[0]
+    own = own_hook(there) if there.is_dir() else None
+    if hook and own and hook != own:
+        raise SaeError(f"SAE {text}: its own config places it at {one_line(own)}, and --hook says {hook}")
+    if not (hook or own):
+        raise SaeError(f"SAE {text} does not say where it reads: give --hook, as blocks.12.hook_resid_post")
+    place = _place(hook or str(own), text)
+    return SaeFile.model_validate({"layer": place.layer, "point": place.point} | file)
+
+
+def _place(hook: str, text: str) -> Place:
+    points = get_args(SaePlace.model_fields["point"].annotation)
+    found = re.fullmatch(rf"blocks\.(\d{{1,4}})\.({'|'.join(points)})", hook)
+    if found is None:
+        raise SaeError(f"SAE {text}: {one_line(hook)} is not a place for an SAE: blocks.LAYER.{{{','.join(points)}}}")
+    return Place(int(found[1]), found[2])
+
+
+def read_edits(path: Path) -> list[Edit]:
+    """``[[edits]]`` rows as in ``fixtures/cases.toml``.
+
+    ``replace``, ``add`` and ``patch_at`` may name a vector [d] of the user's own, ``file`` (safetensors, relative to
+    the TOML) and ``key``.
+
+    :raises CaseTableError: unreadable, an unknown key, no such vector.
+    """
+    try:
+        found = tomllib.loads(read_bytes(path, MAX_TOML_BYTES).decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CaseTableError(f"{path}: {one_line(str(error))}") from error
+    rows = found.get("edits")
+    if set(found) != {"edits"} or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CaseTableError(f"{path}: expected [[edits]] rows alone, found {one_line(str(sorted(found)))}")
+    for row in rows:
+        if "file" in row:
+            row["values"] = _vector(path.parent / str(row.pop("file")), str(row.pop("key", "vector")))
+    try:
+        return TypeAdapter(list[Edit]).validate_python(rows)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CaseTableError(f"{path}: edits.{one_line(where)}: {one_line(first['msg'])}") from error
+
+
+def _vector(path: Path, key: str) -> list[float]:
+    try:
+        file = TensorFile(path)
+        if key not in file.keys():  # noqa: SIM118 -- safetensors' own, not a dict's
+            raise CaseTableError(f"{path}: no tensor {key!a}; it holds {one_line(', '.join(sorted(file.keys())))}")
+        vector = file.tensor(key).astype(np.float64).reshape(-1) if file.kind(key)[0] != "BF16" else None
+    except (OSError, SafetensorError) as error:
+        raise CaseTableError(f"{path}: not readable safetensors: {one_line(str(error))}") from error
+    if vector is None or not np.isfinite(vector).all():
+        raise CaseTableError(f"{path}: {key} holds NaN or Inf, or is bfloat16; save a finite float32 vector")
+    return [float(value) for value in vector]

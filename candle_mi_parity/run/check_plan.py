@@ -1,0 +1,84 @@
+"""What a check needs, said before it starts: memory, disk, time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from candle_mi_parity.errors import ModelError
+from candle_mi_parity.files.untrusted import memory_bytes
+from candle_mi_parity.models.checkpoint import read_config, weight_bytes
+from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.oracle.oracle import Oracle
+
+SAMPLES, BATCH = 16, 160
+"""Samples of the noise, and rows × tokens of one pass of them, see :func:`candle_mi_parity.oracle.compute.sample`."""
+PER_SECOND, FIXED = 2e10, 3.0
+"""Float64 operations a second that two cores gave with noise, and seconds that a truth takes beside them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """:ivar truths: number of prompts whose truth has to be computed; ``cached`` have one.
+    :ivar memory: bytes at the peak, both sides together; ``disk`` is below the cache.
+    """
+
+    truths: int
+    cached: int
+    memory: int
+    disk: int
+    seconds: float
+    streamed: bool
+
+    def line(self) -> str:
+        how = ", layer by layer" if self.streamed else ""
+        time = f"{self.seconds:.0f} s" if self.seconds < 90 else f"{self.seconds / 60:.0f} min"
+        return (
+            f"truths to compute: {self.truths}{how} ({self.cached} more are in the cache), about {time}, "
+            f"memory {size(self.memory)}, disk {size(self.disk)}"
+        )
+
+
+def plan(subjects: list[Subject], cache: Path, device: str, steps: int) -> Plan:
+    """Estimates, good to a factor of two.
+
+    :param steps: tokens that are generated for each prompt.
+    :raises ModelError: the machine has not the memory.
+    """
+    directory = subjects[0].model_dir
+    todo = [s for s in subjects if not (cache / "truth" / Oracle(s, cache, device).key / "free").is_dir()]
+    parameters = weight_bytes(directory, 1)
+    streamed = bool(todo) and _is_streamed(directory)
+    elements = [_elements(subject, steps) for subject in todo]
+    tokens = [len(subject.tokens[0]) + steps for subject in todo]
+    widest = max(elements, default=0) * 8 * (3 + min(SAMPLES, max(1, BATCH // max(tokens, default=1))))
+    memory = 4 * parameters + (parameters if streamed else 8 * parameters) * bool(todo) + widest
+    passes = sum((1 + SAMPLES) * count for count in tokens) + sum(steps * count for count in tokens)
+    seconds = 2 * parameters * passes / PER_SECOND + FIXED * (len(todo) + 1)
+    if memory > memory_bytes():
+        raise ModelError(
+            f"{directory}: needs about {size(memory)} of memory, and this machine has {size(memory_bytes())}: "
+            "use shorter prompts or a larger machine"
+        )
+    return Plan(len(todo), len(subjects) - len(todo), memory, 12 * sum(elements), seconds, streamed)
+
+
+def _is_streamed(directory: Path) -> bool:
+    from candle_mi_parity.oracle.streaming import is_streamed  # imports torch, which a cached truth does not need
+
+    return is_streamed(directory)
+
+
+def _elements(subject: Subject, steps: int) -> int:
+    """Numbers in all tensors of a prompt."""
+    config = {key: value for key, value in read_config(subject.model_dir).items() if type(value) is int}
+    tokens = len(subject.tokens[0]) + steps
+    width, heads = config["hidden_size"], config.get("num_attention_heads", 1)
+    layers, vocabulary = config["num_hidden_layers"], config["vocab_size"]
+    layer = tokens * 9 * int(width) + 2 * int(heads) * tokens * tokens + int(vocabulary)
+    return int(layers) * layer + tokens * int(vocabulary)
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

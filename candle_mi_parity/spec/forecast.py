@@ -1,0 +1,93 @@
+"""What a candidate is known to do with a model, told from its config alone: before anything is built or computed.
+
+A row of the table of explanations applies to a case. Here its conditions on the prompt and on the interventions are
+set aside: what is left says whether this model can show it at all, and they say what a prompt has to be to show it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from candle_mi_parity.spec.conditions import Condition, Facts, all_hold, look_up
+from candle_mi_parity.spec.explanations import Explanation, Explanations
+
+_EDITS = {"knockout": "a knockout", "inject": "an injection of SAE features", "steer": "attention steering"}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One known divergence or refusal that a model can show.
+
+    :ivar id: of the explanation.
+    :ivar keys: the keys of ``config.json``, and of the SAE's ``cfg.json``, that it is about, with their values.
+    :ivar lacking: keys that are left out and of which the candidate has another default.
+    :ivar needs: what a prompt has to be to show it; empty where every prompt does.
+    :ivar refused: whether the candidate refuses, rather than compute other numbers.
+    """
+
+    id: str
+    says: str
+    remedy: str
+    refused: bool
+    keys: dict[str, Any] = field(default_factory=dict)
+    lacking: list[str] = field(default_factory=list)
+    needs: str = ""
+
+    @property
+    def about(self) -> str:
+        """``sliding_window 4096``, ``no rms_norm_eps``."""
+        return ", ".join(
+            [*(f"{key} {value}" for key, value in self.keys.items()), *(f"no {k}" for k in self.lacking)]
+        )
+
+
+def forecast(table: Explanations, release: str, facts: Facts) -> list[Forecast]:
+    """The rows of a release that a model can show, in the table's order.
+
+    :param facts: of the model and the SAE; the number of tokens and the edits do not matter.
+    """
+    rows = [row for row in table.explanation if release in row.releases]
+    return [_told(row, facts) for row in rows if _can_show(row, facts)]
+
+
+def _set_aside(condition: Condition) -> bool:
+    return condition.of_edit or condition.subject == "tokens"
+
+
+def _can_show(row: Explanation, facts: Facts) -> bool:
+    aside = [condition for condition in row.conditions if _set_aside(condition)]
+    if not row.families and all(_set_aside(condition) and not condition.other for condition in row.conditions):
+        return False  # it is about an intervention, and of no config
+    if any(condition.other and look_up(condition.other, facts, None) is None for condition in aside):
+        return False
+    rest = [condition for condition in row.conditions if not _set_aside(condition)]
+    return (not row.families or facts.family in row.families) and all_hold(rest, facts)
+
+
+def _told(row: Explanation, facts: Facts) -> Forecast:
+    keys: dict[str, Any] = {}
+    lacking, needs = [], []
+    for condition in row.conditions:
+        for subject in (condition.subject, condition.other):
+            root, _, key = subject.partition(".")
+            if root not in ("config", "sae"):
+                continue
+            if (value := look_up(subject, facts, None)) is not None:
+                keys[key] = "…" if isinstance(value, dict | list) else value
+            else:
+                lacking.append(key)
+        if _set_aside(condition):
+            needs.append(_needed(condition, facts))
+    # "rope_theta absent" beside "rope_parameters.rope_theta present" says where a key stands, not that it is absent.
+    lacking = [key for key in lacking if not any(other.endswith(f".{key}") for other in keys)]
+    return Forecast(row.id, row.says, row.remedy, row.refuses is not None, keys, lacking, " and ".join(needs))
+
+
+def _needed(condition: Condition, facts: Facts) -> str:
+    if condition.subject == "tokens":
+        length = look_up(condition.other, facts, None) if condition.other else condition.value
+        return f"a prompt longer than {length} tokens"
+    if condition.subject == "edit.kind":
+        return _EDITS.get(str(condition.value), f"the edit {condition.value}")
+    return f"an edit with {condition.subject.removeprefix('edit.')} {condition.operator} {condition.value}"
