@@ -1,6 +1,8 @@
 # Two commands on a fresh machine; each does its own set-up.
 #   make parity            is candle-mi right?  (CANDIDATE=0.2.2 | path:DIR | git:URL@REV | stored:VERSION)
-#   make test              is this suite right? lint, types, Rust, and every test
+#   make test              is this suite right? lint, types, tests of the fast lane
+# Before a change is merged, and in CI:
+#   make test-all          Rust lint and tests, and every test of every lane that this machine can run
 # Validation of the suite, weekly; docs/sensitivity.md has what was measured:
 #   make faults            is every seeded fault detected where it was planted? (SOURCE=1: in candle-mi's own source)
 #   make false-positives   does any honest variant of the arithmetic fail?
@@ -13,15 +15,18 @@ CARGO := CARGO_TARGET_DIR="$(CACHE)/target/candle-0.11" cargo
 STAND_IN := emitter/hf-fetch-model
 CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
-.PHONY: parity test pytest faults false-positives lint rust-lint lock setup
+PYTEST = $(PY) -m pytest --require-rust -n auto --dist loadgroup
+
+.PHONY: parity test test-all faults false-positives lint rust-lint lock setup
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
 
-test: lint rust-lint pytest
+test: lint
+	$(PYTEST) -m "not thorough" --durations 20
 
-pytest: setup
-	$(PY) -m pytest --require-rust -n auto --dist loadgroup
+test-all: lint rust-lint
+	$(PYTEST) --durations 20
 
 faults: setup
 	@$(PY) -m validation.faults $(if $(SOURCE),--source)

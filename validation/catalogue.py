@@ -65,6 +65,7 @@ class Fault(Row):
     :ivar first: the tensor that must fail first; a part of the error of a ``refused`` row; or :data:`NOWHERE`.
     :ivar reason: the reason of :class:`TensorResult` for which it must fail; "" accepts any.
     :ivar refused: the trace must be refused, so that the case ends in an error instead of a divergence.
+    :ivar known: whether 0.2.2 is known to diverge in the case, so that the fault is planted on top of that.
     :ivar fast: whether ``make test`` runs it.
     """
 
@@ -82,6 +83,7 @@ class Fault(Row):
     first: str
     reason: str = ""
     refused: bool = False
+    known: bool = False
     fast: bool = False
 
     @model_validator(mode="after")

@@ -95,29 +95,38 @@ class PlantedSource(NothingOpen):
         return trace
 
 
-def _judge(source: Source, case_id: str) -> CaseResult:
-    """A case against a source, as ``run`` judges it; no divergence is known."""
-    return judge_case(CASES[case_id], source, "planted", cache_root(), NOTHING_KNOWN, Progress()).result
+def _judge(source: Source, case_id: str, known: bool) -> Judgement:
+    """A case against a source, as ``run`` judges it.
+
+    :param known: whether what 0.2.2 is known to compute instead is known here too.
+    """
+    table = load_explanations() if known else NOTHING_KNOWN
+    return judge_case(CASES[case_id], source, "planted", cache_root(), table, Progress())
 
 
-def twin_problem(source: Source, case_id: str) -> str:
-    """What is wrong with the clean twin of a case; "" when it passes."""
-    result = _judge(source, case_id)
-    if result.status is Status.PASS:
+def twin_problem(source: Source, case_id: str, known: bool = False) -> str:
+    """What is wrong with the clean twin of a case; "" when it passes, or is known."""
+    result = _judge(source, case_id, known).result
+    if result.status is (Status.KNOWN if known else Status.PASS):
         return ""
     return f"the clean twin is {result.message()}"
 
 
 def outcome(fault: Fault, source: Source, twin: Callable[[str], str]) -> Outcome:
-    """Judge a fault.
+    """Judge a fault; one on top of a known divergence by the truth of what is known of its case.
 
     :param twin: case id → what is wrong with its clean twin, "" for nothing.
     """
     if problem := twin(fault.case):
         return Outcome(fault, error=problem)
-    result = _judge(source, fault.case)
-    first = result.first_divergence
-    return _without_numbers(fault, result) if first is None else Outcome(fault, first.name, first.reason)
+    judged = _judge(source, fault.case, fault.known)
+    first = judged.result.first_divergence
+    if first is None or judged.evidence is None:
+        return _without_numbers(fault, judged.result)
+    if fault.known:
+        rows = [row for row in load_explanations().explanation if row.id in judged.applicable and row.change]
+        first = next(one for one in judged.evidence.under(combined(rows)) if one.status is Status.FAIL)
+    return Outcome(fault, first.name, first.reason)
 
 
 def judge_planted(faults: list[Fault], directory: Path) -> Iterator[Outcome]:
@@ -127,37 +136,17 @@ def judge_planted(faults: list[Fault], directory: Path) -> Iterator[Outcome]:
     """
 
     @functools.cache
-    def twin(case_id: str) -> str:
-        return twin_problem(PlantedSource(None, directory / "twins" / case_id), case_id)
+    def twin(case_id: str, known: bool) -> str:
+        return twin_problem(PlantedSource(None, directory / "twins" / case_id, known), case_id, known)
 
     for fault in faults:
-        yield outcome(fault, PlantedSource(fault, directory / fault.id), twin)
+        source = PlantedSource(fault, directory / fault.id, fault.known)
+        yield outcome(fault, source, functools.partial(twin, known=fault.known))
 
 
-def judge_on_top(faults: list[Fault], directory: Path) -> Iterator[Outcome]:
-    """The faults of torch's own run, each planted on top of a known divergence, with what is known listed."""
-    table = load_explanations()
-
-    def judge(source: Source, case_id: str) -> Judgement:
-        return judge_case(CASES[case_id], source, "planted", cache_root(), table, Progress())
-
-    @functools.cache
-    def twin(case_id: str) -> str:
-        result = judge(PlantedSource(None, directory / "twins" / case_id, known=True), case_id).result
-        return "" if result.status is Status.KNOWN else f"the unplanted twin is {result.message()}"
-
-    for fault in faults:
-        case_id = KNOWN[fault.case]
-        if problem := twin(case_id):
-            yield Outcome(fault, error=problem)
-            continue
-        judged = judge(PlantedSource(fault, directory / fault.id, known=True), case_id)
-        if judged.evidence is None:
-            yield _without_numbers(fault, judged.result)
-            continue
-        rows = [row for row in table.explanation if row.id in judged.applicable and row.change is not None]
-        first = next(one for one in judged.evidence.under(combined(rows)) if one.status is Status.FAIL)
-        yield Outcome(fault, first.name, first.reason)
+def on_top(fault: Fault) -> Fault:
+    """The same fault, planted on top of a known divergence of its family."""
+    return fault.model_copy(update={"case": KNOWN[fault.case], "known": True})
 
 
 def _without_numbers(fault: Fault, result: CaseResult) -> Outcome:
@@ -173,7 +162,7 @@ def judge_source(faults: list[Fault], directory: Path) -> Iterator[Outcome]:
     check_anchors(faults, released_crate())
     checkout = Checkout(cache_root(), directory)
     with checkout.candidate(None) as honest:
-        twins = {case: twin_problem(honest, case) for case in {fault.case for fault in faults}}
+        twins = {fault.case: twin_problem(honest, fault.case, fault.known) for fault in faults}
     for fault in faults:
         try:
             with checkout.candidate(fault) as source:
@@ -198,11 +187,12 @@ def main(
         and only in ("", fault.id)
         and (not known or (fault.case in KNOWN and fault.kind != "sae" and fault.id not in SAME))
     ]
+    faults = [on_top(fault) for fault in faults] if known else faults
     if not faults:
         console.print("no such fault")
         raise typer.Exit(2)
     with tempfile.TemporaryDirectory() as scratch:
-        judging = (judge_source if source else judge_on_top if known else judge_planted)(faults, Path(scratch))
+        judging = (judge_source if source else judge_planted)(faults, Path(scratch))
         outcomes = list(track(judging, "seeded faults", total=len(faults), console=Console(stderr=True)))
     totals, right = Counter(one.fault.kind for one in outcomes), Counter(o.fault.kind for o in outcomes if o.right)
     for kind, count in totals.items():

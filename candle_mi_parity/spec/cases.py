@@ -258,11 +258,11 @@ def select(cases: list[Case], patterns: list[str]) -> list[Case]:
 
 
 def _matches(cases: list[Case], pattern: str) -> list[str]:
-    found = [
-        case.id
-        for case in cases
-        if case.id == pattern or (case.lane == "default" and fnmatch.fnmatchcase(case.id, pattern))
-    ]
+    matching = [case for case in cases if fnmatch.fnmatchcase(case.id, pattern)]
+    found = [case.id for case in matching if case.lane == "default" or case.id == pattern]
+    if matching and not found:
+        names = ", ".join(case.id for case in matching)
+        raise CaseTableError(f"{pattern!r} matches only cases that a wildcard does not start; name them: {names}")
     if not found:
         near = difflib.get_close_matches(pattern, [case.id for case in cases], n=4, cutoff=0.5)
         hint = f"; did you mean {', '.join(near)}?" if near else ""

@@ -41,7 +41,7 @@ from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import ROOT, cache_root
 from candle_mi_parity.trace.trace import Emitted, InMemory
 from candle_mi_parity.trace.truth import Truth
-from tests.harness.test_cli import command, one_line
+from tests.support.command import command, one_line
 from tests.support.planting import CASES, Arrays, changed_model, real, rerun
 from tests.support.results import HOSTILE
 

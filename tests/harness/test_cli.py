@@ -1,17 +1,10 @@
-"""The command as a user meets it: exit codes, one line for a bad input, nothing half-written.
-
-It runs in a process of its own, as from a shell, on stored traces: no Rust is needed.
-"""
+"""The command as a user meets it: exit codes, one line for a bad input, nothing half-written; on stored traces."""
 
 from __future__ import annotations
 
 import json
-import os
-import resource
-import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -20,44 +13,12 @@ from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import ROOT, cache_root
+from tests.support.command import Done, command, one_line, process
+from tests.support.full_disk import largest_file
 
 
-def command(
-    *arguments: str, limit: int | None = None, environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run ``candle-mi-parity``; ``limit`` is the largest file, in bytes, that the process can write."""
-
-    def full_disk() -> None:
-        assert limit is not None
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    extra = environment or {}
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    defaults = {"PYTHONPATH": path, "COLUMNS": "160", "PARITY_CACHE": str(cache_root())}
-    code = "from candle_mi_parity.cli.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **defaults, **extra},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        preexec_fn=full_disk if limit is not None else None,
-    )
-
-
-def one_line(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    return lines[0]
-
-
-def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return command("run", "--out", str(tmp_path), *arguments)
+def run(tmp_path: Path, *arguments: str) -> Done:
+    return command("run", "--search", "0", "--out", str(tmp_path), *arguments)
 
 
 def test_a_clean_case_passes_and_writes_its_report(tmp_path: Path) -> None:
@@ -107,7 +68,7 @@ def test_a_tampered_trace_fails_with_the_command_that_shows_it_again(tmp_path: P
     assert done.returncode == 1, done.stdout
     assert "blocks.1.mlp.hook_pre: FAIL (missing)" in done.stdout
     printed = next(line for line in done.stdout.splitlines() if line.startswith("  reproduce: "))
-    again = f"{printed.removeprefix('  reproduce: ')} --out {tmp_path}"
+    again = f"{printed.removeprefix('  reproduce: ')} --search 0 --out {tmp_path}"
     assert subprocess.run(again, shell=True, cwd=ROOT, check=False).returncode == 1, "it runs as printed"
 
 
@@ -121,7 +82,7 @@ ABSENT = str(Path(__file__).with_name("absent"))
         (("run", "--candidate", "stored:9.9.9"), "no stored traces"),
         (("run", "--candidate", f"path:{ABSENT}"), f"no Cargo.toml in {ABSENT}"),
         (("run", "--candidate", "stored:0.2.2", "--cases", "nothing/*"), "no case matches 'nothing/*'"),
-        (("reference", "--model", ABSENT, "--out", "x.json"), f"model directory {ABSENT} does not exist"),
+        (("maint", "reference", "--model", ABSENT, "--out", "x.json"), f"model directory {ABSENT} does not exist"),
     ],
 )
 def test_a_bad_input_is_one_line_and_exit_code_2(arguments: tuple[str, ...], said: str) -> None:
@@ -130,7 +91,7 @@ def test_a_bad_input_is_one_line_and_exit_code_2(arguments: tuple[str, ...], sai
 
 def test_no_network_is_one_line(tmp_path: Path) -> None:
     environment = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
-    done = command("maint", "reference", "--out", str(tmp_path / "x.json"), environment=environment)
+    done = process("maint", "reference", "--out", str(tmp_path / "x.json"), environment=environment)
     assert "cannot get google/gemma-2-2b@main from the hub" in done.stderr
     assert done.returncode == 2
     assert not (tmp_path / "x.json").exists()
@@ -139,7 +100,8 @@ def test_no_network_is_one_line(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     cache, out = tmp_path / "cache", tmp_path / "out"
     arguments = ("run", "--out", str(out), "--candidate", "stored:0.2.2", "--cases", "llama/hub")
-    done = command(*arguments, limit=200_000, environment={"PARITY_CACHE": str(cache)})
+    with largest_file(200_000):
+        done = command(*arguments, environment={"PARITY_CACHE": str(cache)})
     assert done.returncode == 2, done.stdout + done.stderr
     assert "File too large" in done.stdout + done.stderr
     assert [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
@@ -149,7 +111,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
 
 def test_a_report_that_cannot_be_written_is_one_line_and_leaves_no_temporary(tmp_path: Path) -> None:
     arguments = ("run", "--out", str(tmp_path), "--candidate", "stored:0.2.2", "--cases", "llama/hub")
-    assert "cannot write" in one_line(command(*arguments, limit=1000))
+    with largest_file(1000):
+        assert "cannot write" in one_line(command(*arguments))
     assert list(tmp_path.rglob("*report*")) == []
 
 

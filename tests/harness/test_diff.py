@@ -72,7 +72,7 @@ def scale(name: str, factor: float) -> Change:
 def compared(a: Held, b: Held, case_ids: tuple[str, ...] = (LLAMA,)) -> Diff:
     pair = Pair(a, b)
     empty = NOTHING_KNOWN
-    cases = [diff_one(CASES[name], pair, ("A", "B"), cache_root(), empty, Progress()) for name in case_ids]
+    cases = [diff_one(CASES[name], pair, ("A", "B"), cache_root(), empty, Progress(), 0) for name in case_ids]
     return Diff("A", "B", {}, {}, {"transformers": "5", "device": "cpu"}, cases)
 
 

@@ -17,12 +17,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.process import EmitterError
-from candle_mi_parity.compare.verdict import Explained
+from candle_mi_parity.compare.run_result import Verdict
+from candle_mi_parity.compare.verdict import Explained, Outcome, Status
 from candle_mi_parity.errors import ExplanationError
+from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.judge.hypotheses import hypotheses
 from candle_mi_parity.judge.known import Evidence, facts_of, known_divergence, known_refusal
 from candle_mi_parity.judge.search import Search, search
 from candle_mi_parity.models.checkpoint import read_config, weight_files
+from candle_mi_parity.run.run import RunOptions, run
 from candle_mi_parity.spec.conditions import Condition, Facts, all_hold
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN, Explanation, Explanations, combined, load_explanations
@@ -272,6 +275,18 @@ def test_two_rows_that_change_one_thing_in_two_ways_overlap() -> None:
     other = explanation(when=["tokens > 1"], change={"config_set": {"rope_theta": 2.0}})
     with pytest.raises(ExplanationError, match=r"config\.rope_theta in two ways"):
         combined([one, other])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("version", ["0.1.6", "0.1.10", "0.1.24", "0.2.2"])
+def test_every_divergence_of_a_release_is_explained_and_every_explanation_is_needed(
+    version: str, tmp_path: Path
+) -> None:
+    result = run(RunOptions(f"stored:{version}", out=tmp_path), lambda count: Progress())
+    assert result.verdict is Verdict.KNOWN and result.stale == [] and result.gone == {}
+    other = [case for case in result.cases if case.status is not Status.PASS]
+    assert other and all(case.status is Status.KNOWN for case in other)
+    assert all(case.explained is not None for case in other if case.outcome is Outcome.DIVERGES)
 
 
 def test_conditions() -> None:

@@ -6,12 +6,9 @@ The case is one line of ERROR, nothing half-written is read as whole, and the ne
 from __future__ import annotations
 
 import os
-import resource
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +23,7 @@ from candle_mi_parity.files.json_out import ReportError, write_text
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from candle_mi_parity.spec.paths import ROOT, cache_root
+from tests.support.full_disk import largest_file
 from tests.support.planting import CASES, real
 
 CASE = CASES["llama/hub"]
@@ -146,19 +144,6 @@ def test_a_truncated_cache_entry_is_an_error_until_it_is_deleted(
     error_of(judged(source, cache))
     empty(path.parent)
     right(judged(source, cache))
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file of this process may become longer: the write fails, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -29,7 +29,7 @@ from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.run.check import CheckOptions, Told, check
 from candle_mi_parity.spec.cases import Download, HubModel, SaeFile, TinyModel, load_cases
 from candle_mi_parity.spec.paths import FIXTURES, cache_root
-from tests.harness.test_cli import command
+from tests.support.command import process
 from tests.support.hub import MEMBER, STRANGER, Fault, Hub, Repo, digest, serving
 
 CASE = next(case for case in load_cases() if case.lane == "hub")
@@ -257,7 +257,7 @@ def judged(hub: Hub, home: Path, candidate: str, out: Path) -> tuple[int, str, d
     """The command on the table's hub case: exit code, what it printed, and the case in ``report.json``."""
     environment = {"HF_HOME": str(home), "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "", "NO_PROXY": "127.0.0.1"}
     arguments = ("run", "--candidate", candidate, "--cases", CASE.id, "--out", str(out))
-    done = command(*arguments, environment=environment)
+    done = process(*arguments, environment=environment)
     assert "Traceback" not in done.stdout + done.stderr, done.stderr
     return done.returncode, done.stdout, json.loads((out / "report.json").read_text())["cases"][0]
 

@@ -20,7 +20,7 @@ from candle_mi_parity.repro.shrink import Divergence, Input, Pair, Shrinker
 from candle_mi_parity.spec.cases import SaelensDirectory, load_cases
 from candle_mi_parity.spec.edits import Attention, Inject, Knockout
 from candle_mi_parity.spec.paths import cache_root
-from tests.harness.test_cli import command, one_line
+from tests.support.command import command, one_line
 from validation.catalogue import SourceEdit
 from validation.source_faults import edited, released_crate
 
