@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -68,8 +69,9 @@ def test_a_tampered_trace_fails_with_the_command_that_shows_it_again(tmp_path: P
     assert done.returncode == 1, done.stdout
     assert "blocks.1.mlp.hook_pre: FAIL (missing)" in done.stdout
     printed = next(line for line in done.stdout.splitlines() if line.startswith("  reproduce: "))
-    again = f"{printed.removeprefix('  reproduce: ')} --search 0 --out {tmp_path}"
-    assert subprocess.run(again, shell=True, cwd=ROOT, check=False).returncode == 1, "it runs as printed"
+    program, *again = shlex.split(printed.removeprefix("  reproduce: "))
+    assert (ROOT / program).is_file(), "it runs as printed"
+    assert command(*again, "--search", "0", "--out", str(tmp_path)).returncode == 1
 
 
 ABSENT = str(Path(__file__).with_name("absent"))

@@ -16,8 +16,8 @@ from candle_mi_parity.files.json_out import write_json
 from candle_mi_parity.report import diff_views
 from candle_mi_parity.report.diff_views import figures
 from candle_mi_parity.trace.trace import Run
-from tests.support.command import command, one_line
 from tests.harness.test_diff import LLAMA, POST, between, only, scale
+from tests.support.command import command, one_line
 
 
 def terminal(diff: Diff) -> str:

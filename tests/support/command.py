@@ -1,4 +1,4 @@
-"""The command line in this process: what a shell would see of ``candle-mi-parity``, without a second import of torch."""
+"""The command line in this process: what a shell would see, without a second import of torch."""
 
 from __future__ import annotations
 
