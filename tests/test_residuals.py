@@ -11,6 +11,8 @@ from candle_mi_parity.pytest_plugin import check
 
 
 def belongs(name: str) -> bool:
+    if name.startswith("lens"):
+        return False
     return "hook_resid" in name or name.startswith("hook_") or "mlp" in name or name.endswith("attn_out")
 
 
