@@ -78,8 +78,8 @@ def rope(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
     """A rope type and a llama that has it; one that is new in transformers must be entered in ROPES."""
     kind: str = request.param
     parameters = {"rope_type": kind, "rope_theta": THETA, **ROPES[kind]}
-    change = {"rope_parameters": parameters, "rope_theta": None, "rope_scaling": None}
-    return kind, changed_model(tmp_path / kind, llama_dir(), **change)
+    bare = changed_model(tmp_path / "bare", llama_dir(), rope_theta=None, rope_scaling=None)
+    return kind, changed_model(tmp_path / kind, bare, rope_parameters=parameters)
 
 
 def test_every_parameter_and_buffer_is_float64(rope: tuple[str, Path]) -> None:
