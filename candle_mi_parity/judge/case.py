@@ -153,7 +153,7 @@ def _judge(
     result.expected = len(result.tensors)
     result.status, result.error = status_of(result.tensors, case, result.in_part)
     result.notes += truth_notes(oracle.truth(), case)
-    if result.status is Status.PASS and (reason := unexercised(oracle.truth())):
+    if result.status is not Status.FAIL and (reason := unexercised(oracle.truth())):
         result.status, result.error = Status.UNMEASURED, reason
     if result.status is not Status.FAIL:
         return judged.evidence

@@ -150,7 +150,7 @@ def test_no_model_is_made_or_loaded_beside_another(
         def __init__(self, *_: object) -> None:
             torch_works()
 
-        def truth(self, mode: str) -> None:
+        def truth(self, mode: str = "free") -> None:
             torch_works()
             raise ParityError("made")
 
