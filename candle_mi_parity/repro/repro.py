@@ -12,6 +12,7 @@ from candle_mi_parity.candidate.sources import Source
 from candle_mi_parity.compare.verdict import Status, TensorResult
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.judge.case import Progress, judge_mode
+from candle_mi_parity.judge.known import facts_of
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.models.prepared_case import Subject, prepare
@@ -21,6 +22,7 @@ from candle_mi_parity.repro.reductions import STEPS
 from candle_mi_parity.repro.shrink import SHAPE, Config, Divergence, Input, Pair, Shrinker
 from candle_mi_parity.spec.cases import Case, LocalModel, PackageModel, SaeFile, SaelensDirectory, ScopeSae, TinyModel
 from candle_mi_parity.spec.edits import Inject, Knockout, Scale, Steer
+from candle_mi_parity.spec.explanations import load_explanations
 from candle_mi_parity.trace.truth import Truth
 
 Tell = Callable[[str], None]
@@ -53,8 +55,9 @@ class Reproduction:
 class Bench:
     """Both sides on inputs that no table holds; models and truths go to a scratch directory, not to the cache."""
 
-    def __init__(self, source: Source, scratch: Path) -> None:
-        self._source, self._scratch = source, scratch
+    def __init__(self, source: Source, scratch: Path, known: frozenset[str]) -> None:
+        """:param known: ids of the explanations that apply to the case; of others an input of ours shows none."""
+        self._source, self._scratch, self._known = source, scratch, known
 
     def run(self, tried: Input) -> tuple[Subject, Truth, TensorResult | None]:
         """What was compared, and its first divergence.
@@ -77,8 +80,20 @@ class Bench:
         return subject, oracle.truth(), _first(results)
 
     def judge(self, tried: Input) -> Divergence | None:
-        first = self.run(tried)[2]
-        return Divergence.at(first.name, first.reason) if first else None
+        subject, _, first = self.run(tried)
+        if first is None:
+            return None
+        other = known_of(subject, self._source) - self._known
+        return Divergence.at(first.name, ", ".join(sorted(other)) or first.reason)
+
+
+def known_of(subject: Subject, source: Source) -> frozenset[str]:
+    """Ids of the explanations that apply to a case in the candidate's release."""
+    table = load_explanations()
+    if source.identity is None:
+        return frozenset()
+    rows = table.applicable(facts_of(subject), table.baseline(source.identity.version))
+    return frozenset(row.id for row in rows)
 
 
 def reproduce(case: Case, source: Source, cache: Path, tell: Tell) -> Reproduction:
@@ -96,7 +111,7 @@ def reproduce(case: Case, source: Source, cache: Path, tell: Tell) -> Reproducti
         raise AgreesError(f"{case.id}: nothing diverges; there is nothing to reproduce")
     wanted = Divergence.at(first.name, first.reason)
     with tempfile.TemporaryDirectory(prefix="parity-repro-") as scratch:
-        bench = Bench(source, Path(scratch))
+        bench = Bench(source, Path(scratch), known_of(subject, source))
         shrinker = Shrinker(bench.judge, wanted, STEPS, lambda line: tell(f"{case.id}: {line}"))
         # An SAE that the divergence does not touch stays out of the reproduction.
         sae = case.sae if _is_about_sae(case, first.name) else None
