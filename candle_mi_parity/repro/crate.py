@@ -41,7 +41,8 @@ def dependencies(candidate: Candidate, cache: Path) -> Dependencies:
         target = crate_of(candidate, cache, crate)
         manifest = (crate / "Cargo.toml").read_text(encoding="utf-8")
         start = manifest.index("[profile.release]")
-        lines, settings = re.findall(r"^candle-(?:mi|core|nn) = .*$", manifest[:start], re.MULTILINE), manifest[start:]
+        lines = re.findall(r"^candle-(?:mi|core|nn) = .*$", manifest[:start], re.MULTILINE)
+        settings = manifest[start:]
         patch = tomllib.loads(manifest)["patch"]["crates-io"].get(DOWNLOADER)
         stand_in = Path(patch["path"]) if patch else None
         return Dependencies("\n".join(lines), settings, stand_in, (crate / "Cargo.lock").read_bytes(), target)

@@ -77,6 +77,7 @@ def test_a_tampered_trace_fails_with_the_command_that_shows_it_again(tmp_path: P
 ABSENT = str(Path(__file__).with_name("absent"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

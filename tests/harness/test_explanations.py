@@ -202,6 +202,7 @@ def test_the_search_finds_by_itself_what_is_listed(name: str, tmp_path: Path) ->
     assert not found.explained.ids and found.explained.worst < 8
 
 
+@pytest.mark.thorough
 def test_the_search_finds_a_pair(tmp_path: Path) -> None:
     """Each of the two changes alone explains nothing."""
     case, config, weights = HONEST["CMI009"]

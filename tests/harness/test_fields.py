@@ -42,6 +42,7 @@ def planted(field: str, row: FieldRow | None, family: str = "llama") -> FieldLed
     return ledger.model_copy(update={"common": common, "family": {**ledger.family, family: own}})
 
 
+@pytest.mark.thorough
 def inert(other: Setting) -> Excused:
     return Excused(kind="inert", other=other, reason="planted")
 
@@ -60,6 +61,7 @@ def test_an_unlisted_field_fails(field: str) -> None:
     assert set(found) == {field} and "unlisted" in found[field]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("field", ["attn_logit_softcapping", "rope_parameters.nonsense", "intermediate"])
 def test_a_listed_field_that_nobody_reads_fails(field: str) -> None:
     found = faults(planted(field, inert(1.0)))

@@ -262,6 +262,8 @@ def judged(hub: Hub, home: Path, candidate: str, out: Path) -> tuple[int, str, d
     return done.returncode, done.stdout, json.loads((out / "report.json").read_text())["cases"][0]
 
 
+@pytest.mark.thorough
+@pytest.mark.thorough
 @pytest.mark.parametrize("candidate", ["torch", pytest.param("0.2.2", marks=pytest.mark.rust)])
 def test_the_case_of_the_table_from_download_to_verdict(hub: Hub, home: Path, tmp_path: Path, candidate: str) -> None:
     status, printed, case = judged(hub, home, candidate, tmp_path)

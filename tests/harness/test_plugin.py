@@ -136,6 +136,7 @@ def test_skipped(i):
 """
 
 
+@pytest.mark.thorough
 def section(pytester: pytest.Pytester, *arguments: str) -> list[str]:
     pytester.makepyfile(SUMMARY)
     done = pytester.runpytest_subprocess("-p", "candle_mi_parity.pytest_plugin", *arguments)

@@ -86,6 +86,7 @@ def script(model_dir: Path) -> Callable[[int], dict[str, Any]]:
     return compute
 
 
+@pytest.mark.thorough
 def judged(document: dict[str, Any], path: Path) -> RunResult:
     path.write_text(json.dumps(document), encoding="utf-8")
     return run_reference(RunOptions(f"stored:{path}"), path, Progress())
@@ -117,6 +118,7 @@ def test_the_scripts_own_numbers_are_right_but_prove_nothing(
     assert "does not say what made it" in result.cases[0].error
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("key", "change", "tensor"),
     [

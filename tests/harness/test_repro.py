@@ -166,6 +166,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return repro(PROVEN, "0.2.2", out, cache_root(), lambda line: None)[0].folder
 
 
+@pytest.mark.thorough
 @pytest.mark.rust
 @pytest.mark.xdist_group("repro")
 def test_the_rust_test_fails_on_the_release_and_passes_on_a_fixed_copy(
@@ -182,6 +183,7 @@ def test_the_rust_test_fails_on_the_release_and_passes_on_a_fixed_copy(
     assert prove([test], fixed, cache_root()) == {test.stem: Outcome.PASSES}
 
 
+@pytest.mark.thorough
 @pytest.mark.rust
 @pytest.mark.xdist_group("repro")
 def test_the_script_prints_what_pytorch_computes(folder: Path) -> None:

@@ -116,6 +116,8 @@ def leave_nothing() -> Iterator[list[Run]]:
             os.kill(process, signal.SIGKILL)
 
 
+@pytest.mark.thorough
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_in_a_hung_case_ends_the_run_and_keeps_its_results(
     leave_nothing: list[Run], tmp_path: Path, number: signal.Signals
@@ -182,6 +184,7 @@ wait
 """
 
 
+@pytest.mark.thorough
 def running(process: int) -> bool:
     try:
         return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
