@@ -16,14 +16,16 @@ from candle_mi_parity.cli.repro import repro_command
 from candle_mi_parity.cli.run import list_command, run_command
 from candle_mi_parity.errors import Stopped
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+HELP = """Does candle-mi compute what PyTorch computes? `run` asks for its table of cases, `check` for your own model."""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 app.command("run")(run_command)
 app.command("check")(check_command)
 app.command("diff")(diff_command)
 app.command("repro")(repro_command)
 app.command("history")(history_command)
 app.command("list")(list_command)
-app.add_typer(maint, name="maint")
+app.add_typer(maint, name="maint", help="What keeps the suite itself up to date.")
 
 ERROR = 2
 """The exit code of our own crash and of a stop; Python's and typer's 1 would read as FAIL."""

@@ -20,7 +20,7 @@ from candle_mi_parity.cli.options import (
 if TYPE_CHECKING:
     from candle_mi_parity.coverage.census_record import Entry
 
-maint = typer.Typer(no_args_is_help=True, help=__doc__)
+maint = typer.Typer(no_args_is_help=True)
 GEMMA_SCOPE = "google/gemma-scope-2b-pt-res:layer_0/width_16k/average_l0_105/params.npz"
 
 
