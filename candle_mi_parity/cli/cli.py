@@ -16,7 +16,7 @@ from candle_mi_parity.cli.repro import repro_command
 from candle_mi_parity.cli.run import list_command, run_command
 from candle_mi_parity.errors import Stopped
 
-HELP = """Does candle-mi compute what PyTorch computes? `run` asks for its table of cases, `check` for your own model."""
+HELP = """Does candle-mi compute what PyTorch computes? `run` judges its cases, `check` your own model."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 app.command("run")(run_command)

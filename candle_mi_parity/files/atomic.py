@@ -1,6 +1,6 @@
 """Files and directories that are whole or absent, whatever ends the process or the machine.
 
-What is to be found under a name is made beside it, flushed to disk, renamed, and the directory that holds the name is
+A file or directory is made beside its final name, flushed to disk, renamed, and the directory that holds the name is
 flushed: a rename alone may reach the disk before the contents do, and a power loss then leaves a name over zeros.
 """
 
@@ -27,7 +27,7 @@ def put(made: Path, target: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a file of UTF-8 whole or not at all, readable by whom the umask allows; its directory is made if absent.
+    """Write a file of UTF-8 whole or not at all, with the permissions of the umask; its directory is made if absent.
 
     :raises OSError: the disk is full or read-only.
     """

@@ -16,7 +16,7 @@ class ReportError(ParityError):
 
 
 def plain(value: Any) -> Any:
-    """Numbers that JSON has not, as strings."""
+    """The same value with NaN and infinities, which JSON lacks, as strings."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

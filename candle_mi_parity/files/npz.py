@@ -1,4 +1,4 @@
-"""An NPZ file that nobody vouches for: what each array claims is checked against the archive before any is read."""
+"""An untrusted NPZ file: what each array claims is checked against the archive before any is read."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class TensorFile:
         return str(part.get_dtype()), list(part.get_shape())
 
     def raw(self, key: str) -> bytes:
-        """A tensor's bytes, of a format that numpy has not."""
+        """The bytes of a tensor whose format numpy lacks."""
         self._opened()  # safetensors has judged the header
         with self._path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: regular ones only, no longer than a bound, strict JSON, nothing outside a directory.
+"""Untrusted files: regular ones only, no longer than a bound, strict JSON, nothing outside a directory.
 
 A pipe would wait for ever, a device never ends, a header may claim terabytes: each is refused before it costs time
 or memory.

@@ -32,7 +32,7 @@ models in memory are one too many; an emitter is one process."""
 
 
 class Progress:
-    """What a run tells while it works; the terminal overrides it."""
+    """Where a run reports its progress; this one is silent, the terminal overrides it."""
 
     def case_starts(self, case: Case, step: str) -> None: ...
 
@@ -118,7 +118,7 @@ def shrink_command(case: Case, spec: str) -> str:
 
 
 def _same_ids(result: CaseResult, subject: Subject, source: Source, progress: Progress) -> bool:
-    """Whether the candidate's tokenizer makes the case's ids of its text; where not, nothing else is worth judging.
+    """Whether the candidate's tokenizer gives the case's ids for its text; where it does not, nothing else is judged.
 
     :raises EmitterError: it refuses the text.
     """
@@ -170,7 +170,7 @@ def _judge(
 def _ask_without_truth(
     result: CaseResult, oracle: Oracle, source: Source, progress: Progress, error: NoTruthError
 ) -> None:
-    """A case whose SAE has no truth: the candidate is asked for it all the same.
+    """A case whose SAE has no truth: the candidate is still asked, because a refusal is a result.
 
     :raises EmitterError: it refuses, which is the result.
     :raises ParityError: the model has no truth either.
@@ -201,7 +201,7 @@ def _take_failure(
 
 
 def failure_of(error: EmitterError) -> Failure:
-    """The kind of an emitter's failure; one that nobody knows is a breach of the protocol."""
+    """The kind of an emitter's failure; an unknown one is a breach of the protocol."""
     return Failure(error.kind) if error.kind in set(Failure) else Failure.PROTOCOL
 
 
@@ -241,7 +241,7 @@ def declared_unmeasured(tensors: list[TensorResult], case: Case) -> set[str]:
 
 
 def status_of(tensors: list[TensorResult], case: Case, in_part: bool) -> tuple[Status, str]:
-    """Of a case, and what its row says wrongly of the tensors that are too noisy to judge."""
+    """The status of a case, and an error where its row is wrong about which tensors are too noisy to judge."""
     if any(tensor.status is Status.FAIL for tensor in tensors):
         return Status.FAIL, ""
     if idle := [tensor.name for tensor in tensors if tensor.status is Status.PASS and not tensor.compared]:

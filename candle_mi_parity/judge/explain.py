@@ -71,7 +71,7 @@ def _size(judgement: Judgement) -> int:
 def hold_table(
     judgements: list[Judgement], table: Explanations, identity: CandleMi | None, result: RunResult, whole: bool
 ) -> None:
-    """What of the explanations is no longer so: ``gone`` of a build from source, ``stale`` of a release.
+    """Which explanations no longer hold: ``gone`` for a build from source, ``stale`` for a release.
 
     :param whole: whether every case of the default lane ran; an explanation that no case needs is stale then.
     """

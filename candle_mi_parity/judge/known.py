@@ -45,7 +45,7 @@ def facts_of(subject: Subject) -> Facts:
 def facts_about(
     config: dict[str, Any], sae_file: Path | None, tokens: int, dtype: str, edits: list[dict[str, Any]]
 ) -> Facts:
-    """The same of what is not a case yet."""
+    """The same for a config, SAE and edits that are not a case yet."""
     sae, weights, threshold = {}, "", None
     if sae_file is not None and sae_file.is_dir():
         sae = read_json(sae_file / CONFIG, ExplanationError)
@@ -58,7 +58,7 @@ def facts_about(
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a judged case leaves for whoever asks what was computed instead.
+    """What is needed to ask of a judged case what was computed instead.
 
     :ivar oracle: of the plain truth.
     :ivar trace: what the candidate emitted.
@@ -144,8 +144,7 @@ def differ(one: Truth, other: Truth, unit: float) -> bool:
 def known_divergence(evidence: Evidence, table: Explanations, identity: CandleMi) -> tuple[Explained | None, str]:
     """The explanation of a divergence by what is listed for the candidate's release, or why that does not hold.
 
-    A release must do all that is listed for it. A build from source may have fixed a part: any part of the list that
-    explains its numbers will do.
+    A release must do all that is listed for it. A build from source may have fixed some of it: any subset that explains its numbers is accepted.
     """
     release = table.baseline(identity.version)
     rows = [row for row in table.applicable(evidence.facts, release) if row.change is not None]

@@ -1,4 +1,4 @@
-"""What a reader of a case has to know beside its numbers, and when the case has exercised nothing."""
+"""Notes beside the numbers of a case, and whether the case has exercised anything."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ LONGEST = 2000
 
 
 def other_ids(subject: Subject, ids: list[int]) -> TensorResult | None:
-    """The failure of a tokenizer that makes other ids of the case's text than transformers does; ids have no
-    tolerance. None where they are the same."""
+    """The failure of a tokenizer that gives other ids than transformers for the text; ids have no tolerance. None where they are the same."""
     expected = subject.tokens[0]
     if ids == expected:
         return None
@@ -27,7 +26,7 @@ def other_ids(subject: Subject, ids: list[int]) -> TensorResult | None:
 
 
 def padding_notes(subject: Subject) -> list[str]:
-    """A note where a prompt begins or ends with the padding id: nothing masks it, in the truth neither."""
+    """A note where a prompt begins or ends with the padding id: nothing masks it, not in the truth either."""
     pad = subject.special.pad
     if pad is None:
         return []

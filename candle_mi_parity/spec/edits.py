@@ -1,4 +1,4 @@
-"""Interventions as data: the rows of a case's ``edits``, and what they say to the emitter.
+"""Interventions as data: the rows of a case's ``edits``, and the rows of the emitter's request.
 
 An edit changes the tensor that arrives at a hook, after it was captured there. Several at one hook act in the order
 of the rows, each on what the one before left. Their torch maths is in :mod:`interventions`.
