@@ -144,7 +144,8 @@ def differ(one: Truth, other: Truth, unit: float) -> bool:
 def known_divergence(evidence: Evidence, table: Explanations, identity: CandleMi) -> tuple[Explained | None, str]:
     """The explanation of a divergence by what is listed for the candidate's release, or why that does not hold.
 
-    A release must do all that is listed for it. A build from source may have fixed some of it: any subset that explains its numbers is accepted.
+    A release must do all that is listed for it. A build from source may have fixed some of it: any subset that
+    explains its numbers is accepted.
     """
     release = table.baseline(identity.version)
     rows = [row for row in table.applicable(evidence.facts, release) if row.change is not None]

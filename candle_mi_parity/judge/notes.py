@@ -15,7 +15,10 @@ LONGEST = 2000
 
 
 def other_ids(subject: Subject, ids: list[int]) -> TensorResult | None:
-    """The failure of a tokenizer that gives other ids than transformers for the text; ids have no tolerance. None where they are the same."""
+    """The failure of a tokenizer that gives other ids than transformers for the text; ids have no tolerance.
+
+    None where they are the same.
+    """
     expected = subject.tokens[0]
     if ids == expected:
         return None
