@@ -16,16 +16,16 @@ import torch
 from candle_mi_parity import pytest_plugin
 from candle_mi_parity.candidate import cuda
 from candle_mi_parity.candidate.sources import Source, StoredSource, open_source
-from candle_mi_parity.candidate.spelling import parse_candidate
+from candle_mi_parity.candidate.spelling import parse_candidate, stored_releases
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.spec.cases import WAITS, Case, load_cases
-from candle_mi_parity.spec.explanations import load_explanations, numbers
-from candle_mi_parity.spec.paths import ROOT, cache_root
+from candle_mi_parity.spec.explanations import load_explanations
+from candle_mi_parity.spec.paths import OUTPUTS, ROOT, cache_root
 
 CASES = {case.id: case for case in load_cases()}
-STORED = sorted((path.parent.name for path in (ROOT / "rust_outputs").glob("*/candidate.json")), key=numbers)
+STORED = stored_releases(OUTPUTS)
 NEWEST = STORED[-1]
 PLAIN = [name for name in CASES if name.endswith("/hub")]
 WITH_SAE = ["gemma2/hub", "llama/sae-standard", "llama/sae-jumprelu", "llama/sae-topk", "smollm2/hub"]
@@ -69,7 +69,7 @@ def judged(request: pytest.FixtureRequest) -> Callable[[str, str], CaseResult]:
     @functools.cache
     def judge(candidate: str, case_id: str) -> CaseResult:
         stored = candidate in STORED
-        source = StoredSource(ROOT / "rust_outputs" / candidate) if stored else request.getfixturevalue(candidate)
+        source = StoredSource(OUTPUTS / f"{candidate}.json") if stored else request.getfixturevalue(candidate)
         spec = {"live": LIVE}.get(candidate, f"stored:{candidate}" if stored else "torch")
         result = judge_case(CASES[case_id], source, spec, cache_root(), table, Progress()).result
         pytest_plugin.record(request.config, candidate, result)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from candle_mi_parity.candidate.sources import open_source
-from candle_mi_parity.candidate.spelling import parse_candidate
+from candle_mi_parity.candidate.spelling import parse_candidate, stored_releases
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage.calls_judge import JudgedCalls, expectations, judge_source
-from candle_mi_parity.spec.paths import ROOT, cache_root
+from candle_mi_parity.spec.paths import OUTPUTS, cache_root
 
 KNOWN = {
     "CMI101": ["logit_diff/2d", "logit_diff/3d"],
@@ -48,7 +48,7 @@ def _cause(call: CaseResult) -> str:
 
 
 def test_every_release_is_stored() -> None:
-    assert {path.parent.name for path in (ROOT / "rust_outputs").glob("*/calls.json")} == set(RELEASES)
+    assert set(stored_releases(OUTPUTS)) == set(RELEASES)
 
 
 @pytest.mark.parametrize("release", RELEASES)

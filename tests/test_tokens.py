@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 
 from candle_mi_parity.candidate.sources import StoredSource
-from candle_mi_parity.candidate.spelling import parse_candidate
-from candle_mi_parity.candidate.tokens import TextIds, Tokens, differences, emit_tokens, read_tokens
+from candle_mi_parity.candidate.spelling import parse_candidate, stored_releases
+from candle_mi_parity.candidate.tokens import TextIds, Tokens, differences, emit_tokens, read_tokens, stored_tokens
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.spec.cases import load_cases
-from candle_mi_parity.spec.paths import ROOT, cache_root
+from candle_mi_parity.spec.paths import OUTPUTS, cache_root
 
 CASES = {case.id: case for case in load_cases()}
-STORED = sorted((ROOT / "rust_outputs").glob("*/tokens.json"))
+STORED = [OUTPUTS / f"{release}.json" for release in stored_releases(OUTPUTS)]
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +21,16 @@ def model_dir() -> Path:
     return model_directory(CASES["smollm2/hub"].model, cache_root())
 
 
-@pytest.mark.parametrize("path", STORED, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_stored_tokens(path: Path, model_dir: Path) -> None:
-    assert differences(read_tokens(path), model_dir) == []
+    assert differences(stored_tokens(path), model_dir) == []
 
 
-@pytest.mark.parametrize("path", STORED, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.text and case.lane == "default"])
 def test_stored_ids_of_the_text_cases(path: Path, name: str) -> None:
     subject = prepare(CASES[name], cache_root())
-    assert StoredSource(path.parent).text_ids(subject) == TextIds(subject.tokens[0])
+    assert StoredSource(path).text_ids(subject) == TextIds(subject.tokens[0])
 
 
 @pytest.mark.rust
@@ -40,7 +40,7 @@ def test_live_tokens(model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_one_wrong_id_is_seen(model_dir: Path) -> None:
-    tokens = read_tokens(STORED[0])
+    tokens = stored_tokens(STORED[0])
     encode = [list(ids) if ids is not None else None for ids in tokens.encode]
     assert encode[1]
     encode[1][0] += 1

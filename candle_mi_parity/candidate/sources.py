@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from candle_mi_parity.candidate import cuda
 from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
-from candle_mi_parity.candidate.spelling import Candidate, CandidateError, OutOfReachError, stored_dir
+from candle_mi_parity.candidate.spelling import Candidate, CandidateError, OutOfReachError, stored_index
 from candle_mi_parity.candidate.tokens import TextIds, stored_text_ids, text_ids
 from candle_mi_parity.compare.compare import check_header
 from candle_mi_parity.errors import TraceError
@@ -22,12 +22,12 @@ from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.spec.edits import for_emitter
 from candle_mi_parity.spec.hook_points import FORCED, Mode, is_lens
-from candle_mi_parity.spec.paths import ROOT
-from candle_mi_parity.trace.trace import TOP_LOGITS, CandleMi, Emitted, TensorEntry, Trace, read_json
+from candle_mi_parity.spec.paths import OUTPUTS
+from candle_mi_parity.trace.release import Refusal, StoredRelease, text_name, trace_name
+from candle_mi_parity.trace.trace import TOP_LOGITS, CandleMi, Emitted, TensorEntry, Trace
 from candle_mi_parity.trace.truth import Truth
 
 REQUEST_FORMAT = "candle-mi-parity/request/1"
-REFUSAL_FORMAT = "candle-mi-parity/refusal/1"
 TIMEOUT_SECONDS = 600.0
 
 
@@ -101,7 +101,7 @@ def open_source(
 
         return TorchSource(device)
     if candidate.kind == "stored":
-        return StoredSource(stored_dir(candidate, ROOT))
+        return StoredSource(stored_index(candidate, OUTPUTS))
     return LiveSource(candidate, cache, out, log, device)
 
 
@@ -111,16 +111,6 @@ def refuse_device(candidate: Candidate, device: str) -> None:
         raise CandidateError(f"unknown device {device!r}: expected cpu or cuda:N")
     if candidate.kind == "stored" and device != "cpu":
         raise CandidateError(f"{candidate.spec} was emitted on a CPU; --device {device} needs a build")
-
-
-def trace_path(directory: Path, case_id: str, mode: Mode) -> Path:
-    """``<family>/<rest>.json``, and ``.forced.json`` for the teacher-forced run."""
-    return directory / f"{case_id}{'' if mode == 'free' else '.forced'}.json"
-
-
-def text_path(directory: Path, case_id: str) -> Path:
-    """Where the ids of a case's text are, beside its trace."""
-    return trace_path(directory, case_id, "free").with_suffix(".tokens.json")
 
 
 def request(subject: Subject, mode: Mode, inputs: Path, out: Path, device: str) -> dict[str, object]:
@@ -168,7 +158,7 @@ class LiveSource:
         :raises EmitterError: the emitter refused, failed, crashed or hung.
         :raises TraceError: what it wrote is not a trace of this candidate.
         """
-        out = trace_path(self._out, subject.case.id, mode)
+        out = self._out / f"{trace_name(subject.case.id, mode)}.json"
         out.parent.mkdir(parents=True, exist_ok=True)
         trace = Trace(self.emitter.emit(request(subject, mode, inputs, out, self.device), TIMEOUT_SECONDS))
         if any(entry.part is not None for entry in trace.entries.values()):
@@ -185,7 +175,7 @@ class LiveSource:
         :raises ParityError: see :func:`tokens.text_ids`.
         """
         assert subject.case.text is not None
-        out = text_path(self._out, subject.case.id)
+        out = self._out / f"{text_name(subject.case.id)}.json"
         out.parent.mkdir(parents=True, exist_ok=True)
         return text_ids(self.emitter, self.identity, subject.model_dir, subject.case.text, out)
 
@@ -199,16 +189,14 @@ class LiveSource:
 
 
 class StoredSource(NothingOpen):
-    """Traces that were emitted earlier, with ``candidate.json`` that says by which candle-mi."""
+    """Traces that were emitted earlier.
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        try:
-            self.identity = CandleMi.model_validate(read_json(directory / "candidate.json"))
-        except ValidationError as error:
-            first = error.errors()[0]
-            said = one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
-            raise TraceError(f"{directory}/candidate.json: {said}") from error
+    :param index: see :mod:`candle_mi_parity.trace.release`.
+    """
+
+    def __init__(self, index: Path) -> None:
+        self.stored = StoredRelease(index)
+        self.identity = self.stored.release.candle_mi
 
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Trace:
         """Open the stored trace.
@@ -216,21 +204,19 @@ class StoredSource(NothingOpen):
         :raises EmitterError: the stored outcome is a refusal.
         :raises TraceError: nothing is stored, or it is not a trace of this candidate.
         """
-        path = trace_path(self.directory, subject.case.id, mode)
-        if not path.is_file():
-            raise NotStoredError(f"nothing is stored for {subject.case.id} ({mode}) at {path}")
-        if not path.resolve().is_relative_to(self.directory.resolve()):
-            raise TraceError(f"{path} is a link that leads out of {self.directory}; it is not followed")
-        raw = read_json(path)
-        if isinstance(raw, dict) and raw.get("format") == REFUSAL_FORMAT:
-            _check_refusal(path, raw, subject, self.identity)
-            raise EmitterError(str(raw["kind"]), str(raw["error"]))
-        trace = same_candidate(Trace(path), self.identity)
+        found = self.stored.trace(subject.case.id, mode)
+        if found is None:
+            raise NotStoredError(f"nothing is stored for {subject.case.id} ({mode}) in {self.stored.index}")
+        if isinstance(found, Refusal):
+            if found.case != subject.digest:
+                raise TraceError(f"{self.stored.index}: the refusal of {subject.case.id} is of another case")
+            raise EmitterError(found.kind, found.error)
+        trace = same_candidate(found, self.identity)
         for entry in trace.entries.values():
             if (entry.part is None) != (subject.case.stored == "whole") or not _kept_as_stored(entry):
-                raise TraceError(f"{path}: {entry.name} is not kept as this case is ({subject.case.stored})")
+                raise TraceError(f"{trace.path}: {entry.name} is not kept as this case is ({subject.case.stored})")
         if trace.header.device != "cpu":
-            raise TraceError(f"{path}: made on {trace.header.device}, and what is stored was made on cpu")
+            raise TraceError(f"{trace.path}: made on {trace.header.device}, and what is stored was made on cpu")
         check_header(truth, trace, file_digest(inputs))
         _check_id(trace, subject)
         return trace
@@ -241,8 +227,7 @@ class StoredSource(NothingOpen):
         :raises TraceError: they are of something else.
         """
         assert subject.case.text is not None
-        path = text_path(self.directory, subject.case.id)
-        return stored_text_ids(path, self.identity, subject.case.id, subject.case.text, subject.model_dir)
+        return stored_text_ids(self.stored, subject.case.id, subject.case.text, subject.model_dir)
 
 
 def _kept_as_stored(entry: TensorEntry) -> bool:
@@ -273,13 +258,3 @@ def same_candidate(trace: Trace, identity: CandleMi) -> Trace:
             f"expected {identity.version} ({identity.checksum or identity.tree_digest})"
         )
     return trace
-
-
-def _check_refusal(path: Path, raw: dict[str, object], subject: Subject, identity: CandleMi) -> None:
-    expected = {"format", "candle_mi", "case", "digest", "kind", "error"}
-    if set(raw) != expected:
-        raise TraceError(f"{path}: keys {sorted(raw)}, expected {sorted(expected)}")
-    if not all(isinstance(raw[key], str) for key in ("case", "kind", "error")):
-        raise TraceError(f"{path}: case, kind and error of a refusal are texts")
-    if raw["digest"] != subject.digest or raw["candle_mi"] != identity.model_dump():
-        raise TraceError(f"{path}: a refusal of another case or by another candle-mi")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from candle_mi_parity.errors import ParityError
+from candle_mi_parity.spec.explanations import numbers
 
 Kind = Literal["version", "path", "git", "stored", "torch"]
 
@@ -79,19 +80,30 @@ def _meant(text: str) -> str:
     return ""
 
 
-def stored_dir(candidate: Candidate, repo_root: Path) -> Path:
-    """The directory that holds the traces of a ``stored:`` candidate.
+def stored_releases(outputs: Path) -> list[str]:
+    """The releases that are stored, oldest first.
 
-    A version names ``rust_outputs/<version>``; anything else is a directory, relative to the current one.
+    :param outputs: ``rust_outputs/``.
+    """
+    return sorted((path.stem for path in outputs.glob("*.json") if _VERSION.fullmatch(path.stem)), key=numbers)
 
+
+def stored_index(candidate: Candidate, outputs: Path) -> Path:
+    """The index of a ``stored:`` candidate, see :mod:`candle_mi_parity.trace.release`.
+
+    A version names ``rust_outputs/<version>.json``; anything else is a directory that holds ``release.json``.
+
+    :param outputs: ``rust_outputs/``.
     :raises CandidateError: there is none.
     """
     if candidate.kind != "stored":
         raise CandidateError(f"{candidate.spec} is not stored: it has to be built and run")
-    root = repo_root / "rust_outputs"
-    is_version = _VERSION.fullmatch(candidate.target) is not None
-    found = root / candidate.target if is_version else Path(candidate.target).expanduser()
-    if found.is_dir():
+    if _VERSION.fullmatch(candidate.target):
+        found = outputs / f"{candidate.target}.json"
+    else:
+        found = Path(candidate.target).expanduser() / "release.json"
+    if found.is_file():
         return found
-    held = sorted(entry.name for entry in root.glob("*") if entry.is_dir() and _VERSION.fullmatch(entry.name))
-    raise CandidateError(f"no stored traces at {found}; stored versions: {', '.join(held) or 'none'}")
+    raise CandidateError(
+        f"no stored traces: {found} does not exist; stored versions: {', '.join(stored_releases(outputs)) or 'none'}"
+    )

@@ -1,4 +1,4 @@
-"""Keeping traces: ``rust_outputs/<candle-mi version>/<case>.json`` with a safetensors beside each.
+"""Keeping what a candidate emits in a release's index and in the files that it names, see :mod:`trace.release`.
 
 Tiny cases are kept whole. Of a large model a part is kept: the first, middle and last layer at the last
 position, and the hundred largest logits there.
@@ -9,96 +9,188 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
-from safetensors import safe_open
+from filelock import FileLock, Timeout
 
 from candle_mi_parity.candidate.process import EmitterError
-from candle_mi_parity.candidate.sources import REFUSAL_FORMAT, NothingOpen, Source, text_path, trace_path
+from candle_mi_parity.candidate.sources import NothingOpen, Source
 from candle_mi_parity.candidate.spelling import CandidateError
 from candle_mi_parity.candidate.tokens import TextIds, TextTokens
 from candle_mi_parity.errors import TraceError
-from candle_mi_parity.files import atomic as durable
+from candle_mi_parity.files import atomic
 from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.hook_points import Mode
-from candle_mi_parity.trace.trace import TOP_LOGITS, CandleMi, Emitted, Trace
+from candle_mi_parity.trace.release import (
+    Refusal,
+    Release,
+    StoredRelease,
+    readable,
+    short_digest,
+    text_name,
+    trace_name,
+)
+from candle_mi_parity.trace.trace import TOP_LOGITS, CandleMi, Emitted, MadeBy, Trace
 from candle_mi_parity.trace.truth import Truth
+
+Place = tuple[str, str]
+"""A safetensors file and a key in it."""
+
+
+class Storing:
+    """A release that is being stored; one at a time in a directory.
+
+    Files are added to ``traces/`` under the digests of their bytes, and the index that names them is written when the
+    block ends. A block that breaks off leaves the earlier index and all that it names. In either case what no index
+    names is removed.
+
+    :param index: ``rust_outputs/<version>.json``.
+    :param whole: whether the earlier index is replaced as a whole; else only the cases that are stored now.
+    :raises CandidateError: something else is being stored in the directory.
+    """
+
+    def __init__(self, index: Path, whole: bool) -> None:
+        self.index, self._whole = index, whole
+        self._earlier: dict[str, Any] = {}
+        self._fields: dict[str, Any] = {}
+        self._cases: dict[str, dict[str, object]] = {}
+        self._lock = FileLock(index.parent / ".lock", timeout=0)
+
+    def __enter__(self) -> Self:
+        self.index.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise CandidateError(f"another `maint store` writes to {self.index.parent}; wait for its end") from error
+        if self.index.is_file():
+            self._earlier = StoredRelease(self.index).release.model_dump()
+        self._fields = {} if self._whole else self._earlier.copy()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                cases = self._fields.get("cases", {}) | self._cases
+                atomic.write_text(Release.model_validate({**self._fields, "cases": cases}).text(), self.index)
+            remove_unnamed(self.index.parent)
+        finally:
+            self._lock.release()
+
+    def of(self, identity: CandleMi) -> None:
+        """Say which candle-mi it is.
+
+        :raises CandidateError: the cases that stay are another's.
+        """
+        if self._fields.setdefault("candle_mi", identity.model_dump()) != identity.model_dump():
+            raise CandidateError(f"{self.index} is of another candle-mi; store it without --cases")
+
+    def case(self, case_id: str) -> dict[str, object]:
+        """The outcomes of a case, see :class:`StoredCase`; those of an earlier index are forgotten."""
+        return self._cases.setdefault(case_id, {})
+
+    def trace(self, trace: Trace, case: Case, mode: Mode) -> None:
+        """Keep a trace, whole or in part as its case says."""
+        self._fields |= trace.header.model_dump(include=set(MadeBy.model_fields))
+        outcome, earlier = self.case(case.id), self._earlier.get("cases", {}).get(case.id, {})
+        outcome[mode] = store_trace(trace, case, trace_name(case.id, mode), self.index.parent / "traces")
+        # A known divergence is not run teacher-forced again, and that run is wanted where it is no longer known.
+        if mode == "free" and earlier.get("free") == outcome["free"]:
+            outcome["forced"] = earlier["forced"]
+
+    def file(self, name: str, document: dict[str, Any]) -> str:
+        """Keep a JSON document, and return its digest.
+
+        :param document: what the index says is left out of it.
+        """
+        kept = {key: value for key, value in document.items() if key not in MadeBy.model_fields}
+        return write_named(self.index.parent / "traces" / name, readable(kept))
+
+    def whole_file(self, name: str, path: Path) -> None:
+        """Keep what the emitter wrote of the whole release: ``calls`` or ``tokens``."""
+        self._fields[name] = self.file(name, json.loads(path.read_text(encoding="utf-8")))
 
 
 class StoringSource(NothingOpen):
     """A source whose every outcome is kept: traces, and refusals as refusals.
 
-    :param directory: ``rust_outputs/<version>``; emptied first.
     :raises CandidateError: the source is not a candle-mi that can be named.
     """
 
-    def __init__(self, source: Source, directory: Path) -> None:
+    def __init__(self, source: Source, store: Storing) -> None:
         if source.identity is None:
             raise CandidateError("only what candle-mi emits is stored")
-        self._source, self._directory = source, directory
+        self._source, self._store = source, store
         self.identity: CandleMi = source.identity
         self.device = source.device
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        write_json(directory / "candidate.json", self.identity.model_dump())
+        store.of(self.identity)
 
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
         """Pass on what the source yields, after it was stored."""
-        target = trace_path(self._directory, subject.case.id, mode)
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             trace = self._source.trace(subject, mode, truth, inputs)
         except EmitterError as error:
-            write_json(target, refusal(subject, self.identity, error))
+            self._refused(subject, mode, error)
             raise
         assert isinstance(trace, Trace)
-        store_trace(trace, subject.case, target)
+        self._store.trace(trace, subject.case, mode)
         return trace
 
     def text_ids(self, subject: Subject) -> TextIds:
         """Pass on the ids of the text, after they were stored; of a refusal, as the outcome of the case."""
-        target = trace_path(self._directory, subject.case.id, "free")
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             asked = self._source.text_ids(subject)
         except EmitterError as error:
-            write_json(target, refusal(subject, self.identity, error))
+            self._refused(subject, "free", error)
             raise
         if asked.ids is not None and subject.case.text is not None:
-            store_text_ids(self._directory, subject, self.identity, asked.ids)
+            tokens = TextTokens(
+                case=subject.case.id,
+                text=subject.case.text,
+                tokenizer_digest=file_digest(subject.model_dir / "tokenizer.json"),
+                ids=asked.ids,
+            )
+            self._store.case(tokens.case)["text"] = self._store.file(text_name(tokens.case), tokens.model_dump())
         return asked
 
-
-def store_text_ids(directory: Path, subject: Subject, identity: CandleMi, ids: list[int]) -> None:
-    """Keep what a candidate's tokenizer made of a case's text."""
-    stored = TextTokens(
-        candle_mi=identity,
-        case=subject.case.id,
-        text=str(subject.case.text),
-        tokenizer_digest=file_digest(subject.model_dir / "tokenizer.json"),
-        ids=ids,
-    )
-    write_json(text_path(directory, subject.case.id), stored.model_dump())
+    def _refused(self, subject: Subject, mode: Mode, error: EmitterError) -> None:
+        refusal = Refusal(kind=error.kind, error=error.message, case=subject.digest)
+        self._store.case(subject.case.id)[mode] = refusal.model_dump()
 
 
-def refusal(subject: Subject, identity: CandleMi, error: EmitterError) -> dict[str, object]:
-    """What stands in place of a trace when a candidate refused the case."""
-    return {
-        "format": REFUSAL_FORMAT,
-        "candle_mi": identity.model_dump(),
-        "case": subject.case.id,
-        "digest": subject.digest,
-        "kind": error.kind,
-        "error": error.message,
-    }
+def write_named(path: Path, text: str) -> str:
+    """Write ``<path>.<digest>.json`` where it is not there yet, and return the digest."""
+    digest = short_digest(text.encode())
+    if not (target := path.with_name(f"{path.name}.{digest}.json")).is_file():
+        atomic.write_text(text, target)
+    return digest
 
 
-def write_json(path: Path, document: object) -> None:
-    durable.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", path)
+def remove_unnamed(outputs: Path) -> None:
+    """Remove what no index of a directory names from its ``traces/``.
+
+    :raises TraceError: an index or a trace cannot be read; nothing is removed then.
+    """
+    traces, kept = outputs / "traces", set()
+    for index in outputs.glob("*.json"):
+        for name in StoredRelease(index).release.files():
+            kept.add(traces / name)
+            kept.update(_files_of(traces / name))
+    for path in list(traces.rglob("*")):
+        if path.is_file() and path not in kept:
+            path.unlink()
+
+
+def _files_of(trace: Path) -> list[Path]:
+    """The safetensors files that a trace refers to."""
+    try:
+        entries = json.loads(trace.read_text(encoding="utf-8")).get("tensors", [])
+    except (OSError, ValueError) as error:
+        raise TraceError(f"{trace}: {error}") from error
+    return [trace.with_name(entry["file"]) for entry in entries]
 
 
 def stored_selection(names: list[str]) -> set[str]:
@@ -109,54 +201,79 @@ def stored_selection(names: list[str]) -> set[str]:
     return {name for name in names if name not in layer_of or layer_of[name] in kept}
 
 
-def store_trace(trace: Trace, case: Case, target: Path) -> None:
-    """Copy a trace, whole or in part as its case says.
+def store_trace(trace: Trace, case: Case, name: str, traces: Path) -> str:
+    """Write a trace without what the index says, and the tensors that no other trace of this case and mode has.
 
-    :param target: the JSON file to write; its safetensors is named after it.
+    :param name: ``<family>/<case>``, or ``<family>/<case>.forced``.
+    :returns: the digest of its JSON.
     :raises TraceError: when what was written does not read back as the same numbers.
     """
-    import torch
-    from safetensors.torch import save_file  # numpy has no bfloat16
+    import torch  # numpy has no bfloat16
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tensors_file = target.with_suffix(".safetensors")
-    document = trace.document.model_dump(exclude_none=False)
     names = list(trace.entries)
     selection = set(names) if case.stored == "whole" else stored_selection(names)
     arrays: dict[str, np.ndarray] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    entries = []
-    for entry in document["tensors"]:
-        if entry["name"] not in selection:
+    new: dict[str, torch.Tensor] = {}
+    places = stored_places(traces / name)
+    entries: list[dict[str, Any]] = []
+    for entry in trace.entries.values():
+        if entry.name not in selection:
             continue
-        array, part = trace.tensor(entry["name"]), None
+        array, part = trace.tensor(entry.name), None
         if case.stored == "part":
-            array, part = _part(entry["name"], array)
-        array = np.ascontiguousarray(array)
-        arrays[entry["name"]] = array
-        tensor = torch.from_numpy(array).to(getattr(torch, entry["dtype"]))
-        tensors[entry["name"]] = tensor
+            array, part = _part(entry.name, array)
+        arrays[entry.name] = array = np.ascontiguousarray(array)
+        tensor = torch.from_numpy(array).to(getattr(torch, entry.dtype))
+        digest = hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+        content = digest, entry.dtype, array.shape
+        if content not in places:
+            places[content] = ("", entry.name)
+            new[entry.name] = tensor
         entries.append(
             {
-                "name": entry["name"],
+                "name": entry.name,
                 "shape": list(array.shape),
-                "dtype": entry["dtype"],
-                "sha256": hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest(),
+                "dtype": entry.dtype,
+                "sha256": digest,
                 "nonfinite": int(np.count_nonzero(~np.isfinite(array))),
-                "file": tensors_file.name,
-                "key": entry["name"],
+                "file": places[content][0],
+                "key": places[content][1],
                 **({"part": part} if part else {}),
             }
         )
-    partial = tensors_file.with_name(f".{tensors_file.name}.partial")
-    try:
-        save_file(tensors, partial)
-        durable.put(partial, tensors_file)
-    finally:
-        partial.unlink(missing_ok=True)
-    document["tensors"] = entries
-    write_json(target, document)
-    _read_back(target, arrays)
+    file = _write_tensors(new, traces / name) if new else ""
+    for item in entries:
+        item["file"] = item["file"] or file
+    document = trace.document.model_dump()
+    made_by = {key: document["header"].pop(key) for key in MadeBy.model_fields}
+    del document["run"]
+    digest = write_named(traces / name, readable(document | {"tensors": entries}))
+    _read_back(traces / f"{name}.{digest}.json", made_by, arrays)
+    return digest
+
+
+def stored_places(path: Path) -> dict[tuple[str, str, tuple[int, ...]], Place]:
+    """Where the tensors of the stored traces of a case and mode are, by sha256, dtype and shape.
+
+    :param path: the name of the traces without its digest.
+    """
+    found: dict[tuple[str, str, tuple[int, ...]], Place] = {}
+    own = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{12}}\.json")
+    for trace in sorted(each for each in path.parent.glob("*.json") if own.fullmatch(each.name)):
+        for entry in json.loads(trace.read_text(encoding="utf-8"))["tensors"]:
+            content = entry["sha256"], entry["dtype"], tuple(entry["shape"])
+            found.setdefault(content, (entry["file"], entry["key"]))
+    return found
+
+
+def _write_tensors(tensors: dict[str, Any], path: Path) -> str:
+    """Write ``<path>.<digest>.safetensors``, and return its name."""
+    from safetensors.torch import save
+
+    content = save(tensors)
+    target = path.with_name(f"{path.name}.{short_digest(content)}.safetensors")
+    atomic.write_bytes(content, target)
+    return target.name
 
 
 def _part(name: str, array: np.ndarray) -> tuple[np.ndarray, dict[str, object]]:
@@ -173,12 +290,11 @@ def _part(name: str, array: np.ndarray) -> tuple[np.ndarray, dict[str, object]]:
     }
 
 
-def _read_back(target: Path, arrays: dict[str, np.ndarray]) -> None:
+def _read_back(target: Path, made_by: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Writers of tensors have stored memory order for logical order; what is on disk is what counts."""
-    again = Trace(target)
+    again = Trace(target, made_by)
     for name, array in arrays.items():
         if not np.array_equal(again.tensor(name), array, equal_nan=True):
             raise TraceError(f"{target}: {name} did not read back as it was written")
-    with safe_open(target.with_suffix(".safetensors"), framework="pt") as file:
-        if set(file.keys()) != set(arrays):
-            raise TraceError(f"{target}: tensors appeared or vanished while writing")
+    if set(again.entries) != set(arrays):
+        raise TraceError(f"{target}: tensors appeared or vanished while writing")

@@ -20,6 +20,7 @@ from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.models.prepared_case import tokenizer
 from candle_mi_parity.spec.paths import FIXTURES
+from candle_mi_parity.trace.release import StoredRelease, text_name
 from candle_mi_parity.trace.trace import CandleMi, read_json
 
 TIMEOUT_SECONDS = 120.0
@@ -63,7 +64,6 @@ class TextTokens(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format: Literal["candle-mi-parity/text/1"] = "candle-mi-parity/text/1"
-    candle_mi: CandleMi
     case: str
     text: str
     tokenizer_digest: str
@@ -115,28 +115,43 @@ def text_ids(emitter: EmitterProcess, identity: CandleMi, model_dir: Path, text:
     return TextIds(ids)
 
 
-def stored_text_ids(path: Path, identity: CandleMi, case: str, text: str, model_dir: Path) -> TextIds:
+def stored_text_ids(stored: StoredRelease, case: str, text: str, model_dir: Path) -> TextIds:
     """The ids that were stored for a case.
 
     :raises TraceError: they are of another candle-mi, text or tokenizer.
     """
-    if not path.is_file():
+    found = stored.release.cases.get(case)
+    if found is None or found.text is None:
         return TextIds(why="its ids are not stored for this case")
     try:
-        stored = TextTokens.model_validate(read_json(path))
+        tokens = TextTokens.model_validate(stored.document(text_name(case), found.text))
     except ValidationError as error:
-        raise TraceError(f"{path}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from error
-    digest = file_digest(model_dir / "tokenizer.json")
-    found = (stored.candle_mi, stored.case, stored.text, stored.tokenizer_digest)
-    if found != (identity, case, text, digest):
-        raise TraceError(f"{path}: the ids are of another candle-mi, case, text or tokenizer.json")
-    return TextIds(stored.ids)
+        raise TraceError(f"{stored.index}: {case}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from error
+    expected = (case, text, file_digest(model_dir / "tokenizer.json"))
+    if (tokens.case, tokens.text, tokens.tokenizer_digest) != expected:
+        raise TraceError(f"{stored.index}: the ids of {case} are of another case, text or tokenizer.json")
+    return TextIds(tokens.ids)
 
 
 def read_tokens(path: Path) -> Tokens:
     """:raises TraceError: not such a file."""
+    return _tokens(path, read_json(path))
+
+
+def stored_tokens(index: Path) -> Tokens:
+    """The tokenised corpus of a stored release.
+
+    :raises TraceError: none is stored, or it is not one.
+    """
+    stored = StoredRelease(index)
+    if stored.release.tokens is None:
+        raise TraceError(f"{index}: the corpus is not stored")
+    return _tokens(index, stored.document("tokens", stored.release.tokens, "emitter", "candle_mi"))
+
+
+def _tokens(path: Path, document: object) -> Tokens:
     try:
-        return Tokens.model_validate(read_json(path))
+        return Tokens.model_validate(document)
     except ValidationError as error:
         raise TraceError(f"{path}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from error
 

@@ -32,31 +32,31 @@ def store(
 ) -> None:
     """Emit the cases of a release and keep the outcomes in rust_outputs/; with --cases, of those alone."""
     from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate
+    from candle_mi_parity.candidate.store import Storing
+    from candle_mi_parity.candidate.tokens import emit_tokens
     from candle_mi_parity.cli.run import judge
+    from candle_mi_parity.compare.verdict import Status
+    from candle_mi_parity.models.resolve import model_directory
     from candle_mi_parity.report.terminal import one_line_errors
     from candle_mi_parity.run.run import RunOptions
-    from candle_mi_parity.spec.paths import ROOT
+    from candle_mi_parity.spec.cases import load_cases
+    from candle_mi_parity.spec.paths import OUTPUTS, cache_root
 
     with one_line_errors():
-        if parse_candidate(candidate).kind != "version":
+        if (chosen := parse_candidate(candidate)).kind != "version":
             raise CandidateError(f"only releases are stored, not {candidate}")
-        result = judge(RunOptions(candidate, globs(cases), out, keep=ROOT / "rust_outputs" / candidate, search=0))
-        if not cases:
-            _store_tokens(candidate)
+        with Storing(OUTPUTS / f"{candidate}.json", whole=not cases) as keep:
+            result = judge(RunOptions(candidate, globs(cases), out, keep=keep, search=0))
+            if not result.cases or (lost := [case for case in result.cases if case.status is Status.ERROR]):
+                said = f"{lost[0].id}: {lost[0].error}" if result.cases else "no case ran"
+                raise CandidateError(f"nothing is stored of {candidate}: {said}")
+            if not cases:
+                model = next(case.model for case in load_cases() if case.id == "smollm2/hub")
+                directory = model_directory(model, cache_root())
+                keep.whole_file(
+                    "tokens", emit_tokens(chosen, cache_root(), directory, out.resolve() / "tokens.json", print)
+                )
         print(result.line())
-
-
-def _store_tokens(candidate: str) -> None:
-    """The token ids of the corpus of texts."""
-    from candle_mi_parity.candidate.spelling import parse_candidate
-    from candle_mi_parity.candidate.tokens import emit_tokens
-    from candle_mi_parity.models.resolve import model_directory
-    from candle_mi_parity.spec.cases import load_cases
-    from candle_mi_parity.spec.paths import ROOT, cache_root
-
-    model = next(case.model for case in load_cases() if case.id == "smollm2/hub")
-    target = ROOT / "rust_outputs" / candidate / "tokens.json"
-    emit_tokens(parse_candidate(candidate), cache_root(), model_directory(model, cache_root()), target, print)
 
 
 @maint.command()

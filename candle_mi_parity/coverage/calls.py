@@ -211,10 +211,10 @@ def answers(source: Source, table: CallTable, cache: Path, out: Path) -> Calls:
         return read_calls(source.emitter.emit(request, TIMEOUT_SECONDS))
     if not isinstance(source, StoredSource):
         raise NotStoredError("this candidate is not candle-mi, whose functions are called")
-    path = source.directory / "calls.json"
-    if not path.is_file():
-        raise NotStoredError(f"no answers are stored at {path}; `candle-mi-parity maint store` keeps them")
-    return read_calls(path)
+    stored = source.stored
+    if stored.release.calls is None:
+        raise NotStoredError(f"no answers are stored in {stored.index}; `candle-mi-parity maint store` keeps them")
+    return _calls(stored.index, stored.document("calls", stored.release.calls, "emitter", "candle_mi"))
 
 
 def _run(row: CallRow, directory: Path) -> dict[str, object]:
@@ -224,7 +224,11 @@ def _run(row: CallRow, directory: Path) -> dict[str, object]:
 
 def read_calls(path: Path) -> Calls:
     """:raises TraceError: not such a file."""
+    return _calls(path, read_json(path))
+
+
+def _calls(path: Path, document: object) -> Calls:
     try:
-        return Calls.model_validate(read_json(path))
+        return Calls.model_validate(document)
     except ValidationError as error:
         raise TraceError(f"{path}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from error

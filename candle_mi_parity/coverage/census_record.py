@@ -8,11 +8,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from candle_mi_parity.errors import CensusError
-from candle_mi_parity.spec.paths import ROOT
+from candle_mi_parity.spec.paths import OUTPUTS
 from candle_mi_parity.trace.trace import CandleMi, read_json
 
 FORMAT: Literal["candle-mi-parity/census/1"] = "candle-mi-parity/census/1"
-STORED = ROOT / "rust_outputs" / "census"
+STORED = OUTPUTS / "census"
 
 Reader = Literal["hf", "auto"]
 Outcome = Literal["refused", "same", "different", "not-asked"]

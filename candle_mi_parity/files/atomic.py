@@ -27,15 +27,20 @@ def put(made: Path, target: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a file of UTF-8 whole or not at all, with the permissions of the umask; its directory is made if absent.
+    """The same as :func:`write_bytes`, of UTF-8."""
+    write_bytes(text.encode("utf-8"), path)
+
+
+def write_bytes(content: bytes, path: Path) -> None:
+    """Write a file whole or not at all, with the permissions of the umask; its directory is made if absent.
 
     :raises OSError: the disk is full or read-only.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            file.write(content)
         put(temporary, path)
     finally:  # Ctrl-C too leaves nothing behind
         temporary.unlink(missing_ok=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 from candle_mi_parity import __version__
 from candle_mi_parity.candidate import cuda
 from candle_mi_parity.candidate.sources import Source, open_source, refuse_device
-from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate, stored_dir
-from candle_mi_parity.candidate.store import StoringSource
+from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate, stored_index
+from candle_mi_parity.candidate.store import Storing, StoringSource
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.verdict import CaseResult, Failure, Status
 from candle_mi_parity.coverage.calls_judge import expectations, hold_known, judge_source
@@ -27,7 +27,7 @@ from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import WAITS, Case, load_cases, select
 from candle_mi_parity.spec.explanations import load_explanations
-from candle_mi_parity.spec.paths import ROOT, cache_root, command
+from candle_mi_parity.spec.paths import OUTPUTS, cache_root, command
 
 NOT_REACHED = "not reached: the run ended before it"
 SEARCH_SECONDS = 30.0
@@ -42,7 +42,7 @@ class RunOptions:
     :ivar cases: globs over case ids; none for the default lane.
     :ivar out: where traces and reports go.
     :ivar strict: whether known divergences fail too.
-    :ivar keep: a directory in which what the candidate emits is stored, see :mod:`store`.
+    :ivar keep: where what the candidate emits is stored.
     :ivar device: of the candidate; the truth is always the CPU's.
     :ivar search: seconds that explaining new divergences may take; 0 for no search.
     """
@@ -51,7 +51,7 @@ class RunOptions:
     cases: tuple[str, ...] = ()
     out: Path = Path("build/parity")
     strict: bool = False
-    keep: Path | None = None
+    keep: Storing | None = None
     device: str = "cpu"
     search: float = SEARCH_SECONDS
     cache: Path = field(default_factory=cache_root)
@@ -131,8 +131,10 @@ def _judge_calls(source: Source, options: RunOptions, result: RunResult, progres
     """candle-mi's functions called one by one; where the candidate is stored, their answers are too."""
     progress.note("direct calls")
     held_to = expectations(options.cache)
-    out = (options.keep or options.out / "traces") / "calls.json"
+    out = options.out / "traces" / "calls.json"
     judged = judge_source(source, options.candidate, held_to, options.cache, out)
+    if options.keep and judged.lost is None:
+        options.keep.whole_file("calls", out)
     result.calls = judged.direct
     result.known |= held_to.rows
     if judged.lost is None and source.identity is not None:
@@ -175,7 +177,7 @@ def require_selection(options: RunOptions) -> None:
     candidate = parse_candidate(options.candidate)
     refuse_device(candidate, options.device)
     if candidate.kind == "stored" and not Path(candidate.target).expanduser().is_file():
-        stored_dir(candidate, ROOT)
+        stored_index(candidate, OUTPUTS)
     if candidate.kind == "path" and not (Path(candidate.target).expanduser() / "Cargo.toml").is_file():
         raise CandidateError(f"no Cargo.toml in {candidate.target}; path:DIR is a checkout of candle-mi")
 

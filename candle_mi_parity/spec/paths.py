@@ -9,6 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "fixtures"
+OUTPUTS = ROOT / "rust_outputs"
+"""What the releases of candle-mi emitted."""
 
 
 def cache_root() -> Path:

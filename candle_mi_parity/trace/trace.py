@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,13 +75,18 @@ class CaseRef(Part):
     digest: Digest
 
 
-class Header(Part):
-    """All that decides the numbers; digests are the emitter's own, of the bytes that it read."""
+class MadeBy(Part):
+    """What all traces of a release have in common; stored traces leave it to the index of their release."""
 
     emitter: Text
     candle_mi: CandleMi
     candle: Text
     features: list[Text]
+
+
+class Header(MadeBy):
+    """All that decides the numbers; digests are the emitter's own, of the bytes that it read."""
+
     device: Text
     dtype: Literal["float32", "bfloat16", "float16"]
     case: CaseRef
@@ -139,11 +145,14 @@ class Feature(Part):
 
 
 class Document(Part):
-    """The JSON file."""
+    """The JSON file.
+
+    :ivar run: None in a stored trace.
+    """
 
     format: Literal["candle-mi-parity/trace/1"]
     header: Header
-    run: Run
+    run: Run | None = None
     tokens: list[list[Size]]
     tensors: list[TensorEntry]
     scalars: dict[Text, float]
@@ -243,10 +252,11 @@ class Trace:
     """A trace on disk; tensors are read and verified when they are asked for.
 
     :param path: the JSON file.
+    :param made_by: those fields of :class:`MadeBy` that the file's header may leave out.
     :raises TraceError: unreadable, unknown format, or not what the schema says; names the first place.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, made_by: Mapping[str, object] | None = None) -> None:
         self.path = path
         self.asked: set[str] | None = None
         self._files: dict[str, TensorFile] = {}
@@ -256,6 +266,8 @@ class Trace:
         if found != FORMAT:
             shown = one_line(repr(found)) if isinstance(found, str | int | None) else type(found).__name__
             raise TraceError(f"{path}: format is {shown}, expected {FORMAT!r}")
+        if made_by is not None and isinstance(raw.get("header"), dict):
+            raw["header"] = {**made_by, **raw["header"]}
         try:
             self.document = Document.model_validate(raw)
         except ValidationError as error:

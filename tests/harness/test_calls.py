@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from candle_mi_parity.candidate.sources import StoredSource
+from candle_mi_parity.candidate.store import write_named
 from candle_mi_parity.compare.diff import Diff
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status
-from candle_mi_parity.coverage.calls import Answer, Answered, Calls, load_calls, read_calls
+from candle_mi_parity.coverage.calls import Answer, Answered, Calls, answers, load_calls
 from candle_mi_parity.coverage.calls_compare import compare_call
 from candle_mi_parity.coverage.calls_judge import (
     Expectations,
@@ -30,14 +32,15 @@ from candle_mi_parity.errors import ExplanationError, TraceError
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.report import page, report_model, tables, views_ci
 from candle_mi_parity.run.run import RunOptions, run_cases
-from candle_mi_parity.spec.paths import ROOT, cache_root
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.release import StoredRelease
 from tests.support.results import case, run_of
+from tests.support.stored import INDEX, write_index
 
 TABLE = load_calls()
 ROWS = {row.id: row for row in TABLE.call}
 ARRAYS = {name: array.astype(np.float64) for name, array in TABLE.arrays().items()}
-RELEASE = ROOT / "rust_outputs" / "0.2.2"
-STORED = read_calls(RELEASE / "calls.json")
+STORED = answers(StoredSource(INDEX), TABLE, Path(), Path())
 Values = dict[str, np.ndarray]
 
 
@@ -280,10 +283,12 @@ HALVED = [times(call, 0.5) for call in ("kl/1d", "kl/2d", "kl/3d")]
 
 
 def test_a_run_judges_calls_and_fails_where_a_function_is_broken(tmp_path: Path) -> None:
-    (tmp_path / "candidate.json").write_bytes((RELEASE / "candidate.json").read_bytes())
+    release = StoredRelease(INDEX).release
 
     def ran(calls: Calls | None, *cases: str) -> RunResult:
-        (tmp_path / "calls.json").write_text("{}" if calls is None else json.dumps(calls.model_dump()))
+        document = {} if calls is None else calls.model_dump()
+        digest = write_named(tmp_path / "traces" / "calls", json.dumps(document))
+        write_index(tmp_path, release.model_copy(update={"calls": digest}))
         return run_cases(RunOptions(f"stored:{tmp_path}", cases), [], {}, Progress())
 
     honest, broken, torn = ran(STORED), ran(spoilt(*HALVED)), ran(None)
@@ -293,7 +298,7 @@ def test_a_run_judges_calls_and_fails_where_a_function_is_broken(tmp_path: Path)
     assert ran(STORED, "llama/*").calls is None
     other = ran(STORED.model_copy(update={"candle_mi": STORED.candle_mi.model_copy(update={"version": "0.1.24"})}))
     assert other.calls and "answered by candle-mi 0.1.24" in other.calls.results[0].error
-    (tmp_path / "calls.json").unlink()
+    write_index(tmp_path, release.model_copy(update={"calls": None}))
     left_out = run_cases(RunOptions(f"stored:{tmp_path}"), [], {}, Progress())
     assert left_out.calls and "no answers are stored" in left_out.calls.skipped
 

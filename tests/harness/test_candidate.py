@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
-from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate, stored_dir
+from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate, stored_index
 
 # --- spelling -------------------------------------------------------------------------------------
 
@@ -76,12 +76,14 @@ def test_what_was_probably_meant_is_said(spec: str, meant: str) -> None:
         parse_candidate(spec)
 
 
-def test_stored_versions_lie_in_rust_outputs(tmp_path: Path) -> None:
-    (tmp_path / "rust_outputs" / "0.2.2").mkdir(parents=True)
-    assert stored_dir(parse_candidate("stored:0.2.2"), tmp_path) == tmp_path / "rust_outputs" / "0.2.2"
-    assert stored_dir(parse_candidate(f"stored:{tmp_path}"), tmp_path) == tmp_path
-    with pytest.raises(CandidateError, match=r"stored versions: 0\.2\.2"):
-        stored_dir(parse_candidate("stored:9.9.9"), tmp_path)
+def test_a_stored_version_has_its_index_in_rust_outputs_and_a_directory_its_own(tmp_path: Path) -> None:
+    for name in ("0.10.0", "0.2.2", "release"):
+        (tmp_path / f"{name}.json").touch()
+    assert stored_index(parse_candidate("stored:0.2.2"), tmp_path) == tmp_path / "0.2.2.json"
+    assert stored_index(parse_candidate(f"stored:{tmp_path}"), tmp_path / "other") == tmp_path / "release.json"
+    for spec in ("stored:9.9.9", f"stored:{tmp_path / 'absent'}"):
+        with pytest.raises(CandidateError, match=r"stored versions: 0\.2\.2, 0\.10\.0"):
+            stored_index(parse_candidate(spec), tmp_path)
 
 
 # --- an emitter that lies -------------------------------------------------------------------------

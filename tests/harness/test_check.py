@@ -44,8 +44,8 @@ from candle_mi_parity.trace.truth import Truth
 from tests.support.command import command, one_line
 from tests.support.planting import CASES, Arrays, changed_model, real, rerun
 from tests.support.results import HOSTILE
+from tests.support.stored import INDEX
 
-STORED = ROOT / "rust_outputs" / "0.2.2"
 FAMILIES = {
     "llama": 16,
     "gemma2": 14,
@@ -64,7 +64,7 @@ class Hers(NothingOpen):
     """What is stored of a case of the table, under the user's own name for it."""
 
     def __init__(self, case: Case) -> None:
-        self._case, self._stored = case, StoredSource(STORED)
+        self._case, self._stored = case, StoredSource(INDEX)
         self.identity = self._stored.identity
 
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
@@ -94,7 +94,7 @@ def hers(case: Case, out: Path) -> CheckResult:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sentence_names_the_explanation_of_every_known_divergence(family: str, tmp_path: Path) -> None:
-    table, stored = load_explanations(), StoredSource(STORED)
+    table, stored = load_explanations(), StoredSource(INDEX)
     rows = {row.id: row for row in table.explanation}
     seen = 0
     for case in CASES.values():

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import ROOT, cache_root
 from tests.support.command import Done, command, one_line, process
 from tests.support.full_disk import largest_file
+from tests.support.stored import stored_copy
 
 
 def run(tmp_path: Path, *arguments: str) -> Done:
@@ -58,13 +60,11 @@ def test_a_known_divergence_is_named_in_the_line_and_fails_when_strict(tmp_path:
 
 def test_a_tampered_trace_fails_with_the_command_that_shows_it_again(tmp_path: Path) -> None:
     stored = tmp_path / "stored"
-    (stored / "llama").mkdir(parents=True)
-    source = ROOT / "rust_outputs" / "0.2.2"
-    (stored / "candidate.json").write_bytes((source / "candidate.json").read_bytes())
-    (stored / "llama" / "hub.safetensors").write_bytes((source / "llama" / "hub.safetensors").read_bytes())
-    document = json.loads((source / "llama" / "hub.json").read_text())
-    document["tensors"] = [entry for entry in document["tensors"] if entry["name"] != "blocks.1.mlp.hook_pre"]
-    (stored / "llama" / "hub.json").write_text(json.dumps(document))
+
+    def drop(document: dict[str, Any], _: object) -> None:
+        document["tensors"] = [entry for entry in document["tensors"] if entry["name"] != "blocks.1.mlp.hook_pre"]
+
+    stored_copy(stored, "llama/hub", drop)
     done = run(tmp_path, "--candidate", f"stored:{stored}", "--cases", "llama/hub")
     assert done.returncode == 1, done.stdout
     assert "blocks.1.mlp.hook_pre: FAIL (missing)" in done.stdout

@@ -5,6 +5,7 @@ The sets are asserted exactly, in both directions.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
@@ -12,16 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from candle_mi_parity.candidate.spelling import stored_releases
 from candle_mi_parity.spec.cases import SaeFile, TinyModel, load_cases, select
 from candle_mi_parity.spec.explanations import load_explanations
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.hook_points import LAYER_POINTS
-from candle_mi_parity.spec.paths import FIXTURES, ROOT
+from candle_mi_parity.spec.paths import FIXTURES, OUTPUTS, ROOT
+from candle_mi_parity.trace.release import StoredRelease, short_digest
 from tests.support.goldens import has_golden
 
 CASES = load_cases()
 DEFAULT = select(CASES, [])
-VERSIONS = [path.parent for path in (ROOT / "rust_outputs").glob("*/candidate.json")]
+VERSIONS = stored_releases(OUTPUTS)
 
 NO_ORACLE = {
     "Dream": "transformers has no such model",
@@ -61,20 +64,26 @@ def test_every_fixture_file_belongs_to_something() -> None:
     assert there == used | tables | makers
 
 
-@pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
-def test_every_stored_file_is_a_case_and_every_case_is_stored(version: Path) -> None:
-    ids = {case.id for case in DEFAULT}
-    stored = {str(path.relative_to(version)) for path in version.rglob("*") if path.is_file()} - {
-        "candidate.json",
-        "tokens.json",
-        "calls.json",
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_case_is_stored_and_every_stored_outcome_is_of_a_case(version: str) -> None:
+    stored = StoredRelease(OUTPUTS / f"{version}.json").release
+    assert set(stored.cases) == {case.id for case in DEFAULT}
+    assert all(case.free is not None for case in stored.cases.values()) and stored.calls and stored.tokens
+
+
+def test_every_stored_file_is_named_by_an_index_and_bears_its_digest() -> None:
+    traces = OUTPUTS / "traces"
+    there = {path for path in traces.rglob("*") if path.is_file()}
+    named = {
+        traces / name for version in VERSIONS for name in StoredRelease(OUTPUTS / f"{version}.json").release.files()
     }
-    names = {re.sub(r"(\.forced)?\.(json|safetensors)$", "", name) for name in stored}
-    assert names == ids
+    tensors = {path.with_name(e["file"]) for path in named for e in json.loads(path.read_text()).get("tensors", [])}
+    assert there == named | tensors
+    assert [path for path in there if path.suffixes[-2] != f".{short_digest(path.read_bytes())}"] == []
 
 
 def test_every_explanation_is_of_a_stored_release() -> None:
-    assert set(load_explanations().releases) == {version.name for version in VERSIONS}
+    assert set(load_explanations().releases) == set(VERSIONS)
 
 
 @pytest.mark.rust

@@ -22,9 +22,10 @@ from candle_mi_parity.files.cache import publish
 from candle_mi_parity.files.json_out import ReportError, write_text
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
-from candle_mi_parity.spec.paths import ROOT, cache_root
+from candle_mi_parity.spec.paths import cache_root
 from tests.support.full_disk import largest_file
 from tests.support.planting import CASES, real
+from tests.support.stored import stored_copy
 
 CASE = CASES["llama/hub"]
 SPEC = "0.2.2"
@@ -101,11 +102,9 @@ def test_a_full_disk_for_the_trace_costs_one_case(limited: Callable[[int, str], 
 # --- truncated files, a full disk -----------------------------------------------------------------
 
 
-def stored_copy(tmp_path: Path) -> Source:
-    """The stored release as a directory of its own, from which files may vanish."""
-    for name in ("candidate.json", "llama/hub.json", "llama/hub.safetensors"):
-        (tmp_path / "stored" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "stored" / name).write_bytes((ROOT / "rust_outputs" / SPEC / name).read_bytes())
+def stored_source(tmp_path: Path) -> Source:
+    """One case of the stored release in a directory of its own, from which files may vanish."""
+    stored_copy(tmp_path / "stored", CASE.id)
     return open_source(parse_candidate(f"stored:{tmp_path / 'stored'}"), cache_root(), tmp_path, print)
 
 
@@ -139,7 +138,7 @@ FILES = ["truth.safetensors", "inputs.safetensors", "model.safetensors", "config
 def test_a_truncated_cache_entry_is_an_error_until_it_is_deleted(
     tmp_path: Path, cache: Path, name: str, share: float
 ) -> None:
-    source, path = stored_copy(tmp_path), cached(cache, name)
+    source, path = stored_source(tmp_path), cached(cache, name)
     os.truncate(path, int(path.stat().st_size * share))
     error_of(judged(source, cache))
     empty(path.parent)
@@ -148,7 +147,7 @@ def test_a_truncated_cache_entry_is_an_error_until_it_is_deleted(
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_full_disk_for_the_cache_is_an_error_and_leaves_nothing(tmp_path: Path, cache: Path, name: str) -> None:
-    source, path = stored_copy(tmp_path), cached(cache, name)
+    source, path = stored_source(tmp_path), cached(cache, name)
     size = path.stat().st_size
     empty(path.parent)
     with largest_file(size - 1):

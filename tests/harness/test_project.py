@@ -13,8 +13,9 @@ import yaml
 from packaging.requirements import Requirement
 
 from candle_mi_parity.candidate.plan import EMITTER
+from candle_mi_parity.candidate.spelling import stored_releases
 from candle_mi_parity.cli.cli import app
-from candle_mi_parity.spec.paths import ROOT
+from candle_mi_parity.spec.paths import OUTPUTS, ROOT
 
 LOCKS = [EMITTER / "Cargo.lock", *sorted((EMITTER / "locks").glob("*.lock"))]
 WORKFLOWS = {
@@ -33,7 +34,7 @@ def unlocked(packages: list[dict[str, Any]]) -> list[str]:
 
 
 def test_every_release_has_a_lock_and_the_default_one_is_the_crates() -> None:
-    releases = {path.parent.name for path in (ROOT / "rust_outputs").glob("*/candidate.json")}
+    releases = set(stored_releases(OUTPUTS))
     assert {lock.stem for lock in LOCKS[1:]} == releases
     assert LOCKS[0].read_bytes() == (EMITTER / "locks" / "0.2.2.lock").read_bytes()
 

@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,12 @@ import pytest
 from candle_mi_parity.candidate import cargo
 from candle_mi_parity.cli import cli
 from candle_mi_parity.errors import Stopped
-from candle_mi_parity.spec.paths import ROOT, cache_root
+from candle_mi_parity.spec.cases import load_cases
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.release import StoredRelease
+from tests.support.stored import INDEX, as_emitted
 
-STORED = ROOT / "rust_outputs" / "0.2.2"
+HUB = [case.id for case in load_cases() if fnmatch(case.id, "[gl]*/hub")]
 TOKEN = "PARITY_TEST_TOKEN"
 
 EMITTER = """#!{python}
@@ -44,7 +48,7 @@ from candle_mi_parity.candidate import sources
 from candle_mi_parity.candidate.build import BuiltEmitter
 from candle_mi_parity.cli.cli import main
 
-identity = json.loads(Path({identity!r}).read_text())
+identity = json.loads({identity!r})
 sources.build = lambda *_: BuiltEmitter(Path({emitter!r}), {{"candle_mi": identity}})
 main()
 """
@@ -80,9 +84,12 @@ class Run:
     def __init__(self, directory: Path, hang: str) -> None:
         self.out, self.hung, self.token = directory / "out", directory / "hung", uuid.uuid4().hex
         emitter = directory / "emitter"
-        emitter.write_text(EMITTER.format(python=sys.executable, stored=str(STORED), hung=str(self.hung), hang=hang))
+        for case_id in HUB:
+            as_emitted(directory / "stored", case_id)
+        stored = str(directory / "stored")
+        emitter.write_text(EMITTER.format(python=sys.executable, stored=stored, hung=str(self.hung), hang=hang))
         emitter.chmod(0o755)
-        code = COMMAND.format(identity=str(STORED / "candidate.json"), emitter=str(emitter))
+        code = COMMAND.format(identity=StoredRelease(INDEX).release.candle_mi.model_dump_json(), emitter=str(emitter))
         arguments = ["run", "--candidate", "0.2.2", "--cases", "[gl]*/hub", "--out", str(self.out)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments],

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import NothingOpen, StoredSource
 from candle_mi_parity.candidate.spelling import CandidateError
-from candle_mi_parity.candidate.store import StoringSource, store_trace, stored_selection
+from candle_mi_parity.candidate.store import (
+    Storing,
+    StoringSource,
+    remove_unnamed,
+    stored_selection,
+    write_named,
+)
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.verdict import TensorResult
-from candle_mi_parity.errors import TraceError
+from candle_mi_parity.errors import Stopped, TraceError
 from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.spec.paths import OUTPUTS
+from candle_mi_parity.trace.release import StoredCase, StoredRelease
 from candle_mi_parity.trace.trace import Trace
 from candle_mi_parity.trace.truth import Truth
-from tests.support.planting import RELEASE, Real, failures, real, write
+from tests.support.planting import CASES, RELEASE, Real, failures, real, write
+from tests.support.stored import write_index
 
 
 class Emitting(NothingOpen):
@@ -45,18 +53,26 @@ def in_part(there: Real) -> Real:
     return replace(there, subject=replace(there.subject, case=case))
 
 
-def stored(tmp_path: Path, there: Real, error: EmitterError | None = None) -> Path:
-    """``rust_outputs/<version>`` with one case in it."""
-    source = StoringSource(Emitting(write(tmp_path / "emitted", there), error), tmp_path / "kept")
-    try:
-        source.trace(there.subject, "free", there.truth, there.inputs)
-    except EmitterError:
-        assert error is not None
-    return tmp_path / "kept"
+def stored(directory: Path, there: Real, error: EmitterError | None = None, whole: bool = True) -> Path:
+    """The index of a release in a directory, in which one case is stored."""
+    index = directory / "outputs" / "0.2.2.json"
+    with Storing(index, whole) as keep:
+        source = StoringSource(Emitting(write(directory / "emitted", there), error), keep)
+        try:
+            source.trace(there.subject, "free", there.truth, there.inputs)
+        except EmitterError:
+            assert error is not None
+    return index
 
 
-def reopened(directory: Path, there: Real) -> Trace:
-    return StoredSource(directory).trace(there.subject, "free", there.truth, there.inputs)
+def reopened(index: Path, there: Real) -> Trace:
+    return StoredSource(index).trace(there.subject, "free", there.truth, there.inputs)
+
+
+def files(index: Path) -> set[str]:
+    """What lies in the directory of an index beside it and the lock."""
+    names = {str(path.relative_to(index.parent)) for path in index.parent.rglob("*") if path.is_file()}
+    return names - {index.name, ".lock"}
 
 
 def results(trace: Trace, there: Real) -> list[TensorResult]:
@@ -105,46 +121,163 @@ def test_a_fault_in_the_kept_part_is_caught(tmp_path: Path, name: str) -> None:
     arrays = there.arrays
     arrays[name][0, 23, int(arrays[name][0, 23].argmax())] *= np.float32(1.01)
     emitted = write(tmp_path / "emitted", there, arrays)
-    store_trace(Trace(emitted), there.subject.case, tmp_path / "kept.json")
-    assert failures(results(Trace(tmp_path / "kept.json"), there)) == [name]
+    with Storing(tmp_path / "0.2.2.json", whole=True) as keep:
+        StoringSource(Emitting(emitted), keep).trace(there.subject, "free", there.truth, there.inputs)
+    assert failures(results(reopened(tmp_path / "0.2.2.json", there), there)) == [name]
 
 
 def test_a_tensor_missing_from_a_part_is_missed(tmp_path: Path) -> None:
     there = in_part(real("llama/hub"))
-    path = stored(tmp_path, there) / "llama" / "hub.json"
-    edit(path, lambda document: document["tensors"].pop(5))
-    (name,) = failures(results(Trace(path), there))
-    assert name == list(there.arrays)[5]
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = tmp_path / "outputs" / sorted(name for name in files(stored(tmp_path, there)) if name.endswith(".json"))[0]
     document = json.loads(path.read_text())
-    change(document)
-    path.write_text(json.dumps(document))
+    document["tensors"].pop(5)
+    release = StoredRelease(tmp_path / "outputs" / "0.2.2.json").release
+    digest = write_named(path.parent / "hub", json.dumps(document))
+    changed = release.model_copy(update={"cases": {"llama/hub": StoredCase(free=digest)}})
+    (name,) = failures(results(reopened(write_index(tmp_path / "outputs", changed), there), there))
+    assert name == list(there.arrays)[5]
 
 
 def test_a_refusal_is_stored_and_comes_back_as_a_refusal(tmp_path: Path) -> None:
     there, error = real("llama/hub"), EmitterError("model", "unsupported rope_type")
-    directory = stored(tmp_path, there, error)
+    index = stored(tmp_path, there, error)
+    assert files(index) == set(), "a refusal is a line of the index"
     with pytest.raises(EmitterError, match="model: unsupported rope_type"):
-        reopened(directory, there)
-    edit(directory / "llama" / "hub.json", lambda d: d.update(digest="0" * 64))
-    with pytest.raises(TraceError, match="a refusal of another case"):
-        reopened(directory, there)
-    edit(directory / "llama" / "hub.json", lambda d: d.update(extra=1))
-    with pytest.raises(TraceError, match="keys"):
-        reopened(directory, there)
+        reopened(index, there)
+    text = index.read_text()
+    index.write_text(text.replace(there.subject.digest, "0" * 64))
+    with pytest.raises(TraceError, match="the refusal of llama/hub is of another case"):
+        reopened(index, there)
+    index.write_text(text.replace('"kind"', '"extra": 1, "kind"'))
+    with pytest.raises(TraceError, match=r"0\.2\.2\.json: cases\.llama/hub\.free"):
+        reopened(index, there)
 
 
 def test_what_is_not_stored_is_one_line(tmp_path: Path) -> None:
-    directory = stored(tmp_path, real("llama/hub"))
+    index = stored(tmp_path, real("llama/hub"))
     with pytest.raises(TraceError, match=r"nothing is stored for gemma2/hub \(free\)"):
-        reopened(directory, real("gemma2/hub"))
-    (directory / "candidate.json").write_text('{"version": "0.2.2"}')
-    with pytest.raises(TraceError, match=r"candidate\.json"):
-        StoredSource(directory)
+        reopened(index, real("gemma2/hub"))
+    index.write_text('{"version": "0.2.2"}')
+    with pytest.raises(TraceError, match=r"0\.2\.2\.json: "):
+        StoredSource(index)
 
 
 def test_only_what_candle_mi_emits_is_stored(tmp_path: Path) -> None:
-    with pytest.raises(CandidateError, match="only what candle-mi emits"):
-        StoringSource(TorchSource(), tmp_path / "kept")
+    with pytest.raises(CandidateError, match="only what candle-mi emits"), Storing(tmp_path / "x.json", True) as keep:
+        StoringSource(TorchSource(), keep)
+    assert not (tmp_path / "x.json").exists()
+
+
+# --- what releases share
+
+
+@pytest.mark.parametrize("version", ["0.2.2", "0.1.6"])
+def test_a_release_of_equal_numbers_costs_its_index_alone(tmp_path: Path, version: str) -> None:
+    outputs = tmp_path / "outputs"
+    (outputs / "llama").mkdir(parents=True)
+    source = StoredSource(OUTPUTS / f"{version}.json")
+    chosen = ["llama/hub", "llama/v5", "llama/sae-topk"]
+    for release in ("0.2.2", "9.9.9"):
+        before = files(outputs / f"{release}.json")
+        with Storing(outputs / f"{release}.json", whole=True) as keep:
+            keep.of(source.identity)
+            for case_id in chosen:
+                trace = source.stored.trace(case_id, "free")
+                assert isinstance(trace, Trace)
+                whole = CASES[case_id].model_copy(update={"stored": "whole"})
+                keep.trace(trace, whole, "free")
+        after = files(outputs / f"{release}.json")
+    assert before - {"0.2.2.json"} == after - {"0.2.2.json"} and len(after) == 1 + 2 * len(chosen)
+    first, second = ((outputs / f"{release}.json").read_text() for release in ("0.2.2", "9.9.9"))
+    assert first == second
+
+
+def test_of_a_changed_trace_only_the_changed_tensor_is_stored(tmp_path: Path) -> None:
+    there = real("llama/hub")
+    index = stored(tmp_path, there)
+    before = files(index)
+    arrays = there.arrays
+    arrays["logits"][0, 3, 5] += 1
+    with Storing(index.with_name("0.3.0.json"), whole=True) as keep:
+        emitted = write(tmp_path / "emitted", there, arrays)
+        StoringSource(Emitting(emitted), keep).trace(there.subject, "free", there.truth, there.inputs)
+    new = files(index) - before - {"0.3.0.json"}
+    assert {Path(name).suffix for name in new} == {".json", ".safetensors"} and len(new) == 2
+    (file,) = (index.parent / name for name in new if name.endswith(".safetensors"))
+    assert list(load_file(file)) == ["logits"]
+    trace = reopened(index.with_name("0.3.0.json"), there)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(trace.tensor(name), array, err_msg=name)
+    np.testing.assert_array_equal(reopened(index, there).tensor("logits"), there.arrays["logits"])
+    # The tensors that the later release shares stay when the earlier one goes.
+    index.unlink()
+    remove_unnamed(index.parent)
+    assert len(files(index)) == 4
+    reopened(index.with_name("0.3.0.json"), there).tensor("hook_embed")
+
+
+def test_storing_some_cases_leaves_the_others(tmp_path: Path) -> None:
+    index = stored(tmp_path, real("llama/hub"))
+    before, line = files(index), index.read_text().splitlines()
+    stored(tmp_path, real("gemma2/hub"), whole=False)
+    assert before < files(index)
+    assert {text.rstrip(",") for text in line} <= {text.rstrip(",") for text in index.read_text().splitlines()}
+    refused = EmitterError("model", "no")
+    stored(tmp_path, real("gemma2/hub"), refused, whole=False)
+    assert files(index) == before, "what no index names is removed"
+    other = RELEASE.model_copy(update={"checksum": "b" * 64})
+    with pytest.raises(CandidateError, match="of another candle-mi"), Storing(index, whole=False) as keep:
+        keep.of(other)
+
+
+def test_an_equal_trace_keeps_its_teacher_forced_run(tmp_path: Path) -> None:
+    there = real("llama/hub")
+    index = stored(tmp_path, there)
+    release = StoredRelease(index).release
+    with_forced = release.cases["llama/hub"].model_copy(update={"forced": "0" * 12})
+    forced = index.parent / "traces" / "llama" / f"hub.forced.{'0' * 12}.json"
+    for arrays, kept in ((there.arrays, True), (there.arrays | {"logits": 2 * there.arrays["logits"]}, False)):
+        index.write_text(release.model_copy(update={"cases": {"llama/hub": with_forced}}).text())
+        forced.write_text("{}")
+        with Storing(index, whole=True) as keep:
+            emitted = Emitting(write(tmp_path / "emitted", there, arrays))
+            StoringSource(emitted, keep).trace(there.subject, "free", there.truth, there.inputs)
+        assert (StoredRelease(index).release.cases["llama/hub"].forced is not None) == kept == forced.is_file()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_store_that_breaks_off_leaves_what_there_was(tmp_path: Path, whole: bool) -> None:
+    index = stored(tmp_path, real("llama/hub"))
+    before, text = files(index), index.read_text()
+
+    def broken_off() -> None:
+        with Storing(index, whole) as keep:
+            emitted = Emitting(write(tmp_path / "other", real("gemma2/hub")))
+            there = real("gemma2/hub")
+            StoringSource(emitted, keep).trace(there.subject, "free", there.truth, there.inputs)
+            assert files(index) > before
+            raise Stopped("SIGINT")
+
+    with pytest.raises(Stopped):
+        broken_off()
+    assert files(index) == before and index.read_text() == text
+    (index.parent / "traces" / "left.json").touch()  # by a store that was killed
+    stored(tmp_path, real("llama/hub"), whole=whole)
+    assert files(index) == before and index.read_text() == text
+
+
+def test_one_store_at_a_time(tmp_path: Path) -> None:
+    second = Storing(tmp_path / "0.1.6.json", whole=True)
+    with Storing(tmp_path / "0.2.2.json", whole=True) as first:
+        first.of(RELEASE)
+        with pytest.raises(CandidateError, match="another `maint store`"):
+            second.__enter__()
+
+
+def test_a_damaged_index_removes_nothing(tmp_path: Path) -> None:
+    index = stored(tmp_path, real("llama/hub"))
+    before = files(index)
+    index.write_text("{}")
+    with pytest.raises(TraceError, match=r"0\.2\.2\.json"):
+        remove_unnamed(index.parent)
+    assert files(index) == before

@@ -15,11 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.sources import NothingOpen, Source, StoredSource
-from candle_mi_parity.candidate.store import StoringSource, store_text_ids
+from candle_mi_parity.candidate.store import Storing, StoringSource
 from candle_mi_parity.candidate.tokens import TextIds, text_ids
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.verdict import CaseResult, Status
-from candle_mi_parity.files.json_out import write_json
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.models.prepared_case import Subject, prepare
 from candle_mi_parity.run.diff import Pair, PairedSource
@@ -127,45 +126,45 @@ def test_each_side_of_a_diff_is_asked(tmp_path: Path) -> None:
 # --- what is stored
 
 
-def stored(directory: Path, subject: Subject, ids: list[int]) -> StoredSource:
-    directory.mkdir()
-    write_json(RELEASE.model_dump(), directory / "candidate.json")
-    store_text_ids(directory, subject, RELEASE, ids)
-    return StoredSource(directory)
+def stored(index: Path, subject: Subject, answer: TextIds | EmitterError) -> StoredSource:
+    with Storing(index, whole=True) as keep:
+        source = StoringSource(Asked(answer), keep)
+        if isinstance(answer, TextIds):
+            source.text_ids(subject)
+        else:
+            with pytest.raises(EmitterError):
+                source.text_ids(subject)
+    return StoredSource(index)
 
 
 def test_ids_are_stored_and_read_back(tmp_path: Path) -> None:
     subject = prepare(model(tmp_path / "model"), tmp_path)
-    StoringSource(Asked(TextIds([1, 7])), tmp_path / "kept").text_ids(subject)
-    assert StoredSource(tmp_path / "kept").text_ids(subject) == TextIds([1, 7])
-    (tmp_path / "kept" / "llama" / "text.tokens.json").unlink()
-    asked = StoredSource(tmp_path / "kept").text_ids(subject)
+    index = tmp_path / "kept" / "release.json"
+    assert stored(index, subject, TextIds([1, 7])).text_ids(subject) == TextIds([1, 7])
+    asked = stored(index, subject, TextIds(why="not asked")).text_ids(subject)
     assert asked.ids is None and asked.why
 
 
 def test_a_refused_text_is_stored_as_the_case_s_outcome(tmp_path: Path) -> None:
     subject = prepare(model(tmp_path / "model"), tmp_path)
-    refusing = StoringSource(Asked(EmitterError("model", "tokenizer: no")), tmp_path / "kept")
-    with pytest.raises(EmitterError):
-        refusing.text_ids(subject)
-    again = judged(subject.case, StoredSource(tmp_path / "kept"), tmp_path)
-    assert again.error == "model: tokenizer: no"
+    source = stored(tmp_path / "kept" / "release.json", subject, EmitterError("model", "tokenizer: no"))
+    assert judged(subject.case, source, tmp_path).error == "model: tokenizer: no"
 
 
 def test_stored_ids_of_another_text_or_tokenizer_are_stale(tmp_path: Path) -> None:
     case = model(tmp_path / "model")
     subject = prepare(case, tmp_path)
-    source = stored(tmp_path / "kept", subject, subject.tokens[0])
+    source = stored(tmp_path / "kept" / "release.json", subject, TextIds(subject.tokens[0]))
     other = case.model_copy(update={"text": "The capitals"})
     for stale in (other, model(tmp_path / "other").model_copy(update={"id": case.id})):
         if stale is not other:
             path = tmp_path / "other" / "tokenizer.json"
             path.write_text(path.read_text() + "\n")
         found = judged(stale, source, tmp_path)
-        assert found.status is Status.ERROR and "of another candle-mi, case, text or tokenizer.json" in found.error
-    path = tmp_path / "kept" / "llama" / "text.tokens.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"ids": "none"}))
-    assert "ids" in judged(case, source, tmp_path).error
+        assert found.status is Status.ERROR and "of another case, text or tokenizer.json" in found.error
+    (path,) = (tmp_path / "kept" / "traces").rglob("*.json")
+    path.write_text(path.read_text().replace(": [", ": [7, "))
+    assert "its bytes have sha256" in judged(case, source, tmp_path).error
 
 
 @pytest.mark.rust

@@ -24,7 +24,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.sources import StoredSource
 from candle_mi_parity.compare.verdict import Status, TensorResult
@@ -37,9 +36,9 @@ from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.prepared_case import prepare, tokenizer
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.hooks import load_model
-from candle_mi_parity.spec.paths import ROOT
 from candle_mi_parity.trace.trace import Trace
 from tests.support.planting import judge, real, write
+from tests.support.stored import Edit, stored_copy
 from tests.support.untrusted import CFG, REFERENCE, model, refused, sae_arrays, saelens
 
 # --- random damage --------------------------------------------------------------------------------
@@ -176,23 +175,9 @@ def test_what_is_given_beside_the_tensors_is_compared_or_refused(
     assert not is_read(lambda: judge(there, path)) or Status.FAIL in {one.status for one in judge(there, path)}
 
 
-STORED = ROOT / "rust_outputs" / "0.2.2"
-
-
-def stored_trace(
-    directory: Path, case_id: str, edit: Callable[[dict[str, Any], dict[str, np.ndarray]], object]
-) -> None:
+def stored_trace(directory: Path, case_id: str, edit: Edit) -> None:
     """Read a copy of a stored case of 0.2.2, of which ``edit`` changes document and tensors, as a run does."""
-    there = real(case_id)
-    path = directory / f"{case_id}.json"
-    path.parent.mkdir(parents=True)
-    shutil.copy(STORED / "candidate.json", directory)
-    document = json.loads((STORED / f"{case_id}.json").read_text())
-    tensors = load_file(STORED / f"{case_id}.safetensors")
-    edit(document, tensors)
-    save_file(tensors, path.with_suffix(".safetensors"))
-    path.write_text(json.dumps(document))
-    judge_mode(there.oracle, StoredSource(directory), "free", Progress())
+    judge_mode(real(case_id).oracle, StoredSource(stored_copy(directory, case_id, edit)), "free", Progress())
 
 
 @pytest.mark.parametrize(
