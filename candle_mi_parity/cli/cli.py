@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 import traceback
 from types import FrameType
 
@@ -31,8 +33,12 @@ ERROR = 2
 """The exit code of our own crash and of a stop; Python's and typer's 1 would read as FAIL."""
 
 
+_stopped = threading.Event()
+
+
 def main() -> None:
     """The command."""
+    _stopped.clear()
     try:
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(name) is not signal.SIG_IGN:  # as nohup and a shell's background jobs have it
@@ -44,7 +50,15 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         sys.exit(ERROR)
+    finally:
+        # Python joins the threads of an executor at exit, and the truth that one of them computes may take minutes.
+        others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
+        if _stopped.is_set() and not all(thread.daemon for thread in others):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ERROR)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    _stopped.set()
     raise Stopped(signal.Signals(number).name)

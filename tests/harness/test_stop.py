@@ -75,22 +75,32 @@ def gone(token: str) -> bool:
     return False
 
 
-class Run:
-    """A run in a process of its own, whose emitter answers two cases and hangs in the third.
+SLOW = """
+import time
+from pathlib import Path
+from candle_mi_parity.cli.cli import main
+from candle_mi_parity.oracle.oracle import Oracle
 
-    Two are judged at a time: when the third is asked for, one of the others is judged.
+def truth(self, mode="free"):
+    Path({hung!r}).touch()
+    time.sleep(600)
+
+Oracle.truth = truth
+main()
+"""
+"""A run in which computing a truth takes ten minutes."""
+
+
+class Run:
+    """A run in a process of its own.
+
+    :param code: of the process.
+    :param candidate: what it judges.
     """
 
-    def __init__(self, directory: Path, hang: str) -> None:
+    def __init__(self, directory: Path, code: str, candidate: str) -> None:
         self.out, self.hung, self.token = directory / "out", directory / "hung", uuid.uuid4().hex
-        emitter = directory / "emitter"
-        for case_id in HUB:
-            as_emitted(directory / "stored", case_id)
-        stored = str(directory / "stored")
-        emitter.write_text(EMITTER.format(python=sys.executable, stored=stored, hung=str(self.hung), hang=hang))
-        emitter.chmod(0o755)
-        code = COMMAND.format(identity=StoredRelease(INDEX).release.candle_mi.model_dump_json(), emitter=str(emitter))
-        arguments = ["run", "--candidate", "0.2.2", "--cases", "[gl]*/hub", "--out", str(self.out)]
+        arguments = ["run", "--candidate", candidate, "--cases", "[gl]*/hub", "--out", str(self.out)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments],
             env={**os.environ, "PARITY_CACHE": str(cache_root()), TOKEN: self.token},
@@ -114,6 +124,20 @@ class Run:
         return self.process.communicate(timeout=60)[1]
 
 
+def run_of_an_emitter(directory: Path, hang: str) -> Run:
+    """A run whose emitter answers two cases and hangs in the third.
+
+    Two are judged at a time: when the third is asked for, one of the others is judged.
+    """
+    emitter, stored, hung = directory / "emitter", str(directory / "stored"), str(directory / "hung")
+    for case_id in HUB:
+        as_emitted(directory / "stored", case_id)
+    emitter.write_text(EMITTER.format(python=sys.executable, stored=stored, hung=hung, hang=hang))
+    emitter.chmod(0o755)
+    identity = StoredRelease(INDEX).release.candle_mi.model_dump_json()
+    return Run(directory, COMMAND.format(identity=identity, emitter=str(emitter)), "0.2.2")
+
+
 @pytest.fixture
 def leave_nothing() -> Iterator[list[Run]]:
     runs: list[Run] = []
@@ -129,7 +153,7 @@ def leave_nothing() -> Iterator[list[Run]]:
 def test_a_stop_in_a_hung_case_ends_the_run_and_keeps_its_results(
     leave_nothing: list[Run], tmp_path: Path, number: signal.Signals
 ) -> None:
-    run = Run(tmp_path, "time.sleep(600)")
+    run = run_of_an_emitter(tmp_path, "time.sleep(600)")
     leave_nothing.append(run)
     run.wait_for_the_hang()
     os.killpg(run.process.pid, number)  # as a terminal does
@@ -145,10 +169,23 @@ def test_a_stop_in_a_hung_case_ends_the_run_and_keeps_its_results(
     assert gone(run.token), "a process was left behind"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_does_not_wait_for_a_truth(leave_nothing: list[Run], tmp_path: Path, number: signal.Signals) -> None:
+    run = Run(tmp_path, SLOW.format(hung=str(tmp_path / "hung")), "stored:0.2.2")
+    leave_nothing.append(run)
+    run.wait_for_the_hang()
+    os.kill(run.process.pid, number)
+    said = run.ends()
+    assert run.process.returncode == 2 and "Traceback" not in said
+    told = json.loads((run.out / "report.json").read_text())
+    assert told["fault"] == f"interrupted after 0 of {len(HUB)} cases" and told["fault"] in said
+    assert gone(run.token), "a process was left behind"
+
+
 def test_of_a_killed_run_there_is_no_report_rather_than_an_older_one(
     leave_nothing: list[Run], tmp_path: Path
 ) -> None:
-    run = Run(tmp_path, "sys.stdin.read()")
+    run = run_of_an_emitter(tmp_path, "sys.stdin.read()")
     leave_nothing.append(run)
     run.out.mkdir()
     older = [run.out / name for name in ("report.json", "report.html", "junit.xml", "summary.md")]
