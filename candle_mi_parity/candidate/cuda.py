@@ -28,10 +28,10 @@ def missing(device: str) -> str:
 
     :param device: ``cpu``, ``cuda`` or ``cuda:N``.
     """
-    import torch
-
     if not device.startswith("cuda"):
         return ""
+    import torch
+
     if not torch.cuda.is_available():
         return "no CUDA device: run on a machine with an NVIDIA GPU and its driver"
     number, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
@@ -40,10 +40,10 @@ def missing(device: str) -> str:
 
 def describe(device: str) -> str:
     """The card, its memory, its driver and torch's CUDA; ``none`` where it is not there."""
-    import torch
-
     if not device.startswith("cuda") or missing(device):
         return "none"
+    import torch
+
     card = torch.cuda.get_device_properties(device)
     return f"{card.name}, {_gib(card.total_memory)}, driver {_driver()}, CUDA {torch.version.cuda}"
 
@@ -71,11 +71,11 @@ def strict_float32(device: str) -> Iterator[None]:
 
     :raises DeviceError: a setting did not take, or something inside set it back.
     """
-    import torch
-
     if not device.startswith("cuda"):
         yield
         return
+    import torch
+
     before, workspace = _settings(), os.environ.get(WORKSPACE)
     deterministic, warns = (
         torch.are_deterministic_algorithms_enabled(),

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +50,7 @@ def generated_model(config: dict[str, object], dialect: str, cache: Path, shards
 
 def transformers_version(dialect: str) -> str:
     """The v5 dialect is whatever the installed transformers writes, so its version is part of the content."""
-    if dialect == "hub":
-        return ""
-    import transformers
-
-    return str(transformers.__version__)
+    return "" if dialect == "hub" else version("transformers")
 
 
 def _generate(hub: dict[str, object], dialect: str, shards: int, out: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from candle_mi_parity.errors import CaseTableError, ModelError
+from candle_mi_parity.files.cache import cached
 from candle_mi_parity.files.digest import digest_files, file_digest
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.checkpoint import model_digest, read_config, weight_files, weight_tensors
@@ -23,6 +24,8 @@ from candle_mi_parity.spec.cases import Case, Download, HubModel, RandomTokens, 
 from candle_mi_parity.spec.families import family_of
 from candle_mi_parity.spec.hook_points import hook_names
 
+CONFIG_CHECK = 1
+"""Raise it when what transformers is asked of a config changes: it is part of the key of the cached answer."""
 SPECIAL = 3
 """Ids 0, 1 and 2 are padding, BOS and EOS in the families here."""
 
@@ -68,7 +71,7 @@ def prepare(case: Case, cache: Path) -> Subject:
     # Before transformers sees it: for a type that it has no code of, a config may name code of its own.
     family_of(str(config.get("model_type")))
     _check_sizes(config, model_dir)
-    special = _check_config(model_dir, file_digest(model_dir / "config.json"))
+    special = _check_config(model_dir, file_digest(model_dir / "config.json"), cache)
     tokens = _token_ids(case, model_dir, config)
     _check_tokens(case, tokens[0], _whole_number(config, "vocab_size", model_dir))
     n_layers = _whole_number(config, "num_hidden_layers", model_dir)
@@ -127,14 +130,20 @@ def _elsewhere(sae: SaePlace) -> list[str]:
     return [] if sae.point == "hook_resid_post" else [sae.point]
 
 
-@cache
-def _check_config(model_dir: Path, _digest: str) -> SpecialIds:
+def _check_config(model_dir: Path, digest: str, cache: Path) -> SpecialIds:
     """Ask transformers whether it takes the config, before anything is computed; no code beside it is run.
 
-    Once for each content of the file: many cases share a model.
+    Once for each content of the file and version of transformers, which is then not imported.
 
+    :param digest: of the file.
     :raises ModelError: it does not, or takes it for another class's.
     """
+    key = [CONFIG_CHECK, digest, version("transformers")]
+    return SpecialIds(*cached(cache, "configs", key, lambda: _ask_transformers(model_dir)))
+
+
+def _ask_transformers(model_dir: Path) -> list[int | None]:
+    """The ids of :class:`SpecialIds`."""
     import transformers
 
     with transformers_runs(model_dir):
@@ -149,7 +158,7 @@ def _check_config(model_dir: Path, _digest: str) -> SpecialIds:
     eos = config.eos_token_id  # one, or a list of which any ends a text
     eos = eos[0] if isinstance(eos, list) and eos else eos
     ids = (config.pad_token_id, config.bos_token_id, eos)
-    return SpecialIds(*(value if isinstance(value, int) else None for value in ids))
+    return [value if isinstance(value, int) else None for value in ids]
 
 
 def _check_sizes(config: dict[str, object], model_dir: Path) -> None:
