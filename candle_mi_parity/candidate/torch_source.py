@@ -26,6 +26,7 @@ from candle_mi_parity.oracle.downstream import unembed
 from candle_mi_parity.oracle.hooks import Captured, Edits, forward, load_model, replacing
 from candle_mi_parity.oracle.interventions import edits_of
 from candle_mi_parity.oracle.torch_sae import TorchSae
+from candle_mi_parity.oracle.torch_state import torch_state
 from candle_mi_parity.spec.hook_points import Mode, is_lens
 from candle_mi_parity.trace.trace import Feature, InMemory
 from candle_mi_parity.trace.truth import Truth
@@ -76,7 +77,11 @@ class TorchSource:
         def needed() -> int:
             return sum(math.prod(tensor.shape) for tensor in truth.tensors.values()) * torch.float32.itemsize
 
-        with cuda.strict_float32(self.device), cuda.memory_told(self.device, subject.case.id, needed):
+        with (
+            torch_state(torch.float32),
+            cuda.strict_float32(self.device),
+            cuda.memory_told(self.device, subject.case.id, needed),
+        ):
             return self._trace(subject, mode, truth, inputs)
 
     def _trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
@@ -91,8 +96,7 @@ class TorchSource:
         captured = forward(model, tokens, edits).tensors
         if mode == "free":
             lens = {name: x.to(dtype) for name, x in given.items() if is_lens(name)}
-            with torch.no_grad():
-                captured |= {f"lens.{name}": unembed(model, x) for name, x in lens.items()}
+            captured |= {f"lens.{name}": unembed(model, x) for name, x in lens.items()}
         scalars: dict[str, float] = {}
         top: list[Feature] = []
         if subject.sae_file is not None and subject.case.sae is not None and mode == "free":

@@ -231,14 +231,14 @@ def truth_of(row: CallRow, table: CallTable, cache: Path, formula: Formula | Non
         return _eigen(values, cast(int, row.args["k"])) if row.fn == "pca_top_k" else values
 
     scales = MatmulScales()
-    with Truth64(scales), torch.no_grad():
+    with Truth64(scales):
         inner = once()
     values = finish(inner)
     squares = {name: torch.zeros_like(value) for name, value in values.items()}
     if not row.exact:
         pool = NoisePool(zlib.crc32(row.id.encode()))
         for _ in range(SAMPLES):
-            with RoundingNoise(pool, scales), torch.no_grad():
+            with RoundingNoise(pool, scales):
                 inner = once()
             for name, value in finish(inner).items():
                 squares[name] += (value - values[name]) ** 2 / SAMPLES

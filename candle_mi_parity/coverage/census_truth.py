@@ -114,7 +114,7 @@ def _fits(model: nn.Module, tokens: torch.Tensor, family: Family, logits: torch.
     :param logits: by the class's own attention: ours knows nothing of sinks and the like, and would leave them out.
     """
     try:
-        with Float64(), torch.no_grad():  # type: ignore[no-untyped-call]
+        with Float64():  # type: ignore[no-untyped-call]
             found = hooks.forward(model, tokens, family=family).tensors
     except (ParityError, AttributeError, RuntimeError, TypeError, ValueError, KeyError):
         return False

@@ -78,7 +78,7 @@ def _changed(config: Config, tokens: torch.Tensor) -> tuple[dict[str, list[int]]
     with tempfile.TemporaryDirectory() as scratch:
         directory = generated_model(config, "hub", Path(scratch))
         shapes, model = _weight_shapes(directory), load_model(directory)
-    with Float64(), torch.no_grad():  # type: ignore[no-untyped-call]
+    with Float64():  # type: ignore[no-untyped-call]
         return shapes, {name: tensor.numpy() for name, tensor in forward(model, tokens).tensors.items()}
 
 

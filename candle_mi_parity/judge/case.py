@@ -21,14 +21,14 @@ from candle_mi_parity.judge.known import Evidence, decoder_of, facts_of, known_d
 from candle_mi_parity.judge.notes import other_ids, padding_notes, truth_notes, unexercised
 from candle_mi_parity.models.prepared_case import Subject, prepare
 from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.oracle.torch_state import TORCH
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.explanations import Explanations
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import command
 
-TORCH, EMITTER = Lock(), Lock()
-"""One case at a time: torch's default dtype, under which models are made and loaded, is the whole process's, and two
-models in memory are one too many; an emitter is one process."""
+EMITTER = Lock()
+"""An emitter is one process; one case at a time asks it."""
 
 
 class Progress:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.suspects import hook_point
 from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
-from candle_mi_parity.judge.case import TORCH, Judgement, Progress
+from candle_mi_parity.judge.case import Judgement, Progress
+from candle_mi_parity.oracle.torch_state import TORCH
 from candle_mi_parity.spec.explanations import Explanations
 from candle_mi_parity.trace.trace import CandleMi
 

@@ -44,13 +44,13 @@ def generated_model(config: dict[str, object], dialect: str, cache: Path, shards
 
     :param config: as a hub file has it; with dialect ``v5`` it is written as the installed transformers saves it.
     """
-    key = content_key("tiny", GENERATOR, config, dialect, shards, transformers_version(dialect))
+    key = content_key("tiny", GENERATOR, config, dialect, shards, dialect_key(dialect))
     return publish(cache / "models" / key, lambda out: _generate(config, dialect, shards, out))
 
 
-def transformers_version(dialect: str) -> str:
-    """The v5 dialect is whatever the installed transformers writes, so its version is part of the content."""
-    return "" if dialect == "hub" else version("transformers")
+def dialect_key(dialect: str) -> str:
+    """The v5 dialect is whatever the installed transformers writes, so its version is part of the cache's keys."""
+    return "" if dialect == "hub" else f"saved by {version('transformers')}, which is not in the file"
 
 
 def _generate(hub: dict[str, object], dialect: str, shards: int, out: Path) -> None:
@@ -85,7 +85,11 @@ def _generate(hub: dict[str, object], dialect: str, shards: int, out: Path) -> N
 
 
 def write_config(hub: dict[str, object], dialect: str, out: Path) -> None:
-    """``config.json`` as a hub file has it, or as the installed transformers saves the same configuration."""
+    """``config.json`` as a hub file has it, or as the installed transformers saves the same configuration.
+
+    Without ``transformers_version``, which no model reads: the digests of the model and of its cases would be others
+    with every version.
+    """
     if dialect == "hub":
         (out / "config.json").write_text(json.dumps(hub, indent=2) + "\n", encoding="utf-8")
         return
@@ -94,6 +98,9 @@ def write_config(hub: dict[str, object], dialect: str, out: Path) -> None:
     settings = {name: value for name, value in hub.items() if name != "model_type"}
     with transformers_runs(out):
         transformers.AutoConfig.for_model(str(hub["model_type"]), **settings).save_pretrained(out)
+    saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    del saved["transformers_version"]
+    (out / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def tensor_stretches(name: str, shape: tuple[int, ...], norm_offset: int) -> Iterator[np.ndarray]:

@@ -12,7 +12,7 @@ from candle_mi_parity.errors import ModelError
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.checkpoint import local_path, read_config, require_model
-from candle_mi_parity.models.generate import generated_model, tiny_config, transformers_version, write_config
+from candle_mi_parity.models.generate import dialect_key, generated_model, tiny_config, write_config
 from candle_mi_parity.spec.cases import HubModel, LocalModel, Model, PackageModel, TinyModel
 
 
@@ -28,7 +28,7 @@ def model_directory(model: Model, cache: Path) -> Path:
         from candle_mi_parity.models import smollm2
 
         source = Path(smollm2.__file__).read_text(encoding="utf-8")
-        key = content_key("package", model.package, source, model.dialect, transformers_version(model.dialect))
+        key = content_key("package", model.package, source, model.dialect, dialect_key(model.dialect))
         directory = publish(cache / "models" / key, lambda out: _unpack(model.dialect, out))
     elif isinstance(model, HubModel):
         from candle_mi_parity.models.hub import fetch_model

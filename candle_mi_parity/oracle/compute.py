@@ -146,7 +146,7 @@ class Computation:
         """See :func:`remarks.inner_values`; the range of bfloat16 is float32's, and nothing gets there."""
         if self._subject.case.dtype != "float16":
             return {}
-        with remarks.inner_values(self.model) as largest, Float64(), torch.no_grad():  # type: ignore[no-untyped-call]
+        with remarks.inner_values(self.model) as largest, Float64():  # type: ignore[no-untyped-call]
             run(self.model, tokens, changes)
         return largest
 
@@ -183,7 +183,7 @@ def sample(
         samples of sample − truth), all float64.
     """
     scales = MatmulScales()
-    with Truth64(scales) if samples else Float64(), torch.no_grad():  # type: ignore[no-untyped-call]
+    with Truth64(scales) if samples else Float64():  # type: ignore[no-untyped-call]
         recorder = run(model, tokens, edits)
         values = recorder.tensors | then(recorder.tensors)
     squares = {name: torch.zeros_like(value) for name, value in values.items()}
@@ -192,7 +192,7 @@ def sample(
     while done < samples:
         # Samples as batch rows win while a pass is small (rows × tokens near 160) and lose after.
         rows = max(1, min(samples - done, batch // tokens.numel()))
-        with RoundingNoise(pool, scales, arithmetic), torch.no_grad():
+        with RoundingNoise(pool, scales, arithmetic):
             captured = run(model, tokens.repeat(rows, 1), edits).tensors
             captured = captured | then(captured)
         for name, value in values.items():

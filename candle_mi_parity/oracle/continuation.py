@@ -25,7 +25,7 @@ def _computed(oracle: Oracle, steps: int) -> list[int]:
     ends = ends if isinstance(ends, list) else [ends]
     tokens = list(oracle.subject.tokens[0])
     given = len(tokens)
-    with Float64(), torch.no_grad():  # type: ignore[no-untyped-call]
+    with Float64():  # type: ignore[no-untyped-call]
         while len(tokens) - given < steps:
             logits = forward(oracle.computation.model, torch.tensor([tokens])).tensors["logits"]
             tokens.append(int(logits[0, -1].argmax()))

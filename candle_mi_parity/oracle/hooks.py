@@ -24,6 +24,7 @@ from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.quiet import quiet, transformers_runs
 from candle_mi_parity.oracle.plain import require_loads
 from candle_mi_parity.oracle.rounding import Float64
+from candle_mi_parity.oracle.torch_state import torch_state
 from candle_mi_parity.spec.counterfactual import Variant
 from candle_mi_parity.spec.families import Family, family_of
 
@@ -152,12 +153,10 @@ def load_model(
 
     :raises ModelError: transformers cannot run the config, or the files do not hold the model's weights.
     """
-    before = torch.get_default_dtype()
     attention = attention or our_attention()
     config = model_config(directory, attention)
     try:
-        torch.set_default_dtype(dtype)
-        with _mode_for(dtype), torch.no_grad(), quiet():
+        with torch_state(dtype), _mode_for(dtype), quiet():
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 directory,
                 config=config,
@@ -175,8 +174,6 @@ def load_model(
     except Exception:
         require_loads(directory)
         raise
-    finally:
-        torch.set_default_dtype(before)
     model, report = loaded
     shapes = {name: (tuple(held), tuple(wanted)) for name, held, wanted in report["mismatched_keys"]}
     require_weights(directory, report["missing_keys"], shapes)

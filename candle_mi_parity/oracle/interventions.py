@@ -35,7 +35,7 @@ def drawn_tensors(subject: Subject, model: nn.Module) -> dict[str, np.ndarray]:
     wanted = [(index, edit) for index, edit in enumerate(subject.case.edits) if isinstance(edit, Drawn)]
     if not wanted:
         return {}
-    with Float64(), torch.no_grad():  # type: ignore[no-untyped-call]
+    with Float64():  # type: ignore[no-untyped-call]
         there = forward(model, torch.tensor(subject.tokens)).tensors
     drawn = {}
     for index, edit in wanted:

@@ -27,7 +27,9 @@ A is what the order of a device's sums makes of one term, see :class:`Arithmetic
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
@@ -35,9 +37,11 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.module_tracker import ModuleTracker
 
 from candle_mi_parity.errors import OracleError
 from candle_mi_parity.oracle.arithmetic import CPU_FLOAT32, UNIT, Arithmetic
+from candle_mi_parity.oracle.torch_state import torch_state
 
 _ONE = 1 / math.sqrt(3)
 """Deviation of one rounding in units of the roundoff: a uniform error in ±1."""
@@ -99,7 +103,7 @@ class _AboveDispatch(TorchFunctionMode):
 
 
 class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Every floating result is float64, whatever dtype the code asked for.
+    """Every floating result is float64, whatever dtype the code asked for; no gradients, see :func:`torch_state`.
 
     Integer and boolean results are left alone. Composite operations never reach a dispatch mode under
     ``torch.no_grad``; where one does (``torch.inference_mode``) its inner casts would escape, so it is refused.
@@ -108,17 +112,14 @@ class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __enter__(self) -> Any:
-        self._above = _AboveDispatch(self.narrow)
-        self._above.__enter__()  # type: ignore[no-untyped-call]
-        # An integer tensor times a Python float takes the default dtype (dynamic rotary's sequence length does).
-        self._default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
+        self._around = ExitStack()
+        self._around.enter_context(torch_state(torch.float64))
+        self._around.enter_context(_AboveDispatch(self.narrow))
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        torch.set_default_dtype(self._default)
-        self._above.__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._around.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is_composite(func):
@@ -200,35 +201,62 @@ class NoisePool:
         return flat.view(like.shape).to(like.device) if pieces else torch.zeros_like(like)
 
 
+class MatmulCalls(ModuleTracker):
+    """Names the matmuls of a pass: the innermost module that runs, and which matmul in it this is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def next(self) -> tuple[str, int]:
+        module = max(self.parents - {"Global"}, key=len, default="no module")
+        self.counts[module] += 1
+        return module, self.counts[module]
+
+
 class MatmulScales:
-    """Σa²b² of every matmul of the truth pass, in call order.
+    """Σa²b² of every matmul of the truth pass, by module and call.
 
     The samples differ from the truth by parts in 10⁷, and so do these sums; computing them once, in the truth
     pass, saves a second matmul in each of the samples.
     """
 
     def __init__(self) -> None:
-        self._squares: list[torch.Tensor] = []
+        self._squares: dict[tuple[str, int], torch.Tensor] = {}
 
-    def record(self, squares: torch.Tensor) -> None:
-        self._squares.append(squares)
+    def record(self, call: tuple[str, int], squares: torch.Tensor) -> None:
+        self._squares[call] = squares
 
-    def replay(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function that yields the sums again, repeated over the sample rows of a batched pass."""
-        remaining = iter(self._squares)
+    def replay(self, call: tuple[str, int], out: torch.Tensor) -> torch.Tensor:
+        """The sums of a matmul, repeated over the sample rows of a batched pass.
 
-        def squares_for(out: torch.Tensor) -> torch.Tensor:
-            squares = next(remaining, None)
-            if squares is None or out.shape[0] % squares.shape[0] or out.shape[1:] != squares.shape[1:]:
-                found = "nothing" if squares is None else tuple(squares.shape)
-                raise OracleError(f"a sample's matmul of shape {tuple(out.shape)} met {found} in the truth pass")
-            rows = out.shape[0] // squares.shape[0]
-            return squares.repeat(rows, *[1] * (out.dim() - 1)) if rows > 1 else squares
+        :raises OracleError: the truth pass has no such matmul, or one of another shape.
+        """
+        squares = self._squares.get(call)
+        if squares is None or out.shape[0] % squares.shape[0] or out.shape[1:] != squares.shape[1:]:
+            found = "none there" if squares is None else f"one of shape {tuple(squares.shape)}"
+            where = f"matmul {call[1]} in {call[0]}"
+            raise OracleError(f"{where} of a sample has shape {tuple(out.shape)}; the truth pass has {found}")
+        rows = out.shape[0] // squares.shape[0]
+        return squares.repeat(rows, *[1] * (out.dim() - 1)) if rows > 1 else squares
 
-        return squares_for
+    def require_all(self, calls: MatmulCalls) -> None:
+        """:raises OracleError: a sample left out a matmul of the truth pass."""
+        for module, number in self._squares:
+            if number > calls.counts[module]:
+                raise OracleError(f"matmul {number} in {module} of the truth pass is not in a sample")
 
 
-class Truth64(Float64):  # type: ignore[no-untyped-call]
+class _NamingMatmuls(Float64):  # type: ignore[no-untyped-call]
+    """A pass whose matmuls have names."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        self._calls = self._around.enter_context(MatmulCalls())
+        return entered
+
+
+class Truth64(_NamingMatmuls):  # type: ignore[no-untyped-call]
     """The truth pass: float64, no noise; notes each matmul's Σa²b² for the samples."""
 
     def __init__(self, scales: MatmulScales) -> None:
@@ -241,11 +269,11 @@ class Truth64(Float64):  # type: ignore[no-untyped-call]
             product = torch.mm if name.endswith("mm") and left.dim() == 2 else torch.bmm
             # float32 is enough for the size of a noise, and twice as fast.
             squares = product(*(factor.to(torch.float32, copy=True).square_() for factor in (left, right)))
-            self._scales.record(squares.double())
+            self._scales.record(self._calls.next(), squares.double())
         return out
 
 
-class RoundingNoise(Float64):  # type: ignore[no-untyped-call]
+class RoundingNoise(_NamingMatmuls):  # type: ignore[no-untyped-call]
     """A sample: float64 plus, at every operation, an error of the size of that operation's rounding.
 
     In a model of a narrower format some code asks for float32 (norms, softmax, rotary tables). All tensors being
@@ -255,15 +283,20 @@ class RoundingNoise(Float64):  # type: ignore[no-untyped-call]
 
     :param pool: source of N(0, 1) numbers.
     :param scales: the truth pass's matmul sums.
-    :raises OracleError: on a floating operation that has no rule.
+    :raises OracleError: on a floating operation that has no rule, or where the matmuls are not the truth pass's.
     """
 
     def __init__(self, pool: NoisePool, scales: MatmulScales, arithmetic: Arithmetic = CPU_FLOAT32) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._pool = pool
-        self._squares = scales.replay()
+        self._scales = scales
         self._model_unit = arithmetic.unit
         self._accumulation = arithmetic.accumulation
+
+    def __exit__(self, kind: Any, *exception: Any) -> None:
+        super().__exit__(kind, *exception)
+        if kind is None:
+            self._scales.require_all(self._calls)
 
     def round(self, func: Any, args: Any, out: Any, asked: torch.dtype | None) -> Any:
         name = _name(func)
@@ -306,7 +339,9 @@ class RoundingNoise(Float64):  # type: ignore[no-untyped-call]
     def _noisy(self, func: Any, name: str, args: Any, out: torch.Tensor, unit: float) -> torch.Tensor:
         if name in _MATMULS:
             accumulated = UNIT**2 * args[-1].shape[-2] * self._accumulation
-            variance = (self._squares(out) * accumulated).addcmul_(out, out, value=unit**2 / 3)
+            variance = (self._scales.replay(self._calls.next(), out) * accumulated).addcmul_(
+                out, out, value=unit**2 / 3
+            )
             return out.addcmul_(variance.sqrt_(), self._pool.draw(out))
         if name == "_softmax":
             row = out.select(args[1], 0).unsqueeze(args[1])

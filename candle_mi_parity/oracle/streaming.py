@@ -109,11 +109,10 @@ def load_streamed(directory: Path, dtype: torch.dtype, device: str = "cpu", chun
 
 def _skeleton(directory: Path) -> Any:
     """The model with its buffers in float64 and without its weights."""
-    before, attention = torch.get_default_dtype(), our_attention()
+    attention = our_attention()
     config = model_config(directory, attention)
     try:
-        torch.set_default_dtype(torch.float64)
-        with Float64(), torch.no_grad(), quiet(), no_init_weights(), parameters_on_meta():  # type: ignore[no-untyped-call]
+        with Float64(), quiet(), no_init_weights(), parameters_on_meta():  # type: ignore[no-untyped-call]
             return transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=torch.float64, attn_implementation=attention
             )
@@ -122,8 +121,6 @@ def _skeleton(directory: Path) -> Any:
     except Exception:
         require_runs(directory)
         raise
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _names(directory: Path, model: Any, weights: Weights) -> dict[str, str]:

@@ -323,10 +323,10 @@ class _Check:
 
     def _continued(self, subject: Subject, watched: WatchedSource) -> Judgement:
         """A prompt with what PyTorch appends to it, given to both sides as one."""
-        from candle_mi_parity.judge.case import TORCH
         from candle_mi_parity.models.prepared_case import prepare
         from candle_mi_parity.oracle.continuation import greedy
         from candle_mi_parity.oracle.oracle import Oracle
+        from candle_mi_parity.oracle.torch_state import TORCH
         from candle_mi_parity.run.check_findings import decoder
         from candle_mi_parity.run.check_measures import continuation
 

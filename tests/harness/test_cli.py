@@ -33,20 +33,21 @@ def test_a_clean_case_passes_and_writes_its_report(tmp_path: Path) -> None:
     assert len(report["cases"][0]["tensors"]) == 44
 
 
-def test_a_run_whose_truths_are_there_imports_nothing_that_loads_a_model(tmp_path: Path) -> None:
-    """It takes seconds, and a maintainer runs it after each edit."""
-    subject = prepare(next(case for case in load_cases() if case.id == "llama/hub"), cache_root())
+@pytest.mark.parametrize("case_id", ["llama/hub", "llama/v5"])
+def test_a_run_whose_truths_are_there_needs_neither_torch_nor_transformers(tmp_path: Path, case_id: str) -> None:
+    """It takes a second or two, and a maintainer runs it after each edit."""
+    subject = prepare(next(case for case in load_cases() if case.id == case_id), cache_root())
     Oracle(subject, cache_root()).inputs("free")
-    arguments = ["run", "run", "--candidate", "stored:0.2.2", "--cases", "llama/hub", "--out", str(tmp_path)]
+    arguments = ["run", "run", "--candidate", "stored:0.2.2", "--cases", case_id, "--out", str(tmp_path)]
     code = f"""import sys
 from candle_mi_parity.cli.cli import main
 sys.argv = {arguments}
 try:
     main()
 finally:
-    print("heavy:", *(name for name in ("transformers.modeling_utils", "torch._dynamo") if name in sys.modules))"""
+    print("heavy:", *(name for name in ("transformers", "torch") if name in sys.modules))"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "verdict: PASS" in done.stdout and done.stdout.splitlines()[-1] == "heavy:"
+    assert "verdict: " in done.stdout and done.stdout.splitlines()[-1] == "heavy:"
 
 
 def test_a_known_divergence_is_named_in_the_line_and_fails_when_strict(tmp_path: Path) -> None:

@@ -235,6 +235,21 @@ def test_a_tensor_that_is_too_short_is_an_error(tmp_path: Path) -> None:
         write_safetensors(tmp_path / "ours", {"a": (2,)}, lambda name, shape: iter([np.zeros(1, np.float32)]))
 
 
+def test_the_digest_of_a_saved_config_does_not_depend_on_the_version_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES["llama/v5"]
+    first = prepare(case, tmp_path / "first")
+    assert "transformers_version" not in json.loads((first.model_dir / "config.json").read_text())
+    monkeypatch.setattr(transformers.configuration_utils, "__version__", "9.9.9")
+    monkeypatch.setattr(generate, "version", lambda _: "9.9.9")
+    second = prepare(case, tmp_path / "second")
+    assert first.model_dir.name != second.model_dir.name, "made anew by another version"
+    assert (second.model_digest, second.digest) == (first.model_digest, first.digest)
+    transformers.AutoConfig.from_pretrained(first.model_dir).save_pretrained(tmp_path)
+    assert '"transformers_version": "9.9.9"' in (tmp_path / "config.json").read_text(), "it is what would be written"
+
+
 def test_the_full_size_is_that_of_gemma_2_2b(tmp_path: Path) -> None:
     assert isinstance(FULL.model, TinyModel) and isinstance(FULL.sae, ScopeSae) and FULL.lane == "fullsize"
     write_config(tiny_config(FULL.model), FULL.model.dialect, tmp_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from candle_mi_parity.errors import OracleError
 from candle_mi_parity.oracle import rounding
 from candle_mi_parity.oracle.compute import sample
 from candle_mi_parity.oracle.rounding import Float64, MatmulScales, NoisePool, RoundingNoise, Truth64
+from candle_mi_parity.oracle.torch_state import TORCH, torch_state
 from tests.support.planting import real
 
 Op = Callable[[torch.Tensor], torch.Tensor]
@@ -156,15 +158,63 @@ def test_samples_as_batch_rows_have_the_variance_of_single_ones() -> None:
 
 def test_a_matmul_that_the_truth_pass_did_not_see_is_an_error() -> None:
     x, scales = normal(4, 256), MatmulScales()
-    with torch.no_grad():
-        with Truth64(scales):
-            x @ W
-        with RoundingNoise(NoisePool(0), scales), pytest.raises(OracleError, match=r"\(4, 32\) met \(4, 64\)"):
-            x @ W[:, :32]
-        with RoundingNoise(NoisePool(0), scales):
-            x @ W
-            with pytest.raises(OracleError, match=r"\(4, 64\) met nothing"):
-                x @ W
+    with Truth64(scales):
+        x @ W
+    with pytest.raises(OracleError, match=r"\(4, 32\); the truth pass has one of shape \(4, 64\)"), noise_of(scales):
+        x @ W[:, :32]
+    with pytest.raises(OracleError, match=r"matmul 2 in no module of a sample .* has none there"), noise_of(scales):
+        x @ W + x @ W
+    with pytest.raises(OracleError, match="matmul 1 in no module of the truth pass is not in a"), noise_of(scales):
+        pass
+
+
+def noise_of(scales: MatmulScales) -> RoundingNoise:
+    return RoundingNoise(NoisePool(0), scales)
+
+
+class Pair(torch.nn.Module):
+    """Two matmuls of one shape, of which the second is a thousand times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = (torch.nn.Linear(256, 64, bias=False).double() for _ in range(2))
+        self.large.weight.data = 1000 * self.small.weight.data
+
+    def forward(self, x: torch.Tensor, order: str) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name)(x) for name in order.split()}
+
+
+def test_a_matmul_has_the_scale_of_its_own_module_whatever_the_order() -> None:
+    pair, x, scales = Pair(), normal(8, 256), MatmulScales()
+    with Truth64(scales):
+        truth = pair(x, "small large")
+    for order in ("small large", "large small"):
+        with noise_of(scales):
+            noisy = pair(x, order)
+        errors = {name: rms(noisy[name] - truth[name]) for name in truth}
+        assert errors["large"] / errors["small"] == pytest.approx(1000, rel=0.3)
+    with pytest.raises(OracleError, match=r"matmul 2 in Pair\.small of a sample"), noise_of(scales):
+        pair(x, "small") | pair(x, "small")
+    with pytest.raises(OracleError, match=r"matmul 1 in Pair\.large of the truth pass is not"), noise_of(scales):
+        pair(x, "small")
+
+
+def test_the_state_of_torch_is_set_back_and_is_one_thread_s() -> None:
+    def other() -> bool:
+        """Whether another thread may take it."""
+        with ThreadPoolExecutor(1) as pool:
+            taken = pool.submit(TORCH.acquire, blocking=False).result()
+            if taken:
+                pool.submit(TORCH.release).result()
+        return taken
+
+    before = torch.get_default_dtype()
+    with torch_state(torch.float16):
+        assert torch.get_default_dtype() == torch.float16 and not torch.is_grad_enabled() and not other()
+        with pytest.raises(KeyError), Float64():  # type: ignore[no-untyped-call]
+            raise KeyError(str(torch.get_default_dtype()))
+        assert torch.get_default_dtype() == torch.float16
+    assert torch.get_default_dtype() == before and torch.is_grad_enabled() and other()
 
 
 def test_the_truth_adds_no_noise() -> None:

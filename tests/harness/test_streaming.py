@@ -49,7 +49,7 @@ def run(model: nn.Module, tokens: torch.Tensor) -> tuple[Recorder, list[torch.Te
     """A truth pass, and Σa²b² of each of its matmuls."""
     scales = MatmulScales()
     with Truth64(scales), torch.no_grad():
-        return forward(model, tokens), scales._squares
+        return forward(model, tokens), list(scales._squares.values())
 
 
 def assert_same(found: Captured, expected: Captured) -> None:
