@@ -22,14 +22,8 @@ MODULES = (
     *("spec/counterfactual", "spec/edits", "spec/families", "spec/hook_points"),
     *("models/checkpoint", "models/generate", "models/prepared_case", "models/sae", "models/saelens"),
     *("oracle/compute", "oracle/downstream", "oracle/hooks", "oracle/interventions", "oracle/oracle"),
-    *(
-        "oracle/remarks",
-        "oracle/rounding",
-        "oracle/streaming",
-        "oracle/torch_sae",
-        "oracle/torch_state",
-        "oracle/variants",
-    ),
+    *("oracle/remarks", "oracle/rounding", "oracle/streaming", "oracle/torch_sae"),
+    *("oracle/torch_state", "oracle/variants"),
 )
 """Every module of this package that moves a number of a truth."""
 LIBRARIES = ("torch", "transformers", "numpy")

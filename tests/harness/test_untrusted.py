@@ -194,6 +194,33 @@ def test_a_stored_trace_of_something_else_is_refused(tmp_path: Path, field: str,
     refused(lambda: stored_trace(tmp_path, "llama/hub", lambda d, _: d["header"].update({field: value})))
 
 
+def test_an_index_leads_to_nothing_outside_its_directory_and_to_no_other_bytes(tmp_path: Path) -> None:
+    there = real("llama/hub")
+    index = stored_copy(tmp_path / "stored", "llama/hub")
+    (path,) = index.parent.rglob("hub.*.json")
+    tensors, text, outside = path.with_name("hub.safetensors"), path.read_text(), tmp_path / "outside"
+
+    def read() -> None:
+        judge_mode(there.oracle, StoredSource(index), "free", Progress())
+
+    read()
+    path.write_text(f"{text} ")
+    assert "its bytes have sha256" in refused(read)
+    path.rename(outside)
+    assert "cannot be read" in refused(read)
+    outside.write_text(text)
+    path.symlink_to(outside)
+    assert "is a link that leads out" in refused(read)
+    path.unlink()
+    path.write_text(text)
+    tensors.rename(outside)
+    tensors.symlink_to(outside)
+    assert "is not beside it" in refused(read)
+    digest = path.suffixes[-2].removeprefix(".")
+    index.write_text(index.read_text().replace(digest, "../../../up"))
+    assert "cases.llama/hub.free" in refused(read)
+
+
 @pytest.mark.parametrize("columns", [[0], list(range(99)), [0] * 100, list(range(100))[::-1], list(range(100))])
 def test_a_stored_part_cannot_choose_which_logits_are_compared(tmp_path: Path, columns: list[int]) -> None:
     """With its digest made anew, one logit that agrees could stand for the hundred that are stored."""
