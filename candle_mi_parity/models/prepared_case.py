@@ -72,7 +72,7 @@ def prepare(case: Case, cache: Path) -> Subject:
     family_of(str(config.get("model_type")))
     _check_sizes(config, model_dir)
     special = _check_config(model_dir, file_digest(model_dir / "config.json"), cache)
-    tokens = _token_ids(case, model_dir, config)
+    tokens = _token_ids(case, model_dir, config, cache)
     _check_tokens(case, tokens[0], _whole_number(config, "vocab_size", model_dir))
     n_layers = _whole_number(config, "num_hidden_layers", model_dir)
     width = _whole_number(config, "hidden_size", model_dir)
@@ -189,13 +189,16 @@ def _check_tokens(case: Case, tokens: list[int], vocabulary: int) -> None:
         raise CaseTableError(f"{case.id}: token {odd[0]} is outside the vocabulary of {vocabulary}")
 
 
-def _token_ids(case: Case, model_dir: Path, config: dict[str, object]) -> list[list[int]]:
+def _token_ids(case: Case, model_dir: Path, config: dict[str, object], cache: Path) -> list[list[int]]:
     if isinstance(case.tokens, RandomTokens):
         return random_tokens(case.tokens, _whole_number(config, "vocab_size", model_dir))
     if case.tokens is not None:
         return [list(case.tokens)]
     assert case.text is not None
-    return [list(tokenizer(model_dir)(case.text)["input_ids"])]
+    # A tokenizer may read any of the files but the weights.
+    files = [path for path in model_dir.iterdir() if path.is_file() and path not in weight_files(model_dir)]
+    key = [digest_files(files), case.text, version("transformers"), version("tokenizers")]
+    return [cached(cache, "tokens", key, lambda: list(tokenizer(model_dir)(case.text)["input_ids"]))]
 
 
 def random_tokens(wanted: RandomTokens, vocabulary: int) -> list[list[int]]:

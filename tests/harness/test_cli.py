@@ -11,10 +11,7 @@ from typing import Any
 
 import pytest
 
-from candle_mi_parity.models.prepared_case import prepare
-from candle_mi_parity.oracle.oracle import Oracle
-from candle_mi_parity.spec.cases import load_cases
-from candle_mi_parity.spec.paths import ROOT, cache_root
+from candle_mi_parity.spec.paths import ROOT
 from tests.support.command import Done, command, one_line, process
 from tests.support.full_disk import largest_file
 from tests.support.stored import stored_copy
@@ -33,12 +30,12 @@ def test_a_clean_case_passes_and_writes_its_report(tmp_path: Path) -> None:
     assert len(report["cases"][0]["tensors"]) == 44
 
 
-@pytest.mark.parametrize("case_id", ["llama/hub", "llama/v5"])
+@pytest.mark.parametrize("case_id", ["llama/hub", "llama/v5", "smollm2/hub"])
 def test_a_run_whose_truths_are_there_needs_neither_torch_nor_transformers(tmp_path: Path, case_id: str) -> None:
     """It takes a second or two, and a maintainer runs it after each edit."""
-    subject = prepare(next(case for case in load_cases() if case.id == case_id), cache_root())
-    Oracle(subject, cache_root()).inputs("free")
-    arguments = ["run", "run", "--candidate", "stored:0.2.2", "--cases", case_id, "--out", str(tmp_path)]
+    arguments = ["--candidate", "stored:0.2.2", "--cases", case_id]
+    run(tmp_path, *arguments)
+    arguments = ["run", "run", *arguments, "--out", str(tmp_path)]
     code = f"""import sys
 from candle_mi_parity.cli.cli import main
 sys.argv = {arguments}
