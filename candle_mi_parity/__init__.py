@@ -20,7 +20,7 @@ def check(
     prompt: str | Sequence[str] = (),
     tokens: Sequence[Sequence[int]] = (),
     sae: str | Path | None = None,
-    edits: Sequence[dict[str, Any]] | Path = (),
+    edits: Sequence[dict[str, Any]] | str | Path = (),
     **options: Any,
 ) -> CheckResult:
     """Does a candle-mi compute PyTorch's numbers on a model? The Python of ``candle-mi-parity check``.
@@ -37,16 +37,13 @@ def check(
         ``trace``, ``dtype``, ``device``, ``hooks``, ``generate``, ``out``.
     :raises ParityError: an input that cannot be used, in one line.
     """
-    from pydantic import TypeAdapter
-
     from candle_mi_parity.run.check import CheckOptions
     from candle_mi_parity.run.check import check as run_check
-    from candle_mi_parity.run.check_inputs import prompts_of, read_edits
-    from candle_mi_parity.spec.edits import Edit
+    from candle_mi_parity.run.check_inputs import edits_of, prompts_of, read_edits
 
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     ids = [",".join(str(token) for token in row) for row in tokens]
-    rows = read_edits(edits) if isinstance(edits, Path) else TypeAdapter(list[Edit]).validate_python(list(edits))
-    prompts = tuple(prompts_of(texts, None, ids))
-    where = str(sae) if sae else None
+    rows = read_edits(Path(edits)) if isinstance(edits, str | Path) else edits_of(list(edits), "edits", Path())
+    options |= {name: Path(options[name]) for name in ("trace", "out") if options.get(name)}
+    prompts, where = tuple(prompts_of(texts, None, ids)), str(sae) if sae else None
     return run_check(CheckOptions(str(model), prompts, sae=where, edits=tuple(rows), **options))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import fnmatch
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from candle_mi_parity.candidate.sources import Source
+from candle_mi_parity.candidate.sources import NothingOpen, Source
 from candle_mi_parity.candidate.tokens import TextIds
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.spec.hook_points import Mode
-from candle_mi_parity.trace.trace import CandleMi, Emitted
+from candle_mi_parity.trace.trace import Emitted
 from candle_mi_parity.trace.truth import Truth
 
 
@@ -26,8 +24,8 @@ class Seen:
     emitted: Emitted
 
 
-class WatchedSource:
-    """Another source, watched.
+class WatchedSource(NothingOpen):
+    """Another source, which is open, watched.
 
     :param hooks: globs over hook names; only what matches is asked for and judged, and the logits. Empty for all.
     :ivar seen: case id → what was compared.
@@ -35,15 +33,8 @@ class WatchedSource:
 
     def __init__(self, source: Source, hooks: tuple[str, ...] = ()) -> None:
         self._source, self._hooks = source, hooks
+        self.device, self.identity = source.device, source.identity
         self.seen: dict[str, Seen] = {}
-
-    @property
-    def device(self) -> str:
-        return self._source.device
-
-    @property
-    def identity(self) -> CandleMi | None:
-        return self._source.identity
 
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
         """As the source's own.
@@ -74,12 +65,3 @@ class WatchedSource:
         if not found:
             raise CaseTableError(f"no hook of this model matches {', '.join(self._hooks)}; they are as {captures[1]}")
         return found
-
-    def __enter__(self) -> Self:
-        self._source.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._source.__exit__(kind, error, trace)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,10 +11,8 @@ import typer
 
 if TYPE_CHECKING:
     from candle_mi_parity.compare.check_result import CheckResult
-    from candle_mi_parity.run.check import CheckOptions, Told
+    from candle_mi_parity.run.check import CheckOptions
 
-SECONDS = 30.0
-"""Between two lines of progress where there is no terminal."""
 Many = list[str] | None
 
 
@@ -93,66 +87,30 @@ def check_and_write(options: CheckOptions, as_json: bool) -> CheckResult:
     from candle_mi_parity.errors import Stopped
     from candle_mi_parity.files.escape import printable
     from candle_mi_parity.files.json_out import write_json, write_text
-    from candle_mi_parity.report.check_page import lines, page
+    from candle_mi_parity.report.check_page import foretold_lines, lines, page
+    from candle_mi_parity.report.terminal import Terminal, progress_bar
     from candle_mi_parity.report.views import Interrupted, remove
-    from candle_mi_parity.run.check import blank, check
+    from candle_mi_parity.run.check import check, foretold
 
-    result = blank(options)
     remove(options.out, "check.json", "check.html")
-    with telling() as told:
+    result = foretold(options)
+    with progress_bar() as bar:
+        terminal = Terminal(bar)
+        for line in foretold_lines(result):
+            terminal.keep(line)
         try:
-            check(options, told, result)
+            check(options, terminal, result)
         except (KeyboardInterrupt, Stopped):
             result.fault = f"interrupted after {len(result.prompts)} prompts"
         except Exception:
             if result.prompts:
-                result.fault = "it broke off with the error above"
+                result.fault = "it broke off with an error"
                 write_json(result.document(), options.out / "check.json")
             raise
     write_json(result.document(), options.out / "check.json")
     write_text(page(result), options.out / "check.html")
     if result.fault:
-        raise Interrupted(f"{result.fault}; they are in {options.out}/check.json, and their truths are cached")
+        raise Interrupted(f"{result.fault}; what was judged is in {options.out}/check.json, and truths are cached")
     answer = "\n".join([*lines(result), f"page: {options.out}/check.html"])
     print(json.dumps(result.document(), indent=1) if as_json else printable(answer))
     return result
-
-
-@contextmanager
-def telling() -> Iterator[Told]:
-    """Progress on stderr: a spinner on a terminal, else a line every half minute."""
-    from rich.console import Console
-
-    from candle_mi_parity.files.escape import printable
-    from candle_mi_parity.report.check_page import foretold_lines
-    from candle_mi_parity.run.check import Told
-
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    started, over = time.monotonic(), threading.Event()
-    now = ["starting"]
-
-    class Telling(Told):
-        def foretold(self, result: CheckResult) -> None:
-            for text in foretold_lines(result):
-                self.line(text)
-
-        def line(self, text: str) -> None:
-            console.print(printable(text))
-
-        def step(self, text: str) -> None:
-            now[0] = text
-            if sys.stderr.isatty():
-                status.update(printable(text))
-
-    def tick() -> None:
-        while not over.wait(SECONDS):
-            console.print(printable(f"{time.monotonic() - started:.0f} s: {now[0]}"))
-
-    status = console.status("starting")
-    thread = threading.Thread(target=tick, daemon=True)
-    status.start() if sys.stderr.isatty() else thread.start()
-    try:
-        yield Telling()
-    finally:
-        over.set()
-        status.stop()

@@ -37,7 +37,7 @@ class Matters:
 
 @dataclass(frozen=True)
 class LensRow:
-    """The likeliest token of one layer's logit lens at the last position, on both sides."""
+    """The likeliest token of one layer's logit lens at the last position, of either side's own residual stream."""
 
     hook: str
     expected: str
@@ -49,12 +49,14 @@ class PromptResult:
     """One prompt judged.
 
     :ivar text: the prompt, or what stands for it where it was given as token ids.
+    :ivar generated: number of its tokens that PyTorch appended to a prompt that is judged by itself, too.
     """
 
     id: str
     text: str
     tokens: list[int]
     case: CaseResult
+    generated: int = 0
     matters: Matters | None = None
     lens: list[LensRow] = field(default_factory=list)
 
@@ -96,6 +98,7 @@ class CheckResult:
     :ivar who: the subject of the sentence, as ``candle-mi 0.2.2``.
     :ivar candidate: as the user spelt it.
     :ivar forecast: what the config alone says, before anything was computed.
+    :ivar census: what the census found of the model's type, where its family has no hook map.
     :ivar keys: number of keys in ``config.json``.
     :ivar not_exercised: what these prompts could not show, one line each.
     :ivar unknown: keys that this model sets, that transformers reads, and of which nothing is known.
@@ -110,6 +113,7 @@ class CheckResult:
     identity: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     forecast: list[Forecast] = field(default_factory=list)
+    census: str = ""
     keys: int = 0
     prompts: list[PromptResult] = field(default_factory=list)
     continuations: list[Continuation] = field(default_factory=list)
@@ -154,7 +158,8 @@ class CheckResult:
             return f"Not answered: {one_line(error.error)}"
         tensors, compared = sum(case.expected for case in cases), sum(case.compared for case in cases)
         worst = max((tensor.ratio for case in cases for tensor in case.tensors), default=0.0)
-        prompts = "1 prompt" if len(cases) == 1 else f"{len(cases)} prompts"
+        count = sum(1 for prompt in self.prompts if not prompt.generated)
+        prompts = ("1 prompt" if count == 1 else f"{count} prompts") + " with continuations" * (count < len(cases))
         size = f"{max((case.expected for case in cases), default=0)} tensors, {prompts}, worst {worst:.2g} of 8"
         if self.verdict is Verdict.PASS:
             return f"{self.subject} computes PyTorch's numbers on this model: {size}."
@@ -193,8 +198,8 @@ def _cause(cases: list[CaseResult], about: dict[str, str]) -> str:
     case = min(cases, key=lambda case: sum(tensor.compared for tensor in case.tensors))
     found, first = case.explained, case.first_divergence
     if case.outcome is Outcome.REFUSED:
-        text = f"{found.says} " if found else ""
-        text += f"Its words: {one_line(case.error)}"
+        words = one_line(case.error)
+        text = f"{found.says} Its words: {words}" if found else words
     elif found is None:
         where = f"first at {first.name} ({number(first.ratio)} of 8, {first.reason}); " if first else ""
         text = f"{where}{case.unexplained or 'no change that was tried explains it'}."

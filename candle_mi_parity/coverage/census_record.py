@@ -50,6 +50,16 @@ class Entry(Part):
     probes: dict[str, Outcome] = {}
     unread: list[str] = []
 
+    def line(self, who: str) -> str:
+        """What was found, for a user of a model of this type; empty where nothing was."""
+        who, on = f"in the census, {who}", f"on a small {self.model_type} model"
+        lines: dict[Outcome, str] = {
+            "refused": f"{who} refused a small {self.model_type} model: {self.reason}",
+            "different": f"{who} did not compute PyTorch's numbers {on}, first at {self.first}",
+            "same": f"{who} computed PyTorch's numbers {on} with default settings",
+        }
+        return lines.get(self.outcome, "")
+
 
 class Census(Part):
     """``rust_outputs/census/<version>.json``: every mapped class once, sorted by model type.

@@ -14,7 +14,7 @@ from candle_mi_parity.candidate.watched import Seen
 from candle_mi_parity.compare.compare import compare, look
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage.census_truth import truth_of
-from candle_mi_parity.errors import CaseTableError, ParityError
+from candle_mi_parity.errors import CaseTableError, ModelError, ParityError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.case import failure_of
 from candle_mi_parity.models.checkpoint import local_path, model_digest, read_config
@@ -31,14 +31,12 @@ Give = Callable[[Subject, Truth], Emitted]
 def unmapped_subject(case: Case, cache: Path) -> Subject:
     """The subject of a case whose family has no hook map.
 
-    :raises ParityError: no such model, no tokenizer, or an SAE or edits, which need a hook map.
+    :raises ParityError: no such model, a type that transformers does not have, or no tokenizer.
     """
-    if case.sae or case.edits:
-        raise CaseTableError(f"{case.id}: this family has no hook map, and SAEs and interventions need one")
     directory = model_directory(case.model, cache)
-    tokens = (
-        list(case.tokens) if isinstance(case.tokens, list) else list(tokenizer(directory)(case.text)["input_ids"])
-    )
+    _require_class(read_config(directory))
+    given = case.tokens if isinstance(case.tokens, list) else tokenizer(directory)(case.text)["input_ids"]
+    tokens = list(given)
     digest = model_digest(directory)
     content = json.dumps({"model": digest, "tokens": [tokens]}, sort_keys=True)
     return Subject(
@@ -54,6 +52,17 @@ def unmapped_subject(case: Case, cache: Path) -> Subject:
     )
 
 
+def _require_class(config: dict[str, object]) -> None:
+    """:raises ModelError: transformers has no code of its own for the model's type."""
+    import transformers
+
+    kind = config.get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        remote = "; the remote code that its auto_map names is not run" if config.get("auto_map") else ""
+        has = f"transformers {transformers.__version__} has no model type {one_line(repr(kind))}"
+        raise ModelError(f"config.json: {has}{remote}")
+
+
 def judge_unmapped(subject: Subject, cache: Path, give: Give) -> tuple[CaseResult, Seen | None, str]:
     """A case, both its sides, and what else there is to say of it.
 
@@ -66,7 +75,7 @@ def judge_unmapped(subject: Subject, cache: Path, give: Give) -> tuple[CaseResul
         subject = replace(subject, captures=names)
         emitted = give(subject, truth)
     except EmitterError as error:
-        result.error, result.failure = str(error), failure_of(error)
+        result.error, result.failure = str(error).replace(str(subject.model_dir), "the model"), failure_of(error)
         result.status = Status.FAIL if result.failure.refused else Status.ERROR
         return result, None, ""
     except ParityError:
@@ -84,6 +93,7 @@ def judge_unmapped(subject: Subject, cache: Path, give: Give) -> tuple[CaseResul
         failed = []
     result.expected = len(result.tensors)
     noisy = any(tensor.status is Status.UNMEASURED for tensor in result.tensors)
+    result.unexplained = "no explanation is sought for a family whose hooks are not mapped" if failed else ""
     result.status = Status.FAIL if failed else Status.UNMEASURED if noisy else Status.PASS
     result.diagnosis = look(truth, emitted, result.tensors)
     return result, Seen(subject, truth, emitted), note

@@ -38,7 +38,11 @@ class Progress:
 
     def case_ends(self, result: CaseResult) -> None: ...
 
-    def note(self, line: str) -> None: ...
+    def note(self, line: str) -> None:
+        """What is being done; the next note may replace it."""
+
+    def keep(self, line: str) -> None:
+        """What stays to be read."""
 
 
 @dataclass(frozen=True)

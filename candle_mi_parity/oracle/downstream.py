@@ -14,6 +14,7 @@ from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.prepared_case import Subject
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.hooks import Captured
+from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
 from candle_mi_parity.spec.hook_points import is_lens
@@ -28,6 +29,13 @@ def unembed(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """
     logits: torch.Tensor = model.lm_head(model.model.norm(hidden))
     return logits
+
+
+def project(model: Any, streams: np.ndarray) -> np.ndarray:
+    """:func:`unembed` in float64, without its noise: [B, T, d] → [B, T, V]."""
+    with Float64(), torch.no_grad():  # type: ignore[no-untyped-call]
+        found: np.ndarray = unembed(model, torch.from_numpy(streams.astype(np.float64))).numpy()
+    return found
 
 
 class Lens:

@@ -41,7 +41,7 @@ class Cell:
 def lines(result: CheckResult) -> Iterator[str]:
     """The answer for a terminal, the sentence first."""
     yield result.sentence
-    for prompt in result.prompts:
+    for prompt in (prompt for prompt in result.prompts if not prompt.generated):
         if said := matters_line(prompt):
             yield f"  {prompt.id}: {said}"
         for view in prompt.case.sae:
@@ -53,7 +53,13 @@ def lines(result: CheckResult) -> Iterator[str]:
         yield "Not exercised by these prompts:"
         yield from (f"  {line}" for line in result.not_exercised)
     if result.unknown:
-        yield f"Unknown: transformers reads {', '.join(result.unknown)}, and nothing is known of {result.who}."
+        yield f"Unknown: {unknown_line(result)}"
+
+
+def unknown_line(result: CheckResult) -> str:
+    """Keys of which nothing is known."""
+    keys = ", ".join(result.unknown)
+    return f"transformers reads {keys}; whether {result.who} does so too is not known."
 
 
 def foretold_lines(result: CheckResult) -> Iterator[str]:
@@ -67,6 +73,8 @@ def foretold_lines(result: CheckResult) -> Iterator[str]:
     else:
         keys = len({key for found in now for key in found.keys} | {key for found in now for key in found.lacking})
         yield f"{result.candidate} does not read {keys} of the {result.keys} keys of this model as PyTorch does:"
+    if result.census:
+        yield f"  {result.census}"
     for found in [*now, *later]:
         needs = f" ({found.needs})" if found.needs else ""
         remedy = f" {found.remedy}" if found.remedy else ""
@@ -106,17 +114,21 @@ def page(result: CheckResult) -> str:
     """The whole page."""
     rows = [(prompt, row(prompt)) for prompt in result.prompts]
     groups = [group for group in GROUPS if any(group in cells for _, cells in rows)]
+    given = [prompt for prompt in result.prompts if not prompt.generated]
     bad = [prompt for prompt in result.prompts if prompt.case.first_divergence]
+    bad = [prompt for prompt in bad if prompt in given] or bad
     return rendered(
         "check.html.j2",
         result=result,
         groups=groups,
         rows=[(prompt, [cells.get(group) for group in groups]) for prompt, cells in rows],
-        matters=[(prompt, matters_line(prompt)) for prompt in result.prompts if prompt.matters],
+        matters=[(prompt, matters_line(prompt)) for prompt in given if prompt.matters],
         bad=[(prompt, _plot(prompt), _picture(prompt)) for prompt in bad],
         foretold=list(foretold_lines(result)),
-        sae=[(prompt, view) for prompt in result.prompts for view in prompt.case.sae if view.chain == "sae"],
+        sae=[(prompt, view) for prompt in given for view in prompt.case.sae if view.chain == "sae"],
+        given=given,
         sae_line=sae_line,
+        unknown_line=unknown_line,
         gates=(POSITION_GATE, ELEMENT_GATE),
     )
 

@@ -27,7 +27,7 @@ LOG_SECONDS = 15.0
 class Terminal(Progress):
     """Progress on stderr, so that the table on stdout stays a table: a bar, or lines where stderr is no terminal."""
 
-    def __init__(self, bar: Bar, total: int) -> None:
+    def __init__(self, bar: Bar, total: int | None = None) -> None:
         self._bar, self._done, self._total = bar, 0, total
         self._task = bar.add_task("starting", total=None)
         self._logged, self._silent = time.monotonic(), True
@@ -36,11 +36,11 @@ class Terminal(Progress):
         if step == "model" and case.lane == "hub":
             # The hub's client draws bars of its own, and two of them on one terminal overwrite each other.
             self._bar.stop()
-            line = f"[{self._done + 1}/{self._total}] {case.id}: from the hub"
+            line = f"{self._count()}{case.id}: from the hub"
             self._bar.console.print(line, markup=False, highlight=False)
         else:
             self._bar.start()
-        self._show(f"[{self._done + 1}/{self._total}] {case.id}: {step}")
+        self._show(f"{self._count()}{case.id}: {step}")
 
     def case_ends(self, result: CaseResult) -> None:
         self._done += 1
@@ -48,6 +48,12 @@ class Terminal(Progress):
     def note(self, line: str) -> None:
         self._show(line, at_once=self._silent)
         self._silent = False
+
+    def keep(self, line: str) -> None:
+        self._bar.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+    def _count(self) -> str:
+        return f"[{self._done + 1}/{self._total}] " if self._total else ""
 
     def _show(self, line: str, at_once: bool = False) -> None:
         self._bar.update(self._task, description=line)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,6 +20,7 @@ from candle_mi_parity.models.checkpoint import local_path
 from candle_mi_parity.models.generate import seeded_words
 from candle_mi_parity.spec.cases import BELOW, MAX_TOML_BYTES, Row, SaeFile, SaePlace
 from candle_mi_parity.spec.edits import Edit
+from candle_mi_parity.spec.forecast import LENGTHS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 MAX_PROMPTS_BYTES = 16 << 20
 LONGEST = 256
 """Tokens of a built-in prompt. A longer one costs minutes, so a user gives it where it matters."""
-_LENGTHS = ("sliding_window", "original_max_position_embeddings")
 
 
 class PromptError(ParityError):
@@ -41,14 +40,6 @@ class Prompt(Row):
     id: str
     text: str | None = None
     tokens: list[int] | None = None
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an SAE's config, or its user, places it."""
-
-    layer: int
-    point: Any
 
 
 def prompts_of(texts: list[str], file: Path | None, tokens: list[str]) -> list[Prompt]:
@@ -86,7 +77,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = read_bytes(file, MAX_PROMPTS_BYTES).decode("utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise PromptError(f"{file}: {one_line(str(error))}") from error
+        raise PromptError(f"{file}: {_why(error)}") from error
     if not any(line.strip() for line in lines):
         raise PromptError(f"{file}: holds no prompt")
     for number, line in enumerate(lines, 1):
@@ -108,10 +99,15 @@ def built_in(config: dict[str, Any], has_tokenizer: bool, edited: bool) -> list[
     """Prompts that excite what a config announces, for a user who gives none.
 
     :param edited: whether there are interventions, which name positions that a short prompt does not have.
+    :raises PromptError: the config does not say how many token ids there are.
     """
-    vocabulary, limit = int(config["vocab_size"]), int(config.get("max_position_embeddings") or LONGEST)
-    lengths = [config.get(key) or (config.get("rope_scaling") or {}).get(key) for key in _LENGTHS]
-    beyond = [length + 8 for length in lengths if type(length) is int and length + 8 <= min(LONGEST, limit)]
+    vocabulary, limit = config.get("vocab_size"), config.get("max_position_embeddings")
+    if type(vocabulary) is not int or vocabulary < 1:
+        raise PromptError("config.json has no vocab_size, so that no prompt can be made: give --tokens or --prompt")
+    limit = min(LONGEST, limit) if type(limit) is int and limit > 0 else LONGEST
+    scaling = config.get("rope_scaling")
+    lengths = [config.get(key) or (scaling.get(key) if isinstance(scaling, dict) else None) for key in LENGTHS]
+    beyond = [length + 8 for length in lengths if type(length) is int and 0 < length <= limit - 8]
 
     def drawn(name: str, length: int) -> Prompt:
         words = seeded_words(f"check:{length}", length)
@@ -152,16 +148,15 @@ def sae_of(text: str, hook: str | None) -> SaeFile:
         raise SaeError(f"SAE {text}: its own config places it at {one_line(own)}, and --hook says {hook}")
     if not (hook or own):
         raise SaeError(f"SAE {text} does not say where it reads: give --hook, as blocks.12.hook_resid_post")
-    place = _place(hook or str(own), text)
-    return SaeFile.model_validate({"layer": place.layer, "point": place.point} | file)
+    return SaeFile.model_validate(_place(hook or str(own), text) | file)
 
 
-def _place(hook: str, text: str) -> Place:
+def _place(hook: str, text: str) -> dict[str, Any]:
     points = get_args(SaePlace.model_fields["point"].annotation)
     found = re.fullmatch(rf"blocks\.(\d{{1,4}})\.({'|'.join(points)})", hook)
     if found is None:
         raise SaeError(f"SAE {text}: {one_line(hook)} is not a place for an SAE: blocks.LAYER.{{{','.join(points)}}}")
-    return Place(int(found[1]), found[2])
+    return {"layer": int(found[1]), "point": found[2]}
 
 
 def read_edits(path: Path) -> list[Edit]:
@@ -175,19 +170,30 @@ def read_edits(path: Path) -> list[Edit]:
     try:
         found = tomllib.loads(read_bytes(path, MAX_TOML_BYTES).decode("utf-8"))
     except (OSError, ValueError) as error:
-        raise CaseTableError(f"{path}: {one_line(str(error))}") from error
+        raise CaseTableError(f"{path}: {_why(error)}") from error
     rows = found.get("edits")
     if set(found) != {"edits"} or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise CaseTableError(f"{path}: expected [[edits]] rows alone, found {one_line(str(sorted(found)))}")
-    for row in rows:
+    return edits_of(rows, str(path), path.parent)
+
+
+def edits_of(rows: list[dict[str, Any]], where: str, directory: Path) -> list[Edit]:
+    """Rows as interventions.
+
+    :param where: what an error begins with.
+    :param directory: that of ``file``.
+    :raises CaseTableError: an unknown key, no such vector.
+    """
+    given = [dict(row) for row in rows]
+    for row in given:
         if "file" in row:
-            row["values"] = _vector(path.parent / str(row.pop("file")), str(row.pop("key", "vector")))
+            row["values"] = _vector(directory / str(row.pop("file")), str(row.pop("key", "vector")))
     try:
-        return TypeAdapter(list[Edit]).validate_python(rows)
+        return TypeAdapter(list[Edit]).validate_python(given)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CaseTableError(f"{path}: edits.{one_line(where)}: {one_line(first['msg'])}") from error
+        place = ".".join(str(part) for part in first["loc"])
+        raise CaseTableError(f"{where}: edits.{one_line(place)}: {one_line(first['msg'])}") from error
 
 
 def _vector(path: Path, key: str) -> list[float]:
@@ -197,7 +203,11 @@ def _vector(path: Path, key: str) -> list[float]:
             raise CaseTableError(f"{path}: no tensor {key!a}; it holds {one_line(', '.join(sorted(file.keys())))}")
         vector = file.tensor(key).astype(np.float64).reshape(-1) if file.kind(key)[0] != "BF16" else None
     except (OSError, SafetensorError) as error:
-        raise CaseTableError(f"{path}: not readable safetensors: {one_line(str(error))}") from error
+        raise CaseTableError(f"{path}: not readable safetensors: {_why(error)}") from error
     if vector is None or not np.isfinite(vector).all():
         raise CaseTableError(f"{path}: {key} holds NaN or Inf, or is bfloat16; save a finite float32 vector")
     return [float(value) for value in vector]
+
+
+def _why(error: Exception) -> str:
+    return one_line((isinstance(error, OSError) and error.strerror) or str(error))

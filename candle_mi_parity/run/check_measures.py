@@ -10,6 +10,7 @@ from candle_mi_parity.candidate.watched import Seen
 from candle_mi_parity.compare.check_result import Continuation, LensRow, Matters
 from candle_mi_parity.compare.gate import ELEMENT_GATE, UNITS, measure
 from candle_mi_parity.files.chunks import positions
+from candle_mi_parity.spec.hook_points import is_lens
 
 Decode = Callable[[int], str]
 
@@ -60,16 +61,19 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return result
 
 
-def lens_rows(seen: Seen, decode: Decode) -> list[LensRow]:
-    """The likeliest token of each layer's logit lens, side by side; empty where the candidate gave no lens."""
-    rows = []
-    for name, expected in seen.truth.tensors.items():
-        entry = seen.emitted.entries.get(name)
-        if name.startswith("lens.") and entry is not None and entry.part is None:
-            theirs = int(seen.emitted.tensor(name).reshape(-1).argmax())
-            ours = int(expected.value.reshape(-1).argmax())
-            rows.append(LensRow(name.removeprefix("lens."), decode(ours), decode(theirs)))
-    return rows
+def lens_rows(seen: Seen, decode: Decode, likeliest: Callable[[np.ndarray], list[list[int]]]) -> list[LensRow]:
+    """The likeliest token at the last position after each layer, of PyTorch's own stream and of the candidate's.
+
+    :param likeliest: streams [B, T, d] → tokens [B][T], through PyTorch's final norm and unembedding.
+    """
+    entries = seen.emitted.entries
+    hooks = [name for name in seen.truth.tensors if is_lens(name) and name in entries and entries[name].part is None]
+    if not hooks:
+        return []
+    expected = np.concatenate([seen.truth.tensors[name].value[:1, -1:] for name in hooks], axis=1)
+    got = np.concatenate([seen.emitted.tensor(name)[:1, -1:] for name in hooks], axis=1)
+    ours, theirs = likeliest(np.concatenate([expected, got]))
+    return [LensRow(name, decode(a), decode(b)) for name, a, b in zip(hooks, ours, theirs, strict=True)]
 
 
 def continuation(prompt: str, length: int, seen: Seen, decode: Decode) -> Continuation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from candle_mi_parity.errors import ModelError
@@ -17,33 +16,11 @@ PER_SECOND, FIXED = 2e10, 3.0
 """Float64 operations a second that two cores gave with noise, and seconds that a truth takes beside them."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """:ivar truths: number of prompts whose truth has to be computed; ``cached`` have one.
-    :ivar memory: bytes at the peak, both sides together; ``disk`` is below the cache.
-    """
-
-    truths: int
-    cached: int
-    memory: int
-    disk: int
-    seconds: float
-    streamed: bool
-
-    def line(self) -> str:
-        how = ", layer by layer" if self.streamed else ""
-        time = f"{self.seconds:.0f} s" if self.seconds < 90 else f"{self.seconds / 60:.0f} min"
-        return (
-            f"truths to compute: {self.truths}{how} ({self.cached} more are in the cache), about {time}, "
-            f"memory {size(self.memory)}, disk {size(self.disk)}"
-        )
-
-
-def plan(subjects: list[Subject], cache: Path, device: str, steps: int) -> Plan:
-    """Estimates, good to a factor of two.
+def plan(subjects: list[Subject], cache: Path, device: str, steps: int) -> str:
+    """Estimates of time, memory and disk in one line, good to a factor of two.
 
     :param steps: tokens that are generated for each prompt.
-    :raises ModelError: the machine has not the memory.
+    :raises ModelError: the machine has too little memory.
     """
     directory = subjects[0].model_dir
     todo = [s for s in subjects if not (cache / "truth" / Oracle(s, cache, device).key / "free").is_dir()]
@@ -53,14 +30,20 @@ def plan(subjects: list[Subject], cache: Path, device: str, steps: int) -> Plan:
     tokens = [len(subject.tokens[0]) + steps for subject in todo]
     widest = max(elements, default=0) * 8 * (3 + min(SAMPLES, max(1, BATCH // max(tokens, default=1))))
     memory = 4 * parameters + (parameters if streamed else 8 * parameters) * bool(todo) + widest
-    passes = sum((1 + SAMPLES) * count for count in tokens) + sum(steps * count for count in tokens)
-    seconds = 2 * parameters * passes / PER_SECOND + FIXED * (len(todo) + 1)
     if memory > memory_bytes():
         raise ModelError(
             f"{directory}: needs about {size(memory)} of memory, and this machine has {size(memory_bytes())}: "
             "use shorter prompts or a larger machine"
         )
-    return Plan(len(todo), len(subjects) - len(todo), memory, 12 * sum(elements), seconds, streamed)
+    # A prompt and its continuation have a truth each.
+    passes = sum((1 + SAMPLES + steps) * count for count in tokens) * (2 if steps else 1)
+    seconds = 2 * parameters * passes / PER_SECOND + FIXED * (len(todo) + 1)
+    time = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    how = " and their continuations" * bool(steps) + ", layer by layer" * streamed
+    return (
+        f"truths to compute: {len(todo)}{how} ({len(subjects) - len(todo)} more are in the cache), about {time}, "
+        f"memory {size(memory)}, disk {size(12 * sum(elements))}"
+    )
 
 
 def _is_streamed(directory: Path) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 from candle_mi_parity.spec.conditions import Condition, Facts, all_hold, look_up
 from candle_mi_parity.spec.explanations import Explanation, Explanations
 
+LENGTHS = ("sliding_window", "original_max_position_embeddings")
+"""Lengths of a config beyond which a prompt is computed otherwise."""
 _EDITS = {"knockout": "a knockout", "inject": "an injection of SAE features", "steer": "attention steering"}
 
 

@@ -17,8 +17,8 @@ import pytest
 from playwright.sync_api import Browser, Dialog, Page, sync_playwright
 from playwright.sync_api import TimeoutError as Unfinished
 
-from candle_mi_parity.report import diff_views, history, page
-from tests.support.results import a_report, differing, told
+from candle_mi_parity.report import check_page, diff_views, history, page
+from tests.support.results import a_report, checked, differing, told
 
 # One browser, where workers are told to keep groups together.
 pytestmark = pytest.mark.xdist_group("browser")
@@ -47,9 +47,10 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The three pages, small, with names that attack, as files."""
+    """The pages, small, with names that attack, as files."""
     directory = tmp_path_factory.mktemp("pages")
     texts = {"report": page.render(a_report()), "diff": diff_views.page(differing()), "history": history.page(told())}
+    texts["check"] = check_page.page(checked())
     for name, text in texts.items():
         (directory / f"{name}.html").write_text(text, encoding="utf-8")
     return {name: directory / f"{name}.html" for name in texts}
@@ -156,8 +157,11 @@ CHECKS: dict[str, Callable[[Browser, Path], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["report", "diff", "history"])
-@pytest.mark.parametrize("check", CHECKS)
+PAIRS = [(check, name) for check in CHECKS for name in ("report", "diff", "history", "check")]
+PAIRS.remove(("links", "check"))  # which has none
+
+
+@pytest.mark.parametrize(("check", "name"), PAIRS)
 def test_a_page_is_fit_for_its_readers(browser: Browser, pages: dict[str, Path], check: str, name: str) -> None:
     faults = CHECKS[check](browser, pages[name])
     assert not faults, "\n".join(faults)

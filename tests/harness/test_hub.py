@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.errors import HubError
 from candle_mi_parity.files import digest as digests
 from candle_mi_parity.files.digest import file_digest
+from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models import hub as downloads
 from candle_mi_parity.models.resolve import model_directory
-from candle_mi_parity.run.check import CheckOptions, Told, check
+from candle_mi_parity.run.check import CheckOptions, check
 from candle_mi_parity.spec.cases import Download, HubModel, SaeFile, TinyModel, load_cases
 from candle_mi_parity.spec.paths import FIXTURES, cache_root
 from tests.support.command import process
@@ -285,9 +287,9 @@ def test_a_check_says_that_a_model_is_gated_and_what_it_will_download(hub: Hub, 
     downloads._fetch.cache_clear()
     told: list[str] = []
 
-    class Telling(Told):
-        def line(self, text: str) -> None:
-            told.append(text)
+    class Telling(Progress):
+        def keep(self, line: str) -> None:
+            told.append(line)
 
     sae = f"{SCOPE}@{SCOPE_COMMIT}:{SAE}"
     options = CheckOptions(f"{MODEL}@{COMMIT}", sae=sae, hook="blocks.0.hook_resid_post", out=tmp_path)
@@ -295,6 +297,8 @@ def test_a_check_says_that_a_model_is_gated_and_what_it_will_download(hub: Hub, 
     with pytest.raises(HubError, match="it is gated and no token was sent"):
         check(options, Telling(), opened=TorchSource)
     hub.repos[MODEL].gated = False
+    with pytest.raises(HubError, match=r"nobody/nothing@main.*; there is no directory of that name either"):
+        check(replace(options, model="nobody/nothing"), opened=TorchSource)
     result = check(options, Telling(), opened=TorchSource)
     assert result.agrees, result.sentence
     assert told[0].startswith(f"{MODEL}@{COMMIT}: ") and "files to download" in told[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from candle_mi_parity.compare.align import Distance
+from candle_mi_parity.compare.check_result import CheckResult, Continuation, LensRow, Matters, PromptResult
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Row, Side
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.verdict import (
@@ -18,6 +19,7 @@ from candle_mi_parity.compare.verdict import (
     Worst,
 )
 from candle_mi_parity.report.history import History, make_history
+from candle_mi_parity.spec.forecast import Forecast
 from candle_mi_parity.trace.trace import Run
 
 HOSTILE = "<script>alert(1)</script>\x1b[2J\x1b]0;owned\x07\u202e${{7*7}}{{7*7}}"
@@ -110,6 +112,22 @@ def a_report() -> RunResult:
     ]
     result.cases += [case(f"{family}/hub") for family in ("gemma", "gemma2", "phi3", "qwen2", "qwen3", "starcoder2")]
     result.skipped["mistral/sae"], result.stale = f"{HOSTILE} {LONG}", [HOSTILE, LONG]
+    return result
+
+
+def checked() -> CheckResult:
+    """A check of a model with a prompt of each status, and a name that attacks."""
+    result = CheckResult(HOSTILE, "candle-mi 0.2.2", "0.2.2", keys=26, versions=VERSIONS, census=HOSTILE)
+    result.forecast = [Forecast("CMI001", "rope_theta is not read.", "Write it.", False, {"rope_theta": 1e5})]
+    for number, status in enumerate((Status.FAIL, Status.PASS, Status.UNMEASURED, Status.ERROR)):
+        judged = case(f"check/p{number}", status)
+        judged.sae = [sae_view()]
+        found = Matters(24, 0.01, 0.2, 7, 20, {"blocks.1.hook_resid_post": 0.1}, {"blocks.1.hook_resid_post": 1e-6})
+        lens = [LensRow("blocks.0.hook_resid_post", HOSTILE, "Paris"), LensRow("blocks.1.hook_resid_post", "a", "a")]
+        result.prompts.append(PromptResult(f"p{number}", HOSTILE, [1, 2], judged, matters=found, lens=lens))
+    result.continuations = [Continuation("p0", 4, "text", 2, HOSTILE, "Rome", 0.5)]
+    result.not_exercised, result.unknown, result.notes = [LONG], [LONG], [HOSTILE]
+    result.cite = {"model": HOSTILE, "command": "candle-mi-parity check " + LONG}
     return result
 
 
