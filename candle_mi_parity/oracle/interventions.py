@@ -21,7 +21,7 @@ from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.hooks import Captured, Edits, forward, replacing
 from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual, Variant
-from candle_mi_parity.spec.edits import Add, Drawn, Edit, Inject, Knockout, PatchAt, Scale, Steer, Zero, tensor_key
+from candle_mi_parity.spec.edits import Add, RandomTensorEdit, Edit, Inject, Knockout, PatchAt, Scale, Steer, Zero, tensor_key
 from candle_mi_parity.trace.formats import round_to_dtype
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -32,7 +32,7 @@ def drawn_tensors(subject: Subject, model: nn.Module) -> dict[str, np.ndarray]:
 
     Shape and size come from the hook's tensor in the unedited float64 model; ``patch_at`` takes a vector [d].
     """
-    wanted = [(index, edit) for index, edit in enumerate(subject.case.edits) if isinstance(edit, Drawn)]
+    wanted = [(index, edit) for index, edit in enumerate(subject.case.edits) if isinstance(edit, RandomTensorEdit)]
     if not wanted:
         return {}
     with Float64():  # type: ignore[no-untyped-call]

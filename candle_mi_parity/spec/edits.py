@@ -34,7 +34,7 @@ class _Edit(BaseModel):
         yield from ()
 
 
-class Drawn(_Edit):
+class RandomTensorEdit(_Edit):
     """An edit with a tensor of uniform numbers, or with a vector that is given.
 
     :ivar size: their root mean square, in units of that of the hook's own tensor in the unedited model.
@@ -46,15 +46,15 @@ class Drawn(_Edit):
     values: list[float] | None = Field(default=None, min_length=1, exclude_if=lambda values: values is None)
 
 
-class Replace(Drawn):
+class Replace(RandomTensorEdit):
     kind: Literal["replace"]
 
 
-class Add(Drawn):
+class Add(RandomTensorEdit):
     kind: Literal["add"]
 
 
-class PatchAt(Drawn):
+class PatchAt(RandomTensorEdit):
     """Overwrites one position of a hook that is [B, T, d] with a vector [d]."""
 
     kind: Literal["patch_at"]
@@ -254,5 +254,5 @@ def for_emitter(edits: list[Edit]) -> list[dict[str, Any]]:
         row = edit.model_dump(exclude={"seed", "size", "values"})
         if isinstance(edit, Inject):
             row["features"] = [[int(feature), strength] for feature, strength in edit.features]
-        rows.append(row | ({"tensor": tensor_key(index)} if isinstance(edit, Drawn) else {}))
+        rows.append(row | ({"tensor": tensor_key(index)} if isinstance(edit, RandomTensorEdit) else {}))
     return rows
