@@ -20,7 +20,7 @@ from candle_mi_parity.candidate.spelling import parse_candidate, stored_releases
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.judge.case import Progress, judge_case
-from candle_mi_parity.spec.cases import WAITS, Case, load_cases
+from candle_mi_parity.spec.cases import OPT_IN_LANES, Case, load_cases
 from candle_mi_parity.spec.explanations import load_explanations
 from candle_mi_parity.spec.paths import OUTPUTS, ROOT, cache_root
 
@@ -120,7 +120,7 @@ def _pair(candidate: str, case: Case) -> Any:
     session keeps would leave the emitter no memory."""
     if case.lane == "fullsize" and candidate != "live":
         return None
-    marks = [getattr(pytest.mark, case.lane)] if case.lane in WAITS else []
+    marks = [getattr(pytest.mark, case.lane)] if case.lane in OPT_IN_LANES else []
     marks += {"torch_cuda": [pytest.mark.gpu], "live": [pytest.mark.rust]}.get(candidate, [])
     if candidate != NEWEST and not (candidate == "live" and case.id in PLAIN):
         marks.append(pytest.mark.thorough)

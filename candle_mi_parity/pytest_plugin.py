@@ -14,7 +14,7 @@ from candle_mi_parity.compare.check_result import CheckResult
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.files.escape import one_line, printable
 from candle_mi_parity.run.run import library_versions
-from candle_mi_parity.spec.cases import WAITS
+from candle_mi_parity.spec.cases import OPT_IN_LANES
 
 INCONCLUSIVE = 3
 
@@ -78,13 +78,13 @@ def missing_tool(marker: str) -> str:
 def _waits(item: pytest.Item) -> str:
     """The lane that a test belongs to and that was not selected; empty when it is to run."""
     asked = str(item.config.getoption("markexpr", ""))
-    return next((lane for lane in WAITS if item.get_closest_marker(lane) and lane not in asked), "")
+    return next((lane for lane in OPT_IN_LANES if item.get_closest_marker(lane) and lane not in asked), "")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if lane := _waits(item):
-            item.add_marker(pytest.mark.skip(reason=f"{WAITS[lane]}: select it with -m {lane}"))
+            item.add_marker(pytest.mark.skip(reason=f"{OPT_IN_LANES[lane]}: select it with -m {lane}"))
         for marker in ("gpu", "rust"):
             reason = missing_tool(marker)
             if reason and item.get_closest_marker(marker) and not config.getoption(f"--require-{marker}"):

@@ -25,7 +25,7 @@ from candle_mi_parity.judge.case import Judgement, Progress, judge_case, status_
 from candle_mi_parity.judge.explain import explain_new, hold_table
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
-from candle_mi_parity.spec.cases import WAITS, Case, load_cases, select
+from candle_mi_parity.spec.cases import OPT_IN_LANES, Case, load_cases, select
 from candle_mi_parity.spec.explanations import load_explanations
 from candle_mi_parity.spec.paths import OUTPUTS, cache_root, command
 
@@ -69,7 +69,7 @@ def run(options: RunOptions, progress: Callable[[int], Progress], result: RunRes
     chosen = select(table, list(options.cases))
     again = ("run", "--candidate", options.candidate, "--cases")
     skipped = {
-        case.id: f"{WAITS[case.lane]}; run it with {command(*again, case.id)}"
+        case.id: f"{OPT_IN_LANES[case.lane]}; run it with {command(*again, case.id)}"
         for case in table
         if not options.cases and case not in chosen
     }

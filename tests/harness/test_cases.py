@@ -10,7 +10,7 @@ import pytest
 from candle_mi_parity.errors import CaseTableError, ModelError, ParityError
 from candle_mi_parity.models import prepared_case as subject
 from candle_mi_parity.models.prepared_case import prepare
-from candle_mi_parity.spec.cases import WAITS, Case, HubModel, SaeFile, load_cases, select
+from candle_mi_parity.spec.cases import OPT_IN_LANES, Case, HubModel, SaeFile, load_cases, select
 from candle_mi_parity.spec.paths import cache_root
 
 MODEL = 'model = { source = "tiny", config = "models/llama.json", dialect = "hub" }\n'
@@ -82,7 +82,7 @@ def test_a_glob_selects_by_id_and_by_case() -> None:
 def test_without_a_pattern_what_needs_a_download_waits_to_be_selected() -> None:
     cases = load_cases()
     waiting = {case.id for case in cases} - {case.id for case in select(cases, [])}
-    assert waiting == {case.id for case in cases if case.lane in WAITS} != set()
+    assert waiting == {case.id for case in cases if case.lane in OPT_IN_LANES} != set()
     for name in waiting:
         assert [case.id for case in select(cases, [name])] == [name]
         assert name not in {case.id for case in select(cases, ["*"])}, "a wildcard starts no download"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from candle_mi_parity.spec.cases import WAITS
+from candle_mi_parity.spec.cases import OPT_IN_LANES
 
 pytest_plugins = ["pytester"]
 
@@ -100,12 +100,12 @@ def test_a_lane_that_was_not_selected_is_not_required(pytester: pytest.Pytester)
     outcomes(pytester, body, "--require-rust").assert_outcomes(skipped=1)
 
 
-@pytest.mark.parametrize("lane", WAITS)
+@pytest.mark.parametrize("lane", OPT_IN_LANES)
 def test_a_case_of_a_lane_that_waits_is_skipped_with_its_remedy(pytester: pytest.Pytester, lane: str) -> None:
     body = f"@pytest.mark.{lane}\ndef test_it(): pass\n"
     done = outcomes(pytester, body, "-rs")
     done.assert_outcomes(skipped=1)
-    done.stdout.fnmatch_lines([f"*{WAITS[lane]}: select it with -m {lane}"])
+    done.stdout.fnmatch_lines([f"*{OPT_IN_LANES[lane]}: select it with -m {lane}"])
     outcomes(pytester, body, "-m", lane).assert_outcomes(passed=1)
 
 
