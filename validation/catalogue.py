@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.spec.cases import Row, Setting, read_toml
+from candle_mi_parity.spec.cases import TableRow, Setting, read_toml
 
 FAULTS = Path(__file__).with_name("faults.toml")
 NOWHERE = "nowhere"
@@ -24,7 +24,7 @@ class CatalogueError(ParityError):
     """The catalogue is malformed, or a row cannot be planted as it says."""
 
 
-class Change(Row):
+class Change(TableRow):
     """What is done to one array, or to all with ``*``; :mod:`validation.array_changes` has the changes.
 
     :ivar at: index of an element or a slice; for an exchange, the two starts.
@@ -40,7 +40,7 @@ class Change(Row):
     other: str = ""
 
 
-class SourceEdit(Row):
+class SourceEdit(TableRow):
     """An edit of candle-mi's source.
 
     :ivar file: relative to the root of the crate.
@@ -52,7 +52,7 @@ class SourceEdit(Row):
     replace: str
 
 
-class Fault(Row):
+class Fault(TableRow):
     """One deliberate mistake.
 
     :ivar case: the row of ``fixtures/cases.toml`` that excites it.
@@ -98,7 +98,7 @@ class Fault(Row):
         return self
 
 
-class Catalogue(Row):
+class Catalogue(TableRow):
     """The whole file."""
 
     format: Literal[1]

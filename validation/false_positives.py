@@ -30,7 +30,7 @@ from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.hooks import forward, load_model
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.rounding import MatmulScales, NoisePool, RoundingNoise, Truth64
-from candle_mi_parity.spec.cases import Case, RandomTokens, Row, load_cases, read_toml, select
+from candle_mi_parity.spec.cases import Case, RandomTokens, TableRow, load_cases, read_toml, select
 from candle_mi_parity.spec.edits import Edit
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import InMemory
@@ -39,14 +39,14 @@ from validation.summation import Reordered, Sums
 VARIANTS = Path(__file__).with_name("variants.toml")
 
 
-class Repeat(Row):
+class Repeat(TableRow):
     """One token, ``times`` times."""
 
     token: Annotated[int, Field(ge=0)]
     times: Annotated[int, Field(ge=1)]
 
 
-class Setting(Row):
+class Setting(TableRow):
     """One honest way to compute.
 
     :ivar cases: globs over the ids of the default lane; each must match.
@@ -75,7 +75,7 @@ class Setting(Row):
         return self.attention is None and not self.samples
 
 
-class Table(Row):
+class Table(TableRow):
     """The whole file."""
 
     format: Literal[1]

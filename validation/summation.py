@@ -13,12 +13,12 @@ import torch
 from pydantic import Field
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from candle_mi_parity.spec.cases import Row
+from candle_mi_parity.spec.cases import TableRow
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class Sums(Row):
+class Sums(TableRow):
     """The order in which a matmul adds its terms.
 
     :ivar order: ``permuted`` also reorders means and sums; ``one_by_one`` is a plain loop.

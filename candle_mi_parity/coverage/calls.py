@@ -15,7 +15,7 @@ from safetensors.numpy import save, save_file
 from candle_mi_parity.candidate.sources import LiveSource, NotStoredError, Source, StoredSource
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.files.cache import content_key, publish
-from candle_mi_parity.spec.cases import Row, read_toml
+from candle_mi_parity.spec.cases import TableRow, read_toml
 from candle_mi_parity.spec.paths import FIXTURES
 from candle_mi_parity.trace.trace import CandleMi, CaseRef, Digest, Part, read_json
 
@@ -27,7 +27,7 @@ LAYOUT = 2
 """Of the files that a table is laid out as; raise it when what is written of the same table changes."""
 
 
-class Given(Row):
+class Given(TableRow):
     """A float32 tensor: its values, or a shape and a seed of normal numbers (their absolute values, rows summing
     to 1, where ``attention``)."""
 
@@ -46,7 +46,7 @@ class Given(Row):
         return numbers.astype(np.float32)
 
 
-class SaeRow(Row):
+class SaeRow(TableRow):
     """An SAE in SAELens' layout: identity weights of ``width`` where no ``seed`` is given, else normal ones."""
 
     architecture: Literal["standard", "jumprelu", "topk"]
@@ -100,7 +100,7 @@ class Formula(StrEnum):
     """A JumpReLU feature with a negative threshold fires with a negative value."""
 
 
-class CallRow(Row):
+class CallRow(TableRow):
     """One call.
 
     :ivar args: the function's arguments; a string that names a tensor of the table is that tensor.
@@ -116,7 +116,7 @@ class CallRow(Row):
     ties: bool = False
 
 
-class CallTable(Row):
+class CallTable(TableRow):
     tensors: dict[str, Given]
     saes: dict[str, SaeRow] = Field(default_factory=dict)
     call: list[CallRow]

@@ -27,7 +27,7 @@ from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.digest import digest_files
 from candle_mi_parity.judge.case import failure_of
 from candle_mi_parity.oracle.provenance import library_versions, rules_digest
-from candle_mi_parity.spec.cases import Row, read_toml
+from candle_mi_parity.spec.cases import TableRow, read_toml
 from candle_mi_parity.spec.explanations import Cause, Pattern, baseline, check_unique
 from candle_mi_parity.spec.paths import FIXTURES, command
 from candle_mi_parity.trace.trace import CandleMi
@@ -57,7 +57,7 @@ class KnownCall(Cause):
         return self
 
 
-class KnownCalls(Row):
+class KnownCalls(TableRow):
     """The whole table."""
 
     format: Literal[1] = 1

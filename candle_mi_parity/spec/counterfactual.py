@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from candle_mi_parity.errors import ExplanationError
-from candle_mi_parity.spec.cases import Row, Setting
+from candle_mi_parity.spec.cases import TableRow, Setting
 from candle_mi_parity.spec.edits import Edit
 
 Config = dict[str, Any]
@@ -39,7 +39,7 @@ class Variant(StrEnum):
     """A JumpReLU feature with a negative threshold fires with a negative value."""
 
 
-class Counterfactual(Row):
+class Counterfactual(TableRow):
     """What is changed; the weights, the tokens and everything else stay.
 
     :ivar config_set: keys of ``config.json`` and their other value. ``rope_theta``, like every key of the rotary

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from candle_mi_parity.errors import ExplanationError
-from candle_mi_parity.spec.cases import Row, read_toml
+from candle_mi_parity.spec.cases import TableRow, read_toml
 from candle_mi_parity.spec.conditions import Condition, Facts, all_hold
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
 from candle_mi_parity.spec.paths import FIXTURES
@@ -45,7 +45,7 @@ def _compiles(text: str) -> str:
 Pattern = Annotated[str, AfterValidator(_compiles)]
 
 
-class Refusal(Row):
+class Refusal(TableRow):
     """How candle-mi refuses.
 
     :ivar message: a regular expression that its whole message matches.
@@ -55,7 +55,7 @@ class Refusal(Row):
     message: Pattern
 
 
-class Cause(Row):
+class Cause(TableRow):
     """What all rows of what is known say.
 
     :ivar id: CMI1xx of direct calls, all others of cases.
@@ -133,7 +133,7 @@ def baseline(rows: Iterable[Cause], version: str) -> str:
     return older[-1] if older else ""
 
 
-class Explanations(Row):
+class Explanations(TableRow):
     """The whole table."""
 
     format: Literal[1]
