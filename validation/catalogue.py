@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.spec.cases import TableRow, Setting, read_toml
+from candle_mi_parity.spec.cases import Setting, TableRow, read_toml
 
 FAULTS = Path(__file__).with_name("faults.toml")
 NOWHERE = "nowhere"

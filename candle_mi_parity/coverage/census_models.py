@@ -22,7 +22,7 @@ from candle_mi_parity.files.digest import digest_files
 from candle_mi_parity.models import generate
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import tensor_values
-from candle_mi_parity.spec.cases import TableRow, Scalar, read_toml
+from candle_mi_parity.spec.cases import Scalar, TableRow, read_toml
 from candle_mi_parity.spec.paths import FIXTURES
 
 Dialect = Literal["hub", "v5"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.spec.cases import TableRow, Setting, read_toml
+from candle_mi_parity.spec.cases import Setting, TableRow, read_toml
 from candle_mi_parity.spec.paths import FIXTURES
 
 

@@ -21,7 +21,18 @@ from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.hooks import Captured, Edits, forward, replacing
 from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual, Variant
-from candle_mi_parity.spec.edits import Add, RandomTensorEdit, Edit, Inject, Knockout, PatchAt, Scale, Steer, Zero, tensor_key
+from candle_mi_parity.spec.edits import (
+    Add,
+    Edit,
+    Inject,
+    Knockout,
+    PatchAt,
+    RandomTensorEdit,
+    Scale,
+    Steer,
+    Zero,
+    tensor_key,
+)
 from candle_mi_parity.trace.formats import round_to_dtype
 
 Change = Callable[[torch.Tensor], torch.Tensor]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from candle_mi_parity.errors import ExplanationError
-from candle_mi_parity.spec.cases import TableRow, Setting
+from candle_mi_parity.spec.cases import Setting, TableRow
 from candle_mi_parity.spec.edits import Edit
 
 Config = dict[str, Any]
