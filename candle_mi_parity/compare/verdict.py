@@ -289,7 +289,7 @@ class CaseResult:
     """One case judged.
 
     :ivar tensors: of the whole forward, in execution order.
-    :ivar forced: the same with every half-layer fed the truth's residual; only when the case diverged.
+    :ivar teacher_forced: the same with every half-layer fed the truth's residual; only when the case diverged.
     :ivar diagnosis: what the error of the first diverging tensor looks like.
     :ivar sae: flips, MSE and strongest features, per chain.
     :ivar expected: number of tensors that could be compared.
@@ -309,7 +309,7 @@ class CaseResult:
     status: Status
     reproduce: str
     tensors: list[TensorResult] = field(default_factory=list)
-    forced: list[TensorResult] = field(default_factory=list)
+    teacher_forced: list[TensorResult] = field(default_factory=list)
     diagnosis: Diagnosis | None = None
     sae: list[SaeView] = field(default_factory=list)
     expected: int = 0
@@ -362,7 +362,7 @@ class CaseResult:
     @property
     def forced_divergences(self) -> list[str]:
         """Tensors only: a next token that flips with its logits is no divergence of its own."""
-        return [t.name for t in self.forced if t.status is Status.FAIL and not t.name.startswith("logits.")]
+        return [t.name for t in self.teacher_forced if t.status is Status.FAIL and not t.name.startswith("logits.")]
 
     def message(self) -> str:
         """The case in full: its error, or each diverging tensor's first and the command that shows it."""

@@ -167,7 +167,7 @@ def _judge(
     if result.explained is not None:
         result.status = Status.KNOWN
     elif not case.edits:  # edits act on the whole trace
-        result.forced = _teacher_forced(result, oracle, source, progress)
+        result.teacher_forced = _teacher_forced(result, oracle, source, progress)
     return judged.evidence
 
 

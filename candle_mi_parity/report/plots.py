@@ -44,8 +44,8 @@ class Line:
 def case_plot(case: CaseResult) -> Markup:
     """A case against PyTorch; with it, where there is one, against what explains it or from teacher forcing."""
     lines = [line_of(case, case.tensors)]
-    if case.forced:
-        lines.append(line_of(case, case.forced, "forced", "fed the truth: "))
+    if case.teacher_forced:
+        lines.append(line_of(case, case.teacher_forced, "forced", "fed the truth: "))
     if case.explained and case.explained.ratios:
         under = [
             Point(name, ratio, "PASS", f"explained: {one_line(name)} {number(ratio)}")

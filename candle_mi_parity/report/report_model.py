@@ -20,7 +20,7 @@ from candle_mi_parity.compare.verdict import CaseResult, Explained, Outcome, Sta
 from candle_mi_parity.files.json_out import plain
 from candle_mi_parity.report.causes import CauseSeen, known_causes, new_causes
 
-FORMAT = "candle-mi-parity/report/4"
+FORMAT = "candle-mi-parity/report/5"
 
 
 class Part(BaseModel):
@@ -48,7 +48,7 @@ CAUSE = _model_of(CauseSeen, cases=list[str], status=Status, outcome=Outcome, wo
 REPORT = _model_of(
     RunResult,
     ("identity", "tick", "known"),
-    format=Literal["candle-mi-parity/report/4"],
+    format=Literal["candle-mi-parity/report/5"],
     verdict=Verdict,
     right=str,
     new=str,

@@ -168,7 +168,8 @@ OPT_IN_LANES = {
 class Case(TableRow):
     """One comparison: a model, what is fed to it, an SAE.
 
-    :ivar lane: ``default`` runs on every machine; a case of another runs when it is selected, see :data:`OPT_IN_LANES`.
+    :ivar lane: ``default`` runs on every machine; a case of another runs when it is selected, see
+        :data:`OPT_IN_LANES`.
     :ivar unmeasured: the tensors that are too noisy to judge, all of them and no other: opening or closing such a
         gap is an edit of the row. ``blocks.*.x`` stands for every layer; ``*`` alone says that any may be, as of
         a model that is no row of the table, and such a case is UNMEASURED where one is.

@@ -46,7 +46,7 @@ def case(name: str, status: Status = Status.PASS, bad: str = "blocks.0.attn.hook
     result = CaseResult(name, name.split("/")[0], "0" * 64, status, f"candle-mi-parity run --cases {name}", tensors)
     if status in (Status.FAIL, Status.KNOWN):
         tensors.append(tensor(bad, 4321.0, Status.FAIL, "values"))
-        result.forced = [tensor(bad, 4321.0, Status.FAIL, "values")] if status is Status.FAIL else []
+        result.teacher_forced = [tensor(bad, 4321.0, Status.FAIL, "values")] if status is Status.FAIL else []
         result.diagnosis = Diagnosis(bad, "one head (3)", [[0.1, 3.5], [0.2, 4.25]], [0, 5], "head")
     if status is Status.KNOWN:
         result.explained = Explained(
