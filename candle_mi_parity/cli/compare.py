@@ -47,7 +47,7 @@ def diff_command(
 
 def history_command(out: OutOption = OUT) -> None:
     """When each divergence came and went, over every stored release; writes history.html and history.json."""
-    from candle_mi_parity.cli.run import judge
+    from candle_mi_parity.cli.run import run_with_progress
     from candle_mi_parity.files.json_out import write_json, write_text
     from candle_mi_parity.report import history, tables
     from candle_mi_parity.report.terminal import one_line_errors
@@ -59,7 +59,7 @@ def history_command(out: OutOption = OUT) -> None:
         remove(out, "history.json", "history.html")
         releases = load_explanations().releases
         told = history.make_history(
-            {release: judge(RunOptions(f"stored:{release}", out=out / release)) for release in releases}
+            {release: run_with_progress(RunOptions(f"stored:{release}", out=out / release)) for release in releases}
         )
         write_json(history.document(told), out / "history.json")
         write_text(history.page(told), out / "history.html")

@@ -34,7 +34,7 @@ def store(
     from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate
     from candle_mi_parity.candidate.store import Storing
     from candle_mi_parity.candidate.tokens import emit_tokens
-    from candle_mi_parity.cli.run import judge
+    from candle_mi_parity.cli.run import run_with_progress
     from candle_mi_parity.compare.verdict import Status
     from candle_mi_parity.models.resolve import model_directory
     from candle_mi_parity.report.terminal import one_line_errors
@@ -46,7 +46,7 @@ def store(
         if (chosen := parse_candidate(candidate)).kind != "version":
             raise CandidateError(f"only releases are stored, not {candidate}")
         with Storing(OUTPUTS / f"{candidate}.json", whole=not cases) as keep:
-            result = judge(RunOptions(candidate, globs(cases), out, keep=keep, search=0))
+            result = run_with_progress(RunOptions(candidate, globs(cases), out, keep=keep, search=0))
             if not result.cases or (lost := [case for case in result.cases if case.status is Status.ERROR]):
                 said = f"{lost[0].id}: {lost[0].error}" if result.cases else "no case ran"
                 raise CandidateError(f"nothing is stored of {candidate}: {said}")
@@ -67,14 +67,14 @@ def ratios(
     out: OutOption = OUT,
 ) -> None:
     """How near the passing cases come to the gate. `torch` judges torch's own float32."""
-    from candle_mi_parity.cli.run import judge
+    from candle_mi_parity.cli.run import run_with_progress
     from candle_mi_parity.compare.verdict import Status
     from candle_mi_parity.report import tables
     from candle_mi_parity.report.terminal import one_line_errors
     from candle_mi_parity.run.run import RunOptions
 
     with one_line_errors():
-        result = judge(RunOptions(candidate, globs(patterns, cases), out))
+        result = run_with_progress(RunOptions(candidate, globs(patterns, cases), out))
         result.cases = [case for case in result.cases if case.status is Status.PASS]
         tables.stdout().print(tables.clean_ratios(result))
     outside = [case.id for case in result.cases if tables.clean_row(case.tensors)[-1] != "yes"]

@@ -46,7 +46,7 @@ def run_command(
         if repeat > 1:
             _repeat(options, repeat)
             return
-        result = judge_and_write(options)
+        result = run_and_write(options)
         tables.run_tables(result, tables.stdout(), out / "report.html")
         if propose:
             from candle_mi_parity.judge.propose import proposals
@@ -55,7 +55,7 @@ def run_command(
     raise typer.Exit(result.verdict.exit_code)
 
 
-def judge(options: RunOptions, result: RunResult | None = None) -> RunResult:
+def run_with_progress(options: RunOptions, result: RunResult | None = None) -> RunResult:
     """Select, and run with progress."""
     from candle_mi_parity.report.terminal import Terminal, progress_bar
     from candle_mi_parity.run.run import run
@@ -64,14 +64,14 @@ def judge(options: RunOptions, result: RunResult | None = None) -> RunResult:
         return run(options, lambda count: Terminal(bar, count), result)
 
 
-def judge_and_write(options: RunOptions) -> RunResult:
+def run_and_write(options: RunOptions) -> RunResult:
     """Judge, and write every view of the result, also of a run that breaks off."""
     from candle_mi_parity.report.views import written
     from candle_mi_parity.run.run import blank, require_selection
 
     require_selection(options)  # a glob that matches nothing costs no earlier report
     with written(blank(options), options.out) as result:
-        judge(options, result)
+        run_with_progress(options, result)
     return result
 
 

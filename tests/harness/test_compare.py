@@ -19,7 +19,7 @@ from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.trace.trace import InMemory
 from candle_mi_parity.trace.truth import Truth, TruthTensor
-from tests.support.planting import Arrays, Edit, failures, first, judge, planted, real, write
+from tests.support.planting import Arrays, Edit, compare_trace, failures, first, planted, real, write
 
 SCORES, PATTERN = "blocks.0.attn.hook_scores", "blocks.0.attn.hook_pattern"
 
@@ -46,8 +46,8 @@ def test_a_trace_of_something_else_is_refused_before_any_number(tmp_path: Path, 
     edit, said = HEADERS[name]
     there = real("llama/hub")
     with pytest.raises(TraceError, match=f"{said}.*this trace is of something else"):
-        judge(there, write(tmp_path / "planted", there, edit=edit))
-    assert not failures(judge(there, write(tmp_path / "twin", there)))
+        compare_trace(there, write(tmp_path / "planted", there, edit=edit))
+    assert not failures(compare_trace(there, write(tmp_path / "twin", there)))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_other_tokens_are_refused_with_both_lists(
     (ids,) = there.subject.tokens
     path = write(tmp_path, there, edit=lambda document: document.update(tokens=[change(ids)]))
     with pytest.raises(TraceError) as caught:
-        judge(there, path)
+        compare_trace(there, path)
     message = str(caught.value)
     assert said in message and "\n" not in message
     assert str(ids) in message and str(change(ids)) in message
@@ -76,7 +76,7 @@ def test_other_tokens_are_refused_with_both_lists(
 def test_no_row_of_tokens_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, real("llama/hub"), edit=lambda document: document.update(tokens=[]))
     with pytest.raises(TraceError, match="token ids differ"):
-        judge(real("llama/hub"), path)
+        compare_trace(real("llama/hub"), path)
 
 
 def run_of(results: list[TensorResult]) -> RunResult:
@@ -96,7 +96,7 @@ NOTHING: dict[str, Callable[[Arrays], Arrays]] = {
 @pytest.mark.parametrize("name", NOTHING)
 def test_nothing_compared_is_no_pass_and_is_counted(tmp_path: Path, name: str) -> None:
     there = real("llama/hub")
-    results = judge(there, write(tmp_path, there, NOTHING[name](there.arrays)))
+    results = compare_trace(there, write(tmp_path, there, NOTHING[name](there.arrays)))
     run = run_of(results)
     assert run.verdict is Verdict.FAIL and run.verdict.exit_code != 0
     assert "0 tensors compared" in run.line()
@@ -110,7 +110,7 @@ def test_no_case_and_no_tensor_is_inconclusive() -> None:
 
 
 def test_the_twin_says_how_many_were_compared(tmp_path: Path) -> None:
-    results = judge(real("llama/hub"), write(tmp_path, real("llama/hub")))
+    results = compare_trace(real("llama/hub"), write(tmp_path, real("llama/hub")))
     truth = list(real("llama/hub").truth.tensors)
     assert [result.name for result in results][: len(truth)] == truth and len(truth) >= 39
     run = run_of(results)

@@ -24,7 +24,7 @@ from candle_mi_parity.oracle.interventions import edits_of
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.paths import cache_root
-from tests.support.planting import Real, failures, judge, real, rerun, write
+from tests.support.planting import Real, compare_trace, failures, real, rerun, write
 
 ADD, SCALE, POST = "llama/edit-add-then-scale", "llama/edit-scale-stream", "blocks.1.hook_resid_post"
 Tensor = torch.Tensor
@@ -141,9 +141,9 @@ def test_an_edit_gone_wrong_is_caught_where_it_shows_first(
 ) -> None:
     case_id, fault, where = FAULTS[name]
     there = real(case_id)
-    assert not failures(judge(there, write(tmp_path / "twin", there))), "the twin fails as well"
+    assert not failures(compare_trace(there, write(tmp_path / "twin", there))), "the twin fails as well"
     arrays = faulty(there, fault(there), monkeypatch)
-    assert failures(judge(there, write(tmp_path / "planted", there, arrays)))[:1] == [where]
+    assert failures(compare_trace(there, write(tmp_path / "planted", there, arrays)))[:1] == [where]
 
 
 @pytest.mark.parametrize("hook", ["hook_embed", POST, "blocks.0.attn.hook_q", "blocks.2.attn.hook_scores"])
@@ -153,7 +153,7 @@ def test_a_capture_taken_after_the_edit_is_caught(tmp_path: Path, hook: str) -> 
     arrays = there.arrays
     for edit in [edit for edit in there.subject.case.edits if edit.hook == hook and edit.kind == "scale"]:
         arrays[hook] = arrays[hook] * edit.factor
-    assert failures(judge(there, write(tmp_path, there, arrays))) == [hook]
+    assert failures(compare_trace(there, write(tmp_path, there, arrays))) == [hook]
 
 
 # --- rows that cannot be applied ------------------------------------------------------------------

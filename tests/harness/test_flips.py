@@ -17,7 +17,7 @@ from candle_mi_parity.compare.gate import measure
 from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.models.sae import load_npz
 from candle_mi_parity.trace.truth import SaeTruth, Truth, TruthTensor
-from tests.support.planting import Arrays, Real, failures, judge, real, write
+from tests.support.planting import Arrays, Real, compare_trace, failures, real, write
 
 LAST = (0, 23)
 
@@ -72,7 +72,7 @@ def judged(tmp_path: Path, margin: float, flipped: bool, follow: bool = True) ->
     order = np.argsort(-features)[:10]
     top = [{"index": int(i), "value": float(features[i])} for i in order if features[i]]
     edit = lambda document: document.update(scalars=scalars, top_features_last_pos=top)  # noqa: E731
-    return {result.name: result for result in judge(there, write(tmp_path, there, arrays, edit))}
+    return {result.name: result for result in compare_trace(there, write(tmp_path, there, arrays, edit))}
 
 
 @pytest.mark.parametrize("margin", [0.5, 20.0, 1000.0])

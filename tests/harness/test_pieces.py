@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.files import chunks as stretches
-from tests.support.planting import Arrays, Real, judge, real, write
+from tests.support.planting import Arrays, Real, compare_trace, real, write
 
 WHOLE = 1 << 40
 PIECES = {
@@ -71,7 +71,7 @@ def test_pieces_are_judged_as_the_whole(
 def judged(there: Real, path: Path, patch: pytest.MonkeyPatch, *sizes: int) -> list[TensorResult]:
     for name, size in zip(("BLOCK", "STRETCH", "LONG"), sizes, strict=True):
         patch.setattr(stretches, name, size)
-    return judge(there, path)
+    return compare_trace(there, path)
 
 
 def _but_for_the_means(results: list[TensorResult]) -> list[str]:

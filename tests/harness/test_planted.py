@@ -8,7 +8,18 @@ import numpy as np
 
 from candle_mi_parity.compare.verdict import Status
 from candle_mi_parity.spec.cases import RandomTokens
-from tests.support.planting import Real, changed_model, failures, first, judge, planted, real, real_of, rerun, write
+from tests.support.planting import (
+    Real,
+    changed_model,
+    compare_trace,
+    failures,
+    first,
+    planted,
+    real,
+    real_of,
+    rerun,
+    write,
+)
 
 
 def square() -> Real:
@@ -36,9 +47,9 @@ def test_two_axes_of_equal_length_swapped_are_caught_by_their_values(tmp_path: P
 
 def test_a_forced_run_leaves_a_fault_in_its_own_half_layer(tmp_path: Path) -> None:
     there = real("llama/hub", "forced")
-    assert not failures(judge(there, write(tmp_path / "twin", there)))
+    assert not failures(compare_trace(there, write(tmp_path / "twin", there)))
     model = changed_model(tmp_path / "model", there.subject.model_dir, rope_theta=500500.0)
-    failed = failures(judge(there, write(tmp_path / "planted", there, rerun(there, model))))
+    failed = failures(compare_trace(there, write(tmp_path / "planted", there, rerun(there, model))))
     scores, rest = "attn.hook_scores", {"attn.hook_pattern", "hook_attn_out", "hook_resid_mid"}
     assert [name for name in failed if name.endswith(scores)] == [f"blocks.{i}.{scores}" for i in range(3)]
     own = {name.partition(".")[2].partition(".")[2] for name in failed if name.startswith("blocks.")}
@@ -46,7 +57,7 @@ def test_a_forced_run_leaves_a_fault_in_its_own_half_layer(tmp_path: Path) -> No
 
 
 def test_every_result_of_the_twin_is_a_pass_with_room_to_spare(tmp_path: Path) -> None:
-    results = judge(real("gemma2/hub"), write(tmp_path, real("gemma2/hub")))
+    results = compare_trace(real("gemma2/hub"), write(tmp_path, real("gemma2/hub")))
     assert {result.status for result in results} == {Status.PASS}
     assert max(result.position_ratio for result in results) < 4
     assert max(result.element_ratio for result in results) < 16

@@ -20,7 +20,7 @@ from candle_mi_parity.errors import SaeError
 from candle_mi_parity.models.sae import Sae, load_npz
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.torch_sae import TorchSae
-from tests.support.planting import Arrays, failures, first, judge, real, write
+from tests.support.planting import Arrays, compare_trace, failures, first, real, write
 
 
 def arrays(d_in: int = 4, d_sae: int = 6) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def test_an_sae_of_another_width_is_one_line(tmp_path: Path) -> None:
 def spoilt(tmp_path: Path, arrays: Arrays, scalars: dict[str, float] | None = None) -> list[TensorResult]:
     there = real("gemma2/hub")
     path = write(tmp_path, there, arrays, lambda document: document["scalars"].update(scalars or {}))
-    return judge(there, path)
+    return compare_trace(there, path)
 
 
 def strongest() -> tuple[int, int, int]:
@@ -200,5 +200,5 @@ def test_missing_scalars_and_top_features_fail(tmp_path: Path) -> None:
     def nothing(document: dict[str, Any]) -> None:
         document.update(scalars={}, top_features_last_pos=[])
 
-    found = failures(judge(there, write(tmp_path, there, edit=nothing)))
+    found = failures(compare_trace(there, write(tmp_path, there, edit=nothing)))
     assert set(found) == {*there.emitted.scalars, "sae.top_features_last_pos"}

@@ -25,7 +25,7 @@ from candle_mi_parity.models.saelens import WEIGHTS
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.spec.cases import SaelensDirectory
 from candle_mi_parity.trace.truth import SaeTruth, TruthTensor
-from tests.support.planting import CASES, Arrays, failures, first, judge, real, write
+from tests.support.planting import CASES, Arrays, compare_trace, failures, first, real, write
 
 SAELENS = sorted(case.id for case in CASES.values() if isinstance(case.sae, SaelensDirectory))
 
@@ -169,7 +169,7 @@ def test_relu_in_place_of_topk_fails_at_the_features(tmp_path: Path) -> None:
     plant = there.arrays
     for chain in ("sae", "sae_on_truth"):
         plant[f"{chain}.features"] = np.maximum(there.truth.sae[chain].pre.value, 0).astype(np.float32)
-    found = first(judge(there, write(tmp_path, there, plant)))
+    found = first(compare_trace(there, write(tmp_path, there, plant)))
     assert (found.name, found.reason) == ("sae.features", "flips")
     assert "expected 8" in found.detail and "fails too" in found.detail
 
@@ -207,11 +207,13 @@ def test_each_field_of_the_config_is_excited(tmp_path: Path, name: str) -> None:
     case_id, change, tensor = FAULTS[name]
     there = real(case_id)
     arrays, scalars = other_sae(case_id, **change)
-    spoilt = judge(there, write(tmp_path, there, arrays, lambda document: document["scalars"].update(scalars)))
+    spoilt = compare_trace(
+        there, write(tmp_path, there, arrays, lambda document: document["scalars"].update(scalars))
+    )
     assert first(spoilt).name == tensor and first(spoilt).ratio > 1000
     arrays, scalars = other_sae(case_id)
     twin = write(tmp_path / "twin", there, arrays, lambda document: document["scalars"].update(scalars))
-    assert failures(judge(there, twin)) == [], "the unspoilt twin"
+    assert failures(compare_trace(there, twin)) == [], "the unspoilt twin"
 
 
 @pytest.mark.parametrize("case_id", SAELENS)

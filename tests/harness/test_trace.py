@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.trace.trace import Trace, read_json
-from tests.support.planting import Edit, entry, judge, real, write
+from tests.support.planting import Edit, compare_trace, entry, real, write
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def edited(path: Path, edit: Edit) -> Path:
 def test_the_unspoilt_twin_is_read_whole(path: Path) -> None:
     expected = sum(tensor.value.size for tensor in real("llama/hub").truth.tensors.values())
     assert read_all(path) == expected
-    assert all(result.status == "PASS" for result in judge(real("llama/hub"), path))
+    assert all(result.status == "PASS" for result in compare_trace(real("llama/hub"), path))
 
 
 def test_a_document_cut_off_anywhere_is_refused(path: Path) -> None:

@@ -37,7 +37,7 @@ from candle_mi_parity.models.prepared_case import prepare, tokenizer
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.hooks import load_model
 from candle_mi_parity.trace.trace import Trace
-from tests.support.planting import judge, real, write
+from tests.support.planting import compare_trace, real, write
 from tests.support.stored import Edit, stored_copy
 from tests.support.untrusted import CFG, REFERENCE, model, refused, sae_arrays, saelens
 
@@ -103,11 +103,13 @@ def test_a_damaged_trace_passes_only_with_all_its_evidence(
 ) -> None:
     there = real("gemma2/hub")
     path = write(tmp_path_factory.getbasetemp() / "damaged", there)
-    honest = [(result.name, result.status, result.compared) for result in judge(there, path)]
+    honest = [(result.name, result.status, result.compared) for result in compare_trace(there, path)]
     tree = json.loads(path.read_bytes())
     path.write_bytes(data.draw(damaged_tree(tree) | damaged_bytes(json.dumps(tree).encode())))
     results: list[TensorResult] = []
-    if is_read(lambda: results.extend(judge(there, path))) and Status.FAIL not in {one.status for one in results}:
+    if is_read(lambda: results.extend(compare_trace(there, path))) and Status.FAIL not in {
+        one.status for one in results
+    }:
         assert [(result.name, result.status, result.compared) for result in results] == honest
 
 
@@ -122,7 +124,7 @@ def test_damaged_tensors_of_a_trace_are_refused(
     content = file.read_bytes()
     damaged = data.draw(damaged_bytes(content))
     file.write_bytes(damaged)
-    assert is_read(lambda: judge(there, path)) == (damaged == content)
+    assert is_read(lambda: compare_trace(there, path)) == (damaged == content)
 
 
 @pytest.mark.parametrize("kind", ["npz", "cfg", "weights", "reference", "config"])
@@ -170,9 +172,11 @@ def test_what_is_given_beside_the_tensors_is_compared_or_refused(
     tmp_path: Path, case_id: str, edit: Callable[[dict[str, Any]], object]
 ) -> None:
     there = real(case_id)
-    assert all(result.status is Status.PASS for result in judge(there, write(tmp_path / "honest", there)))
+    assert all(result.status is Status.PASS for result in compare_trace(there, write(tmp_path / "honest", there)))
     path = write(tmp_path / "edited", there, edit=edit)
-    assert not is_read(lambda: judge(there, path)) or Status.FAIL in {one.status for one in judge(there, path)}
+    assert not is_read(lambda: compare_trace(there, path)) or Status.FAIL in {
+        one.status for one in compare_trace(there, path)
+    }
 
 
 def stored_trace(directory: Path, case_id: str, edit: Edit) -> None:

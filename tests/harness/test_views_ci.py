@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from candle_mi_parity.cli import cli
-from candle_mi_parity.cli.run import judge_and_write
+from candle_mi_parity.cli.run import run_and_write
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.errors import ModelError, ParityError
@@ -174,7 +174,7 @@ def test_the_command_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, h
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises((ParityError, ZeroDivisionError)):
-            judge_and_write(run.RunOptions("stored:0.2.2", ("llama/[hb]*",), tmp_path))
+            run_and_write(run.RunOptions("stored:0.2.2", ("llama/[hb]*",), tmp_path))
     finally:
         signal.signal(signal.SIGINT, before)
     document = json.loads((tmp_path / "report.json").read_text())
@@ -217,4 +217,4 @@ def test_an_older_report_goes_before_the_run_does_anything(tmp_path: Path, monke
 
     monkeypatch.setattr(cli, "blank", killed)
     with pytest.raises(SystemExit):
-        judge_and_write(RunOptions("stored:0.2.2", out=tmp_path))
+        run_and_write(RunOptions("stored:0.2.2", out=tmp_path))

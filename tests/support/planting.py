@@ -202,7 +202,7 @@ def write(
     return path
 
 
-def judge(there: Real, path: Path) -> list[TensorResult]:
+def compare_trace(there: Real, path: Path) -> list[TensorResult]:
     """Header, then every tensor, as a run does it."""
     trace = Trace(path)
     check_header(there.truth, trace, file_digest(there.inputs))
@@ -211,7 +211,7 @@ def judge(there: Real, path: Path) -> list[TensorResult]:
 
 def planted(directory: Path, there: Real, **arrays: np.ndarray) -> list[TensorResult]:
     """Judge a copy in which some tensors are others."""
-    return judge(there, write(directory, there, there.arrays | arrays))
+    return compare_trace(there, write(directory, there, there.arrays | arrays))
 
 
 def failures(results: list[TensorResult]) -> list[str]:
