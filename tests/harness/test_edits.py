@@ -1,11 +1,11 @@
-"""Interventions that go wrong: each mistake is planted in transformers' float32 run, and fails at the first tensor
-that it reaches. And the rows: what cannot be applied is refused, by the table, the oracle or the emitter.
+"""Mistakes in interventions, planted in torch's float32 run, fail at the first tensor that they reach.
+
+And the rows: an edit that cannot be applied is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,22 +111,14 @@ FAULTS: dict[str, tuple[str, Fault, str]] = {
     "dropped": (SCALE, lambda _: dropped("blocks.0.mlp.hook_pre"), "blocks.0.mlp.hook_post"),
     "dropped at the embedding": (SCALE, lambda _: dropped("hook_embed"), "blocks.0.hook_resid_pre"),
     "dropped at the end": (SCALE, lambda _: dropped("hook_final_norm"), "logits"),
-    "on the block's output, not on the stream": (
-        SCALE,
-        lambda _: moved("blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"),
-        "blocks.1.hook_resid_post",
-    ),
+    "on the block's output": (SCALE, lambda _: moved("blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"), POST),
     "applied twice": (SCALE, lambda _: twice("blocks.0.hook_resid_post"), "blocks.1.hook_resid_pre"),
     "in the wrong order": (ADD, lambda _: backwards, "blocks.2.hook_resid_pre"),
     "only the last of a hook": (ADD, lambda _: only_the_last, "blocks.2.hook_resid_pre"),
     "one layer off": (ADD, lambda _: moved(POST, "blocks.0.hook_resid_post"), "blocks.1.hook_resid_pre"),
     "one hook early": (ADD, lambda _: moved(POST, "blocks.1.hook_mlp_out"), POST),
     "one position on": ("llama/edit-patch-at", one_position_on, "blocks.0.hook_resid_pre"),
-    "a factor 1e-4 off": (
-        SCALE,
-        lambda _: then("hook_embed", lambda tensor: tensor * 1.0001),
-        "blocks.0.hook_resid_pre",
-    ),
+    "a factor 1e-4 off": (SCALE, lambda _: then("hook_embed", lambda x: x * 1.0001), "blocks.0.hook_resid_pre"),
     "knockout transposed": ("llama/edit-knockout", transposed, PATTERN),
     "knockout of all heads": ("llama/edit-knockout", all_heads, PATTERN),
     "knockout by −50": ("llama/edit-knockout", softly, PATTERN),
@@ -136,18 +128,18 @@ FAULTS: dict[str, tuple[str, Fault, str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_an_edit_gone_wrong_is_caught_where_it_shows_first(
+def test_a_wrong_edit_fails_at_the_first_tensor_it_reaches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     case_id, fault, where = FAULTS[name]
     there = real(case_id)
-    assert not failures(compare_trace(there, write(tmp_path / "twin", there))), "the twin fails as well"
+    assert not failures(compare_trace(there, write(tmp_path / "twin", there))), "the honest run fails as well"
     arrays = faulty(there, fault(there), monkeypatch)
     assert failures(compare_trace(there, write(tmp_path / "planted", there, arrays)))[:1] == [where]
 
 
 @pytest.mark.parametrize("hook", ["hook_embed", POST, "blocks.0.attn.hook_q", "blocks.2.attn.hook_scores"])
-def test_a_capture_taken_after_the_edit_is_caught(tmp_path: Path, hook: str) -> None:
+def test_a_capture_taken_after_the_edit_fails(tmp_path: Path, hook: str) -> None:
     case_id = ADD if hook == POST else f"llama/edit-scale-{'attention' if '.attn.' in hook else 'stream'}"
     there = real(case_id)
     arrays = there.arrays
@@ -168,37 +160,27 @@ def knockout(**spec: Any) -> dict[str, Any]:
     return {"kind": "knockout", "hook": SCORES, "spec": spec}
 
 
+STEER = {"kind": "steer", "hook": PATTERN, "how": "scale", "value": 2.0, "spec": {"edges": [[5, 2]]}}
+INJECT = {"kind": "inject", "hook": POST, "position": 1, "features": [[0, 1.0]]}
 BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown kind": ({"kind": "negate", "hook": POST}, "negate"),
     "an unknown key": ({"kind": "zero", "hook": POST, "position": 1}, "position"),
     "an unknown hook": ({"kind": "zero", "hook": "blocks.1.hook_resid"}, "no such hook point"),
-    "a hook of a layer that is not there": (
-        {"kind": "zero", "hook": "blocks.3.hook_resid_pre"},
-        "no such hook point",
-    ),
+    "a missing layer": ({"kind": "zero", "hook": "blocks.3.hook_resid_pre"}, "no such hook point"),
     "the logits": ({"kind": "zero", "hook": "logits"}, "no such hook point"),
     "a position past the prompt": ({"kind": "patch_at", "hook": POST, "position": 12}, "position 12 is outside"),
     "a negative position": ({"kind": "patch_at", "hook": POST, "position": -1}, "greater than or equal to 0"),
     "a patch of heads": ({"kind": "patch_at", "hook": "blocks.1.attn.hook_q", "position": 1}, "needs a hook that is"),
     "a factor of many bits": ({"kind": "scale", "hook": POST, "factor": 0.1}, "bfloat16"),
-    "a factor that is no number": ({"kind": "scale", "hook": POST, "factor": float("nan")}, "bfloat16"),
+    "a factor of NaN": ({"kind": "scale", "hook": POST, "factor": float("nan")}, "bfloat16"),
     "a knockout of residuals": ({**knockout(edges=[[5, 2]]), "hook": POST}, "attn.hook_scores only"),
     "a knockout of a head too many": (knockout(heads=[4], edges=[[5, 2]]), "head 4, but the model has 4"),
     "a knockout past the prompt": (knockout(edges=[[12, 2]]), "position 12 is outside"),
     "a knockout of nothing": (knockout(), "names no entry"),
     "half an edge": (knockout(edges=[[5]]), "at least 2 items"),
-    "steering the scores": (
-        {"kind": "steer", "hook": SCORES, "how": "scale", "value": 2.0, "spec": {"edges": [[5, 2]]}},
-        "attn.hook_pattern only",
-    ),
-    "a weight set in the future": (
-        {"kind": "steer", "hook": PATTERN, "how": "set_value", "value": 0.5, "spec": {"edges": [[2, 5]]}},
-        "in the future",
-    ),
-    "an injection without an SAE": (
-        {"kind": "inject", "hook": POST, "position": 1, "features": [[0, 1.0]]},
-        "the case's SAE",
-    ),
+    "steering the scores": (STEER | {"hook": SCORES}, "attn.hook_pattern only"),
+    "a weight set in the future": (STEER | {"how": "set_value", "spec": {"edges": [[2, 5]]}}, "in the future"),
+    "an injection without an SAE": (INJECT, "the case's SAE"),
 }
 
 
@@ -210,35 +192,28 @@ def test_a_row_that_cannot_be_applied_is_refused(name: str) -> None:
     assert said in str(refusal.value)
 
 
-def test_a_steer_stands_alone() -> None:
-    steer = {"kind": "steer", "hook": PATTERN, "how": "scale", "value": 2.0, "spec": {"edges": [[5, 2]]}}
+def test_a_steering_edit_cannot_be_combined() -> None:
     with pytest.raises(CaseTableError, match="stands alone"):
-        subject_with(steer, {"kind": "zero", "hook": POST})
+        subject_with(STEER, {"kind": "zero", "hook": POST})
 
 
-def test_a_query_without_any_key_has_no_truth() -> None:
-    subject = subject_with(knockout(from_positions=[5]))
+def test_edits_without_a_truth() -> None:
     with pytest.raises(OracleError, match="all its keys knocked out"):
-        Oracle(subject, cache_root()).truth()
-
-
-def test_edits_have_no_teacher_forced_truth() -> None:
+        Oracle(subject_with(knockout(from_positions=[5])), cache_root()).truth()
     with pytest.raises(OracleError, match="no teacher-forced truth"):
         real(ADD).oracle.truth("forced")
 
 
-def test_edits_are_part_of_the_digest_and_their_absence_is_not() -> None:
+def test_the_digest_depends_on_the_edits_and_their_order() -> None:
     zero: dict[str, Any] = {"kind": "zero", "hook": POST}
-    assert subject_with(zero).digest != subject_with().digest
-    assert subject_with(zero).digest != subject_with({**zero, "hook": "blocks.0.hook_resid_post"}).digest
-    first, second = zero, {"kind": "scale", "hook": POST, "factor": 0.5}
-    assert subject_with(first, second).digest != subject_with(second, first).digest
-    # What it was before a case could have edits: stored traces and the ledger go by it.
+    scale = {"kind": "scale", "hook": POST, "factor": 0.5}
+    rows = [[], [zero], [zero | {"hook": "blocks.0.hook_resid_post"}], [zero, scale], [scale, zero]]
+    assert len({subject_with(*edits).digest for edits in rows}) == len(rows)
+    # Stored traces refer to this digest: a case without edits keeps it.
     assert real("llama/hub").subject.digest == "722f957b2debc45563234785da9e03ce635ccf6c5d5ceb8dc530fc0b51bbd052"
 
 
-def test_the_request_says_what_the_rows_say(tmp_path: Path) -> None:
+def test_the_request_to_the_emitter_has_the_edit(tmp_path: Path) -> None:
     there = real("llama/edit-patch-at")
     asked: Any = request(there.subject, "free", there.inputs, tmp_path / "a.json", "cpu")
     assert asked["edits"][0] == {"kind": "patch_at", "hook": "hook_embed", "position": 0, "tensor": "edit.0"}
-    assert json.dumps(asked)

@@ -1,14 +1,13 @@
-"""What is known is measured: an explanation excuses the one counterfactual that it names, and nothing on top of it.
+"""A known divergence is excused only by the counterfactual that is listed for it; a fault on top of it fails.
 
-The candidates here are torch's own float32 under another config or with other weights: honest arithmetic of a wrong
-setting, which is what a known divergence is. A fault is planted on top of it, and must fail.
+The candidates are torch's float32 under another config or with other weights.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.process import EmitterError
+from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.run_result import Verdict
-from candle_mi_parity.compare.verdict import Explained, Outcome, Status
+from candle_mi_parity.compare.verdict import CaseResult, Explained, Outcome, Status
 from candle_mi_parity.errors import ExplanationError
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.judge.hypotheses import hypotheses
-from candle_mi_parity.judge.known import Evidence, facts_of, known_divergence, known_refusal
+from candle_mi_parity.judge.known import Evidence, known_divergence, known_refusal
 from candle_mi_parity.judge.search import Search, search
 from candle_mi_parity.models.checkpoint import read_config, weight_files
 from candle_mi_parity.run.run import RunOptions, run
@@ -51,6 +51,12 @@ def changed(directory: Path, there: Real, config: dict[str, Any], weights: dict[
                     tensors[name] = np.full_like(tensors[name], value)
         save_file(tensors, directory / file.name, metadata={"format": "pt"})
     return replace(there, emitted=with_arrays(there.emitted, rerun(there, directory)))
+
+
+def diverging(tmp_path: Path, name: str) -> Real:
+    """float32 that computes what the explanation says."""
+    case, config, weights = HONEST[name]
+    return changed(tmp_path / "model", real(case), config, weights)
 
 
 def evidence(there: Real, arrays: Arrays | None = None) -> Evidence:
@@ -107,10 +113,8 @@ ON_TOP: dict[str, tuple[str, dict[str, Any], dict[str, float], str]] = {
 
 
 @pytest.mark.parametrize("name", HONEST)
-def test_the_listed_counterfactual_explains(name: str, tmp_path: Path) -> None:
-    """The unplanted twin: honest float32 of just that setting is KNOWN, at every tensor."""
-    case, config, weights = HONEST[name]
-    there = changed(tmp_path / "model", real(case), config, weights)
+def test_a_listed_counterfactual_explains_its_divergence(name: str, tmp_path: Path) -> None:
+    there = diverging(tmp_path, name)
     found, why = known(there)
     assert found is not None, why
     assert name in found.ids and found.worst < 8
@@ -118,7 +122,7 @@ def test_the_listed_counterfactual_explains(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ON_TOP)
-def test_a_fault_on_top_of_a_known_one_is_not_excused(fault: str, tmp_path: Path) -> None:
+def test_a_fault_on_top_of_a_known_divergence_is_not_excused(fault: str, tmp_path: Path) -> None:
     name, config, weights, first = ON_TOP[fault]
     there = changed(tmp_path / "model", real(HONEST[name][0]), config, weights)
     found, why = known(there)
@@ -150,17 +154,15 @@ def leaked(arrays: Arrays, name: str) -> None:
 def test_a_wrong_tensor_in_a_known_case_is_not_excused(
     plant: Callable[[Arrays, str], None], tensor: str, tmp_path: Path
 ) -> None:
-    """A hook that captures something else, one more leaked entry, a scale that no gate of a factor of 3 sees."""
-    case, config, weights = HONEST["CMI006"]
-    there = changed(tmp_path / "model", real(case), config, weights)
+    there = diverging(tmp_path, "CMI006")
     arrays = there.arrays
     plant(arrays, tensor)
     found, why = known(there, arrays)
     assert found is None and f"first {tensor} " in why, why
 
 
-def test_a_checkout_that_fixed_a_part_is_known_by_the_rest(tmp_path: Path) -> None:
-    """Layer types are read now, the window is still one too long: a release must do both, a build need not."""
+def test_a_checkout_may_have_fixed_a_part_and_a_release_may_not(tmp_path: Path) -> None:
+    """Layer types are read, the window is still one too long."""
     there = changed(tmp_path / "model", real("gemma2/layer-types"), {"sliding_window": 9})
     found, _ = known(there, identity=CHECKOUT)
     assert found is not None and found.ids == ["CMI006"]
@@ -168,50 +170,34 @@ def test_a_checkout_that_fixed_a_part_is_known_by_the_rest(tmp_path: Path) -> No
     assert found is None and "CMI009" in why
 
 
-def test_what_holds_for_no_release_excuses_nothing(tmp_path: Path) -> None:
-    case, config, weights = HONEST["CMI006"]
-    there = changed(tmp_path / "model", real(case), config, weights)
+def test_an_explanation_of_another_release_excuses_nothing(tmp_path: Path) -> None:
     older = RELEASE.model_copy(update={"version": "0.1.0"})
-    assert known(there, identity=older) == (None, "")
+    assert known(diverging(tmp_path, "CMI006"), identity=older) == (None, "")
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a search says of a candidate."""
-
-    explained: Explained | None
-    unexplained: str
-
-
-def searched(there: Real, arrays: Arrays | None = None, table: Explanations = NOTHING_KNOWN) -> Found:
-    from candle_mi_parity.compare.compare import compare
-    from candle_mi_parity.compare.verdict import CaseResult, Status
-
+def searched(there: Real, arrays: Arrays | None = None) -> CaseResult:
     found = evidence(there, arrays)
     result = CaseResult(there.subject.case.id, "", "", Status.FAIL, "")
     result.tensors = compare(there.truth, found.trace, there.decoder, None)
-    search(result, found, table, cache_root(), [], 120)
-    return Found(result.explained, result.unexplained)
+    search(result, found, NOTHING_KNOWN, cache_root(), [], 120)
+    return result
 
 
 @pytest.mark.parametrize("name", ["CMI001", "CMI006", "CMI013", "CMI012"])
-def test_the_search_finds_by_itself_what_is_listed(name: str, tmp_path: Path) -> None:
-    case, config, weights = HONEST[name]
-    found = searched(changed(tmp_path / "model", real(case), config, weights))
+def test_the_search_finds_a_single_change_without_the_list(name: str, tmp_path: Path) -> None:
+    found = searched(diverging(tmp_path, name))
     assert found.explained is not None, found.unexplained
     assert not found.explained.ids and found.explained.worst < 8
 
 
 @pytest.mark.thorough
-def test_the_search_finds_a_pair(tmp_path: Path) -> None:
-    """Each of the two changes alone explains nothing."""
-    case, config, weights = HONEST["CMI009"]
-    found = searched(changed(tmp_path / "model", real(case), config, weights))
+def test_the_search_finds_a_pair_of_changes(tmp_path: Path) -> None:
+    found = searched(diverging(tmp_path, "CMI009"))
     assert found.explained is not None, found.unexplained
     assert "sliding_window + 1" in found.explained.change and "layer_types" in found.explained.change
 
 
-def test_the_search_explains_no_fault_that_is_no_setting() -> None:
+def test_the_search_does_not_explain_a_fault_that_no_setting_makes() -> None:
     there = real("llama/hub")
     arrays = there.arrays
     arrays["blocks.1.attn.hook_q"][0, 2] *= np.float32(1.01)
@@ -220,25 +206,16 @@ def test_the_search_explains_no_fault_that_is_no_setting() -> None:
     assert found.unexplained.startswith("none of ") and "single changes" in found.unexplained
 
 
-def test_a_counterfactual_that_changes_nothing_explains_nothing(tmp_path: Path) -> None:
-    """A window longer than the prompt, held against a candidate that fails just past the gate."""
-    there = real("mistral/window-7")
+def test_a_counterfactual_that_changes_no_tensor_explains_nothing() -> None:
     row = explanation(change={"config_add": {"sliding_window": 1}}, when=["tokens > 1"])
-    arrays = there.arrays
     table = Explanations(format=1, explanation=[row])
-    found, why = known_divergence(evidence(there, arrays), table, RELEASE)
+    found, why = known_divergence(evidence(real("mistral/window-7")), table, RELEASE)
     assert found is None and "it explains nothing" in why
 
 
 def explanation(**fields: Any) -> Explanation:
-    given = {
-        "id": "CMI900",
-        "name": "made-up",
-        "says": "A sentence of some length.",
-        "kind": "wrong number",
-        "releases": ["0.2.2"],
-    }
-    return Explanation.model_validate(given | fields)
+    given = {"id": "CMI900", "name": "made-up", "says": "A sentence of some length.", "kind": "wrong number"}
+    return Explanation.model_validate(given | {"releases": ["0.2.2"]} | fields)
 
 
 @pytest.mark.parametrize(
@@ -254,35 +231,26 @@ def explanation(**fields: Any) -> Explanation:
         ({"when": ["tokens > 1"], "change": {"variants": ["no-such-variant"]}}, "variants"),
     ],
 )
-def test_a_row_that_says_nothing_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_a_row_that_is_incomplete_or_contradictory_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, ExplanationError), match=message):
         explanation(**fields)
 
 
-def test_an_id_given_twice_and_too_many_held_to_a_trace_are_refused() -> None:
-    row = explanation(when=["tokens > 1"], change={"config_drop": ["x"]})
-    with pytest.raises(ValueError, match="id given twice: CMI900"):
-        Explanations(format=1, explanation=[row, row])
-    held = [
-        explanation(id=f"CMI90{i}", name=f"held-{i}", when=["tokens > 1"], stored="no config says it")
-        for i in range(4)
-    ]
-    with pytest.raises(ValueError, match="at most 3"):
-        Explanations(format=1, explanation=held)
-
-
-def test_two_rows_that_change_one_thing_in_two_ways_overlap() -> None:
-    one = explanation(when=["tokens > 1"], change={"config_set": {"rope_theta": 1.0}})
-    other = explanation(when=["tokens > 1"], change={"config_set": {"rope_theta": 2.0}})
+def test_rows_that_contradict_each_other_are_refused() -> None:
+    one, other = (explanation(when=["tokens > 1"], change={"config_set": {"rope_theta": x}}) for x in (1.0, 2.0))
     with pytest.raises(ExplanationError, match=r"config\.rope_theta in two ways"):
         combined([one, other])
+    with pytest.raises(ValueError, match="id given twice: CMI900"):
+        Explanations(format=1, explanation=[one, one])
+    held = {"when": ["tokens > 1"], "stored": "no config says it"}
+    rows = [explanation(id=f"CMI90{i}", name=f"held-{i}", **held) for i in range(4)]
+    with pytest.raises(ValueError, match="at most 3"):
+        Explanations(format=1, explanation=rows)
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("version", ["0.1.6", "0.1.10", "0.1.24", "0.2.2"])
-def test_every_divergence_of_a_release_is_explained_and_every_explanation_is_needed(
-    version: str, tmp_path: Path
-) -> None:
+def test_every_divergence_of_a_release_is_explained_by_a_needed_row(version: str, tmp_path: Path) -> None:
     result = run(RunOptions(f"stored:{version}", out=tmp_path), lambda count: Progress())
     assert result.verdict is Verdict.KNOWN and result.stale == [] and result.gone == {}
     other = [case for case in result.cases if case.status is not Status.PASS]
@@ -308,7 +276,7 @@ def test_conditions() -> None:
     assert not holds('edit.kind = "steer"', 'edit.how = "set_value"'), "of one and the same edit"
 
 
-def test_a_config_is_changed_wherever_it_says_it() -> None:
+def test_a_nested_config_key_is_changed_where_it_is() -> None:
     nested = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "sliding_window": 8}
     change = Counterfactual(config_set={"rope_theta": 1e4}, config_add={"sliding_window": 1})
     assert change.changed_config(nested) == {
@@ -343,12 +311,10 @@ def test_a_refusal_is_known_by_its_stage_and_its_whole_message() -> None:
     assert known_refusal(EmitterError("model", message), elsewhere, TABLE, RELEASE)[0] is None, "it does not apply"
 
 
-def test_every_hypothesis_of_a_case_is_tried_once_and_changes_something() -> None:
+def test_every_hypothesis_of_a_case_changes_something_and_is_tried_once() -> None:
     there = real("llama/hub")
     ideas = hypotheses(evidence(there), TABLE, "blocks.0.attn.hook_scores", cache_root())
     keys = [idea.change.key() for idea in ideas]
     assert len(set(keys)) == len(keys) > 60 and PLAIN.key() not in keys
     assert ideas[0].rows, "listed explanations come first"
-    attempt = Search(evidence(there), "blocks.0.attn.hook_scores", 0.0)
-    assert attempt.run(ideas) is None, "no time is no explanation"
-    assert facts_of(there.subject).family == "llama"
+    assert Search(evidence(there), "blocks.0.attn.hook_scores", 0.0).run(ideas) is None, "no time is left"
