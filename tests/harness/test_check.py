@@ -1,4 +1,4 @@
-"""``check`` on tensors that a user dumped, with her own vector and SAE, and what it says beside the verdict."""
+"""``check``: tensors that a user dumped, a user's own vector and SAE, and what is said beside the verdict."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ print(check(options).verdict.value, *({{"torch", "transformers"}} & set(sys.modu
     first, theta, *_, last = done.stdout.splitlines()
     assert first == "0.2.2 does not read 1 of the 24 keys of this model as PyTorch does:"
     assert theta.startswith("  rope_parameters.rope_theta 500000.0: ") and "top level" in theta
-    assert last == "PASS", f"{last}: a check that computes nothing imports nothing that computes"
+    assert last == "PASS", f"{last}: a check that computes nothing imports neither"
 
 
 def dumped(directory: Path, arrays: Arrays, tokens: list[int]) -> Path:
-    """A user's own dump: no batch axis, one file a layer."""
+    """A user's dump: no batch axis, one file for each layer."""
     directory.mkdir()
     (directory / "tokens.json").write_text(json.dumps(tokens))
     files: dict[str, Arrays] = {}
@@ -78,10 +78,10 @@ def plain(case_id: str) -> tuple[Path, Arrays, list[int]]:
     return there.subject.model_dir, kept, there.subject.tokens[0]
 
 
-def test_tensors_of_her_own_program_are_judged_and_counted(tmp_path: Path) -> None:
+def test_a_user_s_tensors_are_judged_and_counted(tmp_path: Path) -> None:
     model, arrays, tokens = plain("llama/hub")
     result = check(model, trace=dumped(tmp_path / "whole", arrays, tokens))
-    assert result.agrees and result.prompts[0].case.expected == len(arrays) + 2, "its next tokens are judged too"
+    assert result.agrees and result.prompts[0].case.expected == len(arrays) + 2, "the next tokens are judged too"
     assert "The trace in" in result.sentence
     part = {name: arrays[name] for name in ("blocks.1.hook_resid_post", "blocks.2.attn.hook_q")}
     result = check(model, trace=dumped(tmp_path / "part", part, tokens))
@@ -91,15 +91,18 @@ def test_tensors_of_her_own_program_are_judged_and_counted(tmp_path: Path) -> No
     assert with_hooks.prompts[0].case.expected == 12 + 3
 
 
-def test_a_fault_in_her_own_program_is_found_and_not_explained(tmp_path: Path) -> None:
+def test_a_fault_in_a_user_s_tensors_is_found_and_not_explained(tmp_path: Path) -> None:
     model, arrays, tokens = plain("llama/hub")
     arrays["blocks.1.attn.hook_v"] = arrays["blocks.1.attn.hook_v"] * np.float32(1.001)
     result = check(model, trace=dumped(tmp_path / "trace", arrays, tokens), search=1.0)
     assert result.verdict is Verdict.FAIL
     assert "first at blocks.1.attn.hook_v" in result.sentence and "none of" in result.sentence
+    arrays["blocks.0.hook_mlp_out"][0, 3, 5] = np.nan
+    result = check(model, trace=dumped(tmp_path / "nan", arrays, tokens), search=0.0)
+    assert result.verdict is Verdict.FAIL and "blocks.0.hook_mlp_out (∞ of 8, nonfinite)" in result.sentence
 
 
-def test_a_setting_that_her_own_program_does_not_read_is_named(tmp_path: Path) -> None:
+def test_a_setting_that_a_user_s_program_does_not_read_is_named(tmp_path: Path) -> None:
     there = real("llama/v5")
     wrong = changed_model(tmp_path / "wrong", there.subject.model_dir, rope_theta=10000.0, rope_parameters=None)
     arrays = {name: array for name, array in rerun(there, wrong).items() if not name.startswith("lens")}
@@ -138,23 +141,12 @@ def test_a_bad_trace_is_one_line(
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_nan_in_a_trace_is_a_divergence(tmp_path: Path) -> None:
-    model, arrays, tokens = plain("llama/hub")
-    arrays["blocks.0.hook_mlp_out"][0, 3, 5] = np.nan
-    result = check(model, trace=dumped(tmp_path / "trace", arrays, tokens), search=0.0)
-    assert result.verdict is Verdict.FAIL and "blocks.0.hook_mlp_out (∞ of 8, nonfinite)" in result.sentence
-
-
 @pytest.mark.parametrize("candidate", ["torch", pytest.param("0.2.2", marks=pytest.mark.rust)])
-def test_her_own_steering_vector(candidate: str, tmp_path: Path) -> None:
+def test_a_user_s_steering_vector(candidate: str, tmp_path: Path) -> None:
     there = real("llama/hub").subject
-    save_file({"v": np.linspace(-1, 1, 64, dtype=np.float32)}, tmp_path / "steer.safetensors")
-    edit = {
-        "kind": "add",
-        "hook": "blocks.1.hook_resid_post",
-        "key": "v",
-        "file": str(tmp_path / "steer.safetensors"),
-    }
+    file = tmp_path / "steer.safetensors"
+    save_file({"v": np.linspace(-1, 1, 64, dtype=np.float32)}, file)
+    edit = {"kind": "add", "hook": "blocks.1.hook_resid_post", "key": "v", "file": str(file)}
     asked: dict[str, Any] = {"tokens": there.tokens, "candidate": candidate, "out": tmp_path / "out"}
     steered, unsteered = check(there.model_dir, edits=[edit], **asked), check(there.model_dir, **asked)
     assert steered.agrees and unsteered.agrees, steered.sentence
@@ -163,7 +155,7 @@ def test_her_own_steering_vector(candidate: str, tmp_path: Path) -> None:
     assert steered.prompts[0].case.digest != unsteered.prompts[0].case.digest, "its values are in the digest"
 
 
-def test_her_own_sae_says_where_it_stands(tmp_path: Path) -> None:
+def test_a_user_s_sae_with_the_hook_in_its_config(tmp_path: Path) -> None:
     case = CASES["llama/sae-jumprelu"]
     subject = prepare(case, cache_root())
     assert subject.sae_file is not None and case.sae is not None
@@ -175,8 +167,8 @@ def test_her_own_sae_says_where_it_stands(tmp_path: Path) -> None:
     assert any("SAE features: " in line and "all the same" in line for line in lines(result))
 
 
-class Parting(TorchSource):
-    """Another token wins by a clear margin, three steps after the prompt."""
+class OtherToken(TorchSource):
+    """torch, but for another likeliest token three steps after the prompt."""
 
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
         emitted = super().trace(subject, mode, truth, inputs)
@@ -192,7 +184,7 @@ def test_greedy_continuations_are_compared_token_by_token() -> None:
     result = service.check(options, opened=TorchSource)
     assert result.agrees and [told.parted for told in result.continuations] == [None]
     assert "44 tensors, 1 prompt with continuations" in result.sentence
-    result = service.check(options, opened=Parting)
+    result = service.check(options, opened=OtherToken)
     (told,) = result.continuations
     assert (told.parted, told.got, told.tie) == (3, "#7", False) and told.margin > 0
     assert "part at step 3" in told.line() and result.verdict is Verdict.FAIL
@@ -220,7 +212,7 @@ def unmapped(model_type: str, out: Path) -> tuple[Path, Arrays]:
     return mine, {name: tensor.value.astype(np.float32) for name, tensor in truth.tensors.items()}
 
 
-def test_a_family_without_a_hook_map_is_judged_by_what_its_modules_are_called(tmp_path: Path) -> None:
+def test_a_family_without_a_hook_map_is_judged_by_its_module_names(tmp_path: Path) -> None:
     mine, arrays = unmapped("cohere", tmp_path)
     result = check(mine, trace=dumped(tmp_path / "trace", arrays, [1, 5, 9, 4]))
     assert result.agrees, result.sentence
@@ -234,15 +226,13 @@ def test_a_family_without_a_hook_map_is_judged_by_what_its_modules_are_called(tm
 @pytest.mark.parametrize(
     ("model_type", "said", "before"),
     [
-        (
-            "stablelm",
-            "does not compute PyTorch's numbers on this model: first at blocks.0.",
-            "did not compute PyTorch's",
-        ),
+        ("stablelm", "does not compute PyTorch's numbers on this model: first at blocks.0.", "did not compute"),
         ("olmo", "refuses this model: model: candle-mi calls the model incompatible", "refused a small olmo model"),
     ],
 )
-def test_such_a_family_is_asked_through_auto_config(model_type: str, said: str, before: str, tmp_path: Path) -> None:
+def test_candle_mi_reads_such_a_family_through_its_auto_config(
+    model_type: str, said: str, before: str, tmp_path: Path
+) -> None:
     mine, _ = unmapped(model_type, tmp_path)
     result = check(mine, tokens=[[1, 5, 9, 4]], out=tmp_path / "out")
     assert result.verdict is Verdict.FAIL and said in result.sentence
@@ -268,7 +258,7 @@ def test_the_command_answers_in_its_first_line_and_its_exit_code(tmp_path: Path)
     done = command(dumped(tmp_path / "wrong", arrays, tokens), "--json", "--search", "0")
     assert done.exit_code == 1 and json.loads(done.stdout)["verdict"] == "FAIL"
     assert command(tmp_path / "absent").exit_code == 2
-    assert not (out / "check.json").exists(), "what an earlier check wrote is gone"
+    assert not (out / "check.json").exists(), "the files of an earlier check are removed"
 
 
 class Stopping(TorchSource):
@@ -278,7 +268,7 @@ class Stopping(TorchSource):
         return super().trace(subject, mode, truth, inputs)
 
 
-def test_what_was_judged_before_ctrl_c_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_check_keeps_what_was_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_judge, "open_source", lambda *_: Stopping())
     there = real("llama/hub").subject
     prompts = (Prompt(id="p1", tokens=there.tokens[0]), Prompt(id="p2", tokens=there.tokens[0]))
@@ -294,25 +284,23 @@ def test_a_page_and_a_terminal_show_hostile_text_as_text() -> None:
     html = page(result)
     assert "<script>" not in html and "\x1b" not in html and "First divergence of p0: blocks.0.attn" in html
     document = json.dumps(result.document())
-    assert json.loads(document)["verdict"] == "FAIL" and result.sentence.count("\n") == 0
-    told = [*foretold_lines(result), *lines(result)]
-    assert any(line.startswith("  p0: SAE features: 12 active, PyTorch 13, 1 differ") for line in told)
+    assert json.loads(document)["verdict"] == "FAIL" and "\n" not in result.sentence
+    text = [*foretold_lines(result), *lines(result)]
+    assert any(line.startswith("  p0: SAE features: 12 active, PyTorch 13, 1 differ") for line in text)
 
 
-def test_the_fixture_fails_a_test_in_the_words_of_the_answer(
+def test_the_fixture_fails_a_test_with_the_sentence_of_the_answer(
     assert_parity: Callable[..., CheckResult], tmp_path: Path
 ) -> None:
     model, arrays, tokens = plain("llama/hub")
     assert assert_parity(model=model, trace=dumped(tmp_path / "trace", arrays, tokens)).agrees
     arrays["logits"] += 1
-    with pytest.raises(
-        pytest.fail.Exception, match="does not compute PyTorch's numbers on this model: first at logits"
-    ):
+    with pytest.raises(pytest.fail.Exception, match="does not compute PyTorch's numbers on this model: first at log"):
         assert_parity(model=model, trace=dumped(tmp_path / "wrong", arrays, tokens), search=0.0)
     assert read_config(model)["model_type"] == "llama"
 
 
-def test_the_lens_is_of_either_sides_own_stream(tmp_path: Path) -> None:
+def test_the_lens_uses_each_side_s_own_stream(tmp_path: Path) -> None:
     model, arrays, tokens = plain("llama/hub")
     arrays["blocks.1.hook_resid_post"] *= -1
     result = check(model, trace=dumped(tmp_path / "trace", arrays, tokens), search=0.0)

@@ -1,4 +1,4 @@
-"""What ``check`` says of a bad input: one line on stderr, exit code 2, and nothing is written."""
+"""``check`` and bad inputs: one line on stderr, exit code 2, and no file is written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def mine(tmp_path: Path) -> Path:
 
 
 def refused(tmp_path: Path, *arguments: str) -> str:
-    """The one line in which the command refuses; what a model's config alone tells may stand before it."""
+    """The error line, which is the last; lines about the config may precede it."""
     out = tmp_path / "out"
     done = CliRunner().invoke(app, ["check", *arguments, "--out", str(out)])
     assert done.exit_code == 2 and not done.stdout, done.output
@@ -76,10 +76,7 @@ def configured(**change: Any) -> Callable[[Path], None]:
         (sharded, "model-00002-of-00002.safetensors"),
         (lambda mine: without(mine, "model.norm.weight"), "model.norm.weight"),
         (lambda mine: (mine / "adapter_config.json").write_text("{}"), "an adapter to another model"),
-        (
-            configured(auto_map={"AutoConfig": "a.B"}, model_type="mine"),
-            "code that its auto_map names is not run",
-        ),
+        (configured(auto_map={"AutoConfig": "a.B"}, model_type="mine"), "code that its auto_map names is not run"),
         (configured(model_type="no_such_family"), "has no model type 'no_such_family'"),
         (configured(model_type="cohere"), "cohere has no hook map: only a candle-mi can be asked, not torch"),
         (configured(hidden_size=1 << 20), "are more than"),
@@ -87,6 +84,7 @@ def configured(**change: Any) -> Callable[[Path], None]:
     ],
 )
 def test_a_bad_model(spoil: Callable[[Path], object], said: str, mine: Path, tmp_path: Path) -> None:
+    assert "is a file; give the directory" in refused(tmp_path, str(mine / "config.json"))
     spoil(mine)
     assert said in refused(tmp_path, str(mine), "--candidate", "torch", "--tokens", "1,5,9")
 
@@ -118,13 +116,9 @@ def test_a_bad_option(arguments: list[str], said: str, mine: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("value", [None, "many", 0, -1, [32]])
-def test_a_config_of_which_no_prompt_can_be_made(value: object, mine: Path, tmp_path: Path) -> None:
+def test_a_config_without_a_vocabulary_size(value: object, mine: Path, tmp_path: Path) -> None:
     configured(vocab_size=value, rope_scaling="odd", max_position_embeddings="long", sliding_window=[8])(mine)
     assert "has no vocab_size, so that no prompt can be made" in refused(tmp_path, str(mine), "--candidate", "torch")
-
-
-def test_a_file_in_place_of_the_directory(mine: Path, tmp_path: Path) -> None:
-    assert "is a file; give the directory that holds" in refused(tmp_path, str(mine / "model.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -180,16 +174,14 @@ def test_bad_arguments_from_python(mine: Path) -> None:
             check(mine, candidate="torch", **asked)
 
 
-def test_too_little_memory(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_or_no_rust(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_plan, "memory_bytes", lambda: 1000)
-    said = refused(tmp_path, str(mine), "--tokens", "1,5,9", "--candidate", "torch")
-    assert "of memory, and this machine has 0 MB: use shorter prompts or a larger machine" in said
-
-
-def test_no_rust(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refused(tmp_path, str(mine), "--tokens", "1,5,9", "--candidate", "torch")
+    assert "of memory, and this machine has 0 MB: use shorter prompts or a larger machine" in message
+    monkeypatch.undo()
     monkeypatch.setenv("PATH", "/nowhere")
-    said = refused(tmp_path, str(mine), "--tokens", "1,5,9")
-    assert "without Rust, `--trace DIR` judges tensors that your own program dumped" in said
+    message = refused(tmp_path, str(mine), "--tokens", "1,5,9")
+    assert "without Rust, `--trace DIR` judges tensors that your own program dumped" in message
 
 
 def test_prompts_of_a_command_line(tmp_path: Path) -> None:
@@ -218,7 +210,7 @@ def test_a_bad_file_of_prompts(line: str, said: str, tmp_path: Path) -> None:
         prompts_of(["x"], tmp_path / "bad.jsonl", [])
 
 
-def test_built_in_prompts_excite_what_the_config_announces() -> None:
+def test_built_in_prompts_exceed_the_lengths_of_the_config() -> None:
     config = {"vocab_size": 100, "sliding_window": 8, "max_position_embeddings": 64}
     found = [(p.id, len(p.tokens or [])) for p in built_in(config, False, False)]
     assert found == [("random", 24), ("beyond-8", 16), ("one-token", 1)]

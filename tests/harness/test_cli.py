@@ -1,4 +1,4 @@
-"""The command as a user meets it: exit codes, one line for a bad input, nothing half-written; on stored traces."""
+"""The command: exit codes, one line for a bad input, and no file half written."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ def test_a_clean_case_passes_and_writes_its_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case_id", ["llama/hub", "llama/v5", "smollm2/hub"])
-def test_a_run_whose_truths_are_there_needs_neither_torch_nor_transformers(tmp_path: Path, case_id: str) -> None:
-    """It takes a second or two, and a maintainer runs it after each edit."""
+def test_a_run_with_cached_truths_imports_neither_torch_nor_transformers(tmp_path: Path, case_id: str) -> None:
     arguments = ["--candidate", "stored:0.2.2", "--cases", case_id]
     run(tmp_path, *arguments)
     arguments = ["run", "run", *arguments, "--out", str(tmp_path)]
@@ -47,7 +46,7 @@ finally:
     assert "verdict: " in done.stdout and done.stdout.splitlines()[-1] == "heavy:"
 
 
-def test_a_known_divergence_is_named_in_the_line_and_fails_when_strict(tmp_path: Path) -> None:
+def test_a_known_divergence_is_named_and_fails_when_strict(tmp_path: Path) -> None:
     arguments = ("--candidate", "stored:0.2.2", "--cases", "llama/v5")
     lenient, strict = run(tmp_path, *arguments), run(tmp_path, *arguments, "--strict")
     assert lenient.returncode == 0, lenient.stdout + lenient.stderr
@@ -56,7 +55,7 @@ def test_a_known_divergence_is_named_in_the_line_and_fails_when_strict(tmp_path:
     assert strict.returncode == 1
 
 
-def test_a_tampered_trace_fails_with_the_command_that_shows_it_again(tmp_path: Path) -> None:
+def test_a_tampered_trace_fails_with_a_command_that_reproduces_it(tmp_path: Path) -> None:
     stored = tmp_path / "stored"
 
     def drop(document: dict[str, Any], _: object) -> None:
@@ -68,7 +67,7 @@ def test_a_tampered_trace_fails_with_the_command_that_shows_it_again(tmp_path: P
     assert "blocks.1.mlp.hook_pre: FAIL (missing)" in done.stdout
     printed = next(line for line in done.stdout.splitlines() if line.startswith("  reproduce: "))
     program, *again = shlex.split(printed.removeprefix("  reproduce: "))
-    assert (ROOT / program).is_file(), "it runs as printed"
+    assert (ROOT / program).is_file(), "the command can be run as printed"
     assert command(*again, "--search", "0", "--out", str(tmp_path)).returncode == 1
 
 
@@ -98,7 +97,7 @@ def test_no_network_is_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "x.json").exists()
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
     cache, out = tmp_path / "cache", tmp_path / "out"
     arguments = ("run", "--out", str(out), "--candidate", "stored:0.2.2", "--cases", "llama/hub")
     with largest_file(200_000):
@@ -110,7 +109,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stdout + again.stderr
 
 
-def test_a_report_that_cannot_be_written_is_one_line_and_leaves_no_temporary(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_leaves_no_temporary_file(tmp_path: Path) -> None:
     arguments = ("run", "--out", str(tmp_path), "--candidate", "stored:0.2.2", "--cases", "llama/hub")
     with largest_file(1000):
         assert "cannot write" in one_line(command(*arguments))

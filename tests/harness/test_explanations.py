@@ -197,6 +197,7 @@ def test_the_search_finds_a_pair_of_changes(tmp_path: Path) -> None:
     assert "sliding_window + 1" in found.explained.change and "layer_types" in found.explained.change
 
 
+@pytest.mark.thorough
 def test_the_search_does_not_explain_a_fault_that_no_setting_makes() -> None:
     there = real("llama/hub")
     arrays = there.arrays

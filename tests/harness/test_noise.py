@@ -1,6 +1,6 @@
-"""The size of the noise, rule by rule: held against the error of the real operation, float32 against float64.
+"""The size of the noise, rule by rule, against the error of the real operation in float32.
 
-A rule that is too large would hide a fault, one that is too small would accuse honest arithmetic.
+A rule that is too large would hide a fault; one that is too small would fail correct arithmetic.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from candle_mi_parity.oracle.rounding import MatmulScales, NoisePool, RoundingNo
 from tests.harness.test_rounding import Op, noisy, normal, rms
 
 
-def one_after_the_other(x: torch.Tensor) -> torch.Tensor:
-    """The sum over the last axis; in float32 in the order of the elements, as a plain loop adds them.
+def sequential_sum(x: torch.Tensor) -> torch.Tensor:
+    """The sum over the last axis; in float32 in the order of the elements.
 
-    The rule has to hold for any order. torch's own sum goes by halves and errs less (an eighth of the rule at
-    256 terms), so it is no yardstick for it.
+    The rule has to hold for any order; torch's own sum errs by an eighth of it at 256 terms.
     """
     if x.dtype == torch.float64:
         return x.sum(-1)
@@ -32,8 +31,8 @@ RULES: dict[str, Op] = {
     "batched matmul, 256 terms": lambda x: torch.bmm(x[None], W.to(x.dtype)[None])[0],
     "addmm": lambda x: torch.addmm(W[0].to(x.dtype), x, W.to(x.dtype)),
     "softmax": lambda x: torch.softmax(3 * x, dim=-1),
-    "mean of squares": lambda x: one_after_the_other(x * x) / x.shape[-1],
-    "sum of squares": lambda x: one_after_the_other(x * x),
+    "mean of squares": lambda x: sequential_sum(x * x) / x.shape[-1],
+    "sum of squares": lambda x: sequential_sum(x * x),
     "add": lambda x: x + BIAS.to(x.dtype),
     "mul": lambda x: x * BIAS.to(x.dtype),
     "div": lambda x: x / BIAS.to(x.dtype),
@@ -50,7 +49,7 @@ RULES: dict[str, Op] = {
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_noise_is_of_the_size_of_the_real_error(name: str) -> None:
+def test_noise_has_the_size_of_the_real_error(name: str) -> None:
     op, x = RULES[name], normal(64, 256)
     with torch.no_grad():
         measured = rms(op(x.float()).double() - op(x))
@@ -59,7 +58,7 @@ def test_noise_is_of_the_size_of_the_real_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("n", [64, 256, 2304])
-def test_the_rule_of_a_sum_covers_torchs_own_order(n: int) -> None:
+def test_the_rule_of_a_sum_covers_torchs_order(n: int) -> None:
     x = normal(256, n).square()
     x = x.float().double()
     with torch.no_grad():
@@ -68,7 +67,7 @@ def test_the_rule_of_a_sum_covers_torchs_own_order(n: int) -> None:
 
 
 @pytest.mark.parametrize("op", [torch.relu, torch.abs, lambda x: x.transpose(0, 1), lambda x: x[:, 3:5]])
-def test_what_does_not_round_has_no_noise(op: Op) -> None:
+def test_an_exact_operation_has_no_noise(op: Op) -> None:
     assert rms(noisy(op, normal(8, 8))) == 0
 
 
@@ -80,8 +79,7 @@ def test_noise_scales_with_the_format() -> None:
 
 
 @pytest.mark.parametrize("n", [64, 256, 2304])
-def test_a_matmul_whose_terms_are_added_one_after_another_has_the_noise_of_cuda(n: int) -> None:
-    """A CUDA kernel may add so; held against the CPU's kernel under the CPU's noise, both sit in one band."""
+def test_a_sequential_matmul_has_the_noise_of_cuda(n: int) -> None:
     x, w = normal(16, n), normal(n, 32, seed=3)
     exact = x @ w
     with torch.no_grad():

@@ -1,7 +1,6 @@
-"""The float64 mode and the machinery of its noise: no float32 inside the truth, no operation without a rule.
+"""The float64 mode and the noise: no float32 inside the truth, and no operation without a rule.
 
-A float32 result inside the truth would put the candidate's own kind of error into the expectation. That each
-rule has the right size is in ``test_noise.py``.
+The size of each rule is tested in ``test_noise.py``.
 """
 
 from __future__ import annotations
@@ -32,6 +31,10 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def mode() -> Float64:
     return Float64()  # type: ignore[no-untyped-call]
+
+
+def noise_of(scales: MatmulScales) -> RoundingNoise:
+    return RoundingNoise(NoisePool(0), scales)
 
 
 def noisy(op: Op, x: torch.Tensor, rows: int = 1, seed: int = 0) -> torch.Tensor:
@@ -75,13 +78,13 @@ ESCAPES: dict[str, Op] = {
 
 
 @pytest.mark.parametrize("name", ESCAPES)
-def test_no_float32_result_survives(name: str) -> None:
+def test_every_result_is_float64(name: str) -> None:
     with mode(), torch.no_grad():
         assert ESCAPES[name](normal(3, 4)).dtype == torch.float64, f"{name} escaped the float64 mode"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
-def test_a_literal_is_not_rounded_on_its_way_into_a_tensor(dtype: torch.dtype | None) -> None:
+def test_a_literal_is_not_rounded_to_float32(dtype: torch.dtype | None) -> None:
     assert torch.tensor([0.1], dtype=torch.float32).double().item() != 0.1
     with mode(), torch.no_grad():
         made = [torch.tensor([0.1], dtype=dtype), torch.as_tensor([0.1], dtype=dtype)]
@@ -91,21 +94,21 @@ def test_a_literal_is_not_rounded_on_its_way_into_a_tensor(dtype: torch.dtype | 
 
 
 @pytest.mark.parametrize("op", [cast_softmax, cast_norm])
-def test_what_casts_to_float32_and_back_is_exact_in_the_mode_and_only_there(op: Op) -> None:
+def test_a_cast_to_float32_and_back_is_exact_in_the_mode(op: Op) -> None:
     x = normal(5, 32)
     precise = torch.softmax(x, -1) if op is cast_softmax else x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
     with mode(), torch.no_grad():
         inside = op(x)
     assert rms(inside - precise) < 1e-15
-    assert rms(op(x) - precise) > 1e-9, "without the mode the cast was no loss: the test excites nothing"
+    assert rms(op(x) - precise) > 1e-9, "the cast is exact without the mode too"
 
 
-def test_a_composite_operation_is_refused_where_it_reaches_the_mode() -> None:
+def test_a_composite_operation_is_refused() -> None:
     with torch.inference_mode(), mode(), pytest.raises(OracleError, match=r"composite.*run under torch\.no_grad"):
         torch.softmax(normal(3, 4), dim=-1, dtype=torch.float32)
 
 
-def test_an_operation_without_a_rule_is_an_error_that_names_it() -> None:
+def test_an_operation_without_a_rule_is_an_error() -> None:
     with torch.no_grad(), RoundingNoise(NoisePool(0), MatmulScales()):
         with pytest.raises(OracleError, match=r"aten\.cumsum\.default has no noise rule"):
             normal(3, 4).cumsum(-1)
@@ -113,29 +116,23 @@ def test_an_operation_without_a_rule_is_an_error_that_names_it() -> None:
             torch.linalg.qr(normal(3, 3))
 
 
-def test_a_seed_gives_its_own_numbers_always() -> None:
-    like = torch.empty(7, 5)
+def test_the_pool_gives_reproducible_standard_normal_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NoisePool, "SIZE", 1 << 12)
+    like = torch.empty(3, 1 << 13)  # longer than the pool
     one, same, other = NoisePool(1), NoisePool(1), NoisePool(2)
     first = one.draw(like)
-    assert torch.equal(first, same.draw(like))
-    assert not torch.equal(first, other.draw(like))
+    assert torch.equal(first, same.draw(like)) and not torch.equal(first, other.draw(like))
     assert not torch.equal(first, one.draw(like)), "two draws of one pool are the same numbers"
+    assert first.shape == like.shape and first.dtype == torch.float64
+    assert abs(float(first.mean())) < 0.05 and float(first.std()) == pytest.approx(1, abs=0.05)
 
 
-def test_no_sample_writes_to_the_numbers_that_all_read() -> None:
+def test_samples_do_not_change_the_shared_numbers() -> None:
     numbers = rounding._normal_numbers(NoisePool.SIZE)
     before = numbers.clone()
     there = real("starcoder2/hub")
     sample(there.oracle.computation.model, torch.tensor(there.subject.tokens), 0, lambda captured: {}, {}, samples=2)
     assert torch.equal(numbers, before)
-
-
-def test_the_pool_is_standard_normal_also_past_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(NoisePool, "SIZE", 1 << 12)
-    numbers = NoisePool(0).draw(torch.empty(3, 1 << 13))
-    assert numbers.shape == (3, 1 << 13) and numbers.dtype == torch.float64
-    assert abs(float(numbers.mean())) < 0.05
-    assert float(numbers.std()) == pytest.approx(1, abs=0.05)
 
 
 W = normal(256, 64, seed=1)
@@ -147,7 +144,7 @@ def block(x: torch.Tensor) -> torch.Tensor:
     return torch.softmax(y @ y.transpose(1, 2) / 8, dim=-1) * 2
 
 
-def test_samples_as_batch_rows_have_the_variance_of_single_ones() -> None:
+def test_samples_in_one_batch_have_the_variance_of_single_samples() -> None:
     x = normal(1, 12, 256)
     batched = noisy(block, x, rows=20)
     single = torch.cat([noisy(block, x, seed=seed) for seed in range(1, 21)])
@@ -156,7 +153,7 @@ def test_samples_as_batch_rows_have_the_variance_of_single_ones() -> None:
     assert abs(float((rows[0] * rows[1]).mean())) < 0.3, "two samples of one batch share their noise"
 
 
-def test_a_matmul_that_the_truth_pass_did_not_see_is_an_error() -> None:
+def test_a_matmul_missing_from_the_truth_pass_is_an_error() -> None:
     x, scales = normal(4, 256), MatmulScales()
     with Truth64(scales):
         x @ W
@@ -166,10 +163,6 @@ def test_a_matmul_that_the_truth_pass_did_not_see_is_an_error() -> None:
         x @ W + x @ W
     with pytest.raises(OracleError, match="matmul 1 in no module of the truth pass is not in a"), noise_of(scales):
         pass
-
-
-def noise_of(scales: MatmulScales) -> RoundingNoise:
-    return RoundingNoise(NoisePool(0), scales)
 
 
 class Pair(torch.nn.Module):
@@ -184,7 +177,7 @@ class Pair(torch.nn.Module):
         return {name: getattr(self, name)(x) for name in order.split()}
 
 
-def test_a_matmul_has_the_scale_of_its_own_module_whatever_the_order() -> None:
+def test_matmul_scales_are_matched_by_module_not_by_order() -> None:
     pair, x, scales = Pair(), normal(8, 256), MatmulScales()
     with Truth64(scales):
         truth = pair(x, "small large")
@@ -199,9 +192,9 @@ def test_a_matmul_has_the_scale_of_its_own_module_whatever_the_order() -> None:
         pair(x, "small")
 
 
-def test_the_state_of_torch_is_set_back_and_is_one_thread_s() -> None:
+def test_torch_state_is_restored_and_exclusive() -> None:
     def other() -> bool:
-        """Whether another thread may take it."""
+        """Whether another thread can take the lock."""
         with ThreadPoolExecutor(1) as pool:
             taken = pool.submit(TORCH.acquire, blocking=False).result()
             if taken:
@@ -217,7 +210,7 @@ def test_the_state_of_torch_is_set_back_and_is_one_thread_s() -> None:
     assert torch.get_default_dtype() == before and torch.is_grad_enabled() and other()
 
 
-def test_the_truth_adds_no_noise() -> None:
+def test_the_truth_pass_adds_no_noise() -> None:
     x = normal(1, 12, 256)
     with torch.no_grad(), Truth64(MatmulScales()):
         inside = block(x)

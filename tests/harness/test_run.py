@@ -1,4 +1,4 @@
-"""A run: two cases at a time, results in order, and nothing begun after the run broke off."""
+"""A run: two cases at a time, results in order, and nothing started after the run was stopped."""
 
 from __future__ import annotations
 
@@ -24,53 +24,44 @@ from tests.support.results import case as result
 CASES = load_cases()[:8]
 
 
-def test_the_next_case_is_emitted_while_one_is_compared() -> None:
+def test_two_cases_are_at_work_at_once() -> None:
     meeting = threading.Barrier(2, timeout=10)
 
-    def judge(case: Case) -> Judgement:
-        meeting.wait()  # a broken barrier raises: one case at a time never meets another
+    def wait_for_another(case: Case) -> Judgement:
+        meeting.wait()  # raises where no other case arrives
         return Judgement(result(case.id))
 
-    with at_once(2, judge, CASES) as futures:
+    with at_once(2, wait_for_another, CASES) as futures:
         assert len([future.result() for future in futures]) == len(CASES)
 
 
 def test_results_come_in_the_order_of_the_cases() -> None:
-    def judge(case: Case) -> Judgement:
+    def first_is_slow(case: Case) -> Judgement:
         time.sleep(0.05 if case.id == CASES[0].id else 0)
         return Judgement(result(case.id))
 
-    with at_once(2, judge, CASES) as futures:
+    with at_once(2, first_is_slow, CASES) as futures:
         assert [future.result().result.id for future in futures] == [case.id for case in CASES]
 
 
-def test_a_run_that_breaks_off_begins_no_further_case() -> None:
+def test_a_stopped_run_starts_no_further_case_and_waits_for_none() -> None:
+    """A case may hang in its emitter, which is closed only after this."""
     begun: list[str] = []
-
-    def judge(case: Case) -> Judgement:
-        begun.append(case.id)
-        time.sleep(0.05)
-        return Judgement(result(case.id))
-
-    with pytest.raises(Stopped), at_once(2, judge, CASES) as futures:
-        raise Stopped(futures[0].result().result.id)
-    assert len(begun) <= 4
-
-
-def test_a_run_that_breaks_off_waits_for_no_case() -> None:
-    """One may hang in its emitter, which is closed only after this."""
     release = threading.Event()
 
-    def judge(case: Case) -> Judgement:
-        release.wait(30)
+    def hang(case: Case) -> Judgement:
+        begun.append(case.id)
+        if case.id != CASES[0].id:
+            release.wait(30)
         return Judgement(result(case.id))
 
     started = time.monotonic()
-    with pytest.raises(Stopped), at_once(2, judge, CASES):
-        raise Stopped("SIGINT")
+    with pytest.raises(Stopped), at_once(2, hang, CASES) as futures:
+        raise Stopped(futures[0].result().result.id)
     took = time.monotonic() - started
     release.set()
-    assert took < 5
+    time.sleep(0.1)  # a case that was not cancelled would start now
+    assert took < 5 and len(begun) <= 4
 
 
 class Interrupting(Progress):
@@ -84,13 +75,11 @@ class Interrupting(Progress):
         raise Stopped("SIGINT")
 
 
-def test_results_that_were_computed_out_of_turn_are_in_the_report(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_report_of_a_stopped_run_has_every_finished_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The second case is still at work when the run is stopped; the third has been judged."""
     third, release = threading.Event(), threading.Event()
 
-    def judge(case: Case, *_: object) -> Judgement:
+    def hang_from_the_fourth(case: Case, *_: object) -> Judgement:
         if case.id == CASES[1].id:
             release.wait(30)
         if case.id == CASES[3].id:
@@ -98,7 +87,7 @@ def test_results_that_were_computed_out_of_turn_are_in_the_report(
             release.wait(30)
         return Judgement(result(case.id))
 
-    monkeypatch.setattr(run, "judge_case", judge)
+    monkeypatch.setattr(run, "judge_case", hang_from_the_fourth)
     options = RunOptions("stored:0.2.2", out=tmp_path, cache=tmp_path)
     told = run.blank(options)
     with pytest.raises(Stopped):
@@ -109,13 +98,13 @@ def test_results_that_were_computed_out_of_turn_are_in_the_report(
 
 
 @pytest.mark.parametrize(("spec", "most"), [("torch", 1), ("stored:0.2.2", 2)])
-def test_no_truth_is_made_beside_torchs_own_forward(
+def test_one_case_at_a_time_where_the_candidate_is_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: str, most: int
 ) -> None:
-    """The default dtype, which a float64 model is loaded under, is the whole process's."""
+    """torch's default dtype is shared by all threads."""
     lock, at_work, seen = threading.Lock(), [0], [0]
 
-    def judge(case: Case, *_: object) -> Judgement:
+    def count(case: Case, *_: object) -> Judgement:
         with lock:
             at_work[0] += 1
             seen[0] = max(seen[0], at_work[0])
@@ -124,16 +113,14 @@ def test_no_truth_is_made_beside_torchs_own_forward(
             at_work[0] -= 1
         return Judgement(result(case.id))
 
-    monkeypatch.setattr(run, "judge_case", judge)
+    monkeypatch.setattr(run, "judge_case", count)
     run.run_cases(RunOptions(spec, ("*",), tmp_path, cache=tmp_path), CASES, {}, Progress())
     assert seen[0] == most
 
 
 @pytest.mark.parametrize("locked", [True, False])
-def test_no_model_is_made_or_loaded_beside_another(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, locked: bool
-) -> None:
-    """One is generated under torch's default dtype while the truth of another is computed under it."""
+def test_one_model_is_made_or_run_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, locked: bool) -> None:
+    """The lock is what prevents it: without the lock the test sees two at once."""
     at_work, together = threading.Lock(), []
 
     def torch_works(*_: object) -> Any:

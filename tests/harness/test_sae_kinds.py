@@ -1,4 +1,4 @@
-"""SAEs where their own config does not put them, and SAEs of kinds that have no truth here (public cases E5, E8)."""
+"""SAEs that their own config places elsewhere, and kinds of SAE without a truth (public cases E5, E8)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.models.saelens import own_hook
 from candle_mi_parity.spec.cases import Case, SaeFile, SaelensDirectory
 from candle_mi_parity.spec.edits import Inject
-from candle_mi_parity.spec.explanations import Explanations
+from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import Trace
@@ -39,25 +39,23 @@ def row(cfg: dict[str, Any], **update: object) -> Case:
 
 
 def judged(case: Case, source: Source, cache: Path) -> CaseResult:
-    return judge_case(case, source, "x", cache, Explanations(format=1, explanation=[]), Progress()).result
+    return judge_case(case, source, "x", cache, NOTHING_KNOWN, Progress()).result
 
 
-# --- E5: an SAE is where its own config says
+# --- E5: the place that an SAE's own config gives
 
 HERE = "blocks.1.hook_resid_post"
 
 
 def placed(key: str, hook: str) -> dict[str, Any]:
-    """The hook under one of its names: of today, of version 2, of version 6."""
+    """The hook under one of the keys that versions of SAELens have used."""
     return {"metadata": {"hook_name": hook, "sae_lens_version": "6.54.12"}} if key == "metadata" else {key: hook}
 
 
 @pytest.mark.parametrize("edited", [False, True], ids=["read", "injected"])
 @pytest.mark.parametrize("key", ["hook_name", "hook_point", "metadata"])
 @pytest.mark.parametrize("own", ["blocks.1.hook_resid_pre", "blocks.0.hook_resid_post", "model.layers.1"])
-def test_a_row_that_places_an_sae_elsewhere_is_refused_with_both_hooks(
-    tmp_path: Path, own: str, key: str, edited: bool
-) -> None:
+def test_a_row_that_places_an_sae_elsewhere_is_refused(tmp_path: Path, own: str, key: str, edited: bool) -> None:
     edits = [Inject(kind="inject", hook=HERE, position=7, features=[[3, 4.0]])] if edited else []
     with pytest.raises(CaseTableError) as caught:
         prepare(row(PLAIN | placed(key, own), edits=edits), tmp_path)
@@ -67,7 +65,7 @@ def test_a_row_that_places_an_sae_elsewhere_is_refused_with_both_hooks(
 
 
 @pytest.mark.parametrize("cfg", [{}, {"hook_name": None}, {"metadata": {}}, {"hook_name": "", "metadata": None}])
-def test_a_config_that_names_no_hook_contradicts_no_row(tmp_path: Path, cfg: dict[str, Any]) -> None:
+def test_a_config_without_a_hook_gives_no_place(tmp_path: Path, cfg: dict[str, Any]) -> None:
     (tmp_path / "cfg.json").write_text(json.dumps(cfg))
     assert own_hook(tmp_path) is None
 
@@ -99,7 +97,7 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_reader_says_whose_limit_it_is(tmp_path: Path, kind: str) -> None:
+def test_the_reader_names_the_unsupported_kind(tmp_path: Path, kind: str) -> None:
     cfg, said = KINDS[kind]
     path = prepare(row(PLAIN | cfg), tmp_path).sae_file
     assert path is not None
@@ -109,7 +107,7 @@ def test_the_reader_says_whose_limit_it_is(tmp_path: Path, kind: str) -> None:
 
 
 class Computing(NothingOpen):
-    """A candidate that computes something for an SAE, whatever it is."""
+    """A candidate that gives numbers for any SAE."""
 
     identity = RELEASE
 
@@ -121,19 +119,19 @@ class Computing(NothingOpen):
             raise self._error
         there = real("llama/hub")
 
-        def told(document: dict[str, Any]) -> None:
+        def adapted(document: dict[str, Any]) -> None:
             header = {"case": {"id": subject.case.id, "digest": subject.digest}, "sae_digest": subject.sae_digest}
             document["header"] |= header | {"inputs_digest": file_digest(inputs)}
             document["tokens"] = subject.tokens
 
-        trace = Trace(write(self._directory, there, edit=told))
+        trace = Trace(write(self._directory, there, edit=adapted))
         check_header(truth, trace, file_digest(inputs))
         return trace
 
 
-def test_candle_mi_is_asked_and_its_refusal_is_the_result(tmp_path: Path) -> None:
+def test_a_refusal_by_candle_mi_is_the_result(tmp_path: Path) -> None:
     refusal = EmitterError("sae", 'config error: unsupported SAE architecture: "gated"')
-    for _ in range(2):  # and again, with the model's own truth in the cache
+    for _ in range(2):  # the second time with the model's own truth in the cache
         found = judged(row(PLAIN | KINDS["gated"][0]), Computing(tmp_path, refusal), tmp_path / "cache")
         assert (found.failure, found.error) == (Failure.SAE, str(refusal))
 
@@ -145,12 +143,7 @@ def test_numbers_without_a_truth_are_unmeasured(tmp_path: Path) -> None:
         assert found.error.startswith("candle-mi computes something, but ") and "no truth for" in found.error
 
 
-def test_its_twin_of_a_known_kind_passes(tmp_path: Path) -> None:
-    with TorchSource() as source:
-        assert judged(row(PLAIN), source, tmp_path).status is Status.PASS
-
-
-def test_an_sae_of_which_no_feature_fires_was_not_exercised(tmp_path: Path) -> None:
+def test_an_sae_without_a_firing_feature_is_unmeasured_and_others_pass(tmp_path: Path) -> None:
     cfg = PLAIN | {"architecture": "jumprelu"}
     silent, firing = (SaelensDirectory(layer=1, d_sae=96, threshold=theta, cfg=cfg) for theta in (1e3, 0.25))
     with TorchSource() as source:
@@ -158,12 +151,12 @@ def test_an_sae_of_which_no_feature_fires_was_not_exercised(tmp_path: Path) -> N
         assert found.status is Status.UNMEASURED
         assert found.error == "no feature of the SAE fires at any position: it was not exercised"
         assert judged(row({}, sae=firing), source, tmp_path).status is Status.PASS
+        assert judged(row(PLAIN), source, tmp_path).status is Status.PASS
 
 
 @pytest.mark.rust
 @pytest.mark.parametrize("kind", ["gated", "batchtopk", "transcoder"])
-def test_the_released_candle_mi_refuses_in_its_own_words(live: Source, kind: str) -> None:
-    """Generated, and as a directory of one's own."""
+def test_the_released_candle_mi_refuses_these_kinds(live: Source, kind: str) -> None:
     case = row(PLAIN | KINDS[kind][0])
     path = prepare(case, cache_root()).sae_file
     for sae in (case.sae, SaeFile(path=str(path), layer=1)):
