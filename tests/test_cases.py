@@ -1,6 +1,6 @@
-"""Every case against every candidate, judged once: each group of its tensors is the truth's, within rounding.
+"""Every case against every candidate, judged once; each group of tensors is a subtest.
 
-The groups are those of the files beside this one, which show each on the plain cases.
+The groups are defined in the files beside this one, which test each on the plain cases.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def test_case(
     candidate: str, case_id: str, judged: Callable[[str, str], CaseResult], subtests: pytest.Subtests
 ) -> None:
     result = judged(candidate, case_id)
-    check(result, lambda name: True)  # a known divergence ends here; whatever is in no group is held too
+    check(result, lambda name: True)  # a known divergence ends here
     for group, belongs in GROUPS.items():
         if any(belongs(tensor.name) for tensor in result.tensors):
             with subtests.test(group):
@@ -32,6 +32,5 @@ def test_case(
 
 
 def test_every_tensor_of_a_case_belongs_to_a_group(judged: Callable[[str, str], CaseResult]) -> None:
-    """But for the tokenizer's ids, which are judged before there is a tensor."""
     names = {tensor.name for case_id in ("gemma2/hub", "llama/hub") for tensor in judged("0.2.2", case_id).tensors}
     assert [name for name in names if sum(belongs(name) for belongs in GROUPS.values()) != 1] == []

@@ -1,4 +1,4 @@
-"""candle-mi's public functions, called directly, give what float64 gives, or what is known: each release."""
+"""candle-mi's public functions, called directly, against float64, for each release."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ KNOWN = {
     "CMI108": [f"topk-gpu/{x}" for x in ("spread", "seq", "ties", "k-beyond-positives", "all-negative")]
     + [f"topk-gpu/{x}" for x in ("zeros", "small-ties", "small", "huge")],
 }
-"""In every release; what is listed here is one edit of the table away from being something else."""
+"""Explanation → the calls that differ in every release."""
 ABSENT = {"CMI109": [f"position_delta/{position}" for position in (0, 1, 3)]}
 RELEASES = {"0.1.6": ABSENT, "0.1.10": ABSENT, "0.1.24": {}, "0.2.2": {}}
 

@@ -1,6 +1,6 @@
-"""The truth itself has not moved: each case against its golden, to 1e-9 of each array's rms.
+"""The truth has not changed: each case against its golden, to 1e-9 of each array's rms.
 
-Goldens come from the float64 oracle and from nothing else. A library upgrade that moves one says so.
+Goldens come from the float64 oracle alone. They fail where an upgrade of a library changes a truth.
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
-"""The cases with interventions exercise them: each edit moves what lies behind it, at every hook that takes its kind.
+"""Each edit of a case changes the tensors after it by more than rounding, and every kind is tested at every hook.
 
-What candle-mi makes of them is judged with all cases in `test_cases.py`, over the whole trace downstream.
+The traces of these cases are judged with all others in `test_cases.py`.
 """
 
 import functools
@@ -33,13 +33,13 @@ TAKES = {
 }
 
 FAR = {"float32": 1000, "float16": 10}
-"""How far beyond its noise, in its own format, an edit must move a tensor."""
+"""By how many times its noise an edit must change a tensor."""
 
 UNSEEN = {
     "gemma2/edit-scale-attention": {"blocks.0.attn.hook_v", "blocks.1.attn.hook_pattern"},
     "gemma2/edit-scale-stream": {"blocks.1.mlp.hook_post"},
 }
-"""Gemma 2 norms what comes out of both blocks: a factor on all of it is taken out again, but for the norm's eps."""
+"""Gemma 2 normalises the output of both blocks, which cancels a factor on it, apart from the norm's eps."""
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def rms(tensor: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("case_id", EDITED)
-def test_the_edits_of_a_case_move_its_logits_far_beyond_rounding(case_id: str) -> None:
+def test_the_edits_of_a_case_change_its_logits_beyond_rounding(case_id: str) -> None:
     case = EDITED[case_id]
     moved = values(case)["logits"] - values(case.model_copy(update={"edits": []}))["logits"]
     noise = Oracle(prepare(case, cache_root()), cache_root()).truth().tensors["logits"].noise
@@ -70,8 +70,8 @@ def test_the_edits_of_a_case_move_its_logits_far_beyond_rounding(case_id: str) -
 
 
 @pytest.mark.parametrize("case_id", EDITED)
-def test_each_edit_of_a_case_moves_a_tensor_behind_it(case_id: str) -> None:
-    """The logits alone could not tell: an edit may hide another from them, and not from the trace between."""
+def test_each_edit_of_a_case_changes_a_later_tensor(case_id: str) -> None:
+    """In the logits alone, one edit may hide another."""
     case = EDITED[case_id]
     there = values(case)
     noise = Oracle(prepare(case, cache_root()), cache_root()).truth().tensors
@@ -90,7 +90,7 @@ def test_each_edit_of_a_case_moves_a_tensor_behind_it(case_id: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("kind", TAKES)
-def test_every_kind_stands_at_every_hook_that_takes_it(family: str, kind: str) -> None:
+def test_every_kind_is_tested_at_every_hook_that_takes_it(family: str, kind: str) -> None:
     cases = [case for case in EDITED.values() if case.family == family]
     hooks = {edit.hook for case in cases for edit in case.edits if edit.kind == kind}
     assert {hook.split(".", 2)[2] if hook.startswith("blocks") else hook for hook in hooks} == TAKES[kind]

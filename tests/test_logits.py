@@ -1,4 +1,4 @@
-"""Logits are the truth's, within rounding; a next token may differ only at a tie. The logit lens too."""
+"""Logits and logit lens equal the truth within rounding; a next token may differ only at a tie."""
 
 from collections.abc import Callable
 

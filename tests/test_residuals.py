@@ -1,8 +1,4 @@
-"""Residual stream, block outputs and MLP hooks are the truth's, within rounding.
-
-A fault in a block's arithmetic shows here first: `mlp.hook_post` for an activation, `hook_attn_out` for a
-projection, `hook_resid_mid` for a norm that is applied in the wrong place.
-"""
+"""Residual stream, block outputs and MLP hooks equal the truth within rounding."""
 
 from collections.abc import Callable
 

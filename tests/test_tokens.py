@@ -1,4 +1,4 @@
-"""candle-mi's tokenizer gives transformers' token ids on a corpus that is meant to break one."""
+"""candle-mi's tokenizer gives transformers' token ids on a corpus of difficult texts."""
 
 from pathlib import Path
 

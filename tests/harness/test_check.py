@@ -230,9 +230,7 @@ def test_a_family_without_a_hook_map_is_judged_by_its_module_names(tmp_path: Pat
         ("olmo", "refuses this model: model: candle-mi calls the model incompatible", "refused a small olmo model"),
     ],
 )
-def test_candle_mi_reads_such_a_family_through_its_auto_config(
-    model_type: str, said: str, before: str, tmp_path: Path
-) -> None:
+def test_candle_mi_on_a_family_without_a_hook_map(model_type: str, said: str, before: str, tmp_path: Path) -> None:
     mine, _ = unmapped(model_type, tmp_path)
     result = check(mine, tokens=[[1, 5, 9, 4]], out=tmp_path / "out")
     assert result.verdict is Verdict.FAIL and said in result.sentence

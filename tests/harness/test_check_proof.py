@@ -1,4 +1,4 @@
-"""Whether ``check`` names what is wrong, on copies of models of which only the config can be recognised."""
+"""Whether ``check`` names what is wrong, on copies of the models of the table."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ FAULTS = {"source-rope-exponent", "source-query-norm", "source-gate-half"}
 """Faults in candle-mi's source that no change of a setting imitates."""
 
 
-class Hers(NothingOpen):
-    """The stored traces of a case of the table, under the user's own name for it."""
+class StoredTraces(NothingOpen):
+    """The stored traces of a case of the table, for any case with the same model and prompt."""
 
     def __init__(self, case: Case) -> None:
         self._case, self._stored = case, StoredSource(OUTPUTS / f"{RELEASE}.json")
@@ -44,8 +44,8 @@ class Hers(NothingOpen):
         return self._stored.trace(replace(subject, case=self._case), mode, truth, inputs)
 
 
-def hers(case: Case, out: Path, opened: Callable[[], Source] | None = None, search: float = 0.0) -> CheckResult:
-    """A case of the table as a user has it: a copy of its model and its SAE, her own prompt and interventions.
+def check_copy(case: Case, out: Path, opened: Callable[[], Source] | None = None, search: float = 0.0) -> CheckResult:
+    """Check a copy of the model and SAE of a case, with its prompt and interventions.
 
     :param opened: the source of the traces; None for the release, built.
     """
@@ -74,32 +74,26 @@ def fault(result: CheckResult, expected: CaseResult) -> str:
     """What is wrong with the answer about a known divergence; empty where nothing is."""
     known = expected.explained
     assert known is not None
-    about_edits = {
-        row.id for row in load_explanations().explanation if row.conditions and all(c.of_edit for c in row.conditions)
-    }
+    rows = load_explanations().explanation
+    about_edits = {row.id for row in rows if row.conditions and all(c.of_edit for c in row.conditions)}
     if result.verdict is not Verdict.FAIL:
-        return f"{expected.id}: {result.verdict.value}, and a divergence of her model is a divergence"
-    if any(said not in result.sentence for said in (f"({', '.join(known.ids)})", known.says, known.change)):
+        return f"{expected.id}: {result.verdict.value}, expected FAIL"
+    if any(text not in result.sentence for text in (f"({', '.join(known.ids)})", known.says, known.change)):
         return f"{expected.id}: expected {known.ids}, {known.change}: {result.sentence}"
-    if unseen := set(known.ids) - {found.id for found in result.forecast} - about_edits:
-        return f"{expected.id}: the config alone tells {', '.join(sorted(unseen))}, and it was not said"
+    if missing := set(known.ids) - {found.id for found in result.forecast} - about_edits:
+        return f"{expected.id}: the forecast from the config lacks {', '.join(sorted(missing))}"
     return ""
 
 
-@pytest.mark.parametrize(
-    "case_id",
-    [
-        "llama/v5",
-        "gemma2/layer-types",
-        "llama/sae-layer-norm",
-        "llama/edit-steer-set-inner",
-        "starcoder2/absent-norm-type",
-    ],
-)
+LISTED = ["llama/v5", "gemma2/layer-types", "llama/sae-layer-norm"]
+LISTED += ["llama/edit-steer-set-inner", "starcoder2/absent-norm-type"]
+
+
+@pytest.mark.parametrize("case_id", LISTED)
 def test_the_sentence_names_the_explanation(
     case_id: str, judged: Callable[[str, str], CaseResult], tmp_path: Path
 ) -> None:
-    result = hers(CASES[case_id], tmp_path / "hers", lambda: Hers(CASES[case_id]))
+    result = check_copy(CASES[case_id], tmp_path / "copy", lambda: StoredTraces(CASES[case_id]))
     assert not fault(result, judged(RELEASE, case_id))
 
 
@@ -108,39 +102,38 @@ def test_the_sentence_names_the_explanation(
 def test_the_sentence_names_the_explanation_of_every_known_divergence(
     judged: Callable[[str, str], CaseResult], tmp_path: Path
 ) -> None:
-    """Measured anew by the release itself, not taken from what is stored of it."""
-    default = [case for case in CASES.values() if case.lane == "default"]
-    expected = {case.id: judged(RELEASE, case.id) for case in default}
+    """The release computes the traces again."""
+    expected = {id: judged(RELEASE, id) for id, case in CASES.items() if case.lane == "default"}
     known = [
-        case
-        for case in default
-        if expected[case.id].status is Status.KNOWN and expected[case.id].outcome is Outcome.DIVERGES
+        CASES[id]
+        for id, found in expected.items()
+        if found.status is Status.KNOWN and found.outcome is Outcome.DIVERGES
     ]
     assert len(known) == DIVERGENCES
-    results = {case.id: hers(case, tmp_path / str(index)) for index, case in enumerate(known)}
-    faults = [said for id, result in results.items() if (said := fault(result, expected[id]))]
+    results = {case.id: check_copy(case, tmp_path / str(index)) for index, case in enumerate(known)}
+    faults = [text for id, result in results.items() if (text := fault(result, expected[id]))]
     print(f"{len(known) - len(faults)} of {len(known)} known divergences named")
     assert not faults, "\n".join(faults)
 
 
 @pytest.mark.thorough
 @pytest.mark.rust
-def test_a_fault_in_candle_mis_source_is_found_at_its_tensor_and_not_explained(tmp_path: Path) -> None:
+def test_a_fault_in_candle_mi_s_source_is_located_and_not_explained(tmp_path: Path) -> None:
     checkout = Checkout(cache_root(), tmp_path)
     planted = [row for row in load_faults() if row.id in FAULTS]
     assert {row.id for row in planted} == FAULTS
     for row in planted:
         with checkout.candidate(row) as source:
-            result = hers(CASES[row.case], tmp_path / f"{row.id}-hers", lambda: source, search=20.0)
+            result = check_copy(CASES[row.case], tmp_path / f"{row.id}-copy", lambda: source, search=20.0)
         first = result.prompts[0].case.first_divergence
         assert first is not None and first.name == row.first, f"{row.id}: {result.sentence}"
         assert f"first at {row.first}" in result.sentence and result.prompts[0].case.explained is None
         assert "explains it" in result.sentence or "none of" in result.sentence, result.sentence
 
 
-def test_a_refusal_is_told_in_candle_mis_words(tmp_path: Path) -> None:
+def test_a_refusal_is_given_in_candle_mi_s_words(tmp_path: Path) -> None:
     case = CASES["llama/rope-yarn"]
-    result = hers(case, tmp_path, lambda: Hers(case))
+    result = check_copy(case, tmp_path, lambda: StoredTraces(case))
     assert result.verdict is Verdict.FAIL
     assert "refuses this model: This kind of rope_scaling is not implemented" in result.sentence
     assert 'unsupported rope_scaling type "yarn"' in result.sentence
@@ -148,7 +141,7 @@ def test_a_refusal_is_told_in_candle_mis_words(tmp_path: Path) -> None:
 
 @pytest.mark.rust
 def test_a_model_on_which_the_release_is_right(tmp_path: Path) -> None:
-    result = hers(CASES["llama/hub"], tmp_path / "hers")
+    result = check_copy(CASES["llama/hub"], tmp_path / "copy")
     assert result.agrees
     assert result.sentence.startswith(
         "candle-mi 0.2.2 computes PyTorch's numbers on this model: 44 tensors, 1 prompt"

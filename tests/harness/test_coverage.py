@@ -1,7 +1,4 @@
-"""Nothing lies about unused, and what nothing compares is named here: opening or closing a gap is an edit.
-
-The sets are asserted exactly, in both directions.
-"""
+"""Every fixture and stored file is used, and what nothing compares is listed here. The sets must be equal."""
 
 from __future__ import annotations
 
@@ -26,20 +23,11 @@ CASES = load_cases()
 DEFAULT = select(CASES, [])
 VERSIONS = stored_releases(OUTPUTS)
 
-NO_ORACLE = {
-    "Dream": "transformers has no such model",
-    "a2d-qwen2": "transformers has no such model",
-    "a2d-qwen3": "transformers has no such model",
-}
-"""Model types of candle-mi 0.2.2 that no case can cover."""
+NO_ORACLE = {"Dream", "a2d-qwen2", "a2d-qwen3"}
+"""Model types of candle-mi 0.2.2 that transformers does not have."""
 
-NO_TRANSFORMER = {
-    "RwkvState": "RWKV only",
-    "RwkvDecay": "RWKV only",
-    "RwkvEffectiveAttn": "RWKV only",
-    "Custom": "a name of the user's own; never fires in a transformer",
-}
-"""Hook points of candle-mi 0.2.2 that GenericTransformer does not fire."""
+NO_TRANSFORMER = {"RwkvState", "RwkvDecay", "RwkvEffectiveAttn", "Custom"}
+"""Hook points of candle-mi 0.2.2 that no transformer fires: of RWKV alone, and names that a user gives."""
 
 
 def candle_mi_source(name: str) -> str:
@@ -71,7 +59,7 @@ def test_every_case_is_stored_and_every_stored_outcome_is_of_a_case(version: str
     assert all(case.free is not None for case in stored.cases.values()) and stored.calls and stored.tokens
 
 
-def test_every_stored_file_is_named_by_an_index_and_bears_its_digest() -> None:
+def test_every_stored_file_is_in_an_index_and_has_its_digest() -> None:
     traces = OUTPUTS / "traces"
     there = {path for path in traces.rglob("*") if path.is_file()}
     named = {
@@ -91,7 +79,7 @@ def test_every_model_type_of_candle_mi_has_a_family_or_a_reason() -> None:
     source = candle_mi_source("config.rs")
     block = re.search(r"SUPPORTED_MODEL_TYPES: &\[&str\] = &\[(.*?)\];", source, re.DOTALL)
     assert block
-    assert set(re.findall(r'"([^"]+)"', block.group(1))) == set(FAMILIES) | set(NO_ORACLE)
+    assert set(re.findall(r'"([^"]+)"', block.group(1))) == set(FAMILIES) | NO_ORACLE
     assert {case.family for case in DEFAULT} >= set(FAMILIES)
 
 
@@ -104,10 +92,10 @@ def test_every_hook_point_of_candle_mi_is_compared_or_has_a_reason() -> None:
     camel = {
         "".join(word.title() for word in re.split(r"[._]", point.replace("hook_", ""))) for point in LAYER_POINTS
     }
-    assert variants == camel | {"Embed", "FinalNorm"} | set(NO_TRANSFORMER)
+    assert variants == camel | {"Embed", "FinalNorm"} | NO_TRANSFORMER
 
 
-def test_what_the_list_of_public_functions_names_as_a_comparison_exists() -> None:
+def test_every_comparison_in_the_list_of_public_functions_exists() -> None:
     text = (ROOT / "docs" / "public-functions.md").read_text(encoding="utf-8")
     calls = {row["fn"] for row in tomllib.loads((FIXTURES / "calls.toml").read_text(encoding="utf-8"))["call"]}
     assert set(re.findall(r"call:(\w+)", text)) == calls

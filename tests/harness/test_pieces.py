@@ -1,4 +1,4 @@
-"""A tensor is judged a block at a time, a long one a stretch of its file at a time: as if it were judged whole."""
+"""A tensor that is read and compared in pieces gets the same result as one that is compared whole."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from candle_mi_parity.compare.verdict import TensorResult
-from candle_mi_parity.files import chunks as stretches
+from candle_mi_parity.files import chunks
 from tests.support.planting import Arrays, Real, compare_trace, real, write
 
 WHOLE = 1 << 40
 PIECES = {
     "blocks of a position": (1, WHOLE, WHOLE),
     "blocks of some positions": (500, WHOLE, WHOLE),
-    "stretches of a position": (WHOLE, 1, 1),
-    "stretches of some positions, in blocks of others": (300, 1000, 1),
+    "one chunk a position": (WHOLE, 1, 1),
+    "chunks of some positions, in blocks of others": (300, 1000, 1),
 }
-"""Elements of a block, of a stretch, and of a tensor that is long."""
+"""Elements of a block, of a chunk of a file, and of a tensor that is read in chunks."""
 
 
 def honest(arrays: Arrays) -> Arrays:
@@ -56,13 +56,13 @@ def everywhere(arrays: Arrays) -> Arrays:
 
 @pytest.mark.parametrize("pieces", PIECES)
 @pytest.mark.parametrize("fault", [honest, last_element, one_leak, one_nan, everywhere])
-def test_pieces_are_judged_as_the_whole(
+def test_pieces_give_the_result_of_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: str, fault: Callable[[Arrays], Arrays]
 ) -> None:
     there = real("gemma2/hub")
     path = write(tmp_path, there, there.arrays | fault(there.arrays))
     told = [judged(there, path, monkeypatch, *sizes) for sizes in ((WHOLE,) * 3, PIECES[pieces])]
-    assert _but_for_the_means(told[0]) == _but_for_the_means(told[1])
+    assert _without_means(told[0]) == _without_means(told[1])
     for one, other in zip(*told, strict=True):
         assert one.rms_ratio == pytest.approx(other.rms_ratio, rel=1e-9)
         assert one.position_ratio == pytest.approx(other.position_ratio, rel=1e-9)
@@ -70,16 +70,16 @@ def test_pieces_are_judged_as_the_whole(
 
 def judged(there: Real, path: Path, patch: pytest.MonkeyPatch, *sizes: int) -> list[TensorResult]:
     for name, size in zip(("BLOCK", "STRETCH", "LONG"), sizes, strict=True):
-        patch.setattr(stretches, name, size)
+        patch.setattr(chunks, name, size)
     return compare_trace(there, path)
 
 
-def _but_for_the_means(results: list[TensorResult]) -> list[str]:
-    """Sums in another order differ in their last bit; NaN is not equal to itself, but is spelt alike."""
+def _without_means(results: list[TensorResult]) -> list[str]:
+    """Sums in another order differ in their last bit; as text, NaN equals NaN."""
     return [repr(replace(result, rms_ratio=0.0, position_ratio=0.0)) for result in results]
 
 
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=4))
 def test_blocks_cover_each_position_once(shape: list[int]) -> None:
     positions = [*range(shape[-2])]
-    assert [position for block in stretches.blocks(shape) for position in positions[block]] == positions
+    assert [position for block in chunks.blocks(shape) for position in positions[block]] == positions

@@ -1,4 +1,4 @@
-"""Only what is known excuses a test, and `-m gpu` without a GPU is not a pass."""
+"""The pytest plugin: outcomes of judged cases, skips, required tools, and the summary."""
 
 from __future__ import annotations
 
@@ -31,28 +31,25 @@ def outcomes(pytester: pytest.Pytester, body: str, *arguments: str) -> pytest.Ru
     return pytester.runpytest_inprocess("-p", "candle_mi_parity.pytest_plugin", *arguments)
 
 
-def test_what_is_known_is_an_expected_failure(pytester: pytest.Pytester) -> None:
-    done = outcomes(pytester, "def test_it(): check(judged(Status.KNOWN, wrong=True), lambda name: True)\n")
-    done.assert_outcomes(xfailed=1)
-
-
 @pytest.mark.parametrize(
-    "case",
-    ["Status.FAIL, wrong=True", "Status.ERROR, error='crash: emitter was ended by SIGKILL'"],
+    ("result", "belongs", "outcome"),
+    [
+        ("Status.KNOWN, wrong=True", True, "xfailed"),
+        ("Status.FAIL, wrong=True", True, "failed"),
+        ("Status.ERROR, error='crash: emitter was ended by SIGKILL'", True, "failed"),
+        ("Status.PASS", True, "passed"),
+        ("Status.PASS", False, "failed"),  # nothing was compared
+    ],
 )
-def test_what_is_not_known_fails(pytester: pytest.Pytester, case: str) -> None:
-    done = outcomes(pytester, f"def test_it(): check(judged({case}), lambda name: True)\n")
-    done.assert_outcomes(failed=1)
+def test_the_outcome_of_a_judged_case(pytester: pytest.Pytester, result: str, belongs: bool, outcome: str) -> None:
+    done = outcomes(pytester, f"def test_it(): check(judged({result}), lambda name: {belongs})\n")
+    done.assert_outcomes(**{outcome: 1})
+    if not belongs:
+        done.stdout.fnmatch_lines(["*nothing was compared*"])
 
 
-def test_a_group_with_nothing_to_compare_fails(pytester: pytest.Pytester) -> None:
-    done = outcomes(pytester, "def test_it(): check(judged(Status.PASS), lambda name: False)\n")
-    done.assert_outcomes(failed=1)
-    done.stdout.fnmatch_lines(["*nothing was compared*"])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA; this machine has it")
-def test_gpu_asked_for_and_none_there_is_inconclusive(pytester: pytest.Pytester) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_gpu_tests_without_a_gpu_are_inconclusive(pytester: pytest.Pytester) -> None:
     body = "@pytest.mark.gpu\ndef test_it(): pass\n\ndef test_other(): pass\n"
     done = outcomes(pytester, body, "-m", "gpu")
     assert done.ret == 3
@@ -72,7 +69,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("a_gpu")
-def test_where_there_is_a_gpu_its_tests_run_and_the_header_names_it(pytester: pytest.Pytester) -> None:
+def test_with_a_gpu_its_tests_run_and_the_header_names_it(pytester: pytest.Pytester) -> None:
     done = outcomes(pytester, "@pytest.mark.gpu\ndef test_it(): pass\n", "-m", "gpu", "--require-gpu")
     done.assert_outcomes(passed=1)
     assert done.ret == 0
@@ -85,9 +82,9 @@ def test_where_there_is_a_gpu_its_tests_run_and_the_header_names_it(pytester: py
     ["def test_it(): pytest.skip('of its own')", "@pytest.mark.skip(reason='of its own')\ndef test_it(): pass"],
     ids=["inside", "by a marker"],
 )
-def test_a_gpu_test_that_skips_for_a_reason_of_its_own_is_no_run(pytester: pytest.Pytester, body: str) -> None:
+def test_a_gpu_test_that_skips_itself_does_not_count_as_run(pytester: pytest.Pytester, body: str) -> None:
     body = f"@pytest.mark.gpu\n{body}\n\n@pytest.mark.skip(reason='x')\ndef test_other(): pass\n"
-    assert outcomes(pytester, body, "-m", "gpu").ret == 3, "skipped, and nothing was shown"
+    assert outcomes(pytester, body, "-m", "gpu").ret == 3, "the only gpu test was skipped"
     required = outcomes(pytester, body, "--require-gpu")
     found = required.parseoutcomes()
     assert found.get("failed", 0) + found.get("errors", 0) == 1 and found["skipped"] == 1
@@ -101,7 +98,7 @@ def test_a_lane_that_was_not_selected_is_not_required(pytester: pytest.Pytester)
 
 
 @pytest.mark.parametrize("lane", OPT_IN_LANES)
-def test_a_case_of_a_lane_that_waits_is_skipped_with_its_remedy(pytester: pytest.Pytester, lane: str) -> None:
+def test_an_opt_in_lane_is_skipped_with_its_remedy(pytester: pytest.Pytester, lane: str) -> None:
     body = f"@pytest.mark.{lane}\ndef test_it(): pass\n"
     done = outcomes(pytester, body, "-rs")
     done.assert_outcomes(skipped=1)
@@ -136,7 +133,6 @@ def test_skipped(i):
 """
 
 
-@pytest.mark.thorough
 def section(pytester: pytest.Pytester, *arguments: str) -> list[str]:
     pytester.makepyfile(SUMMARY)
     done = pytester.runpytest_subprocess("-p", "candle_mi_parity.pytest_plugin", *arguments)
@@ -145,9 +141,8 @@ def section(pytester: pytest.Pytester, *arguments: str) -> list[str]:
     return [line for line in done.outlines[start + 1 :] if line and not line.startswith(("=", "SKIPPED"))]
 
 
-def test_the_summary_has_worst_ratios_first_divergences_and_skips_and_workers_change_nothing(
-    pytester: pytest.Pytester,
-) -> None:
+@pytest.mark.thorough
+def test_the_summary_is_the_same_with_and_without_workers(pytester: pytest.Pytester) -> None:
     serial = section(pytester)
     assert serial == [
         "0.2.2      llama       PASS  hub 1.5",
@@ -159,6 +154,6 @@ def test_the_summary_has_worst_ratios_first_divergences_and_skips_and_workers_ch
     assert section(pytester, "-n", "2") == serial
 
 
-def test_the_header_says_versions_device_and_gate(pytester: pytest.Pytester) -> None:
+def test_the_header_has_versions_device_and_gate(pytester: pytest.Pytester) -> None:
     done = outcomes(pytester, "def test_it(): pass\n")
     done.stdout.fnmatch_lines(["parity: torch *, transformers *", "parity: CUDA device: *; gate: position < 8*"])
