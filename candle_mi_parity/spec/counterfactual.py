@@ -1,4 +1,4 @@
-"""Counterfactuals as data: a case with something changed, under whose truth a candidate would be right."""
+"""Counterfactuals as data: what is changed in a case so that the truth equals a candidate's numbers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _ROTARY_BLOCKS = (ROTARY, "rope_scaling")
 
 
 class Variant(StrEnum):
-    """An arithmetic that no key of a config asks for."""
+    """A change of the arithmetic that no config key expresses."""
 
     ROTARY_IN_MODEL_DTYPE = "rotary-in-model-dtype"
     """Angles, cosines and sines of the rotary tables are computed in the model's format, not in float32."""
     KNOCKOUT_BEFORE_SOFTCAP = "knockout-before-softcap"
-    """The score of a knocked-out edge passes the softcap, which makes -softcap of -inf."""
+    """The score of a knocked-out edge passes through the softcap, which turns -inf into -softcap."""
     STEERING_OVER_ALL_COLUMNS = "steering-over-all-columns"
-    """``set_value`` spreads what it takes over all keys of the row, those that the mask forbids included."""
+    """``set_value`` takes the difference from all keys of the row, including masked ones."""
     RMS_NORM_FOR_LAYER_NORM = "rms-norm-for-layer-norm"
     """Every LayerNorm is an RMSNorm: no mean is subtracted and no bias added."""
     NO_CAUSAL_MASK = "no-causal-mask"
@@ -34,26 +34,24 @@ class Variant(StrEnum):
     KV_HEADS_TILED = "kv-heads-tiled"
     """Key and value heads are repeated as 0 1 0 1, not as 0 0 1 1."""
     TOPK_WITHOUT_RELU = "topk-without-relu"
-    """The k largest pre-activations are kept, negative ones too, but for the k-th where that is negative."""
+    """The k largest pre-activations are kept, also negative ones, except the k-th where it is negative."""
     NEGATIVE_THRESHOLD_KEPT = "negative-threshold-kept"
     """A JumpReLU feature with a negative threshold fires with a negative value."""
 
 
 class Counterfactual(TableRow):
-    """What is changed; the weights, the tokens and everything else stay.
+    """What is changed; everything else stays the same.
 
-    :ivar config_set: keys of ``config.json`` and their other value. ``rope_theta``, like every key of the rotary
-        embedding, is changed wherever the config has it.
+    :ivar config_set: keys of ``config.json`` and their other value. A key of the rotary embedding is changed
+        wherever the config has it.
     :ivar config_null: keys of ``config.json`` that are set to null.
     :ivar config_add: keys of ``config.json`` and what is added to their number.
-    :ivar config_drop: keys of ``config.json`` that are left out, so that transformers' own default holds.
-    :ivar weights_zero: parameters of the model that are 0, by glob over transformers' names.
-    :ivar weights_one: parameters that are 1, as a norm's weight that is left out.
-    :ivar variants: other arithmetic.
-    :ivar sae_set: keys of the SAE's ``cfg.json`` and their other value.
-    :ivar sae_drop: keys of the SAE's ``cfg.json`` that are left out.
+    :ivar config_drop: keys of ``config.json`` that are left out, so that transformers uses its default.
+    :ivar weights_zero: globs over parameters that are set to 0.
+    :ivar weights_one: globs over parameters that are set to 1, as a norm's weight that is left out.
+    :ivar sae_set: keys of the SAE's ``cfg.json`` and their other value; ``sae_drop`` are left out.
     :ivar edits_drop: kinds of edits that have no effect.
-    :ivar edits: index of an edit in the case → what stands in its place; None for nothing.
+    :ivar edits: index of an edit in the case → its replacement; None for none.
     """
 
     config_set: dict[str, Setting] = {}
@@ -78,7 +76,7 @@ class Counterfactual(TableRow):
     def with_also(self, other: Counterfactual) -> Counterfactual:
         """Both changes at once.
 
-        :raises ExplanationError: the two change one thing in two ways.
+        :raises ExplanationError: the two change one thing in different ways.
         """
         mine, theirs = self._places(), other._places()
         if clash := sorted(name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]):
@@ -90,7 +88,7 @@ class Counterfactual(TableRow):
         return Counterfactual.model_construct(**merged)
 
     def _places(self) -> dict[str, str]:
-        """What is changed → how, to find two changes of one thing."""
+        """What is changed → how; used to find conflicts."""
         found = {f"config.{key}": f"set {value!r}" for key, value in self.config_set.items()}
         found |= {f"config.{key}": f"add {value}" for key, value in self.config_add.items()}
         found |= {f"config.{key}": "null" for key in self.config_null} | {
@@ -103,7 +101,7 @@ class Counterfactual(TableRow):
     def changed_config(self, config: Config) -> Config:
         """A copy of a ``config.json`` with the changes.
 
-        :raises ExplanationError: a key to add to that holds no number.
+        :raises ExplanationError: a key of ``config_add`` holds no number.
         """
         changed: Config = json.loads(json.dumps(config))
         for key, value in self.config_set.items():
@@ -122,7 +120,7 @@ class Counterfactual(TableRow):
         return {key: value for key, value in config.items() if key not in self.sae_drop} | self.sae_set
 
     def edit_at(self, index: int, edit: Edit) -> Edit | None:
-        """What an edit of the case becomes; None where it has no effect."""
+        """The edit that replaces an edit of the case; None where it has no effect."""
         found = self.edits.get(index, edit)
         return None if found is None or found.kind in self.edits_drop else found
 
@@ -148,16 +146,16 @@ class Counterfactual(TableRow):
         return " and ".join(parts)
 
     def key(self) -> str:
-        """The same for the same changes, as a part of a cache key."""
+        """A part of cache keys; equal for equal changes."""
         return json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True)
 
 
 PLAIN = Counterfactual()
-"""Nothing is changed."""
+"""The counterfactual without a change."""
 
 
 def places(config: Config, field: str) -> list[tuple[str, ...]]:
-    """Where a config has a field: its own key, or for ``rope_parameters.<key>`` each spelling of it that is there."""
+    """The paths of a field in a config; ``rope_parameters.<key>`` may be in a block, at the top level, or in both."""
     if not field.startswith(f"{ROTARY}."):
         return [(field,)] if field in config else []
     key = field.partition(".")[2]
@@ -166,7 +164,7 @@ def places(config: Config, field: str) -> list[tuple[str, ...]]:
 
 
 def with_field(config: Config, field: str, value: object) -> Config:
-    """A copy of a config with a field at another value, wherever the config has it; None takes it away."""
+    """A copy of a config with another value of a field wherever the config has it; None removes the field."""
     copy: Config = json.loads(json.dumps(config))
     for path in places(config, field) or [(field.rpartition(".")[2],)]:
         target = copy[path[0]] if len(path) == 2 else copy
@@ -178,13 +176,13 @@ def with_field(config: Config, field: str, value: object) -> Config:
 
 
 def _field(key: str, config: Config) -> str:
-    """A key of the rotary embedding may stand in a block of its own."""
+    """The full name of a key, which for the rotary embedding may be in a block."""
     nested = f"{ROTARY}.{key}"
     return nested if any(key in (config.get(block) or {}) for block in _ROTARY_BLOCKS) else key
 
 
 def _without(config: Config, key: str) -> Config:
-    """A config without a key; without ``rope_scaling``, positions are rotated as if there were none."""
+    """A config without a key; without ``rope_scaling``, the rotary embedding is unscaled."""
     if key == "rope_scaling" and isinstance(config.get(ROTARY), dict):
         kept = {name: value for name, value in config[ROTARY].items() if name == "rope_theta"}
         config = {**config, ROTARY: {"rope_type": "default", **kept}}

@@ -1,7 +1,7 @@
 """Interventions as data: the rows of a case's ``edits``, and the rows of the emitter's request.
 
-An edit changes the tensor that arrives at a hook, after it was captured there. Several at one hook act in the order
-of the rows, each on what the one before left. Their torch maths is in :mod:`interventions`.
+An edit changes the tensor at a hook after it was captured. Several edits at one hook apply in the order of the rows.
+:mod:`interventions` implements them in torch.
 """
 
 from __future__ import annotations
@@ -20,25 +20,22 @@ Position = Annotated[int, Field(ge=0)]
 
 
 class _Edit(BaseModel):
-    """What every edit has.
-
-    :ivar hook: candle-mi's name of the hook point.
-    """
+    """The common part; ``hook`` is candle-mi's name of the hook point."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     hook: str
 
     def positions(self) -> Iterator[int]:
-        """The positions that the edit names; each must be inside the prompt."""
+        """The positions in the edit; each must be inside the prompt."""
         yield from ()
 
 
 class RandomTensorEdit(_Edit):
-    """An edit with a tensor of uniform numbers, or with a vector that is given.
+    """An edit with a tensor of uniform random numbers, or with a given vector.
 
-    :ivar size: their root mean square, in units of that of the hook's own tensor in the unedited model.
-    :ivar values: the vector [d] that stands at every position in place of them, as a steering vector does.
+    :ivar size: rms of the random tensor, relative to the rms of the hook's tensor in the unedited model.
+    :ivar values: a vector [d] for every position, such as a steering vector, in place of the random tensor.
     """
 
     seed: int = 0
@@ -55,7 +52,7 @@ class Add(RandomTensorEdit):
 
 
 class PatchAt(RandomTensorEdit):
-    """Overwrites one position of a hook that is [B, T, d] with a vector [d]."""
+    """Replaces one position of a hook [B, T, d] by a vector [d]."""
 
     kind: Literal["patch_at"]
     position: Position
@@ -84,7 +81,7 @@ class Zero(_Edit):
 
 
 class FromTo(BaseModel):
-    """One query position and the keys that it is cut from."""
+    """One query position and several keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -97,8 +94,8 @@ class Attention(BaseModel):
 
     :ivar heads: None for all.
     :ivar edges: pairs [query, key].
-    :ivar from_positions: queries that are meant with every key.
-    :ivar to_positions: keys that are meant with every query.
+    :ivar from_positions: queries, with every key.
+    :ivar to_positions: keys, with every query.
     :ivar from_to: a query with several keys.
     """
 
@@ -120,7 +117,7 @@ class Attention(BaseModel):
             yield from fan.keys
 
     def chosen(self, n_heads: int, width: int) -> np.ndarray:
-        """The entries that are meant, boolean [H, T, T]: query × key."""
+        """The selected entries, boolean [H, T, T]: query × key."""
         pairs = np.zeros((width, width), bool)
         for query, key in self.edges:
             pairs[query, key] = True
@@ -133,7 +130,7 @@ class Attention(BaseModel):
 
 
 class Knockout(_Edit):
-    """Attention weights that are to be 0: candle-mi's ``create_knockout_mask`` of a ``KnockoutSpec``."""
+    """Attention weights set to 0: candle-mi's ``create_knockout_mask`` of a ``KnockoutSpec``."""
 
     kind: Literal["knockout"]
     spec: Attention
@@ -149,7 +146,7 @@ class Knockout(_Edit):
 class Steer(_Edit):
     """Attention weights multiplied or set, the rows normalised again: ``apply_steering`` of a ``SteeringSpec``.
 
-    :ivar how: ``scale`` multiplies by ``value``, ``set_value`` puts it there and takes the difference in equal
+    :ivar how: ``scale`` multiplies by ``value``; ``set_value`` sets the weight and takes the difference in equal
         shares from the row's other weights.
     """
 
@@ -200,7 +197,7 @@ Edit = Annotated[
 
 
 def _short(edit: E, number: float) -> E:
-    """A number that every format holds (8 bits): the two sides are to multiply by the same."""
+    """Require a number that every format represents exactly, so that both sides multiply by the same."""
     mantissa = math.frexp(number)[0] * 256
     if not math.isfinite(number) or mantissa != int(mantissa):
         raise ValueError(f"{number} does not fit in bfloat16; take one such as 0.5, 1.5 or 0.8125")
@@ -214,12 +211,12 @@ def _at(edit: E, point: str) -> E:
 
 
 def check(edits: list[Edit], hooks: list[str], width: int, n_heads: int, sae_hook: str | None) -> None:
-    """Hold a case's edits against its model.
+    """Validate a case's edits against its model.
 
     :param hooks: the model's hook points.
     :param width: tokens of the prompt.
-    :param sae_hook: where the case's SAE stands.
-    :raises CaseTableError: an unknown hook, a position or head outside, an edit that cannot stand where it does.
+    :param sae_hook: the hook point of the case's SAE.
+    :raises CaseTableError: an unknown hook, a position or head out of range, an edit at an unsuitable hook.
     """
     for index, edit in enumerate(edits):
         where = f"edits[{index}] ({edit.kind} at {edit.hook})"
@@ -233,7 +230,7 @@ def check(edits: list[Edit], hooks: list[str], width: int, n_heads: int, sae_hoo
             if not edit.spec.chosen(n_heads, width).any():
                 raise CaseTableError(f"{where}: names no entry of the attention matrix")
         if isinstance(edit, Steer) and len(edits) > 1:
-            # candle-mi steers a pattern that a run before gave: another edit would have to be in that run too.
+            # candle-mi steers the pattern of an earlier run, which would have to contain the other edits.
             raise CaseTableError(f"{where}: a steer stands alone in its case")
         cut = any(isinstance(other, Knockout) and other.hook == edit.hook for other in edits[:index])
         if cut and isinstance(edit, Scale) and edit.factor <= 0:
@@ -243,12 +240,12 @@ def check(edits: list[Edit], hooks: list[str], width: int, n_heads: int, sae_hoo
 
 
 def tensor_key(index: int) -> str:
-    """What the inputs file calls the tensor of the edit at an index."""
+    """The name of an edit's tensor in the inputs file."""
     return f"edit.{index}"
 
 
 def for_emitter(edits: list[Edit]) -> list[dict[str, Any]]:
-    """The ``edits`` of a request: the rows, with a key in the inputs in place of what the tensor is made of."""
+    """The ``edits`` of a request to the emitter: the rows, with the name of the tensor in the inputs file."""
     rows = []
     for index, edit in enumerate(edits):
         row = edit.model_dump(exclude={"seed", "size", "values"})

@@ -1,7 +1,7 @@
-"""Explanations: ``fixtures/explanations.toml``, what candle-mi is known to compute instead, and where.
+"""The table of explanations, ``fixtures/explanations.toml``: what candle-mi is known to compute instead, and where.
 
-Each row is one cause with a stable id. It says in which cases it applies, and under which counterfactual PyTorch
-gives candle-mi's numbers, or in which words candle-mi refuses.
+A row is one cause with a stable id: the cases in which it applies, and the counterfactual under which PyTorch gives
+candle-mi's numbers, or the message with which candle-mi refuses.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
 from candle_mi_parity.spec.paths import FIXTURES
 
 MOST_STORED = 3
-"""Explanations that may be held to a stored trace, because no counterfactual says what is computed."""
+"""Largest number of explanations that refer to a stored trace, because no counterfactual expresses them."""
 
 
 class Stage(StrEnum):
-    """Where a candidate may refuse a case."""
+    """The stage at which a candidate refuses a case."""
 
     MODEL = "model"
     SAE = "sae"
@@ -46,24 +46,20 @@ Pattern = Annotated[str, AfterValidator(_compiles)]
 
 
 class Refusal(TableRow):
-    """How candle-mi refuses.
-
-    :ivar message: a regular expression that its whole message matches.
-    """
+    """How candle-mi refuses; ``message`` is a regular expression for its whole message."""
 
     stage: Annotated[Stage, Field(strict=False)]
     message: Pattern
 
 
 class Cause(TableRow):
-    """What all rows of what is known say.
+    """The common part of a known divergence of cases and of direct calls.
 
-    :ivar id: CMI1xx of direct calls, all others of cases.
-    :ivar name: in a few words, for links and searches.
+    :ivar id: CMI1xx for direct calls, all others for cases.
+    :ivar name: a few words, for links and searches.
     :ivar says: one sentence: what candle-mi does instead.
-    :ivar kind: whether its numbers are wrong, another definition, or an option that has no effect.
-    :ivar releases: of candle-mi, in which it holds.
-    :ivar remedy: what a user can do about it; empty where there is nothing.
+    :ivar releases: the releases of candle-mi in which it holds.
+    :ivar remedy: what a user can do about it, or empty.
     """
 
     id: str
@@ -78,10 +74,10 @@ class Explanation(Cause):
     """One cause.
 
     :ivar families: model types; empty for all.
-    :ivar when: conditions, which must all hold, see :mod:`conditions`.
+    :ivar when: conditions that must all hold, see :mod:`conditions`.
     :ivar change: the counterfactual under which candle-mi computes PyTorch's numbers.
-    :ivar refuses: how it refuses instead of computing.
-    :ivar stored: why neither can be said: the candidate is then held to the release's stored trace.
+    :ivar refuses: how candle-mi refuses instead.
+    :ivar stored: why there is neither; the candidate is then compared with the release's stored trace.
     """
 
     id: Annotated[str, Field(pattern=r"^CMI[02-9]\d\d$")]
@@ -109,7 +105,7 @@ class Explanation(Cause):
         return [Condition.parse(text) for text in self.when]
 
     def applies(self, facts: Facts) -> bool:
-        """Whether the cause is at work in a case, in the releases that have it."""
+        """Whether the cause applies to a case, in its releases."""
         return (not self.families or facts.family in self.families) and all_hold(self.conditions, facts)
 
 
@@ -122,13 +118,12 @@ def check_unique(rows: Sequence[Cause]) -> None:
 
 
 def releases_of(rows: Iterable[Cause]) -> list[str]:
-    """Every release that a row names, oldest first."""
+    """All releases in the rows, oldest first."""
     return sorted({release for row in rows for release in row.releases}, key=numbers)
 
 
 def baseline(rows: Iterable[Cause], version: str) -> str:
-    """The release whose rows hold for a version: itself, or for a checkout the newest before it; empty where there
-    is none."""
+    """The release whose rows apply to a version: the newest that is not later, or empty."""
     older = [release for release in releases_of(rows) if numbers(release) <= numbers(version)]
     return older[-1] if older else ""
 
@@ -148,7 +143,7 @@ class Explanations(TableRow):
 
     @property
     def releases(self) -> list[str]:
-        """Every release that a row names, oldest first."""
+        """See :func:`releases_of`."""
         return releases_of(self.explanation)
 
     def baseline(self, version: str) -> str:
@@ -161,13 +156,13 @@ class Explanations(TableRow):
 
 
 NOTHING_KNOWN = Explanations(format=1, explanation=[])
-"""A table without rows, with which every divergence is new."""
+"""An empty table, with which every divergence is new."""
 
 
 def combined(rows: Iterable[Explanation]) -> Counterfactual:
     """The counterfactual of several explanations at once.
 
-    :raises ExplanationError: two overlap: they change one thing in two ways.
+    :raises ExplanationError: two of them change one thing in different ways.
     """
     rows = list(rows)
     try:
@@ -179,7 +174,7 @@ def combined(rows: Iterable[Explanation]) -> Counterfactual:
 
 
 def proposed(explained_by: Counterfactual | Refusal, family: str, release: str, table: Explanations) -> str:
-    """The TOML of a row for a new divergence or refusal; a person fills in `says`, `when` and `remedy`."""
+    """The TOML of a row for a new divergence or refusal; `says`, `when` and `remedy` are to be written by hand."""
     taken = [int(row.id.removeprefix("CMI")) for row in table.explanation]
     answer = {"change" if isinstance(explained_by, Counterfactual) else "refuses": explained_by}
     kind = "wrong number" if isinstance(explained_by, Counterfactual) else "refusal"
@@ -191,7 +186,7 @@ def proposed(explained_by: Counterfactual | Refusal, family: str, release: str, 
 
 
 def _toml(value: object) -> str:
-    """A value as TOML spells it on one line."""
+    """A value in TOML, on one line."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list):
@@ -212,6 +207,6 @@ def numbers(version: str) -> tuple[int, ...]:
 def load_explanations(path: Path = FIXTURES / "explanations.toml") -> Explanations:
     """The table.
 
-    :raises ExplanationError: unreadable, unknown key, wrong type, an id or name twice, a row that explains nothing.
+    :raises ExplanationError: unreadable, unknown key, wrong type, duplicate id or name, incomplete row.
     """
     return read_toml(path, Explanations, ExplanationError)

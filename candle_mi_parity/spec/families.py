@@ -1,7 +1,6 @@
 """Where each candle-mi hook lives in transformers, per model family.
 
-Names are candle-mi's (TransformerLens) strings. A family whose modules are named as Llama's needs no entry of
-its own beyond one line in :data:`FAMILIES`; the others override the few places that differ.
+A family whose modules are named as Llama's is one line in :data:`FAMILIES`; the others override what differs.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ class Family:
     :ivar attn_out: output is what the attention block adds to the residual stream.
     :ivar resid_mid: *input* is the residual stream after attention.
     :ivar mlp_out: output is what the MLP block adds to the residual stream.
-    :ivar norm_offset: the norm multiplies by ``norm_offset + weight`` (1 in the Gemma families); a generated
-        weight is centred so that the multiplier stays near 1.
+    :ivar norm_offset: the norm multiplies by ``norm_offset + weight`` (1 in the Gemma families).
     :ivar heads_first: ``q`` and ``k`` come out as [B, n, T, D], not as [B, T, n·D].
     """
 
@@ -56,7 +54,7 @@ FAMILIES = {
 def family_of(model_type: str) -> Family:
     """The mapping of a ``config.json`` model type.
 
-    :raises CaseTableError: when the family has no mapping; names the ones that have.
+    :raises CaseTableError: the family has no mapping.
     """
     if model_type not in FAMILIES:
         raise CaseTableError(

@@ -1,7 +1,7 @@
-"""What a candidate is known to do with a model, told from its config alone: before anything is built or computed.
+"""The known divergences that a model can show, from its config alone, before anything is built or computed.
 
-A row of the table of explanations applies to a case. Here its conditions on the prompt and on the interventions are
-set aside: what is left says whether this model can show it at all, and they say what a prompt has to be to show it.
+The conditions of an explanation on the config decide whether the model can show it; those on the prompt and on the
+interventions say which prompt does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from candle_mi_parity.spec.conditions import Condition, Facts, all_hold, look_up
 from candle_mi_parity.spec.explanations import Explanation, Explanations
 
 LENGTHS = ("sliding_window", "original_max_position_embeddings")
-"""Lengths of a config beyond which a prompt is computed otherwise."""
+"""Config keys that are lengths of a prompt beyond which the arithmetic changes."""
 _EDITS = {"knockout": "a knockout", "inject": "an injection of SAE features", "steer": "attention steering"}
 
 
@@ -22,10 +22,10 @@ class Forecast:
     """One known divergence or refusal that a model can show.
 
     :ivar id: of the explanation.
-    :ivar keys: the keys of ``config.json``, and of the SAE's ``cfg.json``, that it is about, with their values.
-    :ivar lacking: keys that are left out and of which the candidate has another default.
-    :ivar needs: what a prompt has to be to show it; empty where every prompt does.
     :ivar refused: whether the candidate refuses, rather than compute other numbers.
+    :ivar keys: the keys of ``config.json`` and ``cfg.json`` that cause it, with their values.
+    :ivar lacking: absent keys for which the candidate has another default.
+    :ivar needs: the prompt that shows it; empty where every prompt does.
     """
 
     id: str
@@ -50,24 +50,26 @@ def forecast(table: Explanations, release: str, facts: Facts) -> list[Forecast]:
     :param facts: of the model and the SAE; the number of tokens and the edits do not matter.
     """
     rows = [row for row in table.explanation if release in row.releases]
-    return [_told(row, facts) for row in rows if _can_show(row, facts)]
+    return [_forecast_of(row, facts) for row in rows if _can_show(row, facts)]
 
 
-def _set_aside(condition: Condition) -> bool:
+def _is_about_the_input(condition: Condition) -> bool:
     return condition.of_edit or condition.subject == "tokens"
 
 
 def _can_show(row: Explanation, facts: Facts) -> bool:
-    aside = [condition for condition in row.conditions if _set_aside(condition)]
-    if not row.families and all(_set_aside(condition) and not condition.other for condition in row.conditions):
-        return False  # it is about an intervention, and of no config
+    aside = [condition for condition in row.conditions if _is_about_the_input(condition)]
+    if not row.families and all(
+        _is_about_the_input(condition) and not condition.other for condition in row.conditions
+    ):
+        return False  # about an intervention alone
     if any(condition.other and look_up(condition.other, facts, None) is None for condition in aside):
         return False
-    rest = [condition for condition in row.conditions if not _set_aside(condition)]
+    rest = [condition for condition in row.conditions if not _is_about_the_input(condition)]
     return (not row.families or facts.family in row.families) and all_hold(rest, facts)
 
 
-def _told(row: Explanation, facts: Facts) -> Forecast:
+def _forecast_of(row: Explanation, facts: Facts) -> Forecast:
     keys: dict[str, Any] = {}
     lacking, needs = [], []
     for condition in row.conditions:
@@ -79,9 +81,9 @@ def _told(row: Explanation, facts: Facts) -> Forecast:
                 keys[key] = "…" if isinstance(value, dict | list) else value
             else:
                 lacking.append(key)
-        if _set_aside(condition):
+        if _is_about_the_input(condition):
             needs.append(_needed(condition, facts))
-    # "rope_theta absent" beside "rope_parameters.rope_theta present" says where a key stands, not that it is absent.
+    # "rope_theta absent" with "rope_parameters.rope_theta present" means a nested key, not an absent one.
     lacking = [key for key in lacking if not any(other.endswith(f".{key}") for other in keys)]
     return Forecast(row.id, row.says, row.remedy, row.refuses is not None, keys, lacking, " and ".join(needs))
 

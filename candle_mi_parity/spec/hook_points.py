@@ -1,4 +1,4 @@
-"""candle-mi's hook points by name (TransformerLens' strings), in execution order, and what each is computed from."""
+"""candle-mi's hook points (TransformerLens' names), in execution order, and what each is computed from."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def hook_names(n_layers: int) -> list[str]:
 
 
 def inputs_of(name: str) -> list[str]:
-    """The tensors from which a hook's tensor is computed, beside the weights; [] for the first one.
+    """The tensors from which a hook's tensor is computed; [] for the first one.
 
-    They tell whether a divergence is a tensor's own (its inputs agreed) or inherited.
+    A divergence is inherited where one of them diverges.
     """
     if name in _GLOBAL_INPUTS:
         return _GLOBAL_INPUTS[name]
