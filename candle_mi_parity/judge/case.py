@@ -28,7 +28,7 @@ from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import command
 
 EMITTER = Lock()
-"""An emitter is one process; one case at a time asks it."""
+"""Held while the emitter, which is one process, is at work."""
 
 
 class Progress:
@@ -39,19 +39,15 @@ class Progress:
     def case_ends(self, result: CaseResult) -> None: ...
 
     def note(self, line: str) -> None:
-        """What is being done; the next note may replace it."""
+        """Show what is being done, until the next note."""
 
     def keep(self, line: str) -> None:
-        """What stays to be read."""
+        """Show a line that stays."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One mode of a case compared.
-
-    :ivar diagnosis: what the error of the first diverging tensor looks like.
-    :ivar in_part: whether a part of the trace is all there is.
-    """
+    """One mode of a case compared; ``in_part`` says that the trace was stored in part."""
 
     tensors: list[TensorResult]
     diagnosis: Diagnosis | None
@@ -64,7 +60,7 @@ class Judged:
 class Judgement:
     """A case judged.
 
-    :ivar evidence: of a new divergence, what it can be explained from; None elsewhere.
+    :ivar evidence: what a new divergence can be explained from; None for any other case.
     :ivar applicable: ids of the explanations that apply to the case in the candidate's baseline.
     """
 
@@ -97,20 +93,20 @@ def judge_case(
                 result.shrink = shrink_command(case, spec) if result.status is Status.FAIL else ""
         except EmitterError as error:
             _take_failure(result, error, subject, table, source)
-    except (HubError, OutOfRangeError) as error:  # says nothing of the candidate, and no more of this suite
+    except (HubError, OutOfRangeError) as error:  # neither the candidate nor the suite is at fault
         result.error, result.failure, result.status = str(error), Failure.INPUT, Status.UNMEASURED
     except NotStoredError as error:
         result.error, result.failure = str(error), Failure.ABSENT
     except ParityError as error:
         result.error, result.failure = str(error), Failure.INPUT
-    except Exception as error:  # a fault of ours costs its own case, loudly, and not those already judged
+    except Exception as error:  # a bug in the suite fails this case only
         result.error, result.failure = f"internal: {type(error).__name__}: {one_line(str(error))}", Failure.INTERNAL
     result.seconds = time.monotonic() - started
     return Judgement(result, evidence if result.status is Status.FAIL else None, applicable)
 
 
 def reproduce_command(case: Case, source: Source, spec: str) -> str:
-    """The one command that judges a case again."""
+    """The command that judges a case again."""
     device = () if source.device == "cpu" else ("--device", source.device)
     return command("run", "--candidate", spec, "--cases", case.id, *device)
 
@@ -122,9 +118,9 @@ def shrink_command(case: Case, spec: str) -> str:
 
 
 def _same_ids(result: CaseResult, subject: Subject, source: Source, progress: Progress) -> bool:
-    """Whether the candidate's tokenizer gives the case's ids for its text; where it does not, nothing else is judged.
+    """Whether the candidate's tokenizer gives the case's ids for its text; otherwise nothing else is judged.
 
-    :raises EmitterError: it refuses the text.
+    :raises EmitterError: the candidate refuses the text.
     """
     progress.case_starts(subject.case, "tokenizer")
     with EMITTER:
@@ -140,7 +136,7 @@ def _same_ids(result: CaseResult, subject: Subject, source: Source, progress: Pr
 def _judge(
     result: CaseResult, oracle: Oracle, source: Source, table: Explanations, progress: Progress
 ) -> Evidence | None:
-    """Fill the result of a case whose candidate answers; None where there is no truth to hold the answer against."""
+    """Fill the result of a case; None where the case has no truth."""
     case = oracle.subject.case
     progress.case_starts(case, "truth")
     try:
@@ -150,11 +146,8 @@ def _judge(
         _ask_without_truth(result, oracle, source, progress, error)
         return None
     judged = judge_mode(oracle, source, "free", progress)
-    result.tensors, result.diagnosis, result.in_part, result.sae = (
-        *(judged.tensors, judged.diagnosis),
-        *(judged.in_part, judged.sae),
-    )
-    result.expected = len(result.tensors)
+    result.tensors, result.diagnosis, result.sae = judged.tensors, judged.diagnosis, judged.sae
+    result.expected, result.in_part = len(result.tensors), judged.in_part
     result.status, result.error = status_of(result.tensors, case, result.in_part)
     result.notes += truth_notes(oracle.truth(), case)
     if result.status is not Status.FAIL and (reason := unexercised(oracle.truth())):
@@ -166,7 +159,7 @@ def _judge(
             result.explained, result.unexplained = known_divergence(judged.evidence, table, source.identity)
     if result.explained is not None:
         result.status = Status.KNOWN
-    elif not case.edits:  # edits act on the whole trace
+    elif not case.edits:  # edits affect the whole trace
         result.teacher_forced = _teacher_forced(result, oracle, source, progress)
     return judged.evidence
 
@@ -174,9 +167,9 @@ def _judge(
 def _ask_without_truth(
     result: CaseResult, oracle: Oracle, source: Source, progress: Progress, error: NoTruthError
 ) -> None:
-    """A case whose SAE has no truth: the candidate is still asked, because a refusal is a result.
+    """Ask the candidate about a case whose SAE has no truth: a refusal is a result.
 
-    :raises EmitterError: it refuses, which is the result.
+    :raises EmitterError: the candidate refuses.
     :raises ParityError: the model has no truth either.
     """
     subject = oracle.subject
@@ -194,7 +187,7 @@ def _ask_without_truth(
 def _take_failure(
     result: CaseResult, error: EmitterError, subject: Subject, table: Explanations, source: Source
 ) -> None:
-    """A candidate that gave no numbers: refused, which may be known, or crashed."""
+    """Fill the result of a case that the candidate refused, which may be known, or on which it crashed."""
     result.error, result.failure = str(error), failure_of(error)
     if not result.failure.refused or source.identity is None:
         return
@@ -205,12 +198,12 @@ def _take_failure(
 
 
 def failure_of(error: EmitterError) -> Failure:
-    """The kind of an emitter's failure; an unknown one is a breach of the protocol."""
+    """The kind of an emitter's failure; an unknown kind breaks the protocol."""
     return Failure(error.kind) if error.kind in set(Failure) else Failure.PROTOCOL
 
 
 def _teacher_forced(result: CaseResult, oracle: Oracle, source: Source, progress: Progress) -> list[TensorResult]:
-    """The teacher-forced run of a case that diverged; where it cannot be had, the case stays a failure."""
+    """The teacher-forced run of a case that diverged; empty, with a note, where it fails."""
     try:
         return judge_mode(oracle, source, "forced", progress).tensors
     except ParityError as error:
@@ -221,7 +214,7 @@ def _teacher_forced(result: CaseResult, oracle: Oracle, source: Source, progress
 def judge_mode(oracle: Oracle, source: Source, mode: Mode, progress: Progress) -> Judged:
     """Truth, trace and comparison of one mode.
 
-    :raises ParityError: whichever of the three cannot be had.
+    :raises ParityError: one of the three fails.
     """
     subject = oracle.subject
     with TORCH:
@@ -239,13 +232,13 @@ def judge_mode(oracle: Oracle, source: Source, mode: Mode, progress: Progress) -
 
 
 def declared_unmeasured(tensors: list[TensorResult], case: Case) -> set[str]:
-    """The tensors of which a row says that they are too noisy to judge."""
+    """The tensors that the case declares too noisy to judge."""
     names = [tensor.name for tensor in tensors]
     return {name for pattern in case.unmeasured for name in fnmatch.filter(names, pattern)}
 
 
 def status_of(tensors: list[TensorResult], case: Case, in_part: bool) -> tuple[Status, str]:
-    """The status of a case, and an error where its row is wrong about which tensors are too noisy to judge."""
+    """The status of a case, and an error where its row declares other tensors unmeasured than the comparison."""
     if any(tensor.status is Status.FAIL for tensor in tensors):
         return Status.FAIL, ""
     if idle := [tensor.name for tensor in tensors if tensor.status is Status.PASS and not tensor.compared]:
@@ -255,15 +248,13 @@ def status_of(tensors: list[TensorResult], case: Case, in_part: bool) -> tuple[S
         noisy = f"{len(unmeasured)} of {len(tensors)} tensors are too noisy in {case.dtype} to judge"
         return (Status.UNMEASURED, noisy) if unmeasured else (Status.PASS, "")
     declared = declared_unmeasured(tensors, case)
-    # A part may leave out the very positions that are too noisy.
+    # A trace that was stored in part may lack the positions that are too noisy.
     if unmeasured == declared or (in_part and unmeasured < declared):
         return Status.PASS, ""
     if far := [tensor for tensor in tensors if tensor.reason == OUT_OF_RANGE and tensor.name not in declared]:
         more = f"; and {len(far) - 1} more" if len(far) > 1 else ""
         return Status.UNMEASURED, f"{far[0].name}: {far[0].detail}{more}"
     opened, closed = sorted(unmeasured - declared), sorted(declared - unmeasured)
-    said = (
-        f"{', '.join(opened)}: the noise is too large to judge, and `unmeasured` does not say so. " if opened else ""
-    )
-    said += f"{', '.join(closed)}: measured, though `unmeasured` says otherwise. " if closed else ""
-    return Status.UNMEASURED, f"{said}Edit `unmeasured` of this case in fixtures/cases.toml"
+    message = f"{', '.join(opened)}: too noisy to judge, but missing from `unmeasured`. " if opened else ""
+    message += f"{', '.join(closed)}: in `unmeasured`, but can be judged. " if closed else ""
+    return Status.UNMEASURED, f"{message}Edit `unmeasured` of this case in fixtures/cases.toml"

@@ -1,4 +1,4 @@
-"""A run's new divergences explained, and the table of explanations held to what the run saw."""
+"""Explain a run's new divergences, and find explanations that no longer hold."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def explain_new(
 ) -> None:
     """Search for the explanation of every new divergence.
 
-    Cases of one family that first diverge at the same hook point are taken for one cause: the first is searched in
-    full, and what explains it is tried on the others, which are searched no further.
+    Cases of one family that first diverge at the same hook point are assumed to have one cause: the smallest is
+    searched in full, and its explanation is tried on the others.
 
-    :param seconds: for all together.
-    :param each: for one; None for what a run grants one case.
+    :param seconds: limit for all cases together.
+    :param each: limit for one case; None for the default.
     """
     end = time.monotonic() + seconds
     causes: defaultdict[tuple[str, str], list[Judgement]] = defaultdict(list)
@@ -43,7 +43,7 @@ def explain_new(
             causes[judgement.result.family, hook_point(first.name)].append(judgement)
     if not causes:
         return
-    # Imported where there is something to search for: a run without a new divergence needs no torch.
+    # Imported here because a run without a new divergence does not need torch.
     from candle_mi_parity.judge.search import SECONDS, search
 
     explains: list[Hypothesis] = []
@@ -65,16 +65,16 @@ def explain_new(
 
 
 def _size(judgement: Judgement) -> int:
-    """Numbers that were compared: a search of a small case costs least."""
+    """Number of compared values: a search of a small case is fastest."""
     return sum(tensor.compared for tensor in judgement.result.tensors)
 
 
 def hold_table(
     judgements: list[Judgement], table: Explanations, identity: CandleMi | None, result: RunResult, whole: bool
 ) -> None:
-    """Which explanations no longer hold: ``gone`` for a build from source, ``stale`` for a release.
+    """Find explanations that no longer hold: ``gone`` for a build from source, ``stale`` for a release.
 
-    :param whole: whether every case of the default lane ran; an explanation that no case needs is stale then.
+    :param whole: whether every case of the default lane ran; only then an explanation without a case is stale.
     """
     if identity is None:
         return

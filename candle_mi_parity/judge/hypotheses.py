@@ -1,4 +1,4 @@
-"""What a candidate may have computed instead: the single counterfactuals that a search tries."""
+"""The single counterfactuals that a search for an explanation tries."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DEFAULTS: dict[str, list[Any]] = {
     "hidden_act": list(ACTIVATIONS),
     "hidden_activation": list(ACTIVATIONS),
 }
-"""Values that one of the two libraries takes, or that are a slip away, by the config's key."""
+"""Config key → defaults of either library, and values that are a likely mistake."""
 
 POINTS = {
     "hook_embed": (),
@@ -49,25 +49,21 @@ POINTS = {
     "logits": ("final", "tie", "bias"),
     "sae": ("sae", "topk", "threshold"),
 }
-"""First diverging hook point → words in the counterfactuals that are tried first."""
+"""First diverging hook point → words in the counterfactuals to try first."""
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One counterfactual to try.
-
-    :ivar rows: the listed explanation that it is; empty for a generated one.
-    """
+    """One counterfactual to try; ``rows`` is the listed explanation, or empty."""
 
     change: Counterfactual
     rows: list[Explanation] = field(default_factory=list)
 
 
 def hypotheses(evidence: Evidence, table: Explanations, first: str, cache: Path) -> list[Hypothesis]:
-    """Every applicable counterfactual once, the likeliest first: listed ones, then those that the first diverging
-    tensor speaks of.
+    """Every applicable counterfactual once: listed ones, then those related to the first diverging tensor.
 
-    :param first: name of the first diverging tensor.
+    :param first: name of that tensor.
     """
     listed = [
         Hypothesis(row.change, [row])
@@ -97,7 +93,7 @@ def _generated(evidence: Evidence, cache: Path) -> Iterator[Counterfactual]:
 
 
 def _of_config(config: dict[str, Any], fields: list[str]) -> Iterator[Counterfactual]:
-    """Each field that the truth reads: ignored, at a default of either library, off by one."""
+    """Each field that transformers reads: absent, at another default, or off by one."""
     for name in fields:
         key = name.removeprefix(f"{ROTARY}.")
         found = _value(config, name)
@@ -120,14 +116,14 @@ def _of_config(config: dict[str, Any], fields: list[str]) -> Iterator[Counterfac
 
 
 def _value(config: dict[str, Any], name: str) -> Any:
-    """What a config has of a field; None where it has nothing."""
+    """The value of a field in a config, or None."""
     for path in places(config, name):
         return config[path[0]][path[1]] if len(path) == 2 else config[path[0]]
     return None
 
 
 def _of_weights(directory: Path, norm_offset: int) -> Iterator[Counterfactual]:
-    """Each kind of bias left out, alone, by its module and all together, and each kind of norm weight."""
+    """Each kind of bias and norm weight left out, and all biases of a kind of module."""
     names = sorted({name for file in weight_files(directory) for name in TensorFile(file).keys()})  # noqa: SIM118
     kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
     biases = [kind for kind in kinds if kind.endswith(".bias")]
@@ -142,7 +138,7 @@ def _of_weights(directory: Path, norm_offset: int) -> Iterator[Counterfactual]:
 
 
 def _of_sae(config: dict[str, Any]) -> Iterator[Counterfactual]:
-    """Each key of ``cfg.json`` ignored, each flag turned, normalisation left out."""
+    """Each key of ``cfg.json`` left out, each flag negated, and other defaults."""
     for key, value in config.items():
         if key in ("d_in", "d_sae", "metadata"):
             continue

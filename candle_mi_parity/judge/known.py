@@ -1,6 +1,6 @@
-"""Known divergences: a candidate is held to the truth of the counterfactual that is listed for its release.
+"""Known divergences: a candidate is compared with the truth of the counterfactual that is listed for its release.
 
-A case is KNOWN only when the candidate passes that truth at every tensor, scalar and decision, at the ordinary gates.
+A case is KNOWN only when every tensor, scalar and decision passes that comparison with the ordinary gates.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FORMATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloa
 
 
 def facts_of(subject: Subject) -> Facts:
-    """What the conditions of an explanation are asked about."""
+    """The facts of a case that conditions refer to."""
     case = subject.case
     edits = [edit.model_dump() for edit in case.edits]
     return facts_about(read_config(subject.model_dir), subject.sae_file, len(subject.tokens[0]), case.dtype, edits)
@@ -45,7 +45,7 @@ def facts_of(subject: Subject) -> Facts:
 def facts_about(
     config: dict[str, Any], sae_file: Path | None, tokens: int, dtype: str, edits: list[dict[str, Any]]
 ) -> Facts:
-    """The same for a config, SAE and edits that are not a case yet."""
+    """The same for a config, an SAE and edits without a case."""
     sae, weights, threshold = {}, "", None
     if sae_file is not None and sae_file.is_dir():
         sae = read_json(sae_file / CONFIG, ExplanationError)
@@ -58,11 +58,9 @@ def facts_about(
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is needed to ask of a judged case what was computed instead.
+    """What the explanation of a judged case is computed from.
 
-    :ivar oracle: of the plain truth.
-    :ivar trace: what the candidate emitted.
-    :ivar selection: the tensors that a trace stored in part is to hold; None for all.
+    :ivar selection: the tensors that a trace stored in part has to contain; None for all.
     :ivar declared: tensors that may be too noisy to judge.
     """
 
@@ -76,7 +74,7 @@ class Evidence:
         return self.oracle.subject
 
     def under(self, change: Counterfactual) -> list[TensorResult]:
-        """Every tensor of the candidate judged by the truth of a counterfactual.
+        """Compare every tensor of the candidate with the truth of a counterfactual.
 
         :raises ParityError: the counterfactual has no truth.
         """
@@ -90,14 +88,14 @@ class Evidence:
 
 
 def decoder_of(subject: Subject, change: Counterfactual = PLAIN) -> np.ndarray | None:
-    """``W_dec`` [d_sae, d_in] of the case's SAE, to grant flips that rounding excuses; None without an SAE."""
+    """``W_dec`` [d_sae, d_in] of the case's SAE, from which excused flips are propagated; None without an SAE."""
     return load_sae(subject.sae_file, change).decoder if subject.sae_file is not None else None
 
 
 def explained(evidence: Evidence, change: Counterfactual, rows: list[Explanation]) -> Explained | str:
-    """Whether the candidate is right under a counterfactual; or why it is not, in one line.
+    """The explanation by a counterfactual; or why it does not explain the candidate, in one line.
 
-    :param rows: the explanations that are combined in ``change``; none for one that was found by search.
+    :param rows: the explanations that ``change`` combines; empty for one that was found by search.
     """
     try:
         truth, results = evidence.oracle.under(change).truth(), evidence.under(change)
@@ -123,7 +121,7 @@ def explained(evidence: Evidence, change: Counterfactual, rows: list[Explanation
 
 
 def differ(one: Truth, other: Truth, unit: float) -> bool:
-    """Whether two truths of one case differ by more than rounding, at any tensor or mask."""
+    """Whether two truths of a case differ by more than rounding in any tensor or mask."""
     for name, expected in one.tensors.items():
         counter = other.tensors.get(name)
         if counter is None or counter.shape != expected.shape:
@@ -142,10 +140,9 @@ def differ(one: Truth, other: Truth, unit: float) -> bool:
 
 
 def known_divergence(evidence: Evidence, table: Explanations, identity: CandleMi) -> tuple[Explained | None, str]:
-    """The explanation of a divergence by what is listed for the candidate's release, or why that does not hold.
+    """The explanation of a divergence by the rows of the candidate's release, or why they do not explain it.
 
-    A release must do all that is listed for it. A build from source may have fixed some of it: any subset that
-    explains its numbers is accepted.
+    All rows of a release must hold. A build from source may have fixed some of them, so any subset is accepted.
     """
     release = table.baseline(identity.version)
     rows = [row for row in table.applicable(evidence.facts, release) if row.change is not None]
@@ -164,9 +161,9 @@ def known_divergence(evidence: Evidence, table: Explanations, identity: CandleMi
 
 
 def _smallest(evidence: Evidence, rows: list[Explanation]) -> Explained | None:
-    """The explanation by fewer rows than a combination that holds: a row that changes nothing here is left out.
+    """The explanation by fewer rows than a combination that holds.
 
-    :raises ExplanationError: two parts of the combination explain the case, each without the other.
+    :raises ExplanationError: two different subsets of one size explain the case.
     """
     for size in range(1, len(rows)):
         parts = [list(part) for part in combinations(rows, size)]
@@ -182,7 +179,7 @@ def _smallest(evidence: Evidence, rows: list[Explanation]) -> Explained | None:
 def known_refusal(
     error: EmitterError, subject: Subject, table: Explanations, identity: CandleMi
 ) -> tuple[Explained | None, str]:
-    """The explanation of a refusal, recognised by its stage and by candle-mi's whole message."""
+    """The explanation of a refusal, by its stage and whole message."""
     for row in table.applicable(facts_of(subject), table.baseline(identity.version)):
         if row.refuses is None:
             continue

@@ -1,4 +1,4 @@
-"""Notes beside the numbers of a case, and whether the case has exercised anything."""
+"""Notes on a case, and whether the case has exercised anything."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.trace.truth import Truth
 
 SHOWN = 3
-"""Names that a note lists."""
+"""Number of names in a note."""
 LONGEST = 2000
-"""Letters of a list of ids."""
+"""Characters of a list of ids in a message."""
 
 
 def other_ids(subject: Subject, ids: list[int]) -> TensorResult | None:
-    """The failure of a tokenizer that gives other ids than transformers for the text; ids have no tolerance.
-
-    None where they are the same.
-    """
+    """The failure of a tokenizer that gives other ids than transformers; None where they are equal."""
     expected = subject.tokens[0]
     if ids == expected:
         return None
@@ -29,7 +26,7 @@ def other_ids(subject: Subject, ids: list[int]) -> TensorResult | None:
 
 
 def padding_notes(subject: Subject) -> list[str]:
-    """A note where a prompt begins or ends with the padding id: nothing masks it, not in the truth either."""
+    """A note where a prompt begins or ends with the padding id, which is not masked on either side."""
     pad = subject.special.pad
     if pad is None:
         return []
@@ -45,27 +42,26 @@ def padding_notes(subject: Subject) -> list[str]:
 
 
 def _run(row: list[int], pad: int, own: int | None) -> int:
-    """How many padding ids a row begins with; where the id is the row's own mark too, one of them is that."""
+    """Number of padding ids at the start of a row; one less where the id is the BOS or EOS too."""
     run = next((place for place, token in enumerate(row) if token != pad), len(row))
     return run - 1 if run and pad == own else run
 
 
 def truth_notes(truth: Truth, case: Case) -> list[str]:
-    """Notes on what the truth does not depend on, and on what it does not exercise."""
+    """Notes on ignored tensors of the files, and on constant tensors of the truth."""
     notes = []
     if truth.ignored:
         notes.append(
             f"transformers takes no {_names(truth.ignored)} from the files: the truth does not depend on "
             f"{'it' if len(truth.ignored) == 1 else 'them'}"
         )
-    if truth.constant and not case.edits:  # an edit may mean it
+    if truth.constant and not case.edits:  # an edit may intend it
         notes.append(f"not exercised: {_names(list(truth.constant))} {_everywhere(truth)}")
     return notes
 
 
 def unexercised(truth: Truth) -> str:
-    """Why a case that agrees has measured nothing: half of its tensors are one number everywhere, or no feature of
-    its SAE fires. Empty where it has measured something."""
+    """Why a case measures nothing: half of its tensors are constant, or no feature of its SAE fires; or empty."""
     if 2 * len(truth.constant) >= len(truth.tensors):
         return f"{len(truth.constant)} of {len(truth.tensors)} tensors {_everywhere(truth)}: nothing was exercised"
     silent = [name for name in truth.sae if truth.constant.get(f"{name}.features") == 0]

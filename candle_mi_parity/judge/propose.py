@@ -1,4 +1,4 @@
-"""Rows of ``fixtures/explanations.toml`` for what a run found to be new; a person fills in the words."""
+"""Rows of ``fixtures/explanations.toml`` for new divergences and refusals, to be completed by hand."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from candle_mi_parity.spec.explanations import Refusal, Stage, load_explanations
 
 
 def proposals(result: RunResult) -> list[str]:
-    """A row for each new refusal, and for each new divergence that a search has explained, once a cause."""
+    """One row for each new refusal, and for each cause of new divergences that a search has found."""
     table, release = load_explanations(), result.identity.get("version", "")
     found: dict[str, str] = {}
     for case in result.cases:
         if case.status is Status.FAIL and (answer := _answer(case)) is not None:
             found.setdefault(answer.model_dump_json(), proposed(answer, case.family, release, table))
-    return list(found.values()) or ["# nothing new that can be put as a row"]
+    return list(found.values()) or ["# no new refusal, and no new divergence with an explanation"]
 
 
 def _answer(case: CaseResult) -> Counterfactual | Refusal | None:

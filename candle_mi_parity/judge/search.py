@@ -1,6 +1,6 @@
-"""What was computed instead: a search for the counterfactual under which a diverging candidate is right.
+"""A search for the counterfactual that explains a diverging candidate: single changes first, then pairs.
 
-Single changes are tried first, then pairs. A trial costs one float64 pass; the noise is computed only for what fits.
+A trial costs one float64 pass; the noise is computed only for a counterfactual that fits.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +24,21 @@ from candle_mi_parity.spec.explanations import Explanations
 from candle_mi_parity.trace.truth import Truth, TruthTensor
 
 SECONDS = 20.0
-"""What the search for one case may take."""
+"""Time limit of the search for one case."""
 LOOSE = 50.0
-"""How many times the gate a trial may miss: it is judged with the plain truth's noise, which is not its own."""
+"""Factor on the gate in a trial, which uses the noise of the plain truth in place of its own."""
 PARTNERS = 8
-"""How many single changes that come nearer are tried together with every other that moves the first tensor."""
+"""Number of single changes that are combined with every other in pairs."""
 NEARER = 0.9
-"""A change comes nearer when it leaves less than this part of the error of the first diverging tensor."""
+"""A change is a candidate for pairs when it leaves less than this part of the error of the first tensor."""
 
 
 @dataclass
 class Trial:
     """A single change that was tried.
 
-    :ivar distance: relative error that it leaves at the first diverging tensor.
-    :ivar moves: whether it moves that tensor at all.
+    :ivar distance: relative error of the first diverging tensor under the change.
+    :ivar moves: whether the change affects that tensor.
     """
 
     hypothesis: Hypothesis
@@ -60,7 +61,6 @@ class Search:
     def run(self, ideas: list[Hypothesis]) -> Explained | None:
         """The first explanation; None where none was found in time."""
         trials: list[Trial] = []
-        plain = self._distance(self.evidence.oracle.truth())
         for idea in ideas:
             if time.monotonic() > self.deadline:
                 return None
@@ -71,7 +71,7 @@ class Search:
                 trials.append(found)
         movers = [trial for trial in trials if trial.moves]
         movers.sort(key=lambda trial: trial.distance)
-        nearer = [trial for trial in movers if trial.distance < NEARER * plain][:PARTNERS]
+        nearer = [trial for trial in movers if trial.distance < NEARER * self._plain_distance][:PARTNERS]
         for pair in _pairs(nearer or movers[:PARTNERS], trials):
             if time.monotonic() > self.deadline:
                 return None
@@ -81,12 +81,12 @@ class Search:
         return None
 
     def _try(self, idea: Hypothesis, kind: str) -> Explained | Trial | None:
-        """None where the change has no truth, as one that the weights do not fit."""
+        """None where the change has no truth, for example because the weights do not fit."""
         try:
             truth = _with_noise_of(self.evidence.oracle.truth(), self.evidence.oracle.under(idea.change).values())
             decoder = decoder_of(self.evidence.subject, idea.change)
             results = compare(truth, self.evidence.trace, decoder, self.evidence.selection)
-        except Exception:  # whatever transformers says to a config that nobody wrote
+        except Exception:  # transformers may raise anything for a generated config
             return None
         self.tried[kind] += 1
         if not any(_far(result) for result in results):
@@ -96,7 +96,7 @@ class Search:
         distance = self._distance(truth)
         return Trial(idea, distance, distance != self._plain_distance)
 
-    @property
+    @cached_property
     def _plain_distance(self) -> float:
         return self._distance(self.evidence.oracle.truth())
 
@@ -112,9 +112,9 @@ class Search:
         return float(np.linalg.norm(got - expected) / max(float(np.linalg.norm(expected)), 1e-300))
 
     def summary(self) -> str:
-        """What was tried, for a divergence that nothing explains."""
+        """What was tried without success."""
         counts = " and ".join(f"{count} {name}" for name, count in self.tried.items())
-        late = ", when its time was over" if time.monotonic() > self.deadline else ""
+        late = " before the time limit" if time.monotonic() > self.deadline else ""
         return f"none of {counts} that were tried explains it{late}"
 
 
@@ -127,11 +127,11 @@ def search(
     seconds: float,
     only_first: str = "",
 ) -> Hypothesis | None:
-    """Look for the explanation of a diverging case and say in its result what was found or tried.
+    """Search for the explanation of a diverging case, and record it, or what was tried, in the result.
 
-    :param first: what is tried before anything else, as what has explained another case.
+    :param first: hypotheses to try first, such as those that explained another case.
     :param only_first: why nothing else is tried; empty to try everything.
-    :returns: what explains it.
+    :returns: the explanation, or None.
     """
     diverging = result.first_divergence
     if diverging is None or diverging.name not in evidence.oracle.truth().tensors:
@@ -147,7 +147,7 @@ def search(
 
 
 def _pairs(some: list[Trial], others: list[Trial]) -> Iterator[Hypothesis]:
-    """Every pair of a change that comes nearer and another one, once."""
+    """Every pair of one of ``some`` and another change, once."""
     done: set[str] = set()
     for one in some:
         for other in others:
@@ -161,12 +161,12 @@ def _pairs(some: list[Trial], others: list[Trial]) -> Iterator[Hypothesis]:
 
 
 def _far(result: TensorResult) -> bool:
-    """Whether a trial's tensor is further away than the wrong noise could make it."""
+    """Whether a trial's tensor differs by more than the approximate noise can explain."""
     return result.status is Status.FAIL and not result.ratio < LOOSE * POSITION_GATE and result.reason != "missing"
 
 
 def _with_noise_of(plain: Truth, values: Truth) -> Truth:
-    """Values that were computed alone, with the noise of the plain truth where it has the tensor."""
+    """Values that were computed without noise, with the noise of the plain truth."""
     tensors = {
         name: TruthTensor(tensor.value, plain.tensors[name].noise, tensor.allowed)
         for name, tensor in values.tensors.items()
