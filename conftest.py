@@ -1,4 +1,4 @@
-"""Fixtures: each model and SAE is loaded once a session and stays on its device; each case is judged once."""
+"""Fixtures: each model and SAE is loaded once a session, and each case is judged once."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ CUDA = "cuda:0"
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where models live: CUDA, or the CPU where there is none."""
+    """The device of models: CUDA, or the CPU without CUDA."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="session")
 def torch_cpu() -> Iterator[TorchSource]:
-    """transformers in float32 on the CPU; keeps every model and SAE that a test asked for."""
+    """transformers in float32 on the CPU; it keeps its models and SAEs in memory."""
     with TorchSource("cpu") as source:
         yield source
 
 
 @pytest.fixture(scope="session")
 def torch_cuda() -> Iterator[TorchSource]:
-    """The same on CUDA, freed at the end of the session."""
+    """The same on CUDA."""
     with TorchSource(CUDA) as source:
         yield source
 
@@ -79,7 +79,7 @@ def judged(request: pytest.FixtureRequest) -> Callable[[str, str], CaseResult]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Only what is asked for with ``-m hub`` needs the network; the Python that a test starts inherits the guard."""
+    """Forbid the network, also in processes that a test starts, unless ``-m hub`` is given."""
     guard, asked = ROOT / "tests" / "offline", str(config.getoption("markexpr", ""))
     if "hub" not in asked or "not hub" in asked:
         sys.path.insert(0, str(guard))
@@ -107,7 +107,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _candidates() -> list[str]:
-    """Of CUDA only where there is a card: a lane that cannot run has no parameters."""
+    """CUDA only where there is a GPU, so that no parameter is skipped."""
     return [*STORED, "torch_cpu", *(["torch_cuda"] if _has_card() else []), "live"]
 
 
@@ -116,8 +116,7 @@ def _has_card() -> bool:
 
 
 def _pair(candidate: str, case: Case) -> Any:
-    """A pair with its markers; None for one that cannot be: of the full size nothing is stored, and a model that the
-    session keeps would leave the emitter no memory."""
+    """A pair with its markers; None for a full-size model that is not run live, as none is stored."""
     if case.lane == "fullsize" and candidate != "live":
         return None
     marks = [getattr(pytest.mark, case.lane)] if case.lane in OPT_IN_LANES else []

@@ -1,4 +1,4 @@
-"""What the suite adds to pytest: options, skips that are counted or refused, known divergences, a summary."""
+"""The pytest plugin: options, skips with a remedy, known divergences as expected failures, and a summary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from candle_mi_parity.spec.cases import OPT_IN_LANES
 INCONCLUSIVE = 3
 
 Seen = tuple[str, str, str, float, str]
-"""Candidate, case, status, worst ratio, and where it first diverges or why there is nothing to compare."""
+"""Candidate, case, status, worst ratio, and the first divergence or the error."""
 
 _SEEN = pytest.StashKey[set[Seen]]()
 _GPU_RAN = pytest.StashKey[list[str]]()
@@ -53,7 +53,7 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture
 def assert_parity() -> Callable[..., CheckResult]:
-    """``assert_parity(model=…, prompt=…, sae=…)`` fails the test where :func:`candle_mi_parity.check` says no."""
+    """``assert_parity(model=…, prompt=…, sae=…)`` fails the test unless :func:`candle_mi_parity.check` passes."""
     from candle_mi_parity import check
 
     def holds(**asked: Any) -> CheckResult:
@@ -67,7 +67,7 @@ def assert_parity() -> Callable[..., CheckResult]:
 
 
 def missing_tool(marker: str) -> str:
-    """Why tests with a marker cannot run here, and the remedy; empty when they can."""
+    """Why tests with a marker cannot run here, and the remedy, or empty."""
     if marker == "gpu":
         return cuda.missing("cuda")
     if marker == "rust" and shutil.which("cargo") is None:
@@ -75,15 +75,15 @@ def missing_tool(marker: str) -> str:
     return ""
 
 
-def _waits(item: pytest.Item) -> str:
-    """The lane that a test belongs to and that was not selected; empty when it is to run."""
+def _unselected_lane(item: pytest.Item) -> str:
+    """The opt-in lane of a test that was not selected, or empty."""
     asked = str(item.config.getoption("markexpr", ""))
     return next((lane for lane in OPT_IN_LANES if item.get_closest_marker(lane) and lane not in asked), "")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if lane := _waits(item):
+        if lane := _unselected_lane(item):
             item.add_marker(pytest.mark.skip(reason=f"{OPT_IN_LANES[lane]}: select it with -m {lane}"))
         for marker in ("gpu", "rust"):
             reason = missing_tool(marker)
@@ -100,21 +100,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """What is required and skips for whatever reason of its own has failed; a lane that waits is not required."""
+    """A required test that skips itself fails, unless its lane was not selected."""
     report = yield
     required = [
         name
         for name in ("gpu", "rust")
         if item.get_closest_marker(name) and item.config.getoption(f"--require-{name}")
     ]
-    if required and report.skipped and not hasattr(report, "wasxfail") and not _waits(item):
+    if required and report.skipped and not hasattr(report, "wasxfail") and not _unselected_lane(item):
         report.longrepr = f"--require-{required[0]}: skipped: {_skip_reason(report)}"
         report.outcome = "failed"
     return report
 
 
 class _GpuWatch:
-    """Which gpu tests ran; reports reach the controller, also from xdist's workers."""
+    """Notes which gpu tests ran, also those of xdist's workers."""
 
     def __init__(self, ran: list[str]) -> None:
         self._ran = ran
@@ -131,13 +131,13 @@ def _gpu_was_asked_for(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """xdist: a worker that ends hands the controller what it saw, so that ``-n`` prints what a serial run does."""
+    """xdist: merge what a worker saw, so that the summary is that of a serial run."""
     node.config.stash[_SEEN].update(tuple(seen) for seen in getattr(node, "workeroutput", {}).get("parity", []))
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """``-m gpu`` that ran no gpu test proves nothing, and must not look like a pass."""
+    """``-m gpu`` without a gpu test that ran is INCONCLUSIVE, not a pass."""
     config = session.config
     nothing_failed = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
     on_controller = not hasattr(config, "workerinput")
@@ -161,13 +161,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def _skip_reason(report: Any) -> str:
-    """pytest keeps it as (file, line, ``Skipped: reason``)."""
+    """The last item of pytest's (file, line, ``Skipped: reason``)."""
     last = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     return one_line(last.removeprefix("Skipped: "))
 
 
 def _passing(seen: set[Seen]) -> list[str]:
-    """A line per candidate and family: each case's worst ratio, of which 8 is the gate."""
+    """A line for each candidate and family with the worst ratio of each case; the gate is 8."""
     ratios: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for candidate, case, status, ratio, _ in sorted(seen):
         if status == Status.PASS.value:
@@ -177,7 +177,7 @@ def _passing(seen: set[Seen]) -> list[str]:
 
 
 def _others(seen: set[Seen]) -> list[str]:
-    """A line per case that is no plain pass: its worst ratio and its first divergence."""
+    """A line for each other case, with its worst ratio and its first divergence."""
     return [
         f"{candidate:<10} {case:<28} {status:<10} {detail}"
         for candidate, case, status, _, detail in sorted(seen)
@@ -197,15 +197,14 @@ def check(result: CaseResult, belongs: Any) -> None:
     """Assert that a group of a case's tensors passed.
 
     :param belongs: predicate over tensor names.
-    A case that does just what is known of it is an expected failure; whether all that is known is still needed,
-    a test of its own says.
+    A known divergence is an expected failure.
     """
     if result.status is Status.KNOWN:
         pytest.xfail(printable(f"{result.id}: {result.note}"))
     assert not result.error, printable(result.message())
     group = [tensor for tensor in result.tensors if belongs(tensor.name)]
     assert group, f"{result.id}: nothing was compared; the case has {len(result.tensors)} tensors"
-    # A case that passes has just the unmeasured tensors that its row declares.
+    # A case that passes has only the unmeasured tensors that it declares.
     fine = (Status.PASS, Status.UNMEASURED) if result.status is Status.PASS else (Status.PASS,)
     bad = [tensor.message() for tensor in group if tensor.status not in fine]
     said = f"{result.id}\n" + "\n".join(bad[:3]) + f"\n{result.note}\n  reproduce: {result.reproduce}"

@@ -1,4 +1,4 @@
-"""The source of tensors that a user's own program dumped, see :mod:`candle_mi_parity.trace.dump`."""
+"""The source for tensors that a user's program dumped, see :mod:`candle_mi_parity.trace.dump`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from candle_mi_parity.trace.truth import Truth
 class DumpSource(NothingOpen):
     """One prompt's tensors.
 
-    :param release: the candle-mi whose known divergences are tried first. What made the tensors is not known: any
-        part of the list may explain them.
+    :param release: the candle-mi whose known divergences are tried first, in any combination, as for a build from
+        source.
     """
 
     def __init__(self, dump: Dump, release: str) -> None:
@@ -24,7 +24,7 @@ class DumpSource(NothingOpen):
         self.identity = CandleMi(version=release, source="path", checksum=None, revision=None, tree_digest=None)
 
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
-        """:raises TraceError: a tensor has another shape than the truth's, or the run is the teacher-forced one."""
+        """:raises TraceError: a tensor has another shape, or the mode is teacher-forced."""
         if mode != "free":
-            raise NotStoredError("the tensors of a user's own program are one free run")
+            raise NotStoredError("dumped tensors have no teacher-forced run")
         return as_trace(self._dump, truth, subject.case.dtype)

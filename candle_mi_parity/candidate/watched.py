@@ -1,4 +1,4 @@
-"""A source whose traces are kept for whoever wants more of them than a verdict, and asked for a part of the hooks."""
+"""A source that keeps its traces for further measures, and may be restricted to some hooks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from candle_mi_parity.trace.truth import Truth
 
 @dataclass(frozen=True)
 class Seen:
-    """Both sides of a case's free run."""
+    """The truth and the trace of a case."""
 
     subject: Subject
     truth: Truth
@@ -25,9 +25,9 @@ class Seen:
 
 
 class WatchedSource(NothingOpen):
-    """Another source, which is open, watched.
+    """Another, open source.
 
-    :param hooks: globs over hook names; only what matches is asked for and judged, and the logits. Empty for all.
+    :param hooks: globs over hook names; only these, and the logits, are captured and judged. Empty for all.
     :ivar seen: case id → what was compared.
     """
 
@@ -37,12 +37,9 @@ class WatchedSource(NothingOpen):
         self.seen: dict[str, Seen] = {}
 
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
-        """As the source's own.
-
-        :raises CaseTableError: no hook matches.
-        """
+        """:raises CaseTableError: no hook matches."""
         wanted = self.wanted(subject.captures)
-        # Forced, every half-layer is replaced, whichever is looked at.
+        # A teacher-forced run needs the inputs of every half-layer.
         asked = subject if mode == "forced" else replace(subject, captures=wanted)
         emitted = self._source.trace(asked, mode, truth, inputs)
         left_out = set(subject.captures) - set(wanted)
@@ -54,14 +51,15 @@ class WatchedSource(NothingOpen):
         return emitted
 
     def text_ids(self, subject: Subject) -> TextIds:
-        """As the source's own."""
         return self._source.text_ids(subject)
 
     def wanted(self, captures: list[str]) -> list[str]:
-        """The hooks that are asked for, in execution order."""
+        """The hooks to capture, in execution order."""
         if not self._hooks:
             return captures
         found = [name for name in captures if any(fnmatch.fnmatchcase(name, glob) for glob in self._hooks)]
         if not found:
-            raise CaseTableError(f"no hook of this model matches {', '.join(self._hooks)}; they are as {captures[1]}")
+            raise CaseTableError(
+                f"no hook of this model matches {', '.join(self._hooks)}; an example of a hook is {captures[1]}"
+            )
         return found

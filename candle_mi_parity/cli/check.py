@@ -1,4 +1,4 @@
-"""``candle-mi-parity check``: one model of the user's own."""
+"""``check``: a user's own model."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def layer_globs(layers: str | None) -> Iterator[str]:
 
 
 def check_and_write(options: CheckOptions, as_json: bool) -> CheckResult:
-    """Check, write ``check.json`` and ``check.html``, print the answer; what is judged is kept when it breaks off.
+    """Check, write ``check.json`` and ``check.html``, and print the answer; an interrupted check is written too.
 
-    :raises ParityError: nothing could be judged, and nothing is written then.
+    :raises ParityError: nothing could be judged; nothing is written.
     """
     import json
 

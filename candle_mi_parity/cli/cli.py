@@ -27,17 +27,15 @@ app.command("diff")(diff_command)
 app.command("repro")(repro_command)
 app.command("history")(history_command)
 app.command("list")(list_command)
-app.add_typer(maint, name="maint", help="What keeps the suite itself up to date.")
+app.add_typer(maint, name="maint", help="Maintenance of the suite itself.")
 
 ERROR = 2
-"""The exit code of our own crash and of a stop; Python's and typer's 1 would read as FAIL."""
-
+"""The exit code of a crash and of a stop; 1, the default of Python and typer, means FAIL."""
 
 _stopped = threading.Event()
 
 
 def main() -> None:
-    """The command."""
     _stopped.clear()
     try:
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -51,7 +49,7 @@ def main() -> None:
         traceback.print_exc()
         sys.exit(ERROR)
     finally:
-        # Python joins the threads of an executor at exit, and the truth that one of them computes may take minutes.
+        # Python joins the threads of an executor at exit, and one may be computing a truth for minutes.
         others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
         if _stopped.is_set() and not all(thread.daemon for thread in others):
             sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""``maint``: what keeps the suite itself up to date."""
+"""``maint``: maintenance of the suite itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that several commands have. Each command imports its rooms when it is called."""
+"""Options of several commands. Each command imports its sub-packages when it is called."""
 
 from __future__ import annotations
 

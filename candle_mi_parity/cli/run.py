@@ -1,4 +1,4 @@
-"""``run`` and ``list``: judge a candidate on the cases of the table, and see what these are."""
+"""``run`` and ``list``: judge a candidate on the cases of the table, and list the cases."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_command(
 
     with one_line_errors():
         wanted = globs(patterns, cases)
-        # A part never replaces the report of the whole.
+        # A partial run never replaces the report of a full run.
         out = out / "part" if wanted and out == OUT else out
         options = RunOptions(candidate, wanted, out, strict, device=device, search=search)
         if repeat > 1:
@@ -56,7 +56,7 @@ def run_command(
 
 
 def run_with_progress(options: RunOptions, result: RunResult | None = None) -> RunResult:
-    """Select, and run with progress."""
+    """Run with a progress bar."""
     from candle_mi_parity.report.terminal import Terminal, progress_bar
     from candle_mi_parity.run.run import run
 
@@ -65,18 +65,18 @@ def run_with_progress(options: RunOptions, result: RunResult | None = None) -> R
 
 
 def run_and_write(options: RunOptions) -> RunResult:
-    """Judge, and write every view of the result, also of a run that breaks off."""
+    """Run, and write every view of the result, also of a run that is stopped."""
     from candle_mi_parity.report.views import written
     from candle_mi_parity.run.run import blank, require_selection
 
-    require_selection(options)  # a glob that matches nothing costs no earlier report
+    require_selection(options)  # before an earlier report is removed
     with written(blank(options), options.out) as result:
         run_with_progress(options, result)
     return result
 
 
 def _repeat(options: RunOptions, times: int) -> None:
-    """Run each case several times and count the tensors whose bytes differ."""
+    """Run each case several times and count tensors whose bytes differ."""
     from dataclasses import asdict
 
     from candle_mi_parity.files.escape import printable

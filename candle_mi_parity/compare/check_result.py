@@ -1,4 +1,4 @@
-"""What ``candle-mi-parity check`` found out about one model: plain data, and the answer in words."""
+"""The result of ``candle-mi-parity check``: plain data, and the answer as a sentence."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ CHECK_FORMAT = "candle-mi-parity/check/1"
 
 @dataclass(frozen=True)
 class Matters:
-    """How much the difference matters on one prompt, whether or not rounding explains it.
+    """The size of the difference on one prompt, whether or not rounding explains it.
 
-    :ivar kl_mean: Kullback-Leibler divergence of the candidate's next-token distribution from the truth's, in nats,
-        mean over the positions; None where the candidate gave no logits.
+    :ivar kl_mean: KL(truth ‖ candidate) of the next token in nats, mean over the positions; None without logits.
     :ivar kl_max: its maximum, at ``kl_position``.
-    :ivar top1: positions at which the likeliest next token is the same, of ``positions``.
+    :ivar top1: number of positions with the same likeliest next token, of ``positions``.
     :ivar relative: hook → ‖candidate − truth‖ / ‖truth‖ of the whole tensor.
-    :ivar rounding: hook → what rounding alone is predicted to make of that.
+    :ivar rounding: hook → what rounding alone is predicted to contribute to that.
     """
 
     positions: int = 0
@@ -37,7 +36,7 @@ class Matters:
 
 @dataclass(frozen=True)
 class LensRow:
-    """The likeliest token of one layer's logit lens at the last position, of either side's own residual stream."""
+    """The likeliest token of one layer's logit lens at the last position, from each side's own residual stream."""
 
     hook: str
     expected: str
@@ -48,8 +47,8 @@ class LensRow:
 class PromptResult:
     """One prompt judged.
 
-    :ivar text: the prompt, or what stands for it where it was given as token ids.
-    :ivar generated: number of its tokens that PyTorch appended to a prompt that is judged by itself, too.
+    :ivar text: the prompt, or the number of its token ids.
+    :ivar generated: number of tokens that PyTorch appended to another prompt.
     """
 
     id: str
@@ -65,10 +64,10 @@ class PromptResult:
 class Continuation:
     """Greedy continuations of one prompt compared token by token.
 
-    :ivar steps: tokens that PyTorch appended, in float64.
-    :ivar parted: the step, from 1, at which the candidate's likeliest token is another; None where none is.
-    :ivar margin: of PyTorch's logits there, between its token and the candidate's.
-    :ivar tie: whether that margin is inside the gate: either token is right.
+    :ivar steps: number of tokens that PyTorch appended, in float64.
+    :ivar parted: the step, from 1, at which the candidate's likeliest token first differs; None for none.
+    :ivar margin: difference of PyTorch's logits there, between its token and the candidate's.
+    :ivar tie: whether that margin is inside the gate, so that either token is right.
     """
 
     prompt: str
@@ -93,18 +92,16 @@ class Continuation:
 
 @dataclass
 class CheckResult:
-    """The whole answer. Cases are in the order of the prompts.
+    """The whole answer.
 
     :ivar who: the subject of the sentence, as ``candle-mi 0.2.2``.
-    :ivar candidate: as the user spelt it.
-    :ivar forecast: what the config alone says, before anything was computed.
-    :ivar census: what the census found of the model's type, where its family has no hook map.
+    :ivar forecast: known divergences that the config can show.
+    :ivar census: the census on the model's type, where its family has no hook map.
     :ivar keys: number of keys in ``config.json``.
-    :ivar not_exercised: what these prompts could not show, one line each.
-    :ivar unknown: keys that this model sets, that transformers reads, and of which nothing is known.
-    :ivar notes: what else a reader has to know.
-    :ivar cite: everything that identifies this check, for a paper's appendix; name → value.
-    :ivar fault: what ended the check before its end.
+    :ivar not_exercised: what these prompts do not show, one line each.
+    :ivar unknown: keys of the config that transformers reads and about which nothing is known.
+    :ivar cite: what identifies this check, for a paper's appendix; name → value.
+    :ivar fault: why the check ended early, or empty.
     """
 
     model: str
@@ -125,7 +122,7 @@ class CheckResult:
 
     @property
     def verdict(self) -> Verdict:
-        """FAIL for any divergence or refusal, listed or not: a user did not ask for news."""
+        """FAIL for any divergence or refusal, also for a known one."""
         statuses = {prompt.case.status for prompt in self.prompts}
         if Status.FAIL in statuses or any(c.parted and not c.tie for c in self.continuations):
             return Verdict.FAIL
@@ -135,7 +132,7 @@ class CheckResult:
 
     @property
     def subject(self) -> str:
-        """``who`` as a sentence begins."""
+        """``who`` at the start of a sentence."""
         return self.who.replace("the ", "The ", 1) if self.who.startswith("the ") else self.who
 
     @property
@@ -144,7 +141,7 @@ class CheckResult:
 
     @property
     def sentence(self) -> str:
-        """The answer, in words."""
+        """The answer in words."""
         cases = [prompt.case for prompt in self.prompts]
         wrong = [case for case in cases if case.status is Status.FAIL]
         if self.fault and not wrong:
@@ -173,7 +170,7 @@ class CheckResult:
         )
 
     def _causes(self, wrong: list[CaseResult]) -> list[str]:
-        """One text for each cause, in the order in which they are met."""
+        """One text for each cause."""
         about = {found.id: found.about for found in self.forecast}
         causes: dict[object, list[CaseResult]] = {}
         for case in wrong:
@@ -183,18 +180,18 @@ class CheckResult:
         return [_cause(cases, about) for cases in causes.values()]
 
     def document(self) -> dict[str, Any]:
-        """The result as JSON can hold it."""
+        """The result for JSON."""
         told = {"format": CHECK_FORMAT, "verdict": self.verdict.value, "sentence": self.sentence}
         found: dict[str, Any] = plain(told | asdict(self))
         return found
 
 
 def _cause(cases: list[CaseResult], about: dict[str, str]) -> str:
-    """What is wrong in cases of one cause.
+    """The text on the cases of one cause.
 
-    :param about: explanation → the keys of this model that it is about.
+    :param about: explanation → the keys of this model that cause it.
     """
-    # The smallest is the one that was searched in full.
+    # The smallest case is the one that was searched in full.
     case = min(cases, key=lambda case: sum(tensor.compared for tensor in case.tensors))
     found, first = case.explained, case.first_divergence
     if case.outcome is Outcome.REFUSED:

@@ -1,4 +1,4 @@
-"""The faces of a :class:`CheckResult`: lines for a terminal, and ``check.html`` for a paper's appendix."""
+"""The views of a :class:`CheckResult`: lines for a terminal, and the page ``check.html``."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ GROUPS = {
     "lens": ("lens.",),
     "SAE": ("sae",),
 }
-"""A column of the matrix → what the names of its tensors contain; the last one that fits counts."""
+"""Column of the matrix → parts of the names of its tensors; the last match counts."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One group of one prompt's tensors: its gravest status and its largest ratio."""
+    """One group of one prompt's tensors: its worst status and its largest ratio."""
 
     status: str
     ratio: float
@@ -39,7 +39,7 @@ class Cell:
 
 
 def lines(result: CheckResult) -> Iterator[str]:
-    """The answer for a terminal, the sentence first."""
+    """The answer for a terminal."""
     yield result.sentence
     for prompt in (prompt for prompt in result.prompts if not prompt.generated):
         if said := matters_line(prompt):
@@ -57,13 +57,13 @@ def lines(result: CheckResult) -> Iterator[str]:
 
 
 def unknown_line(result: CheckResult) -> str:
-    """Keys of which nothing is known."""
+    """The line on keys about which nothing is known."""
     keys = ", ".join(result.unknown)
     return f"transformers reads {keys}; whether {result.who} does so too is not known."
 
 
 def foretold_lines(result: CheckResult) -> Iterator[str]:
-    """What the config alone says, before anything is computed."""
+    """The forecast from the config."""
     now = [found for found in result.forecast if not found.needs]
     later = [found for found in result.forecast if found.needs]
     if not result.forecast:
@@ -82,7 +82,7 @@ def foretold_lines(result: CheckResult) -> Iterator[str]:
 
 
 def matters_line(prompt: PromptResult) -> str:
-    """How much the difference matters on one prompt; empty where the candidate gave no numbers."""
+    """The size of the difference on one prompt; empty without numbers of the candidate."""
     found = prompt.matters
     if found is None:
         return ""
@@ -100,7 +100,7 @@ def matters_line(prompt: PromptResult) -> str:
 
 
 def sae_line(view: SaeView) -> str:
-    """Features that differ, of one prompt."""
+    """The line on features that differ in one prompt."""
     ranks = [rank for rank in view.top if rank.expected and rank.got]
     same = sum(1 for rank in ranks if rank.expected and rank.got and rank.expected[0] == rank.got[0])
     unexcused = f", {view.flipped} differ" if view.flipped else ", all the same"
@@ -134,7 +134,7 @@ def page(result: CheckResult) -> str:
 
 
 def row(prompt: PromptResult) -> dict[str, Cell]:
-    """A cell for each group of which the prompt has tensors."""
+    """The cells of the groups that the prompt has."""
     groups: dict[str, list[TensorResult]] = {}
     for tensor in prompt.case.tensors:
         groups.setdefault(_group(tensor.name), []).append(tensor)

@@ -1,7 +1,6 @@
 """``candle-mi-parity check``: does a candidate compute PyTorch's numbers on a user's own model?
 
-Each prompt becomes a case, which is judged as any case of the table is. Importing this module loads no torch: what
-the config alone says comes first, see :func:`foretold`.
+Each prompt is judged as a case of the table is. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -36,17 +35,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What is checked.
+    """The options of a check.
 
     :ivar model: a directory, or a hub id ``ID[@REVISION]``.
-    :ivar prompts: without any, :func:`candle_mi_parity.run.check_inputs.built_in` makes some.
-    :ivar sae: see :func:`candle_mi_parity.run.check_inputs.sae_of`; ``hook`` is where it reads.
-    :ivar candidate: as the user spells it; empty for the newest release that the suite knows.
-    :ivar trace: a directory of tensors that the user's own program dumped; they are judged in place of a candidate's.
-    :ivar dtype: the format in which the model runs; None for float32, or for the format of the trace.
+    :ivar prompts: empty for those of :func:`candle_mi_parity.run.check_inputs.built_in`.
+    :ivar sae: see :func:`candle_mi_parity.run.check_inputs.sae_of`; ``hook`` is its hook point.
+    :ivar candidate: empty for the newest release that the suite knows.
+    :ivar trace: a directory of tensors that a user's program dumped, which are judged in place of a candidate's.
+    :ivar dtype: None for float32, or for the format of the trace.
     :ivar hooks: globs over hook names; empty for all hooks.
     :ivar generate: number of tokens of the greedy continuation.
-    :ivar search: seconds that the search for an unlisted explanation may take.
+    :ivar search: seconds for the search for an unlisted explanation.
     """
 
     model: str
@@ -66,11 +65,11 @@ class CheckOptions:
 
     @property
     def sae_file(self) -> SaeFile | None:
-        """:raises ParityError: there is no such SAE, or it has no place."""
+        """:raises ParityError: the SAE does not exist, or has no hook point."""
         return sae_of(self.sae, self.hook) if self.sae else None
 
     def command(self) -> str:
-        """The command that repeats the check. Edits are left out: they came from a file."""
+        """The command that repeats the check, without edits, which come from a file."""
         words = ["candle-mi-parity", "check", self.model]
         for prompt in self.prompts:
             if prompt.text is not None:
@@ -85,7 +84,7 @@ class CheckOptions:
 
 
 def foretold(options: CheckOptions) -> CheckResult:
-    """The result before anything is computed: what the config alone says of a candidate on a model.
+    """The result before anything is computed: the forecast from the config.
 
     :raises ParityError: the model, the SAE or the candidate does not exist or is misspelt.
     """
@@ -98,14 +97,9 @@ def foretold(options: CheckOptions) -> CheckResult:
             f"{candidate} holds traces of this suite's own cases; for tensors of your own program use --trace DIR"
         )
     config = _config(as_model(options.model))
-    sae = options.sae_file
-    facts = facts_about(
-        config,
-        sae_path(sae, 0, options.cache) if sae else None,
-        0,
-        options.dtype or "float32",
-        [edit.model_dump() for edit in options.edits],
-    )
+    sae = sae_path(options.sae_file, 0, options.cache) if options.sae_file else None
+    edits = [edit.model_dump() for edit in options.edits]
+    facts = facts_about(config, sae, 0, options.dtype or "float32", edits)
     known = [] if named.kind == "torch" else forecast(table, known_release(candidate, table), facts)
     who = f"the trace in {options.trace}" if options.trace else named.label
     census = _census(str(config.get("model_type")), known_release(candidate, table))
@@ -120,10 +114,9 @@ def check(
 ) -> CheckResult:
     """Judge a candidate on a model.
 
-    :param result: of :func:`foretold`. It is filled as prompts are judged, so that they are not lost when the check
-        breaks off.
+    :param result: of :func:`foretold`; it is filled as prompts are judged, so that a stopped check keeps them.
     :param opened: opens the source of the traces; None for the candidate's own.
-    :raises ParityError: the model, the SAE, a prompt or the candidate cannot be used; nothing was judged.
+    :raises ParityError: the model, the SAE, a prompt or the candidate cannot be used.
     """
     from candle_mi_parity.run.check_judge import Checking
 
@@ -133,14 +126,14 @@ def check(
 
 
 def known_release(candidate: str, table: Explanations) -> str:
-    """The release whose known divergences apply; for a build from source the newest, until it says its version."""
+    """The release whose known divergences apply; the newest for a build from source of unknown version."""
     named = parse_candidate(candidate)
     version = named.target if named.kind in ("version", "stored") else table.releases[-1]
     return table.baseline(version) or table.releases[-1]
 
 
 def _census(model_type: str, release: str) -> str:
-    """What the census of a release found of a model type whose family is not among the table's."""
+    """The census of a release on a model type without a hook map, or empty."""
     if model_type in FAMILIES or not (path := STORED / f"{release}.json").is_file():
         return ""
     entries = {entry.model_type: entry for entry in read_census(path).classes}
@@ -148,7 +141,7 @@ def _census(model_type: str, release: str) -> str:
 
 
 def _config(model: Model) -> dict[str, Any]:
-    """``config.json``, which of a hub model is all that is downloaded here.
+    """``config.json``, the only file of a hub model that is downloaded here.
 
     :raises ParityError: no such model, or no config.
     """

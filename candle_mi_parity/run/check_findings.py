@@ -1,4 +1,4 @@
-"""What a check says beside the verdict: what its prompts could not show, and what nobody knows."""
+"""What a check reports beside the verdict: divergences that its prompts do not show, and unknown config keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from candle_mi_parity.spec.forecast import LENGTHS, Forecast
 
 
 def not_exercised(foretold: list[Forecast], table: Explanations, subjects: list[Subject]) -> list[str]:
-    """Known divergences of the candidate on this model that no prompt shows, and lengths that no prompt exceeds."""
+    """Known divergences that no prompt shows, and lengths in the config that no prompt exceeds."""
     facts = [facts_of(subject) for subject in subjects]
     rows = {row.id: row for row in table.explanation}
     longest = max(one.tokens for one in facts)
@@ -35,7 +35,7 @@ def not_exercised(foretold: list[Forecast], table: Explanations, subjects: list[
 
 
 def unknown_keys(directory: Path, model_type: str, cache: Path) -> list[str]:
-    """Keys that the config sets and transformers reads, and that no row of the config-field ledger covers.
+    """Keys of the config that transformers reads and that the config-field ledger does not cover.
 
     :raises ParityError: transformers cannot build the model.
     """

@@ -1,4 +1,4 @@
-"""What a user of ``check`` gives, read and held against itself: prompts, an SAE and its place, interventions."""
+"""The inputs of ``check``: prompts, an SAE with its hook point, and interventions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MAX_PROMPTS_BYTES = 16 << 20
 LONGEST = 256
-"""Tokens of a built-in prompt. A longer one costs minutes, so a user gives it where it matters."""
+"""Largest number of tokens of a built-in prompt; a longer one costs minutes."""
 
 
 class PromptError(ParityError):
@@ -35,7 +35,7 @@ class PromptError(ParityError):
 
 
 class Prompt(TableRow):
-    """:ivar id: a plain name, which becomes that of files."""
+    """:ivar id: a plain name, which is used in file names."""
 
     id: str
     text: str | None = None
@@ -43,10 +43,10 @@ class Prompt(TableRow):
 
 
 def prompts_of(texts: list[str], file: Path | None, tokens: list[str]) -> list[Prompt]:
-    """The prompts of a command line, in its order; ``p1``, ``p2``, … where they have no id.
+    """The prompts of a command line; those without an id are called ``p1``, ``p2``, …
 
-    :param tokens: lists of ids, as ``1,2,3``.
-    :raises PromptError: a file that cannot be read, a line that is no prompt, an id given twice.
+    :param tokens: lists of token ids, as ``1,2,3``.
+    :raises PromptError: an unreadable file, an invalid line, a duplicate id.
     """
     found: list[dict[str, Any]] = [{"text": text} for text in texts]
     found += list(_lines(file)) if file else []
@@ -73,7 +73,7 @@ def prompts_of(texts: list[str], file: Path | None, tokens: list[str]) -> list[P
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """A file of prompts: JSONL with ``id``, ``text`` or ``tokens`` where it is named so, else one prompt a line."""
+    """The prompts of a file: ``*.jsonl`` with ``id``, ``text`` or ``tokens``; otherwise one text a line."""
     try:
         lines = read_bytes(file, MAX_PROMPTS_BYTES).decode("utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -96,10 +96,10 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def built_in(config: dict[str, Any], has_tokenizer: bool, edited: bool) -> list[Prompt]:
-    """Prompts that excite what a config announces, for a user who gives none.
+    """The default prompts, which exceed the lengths in a config.
 
-    :param edited: whether there are interventions, which name positions that a short prompt does not have.
-    :raises PromptError: the config does not say how many token ids there are.
+    :param edited: whether there are interventions, whose positions a short prompt does not have.
+    :raises PromptError: the config has no vocabulary size.
     """
     vocabulary, limit = config.get("vocab_size"), config.get("max_position_embeddings")
     if type(vocabulary) is not int or vocabulary < 1:
@@ -124,11 +124,11 @@ def built_in(config: dict[str, Any], has_tokenizer: bool, edited: bool) -> list[
 
 
 def sae_of(text: str, hook: str | None) -> SaeFile:
-    """An SAE by its spelling: an NPZ, a directory of SAELens, or ``REPO[@REVISION][:FILE_OR_FOLDER]`` of the hub.
+    """An SAE: an NPZ, a directory of SAELens, or ``REPO[@REVISION][:FILE_OR_FOLDER]`` of the hub.
 
-    :param hook: where the user places it; its own config may say so too, and they must agree.
-    :raises SaeError: there is none, or no place, or two.
-    :raises HubError: the hub does not give it.
+    :param hook: its hook point; where the SAE's config has one too, they must agree.
+    :raises SaeError: there is no SAE, no hook point, or two different ones.
+    :raises HubError: the download failed.
     """
     from candle_mi_parity.models.hub import fetch_sae
     from candle_mi_parity.models.saelens import own_hook
@@ -162,8 +162,8 @@ def _place(hook: str, text: str) -> dict[str, Any]:
 def read_edits(path: Path) -> list[Edit]:
     """``[[edits]]`` rows as in ``fixtures/cases.toml``.
 
-    ``replace``, ``add`` and ``patch_at`` may name a vector [d] of the user's own, ``file`` (safetensors, relative to
-    the TOML) and ``key``.
+    ``replace``, ``add`` and ``patch_at`` may take a vector [d] from ``file`` (safetensors, relative to the TOML) and
+    ``key``.
 
     :raises CaseTableError: unreadable, an unknown key, no such vector.
     """
@@ -180,8 +180,8 @@ def read_edits(path: Path) -> list[Edit]:
 def edits_of(rows: list[dict[str, Any]], where: str, directory: Path) -> list[Edit]:
     """Rows as interventions.
 
-    :param where: what an error begins with.
-    :param directory: that of ``file``.
+    :param where: start of error messages.
+    :param directory: to which ``file`` is relative.
     :raises CaseTableError: an unknown key, no such vector.
     """
     given = [dict(row) for row in rows]

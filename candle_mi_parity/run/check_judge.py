@@ -1,4 +1,4 @@
-"""The part of ``check`` that computes: prompts become cases, which are judged, and differences are measured."""
+"""The part of ``check`` that computes: it makes a case of each prompt, judges it, and measures differences."""
 
 from __future__ import annotations
 
@@ -51,19 +51,10 @@ TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 class Checking:
-    """One check at work.
-
-    :param result: is filled as prompts are judged.
-    :param opened: opens the source of the traces; None for the candidate's own.
-    :raises ParityError: the model, the SAE or the trace cannot be used.
-    """
+    """One check; see :func:`candle_mi_parity.run.check.check`."""
 
     def __init__(
-        self,
-        options: CheckOptions,
-        result: CheckResult,
-        progress: Progress,
-        opened: Callable[[], Source] | None,
+        self, options: CheckOptions, result: CheckResult, progress: Progress, opened: Callable[[], Source] | None
     ) -> None:
         self.options, self.result, self.progress, self._opened = options, result, progress, opened
         self.model, self.sae = as_model(options.model), options.sae_file
@@ -123,7 +114,7 @@ class Checking:
         )
 
     def _mapped(self, cases: list[Case]) -> list[Subject]:
-        """Judge a model of a family whose hooks are known, as ``run`` does, and explain what diverges."""
+        """Judge a model of a family with a hook map, as ``run`` does, and explain divergences."""
         options = self.options
         subjects = [prepare(case, options.cache) for case in cases]
         self._hold_tokens(subjects[0])
@@ -149,10 +140,7 @@ class Checking:
         self.release = self.table.baseline(identity.version) or self.release
 
     def _open(self) -> Source:
-        """The source of the traces.
-
-        :raises CandidateError: it cannot be had; without Rust, says what can be done all the same.
-        """
+        """:raises CandidateError: the candidate cannot be built; without Rust, with the alternatives."""
         if self._opened:
             return self._opened()
         if self.dump is not None:
@@ -172,14 +160,14 @@ class Checking:
     def _judged(self, subject: Subject, watched: WatchedSource, generated: int = 0) -> Judgement:
         case = subject.case
         judged = judge_case(case, watched, self.result.candidate, self.options.cache, self.table, self.progress)
-        judged.result.shrink = ""  # `repro` knows only the rows of the table
+        judged.result.shrink = ""  # `repro` takes only cases of the table
         if judged.result.status is Status.KNOWN:  # to a user, a known divergence is as wrong as a new one
             judged.result.status = Status.FAIL
         self._add(subject, judged.result, watched.seen.get(case.id), generated)
         return judged
 
     def _add(self, subject: Subject, case: CaseResult, seen: Seen | None, generated: int = 0) -> None:
-        """Add a prompt to the result, and what its difference does where both sides gave numbers."""
+        """Add a prompt to the result, with measures of the difference where both sides gave numbers."""
         case.reproduce = self.options.command()
         tokens = subject.tokens[0]
         text = subject.case.text if subject.case.text is not None else f"{len(tokens)} token ids"
@@ -201,7 +189,7 @@ class Checking:
         return lambda token: str(known.decode([token]))
 
     def _likeliest(self, subject: Subject, streams: np.ndarray) -> list[list[int]]:
-        """The likeliest tokens of streams, [B, T, d] → [B][T], after PyTorch's final norm and unembedding."""
+        """Streams [B, T, d] → likeliest tokens [B][T], through PyTorch's final norm and unembedding."""
 
         def computed() -> list[list[int]]:
             from candle_mi_parity.oracle.downstream import project
@@ -217,7 +205,7 @@ class Checking:
         return found
 
     def _continued(self, subject: Subject, watched: WatchedSource) -> Judgement:
-        """Judge a prompt together with what PyTorch appends to it."""
+        """Judge a prompt together with PyTorch's greedy continuation."""
         from candle_mi_parity.oracle.continuation import greedy
 
         steps, tokens, name = self.options.generate, subject.tokens[0], subject.case.id
@@ -234,9 +222,9 @@ class Checking:
         return judged
 
     def _unmapped(self, cases: list[Case]) -> list[Subject]:
-        """Judge a model of another family by the hook points that its module names tell of, else by its logits.
+        """Judge a model of another family, at the hook points that its module names suggest, or by its logits.
 
-        :raises ParityError: an input or an option that cannot be used, or a candidate that cannot be built.
+        :raises ParityError: an option that needs a hook map, or a candidate that cannot be built.
         """
         from candle_mi_parity.coverage.census import Question
         from candle_mi_parity.coverage.unmapped import unmapped_subject
@@ -286,7 +274,7 @@ class Checking:
                 self.result.notes.append(note)
 
     def _conclude(self, subjects: list[Subject]) -> None:
-        """Add what the prompts could not show, what is not known, and what identifies the check."""
+        """Add what the prompts do not show, unknown keys, and what identifies the check."""
         result = self.result
         result.not_exercised = not_exercised(result.forecast, self.table, subjects)
         try:

@@ -1,4 +1,4 @@
-"""What a difference does to a user's own quantities: next tokens, the stream at her hook, the logit lens."""
+"""The size of a difference in next tokens, in the stream at a hook, and in the logit lens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Decode = Callable[[int], str]
 def matters(seen: Seen, hooks: list[str]) -> Matters:
     """The measures of one prompt.
 
-    :param hooks: those whose relative difference is wanted; one that the candidate did not give is left out.
+    :param hooks: where the relative difference is measured, if the candidate has the tensor.
     """
     relative, rounding = {}, {}
     for hook in hooks:
@@ -39,8 +39,10 @@ def matters(seen: Seen, hooks: list[str]) -> Matters:
 
 
 def _next_tokens(seen: Seen) -> tuple[np.ndarray, int]:
-    """KL(truth ‖ candidate) in nats at each position, and the number of equal likeliest tokens; nothing where the
-    candidate gave no logits, or others in shape."""
+    """KL(truth ‖ candidate) in nats at each position, and the number of equal likeliest tokens.
+
+    Empty and 0 where the candidate has no logits of this shape.
+    """
     entry, expected = seen.emitted.entries.get("logits"), seen.truth.tensors["logits"]
     if entry is None or tuple(entry.shape) != expected.shape:
         return np.zeros(0), 0
@@ -48,7 +50,7 @@ def _next_tokens(seen: Seen) -> tuple[np.ndarray, int]:
     for rows in positions(entry.shape):
         got = seen.emitted.rows("logits", rows).astype(np.float64)
         value = expected.rows(rows).value if rows != slice(None) else expected.value
-        with np.errstate(invalid="ignore"):  # NaN is a divergence, and is judged as one
+        with np.errstate(invalid="ignore"):  # NaN is judged elsewhere
             p, q = _log_softmax(value), _log_softmax(got)
             found.append((np.exp(p) * (p - q)).sum(-1).reshape(-1))
         same += int((value.argmax(-1) == got.argmax(-1)).sum())
@@ -77,10 +79,10 @@ def lens_rows(seen: Seen, decode: Decode, likeliest: Callable[[np.ndarray], list
 
 
 def continuation(prompt: str, length: int, seen: Seen, decode: Decode) -> Continuation:
-    """Where greedy continuations part.
+    """Where greedy continuations first differ.
 
-    The candidate was given the prompt and what PyTorch appended to it. Until its likeliest token is another for the
-    first time, that is what its own greedy loop would have been given.
+    The candidate was given the prompt with PyTorch's continuation. Up to the first difference, its own greedy loop
+    would have had the same input.
 
     :param length: tokens of the prompt.
     """

@@ -1,4 +1,4 @@
-"""What a check needs, said before it starts: memory, disk, time."""
+"""The memory, disk space and time that a check needs, estimated before it starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from candle_mi_parity.oracle.oracle import Oracle
 SAMPLES, BATCH = 16, 160
 """Samples of the noise, and rows × tokens of one pass of them, see :func:`candle_mi_parity.oracle.compute.sample`."""
 PER_SECOND, FIXED = 2e10, 3.0
-"""Float64 operations a second that two cores gave with noise, and seconds that a truth takes beside them."""
+"""Float64 operations a second on two cores, with noise, and the fixed cost of a truth in seconds; measured."""
 
 
 def plan(subjects: list[Subject], cache: Path, device: str, steps: int) -> str:
@@ -63,5 +63,5 @@ def _elements(subject: Subject, steps: int) -> int:
 
 
 def size(count: int) -> str:
-    """Bytes as a person reads them."""
+    """Bytes as MB or GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,9 +1,9 @@
-"""Both candidates of a diff, case by case: each is judged as a run judges it, then the two are compared."""
+"""A diff of two candidates: judge both on each case as a run does, then compare their traces."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from candle_mi_parity.candidate import cuda
@@ -32,7 +32,7 @@ SIDES = 2
 
 @dataclass(frozen=True)
 class _Emission:
-    """What one candidate made of a case: a trace, or why there is none."""
+    """One candidate's trace of a case, or the error."""
 
     trace: Emitted | None = None
     error: ParityError | None = None
@@ -48,10 +48,10 @@ def _emit(source: Source, subject: Subject, mode: Mode, truth: Truth, inputs: Pa
 
 
 class Pair:
-    """Two sources that are asked together, so that a whole trace can be cut to what the other one kept.
+    """Two sources that are asked together, so that a whole trace can be restricted to what the other one stored.
 
-    :ivar truth: of the last case, None before its first trace was asked for.
-    :ivar cut: whether one of its traces was.
+    :ivar truth: of the current case; None before its first trace.
+    :ivar cut: whether one of the traces was restricted.
     """
 
     def __init__(self, a: Source, b: Source) -> None:
@@ -61,7 +61,7 @@ class Pair:
         self.cut = False
 
     def forget(self) -> None:
-        """Before the next case."""
+        """Reset before the next case."""
         self.emissions, self.truth, self.cut = [], None, False
 
     def emission(self, side: int, subject: Subject, truth: Truth, inputs: Path) -> _Emission:
@@ -70,7 +70,7 @@ class Pair:
             self.truth = truth
             self._align(truth)
         elif self.sources[side].device != "cpu":
-            # Movement is told in the wider noise: a CPU's would call a GPU's order of sums a move.
+            # Distances are measured in the larger noise, that of the GPU.
             self.truth = truth
         return self.emissions[side]
 
@@ -87,7 +87,7 @@ class Pair:
 
 
 class PairedSource(NothingOpen):
-    """One side of a pair, as a source to judge."""
+    """One side of a pair as a source."""
 
     def __init__(self, pair: Pair, side: int) -> None:
         self._pair, self._side = pair, side
@@ -98,14 +98,10 @@ class PairedSource(NothingOpen):
         return self._pair.sources[self._side].identity
 
     def text_ids(self, subject: Subject) -> TextIds:
-        """The side's own."""
         return self._pair.sources[self._side].text_ids(subject)
 
     def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
-        """The trace of the whole forward as the pair shows it; in any other mode, the side's own.
-
-        :raises ParityError: what the side raised.
-        """
+        """:raises ParityError: the side's error."""
         if mode != "free":
             return self._pair.sources[self._side].trace(subject, mode, truth, inputs)
         found = self._pair.emission(self._side, subject, truth, inputs)
@@ -127,10 +123,9 @@ def diff(
 ) -> Diff:
     """Build or read both candidates and compare them.
 
-    :param out: where live candidates write their traces, each in its own directory.
-    :param devices: of each candidate; the truth is always the CPU's.
+    :param out: directory of the traces.
     :param calls: whether direct calls are compared too.
-    :raises ParityError: a candidate cannot be built or found; a fault of one case stays that case's.
+    :raises ParityError: a candidate cannot be built or found; a fault of one case is that case's ERROR.
     """
     started, tick = now(), time.monotonic()
     a, b = (_comparable(spec) for spec in specs)
@@ -183,7 +178,7 @@ def diff_one(
 ) -> CaseDiff:
     """One case on both sides.
 
-    :param search: seconds that explaining a new divergence of either may take.
+    :param search: seconds for explaining a new divergence of either candidate.
     """
     pair.forget()
     results: list[CaseResult] = []
@@ -197,14 +192,11 @@ def diff_one(
     ]
     try:
         found = diff_case(sides[0], sides[1], pair.truth, pair.cut)
-    except Exception as error:  # as of judge_case: it costs its own case, loudly, and not those already compared
+    except Exception as error:  # a bug in the suite fails this case only
         said = str(error) if isinstance(error, ParityError) else f"internal: {type(error).__name__}: {error}"
         for result in results:
             result.status, result.error = Status.ERROR, said
         found = CaseDiff(sides[0], sides[1])
     progress.case_ends(results[-1])
     # The tensors of a large model are not kept for the report.
-    return CaseDiff(
-        Side(found.a.result, None, found.a.run), Side(found.b.result, None, found.b.run),
-        found.rows, found.worse, found.better, found.cut, found.note,
-    )  # fmt: skip
+    return replace(found, a=replace(found.a, trace=None), b=replace(found.b, trace=None))

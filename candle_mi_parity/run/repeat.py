@@ -1,4 +1,4 @@
-"""Whether a candidate gives the same bytes twice: measured, for a GPU may give none of it."""
+"""Whether a candidate gives the same bytes in every run, which a GPU may not."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from candle_mi_parity.trace.trace import Emitted
 class RepeatedCase:
     """One case.
 
-    :ivar differing: tensors and scalars that are not the same to the bit in all runs.
-    :ivar error: why it could not be run; empty when it was.
+    :ivar differing: tensors and scalars that are not bitwise equal in all runs.
+    :ivar error: why the case could not be run, or empty.
     """
 
     id: str
@@ -59,9 +59,9 @@ class Repeated:
 
 
 def repeat(options: RunOptions, times: int, progress: Callable[[int], Progress]) -> Repeated:
-    """Run each case ``times`` times in one process of the candidate.
+    """Run each case several times in one process of the candidate.
 
-    :raises ParityError: the candidate cannot be built or found; a fault of one case stays that case's.
+    :raises ParityError: the candidate cannot be built or found.
     """
     done = []
     cases = select(load_cases(), list(options.cases))
@@ -81,7 +81,7 @@ def _case(case: Case, source: Source, times: int, cache: Path) -> RepeatedCase:
     subject = prepare(case, cache)
     oracle = Oracle(subject, cache, source.device)
     truth, inputs = oracle.truth(), oracle.inputs("free")
-    # Digested before the next run, which writes over the files of this one.
+    # Digested before the next run overwrites the files.
     runs = [digests(source.trace(subject, "free", truth, inputs)) for _ in range(times)]
     names = dict.fromkeys(name for run in runs for name in run)
     differing = [name for name in names if len({run.get(name) for run in runs}) > 1]
@@ -89,10 +89,7 @@ def _case(case: Case, source: Source, times: int, cache: Path) -> RepeatedCase:
 
 
 def digests(trace: Emitted) -> dict[str, str]:
-    """sha256 of the bytes of every tensor and scalar of a trace, by name."""
-    found = {name: _digest(trace.tensor(name)) for name in trace.entries}
+    """Name → sha256 of a tensor's bytes, or a scalar's value."""
+    arrays = {name: np.ascontiguousarray(trace.tensor(name)) for name in trace.entries}
+    found = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
     return found | {name: repr(value) for name, value in trace.scalars.items()}
-
-
-def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

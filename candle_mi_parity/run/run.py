@@ -1,4 +1,4 @@
-"""A run: each case judged, new divergences explained, the table of explanations held to what was seen."""
+"""A run: judge each case, explain new divergences, and find explanations that no longer hold."""
 
 from __future__ import annotations
 
@@ -31,20 +31,19 @@ from candle_mi_parity.spec.paths import OUTPUTS, cache_root, command
 
 NOT_REACHED = "not reached: the run ended before it"
 SEARCH_SECONDS = 30.0
-"""What a run may spend on explaining its new divergences, all together."""
+"""Time limit for explaining the new divergences of a run."""
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run is asked.
+    """The options of a run.
 
-    :ivar candidate: as the user spells it.
     :ivar cases: globs over case ids; none for the default lane.
-    :ivar out: where traces and reports go.
+    :ivar out: directory of traces and reports.
     :ivar strict: whether known divergences fail too.
-    :ivar keep: where what the candidate emits is stored.
-    :ivar device: of the candidate; the truth is always the CPU's.
-    :ivar search: seconds that explaining new divergences may take; 0 for no search.
+    :ivar keep: where the candidate's traces are stored.
+    :ivar device: of the candidate; the truth is always computed on the CPU.
+    :ivar search: seconds for explaining new divergences; 0 for no search.
     """
 
     candidate: str
@@ -60,10 +59,10 @@ class RunOptions:
 def run(options: RunOptions, progress: Callable[[int], Progress], result: RunResult | None = None) -> RunResult:
     """Select the cases and judge a candidate on them.
 
-    :param progress: makes what tells of the work, given the number of cases.
-    :param result: an empty one to fill as cases end, so that its owner has them when the run breaks off.
-    :raises ParityError: the candidate cannot be built or found; a fault of one case is that case's ERROR. Where
-        only network, GPU or nvcc is missing no case runs, each with that reason: INCONCLUSIVE.
+    :param progress: number of cases → the display of progress.
+    :param result: an empty result that is filled as cases end, so that a stopped run keeps them.
+    :raises ParityError: the candidate cannot be built or found. A fault of one case is that case's ERROR. Where
+        network, GPU or nvcc is missing, every case is skipped with that reason, and the run is INCONCLUSIVE.
     """
     table = load_cases()
     chosen = select(table, list(options.cases))
@@ -83,9 +82,9 @@ def run_cases(
     progress: Progress,
     result: RunResult | None = None,
 ) -> RunResult:
-    """:func:`run` of cases that were selected.
+    """:func:`run` with selected cases.
 
-    :param skipped: cases that do not run, with reason and remedy; they are counted in the report.
+    :param skipped: cases that do not run → reason and remedy, for the report.
     """
     result = result or blank(options)
     candidate = parse_candidate(options.candidate)
@@ -105,7 +104,7 @@ def run_cases(
             result.identity = source.identity.model_dump(exclude_none=True)
             result.baseline = known.baseline(source.identity.version)
             result.known = {row.id: row for row in known.explanation}
-        # torch's default dtype is the whole process's: beside a truth no float32 model may be loaded in it.
+        # torch's default dtype is shared by all threads: no float32 model may be loaded while a truth is computed.
         count = 1 if candidate.kind == "torch" else 2
 
         def judge(case: Case) -> Judgement:
@@ -128,7 +127,7 @@ def run_cases(
 
 
 def _judge_calls(source: Source, options: RunOptions, result: RunResult, progress: Progress) -> None:
-    """candle-mi's functions called one by one; where the candidate is stored, their answers are too."""
+    """Judge direct calls of candle-mi's public functions."""
     progress.note("direct calls")
     held_to = expectations(options.cache)
     out = options.out / "traces" / "calls.json"
@@ -147,7 +146,7 @@ def _take(judged: CaseResult, result: RunResult) -> None:
 
 
 def _settle(result: RunResult, futures: list[Future[Judgement]], skipped: dict[str, str], cases: list[Case]) -> None:
-    """What is judged is in the result, and what is not was not reached, at whatever point the run broke off."""
+    """Add every finished case to the result of a run that may have been stopped, and mark the others as skipped."""
     for future in futures:
         if future.done() and not future.cancelled():
             _take(future.result().result, result)
@@ -157,9 +156,9 @@ def _settle(result: RunResult, futures: list[Future[Judgement]], skipped: dict[s
 
 @contextmanager
 def at_once(count: int, judge: Callable[[Case], Judgement], cases: list[Case]) -> Iterator[list[Future[Judgement]]]:
-    """A future a case, in their order; with two at once, while one is compared the emitter works on the next.
+    """One future for each case, in order; with a count of two, one case is emitted while another is compared.
 
-    A run that breaks off does not wait for the cases at work: their emitter, which may hang, is closed after this.
+    A run that is stopped does not wait for the cases at work: their emitter may hang, and is closed after this.
     """
     pool = ThreadPoolExecutor(count)
     try:
@@ -169,9 +168,9 @@ def at_once(count: int, judge: Callable[[Case], Judgement], cases: list[Case]) -
 
 
 def require_selection(options: RunOptions) -> None:
-    """Refuse what names nothing, before an earlier report is removed.
+    """Refuse a bad selection before an earlier report is removed.
 
-    :raises ParityError: a glob that matches no case, or a candidate that is misspelt or not there.
+    :raises ParityError: a glob that matches no case, or a candidate that is misspelt or does not exist.
     """
     select(load_cases(), list(options.cases))
     candidate = parse_candidate(options.candidate)
@@ -183,15 +182,15 @@ def require_selection(options: RunOptions) -> None:
 
 
 def blank(options: RunOptions) -> RunResult:
-    """The result of a run that has judged nothing yet."""
+    """An empty result."""
     versions = library_versions() | cuda.versions(options.device)
     return RunResult(options.candidate, {}, versions, [], {}, strict=options.strict)
 
 
 def run_reference(options: RunOptions, path: Path, progress: Progress) -> RunResult:
-    """Judge a flat reference JSON; without provenance even a perfect one is only UNMEASURED.
+    """Judge a flat reference JSON; without provenance, even one that agrees is UNMEASURED.
 
-    :raises ParityError: the file is not such a JSON; what it is about that cannot be had is an ERROR.
+    :raises ParityError: the file is not such a JSON. A model that cannot be loaded is an ERROR in the result.
     """
     started = time.monotonic()
     reference = read_reference(path)
@@ -217,13 +216,7 @@ def run_reference(options: RunOptions, path: Path, progress: Progress) -> RunRes
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that decide the truth, and the machine it was computed on."""
+    """Versions of the libraries of the truth, and the machine."""
     packages = ("torch", "transformers", "numpy", "safetensors")
-    return (
-        {"candle-mi-parity": __version__}
-        | {name: version(name) for name in packages}
-        | {
-            "python": platform.python_version(),
-            "machine": f"{platform.system()} {platform.machine()}",
-        }
-    )
+    machine = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    return {"candle-mi-parity": __version__} | {name: version(name) for name in packages} | machine

@@ -1,6 +1,6 @@
-"""Tensors that a user's own program dumped: ``*.safetensors`` with hook names as keys, and ``tokens.json``.
+"""Tensors that a user's program dumped: ``*.safetensors`` with hook names as keys, and ``tokens.json``.
 
-Any program can write them: one that calls candle-mi, or another port. A set may be partial; what is there is judged.
+The tensors may be a part of those of a trace; they are judged as they are.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from candle_mi_parity.trace.truth import Truth
 
 TOKENS = "tokens.json"
 _FORMATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
-"""Format of a file → format in which the model is taken to have run, the narrowest first."""
+"""Format in the file → format in which the model is assumed to have run, the narrowest first."""
 _SAE = ("sae.features", "sae.recon")
 
 
 @dataclass(frozen=True)
 class Dump:
-    """:ivar dtype: the narrowest format among the tensors, which a wider one may hold."""
+    """:ivar dtype: the narrowest format among the tensors."""
 
     directory: Path
     tokens: list[int]
@@ -37,10 +37,7 @@ class Dump:
 
 
 def read_dump(directory: Path) -> Dump:
-    """Read a directory whole.
-
-    :raises TraceError: no such directory, no tensors or tokens, a name twice, a format that is not a float.
-    """
+    """:raises TraceError: no such directory, no tensors or tokens, a duplicate name, a format that is not a float."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         there = "it holds no *.safetensors" if directory.is_dir() else "it does not exist"
@@ -86,7 +83,7 @@ def _tokens(path: Path) -> list[int]:
 
 
 def check_names(dump: Dump, n_layers: int, sae_hook: str | None) -> None:
-    """:raises TraceError: a name that is no hook of the model, or of the SAE a part that cannot be judged alone."""
+    """:raises TraceError: a name that is not a hook of the model, or incomplete tensors of an SAE."""
     known = [*hook_names(n_layers), "logits", *(_SAE if sae_hook else ())]
     if unknown := [name for name in dump.arrays if name not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=2, cutoff=0.4)
@@ -102,10 +99,10 @@ def check_names(dump: Dump, n_layers: int, sae_hook: str | None) -> None:
 
 
 def as_trace(dump: Dump, truth: Truth, dtype: str) -> InMemory:
-    """The dump in the truth's shapes: a missing batch axis of 1 is put in front.
+    """The dump in the truth's shapes; a missing batch axis is added.
 
     :param dtype: the format in which the model ran.
-    :raises TraceError: another shape.
+    :raises TraceError: a tensor has another shape.
     """
     arrays: dict[str, np.ndarray] = {}
     for name, array in dump.arrays.items():
@@ -119,7 +116,7 @@ def as_trace(dump: Dump, truth: Truth, dtype: str) -> InMemory:
 
 
 def _of_sae(arrays: dict[str, np.ndarray], hook: str) -> tuple[dict[str, float], list[Feature]]:
-    """The numbers that the emitter gives beside an SAE's tensors, from the tensors."""
+    """The scalars and strongest features that the emitter writes, computed from the tensors."""
     resid, features, recon = (arrays[name].astype(np.float64) for name in (hook, *_SAE))
     last = features[0, -1]
     order = [int(index) for index in np.argsort(-last, kind="stable")[:TOP_FEATURES] if last[index] > 0]

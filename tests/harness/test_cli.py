@@ -89,6 +89,7 @@ def test_a_bad_input_is_one_line_and_exit_code_2(arguments: tuple[str, ...], sai
     assert said in one_line(command(*arguments))
 
 
+@pytest.mark.thorough
 def test_no_network_is_one_line(tmp_path: Path) -> None:
     environment = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
     done = process("maint", "reference", "--out", str(tmp_path / "x.json"), environment=environment)

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.files import chunks
@@ -79,7 +77,9 @@ def _without_means(results: list[TensorResult]) -> list[str]:
     return [repr(replace(result, rms_ratio=0.0, position_ratio=0.0)) for result in results]
 
 
-@given(st.lists(st.integers(1, 60), min_size=2, max_size=4))
-def test_blocks_cover_each_position_once(shape: list[int]) -> None:
+@pytest.mark.parametrize("size", [1, 7, 100, WHOLE])
+@pytest.mark.parametrize("shape", [(1, 3), (5, 4), (2, 60, 3), (2, 3, 17, 5)], ids=str)
+def test_blocks_cover_each_position_once(monkeypatch: pytest.MonkeyPatch, size: int, shape: tuple[int, ...]) -> None:
+    monkeypatch.setattr(chunks, "BLOCK", size)
     positions = [*range(shape[-2])]
     assert [position for block in chunks.blocks(shape) for position in positions[block]] == positions
