@@ -1,4 +1,4 @@
-"""How a device rounds: what the size of the noise depends on beside the operations."""
+"""How a device rounds."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ class Arithmetic:
     """How a device rounds.
 
     :ivar unit: unit roundoff of the model's format.
-    :ivar accumulation: A, where summing the K products of a matmul adds the variance u²·A·K·Σa²b². 1/16 is a CPU's
-        kernel, measured: several partial sums side by side. 1/6 is K terms one after another, which a CUDA kernel
-        may do: the partial sum of k zero-mean terms of variance v has the variance k·v (a random walk), and its
-        rounding, uniform in ±u of it, adds u²/3·k·v; over k = 1…K that is u²·K²/6·v = u²·K/6·Σa²b². That
-        roundings add up like that, as the root of K, is the probabilistic analysis of Higham and Mary (SIAM J. Sci.
-        Comput. 41(5), 2019); Higham, Accuracy and Stability (2002), §4.2, has the sum they are taken over.
+    :ivar accumulation: A, where summing the K products of a matmul adds the variance u²·A·K·Σa²b². 1/16 was measured
+        on CPU kernels, which keep several partial sums. 1/6 is for sequential sums, which a CUDA kernel may use: the
+        partial sum of k zero-mean terms of variance v has the variance k·v (a random walk), and its rounding,
+        uniform in ±u of it, adds u²/3·k·v; over k = 1…K that is u²·K²/6·v = u²·K/6·Σa²b². See Higham and Mary (SIAM
+        J. Sci. Comput. 41(5), 2019) and Higham, Accuracy and Stability (2002), §4.2.
     """
 
     unit: float = UNIT
@@ -26,6 +25,6 @@ class Arithmetic:
 
 
 ACCUMULATION = {"cpu": 1 / 16, "cuda": 1 / 6}
-"""By kind of device. CUDA's is derived and never was measured on a GPU."""
+"""By kind of device; CUDA's is derived, not measured on a GPU."""
 
 CPU_FLOAT32 = Arithmetic()

@@ -1,6 +1,6 @@
-"""A truth computed: one forward pass in float64, and passes with rounding noise around it.
+"""Compute a truth: one forward pass in float64, and passes with rounding noise.
 
-Whoever reads truths that are cached does not import this module, nor torch.
+Cached truths are read without this module and without torch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SAMPLES = 16
 """K, the number of noise samples."""
 
 Given = Mapping[str, np.ndarray]
-"""What both sides are fed beside the tokens, float32 by name; see :meth:`Oracle.inputs`."""
+"""Inputs of both sides besides the tokens, float32 by name; see :meth:`Oracle.inputs`."""
 
 Then = Callable[[Captured], Captured]
 Run = Callable[[nn.Module, torch.Tensor, Edits], Recorder]
@@ -53,7 +53,7 @@ class Computation:
     """The truths of one case; the model is loaded once.
 
     :param change: the counterfactual; :data:`PLAIN` for the truth itself.
-    :raises ModelError: transformers cannot load the model, with the change or at all.
+    :raises ModelError: transformers cannot load the model.
     """
 
     def __init__(self, subject: Subject, arithmetic: Arithmetic, change: Counterfactual = PLAIN) -> None:
@@ -62,7 +62,7 @@ class Computation:
 
     @cached_property
     def model(self) -> nn.Module:
-        """In float64, its weights rounded to the case's format."""
+        """The model in float64, with weights rounded to the case's format."""
         dtype: torch.dtype = getattr(torch, self._subject.case.dtype)
         directory = self._directory()
         if streamed := streaming.is_streamed(self._subject.model_dir):
@@ -74,7 +74,7 @@ class Computation:
         return model
 
     def _directory(self) -> Path:
-        """The model's own directory, or one with a changed config and links to its other files."""
+        """The model's directory, or a copy with a changed config and links to the other files."""
         source = self._subject.model_dir
         if not self._change.changes_config:
             return source
@@ -88,15 +88,15 @@ class Computation:
         return changed
 
     def drawn(self) -> dict[str, np.ndarray]:
-        """The tensors of the case's edits, float32, sized by the unedited model."""
+        """The random tensors of the case's edits, float32."""
         return interventions.drawn_tensors(self._subject, self.model)
 
     def truth(self, mode: Mode, given: Given, samples: int = SAMPLES) -> Truth:
         """The truth of a mode.
 
-        :param given: forced, the tensors that replace the residual stream; free, the tensors of the edits, and for a
-            counterfactual also what the logit lens and the SAE alone are fed.
-        :param samples: of the noise; 0 for the values alone, whose noise is then 0.
+        :param given: for ``forced``, the tensors that replace the residual stream; for ``free``, the tensors of the
+            edits, and for a counterfactual also the inputs of the logit lens and of the SAE alone.
+        :param samples: of the noise; 0 for a noise of 0.
         :raises OracleError: an operation without a noise rule, or a truth that is not finite.
         :raises ModelError: transformers cannot run the model.
         """
@@ -105,7 +105,7 @@ class Computation:
         except ParityError:
             raise
         except Exception:
-            require_runs(self._directory(), self._subject.tokens)  # or else the fault is ours
+            require_runs(self._directory(), self._subject.tokens)  # otherwise it is a bug here
             raise
 
     def _truth(self, mode: Mode, given: Given, samples: int) -> Truth:
@@ -143,7 +143,7 @@ class Computation:
         )
 
     def _inner_values(self, tokens: torch.Tensor, changes: Edits, run: Run) -> dict[str, float]:
-        """See :func:`remarks.inner_values`; the range of bfloat16 is float32's, and nothing gets there."""
+        """See :func:`remarks.inner_values`; only float16 has a range that is reached."""
         if self._subject.case.dtype != "float16":
             return {}
         with remarks.inner_values(self.model) as largest, Float64():  # type: ignore[no-untyped-call]
@@ -152,9 +152,9 @@ class Computation:
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round a float64 model's weights to a format, in place: what a candidate of that format is given.
+    """Round a float64 model's weights in place to the format that a candidate is given.
 
-    :raises OutOfRangeError: the format cannot hold one.
+    :raises OutOfRangeError: a weight is beyond the format's range.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -175,12 +175,12 @@ def sample(
     """The truth pass, and ``samples`` passes of Monte-Carlo arithmetic around it.
 
     :param tokens: int64 [B, T].
-    :param then: what is computed from the captured tensors inside the same mode; called first for the truth.
-    :param edits: what is done at the hooks, see :class:`hooks.Recorder`.
+    :param then: computes more from the captured tensors in the same mode; called first for the truth.
+    :param edits: see :class:`hooks.Recorder`.
     :param run: one recorded forward pass, as :func:`hooks.forward`.
-    :param batch: rows × tokens that a pass of samples may have; 1 takes the samples one by one.
-    :returns: the truth's recorder, its tensors with those of ``then``, and of each s² (mean square over the
-        samples of sample − truth), all float64.
+    :param batch: limit of rows × tokens in a pass of samples; 1 for one sample a pass.
+    :returns: the truth's recorder, its tensors with those of ``then``, and the mean square of sample − truth of each,
+        all float64.
     """
     scales = MatmulScales()
     with Truth64(scales) if samples else Float64():  # type: ignore[no-untyped-call]
@@ -190,7 +190,7 @@ def sample(
     pool = NoisePool(seed)
     done = 0
     while done < samples:
-        # Samples as batch rows win while a pass is small (rows × tokens near 160) and lose after.
+        # Samples as batch rows are faster only while a pass is small (rows × tokens near 160).
         rows = max(1, min(samples - done, batch // tokens.numel()))
         with RoundingNoise(pool, scales, arithmetic):
             captured = run(model, tokens.repeat(rows, 1), edits).tensors
@@ -209,7 +209,7 @@ def _as_truth(
     squares: Captured,
     chain: SaeChain | None,
 ) -> Truth:
-    """:param meta: what the truth is to say of itself beside the subject's own digests."""
+    """:param meta: entries besides the digests of the subject."""
     tensors, scalars = {}, {}
     for name, value in values.items():
         if not bool(torch.isfinite(value).all() and torch.isfinite(squares[name]).all()):
@@ -240,16 +240,16 @@ def _as_truth(
 
 
 def _allowed(recorder: Recorder, name: str) -> torch.Tensor:
-    """What of scores, [T, T], or of a pattern, [T, T] or [H, T, T], is compared; the rest of a pattern is to be 0."""
+    """The compared entries of scores, [T, T], or of a pattern, [T, T] or [H, T, T], whose other entries must be 0."""
     layer = int(name.split(".")[1])
     allowed = recorder.allowed[layer]
     return recorder.attended.get(layer, allowed) if name.endswith("hook_pattern") else allowed
 
 
 def _execution_order(subject: Subject, tensors: dict[str, TruthTensor], forced: bool) -> dict[str, TruthTensor]:
-    """Hooks as candle-mi fires them, then logits, the lens and the SAE.
+    """Hooks in candle-mi's order, then logits, the lens and the SAE.
 
-    Forced, what arrives at a layer is the output of the one before, which is compared under its own name.
+    Teacher-forced, ``hook_resid_pre`` is the output of the layer before, which is compared under its own name.
     """
     names = [*subject.captures, "logits"]
     names += [name for name in tensors if name.startswith(("lens", "sae"))]

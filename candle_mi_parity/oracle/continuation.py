@@ -1,4 +1,4 @@
-"""PyTorch's greedy continuation of a prompt, in float64, one forward pass a token."""
+"""PyTorch's greedy continuation of a prompt, in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from candle_mi_parity.oracle.rounding import Float64
 
 
 def greedy(oracle: Oracle, cache: Path, steps: int) -> list[int]:
-    """At most ``steps`` tokens, from the cache or computed; the config's end of text is the last one."""
+    """At most ``steps`` tokens, from the cache or computed, up to the first EOS."""
     found: list[int] = cached(cache, "continuations", [oracle.key, steps], lambda: _computed(oracle, steps))
     return found
 

@@ -1,4 +1,4 @@
-"""What is computed behind the model, in the same float64 mode and with the same noise: logit lens and SAE."""
+"""Logit lens and SAE, in the same float64 mode and with the same noise as the model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ from candle_mi_parity.trace.truth import SaeTruth, TruthTensor
 
 
 def unembed(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Final norm and unembedding, [B, T, d] → [B, T, V]: what candle-mi documents ``project_to_vocab`` to be.
-
-    Without the final softcap: in Gemma 2 the last layer's lens is not the logits, on either side.
-    """
+    """Final norm and unembedding without the final softcap, [B, T, d] → [B, T, V], as ``project_to_vocab`` is
+    documented."""
     logits: torch.Tensor = model.lm_head(model.model.norm(hidden))
     return logits
 
@@ -41,7 +39,7 @@ def project(model: Any, streams: np.ndarray) -> np.ndarray:
 class Lens:
     """The logit lens: every layer's output at the last position, projected onto the vocabulary.
 
-    The first call, the truth's, fixes the inputs that are not given; the samples are fed the same.
+    The first call, for the truth, fixes the inputs that are not given; the samples use the same.
 
     :param given: layer's output → its last position, [B, 1, d].
     """
@@ -64,12 +62,11 @@ class Lens:
 class SaeChain:
     """The SAE behind the model, on the model's own residual (``sae``) and on the truth's (``sae_on_truth``).
 
-    The samples keep the truth's active set: a feature that rounding may flip is judged by its margin, and must
-    not smear its decoder row over the noise of the reconstruction.
+    The samples keep the truth's active set: a feature that rounding may flip is judged by its margin, and must not
+    add its decoder row to the noise of the reconstruction.
 
-    :param given: ``sae``, what the SAE alone is fed, [B, T, d]; without it the first call, the truth's, fixes it.
-    :param change: a counterfactual, which may change the SAE.
-    :raises SaeError: when the SAE does not fit the model.
+    :param given: ``sae``, the input of the SAE alone, [B, T, d]; without it, the first call, for the truth, fixes it.
+    :raises SaeError: the SAE does not fit the model.
     """
 
     def __init__(self, subject: Subject, given: Mapping[str, np.ndarray], change: Counterfactual = PLAIN) -> None:
@@ -95,7 +92,7 @@ class SaeChain:
         return self._encode("sae", resid, rows) | self._encode("sae_on_truth", self._fixed.repeat(rows, 1, 1), rows)
 
     def _encode(self, name: str, resid: torch.Tensor, rows: int) -> Captured:
-        # An SAE is float32 whatever the model is: the cast tells the noise so.
+        # An SAE is float32 in every model: the cast sets the size of the noise.
         pre = self._sae.pre_activations(resid.float())
         active = self._active.setdefault(name, self._sae.active(pre))
         features = torch.where(active.repeat(rows, 1, 1), pre, 0.0)
@@ -109,7 +106,7 @@ class SaeChain:
         }
 
     def truth(self, name: str, pre: TruthTensor, values: Captured) -> SaeTruth:
-        """What judging the features of a chain needs beside the tensors."""
+        """What the comparison of a chain's features needs besides the tensors."""
         assert self._fixed is not None
         residual = values[self._hook] if name == "sae" else self._fixed
         scale = self._sae.out_scale(residual).numpy()

@@ -1,4 +1,4 @@
-"""Which fields of ``config.json`` transformers reads: recorded while a model is built and run, not remembered."""
+"""The fields of ``config.json`` that transformers reads, recorded while a model is built and run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,23 @@ from candle_mi_parity.oracle.provenance import code_of, made_with
 from candle_mi_parity.spec.counterfactual import ROTARY
 
 LISTING = frozenset({"to_dict", "to_diff_dict", "dict_dtype_to_str", "validate_token_ids"})
-"""Functions of transformers that visit every attribute there is, without acting on any: they print or copy the
-config, or look for names that end in ``_token_id`` to warn of one outside the vocabulary."""
+"""Functions of transformers that visit every attribute without using it: they print or copy the config, or warn of a
+``_token_id`` outside the vocabulary."""
 
 
 def cached_fields_read(directory: Path, model_type: str, cache: Path) -> set[str]:
     """:func:`fields_read`, from the cache or recorded."""
-    key = [read_config(directory), made_with(model_type), code_of(Path(__file__).read_text(encoding="utf-8"))]
-    return set(cached(cache, "fields", key, partial(_sorted_fields, directory)))
+    return set(cached(cache, "fields", _key(directory, model_type), lambda: sorted(fields_read(directory))))
 
 
 def cached_fields_built(directory: Path, model_type: str, cache: Path) -> set[str]:
-    """The fields that are read while a model is built without weights, which takes a second whatever its size."""
-    key = [
-        "built",
-        read_config(directory),
-        made_with(model_type),
-        code_of(Path(__file__).read_text(encoding="utf-8")),
-    ]
+    """The fields that are read while a model is built without weights, which takes a second."""
+    key = ["built", *_key(directory, model_type)]
     return set(cached(cache, "fields", key, lambda: sorted(_fields_built(directory))))
+
+
+def _key(directory: Path, model_type: str) -> list[object]:
+    return [read_config(directory), made_with(model_type), code_of(Path(__file__).read_text(encoding="utf-8"))]
 
 
 def _fields_built(directory: Path) -> set[str]:
@@ -50,16 +47,12 @@ def _fields_built(directory: Path) -> set[str]:
     return {name for name in read if _is_field(kind, name)}
 
 
-def _sorted_fields(directory: Path) -> list[str]:
-    return sorted(fields_read(directory))
-
-
 def fields_read(directory: Path) -> set[str]:
     """Fields that transformers reads while it loads a model directory and runs it on eight tokens.
 
-    Counted are attribute reads by transformers' own code, keys read from the rotary dictionary, and keys of
-    ``config.json`` that configuration code consumed, so that no attribute of that name is left. Not counted are
-    names with an underscore, what the class itself defines (methods, parallel plans), and :data:`LISTING`.
+    These are attributes and keys of the rotary dictionary that transformers' code reads, and keys of ``config.json``
+    of which configuration code leaves no attribute; without names with an underscore, members of the class (methods,
+    parallel plans), and reads in :data:`LISTING`.
     """
     import torch
     import transformers
@@ -78,7 +71,7 @@ def fields_read(directory: Path) -> set[str]:
 
 @contextmanager
 def _recorded(kind: type[Any], read: set[str]) -> Iterator[None]:
-    """Names read from any config of a class, and from its rotary dictionary, by transformers' code."""
+    """Record the names that transformers' code reads from configs of a class and their rotary dictionaries."""
     import transformers
 
     plain: Any = kind.__getattribute__
@@ -112,7 +105,7 @@ def _recorded(kind: type[Any], read: set[str]) -> Iterator[None]:
 
 
 def _is_field(kind: type[Any], name: str) -> bool:
-    """Whether ``config.json`` may carry a name: a declared field, a settable property, or nothing of the class."""
+    """Whether a name is a declared field, a settable property, or not a member of the class."""
     if name.startswith("_"):
         return False
     if name in {field.name for field in dataclasses.fields(kind)} or not hasattr(kind, name) or "." in name:

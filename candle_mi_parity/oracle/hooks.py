@@ -1,8 +1,7 @@
 """transformers with hooks: one forward pass, every hook point recorded under candle-mi's name.
 
-One attention function of ours, registered by name, computes attention the eager way for every family and
-records scores (scaled, before softcap and mask) and pattern. Everything else is a hook on a named module
-(:mod:`families`).
+:func:`attention`, registered by name, computes eager attention for every family and records scores (scaled, before
+softcap and mask) and pattern. All other hook points are hooks on modules (:mod:`families`).
 """
 
 from __future__ import annotations
@@ -30,22 +29,21 @@ from candle_mi_parity.spec.families import Family, family_of
 
 _ATTENTION = "candle_mi_parity"
 FAR_BELOW = -1e30
-"""A finite stand-in for −inf, of which a softcap makes −softcap; a sample's roundings would make NaN of −inf."""
+"""A finite stand-in for −inf, which a softcap turns into −softcap; the noise would turn −inf into NaN."""
 _IGNORED = "_candle_mi_parity_ignored"
 Captured = dict[str, torch.Tensor]
 Edits = Mapping[str, Sequence[Callable[[torch.Tensor], torch.Tensor]]]
-"""Hook → what is done to the tensor there, in order, each to what the one before left."""
+"""Hook → functions that are applied to its tensor in order."""
 
 _recorder: ContextVar[Recorder] = ContextVar("recorder")
 
 
 class Recorder:
-    """What one forward pass left at the hook points, in execution order.
+    """The tensors of one forward pass at the hook points, in execution order.
 
-    :ivar tensors: name → tensor.
-    :ivar allowed: layer → boolean [T, T], what the attention mask lets through.
-    :ivar attended: layer → boolean [H, T, T], what is left of that where the scores were edited.
-    :param edits: changes to what arrives at a hook, after it was recorded (candle-mi's ``Intervention``).
+    :ivar allowed: layer → boolean [T, T], the entries that the attention mask allows.
+    :ivar attended: layer → boolean [H, T, T], the entries that edited scores leave of these.
+    :param edits: changes of a hook's tensor after it was recorded (candle-mi's ``Intervention``).
     :param variants: other arithmetic of the attention, for a counterfactual.
     """
 
@@ -69,18 +67,18 @@ class Recorder:
             if edited.shape != tensor.shape:
                 raise OracleError(f"an edit at {name} made {tuple(edited.shape)} of {tuple(tensor.shape)}")
         if edited is not tensor and name.endswith("hook_resid_mid"):
-            # A hook on the norm sees the stream but cannot replace it for the residual sum that ends the layer.
+            # A hook on the norm cannot change the stream in the residual sum at the end of the layer.
             self._owed[name.replace("resid_mid", "resid_post")] = edited - tensor
         return edited
 
 
 def recorded() -> Captured:
-    """What the forward pass at work has recorded so far."""
+    """What the current forward pass has recorded so far."""
     return _recorder.get().tensors
 
 
 def replacing(replacement: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The edit that puts a tensor [B, ...] in place of what arrives; samples share a pass as further rows."""
+    """The edit that replaces a hook's tensor by another [B, …], repeated where samples share a pass."""
     return lambda tensor: replacement.repeat(tensor.shape[0] // replacement.shape[0], *[1] * (replacement.dim() - 1))
 
 
@@ -96,7 +94,7 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Eager attention for every family: query [B,H,T,D], key and value [B,K,T,D], rotated, before repetition.
 
-    :raises OracleError: without a mask or a scale; causality would have to be guessed.
+    :raises OracleError: there is no mask or no scale.
     """
     if unknown.get("s_aux") is not None:
         raise OracleError(f"{type(module).__name__} passes attention sinks, which are not implemented here")
@@ -119,7 +117,7 @@ def attention(
     if softcap is not None and Variant.KNOCKOUT_BEFORE_SOFTCAP in recorder.variants:
         scores = scores.masked_fill(scores == -torch.inf, FAR_BELOW)
     elif scores is not arrived:
-        # A score of −∞ is a knocked-out edge: it has no weight, also behind a softcap, which would make it finite.
+        # A score of −∞ is a knocked-out edge, also where a softcap would make it finite.
         allowed = allowed & (scores != -torch.inf)
         recorder.attended[layer] = allowed[0]
         if not bool(allowed.any(-1).all()):
@@ -134,10 +132,9 @@ def attention(
 
 @cache
 def our_attention() -> str:
-    """The name of :func:`attention`, known to transformers from now on.
+    """Register :func:`attention` with transformers, and return its name.
 
-    Not when this module is imported: what registers is a part of transformers that takes seconds to import, and a
-    run whose truths are in the cache loads no model.
+    Not at import: that part of transformers takes seconds to import.
     """
     transformers.AttentionInterface.register(_ATTENTION, attention)
     transformers.AttentionMaskInterface.register(_ATTENTION, transformers.masking_utils.eager_mask)
@@ -147,11 +144,11 @@ def our_attention() -> str:
 def load_model(
     directory: Path, dtype: torch.dtype = torch.float64, device: str = "cpu", attention: str | None = None
 ) -> nn.Module:
-    """The causal language model of a directory, in eval mode, with our attention or one of transformers' own.
+    """The causal language model of a directory, in eval mode, with :func:`attention` or one of transformers'.
 
-    In float64 it is also *loaded* under the float64 mode: rotary tables are computed at construction.
+    In float64 it is loaded under the float64 mode too, because rotary tables are computed at construction.
 
-    :raises ModelError: transformers cannot run the config, or the files do not hold the model's weights.
+    :raises ModelError: transformers cannot run the config, or the files lack weights of the model.
     """
     attention = attention or our_attention()
     config = model_config(directory, attention)
@@ -165,7 +162,7 @@ def load_model(
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are in the report
+                ignore_mismatched_sizes=True,  # they are reported
             )
     except (OSError, SafetensorError, MemoryError) as error:
         raise ModelError(f"transformers cannot load {directory}: {one_line(str(error))}") from error
@@ -186,7 +183,7 @@ def load_model(
 def in_format(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A weight rounded to the format in which a candidate is given it.
 
-    :raises OutOfRangeError: the format cannot hold it.
+    :raises OutOfRangeError: a value is beyond the format's range.
     """
     rounded = tensor.to(dtype)
     if dtype == torch.float16 and bool((rounded.isinf() & ~tensor.isinf()).any()):
@@ -195,9 +192,9 @@ def in_format(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 
 
 def model_config(directory: Path, attention: str) -> Any:
-    """What transformers makes of ``config.json``, which does not choose the attention whatever it says.
+    """transformers' config of a directory, with this attention whatever ``config.json`` says.
 
-    The model's module is imported too: what it computes then is not to be computed under the float64 mode.
+    The model's module is imported too, outside of the float64 mode.
 
     :raises ModelError: transformers cannot run it.
     """
@@ -212,10 +209,10 @@ Shape = tuple[int, ...]
 
 
 def require_weights(directory: Path, missing: Iterable[str], mismatched: Mapping[str, tuple[Shape, Shape]]) -> None:
-    """Refuse files that do not hold the whole model: transformers would make up the rest, another one each time.
+    """Refuse files that lack a part of the model, which transformers would initialise at random.
 
-    :param mismatched: tensor → its shape in the files, and the shape that the model has.
-    :raises ModelError: naming what is missing, or the shapes.
+    :param mismatched: tensor → its shape in the files, and the model's shape.
+    :raises ModelError: a tensor is missing or has another shape.
     """
     if absent := sorted(missing):
         more = f" (and {len(absent) - 3} more)" if len(absent) > 3 else ""
@@ -232,12 +229,12 @@ def require_weights(directory: Path, missing: Iterable[str], mismatched: Mapping
 
 
 def ignore_tensors(model: nn.Module, names: Iterable[str]) -> None:
-    """Note on a model which tensors of its files are not in it; see :func:`ignored_tensors`."""
+    """Note the tensors of the files that are not in the model; see :func:`ignored_tensors`."""
     setattr(model, _IGNORED, sorted(names))
 
 
 def ignored_tensors(model: nn.Module) -> list[str]:
-    """Tensors of the files that transformers did not take: the truth does not depend on them."""
+    """Tensors of the files that transformers ignores, so that the truth does not depend on them."""
     return list(getattr(model, _IGNORED))
 
 
@@ -256,13 +253,13 @@ def forward(
 
     :param tokens: int64 [B, T].
     :param edits: see :class:`Recorder`; honoured at every hook, not at ``logits``.
-    :param family: where the hook points are; None looks it up by the model's own type.
+    :param family: None for that of the model's type.
     :param variants: see :class:`Recorder`.
     """
     recorder = Recorder(edits, variants)
     handles = _attach(model, recorder, family)
     token = _recorder.set(recorder)
-    # One row of positions a sequence, so that samples that share a batch share no rotary noise.
+    # Positions for each sequence, so that samples in one batch have independent rotary noise.
     positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
     try:
         with torch.no_grad():

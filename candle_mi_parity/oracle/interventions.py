@@ -1,7 +1,6 @@
-"""The torch side of a case's edits: the tensors that they bring, and what each makes of a hook's tensor.
+"""Edits in torch: their random tensors, and what each does to a hook's tensor.
 
-Written for any format and for samples that share a pass as further rows, so that the truth, its noise and the
-float32 control apply the same lines.
+They work in any format and for samples in one batch, so that truth, noise and the float32 control use the same code.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 def drawn_tensors(subject: Subject, model: nn.Module) -> dict[str, np.ndarray]:
-    """The tensors that a subject's edits bring, float32: the same bytes on every machine.
+    """The random or given tensors of a case's edits, float32, the same bytes on every machine.
 
-    Shape and size come from the hook's tensor in the unedited float64 model; ``patch_at`` takes a vector [d].
+    Shape and rms are relative to the hook's tensor in the unedited float64 model; ``patch_at`` has a vector [d].
     """
     wanted = [(index, edit) for index, edit in enumerate(subject.case.edits) if isinstance(edit, RandomTensorEdit)]
     if not wanted:
@@ -68,10 +67,10 @@ def drawn_tensors(subject: Subject, model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def edits_of(subject: Subject, drawn: Captured, counterfactual: Counterfactual = PLAIN) -> Edits:
-    """What :func:`hooks.forward` is to do at each hook, in the order of the rows.
+    """The edits for :func:`hooks.forward`, in the order of the rows.
 
-    :param drawn: key → tensor of the edits that bring one, in the format and on the device of the model.
-    :param counterfactual: what becomes of an edit, and of the arithmetic of one.
+    :param drawn: the tensors of :func:`drawn_tensors`, in the format and on the device of the model.
+    :param counterfactual: changes of edits and their arithmetic.
     """
     changes: dict[str, list[Change]] = {}
     n_heads = int(str(read_config(subject.model_dir)["num_attention_heads"]))
@@ -110,7 +109,7 @@ def _change(
 
 
 def _finite_only(tensor: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
-    """``changed``, but −∞ where a knockout left it: a sample's roundings would make NaN of it."""
+    """``changed``, but −∞ where a knockout set it, which the noise would turn into NaN."""
     return torch.where(tensor.eq(-torch.inf), tensor, changed)
 
 
@@ -120,12 +119,12 @@ def _is_position(tensor: torch.Tensor, position: int) -> torch.Tensor:
 
 
 def _knockout(chosen: np.ndarray) -> Change:
-    """A score of −∞: :func:`hooks.attention` gives it no weight, behind a softcap as well."""
+    """Set scores to −∞, to which :func:`hooks.attention` gives no weight."""
     return lambda scores: scores.masked_fill(torch.from_numpy(chosen).to(scores.device), -torch.inf)
 
 
 def scale_steering(chosen: np.ndarray, factor: float) -> Change:
-    """Chosen weights times ``factor``, their rows normalised again; other rows as they were."""
+    """Multiply chosen weights by ``factor`` and normalise their rows."""
 
     def change(pattern: torch.Tensor) -> torch.Tensor:
         meant = torch.from_numpy(chosen).to(pattern.device)
@@ -136,12 +135,11 @@ def scale_steering(chosen: np.ndarray, factor: float) -> Change:
 
 
 def set_steering(chosen: np.ndarray, value: float, all_columns: bool = False) -> Change:
-    """Chosen weights set to ``value``; what they gained is taken from the row's other weights in equal shares.
+    """Set chosen weights to ``value``, take the difference in equal shares from the row's others, and normalise.
 
-    The other weights are those of keys that the query attends to: no mass goes to the future. Shares stop at 0,
-    and the row is normalised again.
+    The other weights are those of keys that the query attends to; they are clamped at 0.
 
-    :param all_columns: for a counterfactual, whether keys of the future have a share too.
+    :param all_columns: for a counterfactual, whether future keys have a share too.
     """
 
     def change(pattern: torch.Tensor) -> torch.Tensor:
@@ -165,7 +163,7 @@ def _injection(edit: Inject, file: Path) -> Change:
     decoder = [torch.from_numpy(weights.W_dec[int(index)]) for index, _ in edit.features]
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
-        # A copy for each sample, so that each has roundings of its own.
+        # A copy for each sample, so that their noise is independent.
         vector = torch.zeros(tensor.shape[0], 1, tensor.shape[2], device=tensor.device)
         for row, (_, strength) in zip(decoder, edit.features, strict=True):
             vector = vector + row.to(tensor.device).expand_as(vector) * strength

@@ -1,7 +1,7 @@
 """The oracle: truth and its rounding noise from transformers in float64. The only source of expectations.
 
-A truth does not depend on the candidate, so it is cached by content: case, libraries, the modules of this project
-that move a number, and what a counterfactual changes. Cached truths are read without torch.
+A truth does not depend on the candidate. It is cached by content: the case, the libraries, the modules of this
+package that affect a number, and the counterfactual. Cached truths are read without torch.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 class Oracle:
     """One case's truths; the model is loaded when the first of them is not in the cache.
 
-    :param device: of the candidate, whose rounding the noise is of; the truth is computed on the CPU all the same.
-    :param change: a counterfactual, whose truths these are.
+    :param device: of the candidate, which decides the noise; the truth is always computed on the CPU.
+    :param change: a counterfactual.
     """
 
     def __init__(self, subject: Subject, cache: Path, device: str = "cpu", change: Counterfactual = PLAIN) -> None:
@@ -58,7 +58,7 @@ class Oracle:
         return oracle
 
     def without_sae(self) -> Oracle:
-        """The oracle of the same case without its SAE, of which there is no truth; its digest is another."""
+        """The oracle of the same case without its SAE, for an SAE without a truth; it has another digest."""
         digest = hashlib.sha256(f"{self.subject.digest} without its SAE".encode()).hexdigest()
         return Oracle(replace(self.subject, sae_file=None, digest=digest), self._cache, self._device)
 
@@ -74,7 +74,7 @@ class Oracle:
         :raises OracleError: an operation without a noise rule, a non-finite truth, an unreadable cache file, or a
             case with edits teacher-forced.
         :raises ModelError: transformers cannot load or run the model.
-        :raises NoTruthError: the case's SAE is of a kind whose truth is not computed here.
+        :raises NoTruthError: the case's SAE is of an unsupported kind.
         """
         if mode == "forced" and self.subject.case.edits:
             raise OracleError(f"{self.subject.case.id}: a case with edits has no teacher-forced truth")
@@ -88,15 +88,14 @@ class Oracle:
         return self._truths[mode]
 
     def values(self) -> Truth:
-        """The truth's values alone: computed anew, never cached, and with a noise of 0."""
+        """The truth's values with a noise of 0, not cached."""
         return self.computation.truth("free", self._given("free"), samples=0)
 
     def inputs(self, mode: Mode) -> Path:
-        """A safetensors file of float32 inputs taken from the plain truth.
+        """A safetensors file of float32 inputs from the plain truth, which both sides are given.
 
-        ``free``: every layer's output at the last position, [B, 1, d], for the logit lens, and ``sae``, the
-        residual for the SAE alone, and the tensors of the case's edits. ``forced``: each layer's :data:`FORCED`
-        hooks. Both sides are given these very numbers, so they carry no noise of their own.
+        ``free``: every layer's output at the last position, [B, 1, d], for the logit lens; ``sae``, the residual for
+        the SAE alone; and the tensors of the edits. ``forced``: each layer's :data:`FORCED` hooks.
         """
         if self.plain is not self:
             return self.plain.inputs(mode)
@@ -116,7 +115,7 @@ class Oracle:
         return publish(self._directory / f"inputs.{mode}", write) / "inputs.safetensors"
 
     def _given(self, mode: Mode) -> dict[str, np.ndarray]:
-        """What a computation is fed. The plain truth itself fixes what the lens and the SAE are given."""
+        """The inputs of a computation; the plain truth fixes those of the lens and the SAE itself."""
         if mode == "forced" or self.plain is not self:
             return load_file(self.inputs(mode))
         return self._drawn()
@@ -132,7 +131,7 @@ class Oracle:
         return load_file(publish(self._directory / "edits", write) / "edits.safetensors")
 
     def _signed(self, truth: Truth) -> Truth:
-        """With what it was made with."""
+        """Add the provenance."""
         truth.meta.update(made_with(self.subject.model_type))
         if self.change != PLAIN:
             truth.meta["counterfactual"] = self.change.key()
@@ -140,6 +139,6 @@ class Oracle:
 
 
 def truth_key(subject: Subject, arithmetic: Arithmetic, change: Counterfactual = PLAIN) -> str:
-    """Content key of a case's truths: everything that moves the numbers is in it, see :mod:`provenance`."""
+    """Content key of a case's truths, see :mod:`provenance`."""
     content = [subject.digest, made_with(subject.model_type), asdict(arithmetic), change.key()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]

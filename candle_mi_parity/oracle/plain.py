@@ -1,7 +1,6 @@
-"""transformers by itself: whether it can make and run a model at all, without any mode, hook or weight of ours.
+"""Whether transformers alone can build and run a model, without the float64 mode and hooks.
 
-Asked where an exception passed through the oracle: what fails here as well is the config's fault, and what does
-not is ours.
+Asked after an exception in the oracle: if this fails too, the config is at fault, otherwise the suite.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from candle_mi_parity.models.quiet import transformers_runs
 
 
 def require_runs(directory: Path, tokens: list[list[int]] | None = None) -> None:
-    """Make the model of a directory and run it as transformers does, on weights that take no memory.
+    """Build and run the model of a directory, with weights that take no memory.
 
     :param tokens: token ids [B][T]; None for any two.
-    :raises ModelError: transformers raised something, which the error tells.
+    :raises ModelError: transformers raised an exception.
     """
     with transformers_runs(directory), torch.no_grad(), torch.device("cpu"):
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -39,10 +38,7 @@ def require_runs(directory: Path, tokens: list[list[int]] | None = None) -> None
 
 
 def require_loads(directory: Path) -> None:
-    """Load a model as transformers does.
-
-    :raises ModelError: it cannot run the config, or cannot load the weights; which, the error tells.
-    """
+    """:raises ModelError: transformers cannot run the config, or cannot load the weights."""
     require_runs(directory)
     with transformers_runs(directory, "load these weights"):
         transformers.AutoModelForCausalLM.from_pretrained(
@@ -52,10 +48,7 @@ def require_loads(directory: Path) -> None:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Parameters lose their memory when a module takes them; a buffer, which no file holds, keeps it.
-
-    Under ``torch.device("meta")`` buffers would be lost too.
-    """
+    """Modules register their parameters on the meta device; unlike ``torch.device("meta")``, this keeps buffers."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -1,6 +1,6 @@
-"""What a truth was made with: the one list of modules that move a number, and the versions of the libraries.
+"""What a truth was made with: the modules that affect a number, and the versions of the libraries.
 
-Truths, censuses and the field ledger are cached under keys that hold these. No library is imported for it.
+Truths, censuses and the field ledger have these in their cache keys. The libraries are not imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODULES = (
     *("oracle/remarks", "oracle/rounding", "oracle/streaming", "oracle/torch_sae"),
     *("oracle/torch_state", "oracle/variants"),
 )
-"""Every module of this package that moves a number of a truth."""
+"""Every module of this package that affects a number of a truth."""
 LIBRARIES = ("torch", "transformers", "numpy")
 
 
@@ -48,18 +48,18 @@ def code_of(source: str) -> str:
 
 
 def _is_docstring(node: ast.stmt) -> bool:
-    """A string that stands alone, as the docstring of a module, class, function or constant does."""
+    """Whether a statement is a string literal: the docstring of a module, class, function or constant."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of the libraries that move a number."""
+    """The versions of the libraries that affect a number."""
     return {name: version(name) for name in LIBRARIES}
 
 
 @cache
 def made_with(model_type: str) -> dict[str, str]:
-    """All that moves a truth of a family beside its case: libraries, their model code, our code, the processor.
+    """What affects the truths of a family besides the case: libraries, model code, this package, the processor.
 
     :raises OracleError: this transformers has no such family.
     """
@@ -72,7 +72,7 @@ def made_with(model_type: str) -> dict[str, str]:
 
 
 def modeling_files(model_type: str) -> list[Path]:
-    """transformers' own source files whose code makes the truth: the family's, and the rotary and mask helpers.
+    """The source files of transformers for a family, with the rotary and mask helpers.
 
     :raises OracleError: this transformers has no such family.
     """

@@ -1,7 +1,4 @@
-"""What a truth says of itself beside its numbers: tensors that exercise nothing, and values beyond the format.
-
-Both are known once the truth is, whatever the candidate, and are kept with it.
-"""
+"""What is stored with a truth: tensors that are constant, and values beyond the format's range."""
 
 from __future__ import annotations
 
@@ -17,10 +14,7 @@ from candle_mi_parity.trace.truth import Expected
 
 
 def constant(tensors: Mapping[str, Expected]) -> dict[str, float]:
-    """Tensors whose compared entries, more than one, are all the same number, and that number.
-
-    Whatever leads to such a tensor cannot show: zero times any weight is zero.
-    """
+    """Tensors with several compared entries that are all equal, and their value; such tensors exercise nothing."""
     found = {}
     for name, tensor in tensors.items():
         value = tensor.value
@@ -32,7 +26,7 @@ def constant(tensors: Mapping[str, Expected]) -> dict[str, float]:
 
 
 def beyond(tensors: Mapping[str, Expected], inner: Mapping[str, float], dtype: str) -> dict[str, float]:
-    """Tensors that hold a value beyond their format, or are computed from one, and the largest such value.
+    """Tensors with a value beyond their format's range, or computed from one, and the largest such value.
 
     :param inner: see :func:`inner_values`.
     :param dtype: the model's format; an SAE is float32 in every model.
@@ -48,10 +42,9 @@ def beyond(tensors: Mapping[str, Expected], inner: Mapping[str, float], dtype: s
 
 @contextmanager
 def inner_values(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Hook → the largest input of a linear layer on the way to it, filled while the model runs.
+    """Hook → the largest input of a linear layer before it, filled while the model runs.
 
-    The gated product of an MLP and the attended values lie between two hook points, and are the first to leave
-    float16's range.
+    The gated product of an MLP and the attended values are between two hook points and may exceed float16's range.
     """
     largest: dict[int, float] = {}
     names: dict[str, float] = {}

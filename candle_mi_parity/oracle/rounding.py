@@ -1,10 +1,9 @@
 """Float64 everywhere, and on request the rounding noise that float32 would have added.
 
-transformers is not float64 inside when it is loaded in float64: norms, softmax and rotary cast to float32 and
-back. :class:`Float64` is a dispatch mode that turns every float32 (or narrower) result type into float64, so
-that one mode mends every family. :class:`RoundingNoise` extends it: Monte-Carlo arithmetic after Verificarlo
-(Denis et al. 2016; Sohier et al., TOMS 47(2) 2021), where each operation adds a random error of the size that
-float32 rounding has, without any float32 run.
+A model that transformers loads in float64 is not float64 inside: norms, softmax and rotary cast to float32 and back.
+:class:`Float64` is a dispatch mode that turns every float32 (or narrower) result type into float64, for all families.
+:class:`RoundingNoise` extends it: Monte-Carlo arithmetic after Verificarlo (Denis et al. 2016; Sohier et al., TOMS
+47(2) 2021), where each operation adds a random error of the size of float32 rounding, without any float32 run.
 
 Rules, with u = 2⁻²⁴ the unit roundoff of float32 and o the result of an operation (per-element standard
 deviation):
@@ -19,9 +18,7 @@ layer norm over N terms             mean, variance, rsqrt and affine, each by it
 views, copies, gathers              exact
 ==================================  =====================================================================
 
-An operation without a rule is an error, not a default.
-
-A is what the order of a device's sums makes of one term, see :class:`Arithmetic`.
+An operation without a rule is an error. A depends on the order of a device's sums, see :class:`Arithmetic`.
 """
 
 from __future__ import annotations
@@ -44,7 +41,7 @@ from candle_mi_parity.oracle.arithmetic import CPU_FLOAT32, UNIT, Arithmetic
 from candle_mi_parity.oracle.torch_state import torch_state
 
 _ONE = 1 / math.sqrt(3)
-"""Deviation of one rounding in units of the roundoff: a uniform error in ±1."""
+"""Standard deviation of one rounding in units of the roundoff: a uniform error in ±1."""
 
 _UNIT_OF = "_candle_mi_parity_unit"
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -70,7 +67,7 @@ _MATMULS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 
 @cache
 def _name(func: Any) -> str:
-    """``aten.add_.Tensor`` → ``add``: the in-place form rounds as the other does."""
+    """``aten.add_.Tensor`` → ``add``: the in-place form rounds in the same way."""
     name = str(func.overloadpacket.__name__)
     in_place = name.endswith("_") and name[:-1] in _ONE_ROUNDING | _TWO_ROUNDINGS | _REDUCTIONS
     return name[:-1] if in_place else name
@@ -82,10 +79,10 @@ def _is_composite(func: Any) -> bool:
 
 
 class _AboveDispatch(TorchFunctionMode):
-    """What a dispatch mode cannot see.
+    """Two cases that a dispatch mode does not see.
 
-    ``torch.tensor(0.1, dtype=torch.float32)`` is rounded before any dispatch: ask for float64. ``x.to(dtype)``
-    where x has that dtype already dispatches nothing, though in a narrower model it would round.
+    ``torch.tensor(0.1, dtype=torch.float32)`` rounds before any dispatch. ``x.to(dtype)`` dispatches nothing where x
+    has that dtype, though in a narrower model it would round.
     """
 
     def __init__(self, narrow: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -103,10 +100,10 @@ class _AboveDispatch(TorchFunctionMode):
 
 
 class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Every floating result is float64, whatever dtype the code asked for; no gradients, see :func:`torch_state`.
+    """Every floating result is float64, whatever dtype the code requested; no gradients, see :func:`torch_state`.
 
-    Integer and boolean results are left alone. Composite operations never reach a dispatch mode under
-    ``torch.no_grad``; where one does (``torch.inference_mode``) its inner casts would escape, so it is refused.
+    Composite operations never reach a dispatch mode under ``torch.no_grad``; where one does
+    (``torch.inference_mode``), its inner casts would not be seen, so it is refused.
 
     :raises OracleError: on a composite operation, or a floating result that is not float64.
     """
@@ -141,16 +138,16 @@ class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def round(self, _func: Any, _args: Any, out: Any, _asked: torch.dtype | None) -> Any:
-        """Hook for the noise; the truth adds none. ``_asked`` is the dtype that the code asked for."""
+        """Hook for the noise; the truth adds none. ``_asked`` is the dtype that the code requested."""
         return out
 
     def narrow(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Hook for a cast to the model's own dtype, which in float64 is no operation at all."""
+        """Hook for a cast to the model's own dtype, which in float64 does nothing."""
         return tensor
 
 
 def _holds_narrow(values: Any) -> bool:
-    """Asked of every operation, where :func:`_widen` would make its operands' tuple anew."""
+    """Avoids :func:`_widen`, which copies the tuple of operands, in most operations."""
     for value in values:
         if isinstance(value, torch.Tensor):
             if value.dtype in _NARROW:
@@ -170,17 +167,16 @@ def _widen(value: Any) -> Any:
 
 @cache
 def _normal_numbers(size: int) -> torch.Tensor:
-    """N(0, 1) numbers, float64, the same in every process: numpy's PCG64 makes them whatever the machine's vector
-    unit (torch's ``normal_`` does not)."""
+    """N(0, 1) numbers, float64, from numpy's PCG64: the same on every machine, unlike torch's ``normal_``."""
     numbers = np.random.Generator(np.random.PCG64(0)).standard_normal(size, dtype=np.float32)
     return torch.from_numpy(numbers).to(torch.float64)
 
 
 class NoisePool:
-    """Standard normal numbers, drawn once a process and read from random offsets, which are the case's own.
+    """Standard normal numbers, drawn once a process and read from random offsets that depend on the seed.
 
-    Drawing a fresh number for every element of every operation costs more than the forward pass; two reads
-    share an alignment with probability 2⁻²², which no variance estimate can see.
+    Fresh numbers for every operation would cost more than the forward pass. Two reads share an offset with
+    probability 2⁻²², which does not affect a variance estimate.
     """
 
     SIZE = 1 << 22
@@ -190,7 +186,7 @@ class NoisePool:
         self._numbers = _normal_numbers(self.SIZE)
 
     def draw(self, like: torch.Tensor) -> torch.Tensor:
-        """Independent N(0, 1) numbers of the shape of ``like``, float64, on its device; not to be written to."""
+        """Independent N(0, 1) numbers, float64, with the shape and device of ``like``; read-only."""
         count = like.numel()
         pieces = []
         while count > 0:
@@ -202,7 +198,7 @@ class NoisePool:
 
 
 class MatmulCalls(ModuleTracker):
-    """Names the matmuls of a pass: the innermost module that runs, and which matmul in it this is."""
+    """Names the matmuls of a pass by the innermost module and a number within it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,8 +213,7 @@ class MatmulCalls(ModuleTracker):
 class MatmulScales:
     """Σa²b² of every matmul of the truth pass, by module and call.
 
-    The samples differ from the truth by parts in 10⁷, and so do these sums; computing them once, in the truth
-    pass, saves a second matmul in each of the samples.
+    In the samples these sums differ by parts in 10⁷, so they are computed once, in the truth pass.
     """
 
     def __init__(self) -> None:
@@ -228,7 +223,7 @@ class MatmulScales:
         self._squares[call] = squares
 
     def replay(self, call: tuple[str, int], out: torch.Tensor) -> torch.Tensor:
-        """The sums of a matmul, repeated over the sample rows of a batched pass.
+        """The sums of a matmul, repeated for the samples in a batch.
 
         :raises OracleError: the truth pass has no such matmul, or one of another shape.
         """
@@ -241,7 +236,7 @@ class MatmulScales:
         return squares.repeat(rows, *[1] * (out.dim() - 1)) if rows > 1 else squares
 
     def require_all(self, calls: MatmulCalls) -> None:
-        """:raises OracleError: a sample left out a matmul of the truth pass."""
+        """:raises OracleError: a matmul of the truth pass is missing from a sample."""
         for module, number in self._squares:
             if number > calls.counts[module]:
                 raise OracleError(f"matmul {number} in {module} of the truth pass is not in a sample")
@@ -257,7 +252,7 @@ class _NamingMatmuls(Float64):  # type: ignore[no-untyped-call]
 
 
 class Truth64(_NamingMatmuls):  # type: ignore[no-untyped-call]
-    """The truth pass: float64, no noise; notes each matmul's Σa²b² for the samples."""
+    """The truth pass: float64 without noise; it records each matmul's Σa²b² for the samples."""
 
     def __init__(self, scales: MatmulScales) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -267,7 +262,7 @@ class Truth64(_NamingMatmuls):  # type: ignore[no-untyped-call]
         if (name := _name(func)) in _MATMULS:
             left, right = args[-2:]
             product = torch.mm if name.endswith("mm") and left.dim() == 2 else torch.bmm
-            # float32 is enough for the size of a noise, and twice as fast.
+            # float32 is precise enough for the size of the noise, and twice as fast.
             squares = product(*(factor.to(torch.float32, copy=True).square_() for factor in (left, right)))
             self._scales.record(self._calls.next(), squares.double())
         return out
@@ -276,14 +271,14 @@ class Truth64(_NamingMatmuls):  # type: ignore[no-untyped-call]
 class RoundingNoise(_NamingMatmuls):  # type: ignore[no-untyped-call]
     """A sample: float64 plus, at every operation, an error of the size of that operation's rounding.
 
-    In a model of a narrower format some code asks for float32 (norms, softmax, rotary tables). All tensors being
-    float64 here, the format that one would have is carried along as its unit roundoff: float32's where the code
-    asked for float32 or an operand has it, the model's elsewhere. Matmuls and layer norms accumulate in float32
-    whatever the format, as kernels do, and round once to it.
+    In a model of a narrower format some code requests float32 (norms, softmax, rotary tables). All tensors are
+    float64 here, so the format that a tensor would have is carried as its unit roundoff: float32's where the code
+    requested float32 or an operand has it, the model's elsewhere. Matmuls and layer norms accumulate in float32 in
+    every format, as kernels do, and round once.
 
     :param pool: source of N(0, 1) numbers.
     :param scales: the truth pass's matmul sums.
-    :raises OracleError: on a floating operation that has no rule, or where the matmuls are not the truth pass's.
+    :raises OracleError: a floating operation has no rule, or the matmuls differ from those of the truth pass.
     """
 
     def __init__(self, pool: NoisePool, scales: MatmulScales, arithmetic: Arithmetic = CPU_FLOAT32) -> None:
@@ -359,14 +354,14 @@ class RoundingNoise(_NamingMatmuls):  # type: ignore[no-untyped-call]
     def _relative(
         self, out: torch.Tensor, size: float, unit: float, common: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """``out·(1 + unit·(size·N(0,1) + common))``, in place: a dispatch result belongs to nobody else yet."""
+        """``out·(1 + unit·(size·N(0,1) + common))``, in place: nothing else refers to a dispatch result yet."""
         noise = self._pool.draw(out)
         if common is None:
             return out.addcmul_(out, noise, value=unit * size)
         return out.addcmul_(out, noise * size + common, value=unit)
 
     def _layer_norm(self, args: Any, unit: float) -> torch.Tensor:
-        """LayerNorm in its float32 steps, each with its own rounding; the fused op would hide them.
+        """LayerNorm in its float32 steps, each with its own rounding.
 
         :param args: ``(x, normalized_shape, weight, bias, eps)`` of ``aten.native_layer_norm``.
         """
@@ -387,7 +382,7 @@ class RoundingNoise(_NamingMatmuls):  # type: ignore[no-untyped-call]
 
 
 def _tag(value: Any, unit: float) -> Any:
-    """Remember the format that a tensor would have."""
+    """Record the format that a tensor would have."""
     if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
         setattr(value, _UNIT_OF, unit)
     return value

@@ -1,9 +1,8 @@
-"""A model that does not fit into memory in float64: its layers take their weights from the files, one at a time.
+"""Models that do not fit into memory in float64: weights are read from the files one layer at a time.
 
-The modules stand on the meta device with their rotary tables and scales at hand. A layer's weights become float64
-just before its forward and go after it; of the embedding only the rows of the prompt's tokens are read, and the
-unembedding runs in chunks of the vocabulary. Each op sees the same operands as in a model loaded whole, and the
-noise of an output depends on its own Σa²b² alone, so neither the values nor the sizes of the noise change.
+The modules are on the meta device, except for buffers. A layer's weights become float64 just before its forward and
+are dropped after it. Of the embedding only the rows of the prompt's tokens are read, and the unembedding runs in
+chunks of the vocabulary. Values and noise are the same as for a model that is loaded whole.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from candle_mi_parity.oracle.plain import parameters_on_meta, require_runs
 from candle_mi_parity.oracle.rounding import Float64
 
 SHARE = 4
-"""A model is streamed when its float64 weights are more than this part, a quarter, of the machine's memory."""
+"""A model is streamed when its float64 weights exceed the machine's memory divided by this."""
 CHUNK = 1 << 13
-"""Entries of the vocabulary whose unembedding rows are in memory at a time."""
+"""Rows of the unembedding that are in memory at a time."""
 
 _BARE = "model."
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -47,11 +46,10 @@ def is_streamed(directory: Path) -> bool:
 
 
 class Weights:
-    """The tensors of a model directory's files, read when they are asked for.
+    """The tensors of a model directory's files, read on demand.
 
-    :ivar shapes: name → shape.
-    :param dtype: the format that they are rounded to before they become float64.
-    :raises ModelError: a file that cannot be read, a tensor in two files.
+    :param dtype: the format to which they are rounded before they become float64.
+    :raises ModelError: an unreadable file, or a tensor in two files.
     """
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -61,12 +59,12 @@ class Weights:
         self._dtype, self._device = dtype, device
 
     def read(self, name: str, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
-        """A tensor, or rows of it, float64 on the device; no dispatch mode sees it done.
+        """A tensor, or rows of it, float64 on the device, outside of any dispatch mode.
 
-        :raises ModelError: it holds no floating numbers.
-        :raises OutOfRangeError: the format cannot hold one of them.
+        :raises ModelError: the tensor is not floating.
+        :raises OutOfRangeError: a value is beyond the format's range.
         """
-        # Mapped anew each time: what was read of a mapping counts as memory until it is closed.
+        # Opened each time: the pages of a mapping count as memory until it is closed.
         with _disable_current_modes(), _opened(self._files[name]) as file:
             whole = file.get_tensor(name)
             if not whole.is_floating_point():
@@ -85,12 +83,12 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def load_streamed(directory: Path, dtype: torch.dtype, device: str = "cpu", chunk: int = CHUNK) -> nn.Module:
-    """As :func:`hooks.load_model` in float64, but with weights that come and go.
+    """As :func:`hooks.load_model` in float64, with streamed weights.
 
-    :param dtype: the format that the weights are rounded to.
+    :param dtype: the format to which the weights are rounded.
     :param device: where each layer runs: ``cpu`` or ``cuda:N``.
-    :param chunk: entries of the vocabulary that are unembedded at a time.
-    :raises ModelError: the files do not hold the weights that transformers expects, and no other.
+    :param chunk: see :data:`CHUNK`.
+    :raises ModelError: the files lack weights of the model, or the model cannot be streamed.
     """
     model = _skeleton(directory)
     weights = Weights(directory, dtype, device)
@@ -108,7 +106,7 @@ def load_streamed(directory: Path, dtype: torch.dtype, device: str = "cpu", chun
 
 
 def _skeleton(directory: Path) -> Any:
-    """The model with its buffers in float64 and without its weights."""
+    """The model with float64 buffers and without weights."""
     attention = our_attention()
     config = model_config(directory, attention)
     try:
@@ -124,7 +122,7 @@ def _skeleton(directory: Path) -> Any:
 
 
 def _names(directory: Path, model: Any, weights: Weights) -> dict[str, str]:
-    """Parameter → the tensor of the files that it is, which for tied ones may bear the other's name."""
+    """Parameter → its tensor in the files, which for tied parameters may have the other's name."""
     tied = dict(model.all_tied_weights_keys)
     tied |= {source: target for target, source in tied.items()}
     held = {name: _spelt(name, tied.get(name), weights) for name in model.state_dict()}
@@ -143,14 +141,14 @@ def _names(directory: Path, model: Any, weights: Weights) -> dict[str, str]:
 
 
 def _spelt(name: str, tied: str | None, weights: Weights) -> str:
-    """A parameter's name in the files, which may lack the prefix of the bare model or have it twice, as transformers
-    takes it too; its own name where there is none."""
+    """A parameter's name in the files, with the prefix of the bare model missing, once or twice, as transformers
+    accepts; its own name if there is none."""
     spellings = [(one, one.removeprefix(_BARE), _BARE + one) for one in (name, tied) if one]
     return next((spelling for each in spellings for spelling in each if spelling in weights.shapes), name)
 
 
 def _stream(module: nn.Module, prefix: str, weights: Weights, held: dict[str, str]) -> None:
-    """Give a module its weights for as long as it runs."""
+    """Give a module its weights while it runs."""
     names = [name for name, _ in module.named_parameters()]
     empty = {name: module.get_parameter(name) for name in names}
 
@@ -170,9 +168,9 @@ def _stream(module: nn.Module, prefix: str, weights: Weights, held: dict[str, st
 
 
 def _gather(embedding: nn.Embedding, name: str, weights: Weights) -> None:
-    """Give an embedding the rows of the tokens at hand, and the tokens their places among these."""
+    """Give an embedding only the rows of the prompt's tokens, and renumber the tokens."""
     empty = embedding.weight
-    embedding.padding_idx = None  # of no use without gradients, and it would be no row of these
+    embedding.padding_idx = None  # unused without gradients, and not among these rows
 
     def before(_module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         with _disable_current_modes():
@@ -188,10 +186,7 @@ def _gather(embedding: nn.Embedding, name: str, weights: Weights) -> None:
 
 
 class Unembedding(nn.Module):
-    """A linear layer [.., d] → [.., V] that holds ``chunk`` of its V rows at a time.
-
-    :param bias: name of the bias, or None.
-    """
+    """A linear layer [.., d] → [.., V] that reads ``chunk`` of its V rows at a time."""
 
     def __init__(self, weights: Weights, weight: str, bias: str | None, chunk: int) -> None:
         super().__init__()
@@ -206,5 +201,5 @@ class Unembedding(nn.Module):
 
 
 def chunks(size: int, step: int) -> list[slice]:
-    """``size`` entries in stretches of ``step``, the last one what is left."""
+    """Slices of length ``step`` that cover ``size`` entries."""
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]

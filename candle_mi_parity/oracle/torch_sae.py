@@ -1,9 +1,9 @@
-"""Sparse autoencoders: weights in Gemma Scope's NPZ layout or as SAELens writes them, and their maths in torch.
+"""Sparse autoencoders in torch.
 
-``pre = x·W_enc + b_enc``; JumpReLU ``f = pre·(pre > θ)``, ReLU, or TopK, which keeps the k largest and of those
-the positive ones; ``recon = f·W_dec + b_dec`` (Rajamanoharan et al. 2024, arXiv 2407.14435; Gao et al. 2024,
-arXiv 2406.04093). SAELens adds to these what its config asks for: the decoder's bias taken from the input,
-normalised inputs, selection by decoder norm (:mod:`saelens`).
+``pre = x·W_enc + b_enc``; JumpReLU ``f = pre·(pre > θ)``, ReLU, or TopK, which keeps those of the k largest that are
+positive; ``recon = f·W_dec + b_dec`` (Rajamanoharan et al. 2024, arXiv 2407.14435; Gao et al. 2024, arXiv
+2406.04093).
+SAELens may also subtract the decoder's bias from the input, normalise inputs, and select by decoder norm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from candle_mi_parity.models.sae import Sae
 
 
 class TorchSae:
-    """The same weights as torch tensors on a device, in the dtype in which the maths is to run."""
+    """An SAE's weights as torch tensors on a device, in the dtype of the arithmetic."""
 
     def __init__(self, sae: Sae, device: str = "cpu", dtype: torch.dtype = torch.float64) -> None:
         def tensor(array: np.ndarray) -> torch.Tensor:
@@ -29,7 +29,7 @@ class TorchSae:
         self._by_decoder_norm = sae.by_decoder_norm
 
     def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` [..., d_in] → [..., d_sae], what the activation decides on."""
+        """``x`` [..., d_in] → [..., d_sae]."""
         if self._normalize != "none":
             centre, scale = self._measure(x)
             # SAELens divides by std + 1e-5, and multiplies by std alone on the way out.
@@ -40,11 +40,11 @@ class TorchSae:
         return pre * self._norms() if self._by_decoder_norm else pre
 
     def active(self, pre: torch.Tensor) -> torch.Tensor:
-        """Which features fire, boolean [..., d_sae]: above θ, above 0, or among the k largest and above 0."""
+        """Firing features, boolean [..., d_sae]: above θ, above 0, or among the k largest and above 0."""
         if self.k is None:
             return pre > (0.0 if self.threshold is None else self.threshold)
         chosen = torch.zeros_like(pre, dtype=torch.bool)
-        # Of equal values the first: a stable order, where topk's own is unspecified.
+        # A stable order takes the first of equal values; the order of topk is unspecified.
         values, indices = torch.sort(pre, dim=-1, descending=True, stable=True)
         if self._relu:
             return chosen.scatter_(-1, indices[..., : self.k], True) & (pre > 0)
@@ -60,7 +60,7 @@ class TorchSae:
     def decode(self, features: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
         """Features [..., d_sae] → reconstruction [..., d_in].
 
-        :param x: what was encoded; a normalised input's reconstruction is scaled back by it.
+        :param x: the encoded input, from which a normalised input's reconstruction is scaled back.
         """
         if self._by_decoder_norm:
             features = features * (1 / self._norms())
@@ -73,15 +73,15 @@ class TorchSae:
         return recon * scale + centre
 
     def out_scale(self, x: torch.Tensor) -> torch.Tensor:
-        """What the reconstruction is multiplied by at each position, [..., 1]."""
+        """The factor on the reconstruction at each position, [..., 1]."""
         return torch.ones_like(x[..., :1]) if self._normalize == "none" else self._measure(x)[1]
 
     def _measure(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The centre and the scale by which an input is normalised, each [..., 1]."""
+        """The centre and scale of a normalised input, each [..., 1]."""
         width = x.shape[-1]
         if self._normalize == "constant_norm_rescale":
             return torch.zeros_like(x[..., :1]), (x.pow(2).sum(-1, keepdim=True) / width).sqrt()
-        # A product, not a mean: its rounding error scales with the terms, and the mean itself may be near zero.
+        # A matmul, because the rounding error of its rule scales with the terms, not with a mean near zero.
         centre = x @ torch.full_like(x[..., :1].reshape(-1)[:1], 1 / width).expand(width, 1)
         return centre, ((x - centre).pow(2).sum(-1, keepdim=True) / (width - 1)).sqrt()
 

@@ -1,4 +1,4 @@
-"""What of torch is the whole process's: set in one place, by one thread at a time, and set back."""
+"""torch's process-wide state: set here only, by one thread at a time, and restored."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     import torch
 
 TORCH = RLock()
-"""Held while a model is made, loaded or run: the default dtype and the hooks of all modules are the process's, and
-two models in memory are one too many."""
+"""Held while a model is built, loaded or run: the default dtype is shared by all threads, and two models at once
+would need too much memory."""
 
 
 @contextmanager
 def torch_state(dtype: torch.dtype) -> Iterator[None]:
-    """Hold torch, without gradients, and with a default dtype that is set back at the end.
+    """Hold the lock, without gradients and with another default dtype.
 
-    An integer tensor times a Python float takes the default dtype (dynamic rotary's sequence length does).
+    An integer tensor times a Python float has the default dtype (as in dynamic rotary's sequence length).
     """
     import torch
 

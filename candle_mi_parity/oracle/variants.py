@@ -1,4 +1,4 @@
-"""Counterfactuals that no config can say: weights left out, and other arithmetic in a loaded model."""
+"""Counterfactuals that are not in a config: other weights, and other arithmetic in a loaded model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def apply_to_model(model: Any, change: Counterfactual, dtype: torch.dtype, strea
     """Change the weights and modules of a float64 model, in place.
 
     :param dtype: the case's format.
-    :param streamed: whether the weights come and go; they cannot be changed then.
-    :raises OracleError: a glob that matches no parameter, weights that are streamed, or a module that is not there.
+    :param streamed: whether the weights are streamed; they cannot be changed then.
+    :raises OracleError: a glob matches no parameter, the weights are streamed, or there is no LayerNorm.
     """
     for globs, value in ((change.weights_zero, 0.0), (change.weights_one, 1.0)):
         _fill(model, globs, value, streamed)
@@ -61,10 +61,7 @@ def _replace_layer_norms(model: nn.Module) -> None:
 
 
 class RoundedRotary(nn.Module):
-    """A rotary embedding whose positions, frequencies, angles, cosines and sines are rounded to a format.
-
-    :param rotary: transformers' module, whose inverse frequencies and scale are taken.
-    """
+    """transformers' rotary embedding with positions, frequencies, angles, cosines and sines rounded to a format."""
 
     def __init__(self, rotary: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -72,7 +69,7 @@ class RoundedRotary(nn.Module):
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, each [B, T, head_dim]."""
-        # Outside every mode, which would widen what is rounded here.
+        # Outside of the float64 mode, which would undo the rounding.
         with _disable_current_modes():
             frequencies = self._rounded(self._rotary.inv_freq)
             angles = self._rounded(self._rounded(position_ids)[..., None] * frequencies)
