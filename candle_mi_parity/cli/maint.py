@@ -12,7 +12,6 @@ from candle_mi_parity.cli.options import (
     OUT,
     CandidateOption,
     CasesOption,
-    Globs,
     OutOption,
     globs,
 )
@@ -57,28 +56,6 @@ def store(
                     "tokens", emit_tokens(chosen, cache_root(), directory, out.resolve() / "tokens.json", print)
                 )
         print(result.line())
-
-
-@maint.command()
-def ratios(
-    patterns: Globs = None,
-    candidate: CandidateOption = DEFAULT_CANDIDATE,
-    cases: CasesOption = None,
-    out: OutOption = OUT,
-) -> None:
-    """How near the passing cases come to the gate. `torch` judges torch's own float32."""
-    from candle_mi_parity.cli.run import judge
-    from candle_mi_parity.compare.verdict import Status
-    from candle_mi_parity.report import tables
-    from candle_mi_parity.report.terminal import one_line_errors
-    from candle_mi_parity.run.run import RunOptions
-
-    with one_line_errors():
-        result = judge(RunOptions(candidate, globs(patterns, cases), out))
-        result.cases = [case for case in result.cases if case.status is Status.PASS]
-        tables.stdout().print(tables.clean_ratios(result))
-    outside = [case.id for case in result.cases if tables.clean_row(case.tensors)[-1] != "yes"]
-    raise typer.Exit(1 if outside or not result.cases else 0)
 
 
 @maint.command()

@@ -112,34 +112,6 @@ def _table(title: str, *headings: str) -> Table:
     return table
 
 
-def clean_ratios(result: RunResult) -> Table:
-    """The clean bands of the gate, per case: every ratio of a tensor that passed, exact ones counted apart."""
-    bands = "bands: rms 0.2 to 3, position < 4, element < 16"
-    headings = ("case", "tensors >", "exact >", "rms from >", "rms to >", "position >", "element >", "inside")
-    table = _table(f"clean ratios of {result.candidate} ({bands})", *headings)
-    for case in result.cases:
-        row = clean_row(case.tensors)
-        table.add_row(cell(case.id), *row[:-1], Text(row[-1], style="green" if row[-1] == "yes" else "red"))
-    return table
-
-
-def clean_row(tensors: list[TensorResult]) -> list[str]:
-    """Counts and extremes of one case's tensors, ``yes`` last where all lie in the bands of the design."""
-    matrices = [tensor for tensor in tensors if tensor.worst is not None and tensor.worst.index]
-    exact = [tensor for tensor in matrices if tensor.element_ratio == 0]
-    noisy = [tensor for tensor in matrices if tensor.element_ratio > 0]
-    if not noisy:
-        return [str(len(matrices)), str(len(exact)), "-", "-", "-", "-", "no"]
-    rms = [tensor.rms_ratio for tensor in noisy]
-    position = max(tensor.position_ratio for tensor in noisy)
-    element = max(tensor.element_ratio for tensor in noisy)
-    # At the lens's one position all entries share the norm's one random factor, which may come out near zero.
-    spread = [tensor.rms_ratio for tensor in noisy if not tensor.name.startswith("lens")]
-    inside = min(spread) >= 0.2 and max(rms) <= 3 and position < 4 and element < 16
-    figures = [f"{min(spread):.2f}", f"{max(rms):.2f}", f"{position:.2f}", f"{element:.2f}"]
-    return [str(len(matrices)), str(len(exact)), *figures, "yes" if inside else "no"]
-
-
 def census(taken: Census, console: Console) -> None:
     """One row a class, those that compute something else first, and the totals in the last line."""
     title = f"candle-mi {taken.candle_mi.version} asked about transformers {taken.transformers}"

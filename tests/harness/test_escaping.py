@@ -49,7 +49,6 @@ VIEWS: dict[str, Callable[[], str]] = {
     **PAGES,
     "terminal of run": lambda: shown(lambda console: tables.run_tables(a_report(), console)),
     "terminal of diff": lambda: shown(lambda console: diff_views.terminal(differing(), console)),
-    "terminal of ratios": lambda: shown(lambda console: console.print(tables.clean_ratios(a_report()))),
     "junit.xml": lambda: views_ci.junit(a_report()),
     "summary.md": lambda: views_ci.summary(a_report()),
     "annotations": lambda: "\n".join(views_ci.workflow_commands(a_report())),
