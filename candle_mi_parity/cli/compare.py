@@ -46,9 +46,9 @@ def diff_command(
 
 
 def history_command(out: OutOption = OUT) -> None:
-    """When each divergence came and went, over every stored release; writes history.html and history.json."""
+    """When each divergence came and went, over every stored release; writes history.html."""
     from candle_mi_parity.cli.run import judge
-    from candle_mi_parity.files.json_out import write_json, write_text
+    from candle_mi_parity.files.json_out import write_text
     from candle_mi_parity.report import history, tables
     from candle_mi_parity.report.terminal import one_line_errors
     from candle_mi_parity.report.views import remove
@@ -56,12 +56,11 @@ def history_command(out: OutOption = OUT) -> None:
     from candle_mi_parity.spec.explanations import load_explanations
 
     with one_line_errors():
-        remove(out, "history.json", "history.html")
+        remove(out, "history.html")
         releases = load_explanations().releases
-        told = history.make_history(
+        found = history.make_history(
             {release: judge(RunOptions(f"stored:{release}", out=out / release)) for release in releases}
         )
-        write_json(history.document(told), out / "history.json")
-        write_text(history.page(told), out / "history.html")
-        history.terminal(told, tables.stdout())
+        write_text(history.page(found), out / "history.html")
+        history.terminal(found, tables.stdout())
         print(f"wrote {out / 'history.html'}")

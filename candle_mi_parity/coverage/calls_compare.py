@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 
-from candle_mi_parity.compare.align import ENDLESS, SAME, Distance
+from candle_mi_parity.compare.align import INFINITE, SAME, Distance
 from candle_mi_parity.compare.gate import POSITION_GATE, TINY, UNIT, measure
 from candle_mi_parity.compare.tensor_result import judged, nonfinite
 from candle_mi_parity.compare.verdict import Status, TensorResult
@@ -57,7 +57,7 @@ def distance(row: CallRow, one: np.ndarray, other: np.ndarray, expected: TruthTe
     if one.shape == other.shape and one.tobytes() == other.tobytes():
         return SAME
     if one.shape != other.shape:
-        return ENDLESS
+        return INFINITE
     noise = expected.noise if expected is not None and expected.shape == one.shape else np.zeros_like(one)
     found = _judge(row.model_copy(update={"exact": False}), "", other, TruthTensor(one, noise))
     return Distance(False, found.position_ratio, found.element_ratio)

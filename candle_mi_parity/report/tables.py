@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from candle_mi_parity.compare.run_result import RunResult, Verdict
-from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
+from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.files.escape import cell, number, one_line, printable
 from candle_mi_parity.files.json_out import ReportError
 from candle_mi_parity.files.untrusted import read_json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from candle_mi_parity.compare.align import Distance
 from candle_mi_parity.compare.check_result import CheckResult, Continuation, LensRow, Matters, PromptResult
-from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Row, Side
+from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Side, TensorDiff
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.verdict import (
     CaseResult,
@@ -142,17 +142,17 @@ def differing() -> Diff:
     before = tensor(LONG)
     ran = Run(started="", seconds={"forward": 0.25}, threads=2, peak_rss_bytes=1 << 28)
     far = Distance(False, 4321.0, 17284.0, 3)
-    away = Row(LONG, Kind.MOVED, before, bad.tensors[-1], far, Direction.AWAY, worse=f"{LONG} now diverges")
-    towards = Row(
+    away = TensorDiff(LONG, Kind.MOVED, before, bad.tensors[-1], far, Direction.AWAY, worse=f"{LONG} now diverges")
+    towards = TensorDiff(
         HOSTILE, Kind.MOVED, bad.tensors[-1], before, far, Direction.TOWARDS, better=f"{HOSTILE} agrees now"
     )
-    gone = Row("hook_embed", Kind.VANISHED, good.tensors[0], None, worse="hook_embed vanished")
+    gone = TensorDiff("hook_embed", Kind.VANISHED, good.tensors[0], None, worse="hook_embed vanished")
     mended, honest = case("mistral/v5", Status.KNOWN), case("mistral/v5")
     known, other = case("phi3/window", Status.KNOWN), case("phi3/window", Status.KNOWN)
     other.explained = Explained(["CMI006"], "One key too many.", "sliding_window + 1", {"hook_embed": 0.5})
     cases = [
         CaseDiff(Side(good, None, ran), Side(bad, None, ran), [away, gone], worse=["agrees → diverges", away.worse]),
-        CaseDiff(Side(mended, None, ran), Side(honest, None), [towards], better=[towards.better], cut=True),
+        CaseDiff(Side(mended, None, ran), Side(honest, None), [towards], better=[towards.better], partial=True),
         CaseDiff(Side(lost, None), Side(lost, None)),
         CaseDiff(Side(known, None), Side(other, None), note="A: rope_theta = 10000.0; B: sliding_window + 1"),
     ]
