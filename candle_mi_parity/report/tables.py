@@ -117,9 +117,8 @@ def census(taken: Census, console: Console) -> None:
     title = f"candle-mi {taken.candle_mi.version} asked about transformers {taken.transformers}"
     table = _table(title, "class", "outcome", "read by", "first divergence", "ratio >", "evidence")
     for entry in sorted(taken.classes, key=lambda entry: list(taken.counts).index(entry.outcome)):
-        probes = ", ".join(f"{name}: {outcome}" for name, outcome in entry.probes.items())
         unread = f"never reads {', '.join(entry.unread[:3])}" if entry.unread else ""
-        evidence = "; ".join(part for part in (entry.reason, probes, unread) if part)
+        evidence = "; ".join(part for part in (entry.reason, unread) if part)
         reader = f"{entry.reader}, {entry.dialect}" if entry.reader else "-"
         ratio = "-" if entry.ratio is None else f"{entry.ratio:.3g}"
         cells = (entry.model_type, entry.outcome, reader, entry.first or "-", ratio, evidence)
