@@ -22,7 +22,7 @@ from candle_mi_parity.spec.cases import Case
 
 if TYPE_CHECKING:
     from candle_mi_parity.coverage.census_record import Census
-    from candle_mi_parity.coverage.field_check import Finding
+    from candle_mi_parity.coverage.field_check import FieldFinding
 
 FEW = 24
 """Up to so many cases each has a row; of more, those that are neither right nor known."""
@@ -127,8 +127,8 @@ def census(taken: Census, console: Console) -> None:
     console.print(", ".join(f"{count} {outcome}" for outcome, count in taken.counts.items()), highlight=False)
 
 
-def fields_table(findings: list[Finding], console: Console) -> None:
-    """The config-field ledger, one line a family and field; what does not hold is said in its last column."""
+def fields_table(findings: list[FieldFinding], console: Console) -> None:
+    """The config-field ledger, one line for each family and field, with its fault in the last column."""
     title = "fields of config.json that transformers reads"
     table = _table(title, "family", "field", "covered by", "effect / noise >", "fault")
     for found in findings:
