@@ -14,7 +14,7 @@ from rich.console import Console
 from candle_mi_parity.files.escape import printable, templates
 from candle_mi_parity.report import diff_views, history, page, tables, views_ci
 from candle_mi_parity.repro.write import _cell
-from tests.support.results import HOSTILE, a_report, differing, told
+from tests.support.results import HOSTILE, a_history, a_report, differing
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
 TEXTS = """slug case command version title model_type torch transformers tensor shape rows last dtype candle_dtype
@@ -43,7 +43,7 @@ def reproduced(name: str) -> Callable[[], str]:
 PAGES: dict[str, Callable[[], str]] = {
     "report.html": lambda: page.render(a_report()),
     "diff.html": lambda: diff_views.page(differing()),
-    "history.html": lambda: history.page(told()),
+    "history.html": lambda: history.page(a_history()),
 }
 VIEWS: dict[str, Callable[[], str]] = {
     **PAGES,
