@@ -33,7 +33,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Line:
+class PlotLine:
     """One line of a ratio plot: tensors in execution order; ``status`` and ``style`` are its classes."""
 
     status: str
@@ -51,11 +51,11 @@ def case_plot(case: CaseResult) -> Markup:
             Point(name, ratio, "PASS", f"explained: {one_line(name)} {number(ratio)}")
             for name, ratio in case.explained.ratios.items()
         ]
-        lines.append(Line("PASS", under, "explained"))
+        lines.append(PlotLine("PASS", under, "explained"))
     return ratio_plot(lines)
 
 
-def line_of(case: CaseResult, tensors: Sequence[TensorResult], style: str = "", before: str = "") -> Line:
+def line_of(case: CaseResult, tensors: Sequence[TensorResult], style: str = "", before: str = "") -> PlotLine:
     """What diverges in a known case is as known as the case."""
     known = case.status.value == "KNOWN"
     points = []
@@ -65,10 +65,10 @@ def line_of(case: CaseResult, tensors: Sequence[TensorResult], style: str = "", 
         title = f"{before}{one_line(tensor.name)} {number(tensor.ratio)}, {status}{inputs}"
         if tensor.compared:
             points.append(Point(tensor.name, tensor.ratio, status, title))
-    return Line(case.status.value, points, style)
+    return PlotLine(case.status.value, points, style)
 
 
-def ratio_plot(lines: Sequence[Line]) -> Markup:
+def ratio_plot(lines: Sequence[PlotLine]) -> Markup:
     """Ratio by execution order on a log scale, one line each, with the gate drawn; every point names its tensor."""
     order: dict[str, int] = {}
     for line in sorted(lines, key=lambda line: -len(line.points)):

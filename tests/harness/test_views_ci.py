@@ -124,10 +124,8 @@ def test_a_run_with_known_divergences_is_a_warning() -> None:
 def test_a_run_that_breaks_off_writes_every_view_with_what_it_had(
     tmp_path: Path, error: BaseException, raised: type[Exception], fault: str
 ) -> None:
-    result = run_of()
+    result = changed(run_of(case("a/b")), skipped=dict.fromkeys(("a/c", "a/d"), run.NOT_REACHED))
     with pytest.raises(raised), views.written(result, tmp_path):
-        result.cases.append(case("a/b"))
-        result.skipped = dict.fromkeys(("a/c", "a/d"), run.NOT_REACHED)
         raise error
     assert result.verdict is Verdict.ERROR
     document = json.loads((tmp_path / "report.json").read_text())
