@@ -82,7 +82,7 @@ def calls(candidate: CandidateOption = DEFAULT_CANDIDATE, out: OutOption = OUT) 
     """Judge direct calls of candle-mi's public functions, which `run` does too. Exit codes as of `run`."""
     from candle_mi_parity.candidate.sources import open_source
     from candle_mi_parity.candidate.spelling import parse_candidate
-    from candle_mi_parity.coverage.calls_judge import expectations, hold_known, judge_source
+    from candle_mi_parity.coverage.calls_judge import expectations, judge_source, report_outdated
     from candle_mi_parity.report import tables
     from candle_mi_parity.report.terminal import one_line_errors
     from candle_mi_parity.run.run import RunOptions, blank
@@ -93,7 +93,7 @@ def calls(candidate: CandidateOption = DEFAULT_CANDIDATE, out: OutOption = OUT) 
         with open_source(parse_candidate(candidate), cache_root(), out / "traces", lambda line: None) as source:
             judged = judge_source(source, candidate, held_to, cache_root(), out / "calls.json")
             if judged.lost is None and source.identity is not None:
-                hold_known(judged, held_to, source.identity, result)
+                report_outdated(judged, held_to, source.identity, result)
         result.calls, result.known = judged.direct, dict(held_to.rows)
         tables.run_tables(result, tables.stdout())
     raise typer.Exit(result.verdict.exit_code)
