@@ -13,7 +13,7 @@ from rich.console import Console
 
 from candle_mi_parity.files.escape import printable, templates
 from candle_mi_parity.report import diff_views, history, page, tables, views_ci
-from candle_mi_parity.repro.write import _cell
+from candle_mi_parity.repro.write import code_cell
 from tests.support.results import HOSTILE, a_history, a_report, differing
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
@@ -101,6 +101,6 @@ def test_a_page_with_harm_in_it_is_caught(harm: str) -> None:
 
 @pytest.mark.parametrize("text", ["a`b", "a|b", "a\nb", HOSTILE])
 def test_a_cell_of_the_issue_s_table_stays_one_cell(text: str) -> None:
-    cell = _cell(text)
+    cell = code_cell(text)
     assert "`" not in cell and "\n" not in cell and not re.search(r"(?<!\\)\|", cell)
     assert printable(cell) == cell
