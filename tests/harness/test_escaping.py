@@ -61,16 +61,16 @@ class _Tags(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.odd: list[str] = []
+        self.harmful: list[str] = []
         self.policies: list[str | None] = []
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         held = dict(attrs)
-        self.odd += [tag] * (tag in ("script", "iframe", "object", "embed", "link", "base"))
-        self.odd += [name for name in held if name.startswith("on") or name == "srcdoc"]
+        self.harmful += [tag] * (tag in ("script", "iframe", "object", "embed", "link", "base"))
+        self.harmful += [name for name in held if name.startswith("on") or name == "srcdoc"]
         links = [held.get(name) or "" for name in ("href", "src", "action", "xlink:href")]
-        self.odd += [link for link in links if link and not link.startswith(("#", "data:image/png;base64,"))]
+        self.harmful += [link for link in links if link and not link.startswith(("#", "data:image/png;base64,"))]
         if held.get("http-equiv") == "Content-Security-Policy":
             self.policies.append(held.get("content"))
 
@@ -80,7 +80,7 @@ def obeyed(name: str, text: str) -> list[str]:
     found = [f"sends {c!a}" for c in sorted({c for c in text if not c.isprintable() and c not in "\n\t"})]
     if name in PAGES:
         tags = _Tags(text)
-        found += tags.odd + ([] if tags.policies == [POLICY] else [f"its policies are {tags.policies}"])
+        found += tags.harmful + ([] if tags.policies == [POLICY] else [f"its policies are {tags.policies}"])
     return found
 
 

@@ -114,9 +114,9 @@ def test_every_case_has_a_square_with_its_sign_and_reason() -> None:
 def test_new_failures_are_put_together_and_the_smallest_is_open() -> None:
     html = page.render(run_of(*FAMILY, case("gemma/hub", Status.FAIL), case("a/b", Status.KNOWN)))
     assert html.count('<details class="case">') == 3 and html.count('<details class="case" open>') == 2
-    said = text_of(html)
-    assert "new-1: gemma2 first differs at attn.hook_scores" in said and "new-2: gemma first" in said
-    assert said.index("Causes") < said.index("Families and cases") < said.index("With every half-layer")
+    text = text_of(html)
+    assert "new-1: gemma2 first differs at attn.hook_scores" in text and "new-2: gemma first" in text
+    assert text.index("Causes") < text.index("Families and cases") < text.index("With every half-layer")
     assert "CMI001 Gone since 0.2.2: a/b agrees." in text_of(page.render(GONE))
 
 
@@ -131,10 +131,10 @@ def test_a_failing_case_shows_its_evidence_the_suspect_and_the_commands() -> Non
     bad, found = case("a/b", Status.FAIL), case("a/c", Status.FAIL)
     bad.shrink, bad.unexplained = "candle-mi-parity repro a/b", "none of 42 single changes explains it"
     found.explained = Explained([], "rms_norm_eps = 1e-05", "rms_norm_eps = 1e-05", {"hook_embed": 1.0})
-    said = text_of(page.render(run_of(bad, found)))
-    assert not [part for part in re.split(r" \| |\n", EVIDENCE) if part not in said]
+    text = text_of(page.render(run_of(bad, found)))
+    assert not [part for part in re.split(r" \| |\n", EVIDENCE) if part not in text]
     equal = "equal to PyTorch with rms_norm_eps = 1e-05, all 1 tensors, worst 1 of 8"
-    assert equal in said and equal in terminal(run_of(found))
+    assert equal in text and equal in terminal(run_of(found))
 
 
 def test_the_plots_draw_the_gate_the_explanation_and_each_tensor() -> None:
@@ -183,11 +183,11 @@ def test_the_sae_panel_has_flips_with_margins_mse_and_ranks_side_by_side() -> No
     passing.sae = wrong.sae = [sae_view()]
     wrong.tensors.append(tensor("sae.features", 99.0, Status.FAIL, "values"))
     html = page.render(run_of(passing, wrong))
-    said = text_of(html)
-    assert "a/b its own residual 12 / 13 active 1 flip, 3.25 σ MSE 0.125 / 0.1250001 ± 1e-07" in said
-    assert said.index("≠ KNOWN a/c its own residual") < said.index("✓ PASS a/b its own residual")
-    assert "[0, 2, 40] 0 1.5 2.5e-06 3.25 by rounding" in said
-    assert "1 #7 3.5 #7 3.5000002" in said and "2 #9 1.25 #11 1.5" in said
+    text = text_of(html)
+    assert "a/b its own residual 12 / 13 active 1 flip, 3.25 σ MSE 0.125 / 0.1250001 ± 1e-07" in text
+    assert text.index("≠ KNOWN a/c its own residual") < text.index("✓ PASS a/b its own residual")
+    assert "[0, 2, 40] 0 1.5 2.5e-06 3.25 by rounding" in text
+    assert "1 #7 3.5 #7 3.5000002" in text and "2 #9 1.25 #11 1.5" in text
     assert html.count('class="differs"') == 2
 
 

@@ -93,10 +93,10 @@ def test_the_summary_stays_markdown_whatever_a_name_holds() -> None:
 def test_github_is_told_only_where_github_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
     for environment in ({}, {"GITHUB_ACTIONS": "false"}, {"GITHUB_STEP_SUMMARY": str(page)}):
-        views_ci.tell_github(everything(), "text", environment)
+        views_ci.write_github(everything(), "text", environment)
     assert capsys.readouterr().out == "" and not page.exists()
     page.write_text("before\n")
-    views_ci.tell_github(everything(), "text\n", {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(page)})
+    views_ci.write_github(everything(), "text\n", {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(page)})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("::")[1] for line in lines] == [
         "error title=FAIL%3A candle-mi 0.2.2",

@@ -1,4 +1,4 @@
-"""Results made by hand, one of each status, and names that attack whoever shows them."""
+"""Made-up results, one of each status, and names that attack the views."""
 
 from __future__ import annotations
 
@@ -147,12 +147,12 @@ def differing() -> Diff:
         HOSTILE, Kind.MOVED, bad.tensors[-1], before, far, Direction.TOWARDS, better=f"{HOSTILE} agrees now"
     )
     gone = TensorDiff("hook_embed", Kind.VANISHED, good.tensors[0], None, worse="hook_embed vanished")
-    mended, honest = case("mistral/v5", Status.KNOWN), case("mistral/v5")
+    fixed, honest = case("mistral/v5", Status.KNOWN), case("mistral/v5")
     known, other = case("phi3/window", Status.KNOWN), case("phi3/window", Status.KNOWN)
     other.explained = Explained(["CMI006"], "One key too many.", "sliding_window + 1", {"hook_embed": 0.5})
     cases = [
         CaseDiff(Side(good, None, ran), Side(bad, None, ran), [away, gone], worse=["agrees → diverges", away.worse]),
-        CaseDiff(Side(mended, None, ran), Side(honest, None), [towards], better=[towards.better], partial=True),
+        CaseDiff(Side(fixed, None, ran), Side(honest, None), [towards], better=[towards.better], partial=True),
         CaseDiff(Side(lost, None), Side(lost, None)),
         CaseDiff(Side(known, None), Side(other, None), note="A: rope_theta = 10000.0; B: sliding_window + 1"),
     ]
