@@ -1,24 +1,21 @@
-"""Views of a :class:`Diff`: a summary for the terminal, ``diff.json`` and ``diff.html``."""
+"""Views of a :class:`Diff`: a summary for the terminal, and ``diff.html``."""
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Side, TensorDiff, shown, size
+from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, TensorDiff, shown
 from candle_mi_parity.compare.run_result import Verdict
 from candle_mi_parity.compare.verdict import Outcome, Status, TensorResult
 from candle_mi_parity.files.escape import cell, number, printable, rendered
-from candle_mi_parity.files.json_out import plain
 from candle_mi_parity.report.causes import few
 
-DIFF_FORMAT = "candle-mi-parity/diff/1"
 LONGEST = 20
 """Rows of each list on the terminal."""
 CASES_NAMED = 6
@@ -170,64 +167,6 @@ def page(diff: Diff) -> str:
         result_colour=_result_colour,
         row_colour=_row_colour,
     )
-
-
-def document(diff: Diff) -> dict[str, Any]:
-    """``diff.json``: every tensor that is not bitwise identical; non-finite numbers are strings."""
-    return {
-        "format": DIFF_FORMAT,
-        "verdict": diff.verdict.value,
-        "line": diff.line(),
-        "a": {"candidate": diff.a, "candle_mi": diff.identity_a},
-        "b": {"candidate": diff.b, "candle_mi": diff.identity_b},
-        "versions": diff.versions,
-        "started": diff.started,
-        "seconds": round(diff.seconds, 3),
-        "tensors": tensor_counts(diff),
-        "changes": [{"from": change.before, "to": change.after, "cases": change.cases} for change in changes(diff)],
-        "speed": [asdict(cost) for cost in costs(diff.cases)],
-        "cases": [plain(_case(case)) for case in diff.cases],
-    }
-
-
-def _case(case: CaseDiff) -> dict[str, Any]:
-    return {
-        "id": case.id,
-        "a": _side(case.a),
-        "b": _side(case.b),
-        "partial": case.partial,
-        "worse": case.worse,
-        "better": case.better,
-        "note": case.note,
-        "identical": case.count(Kind.IDENTICAL),
-        "tensors": [_row(row) for row in case.rows if row.kind is not Kind.IDENTICAL],
-    }
-
-
-def _side(side: Side) -> dict[str, Any]:
-    explained = side.result.explained
-    return {
-        "outcome": side.outcome.value,
-        "error": side.result.error,
-        "explained": asdict(explained) if explained else None,
-        "unexplained": side.result.unexplained,
-    }
-
-
-def _row(row: TensorDiff) -> dict[str, Any]:
-    distance = row.distance
-    return {
-        "name": row.name,
-        "kind": row.kind.value,
-        "direction": row.direction.value if row.direction else None,
-        "position": distance.position if distance else None,
-        "element": distance.element if distance else None,
-        "decisions": distance.decisions if distance else None,
-        "a": {"status": row.a.status.value, "ratio": size(row.a)} if row.a else None,
-        "b": {"status": row.b.status.value, "ratio": size(row.b)} if row.b else None,
-        "worse": row.worse,
-        "better": row.better,
-    }
 
 
 @dataclass(frozen=True)

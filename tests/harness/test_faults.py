@@ -1,4 +1,4 @@
-"""The fast seeded faults, and that the runner itself can fail: a fault that survives or a crash is no detection."""
+"""The fast seeded faults; and a fault that survives, or a crash, does not count as detected."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from candle_mi_parity.compare.compare import compare
 from tests.support.planting import CASES, real
-from validation.array_changes import AMONG, ONE, changed
-from validation.catalogue import NOWHERE, CatalogueError, Change, Fault, Kind, load_faults
+from validation.array_changes import AMONG, ONE
+from validation.catalogue import NOWHERE, CatalogueError, Fault, Kind, load_faults
 from validation.disturb import FUNCTIONS, Running, output
 from validation.faults import Outcome, PlantedSource, outcome, twin_problem
 from validation.plant import REGISTERED, emitted
@@ -61,41 +61,6 @@ def test_the_catalogue_covers_every_kind_and_uses_everything() -> None:
     assert {fault.case for fault in faults} <= set(CASES)
     used = {change.change for fault in faults for change in (fault.weight, fault.tensor) if change}
     assert used == {*ONE, *AMONG}
-
-
-ROW = '[[fault]]\nid = "a"\nkind = "io"\nsays = "."\ncase = "llama/hub"\nfirst = "logits"\n'
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "format = 1\nfault = []",
-        f'format = 2\n{ROW}io = "x"',
-        f"format = 1\n{ROW}",
-        f'format = 1\n{ROW}io = "x"'.replace("io", "odd", 1),
-        f'format = 1\n{ROW}io = "x"\nodd = 1',
-        f'format = 1\n{ROW}io = "x"\nfunction = "y"',
-        f'format = 1\n{ROW}function = "x"\nrefused = true',
-        f'format = 1\n{ROW}io = "x"\n{ROW}io = "x"\n',
-    ],
-)
-def test_a_malformed_catalogue_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "faults.toml"
-    path.write_text(text)
-    with pytest.raises(CatalogueError, match=r"faults\.toml"):
-        load_faults(path)
-    path.write_text(f'format = 1\n{ROW}io = "x"')
-    assert len(load_faults(path)) == 1
-
-
-def test_a_change_that_finds_nothing_is_an_error() -> None:
-    for change in (
-        Change(name="nowhere", change="zero"),
-        Change(name="logits", change="take", other="nowhere"),
-        Change(name="logits", change="odd"),
-    ):
-        with pytest.raises(CatalogueError):
-            changed(real(LLAMA).arrays, change)
 
 
 @pytest.mark.rust

@@ -1,7 +1,7 @@
 """An honest trace, and copies of it with one planted fault each.
 
-The honest trace is torch's float32 run of a case, written as the emitter writes one, so that only the planted fault can
-fail. A fault in the numbers is planted with :func:`write`, a fault in the model with :func:`changed_model` and
+The honest trace is torch's float32 run of a case, written as the emitter writes one, so that only the planted fault
+can fail. A fault in the numbers is planted with :func:`write`, a fault in the model with :func:`changed_model` and
 :func:`rerun`.
 """
 
