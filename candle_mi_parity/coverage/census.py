@@ -17,16 +17,12 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.sources import REQUEST_FORMAT, same_candidate
@@ -96,13 +92,7 @@ def ask_class(
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with EmitterProcess(binary) as emitter:
         question = Question(model_type, class_name, emitter, identity, cache, out)
-        entry = question.ask()
-        if entry.outcome == "different" and entry.reader:
-            try:
-                entry = entry.model_copy(update={"unread": question.unread(entry.reader)})
-            except ParityError as error:
-                entry = entry.model_copy(update={"reason": f"{entry.reason}; unread unknown: {one_line(error)}"})
-    return entry.model_dump()
+        return question.ask().model_dump()
 
 
 class Question:
@@ -142,17 +132,6 @@ class Question:
         except Exception as error:  # whatever the class's own code raises is its line in the table
             loads = "candle-mi computes it, unjudged: " if entry.reader else ""
             return entry.model_copy(update={"reason": loads + one_line(error)})
-
-    def unread(self, reader: Reader) -> list[str]:
-        """Names of the class's tensors that do not change candle-mi's logits."""
-        tiny = tiny_model(self._blank.model_type, self._cache)
-        subject = _subject(self._blank.model_type, tiny)
-
-        def logits(directory: Path) -> str:
-            trace = self.emit(replace(subject, model_dir=directory), reader)
-            return trace.entries["logits"].sha256
-
-        return unread_tensors(tiny.directory, logits)
 
     def reader(self, subject: Subject) -> Reader:
         """candle-mi's parser that reads the model: ``auto`` only if ``hf`` does not know the model type.
@@ -246,32 +225,3 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     text = text if isinstance(error, ParityError) else f"{type(error).__name__}: {text}"
     return text if len(text) <= 240 else text[:239] + "…"
-
-
-Logits = Callable[[Path], str]
-"""Model directory → digest of candle-mi's logits."""
-
-
-def unread_tensors(directory: Path, logits: Logits) -> list[str]:
-    """Sorted names of the tensors that do not change the logits, with ``*`` for the number of a layer or expert.
-
-    :param directory: a model in one file without zeros.
-    """
-    tensors = load_file(directory / "model.safetensors")
-    kinds: dict[str, list[str]] = {}
-    for name in tensors:
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
-    before = logits(directory)
-    return [kind for kind, names in sorted(kinds.items()) if _logits_doubled(directory, names, logits) == before]
-
-
-def _logits_doubled(directory: Path, names: list[str], logits: Logits) -> str:
-    """The logits after the named tensors were doubled."""
-    with tempfile.TemporaryDirectory() as scratch:
-        changed = Path(scratch)
-        shutil.copy(directory / "config.json", changed)
-        tensors = load_file(directory / "model.safetensors")
-        for name in names:
-            tensors[name] = tensors[name] * 2
-        save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
-        return logits(changed)

@@ -29,7 +29,6 @@ class Entry(BaseModel, extra="forbid", frozen=True):
     :ivar first: the first tensor past the gate, in execution order.
     :ivar ratio: its ratio, gate 8, three digits; None if it is not finite.
     :ivar logits_ratio: ratio of the logits.
-    :ivar unread: of a ``different`` class, the tensors that do not change candle-mi's logits.
     """
 
     model_type: str
@@ -42,7 +41,6 @@ class Entry(BaseModel, extra="forbid", frozen=True):
     first: str | None = None
     ratio: float | None = None
     logits_ratio: float | None = None
-    unread: list[str] = []
 
     def line(self, who: str) -> str:
         """What was found, for a user of a model of this type; empty where nothing was."""

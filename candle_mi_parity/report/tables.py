@@ -115,13 +115,11 @@ def _table(title: str, *headings: str) -> Table:
 def census(taken: Census, console: Console) -> None:
     """Print one row for each class, those that compute something else first, and the totals."""
     title = f"candle-mi {taken.candle_mi.version} asked about transformers {taken.transformers}"
-    table = _table(title, "class", "outcome", "read by", "first divergence", "ratio >", "evidence")
+    table = _table(title, "class", "outcome", "read by", "first divergence", "ratio >", "reason")
     for entry in sorted(taken.classes, key=lambda entry: list(taken.counts).index(entry.outcome)):
-        unread = f"never reads {', '.join(entry.unread[:3])}" if entry.unread else ""
-        evidence = "; ".join(part for part in (entry.reason, unread) if part)
         reader = f"{entry.reader}, {entry.dialect}" if entry.reader else "-"
         ratio = "-" if entry.ratio is None else f"{entry.ratio:.3g}"
-        cells = (entry.model_type, entry.outcome, reader, entry.first or "-", ratio, evidence)
+        cells = (entry.model_type, entry.outcome, reader, entry.first or "-", ratio, entry.reason)
         table.add_row(*(cell(text) for text in cells))
     console.print(table)
     console.print(", ".join(f"{count} {outcome}" for outcome, count in taken.counts.items()), highlight=False)

@@ -88,7 +88,6 @@ def test_wrong_logits_are_different(tmp_path: Path) -> None:
     assert (entry.outcome, entry.reader) == ("different", "hf")
     assert entry.first == "hook_embed", "this emitter writes no hooks, so that the first one is missing"
     assert entry.logits_ratio is not None and entry.logits_ratio > 1e4
-    assert "model.layers.*.self_attn.q_proj.weight" in entry.unread, "this emitter never reads the weights"
 
 
 @pytest.mark.parametrize(
