@@ -14,7 +14,7 @@ from tests.support.planting import CASES, real
 from validation.array_changes import AMONG, ONE
 from validation.catalogue import NOWHERE, CatalogueError, Fault, Kind, load_faults
 from validation.disturb import FUNCTIONS, Running, output
-from validation.faults import Outcome, PlantedSource, outcome, twin_problem
+from validation.faults import Detection, PlantedSource, detect, twin_problem
 from validation.plant import REGISTERED, emitted
 from validation.source_faults import check_anchors, edited, released_crate
 from validation.trace_faults import IO
@@ -31,8 +31,8 @@ def twin(case_id: str) -> str:
         return twin_problem(PlantedSource(None, Path(scratch)), case_id)
 
 
-def became(fault: Fault, directory: Path) -> Outcome:
-    return outcome(fault, PlantedSource(fault, directory), twin)
+def became(fault: Fault, directory: Path) -> Detection:
+    return detect(fault, PlantedSource(fault, directory), twin)
 
 
 @pytest.mark.parametrize("name", [fault.id for fault in FAULTS.values() if fault.fast])
@@ -79,7 +79,7 @@ def test_a_dead_a_doubled_and_an_idle_anchor_are_errors() -> None:
         edited(edit.find, edit.model_copy(update={"replace": edit.find}))
 
 
-# --- the runner can fail --------------------------------------------------------------------------
+# --- what does not count as detected --------------------------------------------------------------
 
 
 def made_up(monkeypatch: pytest.MonkeyPatch, disturb: object, first: str = "logits") -> Fault:
@@ -125,5 +125,5 @@ def test_a_clean_twin_that_fails_proves_nothing(tmp_path: Path) -> None:
     fault = FAULTS["one-sign"]
     problem = twin_problem(PlantedSource(fault, tmp_path / "twin"), LLAMA)
     assert "blocks.1.mlp.hook_post" in problem
-    found = outcome(fault, PlantedSource(fault, tmp_path), lambda _: problem)
+    found = detect(fault, PlantedSource(fault, tmp_path), lambda _: problem)
     assert found.error == problem and not found.right
