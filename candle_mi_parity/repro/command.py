@@ -8,11 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from candle_mi_parity.candidate.sources import open_source
 from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate
@@ -42,6 +37,16 @@ class ReproducedCase:
     def proven(self) -> bool:
         """No test contradicts it."""
         return self.proof in (None, TestOutcome.DIFFERS) and self.fixed in (None, TestOutcome.PASSES)
+
+    def line(self) -> str:
+        """Case, first tensor, error, size and test results."""
+        config, first = self.reproduction.pair.case.config, self.reproduction.first
+        layers, width, heads = (config[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+        tokens = len(self.reproduction.pair.case.tokens)
+        text = f"{self.reproduction.original.id}: {first.name} {first.element_ratio:.3g} σ, {layers} layers of width "
+        text += f"{width}, {heads} heads, {tokens} tokens"
+        text += f"; test: {self.proof.value} on the candidate" if self.proof else ""
+        return text + (f"; test: {self.fixed.value} on the fixed one" if self.fixed else "")
 
 
 def repro(
@@ -103,39 +108,3 @@ def _known(case: Case, table: Explanations, release: str, cache: Path) -> str:
     """What is known of a case that gives other numbers in a release; empty if nothing is."""
     rows = table.applicable(facts_of(prepare(case, cache)), table.baseline(release))
     return " ".join(row.says for row in rows if row.change is not None)
-
-
-def repro_table(found: list[ReproducedCase], console: Console) -> None:
-    """Print the size of each reproduction and the results of its test."""
-    table = Table(box=box.SIMPLE_HEAD, padding=0)
-    for heading in (
-        "case",
-        "first tensor",
-        "layers",
-        "width",
-        "heads",
-        "tokens",
-        "element / σ",
-        "candidate",
-        "fixed",
-    ):
-        numeric = heading in ("layers", "width", "heads", "tokens", "element / σ")
-        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
-    for line in found:
-        config, reproduction = line.reproduction.pair.case.config, line.reproduction
-        sizes = [config[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")]
-        table.add_row(
-            escape(reproduction.original.id),
-            escape(reproduction.first.name),
-            *(str(size) for size in [*sizes, len(reproduction.pair.case.tokens)]),
-            f"{reproduction.first.element_ratio:.3g}",
-            _outcome(line.proof, TestOutcome.DIFFERS),
-            _outcome(line.fixed, TestOutcome.PASSES),
-        )
-    console.print(table)
-
-
-def _outcome(found: TestOutcome | None, expected: TestOutcome) -> Text:
-    if found is None:
-        return Text("not run")
-    return Text(found.value, style="green" if found is expected else "bold red")
