@@ -173,7 +173,6 @@ def judge_source(faults: list[Fault], directory: Path) -> Iterator[Detection]:
 
 def main(
     source: Annotated[bool, typer.Option(help="the faults in candle-mi's own source, a build each")] = False,
-    fast: Annotated[bool, typer.Option(help="only the rows that `make test` runs")] = False,
     known: Annotated[bool, typer.Option(help="plant each on top of a known divergence of its family")] = False,
     only: Annotated[str, typer.Option(help="one fault by its id")] = "",
 ) -> None:
@@ -183,7 +182,6 @@ def main(
         fault
         for fault in load_faults()
         if (fault.source is not None) == source
-        and (fault.fast or not fast)
         and only in ("", fault.id)
         and (not known or (fault.case in KNOWN and fault.kind != "sae" and fault.id not in SAME))
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -114,9 +113,6 @@ def restricted(array: np.ndarray, entry: TensorEntry, part: Selection | None) ->
     return array[..., [columns[column] for column in part.columns or []]]
 
 
-TOP_TOKENS = 10
-
-
 @dataclass(frozen=True)
 class Distance:
     """Between A and B.
@@ -186,43 +182,9 @@ def _measured(
     return Distance(False, float(found.position.max()), float(found.element.max()), decisions)
 
 
-def figure_distance(name: str, a: Emitted, b: Emitted, one: TensorResult, other: TensorResult) -> Distance | None:
-    """Distance between scalars in units of their σ, or the number of decisions that differ.
-
-    :param one: A's result, which carries the scalar's noise.
-    """
-    if decide := _DECISIONS.get(name):
-        decisions = decide(a, b)
-        return SAME if not decisions else Distance(False, decisions=decisions)
+def figure_distance(one: TensorResult, other: TensorResult) -> Distance:
+    """Distance between scalars in units of their σ; decisions differ if their results do."""
     if one.worst is None or other.worst is None:
-        return None
+        return SAME if one == other else Distance(False, decisions=max(1, abs(other.past - one.past)))
     size = abs(other.worst.got - one.worst.got)
     return SAME if size == 0 else Distance(False, element=size / one.worst.noise)
-
-
-def _next_tokens(a: Emitted, b: Emitted) -> int:
-    one, other = (trace.tensor("logits").argmax(-1) for trace in (a, b))
-    return int(np.count_nonzero(one != other))
-
-
-def _top_tokens(a: Emitted, b: Emitted) -> int:
-    tops = [set(np.argsort(-trace.tensor("logits")[0, -1], kind="stable")[:TOP_TOKENS].tolist()) for trace in (a, b)]
-    return len(tops[0] - tops[1])
-
-
-def _top_features(a: Emitted, b: Emitted) -> int:
-    one, other = ({feature.index for feature in trace.top_features} for trace in (a, b))
-    return max(len(one - other), len(other - one))
-
-
-def _active(a: Emitted, b: Emitted) -> int:
-    one, other = (trace.scalars.get("sae.n_active_last_pos", math.nan) for trace in (a, b))
-    return 0 if one == other else max(1, int(abs(other - one))) if math.isfinite(other - one) else 1
-
-
-_DECISIONS: dict[str, Callable[[Emitted, Emitted], int]] = {
-    "logits.next_token": _next_tokens,
-    "logits.top10_last_pos": _top_tokens,
-    "sae.top_features_last_pos": _top_features,
-    "sae.n_active_last_pos": _active,
-}

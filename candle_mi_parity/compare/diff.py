@@ -225,7 +225,7 @@ def _distance(
         return INFINITE if one != other else None
     if name in a.entries and name in b.entries:
         return tensor_distance(name, truth, a, b)
-    return figure_distance(name, a, b, one, other)
+    return figure_distance(one, other)
 
 
 def _moved(name: str, one: TensorResult, other: TensorResult, distance: Distance | None) -> TensorDiff:

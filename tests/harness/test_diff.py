@@ -11,7 +11,7 @@ import pytest
 
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import NothingOpen, NotStoredError
-from candle_mi_parity.compare.align import INFINITE, SAME, common, figure_distance, tensor_distance
+from candle_mi_parity.compare.align import INFINITE, SAME, common, tensor_distance
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, TensorDiff, diff_call
 from candle_mi_parity.compare.run_result import Verdict
 from candle_mi_parity.compare.verdict import Explained, Outcome, Status
@@ -22,7 +22,7 @@ from candle_mi_parity.run.diff import Pair, diff_one
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
-from candle_mi_parity.trace.trace import Emitted, Feature, InMemory, Selection
+from candle_mi_parity.trace.trace import Emitted, InMemory, Selection
 from candle_mi_parity.trace.truth import Truth
 from tests.support.planting import CASES, RELEASE, Arrays, Real, real
 from tests.support.results import case
@@ -284,24 +284,16 @@ def test_keys_that_the_mask_forbids_are_far_apart_only_when_one_reads_them() -> 
 def test_decisions_and_scalars_that_differ_are_counted() -> None:
     there = real("gemma2/hub")
     honest = emitted(there)
-    one = Held({"gemma2/hub": honest})
-    results = {result.name: result for result in only(compared(one, one, ("gemma2/hub",))).a.result.tensors}
     logits = there.arrays["logits"]
     logits[0, 3] = logits[0, 3, ::-1]
     flipped = of_arrays(there, there.arrays | {"logits": logits})
-    features = [Feature(index=honest.top_features[0].index + 1, value=1.0), *honest.top_features[1:]]
     scalars = honest.scalars | {"sae.n_active_last_pos": 1.0}
-    fewer = InMemory(honest.arrays, honest.dtype, scalars, features)
-
-    def decisions(name: str, other: InMemory) -> int:
-        found = figure_distance(name, honest, other, results[name], results[name])
-        assert found is not None and found.same == (found.decisions == 0)
-        return found.decisions
-
-    assert decisions("logits.next_token", flipped) == 1
-    assert decisions("logits.top10_last_pos", flipped) == decisions("sae.reconstruction_mse", honest) == 0
-    assert decisions("sae.top_features_last_pos", fewer) == 1
-    assert decisions("sae.n_active_last_pos", fewer) > 0
+    fewer = InMemory(flipped.arrays, honest.dtype, scalars, honest.top_features[1:])
+    diff = compared(Held({"gemma2/hub": honest}), Held({"gemma2/hub": fewer}), ("gemma2/hub",))
+    distances = {row.name: row.distance for row in only(diff).rows}
+    different = ("logits.next_token", "sae.n_active_last_pos", "sae.top_features_last_pos")
+    assert all(distance and distance.decisions for name, distance in distances.items() if name in different)
+    assert distances["logits.top10_last_pos"] == distances["sae.reconstruction_mse"] == SAME
 
 
 def test_a_feature_that_fires_on_one_side_only_is_a_decision() -> None:
