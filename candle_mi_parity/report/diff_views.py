@@ -21,7 +21,6 @@ LONGEST = 20
 CASES_NAMED = 6
 """Cases named on the terminal for each change of outcome."""
 _STYLES = {Verdict.FAIL: "bold red", Verdict.PASS: "green"}
-_DIRECTIONS = {Direction.TOWARDS: "green", Direction.AWAY: "red", Direction.SIDEWAYS: "yellow"}
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,9 @@ def terminal(diff: Diff, console: Console) -> None:
     """Print the changes of outcome, the cases that moved most, the counts, and the verdict in the last line."""
     _print_changes(diff, console)
     moved = sorted((case for case in diff.cases if case.moved()), key=_by_movement)
-    if moved:
-        console.print(_moved_table(moved[:LONGEST], len(moved)))
     lost = [f"not compared {case.id}: {case.a.result.error or case.b.result.error}" for case in unjudged(diff)]
     for style, lines in (
+        ("cyan", [_moved_line(case) for case in moved]),
         ("red", [f"worse {case.id}: {'; '.join(case.worse)}" for case in diff.worse]),
         ("yellow", [f"{case.id} differs otherwise: {case.note}" for case in diff.cases if case.note]),
         ("dim", lost),
@@ -115,26 +113,13 @@ def _by_movement(case: CaseDiff) -> tuple[bool, float]:
     return not case.worse, -(distance.ratio if distance else float("inf"))
 
 
-def _moved_table(cases: list[CaseDiff], total: int) -> Table:
-    title = f"cases in which tensors moved: {total}" + (f", the first {LONGEST}" if total > LONGEST else "")
-    caption = "A–B: apart; A, B: error against PyTorch; in rounding noise, gate 8"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, caption=caption)
-    for heading in ("case", "moved", "first tensor that moved", "A–B", "A", "B", "direction"):
-        text = heading in ("case", "first tensor that moved", "direction")
-        table.add_column(heading, justify="left" if text else "right", overflow="fold", no_wrap=not text)
-    for case in cases:
-        first = case.moved()[0]
-        direction = first.direction or first.kind
-        table.add_row(
-            cell(case.id),
-            f"{len(case.moved())}/{len(case.rows)}",
-            cell(first.name),
-            number(first.distance.ratio if first.distance else None),
-            result_size(first.a),
-            result_size(first.b),
-            Text(direction.value, style=_DIRECTIONS.get(first.direction, "red") if first.direction else "red"),
-        )
-    return table
+def _moved_line(case: CaseDiff) -> str:
+    """The first tensor that moved: its distance, its errors in A and B, and where it moved; in noise, gate 8."""
+    first = case.moved()[0]
+    distance = f"moved by {number(first.distance.ratio)} × noise" if first.distance else first.kind.value
+    direction = f", {first.direction.value}" if first.direction else ""
+    errors = f"error {result_size(first.a)} → {result_size(first.b)}{direction}"
+    return f"{case.id}: {len(case.moved())} of {len(case.rows)} tensors, first {first.name} {distance}; {errors}"
 
 
 def result_size(result: TensorResult | None) -> str:

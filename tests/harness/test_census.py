@@ -16,7 +16,7 @@ from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.coverage.census import take_census
 from candle_mi_parity.coverage.census_models import hub_rotary, mapped_classes
-from candle_mi_parity.coverage.census_record import STORED, Census, Entry, read_census
+from candle_mi_parity.coverage.census_record import STORED, Census, Entry, count, read_census
 from candle_mi_parity.errors import CensusError
 from candle_mi_parity.files.isolated import Lost, each
 from candle_mi_parity.spec.paths import cache_root
@@ -74,7 +74,7 @@ def test_a_stored_census_has_every_class_of_the_installed_transformers_with_its_
     remedy = f"take it again: candle-mi-parity maint census --candidate {version}"
     found = {entry.model_type: entry.class_name for entry in census.classes}
     assert found == mapped_classes(), f"this census is of transformers {census.transformers}; {remedy}"
-    assert census.candle_mi.version == version and sum(census.counts.values()) == len(census.classes)
+    assert census.candle_mi.version == version and census.counts == count(census.classes)
     for entry in census.classes:
         answered = entry.outcome in ("same", "different")
         assert bool(entry.first) == (entry.outcome == "different"), entry
