@@ -84,18 +84,16 @@ def summary(result: RunResult) -> str:
         ]
         parts += ["### Known causes", table(["cause", "what candle-mi does", "cases", "which", "what to do"], rows)]
     if result.gone:
-        rows = [[code(id), str(len(names)), few([code(name) for name in names])] for id, names in result.gone.items()]
+        rows = [[code(id), str(len(names)), _listed(names)] for id, names in result.gone.items()]
         parts += [f"### Gone since {prose(result.baseline)}", table(["cause", "cases", "which"], rows)]
     if result.skipped:
         reasons: defaultdict[str, list[str]] = defaultdict(list)
         for name, reason in result.skipped.items():
             reasons[re.sub(re.escape(name), "ID", reason)].append(name)
-        rows = [
-            [prose(reason), str(len(names)), few([code(name) for name in names])] for reason, names in reasons.items()
-        ]
+        rows = [[prose(reason), str(len(names)), _listed(names)] for reason, names in reasons.items()]
         parts += ["### Not run", table(["why", "cases", "which"], rows)]
     if notes := result.notes():
-        rows = [[prose(note), few([code(name) for name in names])] for note, names in notes.items()]
+        rows = [[prose(note), _listed(names)] for note, names in notes.items()]
         parts += ["### Notes", table(["what", "which"], rows)]
     versions = ", ".join(f"{name} {value}" for name, value in result.versions.items())
     versions += f"; started {result.started}, took {result.seconds:.0f} s"
@@ -110,7 +108,11 @@ def _sign(cause: CauseSeen) -> str:
 
 
 def _cases(cause: CauseSeen) -> list[str]:
-    return [str(len(cause.cases)), few([code(case.id) for case in cause.cases])]
+    return [str(len(cause.cases)), _listed([case.id for case in cause.cases])]
+
+
+def _listed(names: list[str]) -> str:
+    return few([code(name) for name in names])
 
 
 def _where(case: CaseResult) -> list[str]:

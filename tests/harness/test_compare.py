@@ -89,7 +89,7 @@ NOTHING: dict[str, Callable[[Arrays], Arrays]] = {
 
 
 @pytest.mark.parametrize("name", NOTHING)
-def test_nothing_compared_is_no_pass_and_is_counted(tmp_path: Path, name: str) -> None:
+def test_nothing_compared_fails_and_is_counted(tmp_path: Path, name: str) -> None:
     there = real("llama/hub")
     results = judge(there, write(tmp_path, there, NOTHING[name](there.arrays)))
     run = run_of(results)
@@ -104,7 +104,7 @@ def test_no_case_and_no_tensor_is_inconclusive() -> None:
     assert Verdict.INCONCLUSIVE.exit_code == 3
 
 
-def test_the_twin_says_how_many_were_compared(tmp_path: Path) -> None:
+def test_the_number_of_compared_tensors_is_reported(tmp_path: Path) -> None:
     results = judge(real("llama/hub"), write(tmp_path, real("llama/hub")))
     truth = list(real("llama/hub").truth.tensors)
     assert [result.name for result in results][: len(truth)] == truth and len(truth) >= 39
@@ -123,7 +123,7 @@ def test_masked_scores_are_left_out_and_counted(tmp_path: Path, garbage: float) 
     assert (result.compared, result.left_out) == (4 * 300, 4 * 276)
 
 
-def test_a_pattern_that_sees_the_future_fails_and_scores_alone_do_not(tmp_path: Path) -> None:
+def test_a_pattern_that_sees_the_future_fails(tmp_path: Path) -> None:
     there = real("llama/hub")
     pattern = there.arrays[PATTERN]
     pattern[0, 1, 2] = 1 / 24
@@ -132,7 +132,7 @@ def test_a_pattern_that_sees_the_future_fails_and_scores_alone_do_not(tmp_path: 
     assert found.worst is not None and found.worst.index == [0, 1, 2, 3] and found.past == 21
 
 
-def test_a_message_says_all_that_is_needed_to_start(tmp_path: Path) -> None:
+def test_a_message_has_index_values_and_errors(tmp_path: Path) -> None:
     there, name = real("llama/hub"), "blocks.1.mlp.hook_post"
     array = there.arrays[name]
     array[0, 5, 7] += 1e-3
@@ -145,7 +145,7 @@ def test_a_message_says_all_that_is_needed_to_start(tmp_path: Path) -> None:
     assert "1 of 1536 past the gate" in found.message() and "inputs agreed" in found.message()
 
 
-def test_what_follows_from_a_divergence_says_that_its_inputs_differ(tmp_path: Path) -> None:
+def test_a_divergence_that_may_be_inherited_says_that_its_inputs_differ(tmp_path: Path) -> None:
     there = real("llama/hub")
     arrays = {
         name: there.arrays[name] * np.float32(1.01) for name in ("blocks.1.mlp.hook_pre", "blocks.1.mlp.hook_post")

@@ -1,4 +1,4 @@
-"""Every view is given names that attack it: no control character is shown, and no page gets a tag or a handler."""
+"""Names that attack the views: no control character is printed, and no page gets a tag or a handler."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LISTS: dict[str, Any] = {
 
 
 def shown(show: Callable[[Console], None]) -> str:
-    """What a terminal is sent, without rich's own colours."""
+    """The output to a terminal, without colours."""
     console = Console(width=200, color_system=None, force_terminal=False)
     with console.capture() as capture:
         show(console)
@@ -35,7 +35,7 @@ def shown(show: Callable[[Console], None]) -> str:
 
 
 def reproduced(name: str) -> Callable[[], str]:
-    """A file of a reproduction whose every text is the hostile one."""
+    """A file of a reproduction with the hostile text in every place."""
     given = dict.fromkeys(TEXTS.split(), HOSTILE) | LISTS
     return lambda: templates(html=False).get_template(f"{name}.j2").render(given)
 
@@ -57,7 +57,7 @@ VIEWS: dict[str, Callable[[], str]] = {
 
 
 class _Tags(HTMLParser):
-    """Tags that run or load something, handlers, addresses, and content security policies."""
+    """Tags that execute or load something, handlers, addresses, and content security policies."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -75,8 +75,8 @@ class _Tags(HTMLParser):
             self.policies.append(held.get("content"))
 
 
-def obeyed(name: str, text: str) -> list[str]:
-    """What a view does that no name may make it do."""
+def harm_in(name: str, text: str) -> list[str]:
+    """Control characters in a view, and harmful tags in a page."""
     found = [f"sends {c!a}" for c in sorted({c for c in text if not c.isprintable() and c not in "\n\t"})]
     if name in PAGES:
         tags = _Tags(text)
@@ -85,15 +85,15 @@ def obeyed(name: str, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_a_view_obeys_no_name(name: str) -> None:
+def test_a_hostile_name_does_no_harm(name: str) -> None:
     text = VIEWS[name]()
     assert "owned" in text, "the hostile name is not shown, so that nothing is tested"
-    assert not obeyed(name, text)
-    assert obeyed(name, text + HOSTILE)
+    assert not harm_in(name, text)
+    assert harm_in(name, text + HOSTILE)
 
 
 @pytest.mark.parametrize("text", ["a`b", "a|b", "a\nb", HOSTILE])
-def test_a_cell_of_the_issue_s_table_stays_one_cell(text: str) -> None:
+def test_a_cell_of_a_markdown_table_stays_one_cell(text: str) -> None:
     cell = code_cell(text)
     assert "`" not in cell and "\n" not in cell and not re.search(r"(?<!\\)\|", cell)
     assert printable(cell) == cell

@@ -1,4 +1,4 @@
-"""Page, terminal and JSON say of every case what the result holds, and answer both questions apart."""
+"""Page, terminal and JSON show every case of a result, and answer both questions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FAMILY = [case(f"gemma2/{name}", Status.FAIL) for name in ("hub", "v5", "window"
 
 
 def text_of(html: str) -> str:
-    """What a reader sees, without style and markup, in single spaces."""
+    """The visible text, in single spaces."""
     return " ".join(unescape(re.sub(r"<[^>]+>", " ", re.sub(r"(?s)<style>.*?</style>", "", html))).split())
 
 
@@ -68,7 +68,7 @@ known divergence pass."""
 
 
 @pytest.mark.parametrize(("answers", "result"), [*zip(ANSWERS.splitlines(), RESULTS, strict=True)])
-def test_two_questions_have_two_answers_on_every_face(answers: str, result: RunResult) -> None:
+def test_both_questions_are_answered_in_every_view(answers: str, result: RunResult) -> None:
     verdict, right, new = answers.split(" | ")
     assert (result.verdict.value, result.is_right(), result.is_new()) == (verdict, right, new)
     html = page.render(result)
@@ -111,7 +111,7 @@ def test_every_case_has_a_square_with_its_sign_and_reason() -> None:
     assert all(f'title="{cell.why}"' in html for cell in cells.values())
 
 
-def test_new_failures_are_put_together_and_the_smallest_is_open() -> None:
+def test_new_failures_are_grouped_and_the_smallest_is_open() -> None:
     html = page.render(run_of(*FAMILY, case("gemma/hub", Status.FAIL), case("a/b", Status.KNOWN)))
     assert html.count('<details class="case">') == 3 and html.count('<details class="case" open>') == 2
     text = text_of(html)
@@ -151,8 +151,8 @@ def test_the_plots_draw_the_gate_the_explanation_and_each_tensor() -> None:
     assert "Equal to PyTorch with rope_theta = 10000.0, all 2 tensors, worst 1.2 of 8." in text_of(html)
 
 
-def test_a_point_lies_where_its_ratio_is_and_none_is_lost() -> None:
-    """Exact ones at the bottom, non-finite ones at the top: a logarithm has no place for either."""
+def test_every_point_lies_where_its_ratio_is() -> None:
+    """Exact ones at the bottom, non-finite ones at the top."""
     ratios = {"a": 0.0, "b": 8.0, "c": math.inf, "d": math.nan}
     plot = ratio_plot([PlotLine("FAIL", [Point(name, ratio, "FAIL", name) for name, ratio in ratios.items()])])
     gate = float(re.findall(r'<line class="gate" x2="100%" y1="([\d.]+)"', plot)[0])
@@ -169,7 +169,7 @@ def test_the_picture_is_red_where_the_error_is_past_the_gate() -> None:
     assert 'viewBox="0 0 3 2"' in plot and "error over noise of x by position" in plot
 
 
-def test_every_id_is_given_once_and_every_link_leads_somewhere() -> None:
+def test_ids_are_unique_and_links_lead_to_them() -> None:
     html = page.render(run_of(*FAMILY, *everything().cases, refused("a/c")))
     ids = re.findall(r'\sid="([^"]*)"', html)
     assert len(ids) == len(set(ids)) and {"CMI001", "of-new-1"} <= set(ids)

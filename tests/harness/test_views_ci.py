@@ -68,7 +68,7 @@ def test_a_run_that_fails_has_a_junit_that_fails(name: str) -> None:
     assert int(suite.get("failures", "")) + int(suite.get("errors", "")) == 1
 
 
-def test_the_summary_says_verdict_counts_cases_and_reasons() -> None:
+def test_the_summary_has_verdict_counts_cases_and_reasons() -> None:
     text = views_ci.summary(everything())
     assert text.startswith("## ❌ FAIL: candle-mi `0.2.2`")
     assert f"**{RIGHT}** Not everywhere: 1 known cause" in text and f"**{NEW}** New: 1 case fails" in text
@@ -79,7 +79,7 @@ def test_the_summary_says_verdict_counts_cases_and_reasons() -> None:
     assert views_ci.summary(run_of(case("a/b", Status.KNOWN))).startswith("## ⚠️ KNOWN")
 
 
-def test_the_summary_stays_markdown_whatever_a_name_holds() -> None:
+def test_a_hostile_name_does_not_change_the_markdown() -> None:
     bad, broken = case("a/b", Status.FAIL, bad=HOSTILE), case("a/c", Status.ERROR)
     broken.error = f"{HOSTILE}\n| x | `code` | [link](y) |\n# heading\n::error::forged"
     text = views_ci.summary(changed(run_of(bad, broken), skipped={"a/d": HOSTILE}))
@@ -90,7 +90,7 @@ def test_the_summary_stays_markdown_whatever_a_name_holds() -> None:
     assert len(rows) == 2 and all(len(re.findall(r"(?<!\\)\|", row)) == 8 for row in rows)
 
 
-def test_github_is_told_only_where_github_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_annotations_are_written_only_on_github(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
     for environment in ({}, {"GITHUB_ACTIONS": "false"}, {"GITHUB_STEP_SUMMARY": str(page)}):
         views_ci.write_github(everything(), "text", environment)
@@ -138,7 +138,7 @@ def test_a_run_that_breaks_off_writes_every_view_with_what_it_had(
     assert (tmp_path / "summary.md").read_text().startswith("## 💥 ERROR")
 
 
-def test_one_view_that_cannot_be_drawn_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_view_that_fails_does_not_prevent_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(result: RunResult) -> str:
         raise ValueError("no such glyph")
 
@@ -149,14 +149,14 @@ def test_one_view_that_cannot_be_drawn_costs_no_other(tmp_path: Path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "summary.md"]
 
 
-def test_a_crash_of_the_command_is_no_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_of_the_command_has_exit_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "app", lambda: 1 / 0)
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2
 
 
-def test_every_view_says_when_its_run_began_and_how_long_it_took(tmp_path: Path) -> None:
+def test_every_view_has_start_and_duration_of_the_run(tmp_path: Path) -> None:
     before = datetime.now(UTC).replace(microsecond=0)
     with views.written(everything(), tmp_path) as result:
         time.sleep(0.01)
