@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, Dialog, Page, sync_playwright
 from candle_mi_parity.report import check_page, diff_views, history, page
 from tests.support.results import a_history, a_report, checked, differing
 
-# One browser, where workers are told to keep groups together.
+# One browser for all tests of this file.
 pytestmark = pytest.mark.xdist_group("browser")
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
