@@ -45,7 +45,7 @@ class Entry(BaseModel, extra="forbid", frozen=True):
     def line(self, who: str) -> str:
         """What was found, for a user of a model of this type; empty where nothing was."""
         who, on = f"in the census, {who}", f"on a small {self.model_type} model"
-        lines: dict[Outcome, str] = {
+        lines: dict[CensusOutcome, str] = {
             "refused": f"{who} refused a small {self.model_type} model: {self.reason}",
             "different": f"{who} did not compute PyTorch's numbers {on}, first at {self.first}",
             "same": f"{who} computed PyTorch's numbers {on} with default settings",
