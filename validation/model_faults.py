@@ -25,6 +25,16 @@ def rotary_interleaved(run: Running) -> None:
 
 
 @fault
+def rotary_half(run: Running) -> None:
+    def instead(original: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        size = cos.shape[-1]
+        slow = torch.arange(size) % (size // 2) >= size // 4
+        return original(q, k, torch.where(slow, 1.0, cos), torch.where(slow, 0.0, sin))
+
+    run.rotary(instead)
+
+
+@fault
 def rotary_not_in_layer_1(run: Running) -> None:
     layers = itertools.count()
     run.rotary(lambda original, q, k, cos, sin: (q, k) if next(layers) == 1 else original(q, k, cos, sin))
@@ -70,6 +80,9 @@ register(
     mask_strict=lambda run: _masks(
         run, lambda mask, query, key: mask.masked_fill((key == query) & (query > 0), -torch.inf)
     ),
+    mask_without_first=lambda run: _masks(
+        run, lambda mask, query, key: mask.masked_fill((key == 0) & (query > 0), -torch.inf)
+    ),
     mask_none=lambda run: _masks(run, lambda mask, query, key: torch.zeros_like(mask)),
     mask_none_in_layer_1=lambda run: _masks(run, lambda mask, query, key: torch.zeros_like(mask), layer=1),
     mask_minus_50=lambda run: _finite_mask(run, -50.0),
@@ -92,6 +105,16 @@ def _unbiased(norm: Any, x: Tensor) -> Tensor:
     return normed
 
 
+@fault
+def norm_subtracts_mean(run: Running) -> None:
+    def instead(norm: Any, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled: Tensor = norm.weight * (centred * torch.rsqrt(_mean_square(centred) + norm.variance_epsilon))
+        return scaled
+
+    run.norms(instead)
+
+
 register(
     norm_without_one=lambda run: run.norms(lambda norm, x: x * torch.rsqrt(_mean_square(x) + norm.eps) * norm.weight),
     norm_with_one=lambda run: run.norms(
@@ -103,6 +126,7 @@ register(
     norm_post_attention_skipped=lambda run: outputs(
         (layer.post_attention_layernorm for layer in run.layers), lambda _, x: x
     ),
+    norm_of_query_skipped=lambda run: outputs((layer.self_attn.q_norm for layer in run.layers), lambda _, x: x),
     norm_unbiased=lambda run: outputs(run.modules(torch.nn.LayerNorm), _unbiased),
     norm_final_skipped=lambda run: output(run.model.model.norm, lambda x, _: x),
 )
@@ -126,6 +150,10 @@ register(
     gate_and_up_exchanged=lambda run: outputs((layer.mlp for layer in run.layers), _exchanged),
     gelu_quick=lambda run: _activation(run, lambda x: x * torch.sigmoid(1.702 * x)),
     relu_for_silu=lambda run: _activation(run, functional.relu),
+    hardswish_for_silu=lambda run: _activation(run, functional.hardswish),
+    gelu_constant_cut=lambda run: _activation(
+        run, lambda x: 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.0447 * x**3)))
+    ),
 )
 
 
@@ -148,6 +176,11 @@ def scale_of_width(run: Running) -> None:
 def final_softcap_twice(run: Running) -> None:
     cap = run.model.config.final_logit_softcapping
     output(run.model.lm_head, lambda _, logits: torch.tanh(logits / cap) * cap)
+
+
+register(
+    scale_is_linear=lambda run: run.attention(lambda given: given.update(scaling=1 / given["module"].head_dim)),
+)
 
 
 # --- heads and tied weights -----------------------------------------------------------------------
@@ -176,4 +209,7 @@ def head_is_rolled(run: Running) -> None:
 register(
     kv_tiled=lambda run: run.attention(lambda given: _tiled(given, "key", "value")),
     values_tiled=lambda run: run.attention(lambda given: _tiled(given, "value")),
+    kv_first_only=lambda run: run.attention(
+        lambda given: given.update(key=given["key"][:, :1].expand_as(given["key"]))
+    ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -64,6 +65,44 @@ def norm_bf16(run: Running) -> None:
     run.norms(narrow)
 
 
+@fault
+def rsqrt_approximate(run: Running) -> None:
+    def rough(norm: Any, x: Tensor) -> Tensor:
+        root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        mantissa, exponent = torch.frexp(root)
+        scaled: Tensor = norm.weight * (x * torch.ldexp(torch.round(mantissa * 4096) / 4096, exponent))
+        return scaled
+
+    run.norms(rough)
+
+
+@fault
+def rotary_angle_f16(run: Running) -> None:
+    frequencies = run.model.model.rotary_emb.inv_freq
+
+    def instead(original: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        angles = f16(torch.arange(q.shape[-2])[:, None] * frequencies)
+        angles = torch.cat((angles, angles), -1)[None]
+        return original(q, k, angles.cos(), angles.sin())
+
+    run.rotary(instead)
+
+
+@fault
+def tanh_pade(run: Running) -> None:
+    """Attention's tanh alone: the first call of each layer."""
+    exact = torch.tanh
+    calls = itertools.count()
+
+    def rough(x: Tensor) -> Tensor:
+        if next(calls) >= len(run.layers):
+            return exact(x)
+        square = x * x
+        return x * (27 + square) / (27 + 9 * square)
+
+    run.patch(torch, "tanh", rough)
+
+
 def _added_in_f16(linear: Any, x: Tensor) -> Tensor:
     total = torch.zeros(*x.shape[:-1], linear.weight.shape[0], dtype=torch.float16)
     for part in range(x.shape[-1]):
@@ -76,6 +115,15 @@ register(
         run.modules(torch.nn.Linear), lambda linear, x: functional.linear(tf32(x), tf32(linear.weight), linear.bias)
     ),
     f16_accumulation=lambda run: outputs((layer.mlp.down_proj for layer in run.layers), _added_in_f16),
+    silu_f16=lambda run: outputs(
+        (layer.mlp.act_fn for layer in run.layers), lambda _, x: functional.silu(x.half()).to(x.dtype)
+    ),
+    tf32_scores=lambda run: run.attention(
+        lambda given: given.update(query=tf32(given["query"]), key=tf32(given["key"]))
+    ),
     rotary_bf16=lambda run: run.rotary(lambda original, q, k, cos, sin: original(q, k, bf16(cos), bf16(sin))),
+    keys_bf16=lambda run: run.attention(lambda given: given.update(key=bf16(given["key"]))),
     logits_bf16=lambda run: output(run.model.lm_head, lambda _, logits: bf16(logits)),
+    stream_f16=lambda run: output(run.layers[0], lambda _, stream: f16(stream)),
+    values_bf16=lambda run: output(run.layers[0].self_attn.v_proj, lambda _, out: bf16(out)),
 )

@@ -88,6 +88,16 @@ def _sae_place(run: Running, **place: object) -> None:
     run.subject = replace(run.subject, case=elsewhere)
 
 
+@fault
+def sae_topk_by_size(run: Running) -> None:
+    def active(sae: TorchSae, pre: Tensor) -> Tensor:
+        assert sae.k is not None
+        chosen = torch.zeros_like(pre, dtype=torch.bool)
+        return chosen.scatter_(-1, pre.abs().topk(sae.k, dim=-1).indices, True)
+
+    run.patch(TorchSae, "active", active)
+
+
 def _scalar(run: Running, name: str, value: Callable[[Dump], float]) -> None:
     def change(dump: Dump) -> None:
         if name in dump.scalars:  # a forced run has no SAE
@@ -111,14 +121,24 @@ def sae_top_from_one(run: Running) -> None:
 
 
 register(
+    sae_shrunk=lambda run: run.patch(
+        TorchSae, "encode", lambda sae, x: torch.relu(sae.pre_activations(x) - sae.threshold)
+    ),
     sae_threshold_ignored=lambda run: _sae_with(run, threshold=None),
     sae_encoder_bias_dropped=lambda run: _sae_with(run, b_enc=torch.zeros_like(_sae(run).b_enc)),
     sae_decoder_bias_dropped=lambda run: _sae(run).b_dec.zero_(),
+    sae_decoder_tied=lambda run: _sae_with(run, W_dec=_sae(run).W_enc.T.contiguous()),
+    sae_input_centred=lambda run: _sae_with(run, _centred=True),
     sae_input_not_centred=lambda run: _sae_with(run, _centred=False),
     sae_topk_one_more=lambda run: _sae_with(run, k=(_sae(run).k or 0) + 1),
+    sae_f16=lambda run: _sae_with(run, W_enc=_sae(run).W_enc.half().to(_sae(run).W_enc)),
     sae_normalization_ignored=lambda run: _sae_with(run, _normalize="none"),
     sae_decoder_norm_ignored=lambda run: _sae_with(run, _by_decoder_norm=False),
     sae_other_layer=lambda run: _sae_place(run, layer=0),
+    sae_other_point=lambda run: _sae_place(run, point="hook_resid_post"),
+    sae_active_everywhere=lambda run: _scalar(
+        run, "sae.n_active_last_pos", lambda dump: float((dump.arrays["sae.features"] > 0).sum())
+    ),
 )
 
 
@@ -158,6 +178,17 @@ def steering_unnormalised(run: Running) -> None:
 
 
 @fault
+def steering_to_the_future(run: Running) -> None:
+    original = interventions.set_steering
+
+    def change(chosen: Any, value: float) -> Callable[[Tensor], Tensor]:
+        # Weights that are 0 are taken for ones of almost 0, so that they get a share of what is moved.
+        return lambda pattern: original(chosen, value)(torch.where(pattern == 0, 1e-30, pattern))
+
+    run.patch(interventions, "set_steering", change)
+
+
+@fault
 def captured_after_edit(run: Running) -> None:
     original = Recorder.at
 
@@ -185,6 +216,10 @@ register(
     patch_next_position=lambda run: _rows(
         run, lambda edit: edit.model_copy(update={"position": min(edit.position + 1, len(run.subject.tokens[0]) - 1)})
     ),
+    injection_strength_ignored=lambda run: _rows(
+        run, lambda edit: edit.model_copy(update={"features": [(index, 1.0) for index, _ in edit.features]})
+    ),
+    edit_twice=lambda run: _edits(run, lambda edits: {hook: [*changes, *changes] for hook, changes in edits.items()}),
 )
 
 
@@ -203,6 +238,7 @@ def tokens_next_id(run: Running) -> None:
 
 register(
     tokens_reversed=lambda run: _tokens(run, lambda rows: [row[::-1] for row in rows]),
+    tokens_last_replaced=lambda run: _tokens(run, lambda rows: [[*row[:-1], row[-1] - 1] for row in rows]),
     tokens_rows_exchanged=lambda run: _tokens(run, lambda rows: rows[::-1]),
     tokens_cut=lambda run: _tokens(run, lambda rows: [row[:-1] for row in rows]),
 )
