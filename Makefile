@@ -5,7 +5,6 @@
 #   make test-all          Rust lint and tests, and every test of every lane that this machine can run
 # Validation of the suite, weekly; docs/sensitivity.md has what was measured:
 #   make faults            is every seeded fault detected where it was planted? (SOURCE=1: in candle-mi's own source)
-#   make false-positives   does any honest variant of the arithmetic fail?
 # After an edit of the dependencies in pyproject.toml:
 #   make lock              requirements.lock anew
 CANDIDATE ?= 0.2.2
@@ -17,7 +16,7 @@ CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
 PYTEST = $(PY) -m pytest --require-rust -n auto --dist loadgroup
 
-.PHONY: parity test test-all faults false-positives lint rust-lint lock setup
+.PHONY: parity test test-all faults lint rust-lint lock setup
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
@@ -30,9 +29,6 @@ test-all: lint rust-lint
 
 faults: setup
 	@$(PY) -m validation.faults $(if $(SOURCE),--source)
-
-false-positives: setup
-	@$(PY) -m validation.false_positives
 
 lint: setup
 	$(PY) -m ruff check .

@@ -1,4 +1,4 @@
-"""What a row may do to one named array of a dump or of a model's weights; every change leaves its input alone."""
+"""Changes of named arrays of a dump or of a model's weights; the input is not modified."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ AMONG = ("take", "exchange", "rename", "drop")
 
 
 def changed(arrays: Arrays, change: Change) -> Arrays:
-    """The arrays, one of them (or with ``*`` all) changed, in the order in which they were.
+    """The arrays in the same order, with one of them (or all, with ``*``) changed.
 
-    :raises CatalogueError: no such name or no such change.
+    :raises CatalogueError: no such name, or no such change.
     """
     new = dict(arrays)
     needed = [change.other if change.change == "take" else change.name]

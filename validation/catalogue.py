@@ -12,7 +12,7 @@ from candle_mi_parity.spec.cases import Setting, TableRow, read_toml
 
 FAULTS = Path(__file__).with_name("faults.toml")
 NOWHERE = "nowhere"
-"""The ``first`` of a change that alters no number beyond rounding."""
+"""The ``first`` of a change without an effect beyond rounding."""
 
 Kind = Literal[
     "config", "rotary", "mask", "norm", "activation", "scaling", "heads", "weights", "hook", "sae", "intervention",
@@ -25,7 +25,7 @@ class CatalogueError(ParityError):
 
 
 class Change(TableRow):
-    """What is done to one array, or to all with ``*``; :mod:`validation.array_changes` has the changes.
+    """A change of one array, or of all with ``*``; see :mod:`validation.array_changes`.
 
     :ivar at: index of an element or a slice; for an exchange, the two starts.
     :ivar by: a factor, a value, a step or a count.
@@ -55,17 +55,17 @@ class SourceEdit(TableRow):
 class Fault(TableRow):
     """One deliberate mistake.
 
-    :ivar case: the row of ``fixtures/cases.toml`` that excites it.
-    :ivar config: config values that the run reads instead; ``absent`` lists keys that it does not find.
+    :ivar case: the row of ``fixtures/cases.toml`` in which it has an effect.
+    :ivar config: config values that the run reads instead; ``absent`` lists missing keys.
     :ivar weight: a change of one weight of the model.
     :ivar tensor: a change of one captured tensor.
     :ivar function: a registered function, see :mod:`validation.disturb`, that disturbs the float32 run.
     :ivar io: a function of :mod:`validation.trace_faults` that damages the written trace.
     :ivar source: an edit of candle-mi's own source.
-    :ivar first: the tensor that must fail first; a part of the error of a ``refused`` row; or :data:`NOWHERE`.
-    :ivar reason: the reason of :class:`TensorResult` for which it must fail; "" accepts any.
-    :ivar refused: the trace must be refused, so that the case ends in an error instead of a divergence.
-    :ivar known: whether 0.2.2 is known to diverge in the case, so that the fault is planted on top of that.
+    :ivar first: the tensor that must fail first; part of the error of a ``refused`` row; or :data:`NOWHERE`.
+    :ivar reason: the required ``TensorResult.reason``; "" accepts any.
+    :ivar refused: the trace must be refused with an error.
+    :ivar known: whether the case is one in which 0.2.2 is known to diverge.
     :ivar fast: whether ``make test`` runs it.
     """
 

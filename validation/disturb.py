@@ -1,7 +1,7 @@
 """Functions that disturb transformers' float32 run, by the name that a row gives as ``function``.
 
-Each run has a model of its own, so hooks and weights that a function leaves in it disturb no other; what is patched
-in a module is restored by :meth:`Running.patch`.
+Each run has its own model, so that hooks and changed weights do not leak; :meth:`Running.patch` restores what it
+patches.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Disturb = Callable[["Running"], object]
 
 @dataclass
 class Dump:
-    """What a run left, for changes afterwards."""
+    """The output of a run, which may be changed."""
 
     arrays: Arrays
     scalars: dict[str, float]
@@ -40,8 +40,8 @@ class Dump:
 class Running:
     """A run that is about to start.
 
-    :ivar subject: what it is given; a function may put another in its place.
-    :ivar captured: tensors that the dump has in place of the recorded ones.
+    :ivar subject: its input; a function may replace it.
+    :ivar captured: tensors that replace the recorded ones.
     :ivar after: changes of the dump.
     """
 
@@ -99,7 +99,7 @@ class Running:
 
 
 def output(module: Any, change: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Put ``change(input, output)`` in place of a module's output, before it is recorded."""
+    """Replace a module's output by ``change(input, output)``, before it is recorded."""
 
     def hook(_module: nn.Module, args: Any, out: Any) -> Any:
         if isinstance(out, tuple):
@@ -110,7 +110,7 @@ def output(module: Any, change: Callable[[Tensor, Tensor], Tensor]) -> None:
 
 
 def outputs(modules: Iterable[Any], change: Callable[[Any, Tensor], Tensor]) -> None:
-    """Put ``change(module, input)`` in place of the output of each module."""
+    """Replace the output of each module by ``change(module, input)``."""
     for module in modules:
         output(module, lambda x, _, module=module: change(module, x))  # type: ignore[misc]
 

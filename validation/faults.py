@@ -1,7 +1,7 @@
 """``python -m validation.faults``: plant every fault of the catalogue and judge it as ``run`` judges a case.
 
-With ``--source`` the faults in candle-mi's own source, one build for each. Exit code 1 when a fault survives, shows
-first at another tensor or ends in another error than it should.
+``--source`` plants the faults in candle-mi's own source, with one build for each. Exit code 1 if a fault is not
+detected where it was planted.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from validation.trace_faults import IO
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a fault.
+class Detection:
+    """What was detected of a fault.
 
-    :ivar found: the first tensor that failed, what the error had to say, or :data:`NOWHERE` when the case passed.
+    :ivar found: the first tensor that failed, the expected part of an error, or :data:`NOWHERE` if the case passed.
     :ivar reason: why that tensor failed.
-    :ivar error: the reason why nothing could be judged: a crash is no detection.
+    :ivar error: why nothing could be judged; a crash does not count as detected.
     """
 
     fault: Fault
@@ -67,16 +67,16 @@ KNOWN = {
     "qwen2/hub": "qwen2/window",
     "qwen3/hub": "qwen3/window",
 }
-"""Case → one of the same family, without an SAE, in which 0.2.2 is known to diverge: the fault is planted on top."""
+"""Case → a case of the same family, without an SAE, in which 0.2.2 is known to diverge."""
 
 SAME = ("theta-default",)
-"""Faults that are the known divergence itself, so that planting them on top of it changes nothing."""
+"""Faults that are the known divergence itself."""
 
 
 class PlantedSource(NothingOpen):
-    """A candidate in whose every trace a fault is planted; None plants nothing: the clean twin.
+    """A candidate with a fault in every trace; without one if ``fault`` is None (the clean twin).
 
-    :param known: whether the candidate diverges as 0.2.2 is known to, before anything is planted.
+    :param known: whether the candidate also diverges as 0.2.2 is known to.
     """
 
     identity = RELEASE
@@ -96,43 +96,43 @@ class PlantedSource(NothingOpen):
 
 
 def _judge(source: Source, case_id: str, known: bool) -> Judgement:
-    """A case against a source, as ``run`` judges it.
+    """Judge a case as ``run`` does.
 
-    :param known: whether what 0.2.2 is known to compute instead is known here too.
+    :param known: whether the known divergences of 0.2.2 apply.
     """
     table = load_explanations() if known else NOTHING_KNOWN
     return judge_case(CASES[case_id], source, "planted", cache_root(), table, Progress())
 
 
 def twin_problem(source: Source, case_id: str, known: bool = False) -> str:
-    """What is wrong with the clean twin of a case; "" when it passes, or is known."""
+    """Why the clean twin of a case does not pass; "" if it passes, or is known."""
     result = _judge(source, case_id, known).result
     if result.status is (Status.KNOWN if known else Status.PASS):
         return ""
     return f"the clean twin is {result.message()}"
 
 
-def outcome(fault: Fault, source: Source, twin: Callable[[str], str]) -> Outcome:
-    """Judge a fault; one on top of a known divergence by the truth of what is known of its case.
+def detect(fault: Fault, source: Source, twin: Callable[[str], str]) -> Detection:
+    """Judge a fault; on top of a known divergence, against the truth of its counterfactual.
 
-    :param twin: case id → what is wrong with its clean twin, "" for nothing.
+    :param twin: case id → why its clean twin does not pass.
     """
     if problem := twin(fault.case):
-        return Outcome(fault, error=problem)
+        return Detection(fault, error=problem)
     judged = _judge(source, fault.case, fault.known)
     first = judged.result.first_divergence
     if first is None or judged.evidence is None:
         return _without_numbers(fault, judged.result)
     if fault.known:
         rows = [row for row in load_explanations().explanation if row.id in judged.applicable and row.change]
-        first = next(one for one in judged.evidence.under(combined(rows)) if one.status is Status.FAIL)
-    return Outcome(fault, first.name, first.reason)
+        first = next(result for result in judged.evidence.under(combined(rows)) if result.status is Status.FAIL)
+    return Detection(fault, first.name, first.reason)
 
 
-def judge_planted(faults: list[Fault], directory: Path) -> Iterator[Outcome]:
-    """The faults of torch's own run.
+def judge_planted(faults: list[Fault], directory: Path) -> Iterator[Detection]:
+    """Judge the faults in torch's run.
 
-    :param directory: where the faulty traces are written.
+    :param directory: for the faulty traces.
     """
 
     @functools.cache
@@ -141,24 +141,24 @@ def judge_planted(faults: list[Fault], directory: Path) -> Iterator[Outcome]:
 
     for fault in faults:
         source = PlantedSource(fault, directory / fault.id, fault.known)
-        yield outcome(fault, source, functools.partial(twin, known=fault.known))
+        yield detect(fault, source, functools.partial(twin, known=fault.known))
 
 
 def on_top(fault: Fault) -> Fault:
-    """The same fault, planted on top of a known divergence of its family."""
+    """The same fault on top of a known divergence of its family."""
     return fault.model_copy(update={"case": KNOWN[fault.case], "known": True})
 
 
-def _without_numbers(fault: Fault, result: CaseResult) -> Outcome:
-    """A case that ended as a pass, as a known divergence or as an error."""
+def _without_numbers(fault: Fault, result: CaseResult) -> Detection:
+    """The result of a case that passed, is known, or ended with an error."""
     if result.status in (Status.PASS, Status.KNOWN):
-        return Outcome(fault, found=NOWHERE)
+        return Detection(fault, found=NOWHERE)
     refused = fault.refused and fault.first in result.error
-    return Outcome(fault, found=fault.first) if refused else Outcome(fault, error=result.error)
+    return Detection(fault, found=fault.first) if refused else Detection(fault, error=result.error)
 
 
-def judge_source(faults: list[Fault], directory: Path) -> Iterator[Outcome]:
-    """The faults in candle-mi's own source, built one by one."""
+def judge_source(faults: list[Fault], directory: Path) -> Iterator[Detection]:
+    """Judge the faults in candle-mi's own source, with one build for each."""
     check_anchors(faults, released_crate())
     checkout = Checkout(cache_root(), directory)
     with checkout.candidate(None) as honest:
@@ -166,14 +166,13 @@ def judge_source(faults: list[Fault], directory: Path) -> Iterator[Outcome]:
     for fault in faults:
         try:
             with checkout.candidate(fault) as source:
-                yield outcome(fault, source, twins.__getitem__)
+                yield detect(fault, source, twins.__getitem__)
         except ParityError as error:  # it does not build
-            yield Outcome(fault, error=str(error))
+            yield Detection(fault, error=str(error))
 
 
 def main(
     source: Annotated[bool, typer.Option(help="the faults in candle-mi's own source, a build each")] = False,
-    fast: Annotated[bool, typer.Option(help="only the rows that `make test` runs")] = False,
     known: Annotated[bool, typer.Option(help="plant each on top of a known divergence of its family")] = False,
     only: Annotated[str, typer.Option(help="one fault by its id")] = "",
 ) -> None:
@@ -183,7 +182,6 @@ def main(
         fault
         for fault in load_faults()
         if (fault.source is not None) == source
-        and (fault.fast or not fast)
         and only in ("", fault.id)
         and (not known or (fault.case in KNOWN and fault.kind != "sae" and fault.id not in SAME))
     ]
@@ -193,18 +191,16 @@ def main(
         raise typer.Exit(2)
     with tempfile.TemporaryDirectory() as scratch:
         judging = (judge_source if source else judge_planted)(faults, Path(scratch))
-        outcomes = list(track(judging, "seeded faults", total=len(faults), console=Console(stderr=True)))
-    totals, right = Counter(one.fault.kind for one in outcomes), Counter(o.fault.kind for o in outcomes if o.right)
+        detections = list(track(judging, "seeded faults", total=len(faults), console=Console(stderr=True)))
+    totals = Counter(found.fault.kind for found in detections)
+    right = Counter(found.fault.kind for found in detections if found.right)
     for kind, count in totals.items():
         console.print(f"{kind}: {right[kind]} of {count} detected where they were planted", highlight=False)
-    for one in outcomes:
-        if not one.right:
-            found = one.error or f"{one.found} {one.reason}"
-            console.print(
-                f"{one.fault.id} ({one.fault.case}): expected {one.fault.first}, found {found}", markup=False
-            )
-    console.print(f"all: {right.total()} of {len(outcomes)}", highlight=False)
-    raise typer.Exit(0 if right.total() == len(outcomes) else 1)
+    for wrong in (found for found in detections if not found.right):
+        text = f"expected {wrong.fault.first}, found {wrong.error or f'{wrong.found} {wrong.reason}'}"
+        console.print(f"{wrong.fault.id} ({wrong.fault.case}): {text}", markup=False)
+    console.print(f"all: {right.total()} of {len(detections)}", highlight=False)
+    raise typer.Exit(0 if right.total() == len(detections) else 1)
 
 
 if __name__ == "__main__":

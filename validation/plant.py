@@ -28,9 +28,9 @@ REGISTERED = (model_faults, run_faults, numeric_faults)
 
 
 def emitted(fault: Fault, there: Real) -> InMemory:
-    """What the faulty float32 run emits in the mode of ``there``.
+    """The faulty float32 run in the mode of ``there``.
 
-    A fault of the written trace or of candle-mi's source leaves the honest run as it is.
+    For a fault of the written trace or of candle-mi's source it is the honest run.
     """
     forced = there.truth.meta["mode"] == "forced"
     if fault.tensor is not None:

@@ -115,7 +115,7 @@ def sae_mse_is_sum(run: Running) -> None:
 @fault
 def sae_top_from_one(run: Running) -> None:
     def change(dump: Dump) -> None:
-        dump.top_features = [Feature(index=one.index + 1, value=one.value) for one in dump.top_features]
+        dump.top_features = [Feature(index=feature.index + 1, value=feature.value) for feature in dump.top_features]
 
     run.after.append(change)
 

@@ -20,9 +20,9 @@ VERSION = "0.2.2"
 
 @functools.cache
 def released_crate() -> Path:
-    """The unpacked source of the release, where cargo keeps it.
+    """The directory in which cargo keeps the source of the release.
 
-    :raises CatalogueError: there is no cargo, or it has another version.
+    :raises CatalogueError: cargo is missing, or the version is another one.
     """
     command = ["cargo", "metadata", "--format-version", "1", "--locked"]
     command += ["--manifest-path", str(EMITTER / "Cargo.toml")]
@@ -30,10 +30,10 @@ def released_crate() -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise CatalogueError(f"cargo cannot say where candle-mi {VERSION} is: {error}") from error
-    found = [one for one in json.loads(done.stdout)["packages"] if one["name"] == "candle-mi"]
-    if [one["version"] for one in found] != [VERSION]:
-        raise CatalogueError(f"the emitter is locked to candle-mi {[one['version'] for one in found]}, not {VERSION}")
-    return Path(found[0]["manifest_path"]).parent
+    packages = [package for package in json.loads(done.stdout)["packages"] if package["name"] == "candle-mi"]
+    if (versions := [package["version"] for package in packages]) != [VERSION]:
+        raise CatalogueError(f"the emitter is locked to candle-mi {versions}, not {VERSION}")
+    return Path(packages[0]["manifest_path"]).parent
 
 
 def edited(text: str, edit: SourceEdit) -> str:
@@ -59,10 +59,10 @@ def check_anchors(faults: list[Fault], crate: Path) -> None:
 
 
 class Checkout:
-    """One copy of the crate that every fault is planted in by turns, so that cargo builds on what is there.
+    """A copy of the crate in which one fault after the other is planted, so that cargo builds incrementally.
 
-    :param cache: where the crate is copied to, always to the same place.
-    :param out: where the traces go.
+    :param cache: for the copy, always at the same place.
+    :param out: for the traces.
     """
 
     def __init__(self, cache: Path, out: Path) -> None:
@@ -71,9 +71,9 @@ class Checkout:
 
     @contextmanager
     def candidate(self, fault: Fault | None) -> Iterator[Source]:
-        """The built candidate, with a fault or, for the twin, without.
+        """The built candidate; without a fault for the twin.
 
-        :raises ParityError: the anchor is dead, or it does not build.
+        :raises ParityError: the anchor is not found, or the crate does not build.
         """
         self._lay_out(fault)
         name = fault.id if fault else "twin"

@@ -19,7 +19,7 @@ def diff_command(
     device_b: Annotated[str | None, typer.Option(help="Of B, where it is not A's: a GPU against the CPU.")] = None,
 ) -> None:
     """Compare two candidates with each other and with PyTorch. Exit code 0, or 1 when B is worse anywhere."""
-    from candle_mi_parity.files.json_out import write_json, write_text
+    from candle_mi_parity.files.json_out import write_text
     from candle_mi_parity.report import diff_views, tables
     from candle_mi_parity.report.terminal import Terminal, one_line_errors, progress_bar
     from candle_mi_parity.report.views import remove
@@ -31,14 +31,13 @@ def diff_command(
     with one_line_errors():
         wanted = globs(patterns, cases)
         chosen = select(load_cases(), list(wanted))
-        remove(out, "diff.json", "diff.html")
+        remove(out, "diff.html")
         with progress_bar() as bar:
             found = diff(
                 *((a, b), chosen, cache_root(), out / "diff", load_explanations(), Terminal(bar, len(chosen))),
                 devices=(device, device_b or device),
                 calls=not wanted,
             )
-        write_json(diff_views.document(found), out / "diff.json")
         write_text(diff_views.page(found), out / "diff.html")
         diff_views.terminal(found, tables.stdout())
         print(f"wrote {out / 'diff.html'}")
@@ -46,9 +45,9 @@ def diff_command(
 
 
 def history_command(out: OutOption = OUT) -> None:
-    """When each divergence came and went, over every stored release; writes history.html and history.json."""
+    """When each divergence came and went, over every stored release; writes history.html."""
     from candle_mi_parity.cli.run import run_with_progress
-    from candle_mi_parity.files.json_out import write_json, write_text
+    from candle_mi_parity.files.json_out import write_text
     from candle_mi_parity.report import history, tables
     from candle_mi_parity.report.terminal import one_line_errors
     from candle_mi_parity.report.views import remove
@@ -56,12 +55,11 @@ def history_command(out: OutOption = OUT) -> None:
     from candle_mi_parity.spec.explanations import load_explanations
 
     with one_line_errors():
-        remove(out, "history.json", "history.html")
+        remove(out, "history.html")
         releases = load_explanations().releases
-        told = history.make_history(
+        found = history.make_history(
             {release: run_with_progress(RunOptions(f"stored:{release}", out=out / release)) for release in releases}
         )
-        write_json(history.document(told), out / "history.json")
-        write_text(history.page(told), out / "history.html")
-        history.terminal(told, tables.stdout())
+        write_text(history.page(found), out / "history.html")
+        history.terminal(found, tables.stdout())
         print(f"wrote {out / 'history.html'}")

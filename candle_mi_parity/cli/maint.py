@@ -12,7 +12,6 @@ from candle_mi_parity.cli.options import (
     OUT,
     CandidateOption,
     CasesOption,
-    Globs,
     OutOption,
     globs,
 )
@@ -60,28 +59,6 @@ def store(
 
 
 @maint.command()
-def ratios(
-    patterns: Globs = None,
-    candidate: CandidateOption = DEFAULT_CANDIDATE,
-    cases: CasesOption = None,
-    out: OutOption = OUT,
-) -> None:
-    """How near the passing cases come to the gate. `torch` judges torch's own float32."""
-    from candle_mi_parity.cli.run import run_with_progress
-    from candle_mi_parity.compare.verdict import Status
-    from candle_mi_parity.report import tables
-    from candle_mi_parity.report.terminal import one_line_errors
-    from candle_mi_parity.run.run import RunOptions
-
-    with one_line_errors():
-        result = run_with_progress(RunOptions(candidate, globs(patterns, cases), out))
-        result.cases = [case for case in result.cases if case.status is Status.PASS]
-        tables.stdout().print(tables.clean_ratios(result))
-    outside = [case.id for case in result.cases if tables.clean_row(case.tensors)[-1] != "yes"]
-    raise typer.Exit(1 if outside or not result.cases else 0)
-
-
-@maint.command()
 def fields(family: Annotated[str | None, typer.Option(help="One model family; without it, all.")] = None) -> None:
     """Every config field that transformers reads, what covers it, and its effect over noise."""
     from candle_mi_parity.coverage.field_check import check
@@ -105,7 +82,7 @@ def calls(candidate: CandidateOption = DEFAULT_CANDIDATE, out: OutOption = OUT) 
     """Judge direct calls of candle-mi's public functions, which `run` does too. Exit codes as of `run`."""
     from candle_mi_parity.candidate.sources import open_source
     from candle_mi_parity.candidate.spelling import parse_candidate
-    from candle_mi_parity.coverage.calls_judge import expectations, hold_known, judge_source
+    from candle_mi_parity.coverage.calls_judge import expectations, judge_source, report_outdated
     from candle_mi_parity.report import tables
     from candle_mi_parity.report.terminal import one_line_errors
     from candle_mi_parity.run.run import RunOptions, blank
@@ -116,7 +93,7 @@ def calls(candidate: CandidateOption = DEFAULT_CANDIDATE, out: OutOption = OUT) 
         with open_source(parse_candidate(candidate), cache_root(), out / "traces", lambda line: None) as source:
             judged = judge_source(source, candidate, held_to, cache_root(), out / "calls.json")
             if judged.lost is None and source.identity is not None:
-                hold_known(judged, held_to, source.identity, result)
+                report_outdated(judged, held_to, source.identity, result)
         result.calls, result.known = judged.direct, dict(held_to.rows)
         tables.run_tables(result, tables.stdout())
     raise typer.Exit(result.verdict.exit_code)

@@ -18,16 +18,17 @@ def repro_command(
     fixed: Annotated[str | None, typer.Option(help="A candidate on which the test must pass.")] = None,
 ) -> None:
     """Shrink a divergence and write its model, expected tensor, Rust test, Python script and issue text."""
-    from candle_mi_parity.report import tables
+    from candle_mi_parity.files.escape import printable
     from candle_mi_parity.report.terminal import one_line_errors, progress_bar
-    from candle_mi_parity.repro.command import repro, repro_table
+    from candle_mi_parity.repro.command import repro
     from candle_mi_parity.spec.paths import cache_root
 
     with one_line_errors():
         with progress_bar() as bar:
             task = bar.add_task("starting", total=None)
             tell = lambda line: bar.update(task, description=line)  # noqa: E731
-            lines = repro(case, candidate, out, cache_root(), tell, prove, fixed)
-        repro_table(lines, tables.stdout())
-        print(f"{len(lines)} reproduced, below {out}")
-    raise typer.Exit(0 if all(line.proven for line in lines) else 1)
+            found = repro(case, candidate, out, cache_root(), tell, prove, fixed)
+        for reproduced in found:
+            print(printable(reproduced.line()))
+        print(f"{len(found)} reproduced, below {out}")
+    raise typer.Exit(0 if all(reproduced.proven for reproduced in found) else 1)

@@ -1,9 +1,8 @@
-"""Two traces made comparable: what one kept in part is cut out of the other, and entries kept by both are found."""
+"""Two traces made comparable where one of them is stored in part, and the distance between their tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,11 +16,11 @@ from candle_mi_parity.trace.truth import Truth
 
 
 @dataclass
-class Cut:
-    """A whole trace, of which as much is shown as another one kept.
+class PartialView:
+    """A whole trace, restricted to what another trace holds.
 
-    :ivar parts: tensor → what is shown of it.
-    :ivar shown: the tensors that are shown at all.
+    :ivar parts: tensor → the part of it that is shown.
+    :ivar shown: names of the tensors that are shown.
     """
 
     whole: Emitted
@@ -35,11 +34,13 @@ class Cut:
 
     def _entry(self, entry: TensorEntry) -> TensorEntry:
         part = self.parts.get(entry.name)
-        if part is None or part.shape != entry.shape:  # another shape is for the comparison to say
+        if part is None or part.shape != entry.shape:  # the comparison reports another shape
             return entry
         last = entry.shape[-1] if part.columns is None else len(part.columns)
         shape = [*entry.shape[:-2], len(part.rows), last]
-        return entry.model_copy(update={"shape": shape, "values": None, "file": "cut", "key": "cut", "part": part})
+        return entry.model_copy(
+            update={"shape": shape, "values": None, "file": "partial", "key": "partial", "part": part}
+        )
 
     @property
     def dtype(self) -> str:
@@ -57,76 +58,66 @@ class Cut:
         return selected(self.whole.tensor(name), self.entries[name].part)
 
     def rows(self, name: str, rows: slice) -> np.ndarray:
-        cut = self.entries[name].part is not None
-        return self.tensor(name)[..., rows, :] if cut else self.whole.rows(name, rows)
+        partial = self.entries[name].part is not None
+        return self.tensor(name)[..., rows, :] if partial else self.whole.rows(name, rows)
 
 
-def parts_of(trace: Emitted) -> dict[str, Selection]:
-    return {name: entry.part for name, entry in trace.entries.items() if entry.part is not None}
-
-
-def like_with_like(one: Emitted, other: Emitted, selection: set[str], known: set[str]) -> tuple[Emitted, Emitted]:
-    """The two traces, a whole one cut to what is kept of the other.
+def align_traces(one: Emitted, other: Emitted, selection: set[str], known: set[str]) -> tuple[Emitted, Emitted]:
+    """The two traces; if one of them is stored in part, the other is restricted to the same part.
 
     :param selection: tensors of which a trace in part keeps something.
-    :param known: all names of the truth; a tensor that it has not stays in sight.
+    :param known: all names of the truth; a tensor under another name stays visible.
     """
-    mine, theirs = parts_of(one), parts_of(other)
-    if bool(mine) == bool(theirs):
+    parts, other_parts = (
+        {name: entry.part for name, entry in trace.entries.items() if entry.part is not None}
+        for trace in (one, other)
+    )
+    if bool(parts) == bool(other_parts):
         return one, other
 
-    def cut(whole: Emitted, parts: dict[str, Selection]) -> Emitted:
-        return Cut(whole, parts, {name for name in whole.entries if name in selection or name not in known})
+    def restrict(whole: Emitted, kept: dict[str, Selection]) -> Emitted:
+        return PartialView(whole, kept, {name for name in whole.entries if name in selection or name not in known})
 
-    return (one, cut(other, mine)) if mine else (cut(one, theirs), other)
+    return (one, restrict(other, parts)) if parts else (restrict(one, other_parts), other)
 
 
 def common(one: TensorEntry, other: TensorEntry) -> Selection | None:
-    """What both hold of a tensor; None where both are whole. Its rows or columns are empty where they share none."""
+    """The part of a tensor that both traces hold, possibly without rows or columns; None if both are whole."""
     if one.part is None and other.part is None:
         return None
     shape = one.part.shape if one.part else one.shape
-    rows, columns = _both(_rows(one), _rows(other)), None
-    mine, theirs = (entry.part.columns if entry.part else None for entry in (one, other))
-    if mine is not None or theirs is not None:
-        every = list(range(shape[-1]))
-        columns = _both(every if mine is None else mine, every if theirs is None else theirs)
+    rows, columns = (
+        [index for index in kept if index in set(other_kept)]
+        for kept, other_kept in zip(_kept(one), _kept(other), strict=True)
+    )
     return Selection(shape=shape, rows=rows, columns=columns)
 
 
-def _rows(entry: TensorEntry) -> list[int]:
-    return entry.part.rows if entry.part else list(range(entry.shape[-2]))
-
-
-def _both(one: list[int], other: list[int]) -> list[int]:
-    kept = set(other)
-    return [index for index in one if index in kept]
+def _kept(entry: TensorEntry) -> tuple[list[int], list[int]]:
+    """Rows and columns of the whole tensor that a trace holds."""
+    if entry.part is None:
+        return list(range(entry.shape[-2])), list(range(entry.shape[-1]))
+    columns = entry.part.columns
+    return entry.part.rows, list(range(entry.part.shape[-1])) if columns is None else columns
 
 
 def restricted(array: np.ndarray, entry: TensorEntry, part: Selection | None) -> np.ndarray:
-    """What a :func:`common` part leaves of a tensor that may itself be kept in part.
+    """The :func:`common` part of a tensor that may itself be stored in part.
 
     :param array: as the trace holds it.
     """
     if part is None:
         return array
-    held = _rows(entry)
-    array = array[..., [held.index(row) for row in part.rows], :]
-    if part.columns is None:
-        return array
-    columns = entry.part.columns if entry.part else None
-    places = part.columns if columns is None else [columns.index(column) for column in part.columns]
-    return array[..., places]
-
-
-TOP_TOKENS = 10
+    rows, columns = ({index: place for place, index in enumerate(kept)} for kept in _kept(entry))
+    array = array[..., [rows[row] for row in part.rows], :]
+    return array[..., [columns[column] for column in part.columns or []]]
 
 
 @dataclass(frozen=True)
 class Distance:
     """Between A and B.
 
-    :ivar same: equal to the bit, wherever both hold the tensor.
+    :ivar same: bitwise equal, wherever both hold the tensor.
     :ivar position: largest rms(B − A)/noise over positions; gate 8.
     :ivar element: largest \\|B − A\\|/σ over elements; gate 32.
     :ivar decisions: features, tokens or counts that differ.
@@ -139,7 +130,7 @@ class Distance:
 
     @property
     def inside(self) -> bool:
-        """Rounding can explain it; written so that NaN is not inside. Decisions are left to the verdicts."""
+        """Rounding can explain it; NaN is not inside. Decisions do not count here."""
         return self.same or (self.position < POSITION_GATE and self.element < ELEMENT_GATE)
 
     @property
@@ -149,13 +140,13 @@ class Distance:
 
 
 SAME = Distance(True)
-ENDLESS = Distance(False, math.inf, math.inf)
+INFINITE = Distance(False, math.inf, math.inf)
 
 
 def tensor_distance(name: str, truth: Truth, a: Emitted, b: Emitted) -> Distance | None:
-    """Of a tensor that both hold in the truth's shape; None where the parts that they keep have nothing in common.
+    """Distance between two tensors of the truth's shape; None if the traces hold no common part.
 
-    :raises TraceError: bytes that are not what a trace declares.
+    :raises TraceError: the bytes are not those that the trace declares.
     """
     part = common(a.entries[name], b.entries[name])
     if part is not None and (not part.rows or part.columns == []):
@@ -164,7 +155,7 @@ def tensor_distance(name: str, truth: Truth, a: Emitted, b: Emitted) -> Distance
     if one.dtype == other.dtype and np.ascontiguousarray(one).tobytes() == np.ascontiguousarray(other).tobytes():
         return SAME
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
-        return ENDLESS
+        return INFINITE
     one, other = one.astype(np.float64), other.astype(np.float64)
     chain, _, kind = name.partition(".")
     if chain in truth.sae and kind == "features":
@@ -176,11 +167,10 @@ def tensor_distance(name: str, truth: Truth, a: Emitted, b: Emitted) -> Distance
     if expected.allowed is not None:
         mask = np.broadcast_to(selected(expected.allowed, part), one.shape)
         if name.endswith("hook_pattern"):
-            # Whether a forbidden key is read is a decision. Where both read it, the position's noise is the measure.
+            # Whether a masked key is read is a decision. Where both read it, the position's noise is the measure.
             if (((one != 0) != (other != 0)) & ~mask).any():
-                return ENDLESS
-            read = mask | (one != 0)
-            value, mask = np.where(mask, value, one), read
+                return INFINITE
+            value, mask = np.where(mask, value, one), mask | (one != 0)
     unit = UNIT if chain in truth.sae else UNITS[a.dtype]
     return _measured(other - one, value, noise, mask, unit)
 
@@ -192,43 +182,9 @@ def _measured(
     return Distance(False, float(found.position.max()), float(found.element.max()), decisions)
 
 
-def figure_distance(name: str, a: Emitted, b: Emitted, one: TensorResult, other: TensorResult) -> Distance | None:
-    """Of what is judged beside the tensors: a scalar in units of its σ, or decisions counted.
-
-    :param one: A's result, which carries the scalar's noise.
-    """
-    if decide := _DECISIONS.get(name):
-        decisions = decide(a, b)
-        return SAME if not decisions else Distance(False, decisions=decisions)
+def figure_distance(one: TensorResult, other: TensorResult) -> Distance:
+    """Distance between scalars in units of their σ; decisions differ if their results do."""
     if one.worst is None or other.worst is None:
-        return None
+        return SAME if one == other else Distance(False, decisions=max(1, abs(other.past - one.past)))
     size = abs(other.worst.got - one.worst.got)
     return SAME if size == 0 else Distance(False, element=size / one.worst.noise)
-
-
-def _next_tokens(a: Emitted, b: Emitted) -> int:
-    one, other = (trace.tensor("logits").argmax(-1) for trace in (a, b))
-    return int(np.count_nonzero(one != other))
-
-
-def _top_tokens(a: Emitted, b: Emitted) -> int:
-    tops = [set(np.argsort(-trace.tensor("logits")[0, -1], kind="stable")[:TOP_TOKENS].tolist()) for trace in (a, b)]
-    return len(tops[0] - tops[1])
-
-
-def _top_features(a: Emitted, b: Emitted) -> int:
-    one, other = ({feature.index for feature in trace.top_features} for trace in (a, b))
-    return max(len(one - other), len(other - one))
-
-
-def _active(a: Emitted, b: Emitted) -> int:
-    one, other = (trace.scalars.get("sae.n_active_last_pos", math.nan) for trace in (a, b))
-    return 0 if one == other else max(1, int(abs(other - one))) if math.isfinite(other - one) else 1
-
-
-_DECISIONS: dict[str, Callable[[Emitted, Emitted], int]] = {
-    "logits.next_token": _next_tokens,
-    "logits.top10_last_pos": _top_tokens,
-    "sae.top_features_last_pos": _top_features,
-    "sae.n_active_last_pos": _active,
-}

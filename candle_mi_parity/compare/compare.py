@@ -1,6 +1,6 @@
 """Compare a trace with the truth: header → presence → shape → dtype → finite → values.
 
-Knows no model and no candidate: numbers in, results out.
+This module knows neither models nor candidates, only tensors.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from candle_mi_parity.compare.compare_sae import judge_sae, judge_sae_scalars, say_whose_fault
+from candle_mi_parity.compare.compare_sae import attribute_sae_failures, judge_sae, judge_sae_scalars
 from candle_mi_parity.compare.diagnose import diagnose
 from candle_mi_parity.compare.gate import ELEMENT_GATE, UNITS, measure
 from candle_mi_parity.compare.out_of_range import excuse_out_of_range
@@ -26,8 +26,8 @@ from candle_mi_parity.trace.truth import Expected, Truth
 def check_header(truth: Truth, trace: Trace, inputs_digest: str | None) -> None:
     """Refuse a trace of something else before any number is compared.
 
-    :param inputs_digest: sha256 of the inputs file that the candidate was to be fed; None for none.
-    :raises TraceError: what was found, what was expected.
+    :param inputs_digest: SHA-256 of the inputs file for the candidate; None if there is none.
+    :raises TraceError: the trace is of something else; says what was found and expected.
     """
     header = trace.header
     checks = [
@@ -48,7 +48,7 @@ def _token_difference(expected: list[list[int]], found: list[list[int]]) -> str:
     first, other = (rows[0] if rows else [] for rows in (expected, found))
     hint = "token ids differ"
     if first[1:] == other:
-        hint += ": the reference has BOS at 0, the candidate has not"
+        hint += ": the reference has BOS at 0, the candidate does not"
     elif other[1:] == first:
         hint += ": the candidate's BOS is doubled"
     return f"{hint}; expected {one_line(str(expected))}, found {one_line(str(found))}"
@@ -57,11 +57,11 @@ def _token_difference(expected: list[list[int]], found: list[list[int]]) -> str:
 def compare(
     truth: Truth, trace: Emitted, decoder: np.ndarray | None, selection: set[str] | None
 ) -> list[TensorResult]:
-    """All tensors of a case, in execution order, then the SAE's scalars.
+    """Compare all tensors of a case in execution order, then its decisions and scalars.
 
-    :param decoder: ``W_dec`` [d_sae, d_in], to give the reconstruction the features that were excused.
-    :param selection: the tensors that a trace stored in part is to hold; None for all.
-    :raises TraceError: a tensor whose bytes are not what the trace declares.
+    :param decoder: ``W_dec`` [d_sae, d_in], to adjust the expected reconstruction by the excused features.
+    :param selection: the tensors that a trace stored in part must hold; None for all.
+    :raises TraceError: the bytes of a tensor are not those that the trace declares.
     """
     results: list[TensorResult] = []
     passed: dict[str, bool] = {}
@@ -71,7 +71,7 @@ def compare(
         feeders = [feeder for feeder in _feeders_of(name, truth) if feeder in passed]
         agreed = all(passed[feeder] for feeder in feeders) if feeders else None
         if name not in trace.entries:
-            result = TensorResult(name, Status.FAIL, "missing", detail=_there(trace))
+            result = TensorResult(name, Status.FAIL, "missing", detail=_available(trace))
         elif name.startswith("sae"):
             result = judge_sae(name, truth, trace, decoder, agreed)
         else:
@@ -84,21 +84,21 @@ def compare(
         if name not in truth.tensors
     ]
     chains = [name for name in truth.sae if selection is None or f"{name}.features" in selection]
-    results = say_whose_fault(results)
+    results = attribute_sae_failures(results)
     scalars = judge_sae_scalars(truth, trace, decoder, chains)
     results += _judge_tokens(truth, trace) + scalars + _surplus(trace, {scalar.name for scalar in scalars})
     return excuse_out_of_range(results, truth, trace.dtype, lambda name: _feeders_of(name, truth))
 
 
 def _surplus(trace: Emitted, judged: set[str]) -> list[TensorResult]:
-    """Numbers beside the tensors that nothing is compared with: as wrong as a tensor that the truth has not."""
+    """Fail scalars that the truth does not have, like tensors that it does not have."""
     given = set(trace.scalars) | ({"sae.top_features_last_pos"} if trace.top_features else set())
     detail = "the truth has no scalar of this name"
     return [TensorResult(name, Status.FAIL, "unexpected", detail=detail) for name in sorted(given - judged)]
 
 
-def look(truth: Truth, trace: Emitted, results: list[TensorResult]) -> Diagnosis | None:
-    """What the error of the first diverging tensor looks like; None where there are no two tensors to look at."""
+def first_diagnosis(truth: Truth, trace: Emitted, results: list[TensorResult]) -> Diagnosis | None:
+    """The shape of the error of the first diverging tensor; None if there are no two tensors to compare."""
     first = next((result for result in results if result.status is Status.FAIL), None)
     if first is None or first.reason not in ("values", "masked", "nonfinite", "flips"):
         return None
@@ -111,9 +111,9 @@ def look(truth: Truth, trace: Emitted, results: list[TensorResult]) -> Diagnosis
 
 
 def _feeders_of(name: str, truth: Truth) -> list[str]:
-    """The tensors of the truth that a tensor is computed from, those that were given to the candidate left out."""
+    """The tensors of the truth that a tensor is computed from, without those that were given to the candidate."""
     feeders = _feeders(name, truth)
-    if truth.meta["mode"] == "forced":  # what a half-layer starts from is given, and agrees by construction
+    if truth.meta["mode"] == "forced":  # the input of each half-layer is given, and agrees by construction
         feeders = [feeder for feeder in feeders if not feeder.endswith(FORCED)]
     return feeders
 
@@ -124,7 +124,7 @@ def _feeders(name: str, truth: Truth) -> list[str]:
     return [truth.meta["sae_hook"]] if name == "sae.features" else inputs_of(name)
 
 
-def _there(trace: Emitted) -> str:
+def _available(trace: Emitted) -> str:
     names = list(trace.entries)
     return f"the trace holds {len(names)} tensors" + (f": {', '.join(names[:4])}, …" if names else "")
 
@@ -133,18 +133,18 @@ def _judge(name: str, expected: Expected, trace: Emitted, agreed: bool | None) -
     entry = trace.entries[name]
     if broken := malformed(entry, expected.shape, trace.dtype, agreed):
         return broken
-    cut = stretches(entry)
-    found = _judge_stretches(name, expected, trace, agreed, cut)
-    # What a mask forbids, too, is counted over the whole.
-    again = found.reason == "masked" and len(cut) > 1
-    return _judge_stretches(name, expected, trace, agreed, [slice(None)]) if again else found
+    chunks = stretches(entry)
+    result = _judge_chunks(name, expected, trace, agreed, chunks)
+    # Leaked entries are counted over the whole tensor.
+    again = result.reason == "masked" and len(chunks) > 1
+    return _judge_chunks(name, expected, trace, agreed, [slice(None)]) if again else result
 
 
-def _judge_stretches(
-    name: str, expected: Expected, trace: Emitted, agreed: bool | None, cut: list[slice]
+def _judge_chunks(
+    name: str, expected: Expected, trace: Emitted, agreed: bool | None, chunks: list[slice]
 ) -> TensorResult:
     tallies, exact = [], True
-    for rows in cut:
+    for rows in chunks:
         got = trace.rows(name, rows)
         value, noise, mask = _expected(expected, trace.entries[name].part, rows, got)
         if broken := nonfinite(name, got, value, agreed):
@@ -153,23 +153,23 @@ def _judge_stretches(
             return _leak(name, leaked, got, mask, agreed)
         exact = exact and not noise.any() and (mask is None or bool(mask.all()))
         for block in blocks(got.shape):
-            here = np.index_exp[..., block, :]
-            some, true = got[here].astype(np.float64), value[here]
-            allowed = None if mask is None else mask[here]
-            measured = measure(some - true, true, noise[here], allowed, unit=UNITS[trace.dtype])
-            tallies.append(tally(measured, some, true, allowed, (rows.start or 0) + block.start))
+            part = np.index_exp[..., block, :]
+            got_part, value_part = got[part].astype(np.float64), value[part]
+            mask_part = None if mask is None else mask[part]
+            measured = measure(got_part - value_part, value_part, noise[part], mask_part, unit=UNITS[trace.dtype])
+            tallies.append(tally(measured, got_part, value_part, mask_part, (rows.start or 0) + block.start))
     return concluded(name, tallies, agreed, "exact by construction" if exact else "", exact)
 
 
 def _expected(
     expected: Expected, part: Selection | None, rows: slice, got: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Value, noise and mask of what a trace holds of a tensor, or of a stretch of that."""
-    there = expected if rows == slice(None) else expected.rows(rows)
-    mask = there.allowed
+    """Value, noise and mask for the part and rows of a tensor that a trace holds."""
+    chunk = expected if rows == slice(None) else expected.rows(rows)
+    mask = chunk.allowed
     if mask is not None:
         mask = np.broadcast_to(selected(mask, part), got.shape)
-    return selected(there.value, part), selected(there.noise, part), mask
+    return selected(chunk.value, part), selected(chunk.noise, part), mask
 
 
 def _leak(name: str, leaked: np.ndarray, got: np.ndarray, mask: np.ndarray, agreed: bool | None) -> TensorResult:
@@ -184,10 +184,10 @@ def _leak(name: str, leaked: np.ndarray, got: np.ndarray, mask: np.ndarray, agre
 
 
 def _judge_tokens(truth: Truth, trace: Emitted) -> list[TensorResult]:
-    """The greedy next token at every position, and the ten likeliest at the last.
+    """The greedy next token at every position, and the ten most likely ones at the last.
 
-    A token may take another's place only where the truth's own margin between the two is inside the gate; such
-    a tie is counted, not failed.
+    Tokens may be exchanged only where the truth's margin between them is inside the gate; such a tie is counted and
+    does not fail.
     """
     entry, expected = trace.entries.get("logits"), truth.tensors.get("logits")
     if entry is None or expected is None or entry.part is not None or tuple(entry.shape) != expected.shape:
@@ -201,10 +201,10 @@ def _judge_tokens(truth: Truth, trace: Emitted) -> list[TensorResult]:
         ours, theirs = value.argmax(-1), got.argmax(-1)
         flips = ours != theirs
         decisions += flips.size
-        # A position's σ depends on no other's, and is wanted only where the two sides differ and at the last.
-        odd = np.flatnonzero(flips.any(0) | (np.arange(flips.shape[-1]) == flips.shape[-1] - 1))
-        value, got, noise = value[:, odd], got[:, odd], noise[:, odd]
-        ours, theirs, flips = ours[:, odd], theirs[:, odd], flips[:, odd]
+        # σ is needed only where the two sides differ, and at the last position.
+        needed = np.flatnonzero(flips.any(0) | (np.arange(flips.shape[-1]) == flips.shape[-1] - 1))
+        value, got, noise = value[:, needed], got[:, needed], noise[:, needed]
+        ours, theirs, flips = ours[:, needed], theirs[:, needed], flips[:, needed]
         sigma = measure(np.zeros_like(value), value, noise, unit=UNITS[trace.dtype]).sigma
         margin = _at(value, ours) - _at(value, theirs)
         allowed = ELEMENT_GATE * (_at(sigma, ours) + _at(sigma, theirs))
@@ -222,12 +222,12 @@ TOP_TOKENS = 10
 
 
 def _top_tokens(value: np.ndarray, got: np.ndarray, sigma: np.ndarray) -> TensorResult:
-    """Of one position [V]: a token of one side's top ten that the other has not must tie with its tenth."""
+    """Of one position [V]: a token in the top ten of one side only must tie with the tenth."""
     ours, theirs = (set(np.argsort(-logits, kind="stable")[:TOP_TOKENS].tolist()) for logits in (value, got))
     tenth = min(ours, key=lambda token: value[token])
-    odd = ours ^ theirs
-    wrong = [t for t in odd if not abs(value[t] - value[tenth]) < ELEMENT_GATE * (sigma[t] + sigma[tenth])]
-    return _discrete("logits.top10_last_pos", TOP_TOKENS, len(odd) // 2, (len(wrong) + 1) // 2)
+    exchanged = ours ^ theirs
+    wrong = [t for t in exchanged if not abs(value[t] - value[tenth]) < ELEMENT_GATE * (sigma[t] + sigma[tenth])]
+    return _discrete("logits.top10_last_pos", TOP_TOKENS, len(exchanged) // 2, (len(wrong) + 1) // 2)
 
 
 def _discrete(name: str, decisions: int, flipped: int, wrong: int) -> TensorResult:

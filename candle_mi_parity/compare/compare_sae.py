@@ -16,14 +16,14 @@ from candle_mi_parity.trace.truth import SaeTruth, Truth, TruthTensor
 
 @dataclass(frozen=True)
 class Decisions:
-    """What the truth decides of each feature, and how far each decision is from turning. All [B, T, d_sae].
+    """The truth's decision on each feature, and its margin. All arrays are [B, T, d_sae].
 
     :ivar active: whether it fires.
-    :ivar margin: ``|pre − θ|``; for TopK θ is the largest value left out, or for one left out the least kept, and at
-        least 0.
+    :ivar margin: ``|pre − θ|``. For TopK, θ of a kept feature is the largest value that is not kept, and θ of any
+        other feature is the smallest kept value, at least 0.
     :ivar sigma: noise of the pre-activation.
-    :ivar doubt: noise of the margin: TopK's θ is another feature's value, and has a noise of its own.
-    :ivar paired: whether θ is another feature's value, so that the one can only fire in the other's place.
+    :ivar doubt: noise of the margin: TopK's θ is the value of another feature, with its own noise.
+    :ivar paired: whether θ is the value of another feature, so that one can fire only instead of the other.
     """
 
     active: np.ndarray
@@ -34,7 +34,7 @@ class Decisions:
 
     @property
     def turns(self) -> np.ndarray:
-        """Where rounding may decide otherwise."""
+        """Where rounding may change the decision."""
         return np.asarray(self.margin < ELEMENT_GATE * self.doubt)
 
     def part(self, part: Selection | None) -> Decisions:
@@ -47,7 +47,7 @@ def decisions(sae: SaeTruth) -> Decisions:
     sigma = measure(np.zeros_like(pre), pre, sae.pre.noise).sigma
     if not sae.k:
         return Decisions(pre > sae.threshold, np.abs(pre - sae.threshold), sigma, sigma, np.zeros(pre.shape, bool))
-    # As the oracle keeps them: of equal values the first.
+    # Of equal values the oracle keeps the first.
     order = np.argsort(-pre, axis=-1, kind="stable")
     width = pre.shape[-1]
     k = np.full((*pre.shape[:-1], 1), min(sae.k, width))
@@ -57,7 +57,7 @@ def decisions(sae: SaeTruth) -> Decisions:
     np.put_along_axis(kept, order, np.arange(width) < k, -1)
     least = np.take_along_axis(order, np.maximum(k - 1, 0), -1)
     left = np.take_along_axis(order, np.minimum(k, width - 1), -1)
-    # With as many kept as there are, nothing is left out to lose to.
+    # If all features are kept, none competes.
     whole = k >= width
     rival = np.where(kept & ~whole, left, least)
     theta, noise = np.take_along_axis(pre, rival, -1), np.take_along_axis(sigma, rival, -1)
@@ -73,7 +73,8 @@ def decisions(sae: SaeTruth) -> Decisions:
 class Flips:
     """Features that are active on one side only.
 
-    :ivar excused: boolean [B, T, d_sae], where the margin is less than 32 times its noise, and TopK keeps as many.
+    :ivar excused: boolean [B, T, d_sae], where the margin is less than 32 times its noise; for TopK also only if the
+        number of kept features is the same.
     :ivar active: the candidate's active set, same shape.
     """
 
@@ -104,7 +105,7 @@ class Flips:
 
 
 def flips(truth: Decisions, features: np.ndarray) -> Flips:
-    """Which features differ in being active, and whether rounding explains it.
+    """The features that are active on one side only, and whether rounding explains it.
 
     :param features: the candidate's, float64 [B, T, d_sae].
     """
@@ -145,13 +146,13 @@ def judge_sae(
 
 
 def _whole_features(trace: Emitted, chain: str) -> bool:
-    """Whether all features of the compared positions are there, so that a flip can be seen and granted."""
+    """Whether the trace holds all features of the compared positions, so that every flip is visible."""
     entry = trace.entries.get(f"{chain}.features")
     return entry is not None and (entry.part is None or entry.part.columns is None)
 
 
 def _unless_doubtful(result: TensorResult, sae: SaeTruth, position: int | None) -> TensorResult:
-    """A failure that a flip nobody can see might explain is not measured; a pass stays a pass."""
+    """UNMEASURED for a failure that an invisible flip might explain."""
     turns = decisions(sae).turns
     doubtful = bool((turns if position is None else turns[:, position]).any())
     if result.status is not Status.FAIL or not doubtful:
@@ -165,12 +166,12 @@ def _judge_features(
     name: str, pre: TruthTensor, truth: Decisions, got: np.ndarray, agreed: bool | None
 ) -> TensorResult:
     found = flips(truth, got)
-    # Where both fire, the value counts; where the candidate alone does, its value still has to be pre.
+    # The value is compared where both fire, and where only the candidate fires within the gate.
     compared = found.active & (truth.active | found.excused)
     expected = np.where(compared, pre.value, 0.0)
     measured = measure(got - pre.value, pre.value, pre.noise, compared)
     result = judged(name, measured, got, expected, compared, agreed, found.describe())
-    # An inactive feature is compared too: as a decision.
+    # An inactive feature is compared as a decision.
     result = replace(result, compared=got.size, left_out=0)
     if not found.unexcused.any():
         return result
@@ -192,9 +193,9 @@ def _with_excused(
     recon: np.ndarray,
     noise: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """The truth's reconstruction once the candidate's excused flips are granted, and its noise.
+    """The truth's reconstruction after the candidate's excused flips, its noise, and a remark.
 
-    The decisions that rounding may turn are taken from the candidate; every number stays the truth's.
+    Decisions that rounding may change are taken from the candidate; all values are the truth's.
     """
     entry = trace.entries.get(features)
     if entry is None or decoder is None:
@@ -208,18 +209,17 @@ def _with_excused(
     found = flips(decisions(sae).part(entry.part), got)
     if not found.excused.any():
         return recon, noise, ""
-    # A feature that both a tie and ReLU leave at zero changes nothing by being named.
     sign = np.where(found.active, 1.0, -1.0) * found.excused
     recon = recon + ((sign * pre) @ decoder) * scale
     noise = np.sqrt(noise**2 + ((found.excused * found.truth.sigma**2) @ decoder**2) * scale**2)
     return recon, noise, f"{int(found.excused.sum())} excused flips granted to the reconstruction"
 
 
-def say_whose_fault(results: list[TensorResult]) -> list[TensorResult]:
-    """Of a chain that fails, whether the SAE fails alone too, fed the truth's residual."""
+def attribute_sae_failures(results: list[TensorResult]) -> list[TensorResult]:
+    """Say for each failure of an SAE whether the SAE also fails on the truth's residual."""
     alone = {r.name.removeprefix("sae_on_truth."): r.status for r in results if r.name.startswith("sae_on_truth.")}
 
-    def said(result: TensorResult) -> TensorResult:
+    def attributed(result: TensorResult) -> TensorResult:
         twin = alone.get(result.name.removeprefix("sae."))
         if not result.name.startswith("sae.") or result.status is not Status.FAIL or twin is None:
             return result
@@ -230,15 +230,15 @@ def say_whose_fault(results: list[TensorResult]) -> list[TensorResult]:
         )
         return replace(result, detail=f"{result.detail}; {fault}" if result.detail else fault)
 
-    return [said(result) for result in results]
+    return [attributed(result) for result in results]
 
 
 def judge_sae_scalars(
     truth: Truth, trace: Emitted, decoder: np.ndarray | None, chains: list[str]
 ) -> list[TensorResult]:
-    """MSE with its propagated noise; for ``sae`` the last position's count, norms and top features too.
+    """MSE with its propagated noise; for ``sae`` also the last position's count, norms and top features.
 
-    :param chains: those of ``sae`` and ``sae_on_truth`` that the trace is to hold.
+    :param chains: those of ``sae`` and ``sae_on_truth`` that the trace must hold.
     """
     results = []
     for chain in chains:
@@ -265,7 +265,6 @@ def _last_position(truth: Truth, trace: Emitted) -> list[TensorResult]:
         "sae.resid_last_norm": (sae.residual, truth.tensors[truth.meta["sae_hook"]].noise),
     }
     decided = decisions(sae)
-    # Features that fire with a positive value are counted, on either side.
     positive = decided.active[0, -1] & (sae.pre.value[0, -1] > 0)
     doubtful, active = int(decided.turns[0, -1].sum()), int(positive.sum())
     results = [_judge_count("sae.n_active_last_pos", active, doubtful, trace), _judge_top(truth, trace)]
@@ -278,7 +277,7 @@ def _last_position(truth: Truth, trace: Emitted) -> list[TensorResult]:
 
 
 def _judge_top(truth: Truth, trace: Emitted) -> TensorResult:
-    """The strongest features of the last position: right values, none missing that is clearly stronger."""
+    """The strongest features of the last position: their values, and that no clearly stronger one is missing."""
     name = "sae.top_features_last_pos"
     decided = decisions(truth.sae["sae"])
     sigma, turns = decided.sigma[0, -1], decided.turns[0, -1]
@@ -303,7 +302,7 @@ def _judge_top(truth: Truth, trace: Emitted) -> TensorResult:
     if not found:
         return result("")
     weakest = min(found, key=lambda index: value[index])
-    # A feature that rounding may turn off need not be listed, however strong it is when on.
+    # A feature that rounding may switch off need not be listed.
     left = [int(i) for i in np.flatnonzero((expected != 0) & ~turns) if int(i) not in found]
     tie = ELEMENT_GATE * (sigma + sigma[weakest])
     stronger = [index for index in left if value[index] - value[weakest] >= tie[index]]

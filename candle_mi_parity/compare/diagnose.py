@@ -1,6 +1,6 @@
-"""What an error looks like: a class for its shape where the data shows one, and its picture by position.
+"""The shape of an error, in one phrase and as a picture by position.
 
-Evidence for a reader, not a judgement: the gate has judged before.
+This is evidence for a reader; the verdict is the gate's.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ from candle_mi_parity.compare.gate import ELEMENT_GATE, measure
 from candle_mi_parity.compare.verdict import Diagnosis
 
 COLUMNS = 32
-"""Widest picture: heads as they are, features in this many blocks."""
+"""Largest width of the picture of features, in blocks."""
 ROWS = 64
 MOST = 0.99
-"""Share of the error's energy that makes one head or one position the place of it."""
+"""Share of the squared error that one head or position must have to be named."""
 EXPLAINED = 0.01
-"""A hypothesis holds when it leaves less than this share of the error's rms."""
+"""A hypothesis holds if it leaves less than this share of the error's rms."""
 
 
 def diagnose(
     tensor: str, got: np.ndarray, expected: np.ndarray, noise: np.ndarray, mask: np.ndarray | None
 ) -> Diagnosis:
-    """Look at one tensor [B, …, T, entries], batch row 0.
+    """Diagnose batch row 0 of a tensor [B, …, T, entries].
 
-    :param mask: True where an entry is compared; what it leaves out counts only where it is not 0 on the
-        candidate's side.
+    :param mask: True where an entry is compared; other entries count only if the candidate's value is not 0.
     """
     error = got - expected
     if mask is not None:
@@ -94,7 +93,7 @@ def _factor(got: np.ndarray, expected: np.ndarray, error: np.ndarray) -> str:
 
 
 def _precision(got: np.ndarray, expected: np.ndarray) -> str:
-    """Whether every value is one that a narrower format holds, and near enough to be the truth's rounding."""
+    """Whether every value is the truth rounded to a narrower format."""
     near = _rms(got - expected) < 0.01 * _rms(expected)
     bits = np.ascontiguousarray(got, np.float32).view(np.uint32)
     if near and not (bits & 0xFFFF).any():

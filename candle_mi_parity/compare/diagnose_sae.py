@@ -1,4 +1,4 @@
-"""Collect the :class:`SaeView` of a case: evidence for a reader; the gate has judged before."""
+"""Summaries of an SAE's decisions (:class:`SaeView`): evidence for a reader; the verdict is the gate's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SHOWN = 20
 """Flips and ranks that are listed."""
 
 
-def look_sae(truth: Truth, trace: Emitted) -> list[SaeView]:
-    """One view per chain whose features the trace holds, in the truth's shape.
+def summarize_saes(truth: Truth, trace: Emitted) -> list[SaeView]:
+    """One view for each chain whose features the trace holds in the truth's shape.
 
-    :raises TraceError: a tensor whose bytes are not what the trace declares.
+    :raises TraceError: the bytes of a tensor are not those that the trace declares.
     """
     views = []
     for chain, whole in truth.sae.items():
@@ -27,7 +27,7 @@ def look_sae(truth: Truth, trace: Emitted) -> list[SaeView]:
         pre, decided = selected(whole.pre.value, entry.part), decisions(whole).part(entry.part)
         got = trace.tensor(entry.name).astype(np.float64)
         if got.shape != pre.shape or not np.isfinite(got).all():
-            continue  # the verdict says so; there is nothing to set side by side
+            continue  # the comparison reports it
         found = flips(decided, got)
         over = found.ratio
         flipped = np.argwhere(found.excused | found.unexcused)

@@ -1,6 +1,6 @@
-"""Two candidates compared with each other and both with the truth: what moved, which way, and whether it is worse.
+"""Two candidates compared with each other and with the truth: which tensors moved, and whether they became worse.
 
-Worse is always said by the gate. Numbers that moved by no more than rounding can explain are counted, no more.
+A tensor is worse only by the gate. Changes that rounding can explain are counted and not reported.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from candle_mi_parity.compare.align import ENDLESS, Distance, figure_distance, tensor_distance
+from candle_mi_parity.compare.align import INFINITE, Distance, figure_distance, tensor_distance
 from candle_mi_parity.compare.gate import POSITION_GATE
 from candle_mi_parity.compare.run_result import Verdict, now
 from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status, TensorResult
@@ -18,11 +18,11 @@ from candle_mi_parity.trace.trace import Emitted, Run
 from candle_mi_parity.trace.truth import Truth
 
 LEAK_CHANGE = 1e-3
-"""Part of what forbidden entries hold that may change without being worse or better."""
+"""Relative change of the sum of masked entries that counts as neither worse nor better."""
 
 
 class Kind(StrEnum):
-    """What became of one tensor. APART: nothing to compare, as where each side kept another part of it."""
+    """What happened to a tensor. APART: not comparable, for example because each side kept another part of it."""
 
     IDENTICAL = "identical"
     ROUNDING = "rounding"
@@ -33,7 +33,7 @@ class Kind(StrEnum):
 
 
 class Direction(StrEnum):
-    """Of a tensor that moved, with respect to PyTorch; SIDEWAYS: as far from it as before."""
+    """Where a tensor moved with respect to PyTorch; SIDEWAYS: it is as far from it as before."""
 
     TOWARDS = "towards"
     AWAY = "away"
@@ -42,10 +42,10 @@ class Direction(StrEnum):
 
 @dataclass(frozen=True)
 class Side:
-    """One candidate's part of a case.
+    """A case of one candidate.
 
-    :ivar trace: None where there is none, which the result explains.
-    :ivar run: how the emission went; None where it was not recorded.
+    :ivar trace: None if there is none; the result says why.
+    :ivar run: how the emission went; None if it was not recorded.
     """
 
     result: CaseResult
@@ -58,10 +58,10 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One tensor, scalar or set of decisions on both sides; a side's result is None where it has none.
+class TensorDiff:
+    """One tensor, scalar or set of decisions on both sides; the result of a side without it is None.
 
-    :ivar worse: why it is worse; empty when it is not. ``better`` likewise.
+    :ivar worse: why it is worse; empty if it is not. ``better`` likewise.
     """
 
     name: str
@@ -79,17 +79,17 @@ class CaseDiff:
     """One case.
 
     :ivar rows: in execution order.
-    :ivar worse: every reason, the verdict's first.
-    :ivar cut: one side kept the case in part, and the other was cut to that.
-    :ivar note: what each side computes instead, where they differ in that.
+    :ivar worse: every reason; the change of outcome comes first.
+    :ivar partial: one side is stored in part, and the other was restricted to that part.
+    :ivar note: what each side computes instead of the truth, if that differs.
     """
 
     a: Side
     b: Side
-    rows: list[Row] = field(default_factory=list)
+    rows: list[TensorDiff] = field(default_factory=list)
     worse: list[str] = field(default_factory=list)
     better: list[str] = field(default_factory=list)
-    cut: bool = False
+    partial: bool = False
     note: str = ""
 
     @property
@@ -104,7 +104,7 @@ class CaseDiff:
     def compared(self) -> int:
         return sum(1 for row in self.rows if row.distance is not None)
 
-    def moved(self) -> list[Row]:
+    def moved(self) -> list[TensorDiff]:
         return [row for row in self.rows if row.kind in (Kind.MOVED, Kind.APPEARED, Kind.VANISHED)]
 
     def count(self, kind: Kind) -> int:
@@ -115,7 +115,7 @@ class CaseDiff:
 class Diff:
     """All cases of two candidates.
 
-    :ivar a: as the user spelt it; ``identity_a`` what its traces say, empty when they say nothing.
+    :ivar a: as the user spelt it; ``identity_a`` as its traces say, empty if they do not.
     :ivar started: when it began, ISO 8601; ``seconds`` is how long it took.
     """
 
@@ -149,24 +149,27 @@ class Diff:
         return Verdict.PASS
 
     def line(self) -> str:
-        said = {
+        word = {
             Verdict.FAIL: f"WORSE: {len(self.worse)} of {len(self.cases)} cases",
             Verdict.ERROR: "ERROR: nothing worse, but not every case could be compared",
             Verdict.INCONCLUSIVE: "INCONCLUSIVE: nothing was compared",
             Verdict.PASS: "NOTHING WORSE",
         }[self.verdict]
-        return f"{said}; {len(self.better)} better, {sum(case.compared for case in self.cases)} tensors compared"
+        return f"{word}; {len(self.better)} better, {sum(case.compared for case in self.cases)} tensors compared"
 
 
-def diff_case(a: Side, b: Side, truth: Truth | None, cut: bool = False) -> CaseDiff:
+def diff_case(a: Side, b: Side, truth: Truth | None, partial: bool = False) -> CaseDiff:
     """Compare two judged sides of a case.
 
-    :param truth: None where it could not be had, and then neither side has a trace.
-    :raises TraceError: bytes that are not what a trace declares.
+    :param truth: None if it could not be computed; then neither side has a trace.
+    :raises TraceError: the bytes are not those that the trace declares.
     """
-    case = CaseDiff(a, b, cut=cut)
+    case = CaseDiff(a, b, partial=partial)
     if truth is not None and a.trace is not None and b.trace is not None:
-        case.rows = _rows(truth, a, b)
+        results, others = ({result.name: result for result in side.result.tensors} for side in (a, b))
+        for name in dict.fromkeys([*results, *others]):
+            row = _tensor_diff(name, truth, a.trace, b.trace, results.get(name), others.get(name))
+            case.rows += [row] if row else []
     return _concluded(case)
 
 
@@ -175,81 +178,70 @@ def diff_call(a: CaseResult, b: CaseResult, distances: dict[str, Distance]) -> C
 
     :param distances: between the two, of each result that both have.
     """
-    ours, theirs = ({result.name: result for result in side.tensors} for side in (a, b))
-    names = [name for name in ours if name in theirs]
-    return _concluded(
-        CaseDiff(
-            Side(a, None),
-            Side(b, None),
-            [_moved(name, ours[name], theirs[name], distances.get(name)) for name in names],
-        )
-    )
+    results, others = ({result.name: result for result in side.tensors} for side in (a, b))
+    rows = [
+        _moved(name, result, others[name], distances.get(name)) for name, result in results.items() if name in others
+    ]
+    return _concluded(CaseDiff(Side(a, None), Side(b, None), rows))
 
 
 def _concluded(case: CaseDiff) -> CaseDiff:
-    """With what got worse, what got better, and what is computed instead."""
+    """Fill in what became worse, what became better, and what is computed instead."""
     if case.judged:
         _verdict_change(case)
-        if not _same_explanation(case.a, case.b):  # both are equal to one truth, and differ by rounding
+        if not _same_explanation(case.a, case.b):  # else both are equal to one truth, and differ by rounding
             _tensor_changes(case)
         _explanation_change(case)
     return case
 
 
-def _rows(truth: Truth, a: Side, b: Side) -> list[Row]:
-    assert a.trace is not None and b.trace is not None
-    ours = {result.name: result for result in a.result.tensors}
-    theirs = {result.name: result for result in b.result.tensors}
-    found = [
-        _row(name, truth, a.trace, b.trace, ours.get(name), theirs.get(name))
-        for name in dict.fromkeys([*ours, *theirs])
-    ]
-    return [row for row in found if row is not None]
-
-
-def _row(
+def _tensor_diff(
     name: str, truth: Truth, a: Emitted, b: Emitted, one: TensorResult | None, other: TensorResult | None
-) -> Row | None:
-    """None for what both sides lack."""
-    here, there = _there(one), _there(other)
-    if here and there:
+) -> TensorDiff | None:
+    """None if both sides lack the tensor."""
+    in_a, in_b = _present(one), _present(other)
+    if in_a and in_b:
         assert one is not None and other is not None
-        return _both_there(name, truth, a, b, one, other)
-    if not here and not there:
+        return _moved(name, one, other, _distance(name, truth, a, b, one, other))
+    if not in_a and not in_b:
         return None
-    given = one if here else other
-    unasked = given is not None and given.reason == "unexpected"
-    kind = Kind.VANISHED if here else Kind.APPEARED
-    bad = unasked != here  # a hook that is wanted vanished, or one that nobody knows appeared
-    said = f"{name} {kind.value}" + (", which the truth does not have" if unasked else "")
-    return Row(name, kind, one, other, worse=said if bad else "", better="" if bad else said)
+    present = one if in_a else other
+    unexpected = present is not None and present.reason == "unexpected"
+    kind = Kind.VANISHED if in_a else Kind.APPEARED
+    message = f"{name} {kind.value}" + (", which the truth does not have" if unexpected else "")
+    if unexpected != in_a:  # an expected tensor vanished, or an unexpected one appeared
+        return TensorDiff(name, kind, one, other, worse=message)
+    return TensorDiff(name, kind, one, other, better=message)
 
 
-def _there(result: TensorResult | None) -> bool:
+def _present(result: TensorResult | None) -> bool:
     return result is not None and result.reason != "missing"
 
 
-def _both_there(name: str, truth: Truth, a: Emitted, b: Emitted, one: TensorResult, other: TensorResult) -> Row:
-    broken = {one.reason, other.reason} & {"shape", "dtype", "unexpected"}
-    distance: Distance | None
-    if broken:
-        distance = ENDLESS if one != other else None
-    elif name in a.entries and name in b.entries:
-        distance = tensor_distance(name, truth, a, b)
-    else:
-        distance = figure_distance(name, a, b, one, other)
-    return _moved(name, one, other, distance)
+def _distance(
+    name: str, truth: Truth, a: Emitted, b: Emitted, one: TensorResult, other: TensorResult
+) -> Distance | None:
+    if {one.reason, other.reason} & {"shape", "dtype", "unexpected"}:
+        return INFINITE if one != other else None
+    if name in a.entries and name in b.entries:
+        return tensor_distance(name, truth, a, b)
+    return figure_distance(one, other)
 
 
-def _moved(name: str, one: TensorResult, other: TensorResult, distance: Distance | None) -> Row:
-    """What became of a tensor that both sides have."""
-    worse, better = _by_the_gate(one, other)
-    # Where both go wrong, another decision is a movement too; where both are right it is a tie.
+def _moved(name: str, one: TensorResult, other: TensorResult, distance: Distance | None) -> TensorDiff:
+    """What happened to a tensor that both sides have."""
+    change = _change(one, other)
+    # Another decision is a movement if both sides are wrong; if both are right it is a tie.
     decided = distance is not None and distance.decisions > 0 and _fails(one) and _fails(other)
-    if worse or better or decided or (distance is not None and not distance.inside):
-        return Row(name, Kind.MOVED, one, other, distance, _direction(one, other), worse, better)
+    if change or decided or (distance is not None and not distance.inside):
+        direction = Direction.AWAY if change > 0 else Direction.TOWARDS if change < 0 else Direction.SIDEWAYS
+        message = f"{name} diverges by {shown(other)}, before by {shown(one)}"
+        if _fails(one) != _fails(other):
+            message = f"{name} {'now diverges' if _fails(other) else 'agrees now'} ({shown(one)} → {shown(other)})"
+        worse, better = message if change > 0 else "", message if change < 0 else ""
+        return TensorDiff(name, Kind.MOVED, one, other, distance, direction, worse, better)
     kind = Kind.APART if distance is None else Kind.IDENTICAL if distance.same else Kind.ROUNDING
-    return Row(name, kind, one, other, distance)
+    return TensorDiff(name, kind, one, other, distance)
 
 
 def _fails(result: TensorResult) -> bool:
@@ -257,46 +249,31 @@ def _fails(result: TensorResult) -> bool:
 
 
 def size(result: TensorResult) -> float:
-    """How far a result is from the truth: its ratio, gate 8; endless where there is no number to compare."""
+    """Distance of a result from the truth: its ratio, gate 8; infinite if there is no number to compare."""
     if result.reason in ("shape", "dtype", "missing", "unexpected"):
         return math.inf
     return result.ratio
 
 
 def shown(result: TensorResult) -> str:
-    """The size for a reader; of decisions, which have none, how many differ from the truth's."""
+    """The distance as text; of decisions, how many differ from the truth's."""
     if result.reason == "masked":
         return f"{result.past} forbidden entries that hold {number(result.leaked)}"
     return number(size(result)) if result.worst or not result.detail else result.detail
 
 
-def _by_the_gate(one: TensorResult, other: TensorResult) -> tuple[str, str]:
-    """Why B is worse than A at a tensor, and why it is better; both empty when it is neither."""
-    name = one.name
+def _change(one: TensorResult, other: TensorResult) -> float:
+    """How much further from the truth the second result is, as the gate sees it; 0 if rounding can explain it."""
     if _fails(one) != _fails(other):
-        said = f"{name} {'now diverges' if _fails(other) else 'agrees now'} ({shown(one)} → {shown(other)})"
-        return (said, "") if _fails(other) else ("", said)
-    if not _fails(one) or (change := _further(one, other)) == 0:
-        return "", ""
-    said = f"{name} diverges by {shown(other)}, before by {shown(one)}"
-    return (said, "") if change > 0 else ("", said)
-
-
-def _further(one: TensorResult, other: TensorResult) -> float:
-    """By how much the second of two diverging results is further from the truth; 0 where rounding could make it."""
+        return math.inf if _fails(other) else -math.inf
+    if not _fails(one):
+        return 0.0
     if one.reason == other.reason == "masked":
-        # What a mask forbids has no noise: entries are counted, then what they hold is compared.
+        # Masked entries have no noise: their number is compared, then their sum.
         mass = other.leaked - one.leaked
-        return other.past - one.past or (mass if abs(mass) > LEAK_CHANGE * one.leaked else 0)
+        return other.past - one.past or (mass if abs(mass) > LEAK_CHANGE * one.leaked else 0.0)
     change = size(other) - size(one)
-    return change if abs(change) >= POSITION_GATE else 0  # NaN where both are endless
-
-
-def _direction(one: TensorResult, other: TensorResult) -> Direction:
-    if _fails(one) != _fails(other):
-        return Direction.AWAY if _fails(other) else Direction.TOWARDS
-    change = _further(one, other) if _fails(one) else 0
-    return Direction.AWAY if change > 0 else Direction.TOWARDS if change < 0 else Direction.SIDEWAYS
+    return change if abs(change) >= POSITION_GATE else 0.0  # NaN if both are infinite
 
 
 def _verdict_change(case: CaseDiff) -> None:
@@ -306,24 +283,23 @@ def _verdict_change(case: CaseDiff) -> None:
     first = case.b.result.first_divergence or case.a.result.first_divergence
     where = f" at {first.name} ({shown(first)})" if first and Outcome.DIVERGES in (before, after) else ""
     why = f": {case.b.result.error}" if after in (Outcome.REFUSED, Outcome.CRASHED) else ""
-    said = f"{before.value} → {after.value}{where}{why}"
-    (case.worse if after.rank > before.rank else case.better).append(said)
+    (case.worse if after.rank > before.rank else case.better).append(f"{before.value} → {after.value}{where}{why}")
 
 
 def _tensor_changes(case: CaseDiff) -> None:
-    """The first of each kind stands for the rest: what follows it is inherited until shown otherwise."""
-    for rows, into in (
+    """Report the first tensor only: those that follow may have inherited the change."""
+    for messages, into in (
         ([row.worse for row in case.rows if row.worse], case.worse),
         ([row.better for row in case.rows if row.better], case.better),
     ):
-        if rows and into:  # the verdict's line has named the first
-            into.append(f"in {len(rows)} tensors")
-        elif rows:
-            into.append(rows[0] + (f", and {len(rows) - 1} more" if len(rows) > 1 else ""))
+        if messages and into:  # the change of outcome names the first tensor
+            into.append(f"in {len(messages)} tensors")
+        elif messages:
+            into.append(messages[0] + (f", and {len(messages) - 1} more" if len(messages) > 1 else ""))
 
 
 def _explanation_change(case: CaseDiff) -> None:
-    """What each side computes instead, where both diverge: what is no longer explained is worse."""
+    """Compare what each side computes instead, if both diverge; a divergence without an explanation is worse."""
     if not (case.a.outcome is case.b.outcome is Outcome.DIVERGES):
         return
     one, other = case.a.result.explained, case.b.result.explained

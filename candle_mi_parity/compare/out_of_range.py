@@ -1,7 +1,6 @@
-"""Values that the candidate's own format cannot hold: what fails there, or is computed from it, was not measured.
+"""Values beyond the range of the candidate's own format: they, and what is computed from them, are UNMEASURED.
 
-float16 ends at 65,504. Where the truth goes further no candidate of that format can follow, and what comes after
-is Inf or NaN through no fault of its own.
+The largest float16 is 65,504. If the truth is larger, any candidate in that format gets Inf or NaN.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ _STRUCTURAL = ("missing", "unexpected", "shape", "dtype")
 def excuse_out_of_range(
     results: list[TensorResult], truth: Truth, dtype: str, feeders: Callable[[str], list[str]]
 ) -> list[TensorResult]:
-    """The same results, but UNMEASURED where the truth or something on the way to it is beyond the format.
+    """Make failures UNMEASURED if the truth of the tensor, or of one that it is computed from, is beyond the format.
 
-    A tensor that passes in spite of it ends the excuse: what is computed from it is judged.
+    Tensors computed from one that passes are judged again.
 
-    :param feeders: tensor → those that it is computed from.
+    :param feeders: tensor → tensors that it is computed from.
     """
     if not truth.beyond:
         return results
@@ -33,7 +32,7 @@ def excuse_out_of_range(
     origins: dict[str, str] = {}
     for name in truth.tensors:
         given = name.removeprefix("lens.")  # the logit lens is given the truth's own residual
-        far = next((one for one in (name, given) if one in truth.beyond), "")
+        far = next((tensor for tensor in (name, given) if tensor in truth.beyond), "")
         origin = far or next((origins[feeder] for feeder in feeders(name) if feeder in origins), "")
         result = judged.get(name)
         fails = result is None or (result.status is Status.FAIL and result.reason not in _STRUCTURAL)
@@ -43,7 +42,7 @@ def excuse_out_of_range(
 
 
 def _origin(result: TensorResult, truth: Truth, origins: dict[str, str]) -> str:
-    """Of a number beside the tensors, a scalar or a decision, that of the tensor that it is made from."""
+    """The tensor beyond the range that a tensor, scalar or decision is computed from; empty if there is none."""
     if result.name in truth.tensors:
         return origins.get(result.name, "")
     chain = result.name.partition(".")[0]
@@ -54,6 +53,6 @@ def _origin(result: TensorResult, truth: Truth, origins: dict[str, str]) -> str:
 def _excused(result: TensorResult, truth: Truth, dtype: str, origin: str) -> TensorResult:
     if not origin or result.status is not Status.FAIL or result.reason == "unexpected":
         return result
-    said = f"the truth's largest value {truth.beyond[origin]:.2g} is beyond {dtype}'s range"
-    said += f" at {origin}, which this is computed from" if origin != result.name else ""
-    return replace(result, status=Status.UNMEASURED, reason=OUT_OF_RANGE, detail=said, compared=0)
+    detail = f"the truth's largest value {truth.beyond[origin]:.2g} is beyond {dtype}'s range"
+    detail += f" at {origin}, which this is computed from" if origin != result.name else ""
+    return replace(result, status=Status.UNMEASURED, reason=OUT_OF_RANGE, detail=detail, compared=0)

@@ -1,4 +1,4 @@
-"""A whole run: its cases, and the two questions that a reader asks of it."""
+"""A whole run: its cases, and the answers to the two questions of a reader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from candle_mi_parity.spec.explanations import Cause
 
 
 class Verdict(StrEnum):
-    """Of a run, with its exit code. KNOWN: something is wrong, and all of it was known."""
+    """Verdict of a run, with its exit code. KNOWN: cases diverge, and all divergences are known."""
 
     PASS = "PASS"
     KNOWN = "KNOWN"
@@ -36,8 +36,8 @@ def now() -> str:
 class DirectCalls:
     """candle-mi's public functions, called one by one.
 
-    :ivar results: one a call, as of a case; one alone where no call was answered.
-    :ivar skipped: why they were not judged; empty where they were.
+    :ivar results: one for each call; a single one if no call was answered.
+    :ivar skipped: why the calls were not judged; empty if they were.
     """
 
     results: list[CaseResult] = field(default_factory=list)
@@ -45,7 +45,7 @@ class DirectCalls:
 
     @property
     def new(self) -> list[CaseResult]:
-        """Calls that neither agree nor are known not to."""
+        """Calls that neither agree nor are known to differ."""
         return [call for call in self.results if call.status not in _RIGHT_AND_KNOWN]
 
     def line(self) -> str:
@@ -67,18 +67,18 @@ class RunResult:
     """All cases against one candidate.
 
     :ivar candidate: as the user spelt it.
-    :ivar identity: what the traces say they came from; empty when none was read.
-    :ivar baseline: the release whose explanations are listed for the candidate; empty for none.
+    :ivar identity: the candidate as its traces name it; empty if none was read.
+    :ivar baseline: the release whose explanations apply to the candidate; empty if there is none.
     :ivar skipped: case id → reason and remedy.
-    :ivar known: id → cause, of all that are listed for any release.
-    :ivar gone: id of an explanation of the baseline → the cases that agree though it applies to them; of a candidate
+    :ivar known: id → cause, for all listed releases.
+    :ivar gone: id of an explanation of the baseline → cases to which it applies and that agree; only for a candidate
         that was built from source.
-    :ivar stale: what is wrong with the explanations themselves, one line each; of a release.
-    :ivar calls: direct calls of functions; None where only some cases were asked for.
-    :ivar fault: what ended the run before its end, one line; what was judged until then is kept.
+    :ivar stale: explanations of a release that no longer hold, one line each.
+    :ivar calls: direct calls of functions; None if only some cases were run.
+    :ivar fault: why the run ended early, one line; the results until then are kept.
     :ivar started: when the run began, ISO 8601.
-    :ivar tick: the same on a clock that no change of the date moves, in seconds.
-    :ivar seconds: how long the run took until its report was written.
+    :ivar tick: the same on a monotonic clock, in seconds.
+    :ivar seconds: duration of the run until its report was written.
     """
 
     candidate: str
@@ -124,7 +124,7 @@ class RunResult:
 
     @property
     def verdict(self) -> Verdict:
-        """FAIL before ERROR before INCONCLUSIVE before KNOWN; a run that broke off is an ERROR whatever it saw."""
+        """FAIL before ERROR before INCONCLUSIVE before KNOWN; ERROR for a run that ended early."""
         if self.fault:
             return Verdict.ERROR
         seen = {case.status for case in self.judged}
@@ -140,14 +140,14 @@ class RunResult:
 
     def notes(self) -> dict[str, list[str]]:
         """Each note once, with the ids of its cases."""
-        said: dict[str, list[str]] = {}
+        notes: dict[str, list[str]] = {}
         for case in self.cases:
             for note in case.notes:
-                said.setdefault(note, []).append(case.id)
-        return said
+                notes.setdefault(note, []).append(case.id)
+        return notes
 
     def tally(self) -> dict[str, int]:
-        """The cases by what candle-mi made of them, and those that did not run; adds up to all cases."""
+        """Number of cases by outcome, and of those that did not run; they add up to all cases."""
         counts = {
             "agree": len(self.outcomes(Outcome.AGREES)),
             "other numbers": len(self.outcomes(Outcome.DIVERGES)),
@@ -179,7 +179,7 @@ class RunResult:
         agree = sum(1 for call in calls if call.outcome is Outcome.AGREES)
         rest.append(f"{agree} of {len(calls)} direct calls agree" if calls else "")
         words = "Not everywhere" if any(parts) else "As far as measured" if unmeasured else "Yes"
-        return f"{words}: {'; '.join(', '.join(filter(None, said)) for said in (parts, rest) if any(said))}."
+        return f"{words}: {'; '.join(', '.join(filter(None, group)) for group in (parts, rest) if any(group))}."
 
     def is_new(self) -> str:
         """Is anything new since the baseline? One sentence."""
@@ -194,12 +194,12 @@ class RunResult:
             _count(len(self.stale), "explanation", "no longer holds", "no longer hold"),
             _count(len(self.gone), "known divergence", f"{old} is {gone}", f"{old} are {gone}"),
         ]
-        said = f"New{since}: {'; '.join(filter(None, parts))}" if any(parts) else f"Nothing new{since}"
+        answer = f"New{since}: {'; '.join(filter(None, parts))}" if any(parts) else f"Nothing new{since}"
         strict = self.strict and any(case.status is Status.KNOWN for case in self.judged)
-        return said + (", but --strict lets no known divergence pass." if strict else ".")
+        return answer + (", but --strict lets no known divergence pass." if strict else ".")
 
     def line(self) -> str:
-        """The verdict's word, the cases by what became of them, what is new, and how much was compared."""
+        """The verdict, the cases by outcome, what is new, and how much was compared."""
         cases = ", ".join(f"{count} {name}" for name, count in self.tally().items() if count) or "no case"
         tensors = sum(case.compared for case in self.cases)
         noisy = sum(case.unmeasured for case in self.cases)

@@ -33,10 +33,8 @@ def malformed(entry: TensorEntry, shape: tuple[int, ...], dtype: str, agreed: bo
     if entry.part is not None:
         limits = [(entry.part.rows, shape[-2]), (entry.part.columns or [], shape[-1])]
         kept = [len(entry.part.rows), shape[-1] if entry.part.columns is None else len(entry.part.columns)]
-        if any(i >= limit for indices, limit in limits for i in indices) or entry.shape != [
-            *shape[:-2],
-            *kept,
-        ]:
+        outside = any(index >= limit for indices, limit in limits for index in indices)
+        if outside or entry.shape != [*shape[:-2], *kept]:
             part = one_line(f"{entry.part.rows} × {entry.part.columns}")
             return fail("shape", f"the part {part} does not fit {list(shape)}")
     if entry.dtype != dtype:
@@ -62,11 +60,11 @@ def nonfinite(name: str, got: np.ndarray, expected: np.ndarray, agreed: bool | N
 
 @dataclass(frozen=True)
 class Tally:
-    """What a stretch of a tensor's positions adds to its result.
+    """What a chunk of a tensor's positions contributes to its result.
 
     :ivar measured: number of compared elements, mean square of their error and of their noise.
     :ivar past: elements past the element gate.
-    :ivar unequal: elements that are not equal to the bit.
+    :ivar unequal: elements that are not bitwise equal.
     """
 
     position: float
@@ -81,9 +79,9 @@ class Tally:
 
 
 def tally(measured: Measure, got: np.ndarray, expected: np.ndarray, mask: np.ndarray | None, start: int = 0) -> Tally:
-    """Count a stretch, [B, …, t, entries].
+    """Summarize a chunk, [B, …, t, entries].
 
-    :param start: the tensor's position that the stretch begins with.
+    :param start: the tensor's position at which the chunk begins.
     """
     largest = np.argmax(measured.element)
     if math.isnan(measured.element.flat[largest]):
@@ -129,7 +127,7 @@ def judged(
 def concluded(
     name: str, tallies: list[Tally], agreed: bool | None, detail: str = "", exact: bool = False
 ) -> TensorResult:
-    """The result of a tensor from all its stretches; ``exact`` asks for bit equality."""
+    """The result of a tensor from all its chunks; ``exact`` asks for bit equality."""
     differs = exact and any(part.unequal for part in tallies)
     failed = differs or not all(part.passes for part in tallies)
     unresolved = sum(part.unresolved for part in tallies)
@@ -155,9 +153,8 @@ def concluded(
 
 
 def _rms(tallies: list[Tally]) -> float:
-    """Over the whole tensor; of one stretch its own, to the bit."""
+    """Over the whole tensor."""
     if len(tallies) == 1:
         return rms_ratio(*tallies[0].measured[1:])
-    # Both means are over as many elements, which cancel.
     sums = np.array([[count * error, count * noise] for count, error, noise in (t.measured for t in tallies)])
     return rms_ratio(*sums.sum(0).tolist())

@@ -1,4 +1,4 @@
-"""What a comparison can say, from one tensor to a whole run; every report is a view of these."""
+"""Results of a comparison, of one tensor and of a whole case; every report is a view of these."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from candle_mi_parity.spec.cases import Download
 
 
 class Status(StrEnum):
-    """Of a tensor or a case. UNMEASURED is neither a pass nor a divergence; KNOWN is a divergence that is
-    explained."""
+    """Status of a tensor or case. UNMEASURED is neither a pass nor a divergence; KNOWN is an explained divergence."""
 
     PASS = "PASS"
     KNOWN = "KNOWN"
@@ -26,7 +25,7 @@ class Status(StrEnum):
 class Failure(StrEnum):
     """Why a case has no numbers.
 
-    The first three are refusals of candle-mi; the next six are an emitter that did not answer as agreed.
+    The first three are refusals by candle-mi; the next six are failures of the emitter.
     """
 
     MODEL = "model"
@@ -41,9 +40,9 @@ class Failure(StrEnum):
     ABSENT = "absent"
     """Nothing is stored for the case."""
     INPUT = "input"
-    """The model, the SAE or the prompt cannot be had or has no truth."""
+    """The model, the SAE or the prompt is not available or has no truth."""
     INTERNAL = "internal"
-    """A fault of this suite."""
+    """A bug of this suite."""
 
     @property
     def refused(self) -> bool:
@@ -51,17 +50,14 @@ class Failure(StrEnum):
 
     @property
     def crashed(self) -> bool:
-        return self in (
-            *(Failure.PANIC, Failure.CRASH, Failure.TIMEOUT),
-            *(Failure.PROTOCOL, Failure.IO, Failure.REQUEST),
-        )
+        return self in ("panic", "crash", "timeout", "protocol", "io", "request")
 
 
 class Outcome(StrEnum):
-    """What a candidate made of a case, from best to worst; what is known does not enter.
+    """What a candidate made of a case, from best to worst, whether it is known or not.
 
-    A refusal stands before a wrong number, which nobody notices. ABSENT and ERROR say nothing of the candidate:
-    nothing is stored, or the suite could not do its part.
+    A refusal is better than a wrong number, which nobody notices. ABSENT (nothing is stored) and ERROR (the suite
+    failed) say nothing about the candidate.
     """
 
     AGREES = "agrees"
@@ -87,7 +83,7 @@ class Outcome(StrEnum):
 
     @property
     def rank(self) -> int:
-        """0 is best; only of what was judged."""
+        """0 is best; defined for judged outcomes."""
         return list(Outcome).index(self)
 
 
@@ -125,16 +121,16 @@ class Worst:
 class TensorResult:
     """One tensor, or scalar, judged.
 
-    :ivar reason: why it is not a pass: missing, unexpected, shape, dtype, nonfinite, masked, values, noisy.
+    :ivar reason: why it does not pass: missing, unexpected, shape, dtype, nonfinite, masked, values, noisy, …
     :ivar position_ratio: largest rms(error)/noise over positions; gate 8.
     :ivar element_ratio: largest \\|error\\|/σ over elements; gate 32.
     :ivar rms_ratio: rms(error)/rms(noise) over the whole tensor, 0 for an exact one.
     :ivar compared: number of elements compared.
-    :ivar left_out: elements that the mask forbids, where the two sides may differ.
-    :ivar past: elements past the gate; of a mask, forbidden entries that are not 0.
+    :ivar left_out: masked elements, which are not compared.
+    :ivar past: elements past the gate; of a leaking mask, masked entries that are not 0.
     :ivar leaked: sum of the absolute values of such entries.
-    :ivar exact: no rounding separates the two sides; bit equality was asked.
-    :ivar inputs_agreed: whether the tensors it is computed from passed; None when it has none.
+    :ivar exact: the tensor must be bitwise equal.
+    :ivar inputs_agreed: whether the tensors it is computed from passed; None if it has none.
     """
 
     name: str
@@ -158,7 +154,7 @@ class TensorResult:
         return max(self.position_ratio, self.element_ratio / 4)
 
     def message(self) -> str:
-        """Everything a reader needs to start: ``tensor: [index] got, expected …``."""
+        """Everything that a reader needs to start: ``tensor: [index] got, expected …``."""
         text = f"{self.name}: {self.status.value}"
         text += f" ({self.reason})" if self.reason else ""
         if self.worst is not None:
@@ -171,19 +167,20 @@ class TensorResult:
                 f" {self.past} of {self.compared} past the gate"
             )
             text += f", {self.left_out} masked left out" if self.left_out else ""
-            agreed = {True: "\n  inputs agreed", False: "\n  inputs DIFFER: inherited until shown otherwise"}
-            text += agreed.get(self.inputs_agreed is True, "") if self.inputs_agreed is not None else ""
+            if self.inputs_agreed is not None:
+                differ = "inputs DIFFER: inherited until shown otherwise"
+                text += f"\n  {'inputs agreed' if self.inputs_agreed else differ}"
         return text + (f"\n  {self.detail}" if self.detail else "")
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Of the first diverging tensor of a case.
+    """The error of the first diverging tensor of a case.
 
-    :ivar shape: one phrase, as ``one head (3)`` or ``from position 8 on``; ``spread`` when nothing stands out.
+    :ivar shape: one phrase, such as ``one head (3)`` or ``from position 8 on``; ``spread`` if nothing stands out.
     :ivar picture: log₁₀ of the largest error over σ, position × head (or block of features).
     :ivar rows: position of each row of the picture.
-    :ivar column: what a column is: ``head`` or ``features``.
+    :ivar column: ``head`` or ``features``.
     """
 
     tensor: str
@@ -221,14 +218,14 @@ class Ranked:
 
 @dataclass(frozen=True)
 class SaeView:
-    """Of one chain, ``sae`` (on the candidate's own residual) or ``sae_on_truth``.
+    """Decisions of one chain, ``sae`` (on the candidate's own residual) or ``sae_on_truth``.
 
     :ivar active_got: features that fire at the compared positions; ``active_expected`` is the number of the truth.
-    :ivar flips: those nearest to mattering first, at most :data:`candle_mi_parity.compare.look_sae.SHOWN`.
-    :ivar flipped: their whole number.
-    :ivar mse_got: the candidate's reconstruction MSE; None where its trace has none.
-    :ivar mse_noise: absolute, of ``mse_expected``.
-    :ivar top: of the last position.
+    :ivar flips: those with the largest margin first, at most :data:`candle_mi_parity.compare.diagnose_sae.SHOWN`.
+    :ivar flipped: number of all flips.
+    :ivar mse_got: the candidate's reconstruction MSE; None if its trace has none.
+    :ivar mse_noise: absolute noise of ``mse_expected``.
+    :ivar top: features of the last position by rank.
     """
 
     chain: str
@@ -244,13 +241,13 @@ class SaeView:
 
 @dataclass(frozen=True)
 class Explained:
-    """Under which counterfactual PyTorch computes the candidate's numbers, or as what a refusal is known.
+    """The counterfactual under which PyTorch computes the candidate's numbers, or the known cause of a refusal.
 
-    :ivar ids: of the explanations that were listed for the release; empty for one that was found by search.
-    :ivar says: one sentence for each explanation, or what is changed.
-    :ivar change: what is changed, in a few words; empty for a refusal.
-    :ivar ratios: of every tensor, scalar and decision, which all pass under it; 8 is the gate.
-    :ivar remedy: what a user can do; empty where there is nothing.
+    :ivar ids: of the explanations that are listed for the release; empty for one that was found by search.
+    :ivar says: one sentence for each explanation, or the change.
+    :ivar change: the counterfactual change in a few words; empty for a refusal.
+    :ivar ratios: of every tensor, scalar and decision; they all pass, gate 8.
+    :ivar remedy: what a user can do; empty if there is nothing.
     :ivar key: the counterfactual as JSON; empty for a refusal.
     """
 
@@ -280,27 +277,27 @@ class Explained:
         name = f"{', '.join(self.ids)}: " if self.ids else ""
         if not self.change:
             return f"{name}refused: {self.says}"
-        said = self.says.rstrip(".") + "; " if self.ids else ""
-        return f"{name}{said}{self.equal}"
+        sentence = self.says.rstrip(".") + "; " if self.ids else ""
+        return f"{name}{sentence}{self.equal}"
 
 
 @dataclass
 class CaseResult:
     """One case judged.
 
-    :ivar tensors: of the whole forward, in execution order.
-    :ivar teacher_forced: the same with every half-layer fed the truth's residual; only when the case diverged.
-    :ivar diagnosis: what the error of the first diverging tensor looks like.
-    :ivar sae: flips, MSE and strongest features, per chain.
+    :ivar tensors: results of the whole forward pass, in execution order.
+    :ivar teacher_forced: results with every half-layer fed the truth's residual; only if the case diverged.
+    :ivar diagnosis: the error of the first diverging tensor.
+    :ivar sae: flips, MSE and strongest features of each chain.
     :ivar expected: number of tensors that could be compared.
-    :ivar in_part: the candidate's trace was stored in part; ``expected`` counts that part.
-    :ivar error: why there is nothing to compare, one line; ``failure`` says the same to a program.
-    :ivar explained: under which counterfactual the candidate is right; a case is KNOWN when it is a listed one.
-    :ivar unexplained: what was tried to explain the divergence, and why it does not.
-    :ivar notes: what a reader of the verdict has to know beside it, one sentence each.
-    :ivar reproduce: the one command that shows it again.
-    :ivar shrink: the command that makes a failing Rust test of it; empty where there is none.
-    :ivar downloads: which commits and files of the hub the case was computed from.
+    :ivar in_part: the candidate's trace is stored in part; ``expected`` counts that part.
+    :ivar error: why there is nothing to compare, one line; ``failure`` is the same for a program.
+    :ivar explained: the counterfactual under which the candidate is right; if it is a listed one, the case is KNOWN.
+    :ivar unexplained: which explanations were tried without success.
+    :ivar notes: remarks on the verdict, one sentence each.
+    :ivar reproduce: the command that repeats the case.
+    :ivar shrink: the command that makes a failing Rust test of it; empty if there is none.
+    :ivar downloads: commits and files of the hub that the case was computed from.
     """
 
     id: str
@@ -337,7 +334,7 @@ class CaseResult:
 
     @property
     def note(self) -> str:
-        """What is known of the divergence, or what was tried to explain it; empty for nothing."""
+        """The explanation of the divergence, or what was tried to explain it; may be empty."""
         return self.explained.line() if self.explained else self.unexplained
 
     @property
@@ -345,7 +342,7 @@ class CaseResult:
         if self.status is Status.PASS:
             return Outcome.AGREES
         if self.status is Status.UNMEASURED:
-            # Without a tensor it is a model that the hub did not give.
+            # Without tensors, the hub did not provide the model.
             return Outcome.UNMEASURED if self.tensors else Outcome.ERROR
         if self.failure is None:
             return Outcome.DIVERGES if self.tensors else Outcome.ERROR
@@ -361,11 +358,11 @@ class CaseResult:
 
     @property
     def forced_divergences(self) -> list[str]:
-        """Tensors only: a next token that flips with its logits is no divergence of its own."""
+        """Names of diverging tensors; next tokens are left out, because they flip with their logits."""
         return [t.name for t in self.teacher_forced if t.status is Status.FAIL and not t.name.startswith("logits.")]
 
     def message(self) -> str:
-        """The case in full: its error, or each diverging tensor's first and the command that shows it."""
+        """The case in full: its error or first divergence, and the command that repeats it."""
         first = self.first_divergence
         body = self.error or (first.message() if first else "nothing diverges")
         body += f"\n  shape of the error: {self.diagnosis.shape}" if self.diagnosis else ""

@@ -21,15 +21,15 @@ from candle_mi_parity.trace.trace import CandleMi, CaseRef, Digest, Part, read_j
 
 TIMEOUT_SECONDS = 120.0
 Argument = str | int | float | list[int] | list[list[int]]
-
-
 LAYOUT = 2
-"""Of the files that a table is laid out as; raise it when what is written of the same table changes."""
+"""Version of the input files; raise it when other files are written for the same table."""
 
 
-class Given(TableRow):
-    """A float32 tensor: its values, or a shape and a seed of normal numbers (their absolute values, rows summing
-    to 1, where ``attention``)."""
+class InputTensor(TableRow):
+    """A float32 tensor: its values, or a shape and the seed of normal numbers.
+
+    :ivar attention: absolute values, with rows that sum to 1.
+    """
 
     values: Any = None
     shape: list[int] = Field(default_factory=list)
@@ -47,7 +47,7 @@ class Given(TableRow):
 
 
 class SaeRow(TableRow):
-    """An SAE in SAELens' layout: identity weights of ``width`` where no ``seed`` is given, else normal ones."""
+    """An SAE in SAELens' layout, with identity weights, or with normal numbers if there is a ``seed``."""
 
     architecture: Literal["standard", "jumprelu", "topk"]
     width: int
@@ -71,7 +71,7 @@ class SaeRow(TableRow):
         return {name: array.astype(np.float32) for name, array in arrays.items()}
 
     def write(self, directory: Path) -> None:
-        """``cfg.json`` and ``sae_weights.safetensors``, as :mod:`saelens` reads them."""
+        """Write ``cfg.json`` and ``sae_weights.safetensors``."""
         directory.mkdir()
         config: dict[str, object] = {"d_in": self.width, "d_sae": self.features, "architecture": self.architecture}
         config |= {"dtype": "float32", "apply_b_dec_to_input": False, "hook_name": "blocks.0.hook_resid_post"}
@@ -82,20 +82,20 @@ class SaeRow(TableRow):
 
 
 class Formula(StrEnum):
-    """What is known to be computed instead; :mod:`calls_truth` computes it."""
+    """A known wrong formula; :mod:`calls_truth` computes it."""
 
     FIRST_POSITION = "first-position"
-    """Of logits with a sequence the first position is read."""
+    """Logits of the first position instead of the last."""
     POSITIONS_FLATTENED = "positions-flattened"
-    """All positions are ranked together, and position x vocab + token is the token."""
+    """All positions are ranked together; the token is position × vocab + token."""
     TERMS_LEFT_OUT = "terms-below-1e-10-left-out"
     """Terms of a KL divergence with p or q of at most 1e-10 are 0."""
     LAST_OF_EQUAL = "last-of-equal"
-    """argmax gives the last of equal values."""
+    """argmax returns the last of equal values."""
     TOPK_WITHOUT_RELU = "topk-without-relu"
-    """The k largest are kept, negative ones too; a negative k-th is not where k is below d_sae."""
+    """TopK keeps negative values among the k largest; a negative k-th value becomes 0 if k is below d_sae."""
     TIES_WITHIN_EPSILON = "ties-within-epsilon"
-    """What is nearer to the k-th largest than float32's epsilon is tied with it, and of more than k the last go."""
+    """Values within float32's epsilon of the k-th largest are tied with it; of more than k the last are dropped."""
     NEGATIVE_THRESHOLD_KEPT = "negative-threshold-kept"
     """A JumpReLU feature with a negative threshold fires with a negative value."""
 
@@ -103,9 +103,9 @@ class Formula(StrEnum):
 class CallRow(TableRow):
     """One call.
 
-    :ivar args: the function's arguments; a string that names a tensor of the table is that tensor.
-    :ivar exact: the result must be the truth's float32 bit for bit.
-    :ivar ties: which of equal features are kept is free; how many and which values is not.
+    :ivar args: the function's arguments; the name of a tensor of the table stands for that tensor.
+    :ivar exact: the result must be bitwise equal to the truth in float32.
+    :ivar ties: any of equal features may be kept, but as many as in the truth and with the same values.
     """
 
     id: str
@@ -117,23 +117,23 @@ class CallRow(TableRow):
 
 
 class CallTable(TableRow):
-    tensors: dict[str, Given]
+    tensors: dict[str, InputTensor]
     saes: dict[str, SaeRow] = Field(default_factory=dict)
     call: list[CallRow]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {name: given.array() for name, given in self.tensors.items()}
+        return {name: tensor.array() for name, tensor in self.tensors.items()}
 
     def digest(self) -> str:
-        """SHA-256 of all that moves an answer."""
+        """SHA-256 of the whole table."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def inputs_digest(self) -> str:
-        """SHA-256 of the inputs' file, which the emitter takes of the bytes that it reads."""
+        """SHA-256 of the inputs file, as the emitter computes it."""
         return hashlib.sha256(save(self.arrays())).hexdigest()
 
     def lay_out(self, cache: Path) -> Path:
-        """The directory with ``inputs.safetensors`` and one directory for each SAE, made once."""
+        """The directory with ``inputs.safetensors`` and a directory for each SAE; written once."""
 
         def make(out: Path) -> None:
             save_file(self.arrays(), out / "inputs.safetensors")
@@ -149,7 +149,10 @@ class Answer(Part):
     values: list[float | Literal["nan", "inf", "-inf"]]
 
     def array(self) -> np.ndarray:
-        """float64; a shape that does not fit its values is a :class:`TraceError`."""
+        """float64.
+
+        :raises TraceError: the shape does not fit the values.
+        """
         flat = np.asarray([float(value) for value in self.values])
         if flat.size != int(np.prod(self.shape)):
             raise TraceError(f"{self.name} has {flat.size} values and the shape {self.shape}")
@@ -192,12 +195,12 @@ def load_calls(path: Path = FIXTURES / "calls.toml") -> CallTable:
 
 
 def answers(source: Source, table: CallTable, cache: Path, out: Path) -> Calls:
-    """What a candidate answers, stored or live.
+    """The answers of a candidate, stored or live.
 
-    :param out: the JSON file that a live one writes.
-    :raises NotStoredError: none is stored, or the candidate is no candle-mi.
+    :param out: the JSON file that a live candidate writes.
+    :raises NotStoredError: no answers are stored, or the candidate is not candle-mi.
     :raises EmitterError: the emitter refused the request, crashed or hung.
-    :raises TraceError: not such a file.
+    :raises TraceError: the file is malformed.
     """
     if isinstance(source, LiveSource):
         directory = table.lay_out(cache)
@@ -223,7 +226,7 @@ def _run(row: CallRow, directory: Path) -> dict[str, object]:
 
 
 def read_calls(path: Path) -> Calls:
-    """:raises TraceError: not such a file."""
+    """:raises TraceError: the file is malformed."""
     return _calls(path, read_json(path))
 
 

@@ -1,4 +1,4 @@
-"""The answer of one direct call against a truth: each result inside the gate, or exact where that is asked."""
+"""Compare the answer of one direct call with its truth: by the gate, or bitwise for exact results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 
-from candle_mi_parity.compare.align import ENDLESS, SAME, Distance
+from candle_mi_parity.compare.align import INFINITE, SAME, Distance
 from candle_mi_parity.compare.gate import POSITION_GATE, TINY, UNIT, measure
 from candle_mi_parity.compare.tensor_result import judged, nonfinite
 from candle_mi_parity.compare.verdict import Status, TensorResult
@@ -16,7 +16,7 @@ from candle_mi_parity.coverage.calls import CallRow
 from candle_mi_parity.trace.truth import TruthTensor
 
 CallTruth = Mapping[str, TruthTensor]
-"""Name of a result → its value and noise. Of ``top_changed_tokens``: over all tokens; of ``encode_sparse``: dense."""
+"""Name of a result → value and noise. For ``top_changed_tokens`` of all tokens, for ``encode_sparse`` dense."""
 Results = dict[str, np.ndarray]
 
 
@@ -25,7 +25,7 @@ def compare_call(row: CallRow, got: Results, truth: CallTruth) -> list[TensorRes
     special = {"top_changed_tokens": ["tokens", *truth], "encode_sparse": ["indices", "values"]}
     expected = special.get(row.fn, list(truth))
     if list(got) != expected:
-        return [_wrong("results", f"got {', '.join(got) or 'none'}, expected {', '.join(expected)}")]
+        return [_mismatch("results", f"got {', '.join(got) or 'none'}, expected {', '.join(expected)}")]
     if row.fn == "top_changed_tokens":
         return _top_changed(row, got, truth)
     if row.fn == "encode_sparse":
@@ -33,11 +33,11 @@ def compare_call(row: CallRow, got: Results, truth: CallTruth) -> list[TensorRes
     if row.fn == "pca_top_k" and got["components"].shape == truth["components"].shape:
         sign = np.sign((got["components"] * truth["components"].value).sum(-1, keepdims=True))
         got = got | {"components": got["components"] * sign}
-    return [_judge(row, name, got[name], truth[name]) for name in truth]
+    return [_compare_result(row, name, got[name], truth[name]) for name in truth]
 
 
 def answer_of(row: CallRow, truth: CallTruth) -> Results:
-    """What a candidate answers that computes just a truth, and rounds it to float32."""
+    """The answer of a candidate that computes the truth and rounds it to float32."""
     values = {name: tensor.value.astype(np.float32).astype(np.float64) for name, tensor in truth.items()}
     if row.fn == "top_changed_tokens":
         at = _most_changed(row, truth)
@@ -50,35 +50,35 @@ def answer_of(row: CallRow, truth: CallTruth) -> Results:
 
 
 def distance(row: CallRow, one: np.ndarray, other: np.ndarray, expected: TruthTensor | None) -> Distance:
-    """Between two candidates' arrays of one result.
+    """Distance between two candidates' arrays of one result.
 
-    :param expected: the result's truth, whose noise is the measure; without one a few ULP are.
+    :param expected: the truth, whose noise is the unit; without it the unit is a few ULP.
     """
     if one.shape == other.shape and one.tobytes() == other.tobytes():
         return SAME
     if one.shape != other.shape:
-        return ENDLESS
+        return INFINITE
     noise = expected.noise if expected is not None and expected.shape == one.shape else np.zeros_like(one)
-    found = _judge(row.model_copy(update={"exact": False}), "", other, TruthTensor(one, noise))
+    found = _compare_result(row.model_copy(update={"exact": False}), "", other, TruthTensor(one, noise))
     return Distance(False, found.position_ratio, found.element_ratio)
 
 
-def _wrong(name: str, detail: str) -> TensorResult:
-    """What no number says: other results, another shape, another decision."""
+def _mismatch(name: str, detail: str) -> TensorResult:
+    """A failure without a ratio: other results, another shape, another decision."""
     return TensorResult(name, Status.FAIL, "values", float("inf"), float("inf"), compared=1, past=1, detail=detail)
 
 
-def _judge(row: CallRow, name: str, got: np.ndarray, expected: TruthTensor) -> TensorResult:
+def _compare_result(row: CallRow, name: str, got: np.ndarray, expected: TruthTensor) -> TensorResult:
     value, noise = expected.value, expected.noise
     if got.shape != value.shape:
-        return _wrong(name, f"got shape {list(got.shape)}, expected {list(value.shape)}")
+        return _mismatch(name, f"got shape {list(got.shape)}, expected {list(value.shape)}")
     if row.exact:
         value = value.astype(np.float32).astype(np.float64)
     if row.ties:
         got, value = np.sort(got, -1), np.sort(value, -1)
     rows = (1, -1, value.shape[-1]) if value.ndim else (1, 1, 1)
     got, value, noise = got.reshape(rows), value.reshape(rows), noise.reshape(rows)
-    # A mask's infinities are right where both have them.
+    # Infinities of a mask are right where both have them.
     same = got == value
     if (broken := nonfinite(name, np.where(same, 0.0, got), value, None)) is not None:
         return _at(broken, expected.shape)
@@ -89,7 +89,7 @@ def _judge(row: CallRow, name: str, got: np.ndarray, expected: TruthTensor) -> T
 
 
 def _at(result: TensorResult, shape: tuple[int, ...]) -> TensorResult:
-    """With the index of the worst element in the result's own shape, not in that of its rows."""
+    """Convert the index of the worst element from rows to the result's own shape."""
     assert result.worst is not None
     _, row, column = result.worst.index
     place = np.unravel_index(row * (shape[-1] if shape else 1) + column, shape or (1,))
@@ -101,27 +101,27 @@ def _most_changed(row: CallRow, truth: CallTruth) -> np.ndarray:
 
 
 def _top_changed(row: CallRow, got: Results, truth: CallTruth) -> list[TensorResult]:
-    """Any order that the truth's margins allow; the values at the tokens that were named."""
+    """Accept any order that the truth's margins allow, and compare the values of the named tokens."""
     tokens, change, noise = got["tokens"], truth["change"].value, truth["change"].noise
     best = _most_changed(row, truth)
     if tokens.shape != best.shape:
-        return [_wrong("tokens", f"got {tokens.size} tokens, expected {best.size}")]
+        return [_mismatch("tokens", f"got {tokens.size} tokens, expected {best.size}")]
     if len(set(tokens)) != tokens.size or not np.isin(tokens, np.arange(change.size)).all():
-        return [_wrong("tokens", f"got {tokens.tolist()}, expected distinct ones below {change.size}")]
+        return [_mismatch("tokens", f"got {tokens.tolist()}, expected distinct ones below {change.size}")]
     at = tokens.astype(int)
     slack = POSITION_GATE * (noise[at] + noise[best] + UNIT * change[best]) + TINY
     if not (np.abs(change[at] - change[best]) <= slack).all():
-        return [_wrong("tokens", f"got {at.tolist()}, expected {best.tolist()}")]
+        return [_mismatch("tokens", f"got {at.tolist()}, expected {best.tolist()}")]
     chosen = {name: TruthTensor(tensor.value[at], tensor.noise[at]) for name, tensor in truth.items()}
     named = TensorResult("tokens", Status.PASS, compared=tokens.size)
-    return [named, *(_judge(row, name, got[name], tensor) for name, tensor in chosen.items())]
+    return [named, *(_compare_result(row, name, got[name], tensor) for name, tensor in chosen.items())]
 
 
 def _sparse(row: CallRow, got: Results, truth: CallTruth) -> list[TensorResult]:
-    """The positive features, largest first; equal ones in any order."""
+    """Positive features, largest first; equal ones in any order."""
     expected = answer_of(row, truth)
     pairs, wanted = (list(zip(*(each[name].tolist() for name in expected), strict=False)) for each in (got, expected))
     shaped = all(got[name].shape == array.shape for name, array in expected.items())
     if not shaped or sorted(pairs) != sorted(wanted) or not np.array_equal(got["values"], expected["values"]):
-        return [_wrong("indices", f"got {pairs}, expected {wanted}, largest first")]
+        return [_mismatch("indices", f"got {pairs}, expected {wanted}, largest first")]
     return [TensorResult(name, Status.PASS, compared=array.size, exact=True) for name, array in got.items()]

@@ -1,4 +1,4 @@
-"""Judging direct calls: each answered once, each result inside the gate, and what is known measured as sharply."""
+"""Judge direct calls by the gate; known wrong results are compared with their stated formula by the same gate."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from candle_mi_parity.spec.paths import FIXTURES, command
 from candle_mi_parity.trace.trace import CandleMi
 from candle_mi_parity.trace.truth import TruthTensor
 
-Asked = tuple[str, Formula | None]
-"""A call, and what is computed instead of the truth."""
+TruthKey = tuple[str, Formula | None]
+"""A call, and the wrong formula; None for the truth."""
 
 
 class KnownCall(Cause):
     """One cause.
 
-    :ivar calls: globs over the calls that it concerns; each of them needs it.
-    :ivar formula: what is computed instead.
-    :ivar refuses: a regular expression that the whole message of a refusal matches, or of a function's absence.
+    :ivar calls: globs over calls; each of these calls must need it.
+    :ivar formula: computed instead of the truth.
+    :ivar refuses: a regular expression for the whole message of a refusal or of a function's absence.
     """
 
     id: Annotated[str, Field(pattern=r"^CMI1\d\d$")]
@@ -69,9 +69,9 @@ class KnownCalls(TableRow):
         return self
 
     def matches(self, table: CallTable) -> Iterator[tuple[KnownCall, str]]:
-        """Each row with each call that it names.
+        """Each row with each of its calls.
 
-        :raises ExplanationError: a glob that matches no call, or a call that two rows explain in one release.
+        :raises ExplanationError: a glob matches no call, or two rows explain a call in one release.
         """
         owners: dict[tuple[str, str], str] = {}
         for row in self.known:
@@ -86,43 +86,43 @@ class KnownCalls(TableRow):
 
 
 def load_known_calls(path: Path = FIXTURES / "known_calls.toml") -> KnownCalls:
-    """:raises ExplanationError: malformed, an id or name twice, or a row that explains nothing."""
+    """:raises ExplanationError: the table is malformed, or has an id or name twice."""
     return read_toml(path, KnownCalls, ExplanationError)
 
 
 @dataclass(frozen=True)
 class Expectations:
-    """What answers are held to.
+    """The tables and truths that answers are compared with.
 
-    :ivar matches: each row of what is known with each call that it names.
-    :ivar truths: of each call, and of each formula of a call.
+    :ivar matches: each known cause with each of its calls.
+    :ivar truths: the truth of each call, and the values of each formula of a call.
     """
 
     table: CallTable
     matches: list[tuple[KnownCall, str]]
-    truths: dict[Asked, CallTruth]
+    truths: dict[TruthKey, CallTruth]
 
     @property
     def rows(self) -> dict[str, KnownCall]:
-        """Id → what is known, of every release."""
+        """Id → known cause, for every release."""
         return {row.id: row for row, _ in self.matches}
 
     def known(self, version: str) -> dict[str, KnownCall]:
-        """Call → what is known of it in a release, or for a checkout in the newest release before it."""
+        """Call → known cause in a release; for a checkout, in the newest release before it."""
         release = baseline(self.rows.values(), version)
         return {call: row for row, call in self.matches if release in row.releases}
 
 
 def expectations(cache: Path, known: KnownCalls | None = None) -> Expectations:
-    """The tables and their truths, which are computed once and cached.
+    """The tables and their truths, from the cache or computed.
 
-    :param known: None for the project's own.
-    :raises ExplanationError: a row for no call, two rows for one, or a formula whose value is the right one.
+    :param known: None for ``fixtures/known_calls.toml``.
+    :raises ExplanationError: a row has no call, two rows have the same, or a formula gives the right value.
     """
     table = load_calls()
     rows = {row.id: row for row in table.call}
     matches = list((known or load_known_calls()).matches(table))
-    asked: dict[Asked, str] = {(call, None): "" for call in rows}
+    asked: dict[TruthKey, str] = {(call, None): "" for call in rows}
     asked |= {(call, row.formula): row.id for row, call in matches if row.formula}
     truths = _truths(table, asked, cache)
     for row, call in matches:
@@ -132,16 +132,16 @@ def expectations(cache: Path, known: KnownCalls | None = None) -> Expectations:
     return Expectations(table, matches, truths)
 
 
-def _truths(table: CallTable, asked: dict[Asked, str], cache: Path) -> dict[Asked, CallTruth]:
-    """What was asked, computed or from the cache.
+def _truths(table: CallTable, asked: dict[TruthKey, str], cache: Path) -> dict[TruthKey, CallTruth]:
+    """The truths and formula values, from the cache or computed.
 
-    :param asked: with the id of the row that names the formula.
-    :raises ExplanationError: a formula that is not of the call's function.
+    :param asked: each with the id of the row that has the formula.
+    :raises ExplanationError: the call's function does not have this formula.
     :raises OracleError: the cached file is unreadable.
     """
 
     def compute(out: Path) -> None:
-        # Imported where it is needed: cached truths are read without torch.
+        # Imported here, because cached truths are read without torch.
         from candle_mi_parity.coverage.calls_truth import truth_of
 
         rows, arrays = {row.id: row for row in table.call}, {}
@@ -157,7 +157,7 @@ def _truths(table: CallTable, asked: dict[Asked, str], cache: Path) -> dict[Aske
     code = digest_files(list(Path(__file__).parent.glob("calls*.py")))
     key = content_key(table.digest(), list(asked), code, rules_digest(), library_versions())
     path = publish(cache / "truth" / f"calls-{key}", compute) / "truth.safetensors"
-    truths: dict[Asked, dict[str, TruthTensor]] = {one: {} for one in asked}
+    truths: dict[TruthKey, dict[str, TruthTensor]] = {key: {} for key in asked}
     try:
         arrays = load_file(path)
         for place, pair in sorted(arrays.items()):
@@ -172,9 +172,9 @@ def _truths(table: CallTable, asked: dict[Asked, str], cache: Path) -> dict[Aske
 class JudgedCalls:
     """The answers of one candidate, judged.
 
-    :ivar results: one a call.
-    :ivar answers: of the calls that were answered, the arrays.
-    :ivar lost: why there are none of these; its outcome is ABSENT where there are none to be had.
+    :ivar results: one for each call.
+    :ivar answers: arrays of the calls that were answered.
+    :ivar lost: why there are no answers; its outcome is ABSENT if none are stored.
     """
 
     results: list[CaseResult]
@@ -191,10 +191,10 @@ class JudgedCalls:
 
 
 def judge_source(source: Source, spec: str, held_to: Expectations, cache: Path, out: Path) -> JudgedCalls:
-    """Have a candidate answer, or read its stored answers, and judge them.
+    """Get a candidate's answers and judge them.
 
     :param spec: the candidate as the user spelt it.
-    :param out: the JSON file that a live one writes.
+    :param out: the JSON file that a live candidate writes.
     """
     again = command("maint", "calls", "--candidate", spec)
     lost = CaseResult("calls", "calls", held_to.table.digest(), Status.ERROR, again)
@@ -213,10 +213,10 @@ def judge_source(source: Source, spec: str, held_to: Expectations, cache: Path, 
 
 
 def judge_calls(calls: Calls, held_to: Expectations, again: str = "") -> JudgedCalls:
-    """One result per row of the table.
+    """One result for each row of the table.
 
-    :param again: the command that shows them again.
-    :raises TraceError: another table, other inputs, a call missing, unknown or answered twice.
+    :param again: the command that repeats them.
+    :raises TraceError: another table, other inputs, or a call missing, unknown or answered twice.
     """
     table = held_to.table
     if calls.case.digest != table.digest():
@@ -253,7 +253,7 @@ def _judge_values(
     if cause.formula is None:
         result.unexplained = f"not {cause.id}: it is not refused"
         return
-    # A formula says which of equal features are kept.
+    # A formula determines which of equal features are kept.
     strict = row.model_copy(update={"ties": False})
     under = compare_call(strict, got, held_to.truths[row.id, cause.formula])
     if _status(under) is Status.PASS:
@@ -282,27 +282,27 @@ def _status(tensors: list[TensorResult]) -> Status:
     return next((status for status in (Status.FAIL, Status.UNMEASURED) if status in found), Status.PASS)
 
 
-def hold_known(judged: JudgedCalls, held_to: Expectations, identity: CandleMi, result: RunResult) -> None:
-    """What is known and no longer so: ``gone`` of a build from source, ``stale`` of a release."""
-    agree = {one.id for one in judged.results if one.outcome is Outcome.AGREES}
-    spared: dict[str, list[str]] = {}
+def report_outdated(judged: JudgedCalls, held_to: Expectations, identity: CandleMi, result: RunResult) -> None:
+    """Report known causes whose calls agree: as ``gone`` for a build from source, as ``stale`` for a release."""
+    agree = {call.id for call in judged.results if call.outcome is Outcome.AGREES}
+    agreeing: dict[str, list[str]] = {}
     needed: set[str] = set()
     for call, row in held_to.known(identity.version).items():
         if f"calls/{call}" in agree:
-            spared.setdefault(row.id, []).append(f"calls/{call}")
+            agreeing.setdefault(row.id, []).append(f"calls/{call}")
         else:
             needed.add(row.id)
     if identity.source != "registry":
-        result.gone |= {id: calls for id, calls in spared.items() if id not in needed}
+        result.gone |= {id: calls for id, calls in agreeing.items() if id not in needed}
         return
     result.stale += [
-        f"{id} is listed for candle-mi {identity.version}, but {', '.join(calls)} agree: take them or the release out"
-        for id, calls in spared.items()
+        f"{id} is listed for candle-mi {identity.version}, but {', '.join(calls)} agree: remove them or the release"
+        for id, calls in agreeing.items()
     ]
 
 
 def diff_calls(a: JudgedCalls, b: JudgedCalls, held_to: Expectations) -> list[CaseDiff]:
-    """Call by call what changed; one line where a side has no answers."""
+    """Compare the calls one by one; a single line if a side has no answers."""
     if a.lost or b.lost:
         whole = CaseResult("calls", "calls", held_to.table.digest(), Status.PASS, "")
         return [diff_call(a.lost or whole, b.lost or whole, {})]

@@ -1,7 +1,4 @@
-"""What each function of ``fixtures/calls.toml`` should give, and what it is known to give instead.
-
-Both in float64, with the noise of float32 around it.
-"""
+"""The truth of each function of ``fixtures/calls.toml``, and the known wrong formulas, in float64 with noise."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ def _logit_diff(baseline: torch.Tensor, ablated: torch.Tensor, token: int) -> Na
 
 
 def _top_changed(baseline: torch.Tensor, ablated: torch.Tensor, k: int) -> Named:
-    """Of every token; the comparison takes the k largest changes."""
+    """For every token; the comparison takes the k largest changes."""
     return _changes(torch.softmax(_last(baseline), -1), torch.softmax(_last(ablated), -1))
 
 
@@ -76,7 +73,7 @@ def _steering(
     scale: float | None = None,
     set_value: float | None = None,
 ) -> Named:
-    """As a case's ``steer`` edit does it at the pattern."""
+    """As the ``steer`` edit of a case changes the pattern."""
     chosen = Attention(heads=heads, edges=edges).chosen(attention.shape[1], attention.shape[2])
     if scale is not None:
         return {"value": scale_steering(chosen, scale)(attention)}
@@ -95,7 +92,7 @@ def _position_delta(direction: torch.Tensor, position: int, seq_len: int) -> Nam
 
 
 def _gram(matrix: torch.Tensor, k: int, iterations: int) -> Named:
-    """Scatter [d, d] of the centred rows; :func:`_eigen` takes it apart outside the mode: no rule for eigh."""
+    """Scatter matrix [d, d] of the centred rows; :func:`_eigen` runs outside the mode, which has no rule for eigh."""
     centred = matrix - matrix.mean(0, keepdim=True)
     return {"gram": centred.t().contiguous() @ centred}
 
@@ -104,7 +101,7 @@ def _eigen(values: Named, k: int) -> Named:
     lambdas, vectors = torch.linalg.eigh(values["gram"])
     components = vectors.flip(-1).t()[:k]
     lambdas = lambdas.flip(-1)
-    # Either sign of a component is right: the largest entry is taken positive.
+    # Either sign of a component is right; the largest entry is made positive.
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))
     return {
         "components": components * largest.sign(),
@@ -159,10 +156,10 @@ def _terms_left_out(baseline: torch.Tensor, other: torch.Tensor) -> Named:
 
 
 class LooseTopK(TorchSae):
-    """TopK as ``topk_cpu`` of candle-mi 0.2.2 selects (``src/sae/mod.rs``).
+    """TopK as ``topk_cpu`` of candle-mi 0.2.2 computes it (``src/sae/mod.rs``).
 
-    What is below the k-th largest value becomes 0. Where more than k are then at or above it, which zeros are when it
-    is negative, those within ``epsilon`` of it are dropped from the end. Where k is d_sae, all are kept.
+    Values below the k-th largest become 0. If more than k are then at or above it (zeros are, if it is negative),
+    those within ``epsilon`` of it are dropped from the end. If k is d_sae, all are kept.
 
     :param relu: whether ReLU follows.
     """
@@ -202,7 +199,7 @@ WRONG_SAES: dict[Formula, Callable[[Path], TorchSae]] = {
 
 
 def _computation(row: CallRow, formula: Formula | None, table: CallTable, cache: Path) -> Callable[[], Named]:
-    """:raises CaseTableError: a function without a reference, or a formula that is not of it."""
+    """:raises CaseTableError: the function has no reference, or not this formula."""
     arrays = table.arrays()
     args: dict[str, Any] = {
         key: torch.from_numpy(arrays[value]).double() if isinstance(value, str) and value in arrays else value
@@ -219,11 +216,11 @@ def _computation(row: CallRow, formula: Formula | None, table: CallTable, cache:
 
 
 def truth_of(row: CallRow, table: CallTable, cache: Path, formula: Formula | None = None) -> dict[str, TruthTensor]:
-    """The expected results of a call, and the root mean square of 16 samples of float32's rounding around them.
+    """The expected results of a call, with the rms of 16 samples of float32 rounding as noise.
 
-    :param cache: where the SAEs that both sides read are laid out.
-    :param formula: what is known to be computed instead; None for the truth.
-    :raises CaseTableError: a function without a reference, or a formula that is not of it.
+    :param cache: where the SAEs are written.
+    :param formula: a known wrong formula; None for the truth.
+    :raises CaseTableError: the function has no reference, or not this formula.
     """
     once = _computation(row, formula, table, cache)
 

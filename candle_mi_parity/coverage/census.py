@@ -1,15 +1,15 @@
 """The auto-config census: what candle-mi does with every causal language model that transformers has.
 
-Each class that can be made tiny is handed to candle-mi, by its family's own parser (``from_hf_config``) or, where
-that does not know the model type, by ``from_hf_config_auto``; and is sorted into exactly one outcome:
+Each class for which a tiny model can be made is read by its family's own parser (``from_hf_config``) or, if that does
+not know the model type, by ``from_hf_config_auto``. The outcome is one of:
 
-``refused``    candle-mi says that it cannot, and why.
+``refused``    candle-mi raises an error.
 ``same``       it computes what transformers computes, by the gate.
-``different``  it loads the model, raises nothing, and computes something else.
-``not-asked``  nothing can be said: the class does not get tiny, has no truth, or candle-mi crashed on it.
+``different``  it loads the model without an error and computes something else.
+``not-asked``  unknown: there is no tiny model or no truth, or candle-mi crashed.
 
-``config.json`` has the rotary base at its top level (dialect ``hub``), as hub files do, so that what transformers 5
-writes and candle-mi does not read is not blamed on every family; and windows lie beyond the prompt.
+``config.json`` has the rotary base at its top level (dialect ``hub``), because candle-mi does not read the spelling
+of transformers 5; sliding windows are longer than the prompt.
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.sources import REQUEST_FORMAT, same_candidate
@@ -45,7 +42,7 @@ from candle_mi_parity.trace.truth import Truth
 
 TOKENS = RandomTokens(random=24)
 SECONDS = 60.0
-"""What one class may take."""
+"""Time limit for one class."""
 WORKERS = 2
 
 
@@ -72,8 +69,8 @@ def take_census(
             reason=f"its process was killed, or took more than {SECONDS:g} s",
         )
         if isinstance(answer, Lost) and answer.code is not None and answer.code >= 0:
-            # What a class can do wrong is caught in its process: this is this program's own fault.
-            raise CensusError(f"{name}: the process that was to ask about it ended with code {answer.code}")
+            # Errors of a class are caught in its process, so that this one is a bug of the census.
+            raise CensusError(f"{name}: the census process ended with code {answer.code}")
         entry = lost if isinstance(answer, Lost) else Entry.model_validate(answer)
         progress(entry, len(names))
         entries.append(entry)
@@ -95,37 +92,13 @@ def ask_class(
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with EmitterProcess(binary) as emitter:
         question = Question(model_type, class_name, emitter, identity, cache, out)
-        entry = question.ask({})
-        probes = {
-            name: question.ask(change).outcome
-            for name, change in _probes(entry)
-            if entry.outcome in ("same", "different")
-        }
-        entry = entry.model_copy(update={"probes": probes})
-        if entry.outcome == "different" and entry.reader:
-            try:
-                entry = entry.model_copy(update={"unread": question.unread(entry.reader)})
-            except ParityError as error:
-                entry = entry.model_copy(update={"reason": f"{entry.reason}; unread unknown: {one_line(error)}"})
-    return entry.model_dump()
-
-
-def _probes(entry: Entry) -> Iterator[tuple[str, dict[str, object]]]:
-    """The probes that change something in this class's config."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    fields = CONFIG_MAPPING[entry.model_type].__dataclass_fields__
-    for probe in load_table().probe:
-        given = {key: value for key, value in probe.set.items() if key in fields and fields[key].default is not None}
-        change = probe.set if entry.model_type in probe.classes else {} if probe.classes else given
-        if probe.on == entry.outcome and change:
-            yield probe.name, dict(change)
+        return question.ask().model_dump()
 
 
 class Question:
-    """One class, asked with one config after another.
+    """What candle-mi makes of one class.
 
-    :param seconds: what one answer of the emitter may take.
+    :param seconds: time limit for one answer of the emitter.
     """
 
     def __init__(
@@ -142,11 +115,11 @@ class Question:
         self._blank = Entry(model_type=model_type, class_name=class_name, outcome="not-asked")
         self._emitter, self._identity, self._cache, self._out = emitter, identity, cache, out
 
-    def ask(self, change: dict[str, object]) -> Entry:
-        """The entry for the class with other config values; never raises."""
+    def ask(self) -> Entry:
+        """The entry of the class; never raises."""
         entry = self._blank
         try:
-            tiny = tiny_model(entry.model_type, change, self._cache)
+            tiny = tiny_model(entry.model_type, self._cache)
             entry = entry.model_copy(update={"dialect": tiny.dialect})
             subject = _subject(entry.model_type, tiny)
             try:
@@ -156,25 +129,14 @@ class Question:
             entry = entry.model_copy(update={"reader": reader})
             truth = truth_of(subject, self._cache)
             return judged(entry, self.compare(subject, reader, truth))
-        except Exception as error:  # one class's fault, of whatever kind, is that class's line in the table
+        except Exception as error:  # whatever the class's own code raises is its line in the table
             loads = "candle-mi computes it, unjudged: " if entry.reader else ""
             return entry.model_copy(update={"reason": loads + one_line(error)})
 
-    def unread(self, reader: Reader) -> list[str]:
-        """See :func:`census_unread.unread_tensors`, for the class as it was first asked about."""
-        tiny = tiny_model(self._blank.model_type, {}, self._cache)
-        subject = _subject(self._blank.model_type, tiny)
-
-        def logits(directory: Path) -> str:
-            trace = self.emit(Subject(**{**vars(subject), "model_dir": directory}), reader)
-            return trace.entries["logits"].sha256
-
-        return unread_tensors(tiny.directory, logits)
-
     def reader(self, subject: Subject) -> Reader:
-        """candle-mi's parser that makes numbers of the model.
+        """candle-mi's parser that reads the model: ``auto`` only if ``hf`` does not know the model type.
 
-        :raises EmitterError: neither does; the error of the one that knows the model type, ``auto`` knowing all.
+        :raises EmitterError: neither can read it.
         """
         try:
             self.emit(subject, "hf")
@@ -207,7 +169,7 @@ class Question:
 
     def compare(self, subject: Subject, reader: Reader, truth: Truth) -> list[TensorResult]:
         captures = [name for name in truth.tensors if name != "logits"]
-        with_hooks = Subject(**{**vars(subject), "captures": captures})
+        with_hooks = replace(subject, captures=captures)
         trace = self.emit(with_hooks, reader)
         check_header(truth, trace, None)
         return compare(truth, trace, None, None)
@@ -240,7 +202,7 @@ def _subject(model_type: str, tiny: Tiny) -> Subject:
 
 
 def judged(entry: Entry, results: list[TensorResult]) -> Entry:
-    """``same`` or ``different``, by the logits alone where this project guessed where the hook points are."""
+    """``same`` or ``different``; by the logits alone if the hook points were guessed from module names."""
     failed = [result for result in results if result.status is Status.FAIL]
     tensors = [result for result in results if not result.name.startswith("logits.")]  # those are its next tokens
     logits = next(result for result in results if result.name == "logits")
@@ -250,8 +212,8 @@ def judged(entry: Entry, results: list[TensorResult]) -> Entry:
         return entry.model_copy(update=facts | {"reason": failed[0].reason})
     if logits.status is Status.UNMEASURED:
         return entry.model_copy(update={"reason": "candle-mi computes it, unjudged: the logits are too noisy"})
-    doubt = f"logits agree; {failed[0].name} is elsewhere than this census looks for it" if failed else ""
-    return entry.model_copy(update=facts | {"outcome": "same", "reason": doubt})
+    reason = f"logits agree; {failed[0].name} is elsewhere than this census looks for it" if failed else ""
+    return entry.model_copy(update=facts | {"outcome": "same", "reason": reason})
 
 
 def rounded(ratio: float) -> float | None:
@@ -259,35 +221,7 @@ def rounded(ratio: float) -> float | None:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception in one line of bounded length; ``ParityError`` speaks for itself."""
+    """The message of an exception in one line of at most 240 characters."""
     text = " ".join(str(error).split())
     text = text if isinstance(error, ParityError) else f"{type(error).__name__}: {text}"
     return text if len(text) <= 240 else text[:239] + "…"
-
-
-Logits = Callable[[Path], str]
-"""The digest of the logits that candle-mi computes for a model directory."""
-
-
-def unread_tensors(directory: Path, logits: Logits) -> list[str]:
-    """Names of the tensors that do not move the logits, ``*`` for the number of a layer or expert; sorted.
-
-    :param directory: a model in one file, all of whose values are nonzero; it is not changed.
-    """
-    tensors = load_file(directory / "model.safetensors")
-    kinds: dict[str, list[str]] = {}
-    for name in tensors:
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
-    before = logits(directory)
-    return [kind for kind, names in sorted(kinds.items()) if _logits_without(directory, names, logits) == before]
-
-
-def _logits_without(directory: Path, names: list[str], logits: Logits) -> str:
-    with tempfile.TemporaryDirectory() as scratch:
-        changed = Path(scratch)
-        shutil.copy(directory / "config.json", changed)
-        tensors = load_file(directory / "model.safetensors")
-        for name in names:
-            tensors[name] = tensors[name] * 2
-        save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
-        return logits(changed)

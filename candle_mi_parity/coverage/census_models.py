@@ -29,38 +29,25 @@ Dialect = Literal["hub", "v5"]
 Values = dict[str, Scalar | list[int] | list[str] | dict[str, Scalar]]
 
 LARGEST = 4_000_000
-"""Parameters of a model that still counts as tiny; more means that the table knows no key for the class's size."""
+"""Largest number of parameters of a tiny model."""
 
-_OTHER_SENSES = frozenset({"vision_config", "audio_config", "vq_config", "audio_encoder", "audio_encoder_config"})
+_OTHER_MODALITIES = frozenset({"vision_config", "audio_config", "vq_config", "audio_encoder", "audio_encoder_config"})
 
 
 class Override(TableRow):
-    """What one model type needs beside the common table; keys of ``null`` are set to null."""
+    """Values for one model type only; the keys in ``null`` are set to null."""
 
     set: Values = Field(default_factory=dict)
     null: list[str] = Field(default_factory=list)
 
 
-class Probe(TableRow):
-    """A second question to classes of one outcome, with other config values.
-
-    :ivar on: the outcome of the first question.
-    :ivar classes: model types that are asked; without them, every class that has one of the keys at a value.
-    """
-
-    name: str
-    on: Literal["same", "different"]
-    classes: list[str] = Field(default_factory=list)
-    set: Values
-
-
 class Table(TableRow):
     """``fixtures/census.toml``.
 
-    :ivar shrink: key → value wherever the class has the key.
-    :ivar shrink_given: the same, where the class's own default is not null.
+    :ivar shrink: key → value, for every class that has the key.
+    :ivar shrink_given: the same, for classes whose own default is not null.
     :ivar rotary: keys of the class's rotary parameters.
-    :ivar fallback: further values, each row tried when the class refuses what came before.
+    :ivar fallback: other values, tried in order if the class refuses the ones before.
     """
 
     shrink: Values
@@ -68,7 +55,6 @@ class Table(TableRow):
     rotary: dict[str, float]
     fallback: list[Values]
     override: dict[str, Override]
-    probe: list[Probe]
 
 
 @remembered
@@ -97,64 +83,57 @@ class Tiny:
     dialect: Dialect
 
 
-def tiny_model(model_type: str, change: Mapping[str, object], cache: Path) -> Tiny:
-    """The tiny model of a type, made if it is not there yet.
+def tiny_model(model_type: str, cache: Path) -> Tiny:
+    """The tiny model of a type, from the cache or generated.
 
-    :param change: config keys that a probe sets otherwise.
-    :raises ModelError: the class is not text-only, or does not get tiny.
-    :raises Exception: whatever transformers says to a config that it cannot instantiate.
+    :raises ModelError: the class is not text-only, or has no tiny config.
+    :raises Exception: whatever transformers raises for a config that it cannot instantiate.
     """
     kind = CONFIG_MAPPING[model_type]
-    if other := sorted(_OTHER_SENSES & set(getattr(kind, "sub_configs", None) or {})):
+    if other := sorted(_OTHER_MODALITIES & set(getattr(kind, "sub_configs", None) or {})):
         raise ModelError(f"not text-only: its config has {', '.join(other)}")
     table = load_table()
     sources = digest_files([Path(__file__), Path(str(generate.__file__))])
-    said = [model_type, dict(change), table.model_dump()]
-    key = content_key("census", said, sources, transformers.__version__)
-    directory = publish(cache / "models" / key, lambda out: _generate(model_type, change, table, out))
-    rotary = "rope_theta" in read_config(directory)
-    return Tiny(directory, "hub" if rotary else "v5")
+    key = content_key("census", model_type, table.model_dump(), sources, transformers.__version__)
+    directory = publish(cache / "models" / key, lambda out: _generate(model_type, table, out))
+    return Tiny(directory, "hub" if "rope_theta" in read_config(directory) else "v5")
 
 
 def settings(model_type: str, table: Table) -> dict[str, object]:
-    """The keys of the table that a class has, and the values it is to have."""
+    """The keys of the table that a class has, with their values."""
     fields = CONFIG_MAPPING[model_type].__dataclass_fields__
-    given: dict[str, object] = {
-        key: value for key, value in table.shrink_given.items() if key in fields and _default(fields[key])
-    }
     found: dict[str, object] = {key: value for key, value in table.shrink.items() if key in fields}
+    found |= {
+        key: value for key, value in table.shrink_given.items() if key in fields and fields[key].default is not None
+    }
     override = table.override.get(model_type, Override())
-    return found | given | override.set | dict.fromkeys(override.null)
+    return found | override.set | dict.fromkeys(override.null)
 
 
-def _default(field: Any) -> bool:
-    return field.default is not None
-
-
-def tiny_config(model_type: str, change: Mapping[str, object], table: Table) -> Any:
+def tiny_config(model_type: str, table: Table) -> Any:
     """A configuration object that transformers can instantiate.
 
-    :raises Exception: what transformers said to the first attempt, when it refuses every one.
+    :raises Exception: what transformers raised at the first attempt, if it refuses every one.
     """
     kind: Any = CONFIG_MAPPING[model_type]
-    refused: Exception | None = None
+    first_error: Exception | None = None
     base = settings(model_type, table)
     for row in [{}, *table.fallback]:
         fallback = {key: value for key, value in row.items() if key in base}
         try:
-            config = kind(**base | fallback | dict(change))
+            config = kind(**base | fallback)
             _set_rotary(config, table.rotary)
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-        except Exception as error:  # strict dataclasses and modules each refuse in a way of their own
-            refused = refused or error
+        except Exception as error:  # dataclasses and modules each raise errors of their own
+            first_error = first_error or error
             continue
         if (count := sum(tensor.numel() for tensor in model.state_dict().values())) > LARGEST:
             name, largest = max(model.state_dict().items(), key=lambda item: item[1].numel())
             raise ModelError(f"does not get tiny: {count} parameters, {name} {list(largest.shape)}")
         return config
-    assert refused is not None
-    raise refused
+    assert first_error is not None
+    raise first_error
 
 
 def _set_rotary(config: Any, rotary: Mapping[str, float]) -> None:
@@ -164,8 +143,8 @@ def _set_rotary(config: Any, rotary: Mapping[str, float]) -> None:
         config.rope_parameters = {**parameters, **rotary}
 
 
-def _generate(model_type: str, change: Mapping[str, object], table: Table, out: Path) -> None:
-    config = tiny_config(model_type, change, table)
+def _generate(model_type: str, table: Table, out: Path) -> None:
+    config = tiny_config(model_type, table)
     model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     fill(model.float())
     model.save_pretrained(out)  # not our own file: some classes have other names on disk than in memory
@@ -173,10 +152,10 @@ def _generate(model_type: str, change: Mapping[str, object], table: Table, out: 
 
 
 def fill(model: nn.Module) -> None:
-    """Every parameter from :func:`tensor_values`, and every buffer that is all 0 or all 1.
+    """Fill every parameter, and every buffer that is all 0 or all 1, with :func:`tensor_values`.
 
-    Where the fresh value is 0 the module adds what it needs by itself, so that the weight is centred there: 0.2·N;
-    where it is 1, 1 + 0.2·N. Buffers of another content are tables that the class computed.
+    Values are 0.2·N around an initial value of 0, and 1 + 0.2·N otherwise. Other buffers are tables that the class
+    computed.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     with torch.no_grad():
@@ -193,8 +172,10 @@ def values(name: str, tensor: torch.Tensor, offset: int) -> torch.Tensor:
 
 
 def check_filled(model: nn.Module) -> None:
-    """:raises ModelError: a loaded model has a parameter that is not the generated one: transformers did not find it
-    in the file that it wrote, and made one up."""
+    """Check that transformers loaded every generated parameter.
+
+    :raises ModelError: a parameter has another value, because transformers did not find it in the file it wrote.
+    """
     state = model.state_dict()
     seen: set[int] = set()
     for name, parameter in model.named_parameters():
@@ -208,7 +189,7 @@ def check_filled(model: nn.Module) -> None:
 
 
 def _as_hub(out: Path) -> None:
-    """Rewrite ``config.json`` with its rotary parameters as hub files have them, where that says the same."""
+    """Rewrite ``config.json`` with its rotary parameters at the top level, if transformers reads the same from it."""
     path = out / "config.json"
     saved = read_config(out)
     rotary = hub_rotary(saved.get("rope_parameters"))
@@ -223,9 +204,9 @@ def _as_hub(out: Path) -> None:
 
 
 def hub_rotary(parameters: Any) -> dict[str, object] | None:
-    """Rotary parameters as hub files spell them at their top level; None where there is no such spelling.
+    """Rotary parameters as hub files spell them at the top level; None if there is no such spelling.
 
-    Hub files of families that turn windowed layers otherwise than the rest say so in ``rope_local_base_freq``.
+    ``rope_local_base_freq`` is the base of windowed layers.
     """
     if not isinstance(parameters, dict) or not parameters:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
 from candle_mi_parity.errors import CensusError
 from candle_mi_parity.spec.paths import OUTPUTS
@@ -15,31 +15,25 @@ FORMAT: Literal["candle-mi-parity/census/1"] = "candle-mi-parity/census/1"
 STORED = OUTPUTS / "census"
 
 Reader = Literal["hf", "auto"]
-Outcome = Literal["refused", "same", "different", "not-asked"]
-OUTCOMES: tuple[Outcome, ...] = ("different", "same", "refused", "not-asked")
+CensusOutcome = Literal["refused", "same", "different", "not-asked"]
+OUTCOMES: tuple[CensusOutcome, ...] = ("different", "same", "refused", "not-asked")
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Entry(Part):
+class Entry(BaseModel, extra="forbid", frozen=True):
     """One class.
 
-    :ivar reason: why it is refused or not asked; what to know of a comparison.
-    :ivar dialect: of the ``config.json`` that was asked about; None when nothing was made.
-    :ivar reader: candle-mi's function that read it; None when it was not asked.
+    :ivar reason: why it is refused or not asked, or a remark about the comparison.
+    :ivar dialect: of its ``config.json``; None if no model was made.
+    :ivar reader: candle-mi's function that read it; None if it was not asked.
     :ivar compared: number of tensors compared; 1 is the logits alone.
     :ivar first: the first tensor past the gate, in execution order.
-    :ivar ratio: its ratio in units where 8 is the gate, three digits; None where it is not a finite number.
-    :ivar logits_ratio: the same of the logits.
-    :ivar probes: what came of the same class with other config values; probe → outcome.
-    :ivar unread: of a class that is ``different``, the tensors without which candle-mi computes the very same logits.
+    :ivar ratio: its ratio, gate 8, three digits; None if it is not finite.
+    :ivar logits_ratio: ratio of the logits.
     """
 
     model_type: str
     class_name: str
-    outcome: Outcome
+    outcome: CensusOutcome
     reason: str = ""
     dialect: Literal["hub", "v5"] | None = None
     reader: Reader | None = None
@@ -47,13 +41,11 @@ class Entry(Part):
     first: str | None = None
     ratio: float | None = None
     logits_ratio: float | None = None
-    probes: dict[str, Outcome] = {}
-    unread: list[str] = []
 
     def line(self, who: str) -> str:
         """What was found, for a user of a model of this type; empty where nothing was."""
         who, on = f"in the census, {who}", f"on a small {self.model_type} model"
-        lines: dict[Outcome, str] = {
+        lines: dict[CensusOutcome, str] = {
             "refused": f"{who} refused a small {self.model_type} model: {self.reason}",
             "different": f"{who} did not compute PyTorch's numbers {on}, first at {self.first}",
             "same": f"{who} computed PyTorch's numbers {on} with default settings",
@@ -61,7 +53,7 @@ class Entry(Part):
         return lines.get(self.outcome, "")
 
 
-class Census(Part):
+class Census(BaseModel, extra="forbid", frozen=True):
     """``rust_outputs/census/<version>.json``: every mapped class once, sorted by model type.
 
     :ivar counts: outcome → number of classes.
@@ -70,20 +62,11 @@ class Census(Part):
     format: Literal["candle-mi-parity/census/1"]
     candle_mi: CandleMi
     transformers: str
-    counts: dict[Outcome, int]
+    counts: dict[CensusOutcome, int]
     classes: list[Entry]
 
-    @model_validator(mode="after")
-    def _whole(self) -> Census:
-        names = [entry.model_type for entry in self.classes]
-        if names != sorted(set(names)):
-            raise ValueError("classes are not sorted, or one is given twice")
-        if self.counts != count(self.classes):
-            raise ValueError(f"counts {self.counts} are not those of the classes")
-        return self
 
-
-def count(entries: list[Entry]) -> dict[Outcome, int]:
+def count(entries: list[Entry]) -> dict[CensusOutcome, int]:
     return {outcome: sum(entry.outcome == outcome for entry in entries) for outcome in OUTCOMES}
 
 

@@ -1,5 +1,7 @@
-"""The truth of a class that has no entry in :mod:`families`: every hook point where its modules are named as those
-of a family that has one, else its logits alone."""
+"""The truth of a class without an entry in :mod:`families`.
+
+It has every hook point if the class names its modules like a known family, else the logits alone.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,10 @@ from candle_mi_parity.trace.truth import Truth, TruthTensor
 
 
 def truth_of(subject: Subject, cache: Path, generated: bool = True) -> Truth:
-    """The truth, from the cache or computed; ``hook_embed`` is in it where every hook point is.
+    """The truth, from the cache or computed; it holds ``hook_embed`` if it holds the hook points.
 
-    :param generated: whether the weights are generated ones, which transformers must load as they were saved.
-    :raises OracleError: an op without a noise rule, or a truth that is not finite.
+    :param generated: whether the weights are generated; transformers must then load them as they were saved.
+    :raises OracleError: an operation without a noise rule, or a truth that is not finite.
     :raises Exception: whatever the class's forward pass raises.
     """
     own = digest_files([Path(str(census_models.__file__)), Path(__file__)])
@@ -77,9 +79,9 @@ def logits_only(model: nn.Module, tokens: torch.Tensor, _edits: Edits) -> Record
 
 
 def family_maps(model: Any) -> list[Family]:
-    """Hook maps that a class may have: its own entry, or those that its modules' names suggest; [] for none.
+    """Possible hook maps of a class: its own entry, or those suggested by the names of its modules.
 
-    Residual streams are told by the norms of a layer: two as Llama's, or four as Gemma 2's.
+    The norms of a layer determine the residual streams: two as in Llama, or four as in Gemma 2.
     """
     if known := FAMILIES.get(model.config.model_type):
         return [known]
@@ -105,13 +107,13 @@ def family_maps(model: Any) -> list[Family]:
 
 
 SAME = 1e-9
-"""Of the rms of the logits: two float64 passes that differ by more do not compute the same."""
+"""Fraction of the rms of the logits by which two float64 passes of the same computation may differ."""
 
 
 def _fits(model: nn.Module, tokens: torch.Tensor, family: Family, logits: torch.Tensor) -> bool:
-    """Whether one plain pass records each hook point once, finite, and the queries in candle-mi's layout.
+    """Whether a pass records each hook point, finite, with the queries in candle-mi's layout.
 
-    :param logits: by the class's own attention: ours knows nothing of sinks and the like, and would leave them out.
+    :param logits: computed with the class's own attention; the recording one would leave out sinks, for example.
     """
     try:
         with Float64():  # type: ignore[no-untyped-call]

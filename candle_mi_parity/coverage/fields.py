@@ -1,9 +1,9 @@
 """The config-field ledger: every field of ``config.json`` that transformers reads, and what covers it.
 
-Which fields there are is recorded, not remembered: :func:`fields_read` watches the config object while a model is
-built and run, so that an upgrade of transformers adds its new fields by itself. ``fixtures/config_fields.toml``
-says of each field which case excites it, or why none has to; :mod:`field_check` holds every row against the truth.
-A key inside the rotary dictionary is a field of its own, ``rope_parameters.<key>``.
+The fields are recorded while a model is built and run (:mod:`candle_mi_parity.oracle.fields_read`), so that an
+upgrade of transformers adds its new fields. ``fixtures/config_fields.toml`` names for each field a case that covers
+it, or why none is needed; :mod:`field_check` verifies every row. A key inside the rotary dictionary is a field of its
+own, ``rope_parameters.<key>``.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from candle_mi_parity.spec.paths import FIXTURES
 
 
 class FieldError(ParityError):
-    """``fixtures/config_fields.toml`` is malformed, or its check cannot be made."""
+    """``fixtures/config_fields.toml`` is malformed, or cannot be checked."""
 
 
-class Excited(TableRow):
-    """A case has the field at a value that moves the truth.
+class CoveredField(TableRow):
+    """A case has the field at a value that changes the truth.
 
-    :ivar excited_by: case id; ``*`` stands for the family in a row of the common table.
-    :ivar against: the value it is compared with; without one the field is left out, so that the default holds.
+    :ivar covered_by: case id; ``*`` stands for the family in a row of the common table.
+    :ivar against: the value to compare with; without it the field is left out, so that its default applies.
     """
 
-    excited_by: str
+    covered_by: str
     against: Setting | None = None
 
 
-class Excused(TableRow):
-    """No case has to excite the field.
+class WaivedField(TableRow):
+    """No case has to cover the field.
 
-    :ivar kind: ``inert``: it cannot change an inference. ``structural``: it changes the shapes of tensors, and a
-        library that misreads it cannot load the weights. ``refused``: a value other than the present one ends in
-        an error of transformers or of the oracle, so there is no truth to compare with.
-    :ivar other: a value at which the program verifies that.
+    :ivar kind: ``no_effect``: it does not change an inference. ``structural``: it changes shapes, so that a library
+        that misreads it cannot load the weights. ``refused``: transformers or the oracle raises an error at any other
+        value, so that there is no truth.
+    :ivar other: a value at which this is verified.
     """
 
-    kind: Literal["inert", "structural", "refused"]
+    kind: Literal["no_effect", "structural", "refused"]
     other: Setting
     reason: str
 
 
-FieldRow = Excited | Excused
+FieldRow = CoveredField | WaivedField
 
 
 class FieldLedger(TableRow):
-    """The whole file; a family's own row goes before the common one.
+    """The whole file; the row of a family takes precedence over the common one.
 
     :ivar refused_ropes: family → rope types that transformers refuses there, so that no case can have them.
-    :ivar common: field → row of every family that reads it.
+    :ivar common: field → row for every family that reads it.
     :ivar family: family → field → row.
     """
 
@@ -62,16 +62,13 @@ class FieldLedger(TableRow):
     family: dict[str, dict[str, FieldRow]]
 
     def row(self, family: str, field: str) -> FieldRow | None:
-        """The row that covers a field of a family, its case id made concrete; None when nobody listed it."""
+        """The row of a field in a family, with the family in its case id; None if it is not listed."""
         row = self.family.get(family, {}).get(field) or self.common.get(field)
-        if isinstance(row, Excited):
-            return row.model_copy(update={"excited_by": row.excited_by.replace("*", family)})
+        if isinstance(row, CoveredField):
+            return row.model_copy(update={"covered_by": row.covered_by.replace("*", family)})
         return row
 
 
 def load_fields(path: Path = FIXTURES / "config_fields.toml") -> FieldLedger:
-    """The ledger.
-
-    :raises FieldError: unreadable, unknown or missing key, wrong type.
-    """
+    """:raises FieldError: unreadable, unknown or missing key, wrong type."""
     return read_toml(path, FieldLedger, FieldError)

@@ -1,13 +1,14 @@
-"""The flat reference JSON: what the user's ``sae_validation.py`` writes and candle-mi's ``validate_sae.rs`` reads.
+"""The flat reference JSON that ``sae_validation.py`` writes and candle-mi's ``validate_sae.rs`` reads.
 
-Twenty keys about one SAE at one hook and the last position. :func:`write_reference` makes one from the oracle;
-:func:`judge_reference` checks one that came from anywhere. Such a file has no provenance: alone it proves nothing.
+It has twenty keys about one SAE at one hook and the last position. :func:`make_reference` makes one from the oracle;
+:func:`judge_reference` checks one from anywhere. The file has no provenance, so that it alone proves nothing.
 """
 
 from __future__ import annotations
 
 import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from candle_mi_parity.compare.compare import compare
-from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.checkpoint import read_config
@@ -28,13 +29,13 @@ from candle_mi_parity.trace.trace import Feature, InMemory, Selection, read_json
 from candle_mi_parity.trace.truth import Truth
 
 FIRST = 10
-"""How many leading values of a vector the file keeps."""
+"""Number of leading values of a vector in the file."""
 
 Value = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Reference(BaseModel):
-    """The file, keys in its own order."""
+    """The file, with its keys in order."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -61,7 +62,7 @@ class Reference(BaseModel):
 
 
 def read_reference(path: Path) -> Reference:
-    """:raises TraceError: not JSON, or not these keys and types; names the first that is wrong."""
+    """:raises TraceError: the file is not JSON, or a key or type is wrong; names the first."""
     try:
         return Reference.model_validate(read_json(path))
     except ValidationError as error:
@@ -81,15 +82,15 @@ def reference_case(model: str, sae: str, layer: int, prompt: str) -> Case:
 
 
 def case_of(reference: Reference) -> Case:
-    """The case that a file claims to be about.
+    """The case of a file.
 
-    :raises ParityError: what it names is no model or no SAE.
+    :raises ParityError: ``model_id`` is not a model, or the SAE is not an SAE.
     """
     try:
         path = Path(reference.sae_repo) / reference.sae_npz_path
         sae = str(path) if path.is_file() else f"{reference.sae_repo}:{reference.sae_npz_path}"
         return reference_case(reference.model_id, sae, reference.hook_layer, reference.prompt)
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, the home of nobody
+    except (OSError, ValueError, RuntimeError) as error:  # a path that is too long, has a NUL or an unknown home
         raise TraceError(f"reference: sae_repo or sae_npz_path: {one_line(str(error))}") from error
 
 
@@ -99,7 +100,7 @@ def is_last_layer(subject: Subject, layer: int) -> bool:
 
 
 def token_strings(subject: Subject) -> list[str]:
-    """The tokens as the script prints them: ASCII, anything else a question mark."""
+    """The tokens as the script prints them: ASCII, with a question mark for any other character."""
     tokens = tokenizer(subject.model_dir).convert_ids_to_tokens(subject.tokens[0])
     return [token.encode("ascii", errors="replace").decode() for token in tokens]
 
@@ -115,47 +116,41 @@ def make_reference(oracle: Oracle, model: str, sae: str, top_k: int) -> dict[str
         raise CaseTableError(f"{case.id}: a reference needs a prompt and an SAE")
     truth = oracle.truth()
     weights = load_npz(subject.sae_file)
-    resid, encoded, decoded = (
-        tensor[0, -1]
-        for tensor in (
-            truth.sae["sae"].residual,
-            truth.tensors["sae.features"].value,
-            truth.tensors["sae.recon"].value,
-        )
-    )
+    vectors = {
+        "resid": truth.sae["sae"].residual[0, -1],
+        "encoded": truth.tensors["sae.features"].value[0, -1],
+        "decoded": truth.tensors["sae.recon"].value[0, -1],
+    }
+    encoded = vectors["encoded"]
     active = int(np.count_nonzero(encoded > 0))
     order = np.argsort(-encoded, kind="stable")[: min(top_k, active)]
     tokens = token_strings(subject)
     repo, path = (case.sae.repo, case.sae.path) if case.sae.repo else (str(Path(sae).parent), Path(sae).name)
-    reference = Reference(
-        model_id=model,
-        prompt=case.text,
-        hook_layer=case.sae.layer,
-        hook_name=case.sae.hook,
-        sae_repo=str(repo),
-        sae_npz_path=path,
-        d_in=weights.d_in,
-        d_sae=weights.d_sae,
-        architecture=weights.architecture,
-        tokens=tokens,
-        n_tokens=len(tokens),
-        reconstruction_mse=truth.scalars["sae.reconstruction_mse"][0],
-        n_active_last_pos=active,
-        top_features_last_pos=[Feature(index=int(i), value=float(encoded[i])) for i in order],
-        resid_last_first10=resid[:FIRST].tolist(),
-        encoded_last_first10=encoded[:FIRST].tolist(),
-        decoded_last_first10=decoded[:FIRST].tolist(),
-        resid_last_norm=float(np.linalg.norm(resid)),
-        encoded_last_norm=float(np.linalg.norm(encoded)),
-        decoded_last_norm=float(np.linalg.norm(decoded)),
-    )
-    return reference.model_dump()
+    document = {
+        "model_id": model,
+        "prompt": case.text,
+        "hook_layer": case.sae.layer,
+        "hook_name": case.sae.hook,
+        "sae_repo": str(repo),
+        "sae_npz_path": path,
+        "d_in": weights.d_in,
+        "d_sae": weights.d_sae,
+        "architecture": weights.architecture,
+        "tokens": tokens,
+        "n_tokens": len(tokens),
+        "reconstruction_mse": truth.scalars["sae.reconstruction_mse"][0],
+        "n_active_last_pos": active,
+        "top_features_last_pos": [Feature(index=int(i), value=float(encoded[i])) for i in order],
+    }
+    document |= {f"{name}_last_first10": vector[:FIRST].tolist() for name, vector in vectors.items()}
+    document |= {f"{name}_last_norm": float(np.linalg.norm(vector)) for name, vector in vectors.items()}
+    return Reference.model_validate(document).model_dump()
 
 
 def judge_reference(reference: Reference, oracle: Oracle) -> list[TensorResult]:
-    """Every number of the file against the truth computed here; the words first.
+    """Compare every number of the file with the truth, after its tokens, widths, architecture and hook.
 
-    :raises TraceError: tokens, widths, architecture or hook are another's: before any number.
+    :raises TraceError: one of the latter differs.
     """
     subject = oracle.subject
     assert subject.sae_file is not None and subject.case.sae is not None
@@ -175,18 +170,17 @@ def judge_reference(reference: Reference, oracle: Oracle) -> list[TensorResult]:
     truth = oracle.truth()
     given = _in_memory(reference, truth, len(tokens))
     results = compare(truth, given, weights.W_dec, set(given.entries))
-    judged = {result.name: result for result in results}
-    hook = judged[subject.case.sae.hook]
-    if hook.status is Status.FAIL and is_last_layer(subject, subject.case.sae.layer):
+    if is_last_layer(subject, subject.case.sae.layer):
         normed = truth.tensors["hook_final_norm"].value[0, -1, :FIRST]
         if np.allclose(normed, reference.resid_last_first10, rtol=1e-4):
             hint = "equals hook_final_norm: hidden_states[-1] is after the final norm, not resid_post"
-            judged[hook.name] = TensorResult(**(vars(hook) | {"detail": hint}))
-    return list(judged.values())
+            hook = subject.case.sae.hook
+            results = [replace(result, detail=hint) if result.name == hook else result for result in results]
+    return results
 
 
 def environment() -> dict[str, str]:
-    """What the script prints first, so that a file can be traced to the machine that made it."""
+    """The versions that the script prints first."""
     import torch
     import transformers
 
@@ -203,7 +197,7 @@ def environment() -> dict[str, str]:
 
 
 def _in_memory(reference: Reference, truth: Truth, n_tokens: int) -> InMemory:
-    """The file's vectors as parts of the tensors that they come from."""
+    """The file's numbers as parts of tensors."""
 
     def part(name: str, values: list[float]) -> tuple[np.ndarray, Selection]:
         columns = list(range(len(values)))
@@ -211,16 +205,12 @@ def _in_memory(reference: Reference, truth: Truth, n_tokens: int) -> InMemory:
         selection = Selection(shape=shape, rows=[n_tokens - 1], columns=columns)
         return np.array(values, np.float32).reshape(1, 1, -1), selection
 
-    arrays = {
-        truth.meta["sae_hook"]: part(truth.meta["sae_hook"], reference.resid_last_first10),
-        "sae.features": part("sae.features", reference.encoded_last_first10),
-        "sae.recon": part("sae.recon", reference.decoded_last_first10),
+    vectors = {
+        truth.meta["sae_hook"]: reference.resid_last_first10,
+        "sae.features": reference.encoded_last_first10,
+        "sae.recon": reference.decoded_last_first10,
     }
-    scalars = {
-        "sae.reconstruction_mse": reference.reconstruction_mse,
-        "sae.n_active_last_pos": float(reference.n_active_last_pos),
-        "sae.resid_last_norm": reference.resid_last_norm,
-        "sae.encoded_last_norm": reference.encoded_last_norm,
-        "sae.decoded_last_norm": reference.decoded_last_norm,
-    }
+    arrays = {name: part(name, values) for name, values in vectors.items()}
+    keys = ("reconstruction_mse", "n_active_last_pos", "resid_last_norm", "encoded_last_norm", "decoded_last_norm")
+    scalars = {f"sae.{key}": float(getattr(reference, key)) for key in keys}
     return InMemory(dict(arrays), "float32", scalars, reference.top_features_last_pos)

@@ -1,4 +1,4 @@
-"""What a change of ``config.json`` does to the truth, in units of the noise that rounding would put on it."""
+"""The effect of a change of ``config.json`` on the truth, in units of the truth's rounding noise."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ ROTARY = "rope_parameters"
 
 
 class Effect(BaseModel):
-    """What became of the truth.
+    """The effect of a change.
 
-    :ivar outcome: ``moved``: the same hook points, and no tensor or weight of another shape; ``structural``: else;
-        ``refused``: transformers or the oracle cannot compute the changed model.
-    :ivar ratio: largest of position ratio and element ratio / 4 over all tensors, 0 where nothing moved.
+    :ivar outcome: ``moved``: the same hook points and shapes; ``structural``: others; ``refused``: transformers or
+        the oracle cannot compute the changed model.
+    :ivar ratio: largest of position ratio and element ratio / 4 over all tensors; 0 if nothing changed.
     :ivar detail: the tensor with that ratio or of another shape, or the error.
     """
 
@@ -45,10 +45,10 @@ class Effect(BaseModel):
 
 
 def effect(base: Case, change: Mapping[str, Setting | None], cache: Path) -> Effect:
-    """The effect of other config values on the truth of a generated model: same weights by name, same tokens.
+    """The effect of other config values on the truth of a generated model with the same weights and tokens.
 
     :param change: field → its other value; None leaves the field out.
-    :raises ParityError: the truth of ``base`` itself cannot be had.
+    :raises ParityError: the truth of ``base`` cannot be computed.
     """
     subject = prepare(base, cache)
     oracle = Oracle(subject, cache)
@@ -60,7 +60,7 @@ def effect(base: Case, change: Mapping[str, Setting | None], cache: Path) -> Eff
         truth = oracle.truth()
         try:
             shapes, values = _changed(config, torch.tensor(subject.tokens))
-        except Exception as error:  # strict dataclasses, loaders and modules each refuse in a way of their own
+        except Exception as error:  # configs, loaders and modules each raise errors of their own
             return Effect(outcome="refused", detail=_first_line(error)).model_dump()
         before = _weight_shapes(subject.model_dir)
         reshaped = [name for name in sorted(set(before) & set(shapes)) if before[name] != shapes[name]]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.watched import Seen
-from candle_mi_parity.compare.compare import compare, look
+from candle_mi_parity.compare.compare import compare, first_diagnosis
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage.census_truth import truth_of
 from candle_mi_parity.errors import CaseTableError, ModelError, ParityError
@@ -95,5 +95,5 @@ def judge_unmapped(subject: Subject, cache: Path, give: Give) -> tuple[CaseResul
     noisy = any(tensor.status is Status.UNMEASURED for tensor in result.tensors)
     result.unexplained = "no explanation is sought for a family whose hooks are not mapped" if failed else ""
     result.status = Status.FAIL if failed else Status.UNMEASURED if noisy else Status.PASS
-    result.diagnosis = look(truth, emitted, result.tensors)
+    result.diagnosis = first_diagnosis(truth, emitted, result.tensors)
     return result, Seen(subject, truth, emitted), note

@@ -11,8 +11,8 @@ from threading import Lock
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import NotStoredError, Source
 from candle_mi_parity.candidate.store import stored_selection
-from candle_mi_parity.compare.compare import compare, look
-from candle_mi_parity.compare.diagnose_sae import look_sae
+from candle_mi_parity.compare.compare import compare, first_diagnosis
+from candle_mi_parity.compare.diagnose_sae import summarize_saes
 from candle_mi_parity.compare.out_of_range import OUT_OF_RANGE
 from candle_mi_parity.compare.verdict import CaseResult, Diagnosis, Failure, SaeView, Status, TensorResult
 from candle_mi_parity.errors import HubError, NoTruthError, OutOfRangeError, ParityError
@@ -228,7 +228,7 @@ def judge_mode(oracle: Oracle, source: Source, mode: Mode, progress: Progress) -
     selection = stored_selection(list(truth.tensors)) if in_part else trace.asked
     results = compare(truth, trace, decoder_of(subject) if mode == "free" else None, selection)
     evidence = Evidence(oracle, trace, selection, declared_unmeasured(results, subject.case))
-    return Judged(results, look(truth, trace, results), in_part, look_sae(truth, trace), evidence)
+    return Judged(results, first_diagnosis(truth, trace, results), in_part, summarize_saes(truth, trace), evidence)
 
 
 def declared_unmeasured(tensors: list[TensorResult], case: Case) -> set[str]:

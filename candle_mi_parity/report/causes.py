@@ -1,4 +1,4 @@
-"""Cases that are not right, put together by what makes them so; page, terminal, summary and JSON show the same."""
+"""Cases that do not agree, grouped by cause; page, terminal, summary and JSON show the same groups."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ RIGHT, NEW = "Does candle-mi compute what PyTorch computes?", "Is anything new?"
 
 @dataclass(frozen=True)
 class CauseSeen:
-    """One cause and the cases, or direct calls, in which it was seen.
+    """One cause, with the cases or direct calls in which it occurs.
 
-    :ivar id: ``CMI006`` of a known cause, ``new-1`` of a new one.
+    :ivar id: ``CMI006`` for a known cause, ``new-1`` for a new one.
     :ivar name: of a known cause, in a few words.
-    :ivar says: what candle-mi does instead, one sentence.
+    :ivar says: what candle-mi does instead, in one sentence.
     :ivar cases: the smallest first.
     """
 
@@ -34,7 +34,7 @@ class CauseSeen:
 
     @property
     def anchor(self) -> str:
-        """Of its evidence on the page."""
+        """Anchor of its evidence on the page."""
         return f"of-{self.id.replace(' ', '-')}"
 
     @property
@@ -51,13 +51,13 @@ class CauseSeen:
 
     @property
     def worst(self) -> float | None:
-        """Largest ratio under the explanation, gate 8; None of a refusal and of what is not explained."""
+        """Largest ratio under the explanation, gate 8; None for refusals and unexplained divergences."""
         ratios = [case.explained.worst for case in self.cases if case.explained and case.explained.ratios]
         return max(ratios, default=None)
 
 
 def known_causes(result: RunResult) -> list[CauseSeen]:
-    """Causes of other numbers, then of refusals; a case that has two counts for both."""
+    """Known causes of other numbers, then of refusals; a case with two causes is in both."""
     found = []
     for id in dict.fromkeys([*result.wrong_causes, *result.refused_causes]):
         known = (case for case in result.judged if case.status is Status.KNOWN)
@@ -70,7 +70,7 @@ def known_causes(result: RunResult) -> list[CauseSeen]:
 
 
 def known_together(result: RunResult) -> list[CauseSeen]:
-    """The same cases, each once: those with the same causes together."""
+    """The same cases, each once, grouped by their combination of causes."""
     groups = grouped(case for case in result.judged if case.status is Status.KNOWN)
     found = [
         CauseSeen(" and ".join(explained.ids), explained.says, group)
@@ -81,7 +81,7 @@ def known_together(result: RunResult) -> list[CauseSeen]:
 
 
 def new_causes(result: RunResult) -> list[CauseSeen]:
-    """Of what fails or could not be judged, the gravest first."""
+    """Causes of cases that fail or could not be judged, the gravest first."""
     gravest = [Status.FAIL, Status.ERROR, Status.UNMEASURED]
     groups = grouped(case for case in result.judged if case.status in gravest)
     groups.sort(key=lambda cases: gravest.index(cases[0].status))
@@ -89,7 +89,7 @@ def new_causes(result: RunResult) -> list[CauseSeen]:
 
 
 def grouped(cases: Iterable[CaseResult]) -> list[list[CaseResult]]:
-    """Cases with one explanation, or of one family with one first hook point, or with one message; smallest first."""
+    """Cases grouped by explanation, by family and first hook point, or by message; smallest first."""
     found: dict[tuple[str, ...], list[CaseResult]] = {}
     for case in cases:
         found.setdefault((case.status.value, *_key(case)), []).append(case)
@@ -116,8 +116,8 @@ def _says(case: CaseResult) -> str:
     if case.explained:
         return one_line(case.explained.line())
     if first:
-        said = f"{case.family} first differs at {hook_point(first.name)}"
-        return one_line(f"{said}: {case.unexplained}" if case.unexplained else said)
+        place = f"{case.family} first differs at {hook_point(first.name)}"
+        return one_line(f"{place}: {case.unexplained}" if case.unexplained else place)
     return one_line(case.error)
 
 

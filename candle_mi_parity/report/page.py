@@ -1,7 +1,7 @@
-"""``report.html``: one file that needs no network and no script, drawn from a :class:`RunResult`.
+"""``report.html``: one file without scripts and external resources, made from a :class:`RunResult`.
 
-Its content security policy forbids scripts and every address, and jinja2 escapes what it is given: names and errors
-come from traces, which are untrusted.
+Its content security policy forbids scripts and requests, and jinja2 escapes all values, because names and errors come
+from untrusted traces.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ NOTES = {
     "other numbers": "than PyTorch, without an error",
     "refused": "by candle-mi, with an error",
     "crashed": "candle-mi, or its emitter",
-    "not measured": "too noisy, or not to be had",
-    "not run": "the reasons stand below",
+    "not measured": "too noisy, or not available",
+    "not run": "the reasons are below",
 }
 ROWS = {
     "hub": "config.json as on the hub from 2023 to 2025",
@@ -51,26 +51,26 @@ ROWS = {
     "past-max-position": "a prompt longer than max_position_embeddings",
     "sharded": "weights in three files",
     "window*": "a prompt longer than the sliding window",
-    "absent*": "config keys left out, so that each library's own default holds",
+    "absent*": "config keys left out, so that each library uses its own default",
     "tie": "embedding and unembedding share their weights",
     "rope-*": "another base or scaling of the rotary embedding",
-    "sae-*": "a sparse autoencoder after a layer, in a directory of SAELens",
+    "sae-*": "a sparse autoencoder after a layer, in SAELens' format",
     "edit-*": "an intervention at a hook point",
     "scope-l0": "Gemma 2 2B with Gemma Scope",
     "generated": "a model of the size of Gemma 2 2B",
     "*": "the config field of that name at another value than usual",
 }
-"""Glob over the names of rows → what its cases are; the first that matches."""
+"""Glob over row names → description of their cases; the first match counts."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One square of the matrix.
+class MatrixCell:
+    """One cell of the matrix.
 
-    :ivar status: PASS, KNOWN …, its colour; ``sign`` says what candle-mi made of the case.
-    :ivar text: the worst ratio, or a word where there is none.
+    :ivar status: PASS, KNOWN …, which determines its colour; ``sign`` stands for its outcome.
+    :ivar text: the largest ratio, or the outcome.
     :ivar why: one sentence.
-    :ivar link: the anchor of the case's evidence; empty when there is none.
+    :ivar link: anchor of the case's evidence; may be empty.
     :ivar ids: of the known causes.
     """
 
@@ -92,26 +92,26 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One kind of case in every family; ``cells`` has None where a family lacks it."""
+class MatrixRow:
+    """One kind of case in every family; ``cells`` has None for families without it."""
 
     name: str
     about: str
-    cells: list[Cell | None]
+    cells: list[MatrixCell | None]
     reasons: list[Reason]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the page shows of a case that does not agree.
+    """Evidence for a case that does not agree.
 
-    :ivar look: what its first tensor points to.
-    :ivar inherited: number of later tensors that diverge too.
+    :ivar suspect: the part of candle-mi that computes its first diverging tensor.
+    :ivar inherited: number of later tensors that diverge.
     """
 
     case: CaseResult
     anchor: str
-    look: str
+    suspect: str
     plot: Markup | None
     picture: Markup | None
     inherited: int
@@ -119,7 +119,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class SaeRow:
-    """One chain of one case."""
+    """One SAE chain of one case."""
 
     case: CaseResult
     view: SaeView
@@ -157,37 +157,39 @@ def render(result: RunResult) -> str:
 
 
 def _answer(question: str, sentence: str) -> tuple[str, str, str]:
-    """The question, its answer in a word or two, and the rest of the sentence."""
+    """The question, its answer in one or two words, and the rest of the sentence."""
     word, _, rest = sentence.partition(": ")
     return question, word.removesuffix("."), rest
 
 
-def matrix(result: RunResult, families: list[str]) -> list[Row]:
-    """Family × case, rows with the gravest cell first."""
-    cells = {name: Cell(NOT_RUN, "–", "not run", f"not run: {reason}") for name, reason in result.skipped.items()}
+def matrix(result: RunResult, families: list[str]) -> list[MatrixRow]:
+    """Rows of cases by family, those with the gravest cell first."""
+    cells = {
+        name: MatrixCell(NOT_RUN, "–", "not run", f"not run: {reason}") for name, reason in result.skipped.items()
+    }
     cells |= {case.id: _cell(case, place) for place, case in enumerate(result.cases)}
     rows = []
     for kind in dict.fromkeys(_kind(name) for name in _ids(result)):
         mine = {_family(name): cell for name, cell in cells.items() if _kind(name) == kind}
         about = next(about for pattern, about in ROWS.items() if fnmatch.fnmatchcase(kind, pattern))
-        rows.append(Row(kind, about, [mine.get(family) for family in families], _reasons(mine)))
+        rows.append(MatrixRow(kind, about, [mine.get(family) for family in families], _reasons(mine)))
     order = [*(status.value for status in SEVERITY[:4]), NOT_RUN, "PASS"]
     return sorted(rows, key=lambda row: min(order.index(cell.status) for cell in row.cells if cell))
 
 
-def _reasons(cells: dict[str, Cell]) -> list[Reason]:
-    """Each reason once, with its families; a cell that agrees needs none."""
-    said: dict[tuple[tuple[str, ...], str], list[str]] = {}
+def _reasons(cells: dict[str, MatrixCell]) -> list[Reason]:
+    """Each reason once, with its families."""
+    found: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for family, cell in cells.items():
         if cell.status != "PASS":
-            said.setdefault((cell.ids, "" if cell.ids else cell.why), []).append(family)
-    return [Reason(names if len(said) > 1 else [], ids, text) for (ids, text), names in said.items()]
+            found.setdefault((cell.ids, "" if cell.ids else cell.why), []).append(family)
+    return [Reason(names if len(found) > 1 else [], ids, text) for (ids, text), names in found.items()]
 
 
-def _cell(case: CaseResult, place: int) -> Cell:
+def _cell(case: CaseResult, place: int) -> MatrixCell:
     worst, first = case.worst, case.first_divergence
     ratio = "" if worst is None else number(worst.ratio, 2).replace("e+0", "e").replace("e+", "e")
-    cell = Cell(case.status.value, case.outcome.sign, ratio or case.outcome.value, "", f"case-{place}")
+    cell = MatrixCell(case.status.value, case.outcome.sign, ratio or case.outcome.value, "", f"case-{place}")
     if case.status is Status.PASS:
         size = f"the largest ratio is {ratio} of {POSITION_GATE:g}, at {worst.name}" if worst else "none was compared"
         return replace(cell, why=one_line(f"{case.compared} tensors agree; {size}"), link="")
@@ -206,7 +208,7 @@ def _evidence(case: CaseResult, place: int) -> Evidence:
     return Evidence(
         case=case,
         anchor=f"case-{place}",
-        look=suspect(first.name) if first else "",
+        suspect=suspect(first.name) if first else "",
         plot=case_plot(case) if sum(tensor.compared > 0 for tensor in case.tensors) > 1 else None,
         picture=heatmap(picture) if picture else None,
         inherited=sum(1 for tensor in case.tensors if tensor.status is Status.FAIL) - 1,
@@ -214,7 +216,7 @@ def _evidence(case: CaseResult, place: int) -> Evidence:
 
 
 def _sae_rows(result: RunResult) -> Iterator[SaeRow]:
-    """A chain diverges when one of its own tensors or scalars does."""
+    """A chain diverges if one of its tensors or scalars does."""
     for case in result.cases:
         for view in case.sae:
             own = {tensor.status for tensor in case.tensors if tensor.name.startswith(f"{view.chain}.")}
@@ -225,10 +227,9 @@ def _sae_rows(result: RunResult) -> Iterator[SaeRow]:
 
 
 def _family_plots(result: RunResult, families: list[str]) -> Iterable[tuple[str, Markup]]:
-    """One plot a family, one line a case."""
+    """One plot for each family, with one line for each case."""
     for family in families:
         cases = [case for case in result.cases if case.family == family and any(t.compared for t in case.tensors)]
-        # Passing cases are drawn last: they are the many that lie low.
         cases.sort(key=lambda case: SEVERITY.index(case.status))
         if cases:
             yield family, ratio_plot([line_of(case, case.tensors, "", f"{one_line(case.id)}: ") for case in cases])

@@ -1,4 +1,4 @@
-"""The page's plots: SVG that stretches with its box, takes its colours from the style sheet and needs no script."""
+"""The page's plots: SVG that is as wide as its box, with colours from the style sheet."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from candle_mi_parity.compare.verdict import CaseResult, Diagnosis, TensorResult
 from candle_mi_parity.files.escape import number, one_line, rendered
 
 LOWEST, HIGHEST = 1e-2, 1e9
-"""Ratios are drawn within; an exact tensor lies at the bottom, a non-finite ratio at the top."""
+"""Range of the ratios drawn; exact tensors lie at the bottom, non-finite ratios at the top."""
 HEIGHT = 150
-"""Of a ratio plot, in CSS pixels; its width is that of its box, and places are in percent."""
+"""Height of a ratio plot in CSS pixels; horizontal positions are in percent."""
 LABELS = 8
-"""At most so many labels along an axis."""
+"""Largest number of labels along an axis."""
 HEAT = (-0.5, 0.5, math.log10(ELEMENT_GATE), 2.5, 4.0, 6.0)
-"""Steps of the picture's colours, log₁₀ of error over σ; those from the gate on are red."""
+"""Limits of the colours, log₁₀ of error over σ; from the gate on they are red."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Line:
+class PlotLine:
     """One line of a ratio plot: tensors in execution order; ``status`` and ``style`` are its classes."""
 
     status: str
@@ -42,7 +42,7 @@ class Line:
 
 
 def case_plot(case: CaseResult) -> Markup:
-    """A case against PyTorch; with it, where there is one, against what explains it or from teacher forcing."""
+    """Ratios of a case, and if present its ratios with teacher forcing and under its explanation."""
     lines = [line_of(case, case.tensors)]
     if case.teacher_forced:
         lines.append(line_of(case, case.teacher_forced, "forced", "fed the truth: "))
@@ -51,12 +51,12 @@ def case_plot(case: CaseResult) -> Markup:
             Point(name, ratio, "PASS", f"explained: {one_line(name)} {number(ratio)}")
             for name, ratio in case.explained.ratios.items()
         ]
-        lines.append(Line("PASS", under, "explained"))
+        lines.append(PlotLine("PASS", under, "explained"))
     return ratio_plot(lines)
 
 
-def line_of(case: CaseResult, tensors: Sequence[TensorResult], style: str = "", before: str = "") -> Line:
-    """What diverges in a known case is as known as the case."""
+def line_of(case: CaseResult, tensors: Sequence[TensorResult], style: str = "", before: str = "") -> PlotLine:
+    """The line of a case; diverging tensors of a known case are KNOWN."""
     known = case.status.value == "KNOWN"
     points = []
     for tensor in tensors:
@@ -65,11 +65,11 @@ def line_of(case: CaseResult, tensors: Sequence[TensorResult], style: str = "", 
         title = f"{before}{one_line(tensor.name)} {number(tensor.ratio)}, {status}{inputs}"
         if tensor.compared:
             points.append(Point(tensor.name, tensor.ratio, status, title))
-    return Line(case.status.value, points, style)
+    return PlotLine(case.status.value, points, style)
 
 
-def ratio_plot(lines: Sequence[Line]) -> Markup:
-    """Ratio by execution order on a log scale, one line each, with the gate drawn; every point names its tensor."""
+def ratio_plot(lines: Sequence[PlotLine]) -> Markup:
+    """Ratios in execution order on a log scale, with the gate; a tooltip on each point names its tensor."""
     order: dict[str, int] = {}
     for line in sorted(lines, key=lambda line: -len(line.points)):
         for point in line.points:
@@ -109,7 +109,7 @@ def _shown(ratio: float) -> float:
 
 
 def _blocks(order: list[str]) -> list[tuple[str, int]]:
-    """Each block of the model and its first place."""
+    """Each block of the model, with the place of its first tensor."""
     starts: dict[str, int] = {}
     for place, name in enumerate(order):
         if name.startswith("blocks.") and (block := name.split(".")[1]).isdecimal():

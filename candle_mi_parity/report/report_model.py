@@ -1,4 +1,4 @@
-"""``report.json`` and its model; ``docs/report.schema.json`` is made from it.
+"""``report.json`` and its model, from which ``docs/report.schema.json`` is generated:
 
 python -m candle_mi_parity.report.report_model > docs/report.schema.json
 """
@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, is_dataclass
 from types import GenericAlias
 from typing import Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import ConfigDict, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
@@ -23,16 +23,12 @@ from candle_mi_parity.report.causes import CauseSeen, known_causes, new_causes
 FORMAT = "candle-mi-parity/report/5"
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
 def _model_of(source: type, without: Collection[str] = (), **computed: Any) -> Any:
-    """The fields of a dataclass, whose docstring says what they mean, and others that it computes."""
+    """A model of the fields of a dataclass, and of its computed properties."""
     hints = get_type_hints(source)
     kept = {field.name: hints[field.name] for field in fields(source) if field.name not in without}
     wanted: dict[str, Any] = {name: (kind, ...) for name, kind in (kept | computed).items()}
-    return create_model(source.__name__, __base__=Part, __doc__=source.__doc__, **wanted)
+    return create_model(source.__name__, __config__=ConfigDict(extra="forbid"), __doc__=source.__doc__, **wanted)
 
 
 def _several(model: Any) -> Any:
@@ -80,7 +76,7 @@ def document(result: RunResult) -> dict[str, Any]:
 
 
 def _data(value: Any) -> Any:
-    """What its model names of an object; the cases of a cause are ids, a first divergence is a name."""
+    """An object as data of its model; the cases of a cause are ids, a first divergence is a name."""
     if isinstance(value, list | tuple):
         return [_data(item) for item in value]
     if type(value) not in _MODELS:
@@ -94,7 +90,7 @@ def _data(value: Any) -> Any:
 
 
 class _Strict(GenerateJsonSchema):
-    """JSON has no infinity and no NaN: the report spells them. No key is optional, none unknown."""
+    """Infinity and NaN are strings, because JSON cannot represent them. All keys are required, no others allowed."""
 
     def float_schema(self, schema: core_schema.FloatSchema) -> JsonSchemaValue:
         return {"anyOf": [super().float_schema(schema), {"enum": ["inf", "-inf", "nan"]}]}

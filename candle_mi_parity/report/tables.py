@@ -1,4 +1,4 @@
-"""What the commands print on stdout: tables, both answers, and the verdict on one line that ``grep`` finds."""
+"""What the commands print on stdout: tables, both answers, and the verdict on one line for ``grep``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from candle_mi_parity.compare.run_result import RunResult, Verdict
-from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
+from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.files.escape import cell, number, one_line, printable
 from candle_mi_parity.files.json_out import ReportError
 from candle_mi_parity.files.untrusted import read_json
@@ -22,17 +22,17 @@ from candle_mi_parity.spec.cases import Case
 
 if TYPE_CHECKING:
     from candle_mi_parity.coverage.census_record import Census
-    from candle_mi_parity.coverage.field_check import Finding
+    from candle_mi_parity.coverage.field_check import FieldFinding
 
 FEW = 24
-"""Up to so many cases each has a row; of more, those that are neither right nor known."""
+"""Up to this number each case has a row; beyond it, only those that neither pass nor are known."""
 WIDE = 300
-"""Columns where stdout is a file: nothing is broken that a program may look for."""
+"""Width if stdout is a file, so that names are not broken."""
 _COLOURS = {"PASS": "green", "KNOWN": "yellow", "FAIL": "bold red", "ERROR": "bold red"}
 
 
 def stdout() -> Console:
-    """The terminal, or a file that wraps nothing."""
+    """A console as wide as the terminal, or :data:`WIDE`."""
     return Console(width=None if sys.stdout.isatty() else WIDE)
 
 
@@ -41,15 +41,15 @@ def colour(status: Status | Verdict) -> str:
 
 
 def run_tables(result: RunResult, console: Console, page: Path | None = None) -> None:
-    """What is known, what did not run, what is new, both answers, and the verdict in the last line.
+    """Print what is known, what did not run, what is new, both answers, and the verdict in the last line.
 
-    :param page: where the page of the run lies.
+    :param page: path of the run's page.
     """
     for cause in known_causes(result):
         _print(console, _known(cause), colour(cause.status))
     for id, names in result.gone.items():
-        said = f" {result.known[id].says}" if id in result.known else ""
-        _print(console, f"gone: {id}:{said} Now right: {', '.join(names)}", "green")
+        sentence = f" {result.known[id].says}" if id in result.known else ""
+        _print(console, f"gone: {id}:{sentence} Now right: {', '.join(names)}", "green")
     waiting: defaultdict[str, list[str]] = defaultdict(list)
     for name, reason in result.skipped.items():
         waiting[reason].append(name)
@@ -57,8 +57,8 @@ def run_tables(result: RunResult, console: Console, page: Path | None = None) ->
         _print(console, f"not run: {few(names, 3)}: {reason}", "dim")
     for note, names in result.notes().items():
         _print(console, f"note: {few(names)}: {note}", "cyan")
-    odd = [case for case in result.cases if case.status not in (Status.PASS, Status.KNOWN)]
-    if shown := result.cases if len(result.cases) <= FEW else odd:
+    new = [case for case in result.cases if case.status not in (Status.PASS, Status.KNOWN)]
+    if shown := result.cases if len(result.cases) <= FEW else new:
         console.print(_case_table(result, shown))
     for cause in new_causes(result):
         others = [case.id for case in cause.cases[1:]]
@@ -77,7 +77,7 @@ def run_tables(result: RunResult, console: Console, page: Path | None = None) ->
 
 
 def _print(console: Console, line: str, style: str = "") -> None:
-    """Whole lines: a command must copy whole."""
+    """Print without wrapping, so that commands can be copied."""
     console.print(Text(printable(line), style=style), soft_wrap=True)
 
 
@@ -103,7 +103,7 @@ def _case_table(result: RunResult, cases: list[CaseResult]) -> Table:
 
 
 def _table(title: str, *headings: str) -> Table:
-    """The first column is not wrapped, and neither are numbers, whose headings end with ``>``."""
+    """A table whose first column is not wrapped; headings of numeric columns end with ``>``."""
     table = Table(title=cell(title), box=box.SIMPLE_HEAD, padding=0, title_justify="left")
     for place, heading in enumerate(headings):
         name = heading.removesuffix(" >")
@@ -112,52 +112,21 @@ def _table(title: str, *headings: str) -> Table:
     return table
 
 
-def clean_ratios(result: RunResult) -> Table:
-    """The clean bands of the gate, per case: every ratio of a tensor that passed, exact ones counted apart."""
-    bands = "bands: rms 0.2 to 3, position < 4, element < 16"
-    headings = ("case", "tensors >", "exact >", "rms from >", "rms to >", "position >", "element >", "inside")
-    table = _table(f"clean ratios of {result.candidate} ({bands})", *headings)
-    for case in result.cases:
-        row = clean_row(case.tensors)
-        table.add_row(cell(case.id), *row[:-1], Text(row[-1], style="green" if row[-1] == "yes" else "red"))
-    return table
-
-
-def clean_row(tensors: list[TensorResult]) -> list[str]:
-    """Counts and extremes of one case's tensors, ``yes`` last where all lie in the bands of the design."""
-    matrices = [tensor for tensor in tensors if tensor.worst is not None and tensor.worst.index]
-    exact = [tensor for tensor in matrices if tensor.element_ratio == 0]
-    noisy = [tensor for tensor in matrices if tensor.element_ratio > 0]
-    if not noisy:
-        return [str(len(matrices)), str(len(exact)), "-", "-", "-", "-", "no"]
-    rms = [tensor.rms_ratio for tensor in noisy]
-    position = max(tensor.position_ratio for tensor in noisy)
-    element = max(tensor.element_ratio for tensor in noisy)
-    # At the lens's one position all entries share the norm's one random factor, which may come out near zero.
-    spread = [tensor.rms_ratio for tensor in noisy if not tensor.name.startswith("lens")]
-    inside = min(spread) >= 0.2 and max(rms) <= 3 and position < 4 and element < 16
-    figures = [f"{min(spread):.2f}", f"{max(rms):.2f}", f"{position:.2f}", f"{element:.2f}"]
-    return [str(len(matrices)), str(len(exact)), *figures, "yes" if inside else "no"]
-
-
 def census(taken: Census, console: Console) -> None:
-    """One row a class, those that compute something else first, and the totals in the last line."""
+    """Print one row for each class, those that compute something else first, and the totals."""
     title = f"candle-mi {taken.candle_mi.version} asked about transformers {taken.transformers}"
-    table = _table(title, "class", "outcome", "read by", "first divergence", "ratio >", "evidence")
+    table = _table(title, "class", "outcome", "read by", "first divergence", "ratio >", "reason")
     for entry in sorted(taken.classes, key=lambda entry: list(taken.counts).index(entry.outcome)):
-        probes = ", ".join(f"{name}: {outcome}" for name, outcome in entry.probes.items())
-        unread = f"never reads {', '.join(entry.unread[:3])}" if entry.unread else ""
-        evidence = "; ".join(part for part in (entry.reason, probes, unread) if part)
         reader = f"{entry.reader}, {entry.dialect}" if entry.reader else "-"
         ratio = "-" if entry.ratio is None else f"{entry.ratio:.3g}"
-        cells = (entry.model_type, entry.outcome, reader, entry.first or "-", ratio, evidence)
+        cells = (entry.model_type, entry.outcome, reader, entry.first or "-", ratio, entry.reason)
         table.add_row(*(cell(text) for text in cells))
     console.print(table)
     console.print(", ".join(f"{count} {outcome}" for outcome, count in taken.counts.items()), highlight=False)
 
 
-def fields_table(findings: list[Finding], console: Console) -> None:
-    """The config-field ledger, one line a family and field; what does not hold is said in its last column."""
+def fields_table(findings: list[FieldFinding], console: Console) -> None:
+    """The config-field ledger, one line for each family and field, with its fault in the last column."""
     title = "fields of config.json that transformers reads"
     table = _table(title, "family", "field", "covered by", "effect / noise >", "fault")
     for found in findings:
@@ -170,9 +139,9 @@ def fields_table(findings: list[Finding], console: Console) -> None:
 
 
 def case_list(cases: list[Case], report: Path, console: Console) -> None:
-    """One row a case: its lane, and what the last run said of it.
+    """Print one row for each case: its lane, and its status in the last run.
 
-    :param report: ``report.json`` of that run; where there is none, nothing is known.
+    :param report: ``report.json`` of that run; it need not exist.
     """
     last: dict[str, str] = {}
     if report.is_file():

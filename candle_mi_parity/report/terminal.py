@@ -1,4 +1,4 @@
-"""What the commands say on stderr: progress on long work, and a fault as one line."""
+"""What the commands print on stderr: progress, and an error as one line."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.spec.cases import Case
 
 LOG_SECONDS = 15.0
-"""Where nobody watches a bar move, a line at most this often says what is done."""
+"""Shortest time between two lines of progress if stderr is not a terminal."""
 
 
 class Terminal(Progress):
-    """Progress on stderr, so that the table on stdout stays a table: a bar, or lines where stderr is no terminal."""
+    """Progress on stderr: a bar, or lines if stderr is not a terminal."""
 
     def __init__(self, bar: Bar, total: int | None = None) -> None:
         self._bar, self._done, self._total = bar, 0, total
@@ -34,7 +34,7 @@ class Terminal(Progress):
 
     def case_starts(self, case: Case, step: str) -> None:
         if step == "model" and case.lane == "hub":
-            # The hub's client draws bars of its own, and two of them on one terminal overwrite each other.
+            # The hub's client draws its own bars, which would overwrite this one.
             self._bar.stop()
             line = f"{self._count()}{case.id}: from the hub"
             self._bar.console.print(line, markup=False, highlight=False)
@@ -57,7 +57,7 @@ class Terminal(Progress):
 
     def _show(self, line: str, at_once: bool = False) -> None:
         self._bar.update(self._task, description=line)
-        # A run without a build that is soon over logs nothing.
+        # A short run without a build logs nothing.
         if not self._bar.console.is_terminal and (at_once or time.monotonic() - self._logged >= LOG_SECONDS):
             self._logged = time.monotonic()
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -65,7 +65,7 @@ class Terminal(Progress):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A fault before any verdict: one line on stderr, exit code 2; 3 where just network, GPU or nvcc is missing."""
+    """Print an error as one line on stderr, with exit code 2, or 3 if only network, GPU or nvcc is missing."""
     try:
         yield
     except ParityError as error:
@@ -80,7 +80,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Bar]:
-    """Progress on stderr that leaves nothing behind."""
+    """A progress bar on stderr that is removed at the end."""
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         yield bar

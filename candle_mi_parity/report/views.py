@@ -1,4 +1,4 @@
-"""All views of one :class:`RunResult`, written when the run ends in whichever way."""
+"""Write all views of a :class:`RunResult`, also if the run ends early."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from candle_mi_parity.report import page, report_model, views_ci
 VIEWS = ("report.json", "junit.xml", "summary.md", "report.html")
 
 
-class Interrupted(ParityError):  # noqa: N818 -- a person's wish, no error
-    """Ctrl-C, or another stop: what was judged until then is in the report; the exit code is not a verdict's."""
+class Interrupted(ParityError):  # noqa: N818 -- not an error
+    """The run was stopped; its report has the results until then, and its exit code is not that of a verdict."""
 
 
 @contextmanager
 def written(result: RunResult, out: Path) -> Iterator[RunResult]:
-    """Fill ``result`` inside; on the way out every view is written, also when an error or Ctrl-C passes through.
+    """Context in which ``result`` is filled; every view is written on exit, also after an error or Ctrl-C.
 
-    The views of an earlier run are removed first: of a run that is killed there is no report, and not that one's.
+    The views of an earlier run are removed first, so that a killed run does not leave them behind.
 
     :raises Interrupted: for Ctrl-C, SIGTERM and a closed terminal.
-    :raises ReportError: a view cannot be written and nothing else went wrong.
+    :raises ReportError: a view cannot be written, and nothing else failed.
     """
     remove(out, *VIEWS)
     try:
@@ -38,17 +38,17 @@ def written(result: RunResult, out: Path) -> Iterator[RunResult]:
         _write_quietly(result, out)
         raise Interrupted(result.fault) from error
     except Exception as error:
-        said = one_line(str(error))
-        result.fault = said if isinstance(error, ParityError) else f"internal: {type(error).__name__}: {said}"
+        message = one_line(str(error))
+        result.fault = message if isinstance(error, ParityError) else f"internal: {type(error).__name__}: {message}"
         _write_quietly(result, out)
         raise
     write(result, out)
 
 
 def remove(out: Path, *names: str) -> None:
-    """Take away what an earlier run wrote, before it can be read for this one's.
+    """Remove the files of an earlier run.
 
-    :raises ReportError: it is there and cannot be removed.
+    :raises ReportError: a file cannot be removed.
     """
     for name in names:
         try:
@@ -58,7 +58,7 @@ def remove(out: Path, *names: str) -> None:
 
 
 def _write_quietly(result: RunResult, out: Path) -> None:
-    """What ended the run is to be told, and not that its report cannot be written either."""
+    """Write the views after an error; a second error is added to the first."""
     try:
         write(result, out)
     except Exception as error:
@@ -66,9 +66,9 @@ def _write_quietly(result: RunResult, out: Path) -> None:
 
 
 def write(result: RunResult, out: Path) -> None:
-    """``report.json``, ``junit.xml``, ``summary.md`` and ``report.html``; on GitHub the job page and annotations.
+    """Write ``report.json``, ``junit.xml``, ``summary.md`` and ``report.html``; on GitHub also annotations.
 
-    :raises ReportError: the first that cannot be written, after all were tried.
+    :raises ReportError: the first view that cannot be written, after all were tried.
     """
     result.seconds = time.monotonic() - result.tick
     summary = views_ci.summary(result)
@@ -77,13 +77,13 @@ def write(result: RunResult, out: Path) -> None:
         lambda: write_text(views_ci.junit(result), out / "junit.xml"),
         lambda: write_text(summary, out / "summary.md"),
         lambda: write_text(page.render(result), out / "report.html"),
-        lambda: views_ci.tell_github(result, summary, os.environ),
+        lambda: views_ci.write_github(result, summary, os.environ),
     ]
     faults: list[Exception] = []
     for task in tasks:
         try:
             task()
-        except Exception as error:  # a plot that fails must not cost the JSON of a run of hours
+        except Exception as error:  # a failing plot must not prevent the JSON of a long run
             faults.append(error)
     if faults:
         raise faults[0]

@@ -16,13 +16,13 @@ from candle_mi_parity.files.json_out import ReportError
 from candle_mi_parity.report.causes import NEW, RIGHT, CauseSeen, few, known_causes, new_causes
 
 ROWS = 50
-"""Longest table of the summary; a job page takes a megabyte in all."""
+"""Longest table of the summary; a job page is limited to one megabyte."""
 
 
 def junit(result: RunResult) -> str:
-    """One test case per case: KNOWN, UNMEASURED and not run are skipped with their reason, as pytest's xfail is.
+    """One test case for each case; KNOWN, UNMEASURED and not run are skipped with their reason, like pytest's xfail.
 
-    An explanation that no longer holds, and whatever ended the run early, is a test case too, so that no failing run
+    Explanations that no longer hold, and the error that ended a run early, are test cases too, so that no failing run
     looks clean.
     """
     suite = TestSuite(f"candle-mi {printable(result.candidate)}")
@@ -44,7 +44,7 @@ def junit(result: RunResult) -> str:
 
 
 def _test_case(case: CaseResult, strict: bool) -> TestCase:
-    """The type of an outcome is status and outcome: ``KNOWN refused``."""
+    """The type of a result is status and outcome, such as ``KNOWN refused``."""
     test = TestCase(one_line(case.id), one_line(case.family), case.seconds)
     text, kind = printable(case.message()), f"{case.status.value} {case.outcome.value}"
     if case.status is Status.FAIL or (strict and case.status is Status.KNOWN):
@@ -66,7 +66,7 @@ def _with(test: TestCase, outcome: Skipped | Failure | Error, text: str = "") ->
 
 
 def summary(result: RunResult) -> str:
-    """Markdown: both answers, the cases by what became of them, causes, and what did not run."""
+    """Markdown: both answers, the number of cases by outcome, causes, and what did not run."""
     tally = result.tally()
     parts = [
         f"## {_MARK[result.verdict]} {result.verdict.value}: candle-mi {code(result.candidate)}",
@@ -84,18 +84,16 @@ def summary(result: RunResult) -> str:
         ]
         parts += ["### Known causes", table(["cause", "what candle-mi does", "cases", "which", "what to do"], rows)]
     if result.gone:
-        rows = [[code(id), str(len(names)), few([code(name) for name in names])] for id, names in result.gone.items()]
+        rows = [[code(id), str(len(names)), _listed(names)] for id, names in result.gone.items()]
         parts += [f"### Gone since {prose(result.baseline)}", table(["cause", "cases", "which"], rows)]
     if result.skipped:
         reasons: defaultdict[str, list[str]] = defaultdict(list)
         for name, reason in result.skipped.items():
             reasons[re.sub(re.escape(name), "ID", reason)].append(name)
-        rows = [
-            [prose(reason), str(len(names)), few([code(name) for name in names])] for reason, names in reasons.items()
-        ]
+        rows = [[prose(reason), str(len(names)), _listed(names)] for reason, names in reasons.items()]
         parts += ["### Not run", table(["why", "cases", "which"], rows)]
     if notes := result.notes():
-        rows = [[prose(note), few([code(name) for name in names])] for note, names in notes.items()]
+        rows = [[prose(note), _listed(names)] for note, names in notes.items()]
         parts += ["### Notes", table(["what", "which"], rows)]
     versions = ", ".join(f"{name} {value}" for name, value in result.versions.items())
     versions += f"; started {result.started}, took {result.seconds:.0f} s"
@@ -110,11 +108,15 @@ def _sign(cause: CauseSeen) -> str:
 
 
 def _cases(cause: CauseSeen) -> list[str]:
-    return [str(len(cause.cases)), few([code(case.id) for case in cause.cases])]
+    return [str(len(cause.cases)), _listed([case.id for case in cause.cases])]
+
+
+def _listed(names: list[str]) -> str:
+    return few([code(name) for name in names])
 
 
 def _where(case: CaseResult) -> list[str]:
-    """First tensor, its ratio, the error's shape or what explains it; for a case without a tensor its error."""
+    """First diverging tensor, its ratio, and its explanation or shape; the error of a case without tensors."""
     first = case.first_divergence
     if first is None:
         return [prose(one_line(case.error, 200)), "", ""]
@@ -123,12 +125,12 @@ def _where(case: CaseResult) -> list[str]:
 
 
 def code(text: str) -> str:
-    """A code span: nothing in it is Markdown or HTML, a bar does not end a table's cell."""
+    """A code span in a table; nothing in it is interpreted as Markdown or HTML."""
     return "`" + one_line(text).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def prose(text: str) -> str:
-    """Text that stays text: every character that means something to Markdown or HTML is escaped."""
+    """Text in which every special character of Markdown and HTML is escaped."""
     return re.sub(r"([\\`*_{}\[\]<>#|~@&!])", r"\\\1", one_line(text, 600))
 
 
@@ -139,7 +141,7 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def workflow_commands(result: RunResult) -> list[str]:
-    """GitHub's workflow commands: both answers, then an error per new cause, a warning for what was not measured."""
+    """GitHub's workflow commands: both answers, an error for each new cause, a warning for what was not measured."""
     level = {Verdict.PASS: "notice", Verdict.KNOWN: "warning", Verdict.INCONCLUSIVE: "warning"}
     head = f"{result.verdict.value}: candle-mi {result.candidate}"
     answers = f"{RIGHT} {result.is_right()}\n{NEW} {result.is_new()}"
@@ -154,14 +156,14 @@ def workflow_commands(result: RunResult) -> list[str]:
 
 
 def _command(kind: str, title: str, message: str) -> str:
-    """Percent signs and line breaks, and in a property colons and commas, are spelt as GitHub asks."""
+    """A workflow command, escaped as GitHub requires."""
     body = printable(message).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
     head = one_line(title).replace("%", "%25").replace(":", "%3A").replace(",", "%2C")
     return f"::{kind} title={head}::{body}"
 
 
-def tell_github(result: RunResult, text: str, environment: Mapping[str, str]) -> None:
-    """Annotations on stdout and the summary on the job page, when GitHub runs this and not otherwise.
+def write_github(result: RunResult, text: str, environment: Mapping[str, str]) -> None:
+    """Print annotations and append the summary to the job page, if this runs on GitHub.
 
     :raises ReportError: the job page's file cannot be written.
     """

@@ -1,4 +1,4 @@
-"""The crate around a reproduction's test: what it is built from, as the emitter for the same candidate is."""
+"""The crate around a reproduction's test, with the dependencies of the emitter for the same candidate."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from candle_mi_parity.files.escape import templates
 
 @dataclass(frozen=True)
 class Dependencies:
-    """What a crate of tests needs in order to be built against a candidate.
+    """Dependencies of a crate of tests.
 
     :ivar lines: candle-mi, candle-core and candle-nn as ``Cargo.toml`` names them.
-    :ivar settings: the tables of ``Cargo.toml`` by which the crates in ``target`` were built.
+    :ivar settings: the tables of ``Cargo.toml`` with which the crates in ``target`` were built.
     :ivar stand_in: the directory of the crate that stands in for the downloader, named in ``settings``.
     :ivar lock: the versions to start from.
-    :ivar target: the directory in the cache where they lie built.
+    :ivar target: their build directory in the cache.
     """
 
     lines: str
@@ -49,10 +49,10 @@ def dependencies(candidate: Candidate, cache: Path) -> Dependencies:
 
 
 def write_crate(folder: Path, dependencies: Dependencies, extra: str = "") -> None:
-    """What cargo needs around ``tests/``.
+    """Write what cargo needs beside ``tests/``.
 
-    :param extra: further lines of ``Cargo.toml``; with them the tests are no targets by themselves. Without, the
-        folder is to be handed on, and takes the stand-in with it.
+    :param extra: further lines of ``Cargo.toml``. Without them the folder is self-contained, with a copy of the
+        stand-in.
     """
     settings = dependencies.settings
     if not extra and dependencies.stand_in is not None:

@@ -1,4 +1,4 @@
-"""The lines of ``check.py``: how plain transformers shows the value at a hook point, without this package."""
+"""The lines of ``check.py``, which gets the value at a hook point from transformers, without this package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _AT_SCORES, _AT_PATTERN = ".attn.hook_scores", ".attn.hook_pattern"
 
 
 def probe(reproduction: Reproduction, sae: Sae | None) -> tuple[list[str], str]:
-    """Lines that watch a loaded ``model`` and fill ``seen``, and the expression of the whole tensor afterwards."""
+    """Lines that record hook points of a loaded ``model`` in ``seen``, and the expression of the whole tensor."""
     name, case = reproduction.first.name, reproduction.pair.case
     lines = _sae(sae, str(case.sae.cfg["dtype"])) if case.sae is not None and sae is not None else []
     watched = case.sae.hook if case.sae is not None and name.startswith("sae.") else name
@@ -56,7 +56,7 @@ def _watch(name: str, model_type: str, config: dict[str, Any]) -> tuple[list[str
 
 
 def _attention(edits: Sequence[Edit], heads: int, width: int) -> list[str]:
-    """transformers' attention in the open, with the edits that change its scores or its weights."""
+    """transformers' attention with recorded scores and weights, and the edits of both."""
     lines: dict[str, list[str]] = {_AT_SCORES: [], _AT_PATTERN: []}
     for edit in edits:
         point = _AT_SCORES if edit.hook.endswith(_AT_SCORES) else _AT_PATTERN
@@ -80,13 +80,13 @@ def _change(edit: Edit, heads: int, width: int) -> list[str]:
         return [at, f"        pattern[at] *= {edit.value}", *queries]
     return [
         at,
-        "        meant = torch.zeros_like(pattern, dtype=torch.bool); meant[at] = True",
-        "        others = (pattern != 0) & ~meant",
-        f"        gained = (torch.where(meant, {edit.value} - pattern, 0)).sum(-1, True)",
+        "        chosen = torch.zeros_like(pattern, dtype=torch.bool); chosen[at] = True",
+        "        others = (pattern != 0) & ~chosen",
+        f"        gained = (torch.where(chosen, {edit.value} - pattern, 0)).sum(-1, True)",
         "        share = gained / others.sum(-1, True).clamp_min(1)",
         "        moved = torch.where(others, (pattern - share).clamp_min(0), 0)",
-        f"        moved = torch.where(meant, {edit.value}, moved)",
-        "        pattern = torch.where(meant.any(-1, True), moved / moved.sum(-1, True), pattern)",
+        f"        moved = torch.where(chosen, {edit.value}, moved)",
+        "        pattern = torch.where(chosen.any(-1, True), moved / moved.sum(-1, True), pattern)",
     ]
 
 
@@ -101,9 +101,9 @@ def _injection(edit: Inject) -> str:
 
 
 def _sae(sae: Sae, dtype: str) -> list[str]:
-    """SAELens's encoder, as far as its config asks for it.
+    """SAELens's encoder for the settings of an SAE.
 
-    :param dtype: in which ``cfg.json`` has the weights held.
+    :param dtype: of the weights, as ``cfg.json`` says.
     """
     lines = [
         "from safetensors.torch import load_file",
@@ -128,7 +128,7 @@ def _sae(sae: Sae, dtype: str) -> list[str]:
 
 
 def _place(name: str, layer: str, point: str, model_type: str, config: dict[str, Any]) -> tuple[str, str, str]:
-    """Module, whether its input or output is meant, and how that becomes candle-mi's shape."""
+    """Module, its ``input`` or ``output``, and the expression that gives it candle-mi's shape."""
     family = family_of(model_type)
     if name in ("hook_embed", "hook_final_norm"):
         return ("model.layers.0", "input", "") if name == "hook_embed" else ("model.norm", "output", "")

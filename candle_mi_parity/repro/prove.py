@@ -19,26 +19,25 @@ from candle_mi_parity.repro.crate import dependencies, write_crate
 
 TIMEOUT_SECONDS = 1800
 DIFFERS = "differs from PyTorch"
-"""What the test's assertion says, and nothing else that can go wrong in it."""
+"""Part of the message of the test's assertion, and of no other failure in it."""
 
 
-class Outcome(StrEnum):
-    """Of one test.
+class TestOutcome(StrEnum):
+    """Result of one test; BROKEN: it failed before it compared anything, for example because a file is missing."""
 
-    ``BROKEN`` is a test that failed before it compared: a model that is refused, a file that is missing.
-    """
+    __test__ = False  # pytest must not collect it
 
     PASSES = "passes"
     DIFFERS = "differs"
     BROKEN = "broken"
 
 
-def prove(tests: Sequence[Path], candidate: Candidate, cache: Path) -> dict[str, Outcome]:
-    """Run the tests of many folders as modules of one crate: the dependencies are built and linked once.
+def prove(tests: Sequence[Path], candidate: Candidate, cache: Path) -> dict[str, TestOutcome]:
+    """Run the tests of all folders as modules of one crate, so that the dependencies are linked once.
 
-    :param tests: ``tests/parity_<case>.rs`` of each folder, its data beside it.
-    :returns: by the file's stem.
-    :raises CandidateError: cargo cannot build it, or a test was not run.
+    :param tests: ``tests/parity_<case>.rs`` of each folder, with its data beside it.
+    :returns: file stem → outcome.
+    :raises CandidateError: cargo cannot build the crate, or a test was not run.
     """
     needed = dependencies(candidate, cache)
     spelt = hashlib.sha256(f"{candidate.kind}:{candidate.target}".encode()).hexdigest()[:8]
@@ -65,13 +64,13 @@ def prove(tests: Sequence[Path], candidate: Candidate, cache: Path) -> dict[str,
     return outcomes
 
 
-def read_outcomes(output: str) -> dict[str, Outcome]:
-    """By module, from the output of libtest."""
-    said = dict(re.findall(r"^---- (\w+)::\w+ stdout ----\n(.*?)(?=^---- |\Z)", output, re.MULTILINE | re.DOTALL))
+def read_outcomes(output: str) -> dict[str, TestOutcome]:
+    """Module → outcome, from the output of libtest."""
+    messages = dict(re.findall(r"^---- (\w+)::\w+ stdout ----\n(.*?)(?=^---- |\Z)", output, re.MULTILINE | re.DOTALL))
     outcomes = {}
     for name, word in re.findall(r"^test (\w+)::\w+ \.\.\. (ok|FAILED)$", output, re.MULTILINE):
-        differs = Outcome.DIFFERS if DIFFERS in said.get(name, "") else Outcome.BROKEN
-        outcomes[name] = Outcome.PASSES if word == "ok" else differs
+        differs = TestOutcome.DIFFERS if DIFFERS in messages.get(name, "") else TestOutcome.BROKEN
+        outcomes[name] = TestOutcome.PASSES if word == "ok" else differs
     return outcomes
 
 

@@ -1,4 +1,4 @@
-"""The ways in which an input becomes smaller, the model, its SAE and its edits."""
+"""The steps that make a model, its SAE and its edits smaller."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _layers(pair: Pair) -> Iterator[tuple[str, Pair]]:
 
 
 def _on_layers(side: Input, count: int) -> Input:
-    """What stands in a layer that goes moves to the last one that stays."""
+    """Move what is in a removed layer to the last remaining one."""
 
     def moved(text: str) -> str:
         return re.sub(r"\bblocks\.(\d+)\.", lambda at: f"blocks.{min(int(at[1]), count - 1)}.", text)
@@ -41,24 +41,19 @@ def _on_layers(side: Input, count: int) -> Input:
 
 
 def _tokens(pair: Pair) -> Iterator[tuple[str, Pair]]:
-    tokens = pair.case.tokens
     for count in (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128):
-        if count < len(tokens):
-            yield f"{count} tokens", _cut(pair, count)
+        if count < len(pair.case.tokens):
+            yield f"{count} tokens", pair.both(partial(_on_tokens, count=count))
 
 
-def _cut(pair: Pair, count: int) -> Pair:
-    """The first tokens; an edit that names a later position names the last one."""
-
-    def cut(side: Input) -> Input:
-        edits = tuple(_mapped(edit, _POSITIONS, lambda position: min(position, count - 1)) for edit in side.edits)
-        return replace(side, tokens=side.tokens[:count], edits=edits)
-
-    return pair.both(cut)
+def _on_tokens(side: Input, count: int) -> Input:
+    """The first tokens; an edit at a later position moves to the last one."""
+    edits = tuple(_mapped(edit, _POSITIONS, lambda position: min(position, count - 1)) for edit in side.edits)
+    return replace(side, tokens=side.tokens[:count], edits=edits)
 
 
 def _mapped(edit: Edit, names: frozenset[str], change: Callable[[int], int]) -> Edit:
-    """An edit with the whole numbers below some of its fields changed."""
+    """An edit with the integers in some of its fields changed."""
 
     def walk(value: Any, named: bool) -> Any:
         if isinstance(value, dict):
@@ -76,7 +71,7 @@ def _on_heads(side: Input, count: int) -> Input:
 
 
 def _fewer_edits(pair: Pair) -> Iterator[tuple[str, Pair]]:
-    """One edit less, or one entry less in what an edit names."""
+    """Without one edit, or without one entry of an edit."""
     edits = pair.case.edits
     for index, edit in enumerate(edits):
         before, after = edits[:index], edits[index + 1 :]
@@ -103,7 +98,7 @@ def _fewer_entries(edit: Edit) -> Iterator[tuple[str, Edit]]:
 
 
 def _features(pair: Pair) -> Iterator[tuple[str, Pair]]:
-    """A narrower SAE; a feature that goes is another one, and TopK keeps at most as many as there are."""
+    """A narrower SAE; removed features are replaced by others, and TopK keeps at most all."""
     for size in (2, 4, 8, 16, 32):
         if pair.case.sae is not None and size < pair.case.sae.d_sae:
             yield f"d_sae {size}", pair.both(partial(_on_features, size=size))
@@ -125,7 +120,7 @@ def _on_features(side: Input, size: int) -> Input:
 
 
 def _fewer_sae_keys(pair: Pair) -> Iterator[tuple[str, Pair]]:
-    """A key of ``cfg.json`` less, where the two sides have the same; without it the libraries' defaults hold."""
+    """Without a key of ``cfg.json`` that is the same on both sides."""
     case, control = pair.case.sae, pair.control.sae if pair.control else None
     if case is None:
         return
@@ -166,7 +161,7 @@ def _sizes(key: str, sizes: tuple[int, ...]) -> Callable[[Pair], Iterator[tuple[
 
 
 def _settings(pair: Pair) -> Iterator[tuple[str, Pair]]:
-    """Whole numbers among what the case is about, as a window's length; of the case alone."""
+    """Smaller integers among the differing config keys, such as a window's length; in the case only."""
     for key in pair.differing:
         value = pair.case.config.get(key)
         for size in (0, 1, 2, 4):

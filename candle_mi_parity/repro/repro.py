@@ -1,4 +1,4 @@
-"""``candle-mi-parity repro``: from a divergence to the smallest input that shows it, on both sides."""
+"""From a divergence to the smallest input that shows it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ from candle_mi_parity.spec.edits import Inject, Knockout, Scale, Steer
 from candle_mi_parity.spec.explanations import load_explanations
 from candle_mi_parity.trace.truth import Truth
 
-Tell = Callable[[str], None]
-
 
 class ReproError(ParityError):
     """A divergence that cannot be reproduced with a generated model."""
@@ -49,20 +47,21 @@ class Reproduction:
     subject: Subject
     truth: Truth
     first: TensorResult
-    attempts: int
 
 
-class Bench:
-    """Both sides on inputs that no table holds; models and truths go to a scratch directory, not to the cache."""
+class Trials:
+    """Truth and candidate for inputs that no case table has; models and truths go to a scratch directory.
+
+    :param known: ids of the explanations that apply to the original case.
+    """
 
     def __init__(self, source: Source, scratch: Path, known: frozenset[str]) -> None:
-        """:param known: ids of the explanations that apply to the case; of others an input of ours shows none."""
         self._source, self._scratch, self._known = source, scratch, known
 
     def run(self, tried: Input) -> tuple[Subject, Truth, TensorResult | None]:
-        """What was compared, and its first divergence.
+        """The input, its truth and its first divergence.
 
-        :raises Exception: whatever transformers, the oracle or the emitter says to such an input.
+        :raises Exception: whatever transformers, the oracle or the emitter raises for such an input.
         """
         directory = generated_model(dict(tried.config), "hub", self._scratch)
         model = LocalModel(source="local", path=str(directory))
@@ -79,7 +78,7 @@ class Bench:
         results = judge_mode(oracle, self._source, "free", Progress()).tensors
         return subject, oracle.truth(), _first(results)
 
-    def judge(self, tried: Input) -> Divergence | None:
+    def first_divergence(self, tried: Input) -> Divergence | None:
         subject, _, first = self.run(tried)
         if first is None:
             return None
@@ -96,12 +95,12 @@ def known_of(subject: Subject, source: Source) -> frozenset[str]:
     return frozenset(row.id for row in rows)
 
 
-def reproduce(case: Case, source: Source, cache: Path, tell: Tell) -> Reproduction:
-    """Judge a case, then shrink it.
+def reproduce(case: Case, source: Source, cache: Path, tell: Callable[[str], None]) -> Reproduction:
+    """Judge a case and shrink its divergence.
 
     :raises AgreesError: nothing diverges.
-    :raises ReproError: a generated model of its config does not diverge in the same way.
-    :raises ParityError: it cannot be judged, as where candle-mi refuses it.
+    :raises ReproError: a generated model with its config does not diverge in the same way.
+    :raises ParityError: the case cannot be judged, for example because candle-mi refuses it.
     """
     _check_edits(case)
     subject = prepare(case, cache)
@@ -111,28 +110,28 @@ def reproduce(case: Case, source: Source, cache: Path, tell: Tell) -> Reproducti
         raise AgreesError(f"{case.id}: nothing diverges; there is nothing to reproduce")
     wanted = Divergence.at(first.name, first.reason)
     with tempfile.TemporaryDirectory(prefix="parity-repro-") as scratch:
-        bench = Bench(source, Path(scratch), known_of(subject, source))
-        shrinker = Shrinker(bench.judge, wanted, STEPS, lambda line: tell(f"{case.id}: {line}"))
+        trials = Trials(source, Path(scratch), known_of(subject, source))
+        shrinker = Shrinker(trials.first_divergence, wanted, STEPS, lambda line: tell(f"{case.id}: {line}"))
         # An SAE that the divergence does not touch stays out of the reproduction.
         sae = case.sae if _is_about_sae(case, first.name) else None
         if isinstance(sae, SaeFile):
-            raise ReproError(f"{case.id}: only a generated SAE can be made smaller, and {sae.path} is a file")
+            raise ReproError(f"{case.id}: only a generated SAE can be shrunk, and {sae.path} is a file")
         if isinstance(sae, ScopeSae):
-            raise ReproError(f"{case.id}: an SAE in Gemma Scope's layout is not made smaller, one in SAELens's is")
+            raise ReproError(f"{case.id}: an SAE in Gemma Scope's layout cannot be shrunk")
         start = Input(read_config(subject.model_dir), tuple(subject.tokens[0]), case.dtype, sae, tuple(case.edits))
         if isinstance(case.model, PackageModel):
             start = _small(start)
         pair = next((pair for pair in _pairs(case, start, cache) if shrinker.holds(pair)), None)
         if pair is None:
-            raise ReproError(f"{case.id}: a generated model of its config does not diverge at {first.name}")
+            raise ReproError(f"{case.id}: a generated model with its config does not diverge at {first.name}")
         pair = shrinker.shrink(pair)
-        small, truth, still = bench.run(pair.case)
-        assert still is not None
-    return Reproduction(case, pair, small, truth, still, shrinker.attempts)
+        subject, truth, first = trials.run(pair.case)
+        assert first is not None
+    return Reproduction(case, pair, subject, truth, first)
 
 
 def _check_edits(case: Case) -> None:
-    """What the texts of a reproduction cannot say is refused before any work is done."""
+    """:raises ReproError: there is no Rust code for an edit."""
     for edit in case.edits:
         at = {Scale: ("attn.hook_scores", "attn.hook_pattern"), Inject: ("hook_resid_post",)}.get(type(edit), ())
         if not (isinstance(edit, Knockout | Steer) or edit.hook.endswith(at or "nowhere")):
@@ -144,7 +143,7 @@ def _first(results: list[TensorResult]) -> TensorResult | None:
 
 
 def _pairs(case: Case, start: Input, cache: Path) -> list[Pair]:
-    """The case with each control there could be, the likeliest first; without one, as a last resort."""
+    """The case with each possible control, the likeliest first; without a control as a last resort."""
     controls = []
     if (plain := _plain_config(case, cache)) is not None:
         shape = {key: start.config[key] for key in SHAPE if key in start.config}
@@ -164,7 +163,7 @@ def _is_about_sae(case: Case, first: str) -> bool:
 
 
 def _plain_sae(sae: SaelensDirectory) -> SaelensDirectory:
-    """The same architecture with whatever else its config asks for switched off."""
+    """The same architecture with all optional settings switched off."""
     off: dict[str, Any] = {}
     if sae.cfg.get("apply_b_dec_to_input", True):
         off["apply_b_dec_to_input"] = False
@@ -175,14 +174,14 @@ def _plain_sae(sae: SaelensDirectory) -> SaelensDirectory:
     if sae.cfg.get("rescale_acts_by_decoder_norm"):
         off["rescale_acts_by_decoder_norm"] = False
     if not off and isinstance(arguments := sae.cfg.get("activation_fn_kwargs"), dict) and "k" in arguments:
-        # Fewer than are positive.
+        # Fewer than the positive features.
         off["activation_fn_kwargs"] = {**arguments, "k": 1}
     threshold = None if sae.threshold is None else abs(sae.threshold)
     return sae.model_copy(update={"cfg": sae.cfg | off, "threshold": threshold})
 
 
 def _plain_config(case: Case, cache: Path) -> Config | None:
-    """The config without what the case changes, as a hub file has it; None for a model that has no such twin."""
+    """The config of the hub without what the case changes; None if there is no such config."""
     model = case.model
     if isinstance(model, TinyModel):
         plain = TinyModel(source="tiny", config=model.config, dialect="hub")
@@ -193,7 +192,7 @@ def _plain_config(case: Case, cache: Path) -> Config | None:
 
 
 def _small(start: Input) -> Input:
-    """A published model's config in the shape of the tiny ones: generating its own weights would take minutes."""
+    """The config of a published model in the size of a tiny one, whose weights are quickly generated."""
     sizes = {"vocab_size": 211, "hidden_size": 64, "intermediate_size": 144, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = start.config | sizes | heads

@@ -9,7 +9,7 @@ from candle_mi_parity.spec.edits import Attention, Edit, Inject, Knockout, Scale
 
 
 def imports(case: Input) -> str:
-    """What the test takes from ``candle_mi``, in rustfmt's order."""
+    """Names that the test imports from ``candle_mi``, in rustfmt's order."""
     names = {"GenericTransformer", "HookPoint", "HookSpec", "MIBackend", "TransformerConfig"}
     for edit in case.edits:
         if isinstance(edit, Knockout):
@@ -53,7 +53,7 @@ def edit_lines(edit: Edit, heads: int, width: int) -> list[str]:
 
 
 def _entries(spec: Attention) -> str:
-    """The methods by which both specs name entries of the attention matrix."""
+    """Method calls that select entries of the attention matrix in either spec."""
     calls = [f"heads(&{_list(spec.heads)})"] if spec.heads is not None else []
     calls += [f"edge({query}, {key})" for query, key in spec.edges]
     calls += [f"from_position({query})" for query in spec.from_positions]

@@ -1,8 +1,8 @@
-"""Shrinking: the smallest input whose first divergence is still the same one.
+"""Shrinking: the smallest input with the same first divergence.
 
-A candle-mi may differ from PyTorch for more than one reason, and a smaller config may fall into another of them. So
-every step is judged twice: the input must diverge first at the same hook point in the same way, and its control, the
-same input without what the case is about, must agree with PyTorch wherever the two are compared.
+A candle-mi may differ from PyTorch for several reasons, and a smaller config may expose another one. Therefore two
+inputs are judged at every step: one must diverge first at the same hook point in the same way, and its control, the
+same input without the cause, must agree with PyTorch.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ SHAPE = (
     "num_key_value_heads",
     "head_dim",
 )
-"""Config keys that are made smaller; every other one is left out if it can be."""
+"""Config keys that are made smaller; all others are left out if possible."""
 MOST_ATTEMPTS = 150
 ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Input:
-    """What both sides are given.
+    """Input of both sides.
 
-    :ivar config: ``config.json``; the weights follow from it.
+    :ivar config: ``config.json``; the weights are generated from it.
     :ivar tokens: one row of ids.
-    :ivar sae: a generated one; its width follows from the model's.
+    :ivar sae: a generated SAE, as wide as the model.
     """
 
     config: Config
@@ -48,7 +48,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Divergence:
-    """By what two divergences are the same one: the hook point, whichever the layer, and how it differs.
+    """A first divergence; two are the same if hook point (in any layer) and reason are.
 
     :ivar reason: :attr:`candle_mi_parity.compare.verdict.TensorResult.reason`.
     """
@@ -61,13 +61,13 @@ class Divergence:
         return Divergence(re.sub(r"^blocks\.\d+\.", "blocks.*.", tensor), reason)
 
 
-Judge = Callable[[Input], Divergence | None]
-"""The first divergence of an input, None when all of it agrees; raises whatever there is when it cannot be judged."""
+FirstDivergence = Callable[[Input], Divergence | None]
+"""The first divergence of an input; None if everything agrees. Raises any exception if it cannot be judged."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An input that diverges and its control, which agrees; None where there is none."""
+    """An input that diverges and its control, which agrees; None if there is no control."""
 
     case: Input
     control: Input | None
@@ -84,7 +84,7 @@ class Pair:
 
     @property
     def differing(self) -> list[str]:
-        """Config keys in which the two differ: what the case is about."""
+        """Config keys in which the two differ."""
         if self.control is None:
             return []
         ours, theirs = self.case.config, self.control.config
@@ -93,25 +93,26 @@ class Pair:
 
 
 Step = Callable[[Pair], Iterator[tuple[str, Pair]]]
-"""Smaller pairs, the smallest first, each with what was done to it."""
+"""Smaller pairs, the smallest first, each with a label."""
 
 
 class Shrinker:
-    """One shrinking.
+    """Shrinks one pair.
 
-    :ivar attempts: how many pairs were judged.
-    :param judge: of one input.
+    :ivar attempts: number of pairs judged so far.
     :param wanted: the divergence to keep.
     :param steps: tried in this order, round after round.
-    :param tell: called with a line for every accepted step.
+    :param tell: called with a label for every accepted step.
     """
 
-    def __init__(self, judge: Judge, wanted: Divergence, steps: Sequence[Step], tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, judge: FirstDivergence, wanted: Divergence, steps: Sequence[Step], tell: Callable[[str], None]
+    ) -> None:
         self._judge, self._wanted, self._steps, self._tell = judge, wanted, steps, tell
         self.attempts = 0
 
     def shrink(self, pair: Pair) -> Pair:
-        """The smallest pair that was found; the pair itself when no step is accepted."""
+        """The smallest pair that was found; the pair itself if no step is accepted."""
         for _ in range(ROUNDS):
             before = pair
             for step in self._steps:
@@ -131,7 +132,7 @@ class Shrinker:
         try:
             kept = self._judge(pair.case) == self._wanted
             return kept and (pair.control is None or self._judge(pair.control) is None)
-        except Exception:  # a shape that either library refuses, in as many ways as there are checks
+        except Exception:  # either library may refuse a shape with any error
             return False
 
     def _first(self, pair: Pair, candidates: Iterator[tuple[str, Pair]]) -> Pair:
@@ -159,7 +160,7 @@ class Shrinker:
 
 
 def _undone(pair: Pair, key: str) -> Iterator[tuple[str, Pair]]:
-    """The case with one key as its control has it: what it is about, without what it is not."""
+    """The case with one config key as in its control."""
     assert pair.control is not None
     config = {name: value for name, value in pair.case.config.items() if name != key}
     if key in pair.control.config:

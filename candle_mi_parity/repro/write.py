@@ -23,25 +23,23 @@ from candle_mi_parity.repro.crate import Dependencies, write_crate
 from candle_mi_parity.repro.probe import probe
 from candle_mi_parity.repro.repro import Reproduction
 from candle_mi_parity.repro.rust import edit_lines, imports
-from candle_mi_parity.repro.shrink import Input, Pair
-from candle_mi_parity.spec.cases import SaelensDirectory
 
 FORMAT = "candle-mi-parity/expected/1"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
-class Blame:
-    """Whose divergence it is.
+class Origin:
+    """The candidate that diverges.
 
     :ivar candidate: as the user spelt it.
-    :ivar version: of that candle-mi.
-    :ivar why: what is listed of it; empty for nothing.
+    :ivar version: its candle-mi version.
+    :ivar known: what is known of the divergence; empty if nothing is.
     """
 
     candidate: str
     version: str
-    why: str
+    known: str
 
 
 def slug(case_id: str) -> str:
@@ -49,8 +47,8 @@ def slug(case_id: str) -> str:
     return "parity_" + re.sub(r"[^a-z0-9]+", "_", case_id.lower())
 
 
-def write_folder(reproduction: Reproduction, blame: Blame, dependencies: Dependencies, out: Path) -> Path:
-    """Write ``out/<case>/`` anew; whatever was there is replaced.
+def write_folder(reproduction: Reproduction, origin: Origin, dependencies: Dependencies, out: Path) -> Path:
+    """Write ``out/<case>/``, replacing an older one.
 
     :returns: the folder.
     """
@@ -64,7 +62,7 @@ def write_folder(reproduction: Reproduction, blame: Blame, dependencies: Depende
             made = sae_path(sae, reproduction.pair.case.config["hidden_size"], Path(scratch))
             shutil.copytree(made, data / "sae")
     (data / "expected.json").write_text(json.dumps(expected(reproduction)) + "\n", encoding="utf-8")
-    facts = _facts(reproduction, blame, load_sae(data / "sae") if sae is not None else None)
+    facts = _facts(reproduction, origin, load_sae(data / "sae") if sae is not None else None)
     for template, target in {"test.rs": f"tests/{name}.rs", "check.py": "check.py", "ISSUE.md": "ISSUE.md"}.items():
         (folder / target).write_text(
             templates(html=False).get_template(f"{template}.j2").render(facts), encoding="utf-8"
@@ -76,20 +74,20 @@ def write_folder(reproduction: Reproduction, blame: Blame, dependencies: Depende
 
 
 def expected(reproduction: Reproduction) -> dict[str, Any]:
-    """The oracle's tensor and the gate of every element of it, row-major.
+    """The truth of a tensor and the gate of each of its elements, row-major.
 
-    ``sigma`` is σ of each element, null where the mask forbids a score, 0 where the value must be met exactly.
-    ``position_noise`` is, of each position, the noise that its root mean square error is compared with.
+    ``sigma`` is σ of each element: null for a masked score, 0 if the value must be exact. ``position_noise`` is the
+    noise with which the rms error of each position is compared.
     """
     truth = reproduction.truth.tensors[reproduction.first.name]
     kept = np.broadcast_to(True if truth.allowed is None else truth.allowed, truth.value.shape)
     unit = UNITS[reproduction.pair.case.dtype]
-    # Of an error of 1 everywhere the ratio is one over the noise.
+    # For an error of 1 everywhere the ratio is 1 / noise.
     measured = measure(np.ones_like(truth.value), truth.value, truth.noise, kept, unit=unit)
     exact = not truth.noise.any() and bool(kept.all())
     sigma = np.where(kept & (not exact), measured.sigma, 0.0).ravel().tolist()
     if reproduction.first.name.endswith("hook_scores"):
-        sigma = [number if there else None for number, there in zip(sigma, kept.ravel(), strict=True)]
+        sigma = [number if keep else None for number, keep in zip(sigma, kept.ravel(), strict=True)]
     return {
         "format": FORMAT,
         "tensor": reproduction.first.name,
@@ -108,8 +106,8 @@ def expected(reproduction: Reproduction) -> dict[str, Any]:
     }
 
 
-def _facts(reproduction: Reproduction, blame: Blame, sae: Sae | None) -> dict[str, Any]:
-    """What the templates say."""
+def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[str, Any]:
+    """The values of the templates."""
     first, case = reproduction.first, reproduction.pair.case
     assert first.worst is not None
     config, heads = case.config, case.config["num_attention_heads"]
@@ -118,9 +116,9 @@ def _facts(reproduction: Reproduction, blame: Blame, sae: Sae | None) -> dict[st
     return {
         "slug": slug(reproduction.original.id),
         "case": one_line(reproduction.original.id),
-        "command": one_line(f"candle-mi-parity repro {reproduction.original.id} --candidate {blame.candidate}"),
-        "version": blame.version,
-        "title": one_line(blame.why) or f"`{first.name}` differs from PyTorch",
+        "command": one_line(f"candle-mi-parity repro {reproduction.original.id} --candidate {origin.candidate}"),
+        "version": origin.version,
+        "title": one_line(origin.known) or f"`{first.name}` differs from PyTorch",
         "model_type": reproduction.subject.model_type,
         "torch": version("torch"),
         "transformers": version("transformers"),
@@ -156,38 +154,26 @@ def _facts(reproduction: Reproduction, blame: Blame, sae: Sae | None) -> dict[st
 
 
 def _differing(reproduction: Reproduction) -> list[tuple[str, str, str]]:
-    """Config key, its value where the two sides differ, its value where they agree."""
-    pair = reproduction.pair
-
-    def said(side: Input, key: str) -> str:
-        return _cell(json.dumps(side.config[key])) if key in side.config else "absent"
-
-    if pair.control is None:
+    """Setting, its value in the diverging input, its value in the control."""
+    case, control = reproduction.pair.case, reproduction.pair.control
+    if control is None:
         return []
-    rows = [(_cell(key), said(pair.case, key), said(pair.control, key)) for key in pair.differing]
-    if pair.case.dtype != pair.control.dtype:
-        rows.append(("(the model's format)", pair.case.dtype, pair.control.dtype))
-    return [*rows, *_differing_sae(pair.case.sae, pair.control.sae), *_differing_edits(pair)]
+    rows = [_row(key, case.config, control.config) for key in reproduction.pair.differing]
+    if case.dtype != control.dtype:
+        rows.append(("(the model's format)", case.dtype, control.dtype))
+    if case.sae is not None and control.sae is not None:
+        ours, theirs = ({**sae.cfg, "least threshold": sae.threshold} for sae in (case.sae, control.sae))
+        keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        rows += [_row(key, ours, theirs, " (SAE)") for key in keys]
+    edits = [edit for edit in case.edits if edit not in control.edits]
+    return rows + [("(an intervention)", f"{edit.kind} at {edit.hook}", "none") for edit in edits]
 
 
-def _cell(text: str) -> str:
-    """In a code span of a table: neither ends it."""
+def _row(key: str, ours: dict[str, Any], theirs: dict[str, Any], remark: str = "") -> tuple[str, str, str]:
+    a, b = (code_cell(json.dumps(side[key])) if key in side else "absent" for side in (ours, theirs))
+    return code_cell(key) + remark, a, b
+
+
+def code_cell(text: str) -> str:
+    """Text for a code span in a Markdown table."""
     return one_line(text).replace("`", "'").replace("|", "\\|")
-
-
-def _differing_sae(ours: SaelensDirectory | None, theirs: SaelensDirectory | None) -> list[tuple[str, str, str]]:
-    if ours is None or theirs is None:
-        return []
-    sides = [{**side.cfg, "least threshold": side.threshold} for side in (ours, theirs)]
-    said = [{key: _cell(json.dumps(value)) for key, value in side.items()} for side in sides]
-    keys = [key for key in {**said[0], **said[1]} if said[0].get(key) != said[1].get(key)]
-    return [(f"{key} (SAE)", said[0].get(key, "absent"), said[1].get(key, "absent")) for key in keys]
-
-
-def _differing_edits(pair: Pair) -> list[tuple[str, str, str]]:
-    assert pair.control is not None
-    return [
-        ("(an intervention)", f"{edit.kind} at {edit.hook}", "none")
-        for edit in pair.case.edits
-        if edit not in pair.control.edits
-    ]

@@ -11,7 +11,7 @@ from candle_mi_parity.candidate.sources import NothingOpen, Source, open_source,
 from candle_mi_parity.candidate.spelling import Candidate, CandidateError, parse_candidate
 from candle_mi_parity.candidate.store import stored_selection
 from candle_mi_parity.candidate.tokens import TextIds
-from candle_mi_parity.compare.align import like_with_like
+from candle_mi_parity.compare.align import align_traces
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Side, diff_case
 from candle_mi_parity.compare.run_result import now
 from candle_mi_parity.compare.verdict import CaseResult, Status
@@ -48,21 +48,21 @@ def _emit(source: Source, subject: Subject, mode: Mode, truth: Truth, inputs: Pa
 
 
 class Pair:
-    """Two sources that are asked together, so that a whole trace can be restricted to what the other one stored.
+    """Two sources that are asked together; a whole trace is restricted to the part that the other holds.
 
     :ivar truth: of the current case; None before its first trace.
-    :ivar cut: whether one of the traces was restricted.
+    :ivar partial: whether one of its traces was restricted.
     """
 
     def __init__(self, a: Source, b: Source) -> None:
         self.sources = a, b
         self.emissions: list[_Emission] = []
         self.truth: Truth | None = None
-        self.cut = False
+        self.partial = False
 
     def forget(self) -> None:
         """Reset before the next case."""
-        self.emissions, self.truth, self.cut = [], None, False
+        self.emissions, self.truth, self.partial = [], None, False
 
     def emission(self, side: int, subject: Subject, truth: Truth, inputs: Path) -> _Emission:
         if not self.emissions:
@@ -79,10 +79,10 @@ class Pair:
         if one is None or other is None:
             return
         names = list(truth.tensors)
-        alike = like_with_like(one, other, set(stored_selection(names)), set(names))
-        self.cut = alike[0] is not one or alike[1] is not other
+        aligned = align_traces(one, other, set(stored_selection(names)), set(names))
+        self.partial = aligned[0] is not one or aligned[1] is not other
         self.emissions = [
-            _Emission(trace, run=emission.run) for trace, emission in zip(alike, self.emissions, strict=True)
+            _Emission(trace, run=emission.run) for trace, emission in zip(aligned, self.emissions, strict=True)
         ]
 
 
@@ -191,7 +191,7 @@ def diff_one(
         for result, emission in zip(results, pair.emissions or [_Emission()] * SIDES, strict=True)
     ]
     try:
-        found = diff_case(sides[0], sides[1], pair.truth, pair.cut)
+        found = diff_case(sides[0], sides[1], pair.truth, pair.partial)
     except Exception as error:  # a bug in the suite fails this case only
         said = str(error) if isinstance(error, ParityError) else f"internal: {type(error).__name__}: {error}"
         for result in results:

@@ -18,7 +18,7 @@ from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError,
 from candle_mi_parity.candidate.store import Storing, StoringSource
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.verdict import CaseResult, Failure, Status
-from candle_mi_parity.coverage.calls_judge import expectations, hold_known, judge_source
+from candle_mi_parity.coverage.calls_judge import expectations, judge_source, report_outdated
 from candle_mi_parity.coverage.flat_json import case_of, judge_reference, read_reference
 from candle_mi_parity.errors import HubError, ParityError
 from candle_mi_parity.judge.case import Judgement, Progress, judge_case, status_of
@@ -137,7 +137,7 @@ def _judge_calls(source: Source, options: RunOptions, result: RunResult, progres
     result.calls = judged.direct
     result.known |= held_to.rows
     if judged.lost is None and source.identity is not None:
-        hold_known(judged, held_to, source.identity, result)
+        report_outdated(judged, held_to, source.identity, result)
 
 
 def _take(judged: CaseResult, result: RunResult) -> None:

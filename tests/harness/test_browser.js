@@ -1,39 +1,15 @@
-// What is measured inside a page; test_browser.py calls these functions and judges what they return.
+// What is measured inside a page; test_browser.py calls these functions.
 
 const open = () => document.querySelectorAll('details').forEach(details => { details.open = true })
 
-/** Of each link its address and the name of what it should lead to; in the matrix family/case. */
-const links = () => [...document.querySelectorAll('a[href]')].map(link => {
-  const cell = link.closest('.matrix td:not(.why)')
-  if (!cell) return [link.getAttribute('href'), link.textContent]
-  const heading = cell.closest('table').tHead.rows[0].cells[cell.cellIndex]
-  return [link.getAttribute('href'), `${heading.textContent}/${cell.parentElement.cells[0].textContent}`]
-})
-
-const unlinked = () => [...document.querySelectorAll('.matrix td:is(.FAIL, .ERROR, .KNOWN, .UNMEASURED)')]
-  .filter(cell => !cell.querySelector('a[href]')).map(cell => cell.title)
-
-/** What is wrong with the place that a click led to; null where nothing is. */
-const arrival = name => {
-  const found = document.getElementById(decodeURIComponent(location.hash.slice(1)))
-  if (!found) return 'points at nothing'
-  const title = found.closest('details')?.querySelector('summary') ?? found
-  if (!title.textContent.includes(name)) return `leads to ${title.textContent.trim()}`
-  const hidden = [found, title].some(element => {
-    const box = element.getBoundingClientRect()
-    return !element.checkVisibility() || !box.height || box.top < 0 || box.top >= innerHeight
-  })
-  return hidden ? 'is not in view' : null
-}
-
-/** Every piece of text that is shown, with its element and its node. */
+/** Every piece of text that is shown, with its element. */
 const texts = () => {
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = []
   while (walker.nextNode()) {
     const node = walker.currentNode, range = document.createRange()
     range.selectNodeContents(node)
     const shown = range.getClientRects().length && node.parentElement.checkVisibility({visibilityProperty: true})
-    if (node.data.trim() && shown) found.push([node.data.trim().slice(0, 60), node.parentElement, node])
+    if (node.data.trim() && shown) found.push([node.data.trim().slice(0, 60), node.parentElement])
   }
   return found
 }
@@ -76,16 +52,6 @@ const sizes = () => texts().map(([text, element]) => {
   const {a, b} = element instanceof SVGElement ? element.getScreenCTM() : {a: 1, b: 0}
   return [text, parseFloat(getComputedStyle(element).fontSize) * Math.hypot(a, b)]
 })
-
-/** Short words that are broken over two lines, because their column is too narrow. */
-const broken = () => texts().flatMap(([, , node]) => [...node.data.matchAll(/(?<!\S)[\w.,:+]{2,12}(?!\S)/g)]
-  .filter(word => {
-    const range = document.createRange()
-    range.setStart(node, word.index)
-    range.setEnd(node, word.index + word[0].length)
-    return range.getClientRects().length > 1
-  })
-  .map(word => word[0]))
 
 /** What lies right of the window. `scrolls`: a box that scrolls by itself may hold more than it shows. */
 const beyond = scrolls => {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import os
-import shutil
 import signal
 import sys
 import textwrap
@@ -17,7 +16,7 @@ from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.coverage.census import take_census
 from candle_mi_parity.coverage.census_models import hub_rotary, mapped_classes
-from candle_mi_parity.coverage.census_record import STORED, Census, Entry, read_census
+from candle_mi_parity.coverage.census_record import STORED, Census, Entry, count, read_census
 from candle_mi_parity.errors import CensusError
 from candle_mi_parity.files.isolated import Lost, each
 from candle_mi_parity.spec.paths import cache_root
@@ -25,7 +24,7 @@ from candle_mi_parity.trace.trace import CandleMi
 
 PLANTED = CandleMi(version="9.9.9", source="registry", checksum="0" * 64, revision=None, tree_digest=None)
 
-# Answers every request with a trace of {logits}; what the harness would verify of an honest one is in order.
+# Answers every request with a valid trace of wrong logits.
 LIAR = """
     import hashlib, struct
     directory, out = Path(request["model_dir"]), Path(request["out"])
@@ -65,67 +64,46 @@ def census_by(body: str, pattern: str, tmp_path: Path) -> Census:
 
 
 def only(census: Census) -> Entry:
-    assert len(census.classes) == 1
-    return census.classes[0]
+    (entry,) = census.classes
+    return entry
 
 
-def stored() -> list[Path]:
-    return sorted(STORED.glob("*.json"))
-
-
-def test_a_census_of_the_default_candidate_is_stored() -> None:
-    assert STORED / "0.2.2.json" in stored()
-
-
-@pytest.mark.parametrize("path", stored(), ids=lambda path: path.stem)
-def test_a_stored_census_has_every_class_of_the_installed_transformers(path: Path) -> None:
-    census = read_census(path)
-    assert census.candle_mi.version == path.stem
+@pytest.mark.parametrize("version", ["0.1.6", "0.1.10", "0.1.24", "0.2.2"])
+def test_a_stored_census_has_every_class_of_the_installed_transformers_with_its_reason(version: str) -> None:
+    census = read_census(STORED / f"{version}.json")
+    remedy = f"take it again: candle-mi-parity maint census --candidate {version}"
     found = {entry.model_type: entry.class_name for entry in census.classes}
-    remedy = f"take it again: candle-mi-parity maint census --candidate {path.stem}"
-    assert found == mapped_classes(), f"{path.name} is of transformers {census.transformers}; {remedy}"
-
-
-@pytest.mark.parametrize("path", stored(), ids=lambda path: path.stem)
-def test_nothing_is_dropped_and_every_outcome_says_why(path: Path) -> None:
-    census = read_census(path)
-    assert sum(census.counts.values()) == len(census.classes) == len(mapped_classes())
+    assert found == mapped_classes(), f"this census is of transformers {census.transformers}; {remedy}"
+    assert census.candle_mi.version == version and census.counts == count(census.classes)
     for entry in census.classes:
-        if entry.outcome in ("refused", "not-asked"):
-            assert entry.reason and entry.first is None, entry
-        elif entry.outcome == "different":
-            assert entry.first and entry.reader and entry.compared, entry
-        else:
-            assert entry.first is None and entry.reader and entry.compared, entry
-        if entry.model_type == "llama":
-            assert entry.outcome == "same", "nothing of this census can be believed"
+        answered = entry.outcome in ("same", "different")
+        assert bool(entry.first) == (entry.outcome == "different"), entry
+        assert (entry.reader and entry.compared) if answered else entry.reason, entry
+        assert entry.model_type != "llama" or entry.outcome == "same", "no entry of this census can be trusted"
         assert str(Path.home()) not in entry.reason and "/tmp" not in entry.reason, entry
 
 
+@pytest.mark.thorough
 def test_wrong_logits_are_different(tmp_path: Path) -> None:
     entry = only(census_by(LIAR, "llama", tmp_path))
     assert (entry.outcome, entry.reader) == ("different", "hf")
-    assert entry.first == "hook_embed", "the liar emits no hook; the first one is missing"
+    assert entry.first == "hook_embed", "this emitter writes no hooks, so that the first one is missing"
     assert entry.logits_ratio is not None and entry.logits_ratio > 1e4
-    # It never looks at the weights.
-    assert "model.layers.*.self_attn.q_proj.weight" in entry.unread
 
 
-def test_a_refusal_keeps_the_message_of_the_reader_that_knows_every_type(tmp_path: Path) -> None:
-    entry = only(census_by(REFUSES, "llama", tmp_path))
-    assert (entry.outcome, entry.reason) == ("refused", "model: no rotary of this kind")
-
-
-def test_a_crash_is_neither_a_refusal_nor_a_divergence(tmp_path: Path) -> None:
-    entry = only(census_by(DIES, "llama", tmp_path))
-    assert entry.outcome == "not-asked"
-    assert "SIGABRT" in entry.reason
-
-
-def test_a_class_that_does_not_get_tiny_is_not_asked(tmp_path: Path) -> None:
-    entry = only(census_by(LIAR, "blt", tmp_path))
-    assert entry.outcome == "not-asked"
-    assert "does not get tiny" in entry.reason
+@pytest.mark.parametrize(
+    "body, model_type, outcome, reason",
+    [
+        (REFUSES, "llama", "refused", "model: no rotary of this kind"),
+        (DIES, "llama", "not-asked", "SIGABRT"),
+        (LIAR, "blt", "not-asked", "does not get tiny"),
+    ],
+)
+def test_a_class_without_numbers_has_a_reason(
+    tmp_path: Path, body: str, model_type: str, outcome: str, reason: str
+) -> None:
+    entry = only(census_by(body, model_type, tmp_path))
+    assert entry.outcome == outcome and reason in entry.reason
 
 
 def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
@@ -135,8 +113,6 @@ def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.rust
 def test_llama_is_the_same(tmp_path: Path) -> None:
-    if shutil.which("cargo") is None:
-        pytest.skip("no cargo on PATH")
     built = build(parse_candidate("0.2.2"), cache_root(), print)
     identity = CandleMi.model_validate(built.identity["candle_mi"])
     census = take_census(built.path, identity, "llama", cache_root(), tmp_path, lambda entry, total: None)
@@ -153,6 +129,7 @@ def test_a_process_that_dies_or_hangs_costs_its_own_item() -> None:
     assert list(each(os._exit, [(3,)], 1, 60)) == [Lost(3)]
 
 
+@pytest.mark.thorough
 def test_hooks_are_not_used_where_they_change_what_the_class_computes(tmp_path: Path) -> None:
     entry = only(census_by(LIAR, "granite_swa", tmp_path))
     assert entry.compared <= 1, "our attention drops the sinks of this class, and its truth with hooks is another's"

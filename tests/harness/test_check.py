@@ -206,7 +206,7 @@ def test_how_much_it_matters(tmp_path: Path) -> None:
 
 def unmapped(model_type: str, out: Path) -> tuple[Path, Arrays]:
     """A tiny model of a family outside the eight, and its truth in float32."""
-    mine = shutil.copytree(tiny_model(model_type, {}, cache_root()).directory, out / "mine")
+    mine = shutil.copytree(tiny_model(model_type, cache_root()).directory, out / "mine")
     case = Case(id="check/x", model=LocalModel(source="local", path=str(mine)), tokens=[1, 5, 9, 4])
     truth = truth_of(unmapped_subject(case, cache_root()), cache_root(), generated=False)
     return mine, {name: tensor.value.astype(np.float32) for name, tensor in truth.tensors.items()}

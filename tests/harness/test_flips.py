@@ -1,7 +1,7 @@
-"""Features whose pre-activation lies at the threshold: excused when rounding can turn them, and only then.
+"""Features whose pre-activation is near the threshold are excused only if rounding can switch them.
 
-The truth of the tiny Gemma 2 is kept and one threshold is moved next to a pre-activation, so that the margin of
-that one decision is a chosen number of noises. The candidate decides the other way and follows its own decision.
+In the truth of the tiny Gemma 2, one threshold is moved next to a pre-activation, so that the margin of that decision
+is a chosen multiple of its noise. The candidate decides otherwise and follows its own decision.
 """
 
 from __future__ import annotations
@@ -75,14 +75,10 @@ def judged(tmp_path: Path, margin: float, flipped: bool, follow: bool = True) ->
     return {result.name: result for result in compare_trace(there, write(tmp_path, there, arrays, edit))}
 
 
-@pytest.mark.parametrize("margin", [0.5, 20.0, 1000.0])
-def test_the_twin_that_flips_nothing_passes(tmp_path: Path, margin: float) -> None:
-    assert not failures(list(judged(tmp_path, margin, flipped=False).values()))
-
-
 @pytest.mark.parametrize("margin", [0.5, 20.0])
 def test_a_flip_inside_the_gate_is_excused_and_granted_to_what_follows(tmp_path: Path, margin: float) -> None:
-    results = judged(tmp_path, margin, flipped=True)
+    assert not failures(list(judged(tmp_path / "twin", margin, flipped=False).values()))
+    results = judged(tmp_path / "flipped", margin, flipped=True)
     assert "1 features flipped, 1 with |pre − θ| < 32σ" in results["sae.features"].detail
     assert "1 excused flips granted to the reconstruction" in results["sae.recon"].detail
     assert results["sae.reconstruction_mse"].status == "PASS", results["sae.reconstruction_mse"].message()

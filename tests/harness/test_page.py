@@ -1,4 +1,4 @@
-"""Page, terminal and JSON say of every case what the result holds, and answer both questions apart."""
+"""Page, terminal and JSON show every case of a result, and answer both questions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from candle_mi_parity.compare.diagnose_sae import look_sae
+from candle_mi_parity.compare.diagnose_sae import summarize_saes
 from candle_mi_parity.compare.gate import ELEMENT_GATE
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.suspects import SUSPECTS, suspect
 from candle_mi_parity.compare.verdict import Diagnosis, Explained, Status
 from candle_mi_parity.files.json_out import write_text
 from candle_mi_parity.report import page, tables
-from candle_mi_parity.report.plots import Line, Point, heatmap, ratio_plot
+from candle_mi_parity.report.plots import PlotLine, Point, heatmap, ratio_plot
 from candle_mi_parity.report.report_model import REPORT, document, json_schema
 from candle_mi_parity.spec.hook_points import hook_names
 from candle_mi_parity.spec.paths import ROOT
@@ -33,7 +33,7 @@ FAMILY = [case(f"gemma2/{name}", Status.FAIL) for name in ("hub", "v5", "window"
 
 
 def text_of(html: str) -> str:
-    """What a reader sees, without style and markup, in single spaces."""
+    """The visible text, in single spaces."""
     return " ".join(unescape(re.sub(r"<[^>]+>", " ", re.sub(r"(?s)<style>.*?</style>", "", html))).split())
 
 
@@ -68,7 +68,7 @@ known divergence pass."""
 
 
 @pytest.mark.parametrize(("answers", "result"), [*zip(ANSWERS.splitlines(), RESULTS, strict=True)])
-def test_two_questions_have_two_answers_on_every_face(answers: str, result: RunResult) -> None:
+def test_both_questions_are_answered_in_every_view(answers: str, result: RunResult) -> None:
     verdict, right, new = answers.split(" | ")
     assert (result.verdict.value, result.is_right(), result.is_new()) == (verdict, right, new)
     html = page.render(result)
@@ -88,10 +88,10 @@ def test_the_counts_add_up_to_the_cases() -> None:
 
 
 def test_the_terminal_shows_what_is_new_and_one_line_a_cause() -> None:
-    said = terminal(run_of(*(case(f"llama/{i}") for i in range(200)), case("a/known", Status.KNOWN), *FAMILY))
-    assert len(said.splitlines()) < 40 and "llama/7" not in said and "a/known" not in said
-    assert "known: ≠ CMI001" in said and said.count("look at: rotary") == 1 and "the same in 2 more" in said
-    assert "blocks.0.attn.hook_scores\n" in said.replace(" ", ""), "a name stays whole where stdout is a file"
+    text = terminal(run_of(*(case(f"llama/{i}") for i in range(200)), case("a/known", Status.KNOWN), *FAMILY))
+    assert len(text.splitlines()) < 40 and "llama/7" not in text and "a/known" not in text
+    assert "known: ≠ CMI001" in text and text.count("look at: rotary") == 1 and "the same in 2 more" in text
+    assert "blocks.0.attn.hook_scores\n" in text.replace(" ", ""), "a name stays whole if stdout is a file"
     assert "gone: CMI004: Now right: a/b" in terminal(GONE)
 
 
@@ -111,12 +111,12 @@ def test_every_case_has_a_square_with_its_sign_and_reason() -> None:
     assert all(f'title="{cell.why}"' in html for cell in cells.values())
 
 
-def test_new_failures_are_put_together_and_the_smallest_is_open() -> None:
+def test_new_failures_are_grouped_and_the_smallest_is_open() -> None:
     html = page.render(run_of(*FAMILY, case("gemma/hub", Status.FAIL), case("a/b", Status.KNOWN)))
     assert html.count('<details class="case">') == 3 and html.count('<details class="case" open>') == 2
-    said = text_of(html)
-    assert "new-1: gemma2 first differs at attn.hook_scores" in said and "new-2: gemma first" in said
-    assert said.index("Causes") < said.index("Families and cases") < said.index("With every half-layer")
+    text = text_of(html)
+    assert "new-1: gemma2 first differs at attn.hook_scores" in text and "new-2: gemma first" in text
+    assert text.index("Causes") < text.index("Families and cases") < text.index("With every half-layer")
     assert "CMI001 Gone since 0.2.2: a/b agrees." in text_of(page.render(GONE))
 
 
@@ -131,10 +131,10 @@ def test_a_failing_case_shows_its_evidence_the_suspect_and_the_commands() -> Non
     bad, found = case("a/b", Status.FAIL), case("a/c", Status.FAIL)
     bad.shrink, bad.unexplained = "candle-mi-parity repro a/b", "none of 42 single changes explains it"
     found.explained = Explained([], "rms_norm_eps = 1e-05", "rms_norm_eps = 1e-05", {"hook_embed": 1.0})
-    said = text_of(page.render(run_of(bad, found)))
-    assert not [part for part in re.split(r" \| |\n", EVIDENCE) if part not in said]
+    text = text_of(page.render(run_of(bad, found)))
+    assert not [part for part in re.split(r" \| |\n", EVIDENCE) if part not in text]
     equal = "equal to PyTorch with rms_norm_eps = 1e-05, all 1 tensors, worst 1 of 8"
-    assert equal in said and equal in terminal(run_of(found))
+    assert equal in text and equal in terminal(run_of(found))
 
 
 def test_the_plots_draw_the_gate_the_explanation_and_each_tensor() -> None:
@@ -151,10 +151,10 @@ def test_the_plots_draw_the_gate_the_explanation_and_each_tensor() -> None:
     assert "Equal to PyTorch with rope_theta = 10000.0, all 2 tensors, worst 1.2 of 8." in text_of(html)
 
 
-def test_a_point_lies_where_its_ratio_is_and_none_is_lost() -> None:
-    """Exact ones at the bottom, non-finite ones at the top: a logarithm has no place for either."""
+def test_every_point_lies_where_its_ratio_is() -> None:
+    """Exact ones at the bottom, non-finite ones at the top."""
     ratios = {"a": 0.0, "b": 8.0, "c": math.inf, "d": math.nan}
-    plot = ratio_plot([Line("FAIL", [Point(name, ratio, "FAIL", name) for name, ratio in ratios.items()])])
+    plot = ratio_plot([PlotLine("FAIL", [Point(name, ratio, "FAIL", name) for name, ratio in ratios.items()])])
     gate = float(re.findall(r'<line class="gate" x2="100%" y1="([\d.]+)"', plot)[0])
     exact, at_gate, infinite, nan = (float(y) for y in re.findall(r'<circle[^>]* cy="([\d.]+)"', plot))
     assert at_gate == gate and infinite == nan < gate < exact
@@ -169,7 +169,7 @@ def test_the_picture_is_red_where_the_error_is_past_the_gate() -> None:
     assert 'viewBox="0 0 3 2"' in plot and "error over noise of x by position" in plot
 
 
-def test_every_id_is_given_once_and_every_link_leads_somewhere() -> None:
+def test_ids_are_unique_and_links_lead_to_them() -> None:
     html = page.render(run_of(*FAMILY, *everything().cases, refused("a/c")))
     ids = re.findall(r'\sid="([^"]*)"', html)
     assert len(ids) == len(set(ids)) and {"CMI001", "of-new-1"} <= set(ids)
@@ -183,27 +183,26 @@ def test_the_sae_panel_has_flips_with_margins_mse_and_ranks_side_by_side() -> No
     passing.sae = wrong.sae = [sae_view()]
     wrong.tensors.append(tensor("sae.features", 99.0, Status.FAIL, "values"))
     html = page.render(run_of(passing, wrong))
-    said = text_of(html)
-    assert "a/b its own residual 12 / 13 active 1 flip, 3.25 σ MSE 0.125 / 0.1250001 ± 1e-07" in said
-    assert said.index("≠ KNOWN a/c its own residual") < said.index("✓ PASS a/b its own residual")
-    assert "[0, 2, 40] 0 1.5 2.5e-06 3.25 by rounding" in said
-    assert "1 #7 3.5 #7 3.5000002" in said and "2 #9 1.25 #11 1.5" in said
+    text = text_of(html)
+    assert "a/b its own residual 12 / 13 active 1 flip, 3.25 σ MSE 0.125 / 0.1250001 ± 1e-07" in text
+    assert text.index("≠ KNOWN a/c its own residual") < text.index("✓ PASS a/b its own residual")
+    assert "[0, 2, 40] 0 1.5 2.5e-06 3.25 by rounding" in text
+    assert "1 #7 3.5 #7 3.5000002" in text and "2 #9 1.25 #11 1.5" in text
     assert html.count('class="differs"') == 2
 
 
 def test_a_flip_that_is_planted_is_listed_with_its_margin(tmp_path: Path) -> None:
     there = real("gemma2/hub")
-    honest = look_sae(there.truth, Trace(write(tmp_path / "honest", there)))
+    (honest, _) = summarize_saes(there.truth, Trace(write(tmp_path / "honest", there)))
     features = there.arrays["sae.features"]
     index = tuple(int(i) for i in np.unravel_index(features.argmax(), features.shape))
     features[index] = 0.0
-    own = look_sae(there.truth, Trace(write(tmp_path / "planted", there, there.arrays | {"sae.features": features})))[
-        0
-    ]
-    assert own.flipped == honest[0].flipped + 1 and own.active_got == honest[0].active_got - 1
-    assert own.flips[0].index == list(index) and not own.flips[0].excused
-    assert own.flips[0].over_noise > 32 and own.flips[0].got == 0.0
-    best = honest[0].top[0]
+    flipped = write(tmp_path / "flipped", there, there.arrays | {"sae.features": features})
+    (found, _) = summarize_saes(there.truth, Trace(flipped))
+    assert found.flipped == honest.flipped + 1 and found.active_got == honest.active_got - 1
+    assert found.flips[0].index == list(index) and not found.flips[0].excused
+    assert found.flips[0].over_noise > 32 and found.flips[0].got == 0.0
+    best = honest.top[0]
     assert best.expected and best.got and best.expected[0] == best.got[0]
 
 
@@ -212,16 +211,16 @@ def test_the_report_is_what_its_schema_says_and_the_schema_is_in_the_repository(
     assert stored == json_schema(), "python -m candle_mi_parity.report.report_model > docs/report.schema.json"
     result = everything()
     result.cases[2].tensors[-1] = tensor("x", math.inf, Status.FAIL, "nonfinite")
-    told = json.loads(json.dumps(document(result)))
-    jsonschema.validate(told, stored)
-    REPORT.model_validate(told)
-    known = next(one for one in told["cases"] if one["status"] == "KNOWN")
+    report = json.loads(json.dumps(document(result)))
+    jsonschema.validate(report, stored)
+    REPORT.model_validate(report)
+    known = next(case for case in report["cases"] if case["status"] == "KNOWN")
     assert known["outcome"] == "diverges" and known["explained"]["change"] == "rope_theta = 10000.0"
-    assert [cause["id"] for cause in told["causes"]] == ["new-1", "new-2", "new-3", "CMI001"]
-    cut = {"cases": [{**told["cases"][0], "tensors": [{"name": "x"}]}]}
-    for spoil in ({"format": "candle-mi-parity/report/3"}, {"verdict": "MAYBE"}, {"surplus": 1}, cut):
+    assert [cause["id"] for cause in report["causes"]] == ["new-1", "new-2", "new-3", "CMI001"]
+    short = {"cases": [{**report["cases"][0], "tensors": [{"name": "x"}]}]}
+    for change in ({"format": "candle-mi-parity/report/3"}, {"verdict": "MAYBE"}, {"surplus": 1}, short):
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(told | spoil, stored)
+            jsonschema.validate(report | change, stored)
 
 
 def test_the_docs_name_the_suspects_that_page_and_terminal_name() -> None:
@@ -232,7 +231,7 @@ def test_the_docs_name_the_suspects_that_page_and_terminal_name() -> None:
     assert not suspect("logits.next_token")
 
 
-def test_a_report_may_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+def test_a_report_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     write_text("x", tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -1,4 +1,4 @@
-"""Progress where stderr is no terminal: a build says at once that it is at work, and then now and then."""
+"""Progress if stderr is not a terminal: a line at the start of a build, and then a line now and then."""
 
 from __future__ import annotations
 

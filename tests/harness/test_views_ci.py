@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,17 +12,13 @@ from xml.etree import ElementTree
 import pytest
 
 from candle_mi_parity.cli import cli
-from candle_mi_parity.cli.run import run_and_write
 from candle_mi_parity.compare.run_result import RunResult, Verdict
-from candle_mi_parity.compare.verdict import CaseResult, Status
-from candle_mi_parity.errors import ModelError, ParityError
+from candle_mi_parity.compare.verdict import Status
+from candle_mi_parity.errors import ModelError
 from candle_mi_parity.report import page, views, views_ci
 from candle_mi_parity.report.causes import NEW, RIGHT
-from candle_mi_parity.report.terminal import Terminal
 from candle_mi_parity.run import run
-from candle_mi_parity.run.run import RunOptions
-from candle_mi_parity.spec.cases import load_cases, select
-from tests.support.results import HOSTILE, VERSIONS, case, changed, everything, run_of
+from tests.support.results import HOSTILE, case, changed, everything, run_of
 
 VIEWS = ("report.json", "report.html", "junit.xml", "summary.md")
 
@@ -53,8 +47,9 @@ def test_junit_counts_and_says_why() -> None:
     assert outcome(suite, "knownfam/known")[1].startswith("known divergence: CMI001: rope_theta is not read; equal")
     assert outcome(suite, "unmeasuredfam/unmeasured")[1].startswith("unmeasured: too noisy to judge")
     assert outcome(suite, "gemma-2-2b/scope-l0")[:2] == ("skipped", "needs a download from the hub")
-    told = {one.get("name"): one.get("value") for one in suite.iter("property")}
-    assert (told["verdict"], told["right"], told["new"]) == ("FAIL", result.is_right(), result.is_new())
+    properties = {each.get("name"): each.get("value") for each in suite.iter("property")}
+    answers = {"verdict": "FAIL", "right": result.is_right(), "new": result.is_new()}
+    assert answers.items() <= properties.items()
 
 
 BAD = {
@@ -73,7 +68,7 @@ def test_a_run_that_fails_has_a_junit_that_fails(name: str) -> None:
     assert int(suite.get("failures", "")) + int(suite.get("errors", "")) == 1
 
 
-def test_the_summary_says_verdict_counts_cases_and_reasons() -> None:
+def test_the_summary_has_verdict_counts_cases_and_reasons() -> None:
     text = views_ci.summary(everything())
     assert text.startswith("## ❌ FAIL: candle-mi `0.2.2`")
     assert f"**{RIGHT}** Not everywhere: 1 known cause" in text and f"**{NEW}** New: 1 case fails" in text
@@ -84,7 +79,7 @@ def test_the_summary_says_verdict_counts_cases_and_reasons() -> None:
     assert views_ci.summary(run_of(case("a/b", Status.KNOWN))).startswith("## ⚠️ KNOWN")
 
 
-def test_the_summary_stays_markdown_whatever_a_name_holds() -> None:
+def test_a_hostile_name_does_not_change_the_markdown() -> None:
     bad, broken = case("a/b", Status.FAIL, bad=HOSTILE), case("a/c", Status.ERROR)
     broken.error = f"{HOSTILE}\n| x | `code` | [link](y) |\n# heading\n::error::forged"
     text = views_ci.summary(changed(run_of(bad, broken), skipped={"a/d": HOSTILE}))
@@ -95,13 +90,13 @@ def test_the_summary_stays_markdown_whatever_a_name_holds() -> None:
     assert len(rows) == 2 and all(len(re.findall(r"(?<!\\)\|", row)) == 8 for row in rows)
 
 
-def test_github_is_told_only_where_github_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_annotations_are_written_only_on_github(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
     for environment in ({}, {"GITHUB_ACTIONS": "false"}, {"GITHUB_STEP_SUMMARY": str(page)}):
-        views_ci.tell_github(everything(), "text", environment)
+        views_ci.write_github(everything(), "text", environment)
     assert capsys.readouterr().out == "" and not page.exists()
     page.write_text("before\n")
-    views_ci.tell_github(everything(), "text\n", {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(page)})
+    views_ci.write_github(everything(), "text\n", {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(page)})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("::")[1] for line in lines] == [
         "error title=FAIL%3A candle-mi 0.2.2",
@@ -113,13 +108,13 @@ def test_github_is_told_only_where_github_runs_it(tmp_path: Path, capsys: pytest
     assert page.read_text() == "before\ntext\n"
 
 
-def test_a_run_that_is_known_to_be_wrong_is_a_warning_and_no_notice() -> None:
+def test_a_run_with_known_divergences_is_a_warning() -> None:
     kinds = [views_ci.workflow_commands(run_of(case("a/b", status)))[0].split()[0] for status in Status]
     assert kinds == ["::notice", "::warning", "::error", "::warning", "::error"]
 
 
 @pytest.mark.parametrize(
-    ("error", "raised", "said"),
+    "error, raised, fault",
     [
         (ModelError("the disk went away"), ModelError, "the disk went away"),
         (ZeroDivisionError("a bug of ours"), ZeroDivisionError, "internal: ZeroDivisionError: a bug of ours"),
@@ -127,27 +122,23 @@ def test_a_run_that_is_known_to_be_wrong_is_a_warning_and_no_notice() -> None:
     ],
 )
 def test_a_run_that_breaks_off_writes_every_view_with_what_it_had(
-    tmp_path: Path, error: BaseException, raised: type[Exception], said: str
+    tmp_path: Path, error: BaseException, raised: type[Exception], fault: str
 ) -> None:
-    def half(result: RunResult) -> None:
-        result.cases.append(case("a/b"))
-        result.skipped = dict.fromkeys(("a/c", "a/d"), run.NOT_REACHED)
+    result = changed(run_of(case("a/b")), skipped=dict.fromkeys(("a/c", "a/d"), run.NOT_REACHED))
+    with pytest.raises(raised), views.written(result, tmp_path):
         raise error
-
-    with pytest.raises(raised), views.written(RunResult("0.2.2", {}, VERSIONS, [], {}, []), tmp_path) as result:
-        half(result)
     assert result.verdict is Verdict.ERROR
     document = json.loads((tmp_path / "report.json").read_text())
-    assert document["verdict"] == "ERROR" and document["fault"] == said
+    assert document["verdict"] == "ERROR" and document["fault"] == fault
     assert [judged["id"] for judged in document["cases"]] == ["a/b"] and list(document["skipped"]) == ["a/c", "a/d"]
     html = (tmp_path / "report.html").read_text()
-    assert '<header class="ERROR">' in html and said in html and "a/d" in html
+    assert '<header class="ERROR">' in html and fault in html and "a/d" in html
     (suite,) = ElementTree.fromstring((tmp_path / "junit.xml").read_text())
     assert (suite.get("tests"), suite.get("errors"), suite.get("skipped")) == ("4", "1", "2")
     assert (tmp_path / "summary.md").read_text().startswith("## 💥 ERROR")
 
 
-def test_one_view_that_cannot_be_drawn_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_view_that_fails_does_not_prevent_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(result: RunResult) -> str:
         raise ValueError("no such glyph")
 
@@ -158,42 +149,14 @@ def test_one_view_that_cannot_be_drawn_costs_no_other(tmp_path: Path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "summary.md"]
 
 
-@pytest.mark.parametrize("how", [lambda: signal.raise_signal(signal.SIGINT), lambda: 1 / 0], ids=["ctrl-c", "bug"])
-def test_the_command_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Callable[[], object]) -> None:
-    """From the command down: what was judged when it broke off is in the report, each other case not reached."""
-    ended: list[CaseResult] = []
-
-    def case_ends(self: Terminal, result: CaseResult) -> None:
-        ended.append(result)
-        if len(ended) == 2:
-            how()
-
-    monkeypatch.setattr(Terminal, "case_ends", case_ends)
-    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
-    # A job in the background inherits an ignored SIGINT.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises((ParityError, ZeroDivisionError)):
-            run_and_write(run.RunOptions("stored:0.2.2", ("llama/[hb]*",), tmp_path))
-    finally:
-        signal.signal(signal.SIGINT, before)
-    document = json.loads((tmp_path / "report.json").read_text())
-    assert document["verdict"] == "ERROR"
-    judged = [case["id"] for case in document["cases"]]
-    assert judged[:2] == [case.id for case in ended]
-    unreached = {name for name, reason in document["skipped"].items() if reason == run.NOT_REACHED}
-    assert sorted([*judged, *unreached]) == sorted(case.id for case in select(load_cases(), ["llama/[hb]*"]))
-    assert all((tmp_path / name).is_file() for name in VIEWS)
-
-
-def test_a_crash_of_the_command_is_no_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_of_the_command_has_exit_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "app", lambda: 1 / 0)
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2
 
 
-def test_every_view_says_when_its_run_began_and_how_long_it_took(tmp_path: Path) -> None:
+def test_every_view_has_start_and_duration_of_the_run(tmp_path: Path) -> None:
     before = datetime.now(UTC).replace(microsecond=0)
     with views.written(everything(), tmp_path) as result:
         time.sleep(0.01)
@@ -205,16 +168,3 @@ def test_every_view_says_when_its_run_began_and_how_long_it_took(tmp_path: Path)
     for name in ("report.html", "summary.md"):
         text = (tmp_path / name).read_text().replace("\\", "")
         assert result.started in text and "took 0 s" in text
-
-
-def test_an_older_report_goes_before_the_run_does_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VIEWS:
-        (tmp_path / name).write_text("of an earlier run")
-
-    def killed(_: RunOptions) -> RunResult:
-        assert not list(tmp_path.iterdir()), "an older report is there while this run is at work"
-        raise SystemExit(9)
-
-    monkeypatch.setattr(cli, "blank", killed)
-    with pytest.raises(SystemExit):
-        run_and_write(RunOptions("stored:0.2.2", out=tmp_path))

@@ -1,7 +1,7 @@
-"""Goldens: a slice of the float64 truth kept in the repository, with all that it was made from.
+"""Goldens: a slice of the float64 truth in the repository, with its provenance.
 
-The arrays are pytest-regressions' ``.npz``; the ``.json`` beside each says what made them. It is checked first:
-a golden of another model, other tokens or another transformers is stale, which is not the same as wrong.
+The arrays are pytest-regressions' ``.npz``, and a ``.json`` beside each holds the provenance. It is checked first: a
+golden of another model, other tokens or another transformers is stale, not wrong.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.trace.truth import Truth
 
 TOLERANCE = 1e-9
-"""Of a tensor's rms: between two machines' float64 sums, far below float32's rounding (6e-8)."""
+"""Fraction of a tensor's rms: room for float64 sums on another machine, far below float32's rounding (6e-8)."""
 REMAKE = "make it with: pytest tests/test_golden.py --force-regen --reason '...'"
 
 
 class Meta(BaseModel):
-    """What a golden was made from, and why it was last made.
+    """Provenance of a golden.
 
-    :ivar sigma: array → rms of its predicted float32 noise, absolute: what the numbers are good for.
+    :ivar sigma: array → rms of its predicted float32 noise, absolute.
+    :ivar reason: why it was last made.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -50,7 +51,7 @@ class Meta(BaseModel):
 
 
 def has_golden(case: Case) -> bool:
-    """Each family's plain case and its window's; the v5 dialect is whatever the installed transformers writes."""
+    """Whether a case has a golden: each family's plain case, and the case of its window."""
     return case.lane == "default" and case.id.endswith(("/hub", "/window"))
 
 
@@ -82,7 +83,7 @@ class Golden:
         return {name: {"rtol": 0.0, "atol": TOLERANCE * size} for name, size in rms.items()}
 
     def meta(self, reason: str) -> Meta:
-        """What the installed oracle would make it from."""
+        """The provenance that the installed oracle would write."""
         tokenizer = self.subject.model_dir / "tokenizer.json"
         noise = {name: self.truth.tensors[name].noise[0, ..., -1, :] for name in self._names()}
         return Meta(
@@ -99,7 +100,7 @@ class Golden:
         )
 
     def check(self) -> None:
-        """Refuse to compare with a golden that is absent, broken or stale, and what pytest-regressions forgives.
+        """Check that the golden is complete and up to date.
 
         :raises GoldenError: what differs, and the command that makes the golden anew.
         """
@@ -117,8 +118,8 @@ class Golden:
                 f"{made} (installed {installed}); {REMAKE}"
             )
         expected = self.arrays()
-        if odd := sorted(set(found) ^ set(expected)):
-            raise GoldenError(f"golden {self.path.name} and the truth differ in {', '.join(odd)}")
+        if differing := sorted(set(found) ^ set(expected)):
+            raise GoldenError(f"golden {self.path.name} and the truth differ in {', '.join(differing)}")
         for name, array in found.items():
             if array.dtype != np.float64 or array.shape != expected[name].shape or not np.isfinite(array).all():
                 raise GoldenError(

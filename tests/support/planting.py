@@ -1,8 +1,8 @@
-"""A real trace, and copies of it with one mistake planted in each.
+"""An honest trace, and copies of it with one planted fault each.
 
-The real trace is torch's own float32 run of a case, written to disk as the emitter writes one; it is honest
-float32 arithmetic, so whatever is planted in a copy is the only thing that can fail. A fault in the numbers is
-planted with :func:`write`, a fault in the model with :func:`changed_model` and :func:`rerun`.
+The honest trace is torch's float32 run of a case, written as the emitter writes one, so that only the planted fault
+can fail. A fault in the numbers is planted with :func:`write`, a fault in the model with :func:`changed_model` and
+:func:`rerun`.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ Edit = Callable[[dict[str, Any]], object]
 
 @dataclass(frozen=True)
 class Real:
-    """One case, its truth, and what torch's float32 makes of it.
+    """One case, its truth, and torch's float32 run of it.
 
-    :ivar inputs: what is fed in beside the tokens.
+    :ivar inputs: file of the inputs beside the tokens.
     """
 
     subject: Subject
@@ -69,7 +69,7 @@ class Real:
 
 @functools.cache
 def real(case_id: str, mode: Mode = "free") -> Real:
-    """A case of the table, computed once."""
+    """A case of the table; computed once."""
     return real_of(CASES[case_id], mode)
 
 
@@ -83,9 +83,9 @@ def real_of(case: Case, mode: Mode = "free") -> Real:
 
 @functools.cache
 def known_real(case_id: str, mode: Mode = "free") -> Real:
-    """A case in which release 0.2.2 is known to diverge, and a float32 run that does just what is known of it.
+    """A case in which 0.2.2 is known to diverge, with the float32 run and the truth of its counterfactual.
 
-    Its truth is that of the counterfactual, which may change the config alone.
+    The counterfactual may only change the config.
     """
     subject = prepare(CASES[case_id], cache_root())
     table, plain = load_explanations(), Oracle(subject, cache_root())
@@ -107,17 +107,17 @@ def known_real(case_id: str, mode: Mode = "free") -> Real:
 
 
 def arrays_of(dump: InMemory) -> Arrays:
-    """A dump's own arrays, in execution order; not to be written to."""
+    """The arrays of a dump, in execution order; do not modify them."""
     return {name: array for name, (array, _) in dump.arrays.items()}
 
 
 def with_arrays(dump: InMemory, arrays: Mapping[str, np.ndarray]) -> InMemory:
-    """The dump with other arrays, none of them a part of a tensor."""
+    """The dump with other, whole arrays."""
     return replace(dump, arrays={name: (array, None) for name, array in arrays.items()})
 
 
 def changed_model(directory: Path, base: Path, **change: object) -> Path:
-    """The weights of a model directory under another config; None takes a key away."""
+    """A copy of a model directory with another config; None removes a key."""
     directory.mkdir(parents=True)
     keys = {key: value for key, value in change.items() if value is not None}
     left_out = [key for key in change if key not in keys]
@@ -129,7 +129,7 @@ def changed_model(directory: Path, base: Path, **change: object) -> Path:
 
 
 def rerun(there: Real, model_dir: Path) -> Arrays:
-    """What float32 makes of another model directory, on the same tokens."""
+    """The float32 run of another model directory on the same tokens."""
     mode: Mode = "forced" if there.truth.meta["mode"] == "forced" else "free"
     with TorchSource() as source:
         emitted = source.trace(replace(there.subject, model_dir=model_dir), mode, there.truth, there.inputs)
@@ -137,7 +137,7 @@ def rerun(there: Real, model_dir: Path) -> Arrays:
 
 
 def entry(name: str, array: np.ndarray, file: str) -> dict[str, Any]:
-    """One item of the document's ``tensors``, as the emitter writes it."""
+    """An item of the document's ``tensors``."""
     return {
         "name": name,
         "shape": list(array.shape),
@@ -150,7 +150,7 @@ def entry(name: str, array: np.ndarray, file: str) -> dict[str, Any]:
 
 
 def document(there: Real, arrays: Mapping[str, np.ndarray], file: str) -> dict[str, Any]:
-    """The whole JSON document of a trace."""
+    """The JSON document of a trace."""
     subject = there.subject
     free = there.truth.meta["mode"] == "free"
     return {
@@ -185,7 +185,7 @@ def write(
 ) -> Path:
     """Write a trace.
 
-    :param arrays: its tensors; None for the honest ones.
+    :param arrays: None for the honest ones.
     :param edit: changes the document after its digests were computed.
     :returns: the JSON file.
     """
@@ -203,14 +203,14 @@ def write(
 
 
 def compare_trace(there: Real, path: Path) -> list[TensorResult]:
-    """Header, then every tensor, as a run does it."""
+    """Compare header and tensors, as a run does."""
     trace = Trace(path)
     check_header(there.truth, trace, file_digest(there.inputs))
     return compare(there.truth, trace, there.decoder, None)
 
 
 def planted(directory: Path, there: Real, **arrays: np.ndarray) -> list[TensorResult]:
-    """Judge a copy in which some tensors are others."""
+    """Judge a copy in which some tensors are replaced."""
     return compare_trace(there, write(directory, there, there.arrays | arrays))
 
 

@@ -1,10 +1,10 @@
-"""Results made by hand, one of each status, and names that attack whoever shows them."""
+"""Made-up results, one of each status, and names that attack the views."""
 
 from __future__ import annotations
 
 from candle_mi_parity.compare.align import Distance
 from candle_mi_parity.compare.check_result import CheckResult, Continuation, LensRow, Matters, PromptResult
-from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Row, Side
+from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Side, TensorDiff
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.verdict import (
     CaseResult,
@@ -142,27 +142,26 @@ def differing() -> Diff:
     before = tensor(LONG)
     ran = Run(started="", seconds={"forward": 0.25}, threads=2, peak_rss_bytes=1 << 28)
     far = Distance(False, 4321.0, 17284.0, 3)
-    away = Row(LONG, Kind.MOVED, before, bad.tensors[-1], far, Direction.AWAY, worse=f"{LONG} now diverges")
-    towards = Row(
+    away = TensorDiff(LONG, Kind.MOVED, before, bad.tensors[-1], far, Direction.AWAY, worse=f"{LONG} now diverges")
+    towards = TensorDiff(
         HOSTILE, Kind.MOVED, bad.tensors[-1], before, far, Direction.TOWARDS, better=f"{HOSTILE} agrees now"
     )
-    gone = Row("hook_embed", Kind.VANISHED, good.tensors[0], None, worse="hook_embed vanished")
-    mended, honest = case("mistral/v5", Status.KNOWN), case("mistral/v5")
+    gone = TensorDiff("hook_embed", Kind.VANISHED, good.tensors[0], None, worse="hook_embed vanished")
+    fixed, honest = case("mistral/v5", Status.KNOWN), case("mistral/v5")
     known, other = case("phi3/window", Status.KNOWN), case("phi3/window", Status.KNOWN)
     other.explained = Explained(["CMI006"], "One key too many.", "sliding_window + 1", {"hook_embed": 0.5})
     cases = [
         CaseDiff(Side(good, None, ran), Side(bad, None, ran), [away, gone], worse=["agrees → diverges", away.worse]),
-        CaseDiff(Side(mended, None, ran), Side(honest, None), [towards], better=[towards.better], cut=True),
+        CaseDiff(Side(fixed, None, ran), Side(honest, None), [towards], better=[towards.better], partial=True),
         CaseDiff(Side(lost, None), Side(lost, None)),
         CaseDiff(Side(known, None), Side(other, None), note="A: rope_theta = 10000.0; B: sliding_window + 1"),
     ]
     return Diff("0.1.10", HOSTILE, {"version": "0.1.10"}, {}, VERSIONS, cases)
 
 
-def told() -> History:
+def a_history() -> History:
     """Four releases in which divergences come and go."""
-    known, mended = case("llama/v5", Status.KNOWN), case("llama/v5")
     hostile = case(f"mistral/{HOSTILE}", Status.KNOWN, bad=LONG)
-    crashed = case("gemma/window", Status.ERROR)
-    broken, honest = run_of(known, hostile, case("gemma/window")), run_of(mended, hostile, crashed)
-    return make_history({"0.1.6": broken, "0.1.10": broken, "0.1.24": honest, "0.2.2": run_of(mended)})
+    old = run_of(case("llama/v5", Status.KNOWN), hostile, case("gemma/window"))
+    new = run_of(case("llama/v5"), hostile, case("gemma/window", Status.ERROR))
+    return make_history({"0.1.6": old, "0.1.10": old, "0.1.24": new, "0.2.2": run_of(case("llama/v5"))})

@@ -1,4 +1,4 @@
-"""Small honest files of the kinds that come from outside, and how a reader must refuse a damaged one."""
+"""Small valid files of the untrusted kinds, and how a reader must refuse a damaged one."""
 
 from __future__ import annotations
 
