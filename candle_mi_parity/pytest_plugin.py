@@ -207,5 +207,5 @@ def check(result: CaseResult, belongs: Any) -> None:
     # A case that passes has only the unmeasured tensors that it declares.
     fine = (Status.PASS, Status.UNMEASURED) if result.status is Status.PASS else (Status.PASS,)
     bad = [tensor.message() for tensor in group if tensor.status not in fine]
-    said = f"{result.id}\n" + "\n".join(bad[:3]) + f"\n{result.note}\n  reproduce: {result.reproduce}"
-    assert not bad, printable(said)
+    message = f"{result.id}\n" + "\n".join(bad[:3]) + f"\n{result.note}\n  reproduce: {result.reproduce}"
+    assert not bad, printable(message)

@@ -47,8 +47,8 @@ def store(
         with Storing(OUTPUTS / f"{candidate}.json", whole=not cases) as keep:
             result = run_with_progress(RunOptions(candidate, globs(cases), out, keep=keep, search=0))
             if not result.cases or (lost := [case for case in result.cases if case.status is Status.ERROR]):
-                said = f"{lost[0].id}: {lost[0].error}" if result.cases else "no case ran"
-                raise CandidateError(f"nothing is stored of {candidate}: {said}")
+                reason = f"{lost[0].id}: {lost[0].error}" if result.cases else "no case ran"
+                raise CandidateError(f"nothing is stored of {candidate}: {reason}")
             if not cases:
                 model = next(case.model for case in load_cases() if case.id == "smollm2/hub")
                 directory = model_directory(model, cache_root())

@@ -95,7 +95,7 @@ def _repeat(options: RunOptions, times: int) -> None:
 
 
 def list_command(patterns: Globs = None, out: OutOption = OUT) -> None:
-    """Show the cases, and what the last run in --out said of them."""
+    """Show the cases, and what the last run in --out found."""
     from candle_mi_parity.report import tables
     from candle_mi_parity.report.terminal import one_line_errors
     from candle_mi_parity.spec.cases import load_cases, select

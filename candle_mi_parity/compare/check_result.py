@@ -83,10 +83,10 @@ class Continuation:
         head = f"{self.prompt}: {self.steps} tokens generated greedily: "
         if self.parted is None:
             return f"{head}the same"
-        said = "a tie inside the gate" if self.tie else "more than rounding explains"
+        reason = "a tie inside the gate" if self.tie else "more than rounding explains"
         return (
             f"{head}part at step {self.parted}: PyTorch {self.expected!r}, candle-mi {self.got!r}, "
-            f"margin {number(self.margin)} ({said})"
+            f"margin {number(self.margin)} ({reason})"
         )
 
 
@@ -181,8 +181,8 @@ class CheckResult:
 
     def document(self) -> dict[str, Any]:
         """The result for JSON."""
-        told = {"format": CHECK_FORMAT, "verdict": self.verdict.value, "sentence": self.sentence}
-        found: dict[str, Any] = plain(told | asdict(self))
+        head = {"format": CHECK_FORMAT, "verdict": self.verdict.value, "sentence": self.sentence}
+        found: dict[str, Any] = plain(head | asdict(self))
         return found
 
 

@@ -52,8 +52,8 @@ def explain_new(
         for judgement in sorted(group, key=lambda one: _size(one)):
             assert judgement.evidence is not None
             if (left := min(each or SECONDS, end - time.monotonic())) <= 0:
-                said = [judgement.result.unexplained, "the run's time to search for an explanation was over"]
-                judgement.result.unexplained = "; ".join(filter(None, said))
+                reasons = [judgement.result.unexplained, "the time limit of the search was reached"]
+                judgement.result.unexplained = "; ".join(filter(None, reasons))
                 continue
             progress.note(f"{judgement.result.id}: what is computed instead?")
             only = f"first diverges where {leader.id} does, see there" if leader else ""

@@ -20,9 +20,9 @@ def other_ids(subject: Subject, ids: list[int]) -> TensorResult | None:
     if ids == expected:
         return None
     place = next((i for i, (one, other) in enumerate(zip(ids, expected, strict=False)) if one != other), len(ids))
-    said = f"candle-mi's tokenizer gives other ids from place {place} on: got {one_line(str(ids), LONGEST)}"
-    said += f", transformers gives {one_line(str(expected), LONGEST)}"
-    return TensorResult("tokens", Status.FAIL, "values", compared=len(expected), exact=True, detail=said)
+    message = f"candle-mi's tokenizer gives other ids from place {place} on: got {one_line(str(ids), LONGEST)}"
+    message += f", transformers gives {one_line(str(expected), LONGEST)}"
+    return TensorResult("tokens", Status.FAIL, "values", compared=len(expected), exact=True, detail=message)
 
 
 def padding_notes(subject: Subject) -> list[str]:

@@ -42,12 +42,12 @@ def lines(result: CheckResult) -> Iterator[str]:
     """The answer for a terminal."""
     yield result.sentence
     for prompt in (prompt for prompt in result.prompts if not prompt.generated):
-        if said := matters_line(prompt):
-            yield f"  {prompt.id}: {said}"
+        if line := matters_line(prompt):
+            yield f"  {prompt.id}: {line}"
         for view in prompt.case.sae:
             if view.chain == "sae":
                 yield f"  {prompt.id}: {sae_line(view)}"
-    yield from (f"  {told.line()}" for told in result.continuations)
+    yield from (f"  {continuation.line()}" for continuation in result.continuations)
     yield from (f"  Note: {note}" for note in result.notes)
     if result.not_exercised:
         yield "Not exercised by these prompts:"

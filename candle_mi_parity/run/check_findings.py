@@ -19,9 +19,9 @@ def not_exercised(foretold: list[Forecast], table: Explanations, subjects: list[
     facts = [facts_of(subject) for subject in subjects]
     rows = {row.id: row for row in table.explanation}
     longest = max(one.tokens for one in facts)
-    lines, told = [], set()
+    lines, covered = [], set()
     for found in foretold:
-        told |= set(found.keys)
+        covered |= set(found.keys)
         if found.needs and not any(rows[found.id].applies(one) for one in facts):
             short = f"the longest prompt has {longest} tokens, and " if "longer than" in found.needs else ""
             lines.append(
@@ -29,7 +29,7 @@ def not_exercised(foretold: list[Forecast], table: Explanations, subjects: list[
             )
     for key in LENGTHS:
         value = facts[0].config.get(key)
-        if type(value) is int and value >= longest and key not in told:
+        if type(value) is int and value >= longest and key not in covered:
             lines.append(f"{key} {value}: the longest prompt has {longest} tokens; no divergence beyond is known.")
     return lines
 

@@ -86,10 +86,10 @@ class Checking:
         cases = [self._case(prompt) for prompt in self._prompts()]
         subjects = self._mapped(cases) if self.config.get("model_type") in FAMILIES else self._unmapped(cases)
         self._conclude(subjects)
-        told = [prompt.case for prompt in self.result.prompts]
-        if all(case.status is Status.ERROR and case.failure is Failure.INPUT for case in told):
+        cases = [prompt.case for prompt in self.result.prompts]
+        if all(case.status is Status.ERROR and case.failure is Failure.INPUT for case in cases):
             self.result.prompts.clear()
-            raise ParityError(told[0].error)
+            raise ParityError(cases[0].error)
 
     def _prompts(self) -> list[Prompt]:
         given = list(self.options.prompts)
@@ -217,8 +217,8 @@ class Checking:
         judged = self._judged(prepare(case, self.options.cache), watched, len(more))
         seen = watched.seen.get(case.id)
         if seen is not None and "logits" in seen.emitted.entries:
-            told = continuation(name.removeprefix("check/"), len(tokens), seen, self._decode)
-            self.result.continuations.append(told)
+            compared = continuation(name.removeprefix("check/"), len(tokens), seen, self._decode)
+            self.result.continuations.append(compared)
         return judged
 
     def _unmapped(self, cases: list[Case]) -> list[Subject]:

@@ -99,5 +99,5 @@ def continuation(prompt: str, length: int, seen: Seen, decode: Decode) -> Contin
     sigma = measure(np.zeros_like(value), value, noise, unit=UNITS[seen.subject.case.dtype]).sigma[0, step]
     margin = float(value[0, step, ours] - value[0, step, theirs])
     tie = margin < ELEMENT_GATE * float(sigma[ours] + sigma[theirs])
-    told = (decode(ours), decode(theirs))
-    return Continuation(prompt, len(tokens) - length, text, step + 1, *told, margin, bool(tie))
+    texts = (decode(ours), decode(theirs))
+    return Continuation(prompt, len(tokens) - length, text, step + 1, *texts, margin, bool(tie))

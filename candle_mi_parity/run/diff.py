@@ -193,9 +193,9 @@ def diff_one(
     try:
         found = diff_case(sides[0], sides[1], pair.truth, pair.partial)
     except Exception as error:  # a bug in the suite fails this case only
-        said = str(error) if isinstance(error, ParityError) else f"internal: {type(error).__name__}: {error}"
+        message = str(error) if isinstance(error, ParityError) else f"internal: {type(error).__name__}: {error}"
         for result in results:
-            result.status, result.error = Status.ERROR, said
+            result.status, result.error = Status.ERROR, message
         found = CaseDiff(sides[0], sides[1])
     progress.case_ends(results[-1])
     # The tensors of a large model are not kept for the report.

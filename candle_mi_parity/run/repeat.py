@@ -65,11 +65,11 @@ def repeat(options: RunOptions, times: int, progress: Callable[[int], Progress])
     """
     done = []
     cases = select(load_cases(), list(options.cases))
-    told = progress(len(cases))
+    terminal = progress(len(cases))
     candidate = parse_candidate(options.candidate)
-    with open_source(candidate, options.cache, options.out / "repeat", told.note, options.device) as source:
+    with open_source(candidate, options.cache, options.out / "repeat", terminal.note, options.device) as source:
         for case in cases:
-            told.case_starts(case, "repeat")
+            terminal.case_starts(case, "repeat")
             try:
                 done.append(_case(case, source, times, options.cache))
             except ParityError as error:

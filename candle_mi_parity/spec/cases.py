@@ -196,8 +196,8 @@ class Table(TableRow):
         """Ids become file names, and an SAE's path is relative to ``fixtures/`` or to a repository."""
         for case in self.case:
             sae = [case.sae.path] if isinstance(case.sae, SaeFile) else []
-            if odd := [text for text in [case.id, *sae] if not re.match(BELOW, text)]:
-                raise ValueError(f"{odd[0]!a} is not a plain name or path")
+            if bad := [text for text in [case.id, *sae] if not re.match(BELOW, text)]:
+                raise ValueError(f"{bad[0]!a} is not a plain name or path")
         return self
 
 

@@ -1,4 +1,4 @@
-"""``check``: tensors that a user dumped, a user's own vector and SAE, and what is said beside the verdict."""
+"""``check``: tensors that a user dumped, a user's own vector and SAE, and what is message beside the verdict."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def swapped(arrays: Arrays) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "tokens", "said"),
+    ("spoil", "tokens", "message"),
     [
         (unknown_name, None, "blocks.9.hook_resid_post is not a hook of this model of 3 layers; did you mean"),
         (swapped, None, "blocks.0.attn.hook_q has shape [24, 4, 20], expected [1, 4, 24, 20] or [4, 24, 20]"),
@@ -130,7 +130,7 @@ def swapped(arrays: Arrays) -> None:
     ],
 )
 def test_a_bad_trace_is_one_line(
-    spoil: Callable[[Arrays], None] | None, tokens: Any, said: str, tmp_path: Path
+    spoil: Callable[[Arrays], None] | None, tokens: Any, message: str, tmp_path: Path
 ) -> None:
     model, arrays, own = plain("llama/hub")
     if spoil:
@@ -138,7 +138,7 @@ def test_a_bad_trace_is_one_line(
     dumped(tmp_path / "trace", arrays, own if tokens is None else tokens)
     with pytest.raises(ParityError) as caught:
         check(model, tokens=[own], trace=tmp_path / "trace")
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("candidate", ["torch", pytest.param("0.2.2", marks=pytest.mark.rust)])
@@ -160,8 +160,8 @@ def test_a_user_s_sae_with_the_hook_in_its_config(tmp_path: Path) -> None:
     subject = prepare(case, cache_root())
     assert subject.sae_file is not None and case.sae is not None
     shutil.copytree(subject.sae_file, tmp_path / "sae")
-    said = json.loads((tmp_path / "sae" / "cfg.json").read_text()) | {"hook_name": case.sae.hook}
-    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(said))
+    message = json.loads((tmp_path / "sae" / "cfg.json").read_text()) | {"hook_name": case.sae.hook}
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(message))
     result = check(subject.model_dir, tokens=subject.tokens, sae=tmp_path / "sae", candidate="torch")
     assert result.agrees and result.prompts[0].case.sae, result.sentence
     assert any("SAE features: " in line and "all the same" in line for line in lines(result))
@@ -224,16 +224,16 @@ def test_a_family_without_a_hook_map_is_judged_by_its_module_names(tmp_path: Pat
 
 @pytest.mark.rust
 @pytest.mark.parametrize(
-    ("model_type", "said", "before"),
+    ("model_type", "message", "before"),
     [
         ("stablelm", "does not compute PyTorch's numbers on this model: first at blocks.0.", "did not compute"),
         ("olmo", "refuses this model: model: candle-mi calls the model incompatible", "refused a small olmo model"),
     ],
 )
-def test_candle_mi_on_a_family_without_a_hook_map(model_type: str, said: str, before: str, tmp_path: Path) -> None:
+def test_candle_mi_on_a_family_without_a_hook_map(model_type: str, message: str, before: str, tmp_path: Path) -> None:
     mine, _ = unmapped(model_type, tmp_path)
     result = check(mine, tokens=[[1, 5, 9, 4]], out=tmp_path / "out")
-    assert result.verdict is Verdict.FAIL and said in result.sentence
+    assert result.verdict is Verdict.FAIL and message in result.sentence
     assert before in result.census
 
 

@@ -66,7 +66,7 @@ def configured(**change: Any) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (shutil.rmtree, "does not exist"),
         (lambda mine: (mine / "config.json").unlink(), "has no config.json; it holds"),
@@ -83,14 +83,14 @@ def configured(**change: Any) -> Callable[[Path], None]:
         (configured(num_hidden_layers=4), "model.layers.3."),
     ],
 )
-def test_a_bad_model(spoil: Callable[[Path], object], said: str, mine: Path, tmp_path: Path) -> None:
+def test_a_bad_model(spoil: Callable[[Path], object], message: str, mine: Path, tmp_path: Path) -> None:
     assert "is a file; give the directory" in refused(tmp_path, str(mine / "config.json"))
     spoil(mine)
-    assert said in refused(tmp_path, str(mine), "--candidate", "torch", "--tokens", "1,5,9")
+    assert message in refused(tmp_path, str(mine), "--candidate", "torch", "--tokens", "1,5,9")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--prompt", "text"], "has no tokenizer, which --prompt needs: give token ids with --tokens"),
         (["--tokens", "1,9999"], "outside the vocabulary"),
@@ -109,10 +109,10 @@ def test_a_bad_model(spoil: Callable[[Path], object], said: str, mine: Path, tmp
         (["--edits", "nowhere.toml"], "nowhere.toml: "),
     ],
 )
-def test_a_bad_option(arguments: list[str], said: str, mine: Path, tmp_path: Path) -> None:
+def test_a_bad_option(arguments: list[str], message: str, mine: Path, tmp_path: Path) -> None:
     given = [] if {"--prompt", "--tokens", "--trace"} & set(arguments) else ["--tokens", "1,5,9"]
     candidate = [] if "--candidate" in arguments else ["--candidate", "torch"]
-    assert said in refused(tmp_path, str(mine), *given, *candidate, *arguments)
+    assert message in refused(tmp_path, str(mine), *given, *candidate, *arguments)
 
 
 @pytest.mark.parametrize("value", [None, "many", 0, -1, [32]])
@@ -122,7 +122,7 @@ def test_a_config_without_a_vocabulary_size(value: object, mine: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("toml", "said"),
+    ("toml", "message"),
     [
         (ZERO, "edits[0] (zero at blocks.7.hook_resid_post): the model has no such hook point"),
         (ZERO.replace("zero", "melt"), "melt"),
@@ -133,12 +133,12 @@ def test_a_config_without_a_vocabulary_size(value: object, mine: Path, tmp_path:
         (FILE.replace("v.safe", "w.safe"), "w.safetensors: "),
     ],
 )
-def test_a_bad_intervention(toml: str, said: str, mine: Path, tmp_path: Path) -> None:
+def test_a_bad_intervention(toml: str, message: str, mine: Path, tmp_path: Path) -> None:
     save_file({"v": np.ones(8, np.float32)}, tmp_path / "v.safetensors")
     edits = tmp_path / "e.toml"
     edits.write_text(toml)
     done = refused(tmp_path, str(mine), "--tokens", "1,5", "--candidate", "torch", "--edits", str(edits))
-    assert said in done
+    assert message in done
 
 
 def test_a_bad_sae(mine: Path, tmp_path: Path) -> None:
@@ -147,30 +147,30 @@ def test_a_bad_sae(mine: Path, tmp_path: Path) -> None:
     there = Path(shutil.copytree(sae, tmp_path / "sae"))
     config = json.loads((there / "cfg.json").read_text())
 
-    def said(*arguments: str) -> str:
+    def refusal_of(*arguments: str) -> str:
         asked = ["--tokens", "1,5", "--candidate", "torch", "--sae", str(there), *arguments]
         return refused(tmp_path, str(mine), *asked)
 
-    assert "and --hook says blocks.0.hook_resid_post" in said("--hook", "blocks.0.hook_resid_post")
+    assert "and --hook says blocks.0.hook_resid_post" in refusal_of("--hook", "blocks.0.hook_resid_post")
     config.pop("hook_name", None)
     config.pop("metadata", None)
     (there / "cfg.json").write_text(json.dumps(config))
-    assert "give --hook" in said()
-    assert "is not a place for an SAE" in said("--hook", "blocks.1.attn.hook_pattern")
-    assert "SAE layer 9, but the model has 3 layers" in said("--hook", "blocks.9.hook_resid_post")
+    assert "give --hook" in refusal_of()
+    assert "is not a place for an SAE" in refusal_of("--hook", "blocks.1.attn.hook_pattern")
+    assert "SAE layer 9, but the model has 3 layers" in refusal_of("--hook", "blocks.9.hook_resid_post")
     weights = load_file(there / "sae_weights.safetensors")
     save_file(weights | {"W_enc": weights["W_enc"][:32]}, there / "sae_weights.safetensors")
-    assert "sae: W_dec has shape (96, 64), expected (96, 32)" in said("--hook", "blocks.1.hook_resid_post")
+    assert "sae: W_dec has shape (96, 64), expected (96, 32)" in refusal_of("--hook", "blocks.1.hook_resid_post")
 
 
 def test_bad_arguments_from_python(mine: Path) -> None:
-    for asked, said in (
+    for asked, message in (
         ({"edits": [{"kind": "melt"}]}, "edits: edits.0: "),
         ({"edits": "nowhere.toml"}, "nowhere.toml: No such file"),
         ({"tokens": [[1.5]]}, "expected token ids"),
         ({"trace": "nowhere"}, "trace nowhere: it does not exist"),
     ):
-        with pytest.raises(ParityError, match=said):
+        with pytest.raises(ParityError, match=message):
             check(mine, candidate="torch", **asked)
 
 
@@ -193,7 +193,7 @@ def test_prompts_of_a_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ('{"id": "p1", "text": "y"}', "given twice: p1"),
         ("text", "bad.jsonl:1: not JSON"),
@@ -204,9 +204,9 @@ def test_prompts_of_a_command_line(tmp_path: Path) -> None:
         ("", "holds no prompt"),
     ],
 )
-def test_a_bad_file_of_prompts(line: str, said: str, tmp_path: Path) -> None:
+def test_a_bad_file_of_prompts(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text(line)
-    with pytest.raises(ParityError, match=said):
+    with pytest.raises(ParityError, match=message):
         prompts_of(["x"], tmp_path / "bad.jsonl", [])
 
 

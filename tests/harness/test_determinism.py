@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from candle_mi_parity.candidate.sources import LiveSource, NothingOpen, Source
 from candle_mi_parity.candidate.torch_source import TorchSource
@@ -16,7 +15,7 @@ from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.run import repeat as repeating
-from candle_mi_parity.run.repeat import digests, repeat
+from candle_mi_parity.run.repeat import repeat
 from candle_mi_parity.run.run import RunOptions
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import cache_root
@@ -44,18 +43,6 @@ def test_the_emitter_writes_the_same_bytes_twice(live: Source, name: str) -> Non
     oracle = Oracle(subject, cache_root())
     one, other = (files(live.trace(subject, "free", oracle.truth(), oracle.inputs("free"))) for _ in range(2))
     assert one == other
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_torch_gives_the_same_bytes_twice_from_a_model_loaded_twice(name: str) -> None:
-    subject = prepare(CASES[name], cache_root())
-    oracle = Oracle(subject, cache_root())
-    threads, runs = torch.get_num_threads(), []
-    for _ in range(2):
-        with TorchSource() as source:
-            runs.append(digests(source.trace(subject, "free", oracle.truth(), oracle.inputs("free"))))
-    assert runs[0] == runs[1] and len(runs[0]) > 10
-    assert torch.get_num_threads() == threads
 
 
 class Changing(NothingOpen):

@@ -1,154 +1,30 @@
-"""Mistakes in interventions, planted in torch's float32 run, fail at the first tensor that they reach.
+"""Interventions that cannot be applied are refused, by the table or by the emitter.
 
-And the rows: an edit that cannot be applied is refused.
+Wrong interventions are planted in ``validation/faults.toml``.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 
-from candle_mi_parity.candidate import torch_source
+from candle_mi_parity.candidate.build import build
+from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.sources import request
+from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.errors import CaseTableError, OracleError
 from candle_mi_parity.models.prepared_case import Subject, prepare
-from candle_mi_parity.oracle.hooks import Edits
-from candle_mi_parity.oracle.interventions import edits_of
 from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.pytest_plugin import missing_tool
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.paths import cache_root
-from tests.support.planting import Real, compare_trace, failures, real, rerun, write
+from tests.support.planting import real
 
-ADD, SCALE, POST = "llama/edit-add-then-scale", "llama/edit-scale-stream", "blocks.1.hook_resid_post"
-Tensor = torch.Tensor
-
-
-def faulty(there: Real, fault: Callable[[Edits], Edits], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The float32 run of a case whose edits a fault has turned into others."""
-    monkeypatch.setattr(torch_source, "edits_of", lambda subject, drawn: fault(edits_of(subject, drawn)))
-    return rerun(there, there.subject.model_dir)
-
-
-def dropped(hook: str) -> Callable[[Edits], Edits]:
-    return lambda edits: {name: changes for name, changes in edits.items() if name != hook}
-
-
-def twice(hook: str) -> Callable[[Edits], Edits]:
-    return lambda edits: {name: [*changes, *changes] if name == hook else changes for name, changes in edits.items()}
-
-
-def backwards(edits: Edits) -> Edits:
-    return {name: [*reversed(changes)] for name, changes in edits.items()}
-
-
-def only_the_last(edits: Edits) -> Edits:
-    return {name: changes[-1:] for name, changes in edits.items()}
-
-
-def moved(hook: str, to: str) -> Callable[[Edits], Edits]:
-    return lambda edits: {to if name == hook else name: changes for name, changes in edits.items()}
-
-
-def then(hook: str, change: Callable[[Tensor], Tensor]) -> Callable[[Edits], Edits]:
-    return lambda edits: {name: [*changes, change] if name == hook else changes for name, changes in edits.items()}
-
-
-def instead(hook: str, change: Callable[[Tensor], Tensor]) -> Callable[[Edits], Edits]:
-    return lambda edits: {**edits, hook: [change]}
-
-
-def one_position_on(there: Real) -> Callable[[Edits], Edits]:
-    """Every patch one position further."""
-    edits = [edit.model_copy(update={"position": (edit.position + 1) % 12}) for edit in there.subject.case.edits]  # type: ignore[union-attr]
-    return with_edits(there, edits)
-
-
-def with_edits(there: Real, edits: list[Any]) -> Callable[[Edits], Edits]:
-    case = there.subject.case.model_copy(update={"edits": edits})
-    return lambda _: edits_of(dataclasses.replace(there.subject, case=case), load_file(there.inputs))
-
-
-SCORES = "blocks.1.attn.hook_scores"
-PATTERN = "blocks.1.attn.hook_pattern"
-
-
-def transposed(there: Real) -> Callable[[Edits], Edits]:
-    """A knockout of keys by queries, [T, T] the wrong way round."""
-    mask = torch.zeros(1, 4, 12, 12)
-    for query, key in ((5, 2), (11, 0), (11, 3), (11, 10)):
-        mask[0, 1, key, query] = -torch.inf
-    return instead(SCORES, lambda scores: scores + mask)
-
-
-def all_heads(there: Real) -> Callable[[Edits], Edits]:
-    (edit,) = there.subject.case.edits
-    spec = edit.spec.model_copy(update={"heads": None})  # type: ignore[union-attr]
-    return with_edits(there, [edit.model_copy(update={"spec": spec})])
-
-
-def unnormalised(there: Real) -> Callable[[Edits], Edits]:
-    """Steering that leaves the rows as the factor made them."""
-    (edit,) = there.subject.case.edits
-    meant = torch.from_numpy(edit.spec.chosen(4, 12))  # type: ignore[union-attr]
-    return instead(PATTERN, lambda pattern: torch.where(meant, pattern * 3.0, pattern))
-
-
-def softly(there: Real) -> Callable[[Edits], Edits]:
-    """A knockout by a very negative number in place of −∞."""
-    meant = torch.from_numpy(there.subject.case.edits[0].spec.chosen(4, 12))  # type: ignore[union-attr]
-    return instead(SCORES, lambda scores: torch.where(meant, -50.0, scores))
-
-
-Fault = Callable[[Real], Callable[[Edits], Edits]]
-FAULTS: dict[str, tuple[str, Fault, str]] = {
-    "dropped": (SCALE, lambda _: dropped("blocks.0.mlp.hook_pre"), "blocks.0.mlp.hook_post"),
-    "dropped at the embedding": (SCALE, lambda _: dropped("hook_embed"), "blocks.0.hook_resid_pre"),
-    "dropped at the end": (SCALE, lambda _: dropped("hook_final_norm"), "logits"),
-    "on the block's output": (SCALE, lambda _: moved("blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"), POST),
-    "applied twice": (SCALE, lambda _: twice("blocks.0.hook_resid_post"), "blocks.1.hook_resid_pre"),
-    "in the wrong order": (ADD, lambda _: backwards, "blocks.2.hook_resid_pre"),
-    "only the last of a hook": (ADD, lambda _: only_the_last, "blocks.2.hook_resid_pre"),
-    "one layer off": (ADD, lambda _: moved(POST, "blocks.0.hook_resid_post"), "blocks.1.hook_resid_pre"),
-    "one hook early": (ADD, lambda _: moved(POST, "blocks.1.hook_mlp_out"), POST),
-    "one position on": ("llama/edit-patch-at", one_position_on, "blocks.0.hook_resid_pre"),
-    "a factor 1e-4 off": (SCALE, lambda _: then("hook_embed", lambda x: x * 1.0001), "blocks.0.hook_resid_pre"),
-    "knockout transposed": ("llama/edit-knockout", transposed, PATTERN),
-    "knockout of all heads": ("llama/edit-knockout", all_heads, PATTERN),
-    "knockout by −50": ("llama/edit-knockout", softly, PATTERN),
-    "steering without normalising": ("llama/edit-steer-scale", unnormalised, "blocks.1.hook_attn_out"),
-    "injection dropped": ("gemma2/edit-inject", lambda _: dropped(POST), "blocks.2.hook_resid_pre"),
-}
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_wrong_edit_fails_at_the_first_tensor_it_reaches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    case_id, fault, where = FAULTS[name]
-    there = real(case_id)
-    assert not failures(compare_trace(there, write(tmp_path / "twin", there))), "the honest run fails as well"
-    arrays = faulty(there, fault(there), monkeypatch)
-    assert failures(compare_trace(there, write(tmp_path / "planted", there, arrays)))[:1] == [where]
-
-
-@pytest.mark.parametrize("hook", ["hook_embed", POST, "blocks.0.attn.hook_q", "blocks.2.attn.hook_scores"])
-def test_a_capture_taken_after_the_edit_fails(tmp_path: Path, hook: str) -> None:
-    case_id = ADD if hook == POST else f"llama/edit-scale-{'attention' if '.attn.' in hook else 'stream'}"
-    there = real(case_id)
-    arrays = there.arrays
-    for edit in [edit for edit in there.subject.case.edits if edit.hook == hook and edit.kind == "scale"]:
-        arrays[hook] = arrays[hook] * edit.factor
-    assert failures(compare_trace(there, write(tmp_path, there, arrays))) == [hook]
-
-
-# --- rows that cannot be applied ------------------------------------------------------------------
+POST, SCORES, PATTERN = "blocks.1.hook_resid_post", "blocks.1.attn.hook_scores", "blocks.1.attn.hook_pattern"
 
 
 def subject_with(*edits: dict[str, Any], base: str = "llama/edit-knockout") -> Subject:
@@ -186,10 +62,10 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_row_that_cannot_be_applied_is_refused(name: str) -> None:
-    row, said = BAD_ROWS[name]
+    row, message = BAD_ROWS[name]
     with pytest.raises((CaseTableError, ValidationError)) as refusal:
         subject_with(row)
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 def test_a_steering_edit_cannot_be_combined() -> None:
@@ -201,7 +77,7 @@ def test_edits_without_a_truth() -> None:
     with pytest.raises(OracleError, match="all its keys knocked out"):
         Oracle(subject_with(knockout(from_positions=[5])), cache_root()).truth()
     with pytest.raises(OracleError, match="no teacher-forced truth"):
-        real(ADD).oracle.truth("forced")
+        real("llama/edit-add-stream").oracle.truth("forced")
 
 
 def test_the_digest_depends_on_the_edits_and_their_order() -> None:
@@ -217,3 +93,64 @@ def test_the_request_to_the_emitter_has_the_edit(tmp_path: Path) -> None:
     there = real("llama/edit-patch-at")
     asked: Any = request(there.subject, "free", there.inputs, tmp_path / "a.json", "cpu")
     assert asked["edits"][0] == {"kind": "patch_at", "hook": "hook_embed", "position": 0, "tensor": "edit.0"}
+
+
+# --- the emitter refuses, in one line, what candle-mi would ignore
+
+EDGE = {"edges": [[5, 2]]}
+VECTOR, WHOLE = "edit.1", "edit.0"
+PATCH: dict[str, Any] = {"kind": "patch_at", "hook": POST, "position": 1, "tensor": VECTOR}
+KNOCKOUT: dict[str, Any] = {"kind": "knockout", "hook": SCORES, "spec": EDGE}
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a missing layer": ("patch-at", {"kind": "zero", "hook": "blocks.9.hook_resid_post"}, "never reached"),
+    "an unknown hook": ("patch-at", {"kind": "zero", "hook": "blocks.1.hook_residual"}, "never reached"),
+    "another spelling": ("patch-at", {"kind": "zero", "hook": "blocks.01.hook_resid_post"}, "is spelt"),
+    "a patch of heads": ("patch-at", PATCH | {"hook": "blocks.1.attn.hook_q"}, "PatchAt"),
+    "a patch past the prompt": ("patch-at", PATCH | {"position": 12}, "position 12 is outside"),
+    "an addition that would broadcast": ("patch-at", {"kind": "add", "hook": POST, "tensor": VECTOR}, "has shape"),
+    "a missing tensor": ("patch-at", {"kind": "add", "hook": POST, "tensor": "edit.99"}, "no tensor"),
+    "a replacement of another shape": ("add-stream", {"kind": "replace", "hook": SCORES, "tensor": WHOLE}, "shape"),
+    "a knockout of residuals": ("knockout", KNOCKOUT | {"hook": POST}, "attn.hook_scores"),
+    "a knockout past the prompt": ("knockout", KNOCKOUT | {"spec": {"edges": [[12, 0]]}}, "out of range"),
+    "a knockout of head 4 of 4": ("knockout", KNOCKOUT | {"spec": {"heads": [4], **EDGE}}, "head 4 out of range"),
+    "a knockout of layer 3 of 3": ("knockout", KNOCKOUT | {"hook": "blocks.3.attn.hook_scores"}, "layer 3 out of"),
+    "steering of scores": ("knockout", STEER | {"hook": SCORES}, "attn.hook_pattern"),
+    "a weight above 1": ("knockout", STEER | {"how": "set_value"}, "must be in [0, 1]"),
+    "a negative weight": ("knockout", STEER | {"value": -2.0}, "non-negative"),
+    "an injection without an SAE": ("knockout", INJECT, "needs an SAE"),
+}
+
+
+@pytest.fixture(scope="module")
+def emitter() -> Iterator[EmitterProcess]:
+    if missing := missing_tool("rust"):
+        pytest.skip(missing)
+    process = EmitterProcess(build(parse_candidate("0.2.2"), cache_root(), print).path)
+    yield process
+    process.close()
+
+
+def asked(case_id: str, out: Path, edit: dict[str, Any]) -> dict[str, object]:
+    there = real(case_id)
+    return request(there.subject, "free", there.inputs, out, "cpu") | {"edits": [edit]}
+
+
+@pytest.mark.rust
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_intervention_that_candle_mi_ignores_is_refused(
+    emitter: EmitterProcess, tmp_path: Path, name: str
+) -> None:
+    case, edit, message = REFUSED[name]
+    with pytest.raises(EmitterError) as refusal:
+        emitter.emit(asked(f"llama/edit-{case}", tmp_path / "a.json", edit), 60.0)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+    assert refusal.value.kind in ("request", "forward")
+    assert not (tmp_path / "a.json").exists()
+
+
+@pytest.mark.rust
+def test_a_feature_that_the_sae_does_not_have_is_refused(emitter: EmitterProcess, tmp_path: Path) -> None:
+    edit = INJECT | {"features": [[100000, 1.0]]}
+    with pytest.raises(EmitterError, match="feature index 100000 out of range"):
+        emitter.emit(asked("gemma2/edit-inject", tmp_path / "a.json", edit), 60.0)

@@ -41,8 +41,8 @@ def changed(directory: Path, there: Real, config: dict[str, Any], weights: dict[
     """float32 under another config, and with the parameters of some endings filled with a number."""
     base = there.subject.model_dir
     directory.mkdir(parents=True)
-    said = {key: value for key, value in (read_config(base) | config).items() if value is not None}
-    (directory / "config.json").write_text(json.dumps(said))
+    changed_config = {key: value for key, value in (read_config(base) | config).items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(changed_config))
     for file in weight_files(base):
         tensors = load_file(file)
         for name in tensors:

@@ -23,45 +23,31 @@ PIECES = {
 """Elements of a block, of a chunk of a file, and of a tensor that is read in chunks."""
 
 
-def honest(arrays: Arrays) -> Arrays:
-    return {}
+def honest(arrays: Arrays) -> None:
+    pass
 
 
-def last_element(arrays: Arrays) -> Arrays:
-    """One element of every tensor's last position."""
-    changed = {name: array.copy() for name, array in arrays.items()}
-    for array in changed.values():
+def faulty(arrays: Arrays) -> None:
+    """One wrong element at every tensor's last position, a weight that the mask forbids, NaN, and a wrong factor."""
+    for array in arrays.values():
         array[..., -1, -1] += np.float32(0.01)
-    return changed
-
-
-def one_leak(arrays: Arrays) -> Arrays:
-    """A weight that the mask forbids, at the first position of the last head."""
-    pattern = arrays["blocks.1.attn.hook_pattern"].copy()
-    pattern[0, -1, 0, -1] = 1e-3
-    return {"blocks.1.attn.hook_pattern": pattern}
-
-
-def one_nan(arrays: Arrays) -> Arrays:
-    stream = arrays["blocks.1.hook_resid_mid"].copy()
-    stream[0, 17, 3] = np.nan
-    return {"blocks.1.hook_resid_mid": stream}
-
-
-def everywhere(arrays: Arrays) -> Arrays:
-    return {"blocks.0.hook_attn_out": arrays["blocks.0.hook_attn_out"] * np.float32(1.001)}
+    arrays["blocks.1.attn.hook_pattern"][0, -1, 0, -1] = 1e-3
+    arrays["blocks.1.hook_resid_mid"][0, 17, 3] = np.nan
+    arrays["blocks.0.hook_attn_out"] *= np.float32(1.001)
 
 
 @pytest.mark.parametrize("pieces", PIECES)
-@pytest.mark.parametrize("fault", [honest, last_element, one_leak, one_nan, everywhere])
+@pytest.mark.parametrize("fault", [honest, faulty])
 def test_pieces_give_the_result_of_the_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: str, fault: Callable[[Arrays], Arrays]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: str, fault: Callable[[Arrays], None]
 ) -> None:
     there = real("gemma2/hub")
-    path = write(tmp_path, there, there.arrays | fault(there.arrays))
-    told = [judged(there, path, monkeypatch, *sizes) for sizes in ((WHOLE,) * 3, PIECES[pieces])]
-    assert _without_means(told[0]) == _without_means(told[1])
-    for one, other in zip(*told, strict=True):
+    arrays = there.arrays
+    fault(arrays)
+    path = write(tmp_path, there, arrays)
+    results = [judged(there, path, monkeypatch, *sizes) for sizes in ((WHOLE,) * 3, PIECES[pieces])]
+    assert _without_means(results[0]) == _without_means(results[1])
+    for one, other in zip(*results, strict=True):
         assert one.rms_ratio == pytest.approx(other.rms_ratio, rel=1e-9)
         assert one.position_ratio == pytest.approx(other.position_ratio, rel=1e-9)
 

@@ -67,8 +67,8 @@ def refused(path: Path) -> str:
 
 @pytest.mark.parametrize("name", BAD)
 def test_an_npz_that_is_not_an_sae_is_refused(tmp_path: Path, name: str) -> None:
-    change, said = BAD[name]
-    assert said in refused(saved(tmp_path / "sae.npz", arrays() | change))
+    change, message = BAD[name]
+    assert message in refused(saved(tmp_path / "sae.npz", arrays() | change))
 
 
 def test_a_valid_npz_is_read_with_and_without_a_threshold(tmp_path: Path) -> None:
@@ -146,16 +146,6 @@ def test_a_wrong_feature_fails_at_the_features(tmp_path: Path, fault: str) -> No
     assert found.name == "sae.features"
     assert found.reason == ("values" if fault in ("halved", "negated") else "flips")
     assert fault != "relu" or "0 with |pre − θ| < 32σ" in found.detail
-
-
-def test_a_wrong_decoder_bias_fails_at_the_reconstruction_while_features_pass(tmp_path: Path) -> None:
-    there = real("gemma2/hub")
-    assert there.subject.sae_file is not None
-    b_dec = load_npz(there.subject.sae_file).b_dec
-    plant = there.arrays
-    for chain in ("sae", "sae_on_truth"):
-        plant[f"{chain}.recon"] -= np.float32(0.5) * b_dec
-    assert failures(spoilt(tmp_path, plant)) == ["sae.recon", "sae_on_truth.recon"]
 
 
 SCALARS = ["sae.reconstruction_mse", "sae_on_truth.reconstruction_mse"]

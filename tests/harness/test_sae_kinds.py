@@ -59,8 +59,8 @@ def test_a_row_that_places_an_sae_elsewhere_is_refused(tmp_path: Path, own: str,
     edits = [Inject(kind="inject", hook=HERE, position=7, features=[[3, 4.0]])] if edited else []
     with pytest.raises(CaseTableError) as caught:
         prepare(row(PLAIN | placed(key, own), edits=edits), tmp_path)
-    said = f"llama/tried: the row places its SAE at {HERE}, and the SAE's own cfg.json places it at {own}"
-    assert str(caught.value) == said
+    message = f"llama/tried: the row places its SAE at {HERE}, and the SAE's own cfg.json places it at {own}"
+    assert str(caught.value) == message
     assert prepare(row(PLAIN | placed(key, HERE), edits=edits), tmp_path).sae_file
 
 
@@ -71,16 +71,16 @@ def test_a_config_without_a_hook_gives_no_place(tmp_path: Path, cfg: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("cfg", "said"),
+    ("cfg", "message"),
     [
         ({"hook_name": "blocks.1.a", "metadata": {"hook_name": "blocks.2.a"}}, "an SAE is at one place"),
         ({"hook_name": "blocks.1.a", "hook_point": "blocks.1.b"}, "an SAE is at one place"),
         ({"hook_name": "blocks.1.a", "hook_layer": 2}, "hook_layer is 2, and the hook is 'blocks.1.a'"),
     ],
 )
-def test_a_config_that_names_two_places_is_refused(tmp_path: Path, cfg: dict[str, Any], said: str) -> None:
+def test_a_config_that_names_two_places_is_refused(tmp_path: Path, cfg: dict[str, Any], message: str) -> None:
     (tmp_path / "cfg.json").write_text(json.dumps(cfg))
-    with pytest.raises(SaeError, match=said):
+    with pytest.raises(SaeError, match=message):
         own_hook(tmp_path)
 
 
@@ -98,12 +98,12 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reader_names_the_unsupported_kind(tmp_path: Path, kind: str) -> None:
-    cfg, said = KINDS[kind]
+    cfg, message = KINDS[kind]
     path = prepare(row(PLAIN | cfg), tmp_path).sae_file
     assert path is not None
     with pytest.raises(NoTruthError) as caught:
         load_sae(path)
-    assert f"cfg.json: there is no truth for {said}" in str(caught.value), caught.value
+    assert f"cfg.json: there is no truth for {message}" in str(caught.value), caught.value
 
 
 class Computing(NothingOpen):
