@@ -86,10 +86,10 @@ class Checking:
         cases = [self._case(prompt) for prompt in self._prompts()]
         subjects = self._mapped(cases) if self.config.get("model_type") in FAMILIES else self._unmapped(cases)
         self._conclude(subjects)
-        cases = [prompt.case for prompt in self.result.prompts]
-        if all(case.status is Status.ERROR and case.failure is Failure.INPUT for case in cases):
+        judged = [prompt.case for prompt in self.result.prompts]
+        if all(case.status is Status.ERROR and case.failure is Failure.INPUT for case in judged):
             self.result.prompts.clear()
-            raise ParityError(cases[0].error)
+            raise ParityError(judged[0].error)
 
     def _prompts(self) -> list[Prompt]:
         given = list(self.options.prompts)
