@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from candle_mi_parity import pytest_plugin
 from candle_mi_parity.candidate import cuda
@@ -31,12 +30,6 @@ PLAIN = [name for name in CASES if name.endswith("/hub")]
 WITH_SAE = ["gemma2/hub", "llama/sae-standard", "llama/sae-jumprelu", "llama/sae-topk", "smollm2/hub"]
 LIVE = "0.2.2"
 CUDA = "cuda:0"
-
-
-@pytest.fixture(scope="session")
-def device() -> str:
-    """The device of models: CUDA, or the CPU without CUDA."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -81,32 +81,37 @@ def _unselected_lane(item: pytest.Item) -> str:
     return next((lane for lane in OPT_IN_LANES if item.get_closest_marker(lane) and lane not in asked), "")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def _missing(item: pytest.Item) -> dict[str, str]:
+    """The markers of a test that cannot run here → the reason."""
+    reasons = {name: missing_tool(name) for name in ("gpu", "rust") if item.get_closest_marker(name)}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _required(item: pytest.Item) -> list[str]:
+    """The markers of a test that the command line requires to run."""
+    return [n for n in ("gpu", "rust") if item.get_closest_marker(n) and item.config.getoption(f"--require-{n}")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if lane := _unselected_lane(item):
             item.add_marker(pytest.mark.skip(reason=f"{OPT_IN_LANES[lane]}: select it with -m {lane}"))
-        for marker in ("gpu", "rust"):
-            reason = missing_tool(marker)
-            if reason and item.get_closest_marker(marker) and not config.getoption(f"--require-{marker}"):
+        for name, reason in _missing(item).items():
+            if name not in _required(item):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for marker in ("gpu", "rust"):
-        reason = missing_tool(marker)
-        if reason and item.get_closest_marker(marker) and item.config.getoption(f"--require-{marker}"):
-            pytest.fail(f"--require-{marker}: {reason}", pytrace=False)
+    for name, reason in _missing(item).items():
+        if name in _required(item):
+            pytest.fail(f"--require-{name}: {reason}", pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A required test that skips itself fails, unless its lane was not selected."""
     report = yield
-    required = [
-        name
-        for name in ("gpu", "rust")
-        if item.get_closest_marker(name) and item.config.getoption(f"--require-{name}")
-    ]
+    required = _required(item)
     if required and report.skipped and not hasattr(report, "wasxfail") and not _unselected_lane(item):
         report.longrepr = f"--require-{required[0]}: skipped: {_skip_reason(report)}"
         report.outcome = "failed"

@@ -62,16 +62,7 @@ def rms(tensor: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("case_id", EDITED)
-def test_the_edits_of_a_case_change_its_logits_beyond_rounding(case_id: str) -> None:
-    case = EDITED[case_id]
-    moved = values(case)["logits"] - values(case.model_copy(update={"edits": []}))["logits"]
-    noise = Oracle(prepare(case, cache_root()), cache_root()).truth().tensors["logits"].noise
-    assert rms(moved) > FAR[case.dtype] * rms(torch.from_numpy(noise))
-
-
-@pytest.mark.parametrize("case_id", EDITED)
 def test_each_edit_of_a_case_changes_a_later_tensor(case_id: str) -> None:
-    """In the logits alone, one edit may hide another."""
     case = EDITED[case_id]
     there = values(case)
     noise = Oracle(prepare(case, cache_root()), cache_root()).truth().tensors

@@ -52,7 +52,7 @@ def truth_notes(truth: Truth, case: Case) -> list[str]:
     notes = []
     if truth.ignored:
         notes.append(
-            f"transformers takes no {_names(truth.ignored)} from the files: the truth does not depend on "
+            f"transformers ignores {_names(truth.ignored)} in the files: the truth does not depend on "
             f"{'it' if len(truth.ignored) == 1 else 'them'}"
         )
     if truth.constant and not case.edits:  # an edit may intend it

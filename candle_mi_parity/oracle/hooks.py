@@ -216,14 +216,13 @@ def require_weights(directory: Path, missing: Iterable[str], mismatched: Mapping
     """
     if absent := sorted(missing):
         more = f" (and {len(absent) - 3} more)" if len(absent) > 3 else ""
-        them = "it" if len(absent) == 1 else "them"
         raise ModelError(
-            f"{directory}: the file holds no {one_line(', '.join(absent[:3]))}{more} and transformers would draw "
-            f"{them} at random: there is no truth"
+            f"{directory}: the file lacks {one_line(', '.join(absent[:3]))}{more}, which transformers would "
+            "initialise at random: there is no truth"
         )
     for name, (held, wanted) in sorted(mismatched.items()):
         raise ModelError(
-            f"{directory}: {one_line(name)} has shape {held}, expected {wanted}, and transformers would draw it at "
+            f"{directory}: {one_line(name)} has shape {held}, expected {wanted}; transformers would initialise it at "
             "random: there is no truth"
         )
 

@@ -127,9 +127,9 @@ def scale_steering(chosen: np.ndarray, factor: float) -> Change:
     """Multiply chosen weights by ``factor`` and normalise their rows."""
 
     def change(pattern: torch.Tensor) -> torch.Tensor:
-        meant = torch.from_numpy(chosen).to(pattern.device)
-        scaled = torch.where(meant, pattern * factor, pattern)
-        return torch.where(meant.any(-1, keepdim=True), scaled / scaled.sum(-1, keepdim=True), pattern)
+        selected = torch.from_numpy(chosen).to(pattern.device)
+        scaled = torch.where(selected, pattern * factor, pattern)
+        return torch.where(selected.any(-1, keepdim=True), scaled / scaled.sum(-1, keepdim=True), pattern)
 
     return change
 
@@ -143,14 +143,14 @@ def set_steering(chosen: np.ndarray, value: float, all_columns: bool = False) ->
     """
 
     def change(pattern: torch.Tensor) -> torch.Tensor:
-        meant = torch.from_numpy(chosen).to(pattern.device)
-        others = (pattern != 0) & ~meant if not all_columns else (~meant).expand_as(pattern)
+        selected = torch.from_numpy(chosen).to(pattern.device)
+        others = (pattern != 0) & ~selected if not all_columns else (~selected).expand_as(pattern)
         gained = value * torch.from_numpy(chosen.sum(-1, keepdims=True)).to(pattern)
-        gained = gained - torch.where(meant, pattern, 0.0).sum(-1, keepdim=True)
+        gained = gained - torch.where(selected, pattern, 0.0).sum(-1, keepdim=True)
         share = gained / others.to(pattern.dtype).sum(-1, keepdim=True).clamp_min(1)
         moved = torch.where(others, (pattern - share).clamp_min(0), 0.0)
-        moved = torch.where(meant, value, moved)
-        return torch.where(meant.any(-1, keepdim=True), moved / moved.sum(-1, keepdim=True), pattern)
+        moved = torch.where(selected, value, moved)
+        return torch.where(selected.any(-1, keepdim=True), moved / moved.sum(-1, keepdim=True), pattern)
 
     return change
 
@@ -158,8 +158,8 @@ def set_steering(chosen: np.ndarray, value: float, all_columns: bool = False) ->
 def _injection(edit: Inject, file: Path) -> Change:
     """Σ strength · W_dec[feature], added to the residual stream at one position."""
     weights = load_sae(file)
-    if odd := [int(index) for index, _ in edit.features if index >= weights.d_sae]:
-        raise CaseTableError(f"inject at {edit.hook}: feature {odd[0]}, but the SAE has {weights.d_sae}")
+    if beyond := [int(index) for index, _ in edit.features if index >= weights.d_sae]:
+        raise CaseTableError(f"inject at {edit.hook}: feature {beyond[0]}, but the SAE has {weights.d_sae}")
     decoder = [torch.from_numpy(weights.W_dec[int(index)]) for index, _ in edit.features]
 
     def change(tensor: torch.Tensor) -> torch.Tensor:

@@ -128,13 +128,13 @@ def _names(directory: Path, model: Any, weights: Weights) -> dict[str, str]:
     held = {name: _spelt(name, tied.get(name), weights) for name in model.state_dict()}
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     there = {name: weights.shapes[held[name]] for name in held if held[name] in weights.shapes}
-    other = {name: (there[name], shapes[name]) for name in there if there[name] != shapes[name]}
-    require_weights(directory, held.keys() - there.keys(), other)
+    mismatched = {name: (there[name], shapes[name]) for name in there if there[name] != shapes[name]}
+    require_weights(directory, held.keys() - there.keys(), mismatched)
     ignored = weights.shapes.keys() - held.values()
     ignore_tensors(model, [name for name in ignored if "rotary_emb.inv_freq" not in name])
     streamed = ("model.layers.", "model.norm.", "lm_head.", _EMBEDDING)
-    if odd := [name for name in held if not name.startswith(streamed)]:
-        raise ModelError(f"{directory}: {odd[0]} is in no layer; a model of this kind cannot be streamed")
+    if other := [name for name in held if not name.startswith(streamed)]:
+        raise ModelError(f"{directory}: {other[0]} is outside of the layers; a model of this kind cannot be streamed")
     if buffers := set(held) - {name for name, _ in model.named_parameters(remove_duplicate=False)}:
         raise ModelError(f"{directory}: {min(buffers)} is a stored buffer; a model of this kind cannot be streamed")
     return held

@@ -63,7 +63,7 @@ class PatchAt(RandomTensorEdit):
     @model_validator(mode="after")
     def _has_positions(self) -> PatchAt:
         if ".attn." in self.hook:
-            raise ValueError(f"patch_at needs a hook that is [B, T, d], and {self.hook} is not")
+            raise ValueError(f"patch_at needs a hook [B, T, d], and {self.hook} is not one")
         return self
 
 
@@ -183,8 +183,8 @@ class Inject(_Edit):
 
     @model_validator(mode="after")
     def _has_features(self) -> Inject:
-        if odd := [index for index, _ in self.features if index != int(index) or index < 0]:
-            raise ValueError(f"{odd[0]} is no feature")
+        if bad := [index for index, _ in self.features if index != int(index) or index < 0]:
+            raise ValueError(f"{bad[0]} is not the index of a feature")
         for _, strength in self.features:
             _short(self, strength)
         return self
@@ -206,7 +206,7 @@ def _short(edit: E, number: float) -> E:
 
 def _at(edit: E, point: str) -> E:
     if not edit.hook.endswith(point):
-        raise ValueError(f"stands at {edit.hook}, and works at {point} only")
+        raise ValueError(f"is at {edit.hook}, but is possible only at {point}")
     return edit
 
 
@@ -222,21 +222,23 @@ def check(edits: list[Edit], hooks: list[str], width: int, n_heads: int, sae_hoo
         where = f"edits[{index}] ({edit.kind} at {edit.hook})"
         if edit.hook not in hooks:
             raise CaseTableError(f"{where}: the model has no such hook point")
-        if odd := [position for position in edit.positions() if position >= width]:
-            raise CaseTableError(f"{where}: position {odd[0]} is outside the prompt of {width} tokens")
+        if outside := [position for position in edit.positions() if position >= width]:
+            raise CaseTableError(f"{where}: position {outside[0]} is outside the prompt of {width} tokens")
         if isinstance(edit, Knockout | Steer):
-            if odd := [head for head in edit.spec.heads or [] if head >= n_heads]:
-                raise CaseTableError(f"{where}: head {odd[0]}, but the model has {n_heads}")
+            if outside := [head for head in edit.spec.heads or [] if head >= n_heads]:
+                raise CaseTableError(f"{where}: head {outside[0]}, but the model has {n_heads}")
             if not edit.spec.chosen(n_heads, width).any():
-                raise CaseTableError(f"{where}: names no entry of the attention matrix")
+                raise CaseTableError(f"{where}: selects no entry of the attention matrix")
         if isinstance(edit, Steer) and len(edits) > 1:
             # candle-mi steers the pattern of an earlier run, which would have to contain the other edits.
-            raise CaseTableError(f"{where}: a steer stands alone in its case")
+            raise CaseTableError(f"{where}: steering cannot be combined with other edits")
         cut = any(isinstance(other, Knockout) and other.hook == edit.hook for other in edits[:index])
         if cut and isinstance(edit, Scale) and edit.factor <= 0:
-            raise CaseTableError(f"{where}: −inf, as a knockout leaves it, times {edit.factor} is no score")
+            raise CaseTableError(
+                f"{where}: a factor of {edit.factor} after a knockout, which sets −inf, gives an invalid score"
+            )
         if isinstance(edit, Inject) and edit.hook != sae_hook:
-            raise CaseTableError(f"{where}: an injection stands where the case's SAE does, at {sae_hook}")
+            raise CaseTableError(f"{where}: an injection must be at the hook of the case's SAE, {sae_hook}")
 
 
 def tensor_key(index: int) -> str:

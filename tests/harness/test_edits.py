@@ -19,7 +19,6 @@ from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.errors import CaseTableError, OracleError
 from candle_mi_parity.models.prepared_case import Subject, prepare
 from candle_mi_parity.oracle.oracle import Oracle
-from candle_mi_parity.pytest_plugin import missing_tool
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.paths import cache_root
 from tests.support.planting import real
@@ -46,15 +45,18 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "the logits": ({"kind": "zero", "hook": "logits"}, "no such hook point"),
     "a position past the prompt": ({"kind": "patch_at", "hook": POST, "position": 12}, "position 12 is outside"),
     "a negative position": ({"kind": "patch_at", "hook": POST, "position": -1}, "greater than or equal to 0"),
-    "a patch of heads": ({"kind": "patch_at", "hook": "blocks.1.attn.hook_q", "position": 1}, "needs a hook that is"),
+    "a patch of heads": (
+        {"kind": "patch_at", "hook": "blocks.1.attn.hook_q", "position": 1},
+        "needs a hook [B, T, d]",
+    ),
     "a factor of many bits": ({"kind": "scale", "hook": POST, "factor": 0.1}, "bfloat16"),
     "a factor of NaN": ({"kind": "scale", "hook": POST, "factor": float("nan")}, "bfloat16"),
-    "a knockout of residuals": ({**knockout(edges=[[5, 2]]), "hook": POST}, "attn.hook_scores only"),
+    "a knockout of residuals": ({**knockout(edges=[[5, 2]]), "hook": POST}, "only at attn.hook_scores"),
     "a knockout of a head too many": (knockout(heads=[4], edges=[[5, 2]]), "head 4, but the model has 4"),
     "a knockout past the prompt": (knockout(edges=[[12, 2]]), "position 12 is outside"),
-    "a knockout of nothing": (knockout(), "names no entry"),
+    "a knockout of nothing": (knockout(), "selects no entry"),
     "half an edge": (knockout(edges=[[5]]), "at least 2 items"),
-    "steering the scores": (STEER | {"hook": SCORES}, "attn.hook_pattern only"),
+    "steering the scores": (STEER | {"hook": SCORES}, "only at attn.hook_pattern"),
     "a weight set in the future": (STEER | {"how": "set_value", "spec": {"edges": [[2, 5]]}}, "in the future"),
     "an injection without an SAE": (INJECT, "the case's SAE"),
 }
@@ -69,7 +71,7 @@ def test_a_row_that_cannot_be_applied_is_refused(name: str) -> None:
 
 
 def test_a_steering_edit_cannot_be_combined() -> None:
-    with pytest.raises(CaseTableError, match="stands alone"):
+    with pytest.raises(CaseTableError, match="cannot be combined"):
         subject_with(STEER, {"kind": "zero", "hook": POST})
 
 
@@ -124,11 +126,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module")
 def emitter() -> Iterator[EmitterProcess]:
-    if missing := missing_tool("rust"):
-        pytest.skip(missing)
-    process = EmitterProcess(build(parse_candidate("0.2.2"), cache_root(), print).path)
-    yield process
-    process.close()
+    with EmitterProcess(build(parse_candidate("0.2.2"), cache_root(), print).path) as process:
+        yield process
 
 
 def asked(case_id: str, out: Path, edit: dict[str, Any]) -> dict[str, object]:

@@ -272,15 +272,15 @@ def nothing(_: dict[str, torch.Tensor]) -> None: ...
 @pytest.mark.parametrize(
     ("case_id", "change", "fault", "said"),
     [
-        ("llama/hub", {}, without, "holds no model.layers.1.mlp.up_proj.weight and transformers would draw it at"),
-        ("qwen2/hub", {}, without_bias, "holds no model.layers.0.self_attn.q_proj.bias and transformers would draw"),
+        ("llama/hub", {}, without, "lacks model.layers.1.mlp.up_proj.weight, which transformers would"),
+        ("qwen2/hub", {}, without_bias, "lacks model.layers.0.self_attn.q_proj.bias, which transformers would"),
         (
             "llama/hub",
             {"num_hidden_layers": 4},
             nothing,
-            r"model.layers.3.*\(and 6 more\) and transformers wou",
+            r"model.layers.3.*\(and 6 more\), which transformers wou",
         ),
-        ("llama/hub", {}, of_another_shape, r"model.norm.weight has shape \(3,\), expected \(64,\), and transform"),
+        ("llama/hub", {}, of_another_shape, r"model.norm.weight has shape \(3,\), expected \(64,\); transf"),
     ],
 )
 def test_of_files_that_do_not_hold_the_model_there_is_no_truth(

@@ -87,15 +87,15 @@ BIAS = "model.layers.1.self_attn.k_proj.bias"
 @pytest.mark.parametrize(
     ("family", "change", "config", "message"),
     [
-        ("qwen3", None, {"tie_word_embeddings": ...}, "holds no lm_head.weight and transformers would draw it at"),
-        ("llama", without("lm_head.weight"), {}, "holds no lm_head.weight and transformers would draw it at random"),
-        ("qwen2", without(BIAS), {}, f"holds no {BIAS}"),
-        ("llama", None, {"num_hidden_layers": 4}, "(and 6 more) and transformers would draw them at random"),
+        ("qwen3", None, {"tie_word_embeddings": ...}, "lacks lm_head.weight, which transformers would initialise"),
+        ("llama", without("lm_head.weight"), {}, "lacks lm_head.weight, which transformers would initialise"),
+        ("qwen2", without(BIAS), {}, f"lacks {BIAS}"),
+        ("llama", None, {"num_hidden_layers": 4}, "(and 6 more), which transformers would initialise"),
         (
             "llama",
             None,
             {"num_key_value_heads": 1},
-            "k_proj.weight has shape (40, 64), expected (20, 64), and transf",
+            "k_proj.weight has shape (40, 64), expected (20, 64); transf",
         ),
     ],
 )
@@ -121,7 +121,7 @@ def test_a_tensor_that_transformers_ignores_is_noted(judged: Judged, tmp_path: P
     found = judged(local(tmp_path / "model", "llama", more))
     assert found.status is Status.PASS
     (note,) = found.notes
-    assert note.startswith("transformers takes no model.layers.0.self_attn.q_proj.bias from the files")
+    assert note.startswith("transformers ignores model.layers.0.self_attn.q_proj.bias in the files")
 
 
 # --- E4: two models that compute only zeros agree
