@@ -28,13 +28,12 @@ from candle_mi_parity.oracle.streaming import load_streamed
 from candle_mi_parity.report import page, report_model, tables, views_ci
 from candle_mi_parity.spec.cases import Case, LocalModel, TinyModel
 from candle_mi_parity.spec.edits import Zero
-from candle_mi_parity.spec.explanations import Explanations
+from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from tests.support.planting import CASES, real
 from tests.support.results import VERSIONS
 
 Weights = dict[str, np.ndarray]
 Change = Callable[[Weights], object]
-NOTHING_KNOWN = Explanations(format=1, explanation=[])
 
 
 def local(directory: Path, family: str = "llama", change: Change | None = None, **config: Any) -> Case:
@@ -62,7 +61,7 @@ def row(family: str, **update: object) -> Case:
 
 @pytest.fixture
 def judged(tmp_path: Path) -> Callable[[Case], CaseResult]:
-    """What the control, torch in float32, gets for a case; a run has no other way to a verdict."""
+    """Judge a case with torch in float32 as the candidate."""
 
     def judge(case: Case) -> CaseResult:
         with TorchSource() as source:
@@ -212,7 +211,7 @@ def test_a_config_that_transformers_reads_as_another_class_names_both(judged: Ju
 def test_a_fault_of_the_suite_is_internal(
     judged: Judged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """The same exceptions, raised by our own code on a config that transformers runs."""
+    """The same exceptions, raised by the suite on a config that transformers runs."""
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("The size of tensor a (20) must match the size of tensor b (10)")
