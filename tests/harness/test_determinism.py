@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from candle_mi_parity.candidate.sources import LiveSource, NothingOpen, Source
+from candle_mi_parity.candidate.sources import LiveSource, Source, StatelessSource
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.prepared_case import prepare
@@ -45,7 +45,7 @@ def test_the_emitter_writes_the_same_bytes_twice(live: Source, name: str) -> Non
     assert one == other
 
 
-class Changing(NothingOpen):
+class Changing(StatelessSource):
     """torch, but every run after the first differs by one rounding in one tensor."""
 
     identity = None

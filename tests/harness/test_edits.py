@@ -17,7 +17,7 @@ from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.sources import request
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.errors import CaseTableError, OracleError
-from candle_mi_parity.models.prepared_case import Subject, prepare
+from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.paths import cache_root
@@ -26,7 +26,7 @@ from tests.support.planting import real
 POST, SCORES, PATTERN = "blocks.1.hook_resid_post", "blocks.1.attn.hook_scores", "blocks.1.attn.hook_pattern"
 
 
-def subject_with(*edits: dict[str, Any], base: str = "llama/edit-knockout") -> Subject:
+def subject_with(*edits: dict[str, Any], base: str = "llama/edit-knockout") -> PreparedCase:
     row = real(base).subject.case.model_dump()
     return prepare(Case.model_validate({**row, "edits": list(edits)}), cache_root())
 

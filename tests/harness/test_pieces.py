@@ -53,7 +53,7 @@ def test_pieces_give_the_result_of_the_whole(
 
 
 def judged(there: Real, path: Path, patch: pytest.MonkeyPatch, *sizes: int) -> list[TensorResult]:
-    for name, size in zip(("BLOCK", "STRETCH", "LONG"), sizes, strict=True):
+    for name, size in zip(("BLOCK", "CHUNK", "LONG"), sizes, strict=True):
         patch.setattr(chunks, name, size)
     return compare_trace(there, path)
 
