@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.oracle import hooks
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.trace.trace import Feature
@@ -45,7 +45,7 @@ class Running:
     :ivar after: changes of the dump.
     """
 
-    subject: Subject
+    subject: PreparedCase
     model: Any
     sae: TorchSae | None
     stack: ExitStack

@@ -18,13 +18,13 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from candle_mi_parity.candidate.sources import NothingOpen, Source, same_candidate
+from candle_mi_parity.candidate.sources import Source, StatelessSource, same_candidate
 from candle_mi_parity.compare.compare import check_header
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.judge.case import Judgement, Progress, judge_case
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN, combined, load_explanations
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
@@ -73,7 +73,7 @@ SAME = ("theta-default",)
 """Faults that are the known divergence itself."""
 
 
-class PlantedSource(NothingOpen):
+class PlantedSource(StatelessSource):
     """A candidate with a fault in every trace; without one if ``fault`` is None (the clean twin).
 
     :param known: whether the candidate also diverges as 0.2.2 is known to.
@@ -84,7 +84,7 @@ class PlantedSource(NothingOpen):
     def __init__(self, fault: Fault | None, directory: Path, known: bool = False) -> None:
         self._fault, self._directory, self._real = fault, directory, known_real if known else real
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Trace:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Trace:
         there = self._real(subject.case.id, mode)
         dump = there.emitted if self._fault is None else emitted(self._fault, there)
         path = write(self._directory / mode, replace(there, emitted=dump))

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.torch_source import TorchSource, as_numpy
 from candle_mi_parity.models.checkpoint import weight_files
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.trace.trace import InMemory
 from tests.support.planting import Real, arrays_of, changed_model, with_arrays
@@ -70,7 +70,7 @@ def _reaches(change: Change, there: Real) -> bool:
 
 
 @contextmanager
-def _model_of(fault: Fault, subject: Subject) -> Iterator[Subject]:
+def _model_of(fault: Fault, subject: PreparedCase) -> Iterator[PreparedCase]:
     """The case with the model directory that a fault of the config or the weights reads."""
     if not (fault.config or fault.absent or fault.weight):
         yield subject

@@ -128,7 +128,7 @@ _STRICT = {f"matmul.{name}": False for name in _MATMUL} | {f"cudnn.{name}": valu
 
 
 @contextmanager
-def memory_told(device: str, what: str, needed: Callable[[], int]) -> Iterator[None]:
+def explain_out_of_memory(device: str, what: str, needed: Callable[[], int]) -> Iterator[None]:
     """Turn an out-of-memory error into one line.
 
     :param needed: at least how many bytes ``what`` takes on the device.

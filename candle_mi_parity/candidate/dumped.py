@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from candle_mi_parity.candidate.sources import NothingOpen, NotStoredError
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.candidate.sources import NotStoredError, StatelessSource
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.trace.dump import Dump, as_trace
 from candle_mi_parity.trace.trace import CandleMi, InMemory
 from candle_mi_parity.trace.truth import Truth
 
 
-class DumpSource(NothingOpen):
+class DumpSource(StatelessSource):
     """One prompt's tensors.
 
     :param release: the candle-mi whose known divergences are tried first. What made the tensors is not known: any
@@ -23,7 +23,7 @@ class DumpSource(NothingOpen):
         self._dump = dump
         self.identity = CandleMi(version=release, source="path", checksum=None, revision=None, tree_digest=None)
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
         """:raises TraceError: a tensor has another shape than the truth's, or the run is the teacher-forced one."""
         if mode != "free":
             raise NotStoredError("the tensors of a user's own program are one free run")

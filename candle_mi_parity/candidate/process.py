@@ -58,9 +58,9 @@ class _Pipes:
         )
         self.replies: queue.Queue[bytes | None] = queue.Queue()
         self._requests: queue.Queue[bytes | None] = queue.Queue()
-        self._last_words: deque[bytes] = deque(maxlen=20)
+        self._last_lines: deque[bytes] = deque(maxlen=20)
         assert self.process.stdin and self.process.stdout and self.process.stderr
-        self._stderr_thread = self._serve(self._keep_last_words, self.process.stderr)
+        self._stderr_thread = self._serve(self._keep_last_lines, self.process.stderr)
         self._serve(self._collect, self.process.stdout)
         self._serve(self._feed, self.process.stdin)
 
@@ -85,19 +85,19 @@ class _Pipes:
                 self.replies.put(line)
         self.replies.put(None)
 
-    def _keep_last_words(self, pipe: IO[bytes]) -> None:
+    def _keep_last_lines(self, pipe: IO[bytes]) -> None:
         with contextlib.suppress(OSError, ValueError):
             for line in pipe:
                 if line.strip():
-                    self._last_words.append(line)
+                    self._last_lines.append(line)
 
     def send(self, line: bytes) -> None:
         self._requests.put(line)
 
-    def last_word(self) -> str:
+    def last_line(self) -> str:
         """The last line on stderr, cut to a readable length; empty when there was none."""
         self._stderr_thread.join(timeout=1.0)
-        words = self._last_words
+        words = self._last_lines
         return words[-1].decode("utf-8", "replace").strip()[:400] if words else ""
 
     def end(self, patience: float) -> int | None:
@@ -161,14 +161,14 @@ class EmitterProcess:
             answer = pipes.replies.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             self._abandon(patience=0.0)
-            said = f"no reply within {timeout:g} s{_quoted(pipes.last_word())}"
+            said = f"no reply within {timeout:g} s{_quoted(pipes.last_line())}"
             raise EmitterError("timeout", said) from None
         except BaseException:  # Ctrl-C: a late reply must not be taken for the next request's
             self._abandon(patience=0.0)
             raise
         if answer is None:
             code = self._abandon(patience=1.0)
-            raise EmitterError("crash", f"emitter {_ending(code)}{_quoted(pipes.last_word())}")
+            raise EmitterError("crash", f"emitter {_ending(code)}{_quoted(pipes.last_line())}")
         reply = _parse_reply(answer)
         if reply is None or reply.get("case") not in (case_id, None):
             self._abandon(patience=0.0)
@@ -232,5 +232,5 @@ def _ending(code: int | None) -> str:
     return f"exited with code {code} before it replied"
 
 
-def _quoted(last_word: str) -> str:
-    return f"; last words: {last_word}" if last_word else ""
+def _quoted(last_line: str) -> str:
+    return f"; last line on stderr: {last_line}" if last_line else ""

@@ -19,7 +19,7 @@ from candle_mi_parity.compare.compare import check_header
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.files.escape import one_line
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.edits import for_emitter
 from candle_mi_parity.spec.hook_points import FORCED, Mode, is_lens
 from candle_mi_parity.spec.paths import OUTPUTS
@@ -44,14 +44,14 @@ class Source(Protocol):
     @property
     def identity(self) -> CandleMi | None: ...
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
         """The tensors of a subject, their header checked against the truth's.
 
         :param inputs: what is fed in beside the tokens.
         """
         ...
 
-    def text_ids(self, subject: Subject) -> TextIds:
+    def text_ids(self, subject: PreparedCase) -> TextIds:
         """What the candidate's own tokenizer makes of the subject's text."""
         ...
 
@@ -66,12 +66,12 @@ class NotStoredError(TraceError):
     """Nothing is stored for a case."""
 
 
-class NothingOpen:
+class StatelessSource:
     """A source that holds nothing which has to be closed, of traces made on a CPU where it says nothing else."""
 
     device = "cpu"
 
-    def text_ids(self, subject: Subject) -> TextIds:
+    def text_ids(self, subject: PreparedCase) -> TextIds:
         return TextIds()
 
     def __enter__(self) -> Self:
@@ -113,7 +113,7 @@ def refuse_device(candidate: Candidate, device: str) -> None:
         raise CandidateError(f"{candidate.spec} was emitted on a CPU; --device {device} needs a build")
 
 
-def request(subject: Subject, mode: Mode, inputs: Path, out: Path, device: str) -> dict[str, object]:
+def request(subject: PreparedCase, mode: Mode, inputs: Path, out: Path, device: str) -> dict[str, object]:
     """The emitter's instructions for a subject; forced, the residual stream is replaced by the truth's."""
     sae = None
     if subject.case.sae is not None and mode == "free":
@@ -152,7 +152,7 @@ class LiveSource:
         self._out = out.resolve()
         self.emitter = EmitterProcess(built.path)
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Trace:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Trace:
         """Emit and open the trace.
 
         :raises EmitterError: the emitter refused, failed, crashed or hung.
@@ -169,7 +169,7 @@ class LiveSource:
         _check_id(trace, subject)
         return trace
 
-    def text_ids(self, subject: Subject) -> TextIds:
+    def text_ids(self, subject: PreparedCase) -> TextIds:
         """Have candle-mi tokenise the text.
 
         :raises ParityError: see :func:`tokens.text_ids`.
@@ -188,7 +188,7 @@ class LiveSource:
         self.emitter.close()
 
 
-class StoredSource(NothingOpen):
+class StoredSource(StatelessSource):
     """Traces that were emitted earlier.
 
     :param index: see :mod:`candle_mi_parity.trace.release`.
@@ -198,7 +198,7 @@ class StoredSource(NothingOpen):
         self.stored = StoredRelease(index)
         self.identity = self.stored.release.candle_mi
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Trace:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Trace:
         """Open the stored trace.
 
         :raises EmitterError: the stored outcome is a refusal.
@@ -221,7 +221,7 @@ class StoredSource(NothingOpen):
         _check_id(trace, subject)
         return trace
 
-    def text_ids(self, subject: Subject) -> TextIds:
+    def text_ids(self, subject: PreparedCase) -> TextIds:
         """Read the stored ids.
 
         :raises TraceError: they are of something else.
@@ -243,7 +243,7 @@ def _kept_as_stored(entry: TensorEntry) -> bool:
     return len(columns) == min(TOP_LOGITS, part.shape[-1]) and columns == sorted(set(columns))
 
 
-def _check_id(trace: Trace, subject: Subject) -> None:
+def _check_id(trace: Trace, subject: PreparedCase) -> None:
     """:raises TraceError: the trace says that it is another case's, of the same numbers or not."""
     if (found := trace.header.case.id) != subject.case.id:
         raise TraceError(f"{trace.path}: of case {one_line(found)}, expected {subject.case.id}")

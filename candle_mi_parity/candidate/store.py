@@ -16,13 +16,13 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from candle_mi_parity.candidate.process import EmitterError
-from candle_mi_parity.candidate.sources import NothingOpen, Source
+from candle_mi_parity.candidate.sources import Source, StatelessSource
 from candle_mi_parity.candidate.spelling import CandidateError
 from candle_mi_parity.candidate.tokens import TextIds, TextTokens
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files import atomic
 from candle_mi_parity.files.digest import file_digest
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.trace.release import (
@@ -114,7 +114,7 @@ class Storing:
         self._fields[name] = self.file(name, json.loads(path.read_text(encoding="utf-8")))
 
 
-class StoringSource(NothingOpen):
+class StoringSource(StatelessSource):
     """A source whose every outcome is kept: traces, and refusals as refusals.
 
     :raises CandidateError: the source is not a candle-mi that can be named.
@@ -128,7 +128,7 @@ class StoringSource(NothingOpen):
         self.device = source.device
         store.of(self.identity)
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
         """Pass on what the source yields, after it was stored."""
         try:
             trace = self._source.trace(subject, mode, truth, inputs)
@@ -139,7 +139,7 @@ class StoringSource(NothingOpen):
         self._store.trace(trace, subject.case, mode)
         return trace
 
-    def text_ids(self, subject: Subject) -> TextIds:
+    def text_ids(self, subject: PreparedCase) -> TextIds:
         """Pass on the ids of the text, after they were stored; of a refusal, as the outcome of the case."""
         try:
             asked = self._source.text_ids(subject)
@@ -156,7 +156,7 @@ class StoringSource(NothingOpen):
             self._store.case(tokens.case)["text"] = self._store.file(text_name(tokens.case), tokens.model_dump())
         return asked
 
-    def _refused(self, subject: Subject, mode: Mode, error: EmitterError) -> None:
+    def _refused(self, subject: PreparedCase, mode: Mode, error: EmitterError) -> None:
         refusal = Refusal(kind=error.kind, error=error.message, case=subject.digest)
         self._store.case(subject.case.id)[mode] = refusal.model_dump()
 

@@ -20,7 +20,7 @@ from torch import nn
 from candle_mi_parity.candidate import cuda
 from candle_mi_parity.candidate.tokens import TextIds
 from candle_mi_parity.models.checkpoint import weight_bytes
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.downstream import unembed
 from candle_mi_parity.oracle.hooks import Captured, Edits, forward, load_model, replacing
@@ -51,7 +51,7 @@ class TorchSource:
         """The model of a directory in a format, on the device, loaded once."""
         key = directory, dtype
         if key not in self._models:
-            with cuda.memory_told(
+            with cuda.explain_out_of_memory(
                 self.device, f"loading {directory.name}", lambda: weight_bytes(directory, dtype.itemsize)
             ):
                 self._models[key] = load_model(directory, dtype, self.device)
@@ -60,15 +60,15 @@ class TorchSource:
     def sae(self, file: Path) -> TorchSae:
         """The float32 SAE of a file, on the device, loaded once."""
         if file not in self._saes:
-            with cuda.memory_told(self.device, f"loading {file.name}", lambda: file.stat().st_size):
+            with cuda.explain_out_of_memory(self.device, f"loading {file.name}", lambda: file.stat().st_size):
                 self._saes[file] = TorchSae(load_sae(file), self.device, torch.float32)
         return self._saes[file]
 
-    def text_ids(self, subject: Subject) -> TextIds:
+    def text_ids(self, subject: PreparedCase) -> TextIds:
         """None of its own: the ids of a case are transformers'."""
         return TextIds()
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
         """Run the model, and the SAE on its residual and on the truth's; every hook as float32 on the CPU.
 
         :raises DeviceError: the device has too little memory, or does not round as float32 does.
@@ -80,11 +80,11 @@ class TorchSource:
         with (
             torch_state(torch.float32),
             cuda.strict_float32(self.device),
-            cuda.memory_told(self.device, subject.case.id, needed),
+            cuda.explain_out_of_memory(self.device, subject.case.id, needed),
         ):
             return self._trace(subject, mode, truth, inputs)
 
-    def _trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
+    def _trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
         given = load_file(inputs, device=self.device)
         tokens = torch.tensor(subject.tokens, device=self.device)
         dtype: torch.dtype = getattr(torch, subject.case.dtype)

@@ -6,10 +6,10 @@ import fnmatch
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from candle_mi_parity.candidate.sources import NothingOpen, Source
+from candle_mi_parity.candidate.sources import Source, StatelessSource
 from candle_mi_parity.candidate.tokens import TextIds
 from candle_mi_parity.errors import CaseTableError
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.trace.trace import Emitted
 from candle_mi_parity.trace.truth import Truth
@@ -19,12 +19,12 @@ from candle_mi_parity.trace.truth import Truth
 class Seen:
     """Both sides of a case's free run."""
 
-    subject: Subject
+    subject: PreparedCase
     truth: Truth
     emitted: Emitted
 
 
-class WatchedSource(NothingOpen):
+class WatchedSource(StatelessSource):
     """Another source, which is open, watched.
 
     :param hooks: globs over hook names; only what matches is asked for and judged, and the logits. Empty for all.
@@ -36,7 +36,7 @@ class WatchedSource(NothingOpen):
         self.device, self.identity = source.device, source.identity
         self.seen: dict[str, Seen] = {}
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
         """As the source's own.
 
         :raises CaseTableError: no hook matches.
@@ -53,7 +53,7 @@ class WatchedSource(NothingOpen):
             self.seen[subject.case.id] = Seen(subject, truth, emitted)
         return emitted
 
-    def text_ids(self, subject: Subject) -> TextIds:
+    def text_ids(self, subject: PreparedCase) -> TextIds:
         """As the source's own."""
         return self._source.text_ids(subject)
 

@@ -19,7 +19,7 @@ from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.chunks import blocks
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.spec.hook_points import FORCED, inputs_of, is_lens
-from candle_mi_parity.trace.trace import Emitted, Selection, Trace, stretches
+from candle_mi_parity.trace.trace import Emitted, Selection, Trace, chunks
 from candle_mi_parity.trace.truth import Expected, Truth
 
 
@@ -133,7 +133,7 @@ def _judge(name: str, expected: Expected, trace: Emitted, agreed: bool | None) -
     entry = trace.entries[name]
     if broken := malformed(entry, expected.shape, trace.dtype, agreed):
         return broken
-    chunks = stretches(entry)
+    chunks = chunks(entry)
     result = _judge_chunks(name, expected, trace, agreed, chunks)
     # Leaked entries are counted over the whole tensor.
     again = result.reason == "masked" and len(chunks) > 1
@@ -193,7 +193,7 @@ def _judge_tokens(truth: Truth, trace: Emitted) -> list[TensorResult]:
     if entry is None or expected is None or entry.part is not None or tuple(entry.shape) != expected.shape:
         return []
     decisions = flipped = wrong = 0
-    for rows in stretches(entry):
+    for rows in chunks(entry):
         got = trace.rows("logits", rows).astype(np.float64)
         value, noise, _ = _expected(expected, None, rows, got)
         if not np.isfinite(got).all():

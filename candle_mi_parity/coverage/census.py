@@ -34,7 +34,7 @@ from candle_mi_parity.coverage.census_truth import truth_of
 from candle_mi_parity.errors import CensusError, ParityError
 from candle_mi_parity.files.isolated import Lost, each
 from candle_mi_parity.models.checkpoint import model_digest
-from candle_mi_parity.models.prepared_case import Subject, random_tokens
+from candle_mi_parity.models.prepared_case import PreparedCase, random_tokens
 from candle_mi_parity.spec.cases import Case, LocalModel, RandomTokens
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.trace.trace import CandleMi, Trace
@@ -133,7 +133,7 @@ class Question:
             loads = "candle-mi computes it, unjudged: " if entry.reader else ""
             return entry.model_copy(update={"reason": loads + one_line(error)})
 
-    def reader(self, subject: Subject) -> Reader:
+    def reader(self, subject: PreparedCase) -> Reader:
         """candle-mi's parser that reads the model: ``auto`` only if ``hf`` does not know the model type.
 
         :raises EmitterError: neither can read it.
@@ -147,7 +147,7 @@ class Question:
             return "auto"
         return "hf"
 
-    def emit(self, subject: Subject, reader: Reader) -> Trace:
+    def emit(self, subject: PreparedCase, reader: Reader) -> Trace:
         """The hooks of a subject's captures, and the logits.
 
         :raises EmitterError: candle-mi refuses, or gives no clear answer.
@@ -167,7 +167,7 @@ class Question:
         }
         return same_candidate(Trace(self._emitter.emit(asked, self._seconds)), self._identity)
 
-    def compare(self, subject: Subject, reader: Reader, truth: Truth) -> list[TensorResult]:
+    def compare(self, subject: PreparedCase, reader: Reader, truth: Truth) -> list[TensorResult]:
         captures = [name for name in truth.tensors if name != "logits"]
         with_hooks = replace(subject, captures=captures)
         trace = self.emit(with_hooks, reader)
@@ -183,12 +183,12 @@ class Question:
         return entry.model_copy(update={"reason": f"the emitter gave no clear answer: {reason}"})
 
 
-def _subject(model_type: str, tiny: Tiny) -> Subject:
+def _subject(model_type: str, tiny: Tiny) -> PreparedCase:
     case = Case(id=f"census/{model_type}", model=LocalModel(source="local", path=str(tiny.directory)), tokens=TOKENS)
     digest = model_digest(tiny.directory)
     tokens = random_tokens(TOKENS, int(load_table().shrink["vocab_size"]))  # type: ignore[arg-type]
     content = json.dumps({"model": digest, "tokens": tokens}, sort_keys=True)
-    return Subject(
+    return PreparedCase(
         case=case,
         model_dir=tiny.directory,
         model_type=model_type,

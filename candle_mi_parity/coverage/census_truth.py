@@ -17,7 +17,7 @@ from candle_mi_parity.coverage import census_models
 from candle_mi_parity.errors import OracleError, ParityError
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.digest import digest_files
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.oracle import hooks
 from candle_mi_parity.oracle.compute import sample
 from candle_mi_parity.oracle.hooks import Edits, Recorder
@@ -28,7 +28,7 @@ from candle_mi_parity.spec.hook_points import hook_names
 from candle_mi_parity.trace.truth import Truth, TruthTensor
 
 
-def truth_of(subject: Subject, cache: Path, generated: bool = True) -> Truth:
+def truth_of(subject: PreparedCase, cache: Path, generated: bool = True) -> Truth:
     """The truth, from the cache or computed; it holds ``hook_embed`` if it holds the hook points.
 
     :param generated: whether the weights are generated; transformers must then load them as they were saved.
@@ -43,7 +43,7 @@ def truth_of(subject: Subject, cache: Path, generated: bool = True) -> Truth:
     return Truth.load(path / "truth.safetensors")
 
 
-def _compute(subject: Subject, generated: bool) -> Truth:
+def _compute(subject: PreparedCase, generated: bool) -> Truth:
     tokens = torch.tensor(subject.tokens)
     eager = hooks.load_model(subject.model_dir, attention="eager")
     with Float64():  # type: ignore[no-untyped-call]

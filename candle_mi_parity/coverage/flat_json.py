@@ -20,7 +20,7 @@ from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.checkpoint import read_config
-from candle_mi_parity.models.prepared_case import Subject, tokenizer
+from candle_mi_parity.models.prepared_case import PreparedCase, tokenizer
 from candle_mi_parity.models.resolve import as_model
 from candle_mi_parity.models.sae import load_npz
 from candle_mi_parity.oracle.oracle import Oracle
@@ -94,12 +94,12 @@ def case_of(reference: Reference) -> Case:
         raise TraceError(f"reference: sae_repo or sae_npz_path: {one_line(str(error))}") from error
 
 
-def is_last_layer(subject: Subject, layer: int) -> bool:
+def is_last_layer(subject: PreparedCase, layer: int) -> bool:
     """Whether ``hidden_states[layer + 1]`` would be after the final norm, and not ``resid_post``."""
     return layer + 1 == read_config(subject.model_dir)["num_hidden_layers"]
 
 
-def token_strings(subject: Subject) -> list[str]:
+def token_strings(subject: PreparedCase) -> list[str]:
     """The tokens as the script prints them: ASCII, with a question mark for any other character."""
     tokens = tokenizer(subject.model_dir).convert_ids_to_tokens(subject.tokens[0])
     return [token.encode("ascii", errors="replace").decode() for token in tokens]

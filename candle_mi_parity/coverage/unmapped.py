@@ -18,17 +18,17 @@ from candle_mi_parity.errors import CaseTableError, ModelError, ParityError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.case import failure_of
 from candle_mi_parity.models.checkpoint import local_path, model_digest, read_config
-from candle_mi_parity.models.prepared_case import Subject, tokenizer
+from candle_mi_parity.models.prepared_case import PreparedCase, tokenizer
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.trace.trace import Emitted
 from candle_mi_parity.trace.truth import Truth
 
-Give = Callable[[Subject, Truth], Emitted]
+Give = Callable[[PreparedCase, Truth], Emitted]
 """The candidate's tensors of a subject, whose captures are those of the truth."""
 
 
-def unmapped_subject(case: Case, cache: Path) -> Subject:
+def unmapped_subject(case: Case, cache: Path) -> PreparedCase:
     """The subject of a case whose family has no hook map.
 
     :raises ParityError: no such model, a type that transformers does not have, or no tokenizer.
@@ -39,7 +39,7 @@ def unmapped_subject(case: Case, cache: Path) -> Subject:
     tokens = list(given)
     digest = model_digest(directory)
     content = json.dumps({"model": digest, "tokens": [tokens]}, sort_keys=True)
-    return Subject(
+    return PreparedCase(
         case=case,
         model_dir=local_path(str(directory), CaseTableError),
         model_type=str(read_config(directory).get("model_type")),
@@ -63,7 +63,7 @@ def _require_class(config: dict[str, object]) -> None:
         raise ModelError(f"config.json: {has}{remote}")
 
 
-def judge_unmapped(subject: Subject, cache: Path, give: Give) -> tuple[CaseResult, Seen | None, str]:
+def judge_unmapped(subject: PreparedCase, cache: Path, give: Give) -> tuple[CaseResult, Seen | None, str]:
     """A case, both its sides, and what else there is to say of it.
 
     Where the logits agree and a hook does not, it was looked for at the wrong place: the logits alone count then.

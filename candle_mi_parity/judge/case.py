@@ -19,7 +19,7 @@ from candle_mi_parity.errors import HubError, NoTruthError, OutOfRangeError, Par
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.known import Evidence, decoder_of, facts_of, known_divergence, known_refusal
 from candle_mi_parity.judge.notes import other_ids, padding_notes, truth_notes, unexercised
-from candle_mi_parity.models.prepared_case import Subject, prepare
+from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.torch_state import TORCH
 from candle_mi_parity.spec.cases import Case
@@ -121,7 +121,7 @@ def shrink_command(case: Case, spec: str) -> str:
     return command("repro", case.id, "--candidate", spec) if buildable else ""
 
 
-def _same_ids(result: CaseResult, subject: Subject, source: Source, progress: Progress) -> bool:
+def _same_ids(result: CaseResult, subject: PreparedCase, source: Source, progress: Progress) -> bool:
     """Whether the candidate's tokenizer gives the case's ids for its text; where it does not, nothing else is judged.
 
     :raises EmitterError: it refuses the text.
@@ -192,7 +192,7 @@ def _ask_without_truth(
 
 
 def _take_failure(
-    result: CaseResult, error: EmitterError, subject: Subject, table: Explanations, source: Source
+    result: CaseResult, error: EmitterError, subject: PreparedCase, table: Explanations, source: Source
 ) -> None:
     """A candidate that gave no numbers: refused, which may be known, or crashed."""
     result.error, result.failure = str(error), failure_of(error)

@@ -22,7 +22,7 @@ from candle_mi_parity.errors import ExplanationError, ParityError
 from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.files.untrusted import read_json
 from candle_mi_parity.models.checkpoint import read_config
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.models.saelens import CONFIG, saelens_files
 from candle_mi_parity.oracle.oracle import Oracle
@@ -35,7 +35,7 @@ from candle_mi_parity.trace.truth import Truth
 _FORMATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def facts_of(subject: Subject) -> Facts:
+def facts_of(subject: PreparedCase) -> Facts:
     """What the conditions of an explanation are asked about."""
     case = subject.case
     edits = [edit.model_dump() for edit in case.edits]
@@ -72,7 +72,7 @@ class Evidence:
     declared: set[str]
 
     @property
-    def subject(self) -> Subject:
+    def subject(self) -> PreparedCase:
         return self.oracle.subject
 
     def under(self, change: Counterfactual) -> list[TensorResult]:
@@ -89,7 +89,7 @@ class Evidence:
         return facts_of(self.subject)
 
 
-def decoder_of(subject: Subject, change: Counterfactual = PLAIN) -> np.ndarray | None:
+def decoder_of(subject: PreparedCase, change: Counterfactual = PLAIN) -> np.ndarray | None:
     """``W_dec`` [d_sae, d_in] of the case's SAE, to grant flips that rounding excuses; None without an SAE."""
     return load_sae(subject.sae_file, change).decoder if subject.sae_file is not None else None
 
@@ -180,7 +180,7 @@ def _smallest(evidence: Evidence, rows: list[Explanation]) -> Explained | None:
 
 
 def known_refusal(
-    error: EmitterError, subject: Subject, table: Explanations, identity: CandleMi
+    error: EmitterError, subject: PreparedCase, table: Explanations, identity: CandleMi
 ) -> tuple[Explained | None, str]:
     """The explanation of a refusal, recognised by its stage and by candle-mi's whole message."""
     for row in table.applicable(facts_of(subject), table.baseline(identity.version)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from candle_mi_parity.compare.verdict import Status, TensorResult
 from candle_mi_parity.files.escape import one_line
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.trace.truth import Truth
 
@@ -14,7 +14,7 @@ LONGEST = 2000
 """Letters of a list of ids."""
 
 
-def other_ids(subject: Subject, ids: list[int]) -> TensorResult | None:
+def other_ids(subject: PreparedCase, ids: list[int]) -> TensorResult | None:
     """The failure of a tokenizer that gives other ids than transformers for the text; ids have no tolerance.
 
     None where they are the same.
@@ -28,7 +28,7 @@ def other_ids(subject: Subject, ids: list[int]) -> TensorResult | None:
     return TensorResult("tokens", Status.FAIL, "values", compared=len(expected), exact=True, detail=said)
 
 
-def padding_notes(subject: Subject) -> list[str]:
+def padding_notes(subject: PreparedCase) -> list[str]:
     """A note where a prompt begins or ends with the padding id: nothing masks it, not in the truth either."""
     pad = subject.special.pad
     if pad is None:

@@ -54,7 +54,7 @@ def dialect_key(dialect: str) -> str:
 
 
 def _generate(hub: dict[str, object], dialect: str, shards: int, out: Path) -> None:
-    """The tensors that transformers expects for the config, filled by :func:`tensor_stretches`."""
+    """The tensors that transformers expects for the config, filled by :func:`tensor_chunks`."""
     import torch
     import transformers
 
@@ -67,15 +67,14 @@ def _generate(hub: dict[str, object], dialect: str, shards: int, out: Path) -> N
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight")
-    stretches = partial(tensor_stretches, norm_offset=offset)
+    chunks = partial(tensor_chunks, norm_offset=offset)
     if shards == 1:
-        write_safetensors(out / "model.safetensors", shapes, stretches)
+        write_safetensors(out / "model.safetensors", shapes, chunks)
         return
     names = sorted(shapes)
     files = {f"model-{i + 1:05}-of-{shards:05}.safetensors": names[i::shards] for i in range(shards)}
     sizes = [
-        write_safetensors(out / file, {name: shapes[name] for name in held}, stretches)
-        for file, held in files.items()
+        write_safetensors(out / file, {name: shapes[name] for name in held}, chunks) for file, held in files.items()
     ]
     index = {
         "metadata": {"total_size": sum(sizes)},
@@ -103,8 +102,8 @@ def write_config(hub: dict[str, object], dialect: str, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def tensor_stretches(name: str, shape: tuple[int, ...], norm_offset: int) -> Iterator[np.ndarray]:
-    """Weights of a generated tensor, float32 in row-major order, a stretch at a time.
+def tensor_chunks(name: str, shape: tuple[int, ...], norm_offset: int) -> Iterator[np.ndarray]:
+    """Weights of a generated tensor, float32 in row-major order, a chunk at a time.
 
     Norm weights are 1 + 0.2·N (0.2·N where the norm adds the 1 itself), biases 0.1·N, matrices N/sqrt(fan_in):
     nothing is zero or at a default, so a dropped bias or an ignored weight shows.
@@ -121,7 +120,7 @@ def tensor_stretches(name: str, shape: tuple[int, ...], norm_offset: int) -> Ite
 
 def tensor_values(name: str, shape: tuple[int, ...], norm_offset: int) -> np.ndarray:
     """The same in one array."""
-    return np.concatenate([*tensor_stretches(name, shape, norm_offset)]).reshape(shape)
+    return np.concatenate([*tensor_chunks(name, shape, norm_offset)]).reshape(shape)
 
 
 def seeded_words(name: str, count: int) -> np.ndarray:
@@ -129,11 +128,11 @@ def seeded_words(name: str, count: int) -> np.ndarray:
     return np.asarray(bit_stream(name).random_raw(count), dtype="<u8")
 
 
-STRETCH = 1 << 16
+CHUNK = 1 << 16
 """Numbers that are made at a time."""
 
-Stretches = Callable[[str, tuple[int, ...]], Iterator[np.ndarray]]
-"""A tensor's name and shape → its float32 values in row-major order, a stretch at a time."""
+Chunks = Callable[[str, tuple[int, ...]], Iterator[np.ndarray]]
+"""A tensor's name and shape → its float32 values in row-major order, a chunk at a time."""
 
 
 def bit_stream(name: str) -> np.random.PCG64:
@@ -142,20 +141,20 @@ def bit_stream(name: str) -> np.random.PCG64:
 
 
 def normal_numbers(name: str, count: int) -> Iterator[np.ndarray]:
-    """``count`` numbers N(0, 1), float64, in stretches.
+    """``count`` numbers N(0, 1), float64, in chunks.
 
     Each is the sum of twelve 16-bit integers minus its mean (Irwin-Hall: deviation 1), exact in float32.
     """
     stream, lanes, low = bit_stream(name), np.uint64(0x0000FFFF0000FFFF), np.uint64(0xFFFFFFFF)
-    for start in range(0, count, STRETCH):
-        words = stream.random_raw(3 * min(STRETCH, count - start))
+    for start in range(0, count, CHUNK):
+        words = stream.random_raw(3 * min(CHUNK, count - start))
         # Four integers a word: two lanes of 32 bits take the sums of the twelve, which stay below 2²⁰.
         pairs = (words & lanes) + ((words >> np.uint64(16)) & lanes)
         sums = pairs[0::3] + pairs[1::3] + pairs[2::3]
         yield (((sums & low) + (sums >> np.uint64(32))).astype(np.float64) - 12 * 65535 // 2) / 65536.0
 
 
-def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], values: Stretches) -> int:
+def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], values: Chunks) -> int:
     """A safetensors file of float32 tensors, byte for byte what ``save_file(..., metadata={"format": "pt"})`` writes.
 
     :returns: bytes of its tensors.
@@ -170,8 +169,8 @@ def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], values:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in sorted(shapes.items()):
-            for stretch in values(name, shape):
-                file.write(np.ascontiguousarray(stretch, "<f4").data)
+            for chunk in values(name, shape):
+                file.write(np.ascontiguousarray(chunk, "<f4").data)
         if file.tell() != 8 + len(text) + end:
             raise OSError(f"{path}: {file.tell() - 8 - len(text)} bytes of tensors, {end} announced")
     return end

@@ -40,7 +40,7 @@ class SpecialIds:
 
 
 @dataclass(frozen=True)
-class Subject:
+class PreparedCase:
     """What both sides are given for one case.
 
     :ivar captures: hook names in execution order, without ``logits``.
@@ -61,7 +61,7 @@ class Subject:
     special: SpecialIds = SpecialIds()
 
 
-def prepare(case: Case, cache: Path) -> Subject:
+def prepare(case: Case, cache: Path) -> PreparedCase:
     """Resolve a row of the table.
 
     :raises ParityError: whatever is missing, in one line.
@@ -97,7 +97,7 @@ def prepare(case: Case, cache: Path) -> Subject:
         n_heads = _whole_number(config, "num_attention_heads", model_dir)
         edits.check(case.edits, captures, len(tokens[0]), n_heads, case.sae.hook if case.sae else None)
         content["edits"] = [edit.model_dump() for edit in case.edits]
-    return Subject(
+    return PreparedCase(
         case=case,
         model_dir=model_dir,
         model_type=str(config.get("model_type")),

@@ -18,7 +18,7 @@ from torch import nn
 
 from candle_mi_parity.errors import OracleError, ParityError
 from candle_mi_parity.models.checkpoint import read_config
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.oracle import interventions, remarks, streaming
 from candle_mi_parity.oracle.arithmetic import CPU_FLOAT32, Arithmetic
 from candle_mi_parity.oracle.downstream import Lens, SaeChain
@@ -56,7 +56,7 @@ class Computation:
     :raises ModelError: transformers cannot load the model, with the change or at all.
     """
 
-    def __init__(self, subject: Subject, arithmetic: Arithmetic, change: Counterfactual = PLAIN) -> None:
+    def __init__(self, subject: PreparedCase, arithmetic: Arithmetic, change: Counterfactual = PLAIN) -> None:
         self._subject, self._arithmetic, self._change = subject, arithmetic, change
         self._scratch: TemporaryDirectory[str] | None = None
 
@@ -202,7 +202,7 @@ def sample(
 
 
 def _as_truth(
-    subject: Subject,
+    subject: PreparedCase,
     meta: dict[str, str],
     recorder: Recorder,
     values: Captured,
@@ -246,7 +246,7 @@ def _allowed(recorder: Recorder, name: str) -> torch.Tensor:
     return recorder.attended.get(layer, allowed) if name.endswith("hook_pattern") else allowed
 
 
-def _execution_order(subject: Subject, tensors: dict[str, TruthTensor], forced: bool) -> dict[str, TruthTensor]:
+def _execution_order(subject: PreparedCase, tensors: dict[str, TruthTensor], forced: bool) -> dict[str, TruthTensor]:
     """Hooks as candle-mi fires them, then logits, the lens and the SAE.
 
     Forced, what arrives at a layer is the output of the one before, which is compared under its own name.

@@ -11,7 +11,7 @@ from torch import nn
 
 from candle_mi_parity.errors import SaeError
 from candle_mi_parity.models.checkpoint import read_config
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.hooks import Captured
 from candle_mi_parity.oracle.rounding import Float64
@@ -46,7 +46,7 @@ class Lens:
     :param given: layer's output → its last position, [B, 1, d].
     """
 
-    def __init__(self, subject: Subject, model: nn.Module, given: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, subject: PreparedCase, model: nn.Module, given: Mapping[str, np.ndarray]) -> None:
         self._model, self._batch, self._dtype = model, len(subject.tokens), subject.case.dtype
         self._inputs: Captured = {
             name: torch.from_numpy(value).double() for name, value in given.items() if is_lens(name)
@@ -72,7 +72,9 @@ class SaeChain:
     :raises SaeError: when the SAE does not fit the model.
     """
 
-    def __init__(self, subject: Subject, given: Mapping[str, np.ndarray], change: Counterfactual = PLAIN) -> None:
+    def __init__(
+        self, subject: PreparedCase, given: Mapping[str, np.ndarray], change: Counterfactual = PLAIN
+    ) -> None:
         assert subject.case.sae is not None and subject.sae_file is not None
         weights = load_sae(subject.sae_file, change)
         width = read_config(subject.model_dir).get("hidden_size")

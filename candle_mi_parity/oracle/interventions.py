@@ -16,7 +16,7 @@ from torch import nn
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import seeded_words
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.hooks import Captured, Edits, forward, replacing
 from candle_mi_parity.oracle.rounding import Float64
@@ -27,7 +27,7 @@ from candle_mi_parity.trace.formats import round_to_dtype
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
-def drawn_tensors(subject: Subject, model: nn.Module) -> dict[str, np.ndarray]:
+def drawn_tensors(subject: PreparedCase, model: nn.Module) -> dict[str, np.ndarray]:
     """The tensors that a subject's edits bring, float32: the same bytes on every machine.
 
     Shape and size come from the hook's tensor in the unedited float64 model; ``patch_at`` takes a vector [d].
@@ -56,7 +56,7 @@ def drawn_tensors(subject: Subject, model: nn.Module) -> dict[str, np.ndarray]:
     return drawn
 
 
-def edits_of(subject: Subject, drawn: Captured, counterfactual: Counterfactual = PLAIN) -> Edits:
+def edits_of(subject: PreparedCase, drawn: Captured, counterfactual: Counterfactual = PLAIN) -> Edits:
     """What :func:`hooks.forward` is to do at each hook, in the order of the rows.
 
     :param drawn: key → tensor of the edits that bring one, in the format and on the device of the model.
@@ -73,7 +73,7 @@ def edits_of(subject: Subject, drawn: Captured, counterfactual: Counterfactual =
 
 
 def _change(
-    edit: Edit, drawn: torch.Tensor | None, subject: Subject, n_heads: int, all_columns: bool = False
+    edit: Edit, drawn: torch.Tensor | None, subject: PreparedCase, n_heads: int, all_columns: bool = False
 ) -> Change:
     if isinstance(edit, Knockout):
         return _knockout(edit.spec.chosen(n_heads, len(subject.tokens[0])))

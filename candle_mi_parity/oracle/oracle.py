@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from candle_mi_parity.compare.gate import UNITS
 from candle_mi_parity.errors import OracleError
 from candle_mi_parity.files.cache import publish
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.oracle.arithmetic import ACCUMULATION, Arithmetic
 from candle_mi_parity.oracle.provenance import made_with
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
@@ -38,7 +38,9 @@ class Oracle:
     :param change: a counterfactual, whose truths these are.
     """
 
-    def __init__(self, subject: Subject, cache: Path, device: str = "cpu", change: Counterfactual = PLAIN) -> None:
+    def __init__(
+        self, subject: PreparedCase, cache: Path, device: str = "cpu", change: Counterfactual = PLAIN
+    ) -> None:
         self.subject, self.change = subject, change
         self.arithmetic = Arithmetic(UNITS[subject.case.dtype], ACCUMULATION[device.partition(":")[0]])
         self.key = truth_key(subject, self.arithmetic, change)
@@ -139,7 +141,7 @@ class Oracle:
         return truth
 
 
-def truth_key(subject: Subject, arithmetic: Arithmetic, change: Counterfactual = PLAIN) -> str:
+def truth_key(subject: PreparedCase, arithmetic: Arithmetic, change: Counterfactual = PLAIN) -> str:
     """Content key of a case's truths: everything that moves the numbers is in it, see :mod:`provenance`."""
     content = [subject.digest, made_with(subject.model_type), asdict(arithmetic), change.key()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]

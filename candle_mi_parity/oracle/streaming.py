@@ -206,5 +206,5 @@ class Unembedding(nn.Module):
 
 
 def chunks(size: int, step: int) -> list[slice]:
-    """``size`` entries in stretches of ``step``, the last one what is left."""
+    """``size`` entries in chunks of ``step``, the last one what is left."""
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]

@@ -15,7 +15,7 @@ from candle_mi_parity.judge.case import Progress, judge_mode
 from candle_mi_parity.judge.known import facts_of
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import generated_model
-from candle_mi_parity.models.prepared_case import Subject, prepare
+from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.repro.reductions import STEPS
@@ -44,7 +44,7 @@ class Reproduction:
 
     original: Case
     pair: Pair
-    subject: Subject
+    subject: PreparedCase
     truth: Truth
     first: TensorResult
 
@@ -58,7 +58,7 @@ class Trials:
     def __init__(self, source: Source, scratch: Path, known: frozenset[str]) -> None:
         self._source, self._scratch, self._known = source, scratch, known
 
-    def run(self, tried: Input) -> tuple[Subject, Truth, TensorResult | None]:
+    def run(self, tried: Input) -> tuple[PreparedCase, Truth, TensorResult | None]:
         """The input, its truth and its first divergence.
 
         :raises Exception: whatever transformers, the oracle or the emitter raises for such an input.
@@ -86,7 +86,7 @@ class Trials:
         return Divergence.at(first.name, ", ".join(sorted(other)) or first.reason)
 
 
-def known_of(subject: Subject, source: Source) -> frozenset[str]:
+def known_of(subject: PreparedCase, source: Source) -> frozenset[str]:
     """Ids of the explanations that apply to a case in the candidate's release."""
     table = load_explanations()
     if source.identity is None:

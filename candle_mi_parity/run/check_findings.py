@@ -7,14 +7,14 @@ from pathlib import Path
 from candle_mi_parity.coverage.fields import load_fields
 from candle_mi_parity.judge.known import facts_of
 from candle_mi_parity.models.checkpoint import read_config
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.oracle.fields_read import cached_fields_built
 from candle_mi_parity.spec.counterfactual import places
 from candle_mi_parity.spec.explanations import Explanations
 from candle_mi_parity.spec.forecast import LENGTHS, Forecast
 
 
-def not_exercised(foretold: list[Forecast], table: Explanations, subjects: list[Subject]) -> list[str]:
+def not_exercised(foretold: list[Forecast], table: Explanations, subjects: list[PreparedCase]) -> list[str]:
     """Known divergences of the candidate on this model that no prompt shows, and lengths that no prompt exceeds."""
     facts = [facts_of(subject) for subject in subjects]
     rows = {row.id: row for row in table.explanation}

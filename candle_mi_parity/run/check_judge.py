@@ -27,7 +27,7 @@ from candle_mi_parity.files.cache import cached
 from candle_mi_parity.judge.case import Judgement, Progress, judge_case
 from candle_mi_parity.judge.explain import explain_new
 from candle_mi_parity.models.checkpoint import read_config
-from candle_mi_parity.models.prepared_case import Subject, prepare, tokenizer
+from candle_mi_parity.models.prepared_case import PreparedCase, prepare, tokenizer
 from candle_mi_parity.models.resolve import as_model, model_directory
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.torch_state import TORCH
@@ -122,7 +122,7 @@ class Checking:
             unmeasured=["*"],
         )
 
-    def _mapped(self, cases: list[Case]) -> list[Subject]:
+    def _mapped(self, cases: list[Case]) -> list[PreparedCase]:
         """Judge a model of a family whose hooks are known, as ``run`` does, and explain what diverges."""
         options = self.options
         subjects = [prepare(case, options.cache) for case in cases]
@@ -139,7 +139,7 @@ class Checking:
             explain_new(judgements, self.table, options.cache, options.search, self.progress, options.search)
         return [seen.subject for seen in watched.seen.values()] or subjects
 
-    def _hold_tokens(self, subject: Subject) -> None:
+    def _hold_tokens(self, subject: PreparedCase) -> None:
         dump, tokens = self.dump, subject.tokens[0]
         if dump and tokens != dump.tokens:
             raise TraceError(f"trace {dump.directory}: its tokens are {dump.tokens}, the prompt's are {tokens}")
@@ -169,7 +169,7 @@ class Checking:
                 "`--candidate torch` judges PyTorch's own float32"
             ) from error
 
-    def _judged(self, subject: Subject, watched: WatchedSource, generated: int = 0) -> Judgement:
+    def _judged(self, subject: PreparedCase, watched: WatchedSource, generated: int = 0) -> Judgement:
         case = subject.case
         judged = judge_case(case, watched, self.result.candidate, self.options.cache, self.table, self.progress)
         judged.result.shrink = ""  # `repro` knows only the rows of the table
@@ -178,7 +178,7 @@ class Checking:
         self._add(subject, judged.result, watched.seen.get(case.id), generated)
         return judged
 
-    def _add(self, subject: Subject, case: CaseResult, seen: Seen | None, generated: int = 0) -> None:
+    def _add(self, subject: PreparedCase, case: CaseResult, seen: Seen | None, generated: int = 0) -> None:
         """Add a prompt to the result, and what its difference does where both sides gave numbers."""
         case.reproduce = self.options.command()
         tokens = subject.tokens[0]
@@ -200,7 +200,7 @@ class Checking:
         known = tokenizer(self.directory)
         return lambda token: str(known.decode([token]))
 
-    def _likeliest(self, subject: Subject, streams: np.ndarray) -> list[list[int]]:
+    def _likeliest(self, subject: PreparedCase, streams: np.ndarray) -> list[list[int]]:
         """The likeliest tokens of streams, [B, T, d] → [B][T], after PyTorch's final norm and unembedding."""
 
         def computed() -> list[list[int]]:
@@ -216,7 +216,7 @@ class Checking:
         found: list[list[int]] = cached(self.options.cache, "lens", [*key, self.result.versions], computed)
         return found
 
-    def _continued(self, subject: Subject, watched: WatchedSource) -> Judgement:
+    def _continued(self, subject: PreparedCase, watched: WatchedSource) -> Judgement:
         """Judge a prompt together with what PyTorch appends to it."""
         from candle_mi_parity.oracle.continuation import greedy
 
@@ -233,7 +233,7 @@ class Checking:
             self.result.continuations.append(told)
         return judged
 
-    def _unmapped(self, cases: list[Case]) -> list[Subject]:
+    def _unmapped(self, cases: list[Case]) -> list[PreparedCase]:
         """Judge a model of another family by the hook points that its module names tell of, else by its logits.
 
         :raises ParityError: an input or an option that cannot be used, or a candidate that cannot be built.
@@ -265,7 +265,7 @@ class Checking:
             question = Question(str(family), "", emitter, identity, options.cache, out, TIMEOUT_SECONDS)
             readers: list[Reader] = []
 
-            def give(subject: Subject, truth: object) -> Any:
+            def give(subject: PreparedCase, truth: object) -> Any:
                 if not readers:
                     readers.append(question.reader(replace(subject, captures=[])))
                 return question.emit(subject, readers[0])
@@ -275,7 +275,7 @@ class Checking:
             self.result.notes.append(f"candle-mi reads {family} through its auto-config")
         return subjects
 
-    def _judge_unmapped(self, subjects: list[Subject], give: Give) -> None:
+    def _judge_unmapped(self, subjects: list[PreparedCase], give: Give) -> None:
         from candle_mi_parity.coverage.unmapped import judge_unmapped
 
         for subject in subjects:
@@ -285,7 +285,7 @@ class Checking:
             if note and note not in self.result.notes:
                 self.result.notes.append(note)
 
-    def _conclude(self, subjects: list[Subject]) -> None:
+    def _conclude(self, subjects: list[PreparedCase]) -> None:
         """Add what the prompts could not show, what is not known, and what identifies the check."""
         result = self.result
         result.not_exercised = not_exercised(result.forecast, self.table, subjects)
@@ -295,7 +295,7 @@ class Checking:
             result.notes.append(f"which keys transformers reads is not known: {error}")
         result.cite = self._cite(subjects)
 
-    def _cite(self, subjects: list[Subject]) -> dict[str, str]:
+    def _cite(self, subjects: list[PreparedCase]) -> dict[str, str]:
         """Everything that identifies the check, for a paper's appendix."""
         result, first = self.result, subjects[0]
         tokens = hashlib.sha256(json.dumps([subject.tokens for subject in subjects]).encode()).hexdigest()

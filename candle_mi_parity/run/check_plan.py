@@ -7,7 +7,7 @@ from pathlib import Path
 from candle_mi_parity.errors import ModelError
 from candle_mi_parity.files.untrusted import memory_bytes
 from candle_mi_parity.models.checkpoint import read_config, weight_bytes
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.oracle.oracle import Oracle
 
 SAMPLES, BATCH = 16, 160
@@ -16,7 +16,7 @@ PER_SECOND, FIXED = 2e10, 3.0
 """Float64 operations a second that two cores gave with noise, and seconds that a truth takes beside them."""
 
 
-def plan(subjects: list[Subject], cache: Path, device: str, steps: int) -> str:
+def plan(subjects: list[PreparedCase], cache: Path, device: str, steps: int) -> str:
     """Estimates of time, memory and disk in one line, good to a factor of two.
 
     :param steps: tokens that are generated for each prompt.
@@ -52,7 +52,7 @@ def _is_streamed(directory: Path) -> bool:
     return is_streamed(directory)
 
 
-def _elements(subject: Subject, steps: int) -> int:
+def _elements(subject: PreparedCase, steps: int) -> int:
     """Numbers in all tensors of a prompt."""
     config = {key: value for key, value in read_config(subject.model_dir).items() if type(value) is int}
     tokens = len(subject.tokens[0]) + steps

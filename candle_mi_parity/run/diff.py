@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from candle_mi_parity.candidate import cuda
-from candle_mi_parity.candidate.sources import NothingOpen, Source, open_source, refuse_device
+from candle_mi_parity.candidate.sources import Source, StatelessSource, open_source, refuse_device
 from candle_mi_parity.candidate.spelling import Candidate, CandidateError, parse_candidate
 from candle_mi_parity.candidate.store import stored_selection
 from candle_mi_parity.candidate.tokens import TextIds
@@ -19,7 +19,7 @@ from candle_mi_parity.coverage.calls_judge import diff_calls, expectations, judg
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.judge.explain import explain_new
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.run.run import SEARCH_SECONDS, library_versions
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.explanations import Explanations
@@ -39,7 +39,7 @@ class _Emission:
     run: Run | None = None
 
 
-def _emit(source: Source, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> _Emission:
+def _emit(source: Source, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> _Emission:
     try:
         trace = source.trace(subject, mode, truth, inputs)
     except ParityError as error:
@@ -64,7 +64,7 @@ class Pair:
         """Before the next case."""
         self.emissions, self.truth, self.partial = [], None, False
 
-    def emission(self, side: int, subject: Subject, truth: Truth, inputs: Path) -> _Emission:
+    def emission(self, side: int, subject: PreparedCase, truth: Truth, inputs: Path) -> _Emission:
         if not self.emissions:
             self.emissions = [_emit(source, subject, "free", truth, inputs) for source in self.sources]
             self.truth = truth
@@ -86,7 +86,7 @@ class Pair:
         ]
 
 
-class PairedSource(NothingOpen):
+class PairedSource(StatelessSource):
     """One side of a pair, as a source to judge."""
 
     def __init__(self, pair: Pair, side: int) -> None:
@@ -97,11 +97,11 @@ class PairedSource(NothingOpen):
     def identity(self) -> CandleMi | None:
         return self._pair.sources[self._side].identity
 
-    def text_ids(self, subject: Subject) -> TextIds:
+    def text_ids(self, subject: PreparedCase) -> TextIds:
         """The side's own."""
         return self._pair.sources[self._side].text_ids(subject)
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
         """The trace of the whole forward as the pair shows it; in any other mode, the side's own.
 
         :raises ParityError: what the side raised.

@@ -203,7 +203,7 @@ class Emitted(Protocol):
         ...
 
 
-def stretches(entry: TensorEntry) -> list[slice]:
+def chunks(entry: TensorEntry) -> list[slice]:
     """The positions of a tensor, cut so that a long one need not be in memory as a whole."""
     # numpy has no bfloat16 to read a part of, inline values are there already, and what is not finite is counted
     # over the whole.
@@ -328,7 +328,7 @@ class Trace:
         return self._from_file(entry, (*[slice(None)] * (len(entry.shape) - 2), rows, slice(None)))
 
     def _verify_in_part(self, entry: TensorEntry) -> None:
-        """What :meth:`tensor` checks, with a stretch in memory at a time."""
+        """What :meth:`tensor` checks, with a chunk in memory at a time."""
         digest, nonfinite = hashlib.sha256(), 0
         for box in row_major(entry.shape):
             array = self._from_file(entry, box)

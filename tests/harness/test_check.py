@@ -26,7 +26,7 @@ from candle_mi_parity.coverage.census_truth import truth_of
 from candle_mi_parity.coverage.unmapped import unmapped_subject
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.models.checkpoint import read_config
-from candle_mi_parity.models.prepared_case import Subject, prepare
+from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.report.check_page import foretold_lines, lines, page
 from candle_mi_parity.report.views import Interrupted
 from candle_mi_parity.run import check as service
@@ -178,7 +178,7 @@ def test_her_own_sae_says_where_it_stands(tmp_path: Path) -> None:
 class Parting(TorchSource):
     """Another token wins by a clear margin, three steps after the prompt."""
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
         emitted = super().trace(subject, mode, truth, inputs)
         logits = emitted.arrays["logits"][0]
         if logits.shape[1] > 24:
@@ -272,7 +272,7 @@ def test_the_command_answers_in_its_first_line_and_its_exit_code(tmp_path: Path)
 
 
 class Stopping(TorchSource):
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
         if subject.case.id == "check/p2":
             raise KeyboardInterrupt
         return super().trace(subject, mode, truth, inputs)

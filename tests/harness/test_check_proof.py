@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.candidate.sources import NothingOpen, Source, StoredSource
+from candle_mi_parity.candidate.sources import Source, StatelessSource, StoredSource
 from candle_mi_parity.compare.check_result import CheckResult
 from candle_mi_parity.compare.run_result import Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
-from candle_mi_parity.models.prepared_case import Subject, prepare
+from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.run.check import CheckOptions, check
 from candle_mi_parity.run.check_inputs import Prompt
 from candle_mi_parity.spec.cases import Case
@@ -33,14 +33,14 @@ FAULTS = {"source-rope-exponent", "source-query-norm", "source-gate-half"}
 """Faults in candle-mi's source that no change of a setting imitates."""
 
 
-class Hers(NothingOpen):
+class Hers(StatelessSource):
     """The stored traces of a case of the table, under the user's own name for it."""
 
     def __init__(self, case: Case) -> None:
         self._case, self._stored = case, StoredSource(OUTPUTS / f"{RELEASE}.json")
         self.identity = self._stored.identity
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
         return self._stored.trace(replace(subject, case=self._case), mode, truth, inputs)
 
 

@@ -12,12 +12,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from candle_mi_parity.candidate import cuda, torch_source
-from candle_mi_parity.candidate.sources import NothingOpen
+from candle_mi_parity.candidate.sources import StatelessSource
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.cli import cli
 from candle_mi_parity.errors import DeviceError
 from candle_mi_parity.judge.case import Progress
-from candle_mi_parity.models.prepared_case import Subject, prepare
+from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.run import diff as diff_run
 from candle_mi_parity.spec.cases import load_cases
@@ -117,7 +117,7 @@ def test_an_unknown_device_is_an_error_and_no_missing_one(tmp_path: Path) -> Non
         assert done.exit_code == 2, device
 
 
-class AsIfOnCuda(NothingOpen):
+class AsIfOnCuda(StatelessSource):
     """The CPU's numbers under another device's name."""
 
     identity = None
@@ -125,7 +125,7 @@ class AsIfOnCuda(NothingOpen):
     def __init__(self, device: str) -> None:
         self.device, self._source = device, TorchSource()
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
         return self._source.trace(subject, mode, truth, inputs)
 
 

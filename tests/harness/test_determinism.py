@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from candle_mi_parity.candidate.sources import LiveSource, NothingOpen, Source
+from candle_mi_parity.candidate.sources import LiveSource, Source, StatelessSource
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.prepared_case import prepare
@@ -58,7 +58,7 @@ def test_torch_gives_the_same_bytes_twice_from_a_model_loaded_twice(name: str) -
     assert torch.get_num_threads() == threads
 
 
-class Restless(NothingOpen):
+class Restless(StatelessSource):
     """Adds one rounding to one tensor at every run but the first."""
 
     identity = None

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from candle_mi_parity.candidate.process import EmitterError
-from candle_mi_parity.candidate.sources import NothingOpen, NotStoredError
+from candle_mi_parity.candidate.sources import NotStoredError, StatelessSource
 from candle_mi_parity.compare.align import INFINITE, SAME, common, tensor_distance
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, TensorDiff, diff_call
 from candle_mi_parity.compare.run_result import Verdict
 from candle_mi_parity.compare.verdict import Explained, Outcome, Status
 from candle_mi_parity.errors import ParityError, TraceError
 from candle_mi_parity.judge.case import Progress
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.run.diff import Pair, diff_one
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from candle_mi_parity.spec.hook_points import Mode
@@ -35,13 +35,13 @@ Change = Callable[[Arrays], object]
 
 
 @dataclass
-class Held(NothingOpen):
+class Held(StatelessSource):
     """A source of given traces and errors, by case."""
 
     held: dict[str, Emitted | ParityError]
     identity = RELEASE
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
         found = self.held.get(subject.case.id) if mode == "free" else None
         if found is None:
             raise NotStoredError(f"nothing is stored for {subject.case.id} ({mode})")

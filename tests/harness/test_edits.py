@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from candle_mi_parity.candidate import torch_source
 from candle_mi_parity.candidate.sources import request
 from candle_mi_parity.errors import CaseTableError, OracleError
-from candle_mi_parity.models.prepared_case import Subject, prepare
+from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.oracle.hooks import Edits
 from candle_mi_parity.oracle.interventions import edits_of
 from candle_mi_parity.oracle.oracle import Oracle
@@ -159,7 +159,7 @@ def test_a_capture_taken_after_the_edit_is_caught(tmp_path: Path, hook: str) -> 
 # --- rows that cannot be applied ------------------------------------------------------------------
 
 
-def subject_with(*edits: dict[str, Any], base: str = "llama/edit-knockout") -> Subject:
+def subject_with(*edits: dict[str, Any], base: str = "llama/edit-knockout") -> PreparedCase:
     row = real(base).subject.case.model_dump()
     return prepare(Case.model_validate({**row, "edits": list(edits)}), cache_root())
 

@@ -22,7 +22,7 @@ from candle_mi_parity.models.checkpoint import model_digest, read_config, requir
 from candle_mi_parity.models.generate import (
     bit_stream,
     normal_numbers,
-    tensor_stretches,
+    tensor_chunks,
     tensor_values,
     tiny_config,
     write_config,
@@ -209,23 +209,23 @@ SHAPES: dict[str, tuple[int, ...]] = {"b.weight": (7, 5), "a.bias": (3,), "a.nor
 
 
 def plain(name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    return tensor_stretches(name, shape, 0)
+    return tensor_chunks(name, shape, 0)
 
 
 def test_numbers_are_sums_of_twelve_integers_whatever_the_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
     words = np.asarray(bit_stream("x").random_raw(3 * 1000), "<u8")
     sums = np.frombuffer(words.tobytes(), "<u2").reshape(1000, 12).astype(np.int64).sum(axis=1)
-    for stretch in (1, 7, 999, 1000, 1 << 16):
-        monkeypatch.setattr(generate, "STRETCH", stretch)
+    for chunk in (1, 7, 999, 1000, 1 << 16):
+        monkeypatch.setattr(generate, "CHUNK", chunk)
         found = [*normal_numbers("x", 1000)]
-        assert len(found) == -(-1000 // stretch)
+        assert len(found) == -(-1000 // chunk)
         np.testing.assert_array_equal(np.concatenate(found), (sums - 393210) / 65536.0)
 
 
 def test_a_file_has_the_bytes_that_safetensors_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {name: tensor_values(name, shape, 0) for name, shape in SHAPES.items()}
     save_file(whole, tmp_path / "whole", metadata={"format": "pt"})
-    monkeypatch.setattr(generate, "STRETCH", 4)
+    monkeypatch.setattr(generate, "CHUNK", 4)
     assert write_safetensors(tmp_path / "ours", SHAPES, plain) == sum(array.nbytes for array in whole.values())
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "whole").read_bytes()
 

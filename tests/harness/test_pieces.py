@@ -1,4 +1,4 @@
-"""A tensor is judged a block at a time, a long one a stretch of its file at a time: as if it were judged whole."""
+"""A tensor is judged a block at a time, a long one a chunk of its file at a time: as if it were judged whole."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from candle_mi_parity.compare.verdict import TensorResult
-from candle_mi_parity.files import chunks as stretches
+from candle_mi_parity.files import chunks
 from tests.support.planting import Arrays, Real, judge, real, write
 
 WHOLE = 1 << 40
 PIECES = {
     "blocks of a position": (1, WHOLE, WHOLE),
     "blocks of some positions": (500, WHOLE, WHOLE),
-    "stretches of a position": (WHOLE, 1, 1),
-    "stretches of some positions, in blocks of others": (300, 1000, 1),
+    "chunks of a position": (WHOLE, 1, 1),
+    "chunks of some positions, in blocks of others": (300, 1000, 1),
 }
-"""Elements of a block, of a stretch, and of a tensor that is long."""
+"""Elements of a block, of a chunk, and of a tensor that is long."""
 
 
 def honest(arrays: Arrays) -> Arrays:
@@ -69,8 +69,8 @@ def test_pieces_are_judged_as_the_whole(
 
 
 def judged(there: Real, path: Path, patch: pytest.MonkeyPatch, *sizes: int) -> list[TensorResult]:
-    for name, size in zip(("BLOCK", "STRETCH", "LONG"), sizes, strict=True):
-        patch.setattr(stretches, name, size)
+    for name, size in zip(("BLOCK", "CHUNK", "LONG"), sizes, strict=True):
+        patch.setattr(chunks, name, size)
     return judge(there, path)
 
 
@@ -82,4 +82,4 @@ def _but_for_the_means(results: list[TensorResult]) -> list[str]:
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=4))
 def test_blocks_cover_each_position_once(shape: list[int]) -> None:
     positions = [*range(shape[-2])]
-    assert [position for block in stretches.blocks(shape) for position in positions[block]] == positions
+    assert [position for block in chunks.blocks(shape) for position in positions[block]] == positions

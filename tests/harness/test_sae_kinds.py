@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from candle_mi_parity.candidate.process import EmitterError
-from candle_mi_parity.candidate.sources import NothingOpen, Source
+from candle_mi_parity.candidate.sources import Source, StatelessSource
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import check_header
 from candle_mi_parity.compare.verdict import CaseResult, Failure, Status
 from candle_mi_parity.errors import CaseTableError, NoTruthError, ParityError, SaeError
 from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.judge.case import Progress, judge_case
-from candle_mi_parity.models.prepared_case import Subject, prepare
+from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.models.saelens import own_hook
 from candle_mi_parity.spec.cases import Case, SaeFile, SaelensDirectory
@@ -108,7 +108,7 @@ def test_the_reader_says_whose_limit_it_is(tmp_path: Path, kind: str) -> None:
     assert f"cfg.json: there is no truth for {said}" in str(caught.value), caught.value
 
 
-class Computing(NothingOpen):
+class Computing(StatelessSource):
     """A candidate that computes something for an SAE, whatever it is."""
 
     identity = RELEASE
@@ -116,7 +116,7 @@ class Computing(NothingOpen):
     def __init__(self, directory: Path, error: ParityError | None = None) -> None:
         self._directory, self._error = directory, error
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Trace:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Trace:
         if self._error is not None:
             raise self._error
         there = real("llama/hub")

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from candle_mi_parity.candidate.process import EmitterError
-from candle_mi_parity.candidate.sources import NothingOpen, StoredSource
+from candle_mi_parity.candidate.sources import StatelessSource, StoredSource
 from candle_mi_parity.candidate.spelling import CandidateError
 from candle_mi_parity.candidate.store import (
     Storing,
@@ -24,7 +24,7 @@ from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.errors import Stopped, TraceError
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import OUTPUTS
 from candle_mi_parity.trace.release import StoredCase, StoredRelease
@@ -34,7 +34,7 @@ from tests.support.planting import CASES, RELEASE, Real, failures, real, write
 from tests.support.stored import write_index
 
 
-class Emitting(NothingOpen):
+class Emitting(StatelessSource):
     """A source that has one trace, or refuses."""
 
     identity = RELEASE
@@ -42,7 +42,7 @@ class Emitting(NothingOpen):
     def __init__(self, path: Path, error: EmitterError | None = None) -> None:
         self._path, self._error = path, error
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> Trace:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Trace:
         if self._error is not None:
             raise self._error
         return Trace(self._path)

@@ -14,13 +14,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
-from candle_mi_parity.candidate.sources import NothingOpen, Source, StoredSource
+from candle_mi_parity.candidate.sources import Source, StatelessSource, StoredSource
 from candle_mi_parity.candidate.store import Storing, StoringSource
 from candle_mi_parity.candidate.tokens import TextIds, text_ids
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.judge.case import Progress, judge_case
-from candle_mi_parity.models.prepared_case import Subject, prepare
+from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.run.diff import Pair, PairedSource
 from candle_mi_parity.spec.cases import Case, LocalModel
 from candle_mi_parity.spec.explanations import Explanations
@@ -58,18 +58,18 @@ def model(directory: Path, **config: object) -> Case:
 
 
 @dataclass
-class Asked(NothingOpen):
+class Asked(StatelessSource):
     """torch's numbers under another name, with a tokenizer that gives what it is told to."""
 
     answer: TextIds | EmitterError
     identity = RELEASE
 
-    def text_ids(self, subject: Subject) -> TextIds:
+    def text_ids(self, subject: PreparedCase) -> TextIds:
         if isinstance(self.answer, EmitterError):
             raise self.answer
         return self.answer
 
-    def trace(self, subject: Subject, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
         with TorchSource() as source:
             return source.trace(subject, mode, truth, inputs)
 
@@ -126,7 +126,7 @@ def test_each_side_of_a_diff_is_asked(tmp_path: Path) -> None:
 # --- what is stored
 
 
-def stored(index: Path, subject: Subject, answer: TextIds | EmitterError) -> StoredSource:
+def stored(index: Path, subject: PreparedCase, answer: TextIds | EmitterError) -> StoredSource:
     with Storing(index, whole=True) as keep:
         source = StoringSource(Asked(answer), keep)
         if isinstance(answer, TextIds):

@@ -18,7 +18,7 @@ from candle_mi_parity.errors import GoldenError, ParityError
 from candle_mi_parity.files.digest import digest_files
 from candle_mi_parity.files.npz import read_npz
 from candle_mi_parity.files.untrusted import read_json
-from candle_mi_parity.models.prepared_case import Subject
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.trace.truth import Truth
 
@@ -59,7 +59,7 @@ def has_golden(case: Case) -> bool:
 class Golden:
     """The golden of one case."""
 
-    subject: Subject
+    subject: PreparedCase
     truth: Truth
     directory: Path
 

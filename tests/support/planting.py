@@ -25,7 +25,7 @@ from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.judge.known import facts_of
 from candle_mi_parity.models.checkpoint import read_config, weight_files
-from candle_mi_parity.models.prepared_case import Subject, prepare
+from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import Case, load_cases
@@ -50,7 +50,7 @@ class Real:
     :ivar inputs: file of the inputs beside the tokens.
     """
 
-    subject: Subject
+    subject: PreparedCase
     oracle: Oracle
     truth: Truth
     emitted: InMemory
