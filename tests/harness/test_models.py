@@ -32,7 +32,7 @@ from candle_mi_parity.models.sae import load_sae, sae_path
 from candle_mi_parity.spec.cases import LocalModel, ScopeSae, TinyModel, select
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.paths import cache_root
-from tests.support.planting import CASES, real
+from tests.support.planting import CASES
 
 LLAMA = TinyModel(source="tiny", config="models/llama.json", dialect="hub")
 LLAMA_TENSORS = "9954571900e0c06a6c2ef09d8dc276896c4ab781796a8c5636c3634dea0823be"
@@ -52,7 +52,7 @@ def test_generated_weights_are_bit_identical_everywhere(tmp_path: Path) -> None:
 def test_both_dialects_hold_the_same_weights_under_other_configs(tmp_path: Path) -> None:
     v5 = model_directory(LLAMA.model_copy(update={"dialect": "v5"}), tmp_path)
     assert tensors_digest(v5) == LLAMA_TENSORS
-    hub, saved = read_config(real("llama/hub").subject.model_dir), read_config(v5)
+    hub, saved = read_config(prepare(CASES["llama/hub"], cache_root()).model_dir), read_config(v5)
     assert hub["rope_theta"] == 500000.0 and "rope_theta" not in saved
     assert isinstance(saved["rope_parameters"], dict) and saved["rope_parameters"]["rope_theta"] == 500000.0
 
@@ -61,7 +61,9 @@ def test_both_dialects_hold_the_same_weights_under_other_configs(tmp_path: Path)
 def test_no_weight_is_zero_or_at_a_default(family: str) -> None:
     offset = FAMILIES[family].norm_offset
     biases = 0
-    for name, array in load_file(real(f"{family}/hub").subject.model_dir / "model.safetensors").items():
+    for name, array in load_file(
+        prepare(CASES[f"{family}/hub"], cache_root()).model_dir / "model.safetensors"
+    ).items():
         assert array.dtype == np.float32 and array.std() > 0.01, f"{family}: {name} is constant"
         assert (array == 0).mean() < 0.01, f"{family}: {name} holds zeros"
         if name.endswith(".bias"):

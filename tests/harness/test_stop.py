@@ -1,4 +1,4 @@
-"""A run that is stopped: its results are in the report, nothing is left running, no older report is taken for it."""
+"""A run that is stopped reports its results, leaves no process behind, and removes an older report."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ main()
 
 
 def alive(token: str) -> list[int]:
-    """The processes that a run started, itself among them."""
+    """The processes of a run, itself included."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -108,7 +108,7 @@ class Run:
             stdout=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
-            # Ignored in what a shell runs in the background, and inherited.
+            # A background job of a shell ignores SIGINT, which is inherited.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
         )
 
@@ -120,15 +120,12 @@ class Run:
             time.sleep(0.02)
 
     def ends(self) -> str:
-        """What it said on stderr; the time is that of an exit, not of a case."""
+        """Wait for the end of the process; returns its stderr."""
         return self.process.communicate(timeout=60)[1]
 
 
 def run_of_an_emitter(directory: Path, hang: str) -> Run:
-    """A run whose emitter answers two cases and hangs in the third.
-
-    Two are judged at a time: when the third is asked for, one of the others is judged.
-    """
+    """A run whose emitter answers two cases and hangs in the third; by then one of the others is judged."""
     emitter, stored, hung = directory / "emitter", str(directory / "stored"), str(directory / "hung")
     for case_id in HUB:
         as_emitted(directory / "stored", case_id)
@@ -148,7 +145,6 @@ def leave_nothing() -> Iterator[list[Run]]:
 
 
 @pytest.mark.thorough
-@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_in_a_hung_case_ends_the_run_and_keeps_its_results(
     leave_nothing: list[Run], tmp_path: Path, number: signal.Signals
@@ -156,7 +152,7 @@ def test_a_stop_in_a_hung_case_ends_the_run_and_keeps_its_results(
     run = run_of_an_emitter(tmp_path, "time.sleep(600)")
     leave_nothing.append(run)
     run.wait_for_the_hang()
-    os.killpg(run.process.pid, number)  # as a terminal does
+    os.killpg(run.process.pid, number)
     said = run.ends()
     assert run.process.returncode == 2
     assert "Traceback" not in said
@@ -169,12 +165,12 @@ def test_a_stop_in_a_hung_case_ends_the_run_and_keeps_its_results(
     assert gone(run.token), "a process was left behind"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_does_not_wait_for_a_truth(leave_nothing: list[Run], tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.thorough
+def test_a_stop_does_not_wait_for_a_truth(leave_nothing: list[Run], tmp_path: Path) -> None:
     run = Run(tmp_path, SLOW.format(hung=str(tmp_path / "hung")), "stored:0.2.2")
     leave_nothing.append(run)
     run.wait_for_the_hang()
-    os.kill(run.process.pid, number)
+    os.kill(run.process.pid, signal.SIGTERM)
     said = run.ends()
     assert run.process.returncode == 2 and "Traceback" not in said
     told = json.loads((run.out / "report.json").read_text())
@@ -182,9 +178,8 @@ def test_a_stop_does_not_wait_for_a_truth(leave_nothing: list[Run], tmp_path: Pa
     assert gone(run.token), "a process was left behind"
 
 
-def test_of_a_killed_run_there_is_no_report_rather_than_an_older_one(
-    leave_nothing: list[Run], tmp_path: Path
-) -> None:
+@pytest.mark.thorough
+def test_a_killed_run_leaves_no_older_report(leave_nothing: list[Run], tmp_path: Path) -> None:
     run = run_of_an_emitter(tmp_path, "sys.stdin.read()")
     leave_nothing.append(run)
     run.out.mkdir()
@@ -200,7 +195,7 @@ def test_of_a_killed_run_there_is_no_report_rather_than_an_older_one(
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """Signals have their default handlers, also in a background job, and afterwards those of before."""
+    """Default signal handlers, also in a background job."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     yield
@@ -209,7 +204,7 @@ def handlers() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_stop_outside_a_run_is_one_line_and_no_verdict(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
@@ -228,7 +223,6 @@ wait
 """
 
 
-@pytest.mark.thorough
 def running(process: int) -> bool:
     try:
         return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
@@ -236,7 +230,7 @@ def running(process: int) -> bool:
         return False
 
 
-def test_a_build_that_is_broken_off_leaves_no_cargo_and_no_compiler(tmp_path: Path) -> None:
+def test_a_stopped_build_leaves_no_process(tmp_path: Path) -> None:
     program, pids = tmp_path / "cargo", tmp_path / "pids"
     program.write_text(CARGO.format(pids=pids))
     program.chmod(0o755)
