@@ -165,7 +165,6 @@ def test_a_stop_in_a_hung_case_ends_the_run_and_keeps_its_results(
     assert gone(run.token), "a process was left behind"
 
 
-@pytest.mark.thorough
 def test_a_stop_does_not_wait_for_a_truth(leave_nothing: list[Run], tmp_path: Path) -> None:
     run = Run(tmp_path, SLOW.format(hung=str(tmp_path / "hung")), "stored:0.2.2")
     leave_nothing.append(run)
@@ -178,7 +177,6 @@ def test_a_stop_does_not_wait_for_a_truth(leave_nothing: list[Run], tmp_path: Pa
     assert gone(run.token), "a process was left behind"
 
 
-@pytest.mark.thorough
 def test_a_killed_run_leaves_no_older_report(leave_nothing: list[Run], tmp_path: Path) -> None:
     run = run_of_an_emitter(tmp_path, "sys.stdin.read()")
     leave_nothing.append(run)
@@ -230,7 +228,8 @@ def running(process: int) -> bool:
         return False
 
 
-def test_a_stopped_build_leaves_no_process(tmp_path: Path) -> None:
+def test_a_stopped_build_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cargo, "HEARTBEAT_SECONDS", 0.2)
     program, pids = tmp_path / "cargo", tmp_path / "pids"
     program.write_text(CARGO.format(pids=pids))
     program.chmod(0o755)
