@@ -1,4 +1,4 @@
-"""The source of tensors that a user's own program dumped, see :mod:`candle_mi_parity.trace.dump`."""
+"""The source for tensors dumped by a user's program, see :mod:`candle_mi_parity.trace.dump`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from candle_mi_parity.trace.truth import Truth
 
 
 class DumpSource(StatelessSource):
-    """One prompt's tensors.
+    """The tensors of one prompt.
 
-    :param release: the candle-mi whose known divergences are tried first. What made the tensors is not known: any
-        part of the list may explain them.
+    :param release: the candle-mi whose known divergences are tried first; the real version is unknown.
     """
 
     def __init__(self, dump: Dump, release: str) -> None:
@@ -24,7 +23,7 @@ class DumpSource(StatelessSource):
         self.identity = CandleMi(version=release, source="path", checksum=None, revision=None, tree_digest=None)
 
     def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
-        """:raises TraceError: a tensor has another shape than the truth's, or the run is the teacher-forced one."""
+        """:raises TraceError: a tensor has another shape than the truth's, or a teacher-forced run is requested."""
         if mode != "free":
-            raise NotStoredError("the tensors of a user's own program are one free run")
+            raise NotStoredError("a dump has no teacher-forced run")
         return as_trace(self._dump, truth, subject.case.dtype)

@@ -1,4 +1,4 @@
-"""A source whose traces are kept for whoever wants more of them than a verdict, and asked for a part of the hooks."""
+"""A source that keeps its traces for later use and may capture some of the hooks only."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Seen:
 
 
 class WatchedSource(StatelessSource):
-    """Another source, which is open, watched.
+    """Wraps another source, which is open.
 
-    :param hooks: globs over hook names; only what matches is asked for and judged, and the logits. Empty for all.
-    :ivar seen: case id → what was compared.
+    :param hooks: globs; only matching hooks and the logits are captured and judged. Empty for all hooks.
+    :ivar seen: case id → both sides of the comparison.
     """
 
     def __init__(self, source: Source, hooks: tuple[str, ...] = ()) -> None:
@@ -37,12 +37,12 @@ class WatchedSource(StatelessSource):
         self.seen: dict[str, Seen] = {}
 
     def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
-        """As the source's own.
+        """The trace of the wrapped source.
 
         :raises CaseTableError: no hook matches.
         """
         wanted = self.wanted(subject.captures)
-        # Forced, every half-layer is replaced, whichever is looked at.
+        # A teacher-forced run replaces the residual at every half-layer, whichever hooks are captured.
         asked = subject if mode == "forced" else replace(subject, captures=wanted)
         emitted = self._source.trace(asked, mode, truth, inputs)
         left_out = set(subject.captures) - set(wanted)
@@ -54,11 +54,11 @@ class WatchedSource(StatelessSource):
         return emitted
 
     def text_ids(self, subject: PreparedCase) -> TextIds:
-        """As the source's own."""
+        """The ids of the wrapped source."""
         return self._source.text_ids(subject)
 
     def wanted(self, captures: list[str]) -> list[str]:
-        """The hooks that are asked for, in execution order."""
+        """The hooks to be captured, in execution order."""
         if not self._hooks:
             return captures
         found = [name for name in captures if any(fnmatch.fnmatchcase(name, glob) for glob in self._hooks)]
