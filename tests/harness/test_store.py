@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from candle_mi_parity.spec.paths import OUTPUTS
 from candle_mi_parity.trace.release import StoredCase, StoredRelease
 from candle_mi_parity.trace.trace import Trace
 from candle_mi_parity.trace.truth import Truth
-from tests.support.planting import CASES, RELEASE, Real, failures, real, write
+from tests.support.planting import CASES, RELEASE, Arrays, Real, failures, real, write
 from tests.support.stored import write_index
 
 
@@ -53,15 +54,20 @@ def in_part(there: Real) -> Real:
     return replace(there, subject=replace(there.subject, case=case))
 
 
-def stored(directory: Path, there: Real, error: EmitterError | None = None, whole: bool = True) -> Path:
+def stored(
+    directory: Path,
+    there: Real,
+    arrays: Arrays | None = None,
+    error: EmitterError | None = None,
+    whole: bool = True,
+    version: str = "0.2.2",
+) -> Path:
     """Store one case; returns the index of the release."""
-    index = directory / "outputs" / "0.2.2.json"
+    index = directory / "outputs" / f"{version}.json"
     with Storing(index, whole) as keep:
-        source = StoringSource(Emitting(write(directory / "emitted", there), error), keep)
-        try:
+        source = StoringSource(Emitting(write(directory / "emitted", there, arrays), error), keep)
+        with contextlib.suppress(EmitterError):
             source.trace(there.subject, "free", there.truth, there.inputs)
-        except EmitterError:
-            assert error is not None
     return index
 
 
@@ -120,10 +126,7 @@ def test_a_fault_in_the_stored_part_is_detected(tmp_path: Path, name: str) -> No
     there = in_part(real("gemma2/hub"))
     arrays = there.arrays
     arrays[name][0, 23, int(arrays[name][0, 23].argmax())] *= np.float32(1.01)
-    emitted = write(tmp_path / "emitted", there, arrays)
-    with Storing(tmp_path / "0.2.2.json", whole=True) as keep:
-        StoringSource(Emitting(emitted), keep).trace(there.subject, "free", there.truth, there.inputs)
-    assert failures(results(reopened(tmp_path / "0.2.2.json", there), there)) == [name]
+    assert failures(results(reopened(stored(tmp_path, there, arrays), there), there)) == [name]
 
 
 def test_a_tensor_missing_from_a_part_fails(tmp_path: Path) -> None:
@@ -140,7 +143,7 @@ def test_a_tensor_missing_from_a_part_fails(tmp_path: Path) -> None:
 
 def test_a_refusal_is_stored_and_comes_back_as_a_refusal(tmp_path: Path) -> None:
     there, error = real("llama/hub"), EmitterError("model", "unsupported rope_type")
-    index = stored(tmp_path, there, error)
+    index = stored(tmp_path, there, error=error)
     assert files(index) == set(), "a refusal is a line of the index"
     with pytest.raises(EmitterError, match="model: unsupported rope_type"):
         reopened(index, there)
@@ -194,14 +197,12 @@ def test_of_a_changed_trace_only_the_changed_tensor_is_stored(tmp_path: Path) ->
     before = files(index)
     arrays = there.arrays
     arrays["logits"][0, 3, 5] += 1
-    with Storing(index.with_name("0.3.0.json"), whole=True) as keep:
-        emitted = write(tmp_path / "emitted", there, arrays)
-        StoringSource(Emitting(emitted), keep).trace(there.subject, "free", there.truth, there.inputs)
+    later = stored(tmp_path, there, arrays, version="0.3.0")
     new = files(index) - before - {"0.3.0.json"}
     assert {Path(name).suffix for name in new} == {".json", ".safetensors"} and len(new) == 2
     (file,) = (index.parent / name for name in new if name.endswith(".safetensors"))
     assert list(load_file(file)) == ["logits"]
-    trace = reopened(index.with_name("0.3.0.json"), there)
+    trace = reopened(later, there)
     for name, array in arrays.items():
         np.testing.assert_array_equal(trace.tensor(name), array, err_msg=name)
     np.testing.assert_array_equal(reopened(index, there).tensor("logits"), there.arrays["logits"])
@@ -209,7 +210,7 @@ def test_of_a_changed_trace_only_the_changed_tensor_is_stored(tmp_path: Path) ->
     index.unlink()
     remove_unnamed(index.parent)
     assert len(files(index)) == 4
-    reopened(index.with_name("0.3.0.json"), there).tensor("hook_embed")
+    reopened(later, there).tensor("hook_embed")
 
 
 def test_storing_some_cases_leaves_the_others(tmp_path: Path) -> None:
@@ -218,8 +219,7 @@ def test_storing_some_cases_leaves_the_others(tmp_path: Path) -> None:
     stored(tmp_path, real("gemma2/hub"), whole=False)
     assert before < files(index)
     assert {text.rstrip(",") for text in line} <= {text.rstrip(",") for text in index.read_text().splitlines()}
-    refused = EmitterError("model", "no")
-    stored(tmp_path, real("gemma2/hub"), refused, whole=False)
+    stored(tmp_path, real("gemma2/hub"), error=EmitterError("model", "no"), whole=False)
     assert files(index) == before, "files that no index names are removed"
     other = RELEASE.model_copy(update={"checksum": "b" * 64})
     with pytest.raises(CandidateError, match="of another candle-mi"), Storing(index, whole=False) as keep:
@@ -235,9 +235,7 @@ def test_an_equal_trace_keeps_its_teacher_forced_run(tmp_path: Path) -> None:
     for arrays, kept in ((there.arrays, True), (there.arrays | {"logits": 2 * there.arrays["logits"]}, False)):
         index.write_text(release.model_copy(update={"cases": {"llama/hub": with_forced}}).text())
         forced.write_text("{}")
-        with Storing(index, whole=True) as keep:
-            emitted = Emitting(write(tmp_path / "emitted", there, arrays))
-            StoringSource(emitted, keep).trace(there.subject, "free", there.truth, there.inputs)
+        stored(tmp_path, there, arrays)
         assert (StoredRelease(index).release.cases["llama/hub"].forced is not None) == kept == forced.is_file()
 
 
@@ -246,16 +244,12 @@ def test_a_store_that_is_stopped_leaves_the_earlier_release(tmp_path: Path, whol
     index = stored(tmp_path, real("llama/hub"))
     before, text = files(index), index.read_text()
 
-    def stopped() -> None:
-        with Storing(index, whole) as keep:
-            emitted = Emitting(write(tmp_path / "other", real("gemma2/hub")))
-            there = real("gemma2/hub")
-            StoringSource(emitted, keep).trace(there.subject, "free", there.truth, there.inputs)
-            assert files(index) > before
-            raise Stopped("SIGINT")
-
-    with pytest.raises(Stopped):
-        stopped()
+    there = real("gemma2/hub")
+    with pytest.raises(Stopped), Storing(index, whole) as keep:  # noqa: PT012
+        emitted = Emitting(write(tmp_path / "other", there))
+        StoringSource(emitted, keep).trace(there.subject, "free", there.truth, there.inputs)
+        assert files(index) > before
+        raise Stopped("SIGINT")
     assert files(index) == before and index.read_text() == text
     (index.parent / "traces" / "left.json").touch()  # as a killed store leaves it
     stored(tmp_path, real("llama/hub"), whole=whole)
