@@ -126,7 +126,6 @@ def runs() -> Iterator[list[Run]]:
             os.kill(process, signal.SIGKILL)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_does_not_wait_for_a_truth_and_keeps_the_results(
     runs: list[Run], tmp_path: Path, number: signal.Signals
@@ -136,7 +135,6 @@ def test_a_stop_does_not_wait_for_a_truth_and_keeps_the_results(
     assert run.check_report(run.stop(number)) <= done
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(("number", "hang"), [(signal.SIGTERM, "sleep 600"), (signal.SIGKILL, "cat >&2")])
 def test_a_stop_ends_the_emitter_and_leaves_no_older_report(
     runs: list[Run], tmp_path: Path, number: signal.Signals, hang: str
