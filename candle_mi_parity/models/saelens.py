@@ -95,7 +95,7 @@ def own_hook(directory: Path) -> str | None:
     hook = next(iter(named.values()), None)
     if len(set(named.values())) > 1:
         said = ", ".join(f"{key} is {one_line(repr(value))}" for key, value in named.items())
-        raise SaeError(f"{directory / CONFIG}: {said}: an SAE has one hook point")
+        raise SaeError(f"{directory / CONFIG}: {said}: an SAE is at one place")
     layer = re.match(r"blocks\.([0-9]{1,9})\.", hook or "")
     for key in ("hook_layer", "hook_point_layer"):
         if layer and type(raw.get(key)) is int and raw[key] != int(layer[1]):
@@ -133,7 +133,7 @@ def _config(path: Path, change: Counterfactual) -> SaelensConfig:
             f"{path}: normalize_activations expected_average_only_in needs a scale that the file does not hold"
         )
     if isinstance(named := fields.get("architecture"), str) and named not in ARCHITECTURES:
-        raise _no_truth(path, f"architecture {named!r}", f"only {', '.join(ARCHITECTURES)}")
+        raise _no_truth(path, f"architecture {named!r}", ", ".join(ARCHITECTURES))
     try:
         config = SaelensConfig.model_validate(fields)
     except ValidationError as error:

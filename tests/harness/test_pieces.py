@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from candle_mi_parity.compare.verdict import TensorResult
@@ -79,6 +79,7 @@ def _but_for_the_means(results: list[TensorResult]) -> list[str]:
     return [repr(replace(result, rms_ratio=0.0, position_ratio=0.0)) for result in results]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=4))
 def test_blocks_cover_each_position_once(shape: list[int]) -> None:
     positions = [*range(shape[-2])]
