@@ -69,7 +69,7 @@ fn patched(lock: &str) -> &'static str {
     }
 }
 
-/// `1.2.3-alpha` as `[1, 2, 3]`; what is not a number counts as 0.
+/// `1.2.3-alpha` as `[1, 2, 3]`; a part that is not a number counts as 0.
 fn numbers(version: &str) -> Vec<u64> {
     version
         .split(['-', '+'])

@@ -1,9 +1,7 @@
 """Building the emitter for a candidate, in a cache keyed by content.
 
-Below the cache directory lie ``emitters/<key>/`` (the binaries, one per content), ``crates/`` (a crate
-directory per candidate spelling, so that a maintainer's ``path:`` build is incremental) and
-``target/candle-<series>/`` (cargo's own output, shared by all candidates on one candle: it is the same 170
-crates).
+The cache holds ``emitters/<key>/`` (binaries), ``crates/`` (a crate per spelling of a candidate, so that ``path:``
+builds are incremental) and ``target/candle-<series>/`` (cargo's output, shared by all candidates on one candle).
 """
 
 from __future__ import annotations
@@ -34,32 +32,30 @@ from candle_mi_parity.candidate.plan import (
     with_real_downloader,
 )
 from candle_mi_parity.candidate.spelling import Candidate, CandidateError, OutOfReachError
-from candle_mi_parity.files import atomic as durable
+from candle_mi_parity.files import atomic
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class BuiltEmitter:
-    """An emitter that can be run, and what it says of itself (``parity-emitter --version``)."""
+    """An emitter's binary, and the output of ``parity-emitter --version``."""
 
     path: Path
     identity: dict[str, object]
 
 
 class _StandInError(CandidateError):
-    """candle-mi calls something of its downloader that the stand-in lacks."""
+    """candle-mi uses a part of its downloader that the stand-in does not have."""
 
 
 def build(candidate: Candidate, cache: Path, log: Progress, features: Sequence[str] = ()) -> BuiltEmitter:
-    """The emitter for ``candidate``, from the cache or freshly built.
+    """The emitter for ``candidate``, from the cache or built now, once for all processes.
 
-    Two processes that ask for the same emitter build it once.
-
-    :param log: called with a line now and then.
+    :param log: called with lines of progress.
     :param features: features of the emitter crate (``cuda``).
-    :raises CandidateError: one line on why there is no such emitter.
-    :raises OutOfReachError: only the network or a compiler for CUDA is missing.
+    :raises CandidateError: one line on why the build failed.
+    :raises OutOfReachError: the network or nvcc is missing.
     """
     if candidate.kind == "stored":
         raise CandidateError(f"{candidate.spec} is stored: there is nothing to build")
@@ -72,11 +68,11 @@ def build(candidate: Candidate, cache: Path, log: Progress, features: Sequence[s
     plain = with_real_downloader(plan)
     rustc = _rustc_version()
     if plan != plain and _binary(plain, cache, rustc, features).is_file():
-        plan = plain  # found out earlier that the stand-in does not do
+        plan = plain  # an earlier build with the stand-in failed
     try:
         return _build(candidate, plan, cache, log, rustc, features)
     except _StandInError as error:
-        log(f"{error}; building the real {DOWNLOADER}, which takes twice as many crates")
+        log(f"{error}; building the real {DOWNLOADER}, with twice as many crates")
         return _build(candidate, plain, cache, log, rustc, features)
 
 
@@ -97,7 +93,7 @@ def _build(
 def _build_once(
     candidate: Candidate, plan: Plan, cache: Path, binary: Path, log: Progress, features: Sequence[str]
 ) -> None:
-    """Build ``binary``, unless another process did while this one waited for it."""
+    """Build ``binary``, unless another process built it while this one waited for the lock."""
     lock_file = _target(plan, cache).with_name(f"candle-{plan.candle}.lock")
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock_file):
@@ -112,7 +108,7 @@ def _build_once(
 
 
 def crate_of(candidate: Candidate, cache: Path, crate: Path) -> Path:
-    """Write the emitter's crate for a candidate to ``crate``; returns the target directory it is built in."""
+    """Write the emitter's crate for a candidate to ``crate``; returns its target directory."""
     plan = plan_of(candidate, cache)
     lay_out(crate, plan, cache)
     return _target(plan, cache)
@@ -123,7 +119,7 @@ def _target(plan: Plan, cache: Path) -> Path:
 
 
 def _binary(plan: Plan, cache: Path, rustc: str, features: Sequence[str]) -> Path:
-    """Where the emitter of a plan lies, by all that it is made of."""
+    """The path of a plan's emitter, keyed by everything that it is built from."""
     digest = hashlib.sha256()
     parts: list[tuple[str, bytes]] = [
         (path.relative_to(EMITTER).as_posix(), path.read_bytes()) for path in emitter_sources()
@@ -147,12 +143,11 @@ def _binary(plan: Plan, cache: Path, rustc: str, features: Sequence[str]) -> Pat
 
 def _rustc_version() -> str:
     try:
-        done = subprocess.run(["rustc", "-V"], capture_output=True, text=True, check=False)
+        return subprocess.run(["rustc", "-V"], capture_output=True, text=True, check=True).stdout.strip()
     except FileNotFoundError:
         raise _no_rust("rustc") from None
-    if done.returncode != 0:
-        raise CandidateError(f"rustc -V failed: {condense(done.stderr.splitlines())}")
-    return done.stdout.strip()
+    except subprocess.CalledProcessError as error:
+        raise CandidateError(f"rustc -V failed: {condense(error.stderr.splitlines())}") from error
 
 
 def _no_rust(program: str) -> CandidateError:
@@ -166,7 +161,7 @@ def _no_rust(program: str) -> CandidateError:
 
 
 def _cargo_build(candidate: Candidate, plan: Plan, cache: Path, log: Progress, features: Sequence[str]) -> Path:
-    """Run cargo and return the binary it left in the shared target directory."""
+    """Run cargo and return the binary in the shared target directory."""
     slug = re.sub(r"[^0-9A-Za-z.]+", "-", candidate.target)[-40:].strip("-")
     spelt = hashlib.sha256(f"{candidate.kind}:{candidate.target}:{plan.candle}".encode()).hexdigest()[:8]
     crate = cache / "crates" / f"{slug}-{spelt}"
@@ -180,8 +175,7 @@ def _cargo_build(candidate: Candidate, plan: Plan, cache: Path, log: Progress, f
     environment = {
         **os.environ,
         "CARGO_TARGET_DIR": str(target),
-        # The edit-and-run loop of a maintainer: the checkout and the emitter are compiled in part, the dependencies
-        # are those of every candidate. A release is compiled whole, whatever the user's shell says.
+        # Incremental for the edit-and-run loop of a maintainer only, whatever the user's environment says.
         "CARGO_INCREMENTAL": "1" if candidate.kind == "path" else "0",
         "PARITY_TREE_DIGEST": plan.tree_digest or "",
         "PARITY_REVISION": plan.revision or "",
@@ -189,7 +183,7 @@ def _cargo_build(candidate: Candidate, plan: Plan, cache: Path, log: Progress, f
     _force_rebuild(target, "parity-emitter")
     if candidate.kind == "path":
         _force_rebuild(target, "candle-mi")
-    # A cross-compilation target set by the user would move the binary elsewhere.
+    # A cross-compilation target would move the binary.
     environment.pop("CARGO_BUILD_TARGET", None)
     full_log = crate / "build.log"
     try:
@@ -203,7 +197,7 @@ def _cargo_build(candidate: Candidate, plan: Plan, cache: Path, log: Progress, f
 
 
 def _failure(candidate: Candidate, plan: Plan, ran: Ran, full_log: Path) -> CandidateError:
-    """Why there is no binary, and whose fault it is."""
+    """The error for a build without a binary."""
     reason = f"{ran.reason()} (full log: {full_log})"
     if not plan.locked and plan.downloader is not None and re.search(r"hf[-_]fetch[-_]model", ran.errors):
         return _StandInError(f"{candidate.label} does not build with the stand-in for {DOWNLOADER}: {reason}")
@@ -214,32 +208,31 @@ def _failure(candidate: Candidate, plan: Plan, ran: Ran, full_log: Path) -> Cand
         found = re.search(r"versions found which didn't match: (.*)", ran.errors)
         known = found[1] if found else ", ".join(reversed(known_releases()))
         return CandidateError(f"no candle-mi {candidate.target}; known releases: {known}")
-    # cargo has one exit code for every failure, and no JSON before it compiles.
+    # Before compilation cargo writes no JSON, and its exit code is the same for every failure.
     network = r"could not resolve host|failed to download|failed to fetch|download of .* failed|unable to update"
     if re.search(network, ran.errors, re.IGNORECASE):
-        said = f"cargo could not fetch what {candidate.label} needs; check the network, and run again"
-        return OutOfReachError(f"{said}: {reason}")
+        return OutOfReachError(
+            f"cargo could not fetch the crates of {candidate.label}; check the network, and run again: {reason}"
+        )
     return CandidateError(f"cargo could not build the emitter for {candidate.label}: {reason}")
 
 
 def _force_rebuild(target: Path, package: str) -> None:
-    """Have cargo compile a package whatever its files' times are.
+    """Have cargo compile a package whatever the modification times of its files.
 
-    It takes a file for unchanged that is older than what was built, as one is that ``cp -p``, ``rsync`` or ``tar``
-    put back, or that was written after the clock was set back: the text of before would be judged under the digest of
-    now. rustc goes by contents, so it costs little.
+    Otherwise a file that was restored with an old time, for instance by ``rsync``, would count as unchanged.
     """
-    for mark in (target / "release" / ".fingerprint").glob(f"{package}-*"):
-        shutil.rmtree(mark)
+    for fingerprint in (target / "release" / ".fingerprint").glob(f"{package}-*"):
+        shutil.rmtree(fingerprint)
 
 
 def _install(made: Path, binary: Path) -> None:
-    """Copy beside the destination, then rename: a half-copied binary is never found under its name."""
+    """Copy the binary atomically."""
     binary.parent.mkdir(parents=True, exist_ok=True)
     partial = binary.with_name(f".{binary.name}.{os.getpid()}")
     try:
         shutil.copy2(made, partial)
-        durable.put(partial, binary)
+        atomic.put(partial, binary)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -251,16 +244,16 @@ def _identity(binary: Path) -> dict[str, object]:
     try:
         command = [str(binary), "--version"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        identity: object = json.loads(done.stdout)
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        raise CandidateError(f"{binary} does not say what it is: {error}") from error
-    if not isinstance(identity, dict):
-        raise CandidateError(f"{binary} does not say what it is: {done.stdout[:80]!r}")
-    return identity
+        return dict(json.loads(done.stdout))
+    except (OSError, ValueError, TypeError, subprocess.TimeoutExpired) as error:
+        raise CandidateError(f"{binary} --version gave no valid answer: {error}") from error
 
 
 def _check_identity(candidate: Candidate, plan: Plan, identity: dict[str, object]) -> None:
-    """The candle-mi in the binary is the one that was asked for: the target directory is shared."""
+    """Check which candle-mi is in the binary, since the target directory is shared.
+
+    :raises CandidateError: it is not the candidate's.
+    """
     inside = identity.get("candle_mi")
     told = inside if isinstance(inside, dict) else {}
     source, field, wanted = {

@@ -1,8 +1,9 @@
-"""Running cargo: its progress as it comes, its errors as data, and nothing left running when a run is broken off."""
+"""Running cargo with progress messages and parsed errors; a run that is stopped leaves no process behind."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -17,19 +18,19 @@ from pathlib import Path
 from typing import IO, Any
 
 HEARTBEAT_SECONDS = 10.0
-"""After this time without news the last line of progress is said again."""
+"""After this time without progress the last line is repeated."""
 
-# Cargo draws its bar into a pipe too when it is told to, and how wide.
+# cargo draws its progress bar into a pipe only with these variables.
 _PROGRESS = {"CARGO_TERM_PROGRESS_WHEN": "always", "CARGO_TERM_PROGRESS_WIDTH": "120", "CARGO_TERM_COLOR": "never"}
 
 
 @dataclass(frozen=True)
 class Ran:
-    """How a cargo with ``--message-format json`` ended.
+    """The result of a cargo command with ``--message-format json``.
 
     :ivar code: its exit code.
     :ivar lines: its stderr, without the progress bar.
-    :ivar messages: what it said as JSON: artifacts, compiler messages, ``build-finished``.
+    :ivar messages: its JSON messages: artifacts, compiler messages, ``build-finished``.
     """
 
     code: int
@@ -38,34 +39,36 @@ class Ran:
 
     @property
     def compiled(self) -> bool:
-        """Whether it came to compiling: every crate was resolved and downloaded."""
+        """Whether compilation started: every crate was resolved and downloaded."""
         return any(message.get("reason") == "build-finished" for message in self.messages)
 
     @property
     def diagnostics(self) -> list[Mapping[str, Any]]:
-        """The compilers' messages; the text of one as a person reads it is its ``rendered``."""
+        """The compiler's messages; ``rendered`` holds the text for people."""
         return [message["message"] for message in self.messages if message.get("reason") == "compiler-message"]
 
     @property
     def errors(self) -> str:
-        """What is wrong in full: the compilers' errors, or all that cargo said from its first error on."""
+        """The compiler's errors, or cargo's output from its first error on."""
         if self.compiled:
             return "\n".join(str(one["rendered"]) for one in self.diagnostics if one["level"] == "error")
-        said = [line.startswith("error") for line in self.lines]
-        return "\n".join(self.lines[said.index(True) :] if any(said) else self.lines)
+        first = next((i for i, line in enumerate(self.lines) if line.startswith("error")), 0)
+        return "\n".join(self.lines[first:])
 
     def executable(self, name: str) -> Path | None:
-        """Where the binary of a target is."""
+        """The binary of a target."""
         for message in self.messages:
             if message.get("executable") and message["target"]["name"] == name:
                 return Path(message["executable"])
         return None
 
     def reason(self) -> str:
-        """One line on why it failed: the first error of a compiler with its place, or cargo's own error."""
+        """One line on why it failed: the compiler's first error with its place, or cargo's own error."""
         for one in self.diagnostics:
             if one["level"] == "error":
-                return _place(one) + condense([f"error: {one['message']}"])
+                spans = [span for span in one["spans"] if span["is_primary"]]
+                place = [f"{span['file_name']}:{span['line_start']}:{span['column_start']}: " for span in spans[:1]]
+                return "".join(place) + condense([f"error: {one['message']}"])
         return condense(self.lines)
 
 
@@ -74,13 +77,13 @@ def run_cargo(
 ) -> Ran:
     """Run a cargo command that takes ``--message-format json``.
 
-    :param full_log: a file for its stderr and the compilers' messages.
+    :param full_log: a file for its stderr and the compiler's messages.
     :param log: called with a line at each step, and at least every ten seconds.
-    :raises FileNotFoundError: there is no cargo.
+    :raises FileNotFoundError: cargo is not on PATH.
     """
     lines: list[str] = []
     with tempfile.TemporaryFile() as stdout, full_log.open("w", encoding="utf-8") as file:
-        # A group of its own, which can be ended with the compilers in it; a killed cargo leaves them at work.
+        # A process group, which can be killed with the compilers in it.
         cargo = subprocess.Popen(
             [*command, "--message-format", "json"],
             env={**environment, **_PROGRESS},
@@ -95,8 +98,8 @@ def run_cargo(
                 file.write(f"{line}\n")
                 lines.append(line)
             code = cargo.wait()
-        finally:  # a full disk, Ctrl-C; of a cargo that has ended there is no group any more
-            if cargo.poll() is None:
+        finally:
+            if cargo.poll() is None:  # after a full disk or Ctrl-C
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(cargo.pid, signal.SIGKILL)
                 cargo.wait()
@@ -108,7 +111,7 @@ def run_cargo(
 
 
 def _with_heartbeat(stderr: IO[bytes], log: Callable[[str], None]) -> Iterator[str]:
-    """The whole lines of cargo's stderr; its progress goes to ``log``."""
+    """Yield the lines of cargo's stderr; its progress goes to ``log``."""
     said, at, rest = "cargo starts", time.monotonic(), b""
 
     def tell(line: str) -> None:
@@ -127,7 +130,7 @@ def _with_heartbeat(stderr: IO[bytes], log: Callable[[str], None]) -> Iterator[s
             bar = _progress(line)
             if bar is None and line:
                 yield line
-            # What cargo does before there is a bar may wait for the network, or for another cargo.
+            # Before the bar is drawn, cargo may wait for the network or for another cargo.
             before = re.match(r"\s+(Updating|Downloading|Blocking)\b", line)
             news = f"cargo: {line.strip()}" if before and bar is None else bar
             if news and (news != said or time.monotonic() - at > HEARTBEAT_SECONDS):
@@ -137,7 +140,7 @@ def _with_heartbeat(stderr: IO[bytes], log: Callable[[str], None]) -> Iterator[s
 
 
 def _progress(line: str) -> str | None:
-    """What a state of cargo's bar says; ``None`` for any other line."""
+    """The progress in a line of cargo's bar; ``None`` for any other line."""
     found = re.match(r"\s+(Building|Downloading|Fetch)\b.*?\[[=> ]*\]\s*(.*)", line)
     if found is None:
         return None
@@ -147,30 +150,18 @@ def _progress(line: str) -> str | None:
 
 def _messages(stdout: IO[bytes]) -> Iterator[Mapping[str, Any]]:
     for line in stdout:
-        # A build script may print what is not JSON.
+        # A build script may print other text.
         with contextlib.suppress(ValueError):
             message = json.loads(line)
             if isinstance(message, dict):
                 yield message
 
 
-def _place(message: Mapping[str, Any]) -> str:
-    """``src/lib.rs:12:5: `` of a compiler's message."""
-    spans = [span for span in message["spans"] if span["is_primary"]]
-    return "".join(f"{span['file_name']}:{span['line_start']}:{span['column_start']}: " for span in spans[:1])
-
-
 def condense(lines: Sequence[str]) -> str:
-    """One line out of cargo's or rustc's output: the first error, and the deepest cause that follows it."""
-    said = [line.strip() for line in lines]
-    errors = [index for index, line in enumerate(said) if re.match(r"error(\[E\d+\])?:", line)]
-    if not errors:
-        return next((line for line in reversed(said) if line), "no reason given")
-    first = errors[0]
-    causes = [
-        following
-        for line, following in zip(said[first:], said[first + 1 :], strict=False)
-        if line == "Caused by:" and following
-    ]
-    text = said[first] if not causes else f"{said[first]}: {causes[-1]}"
-    return text[:400]
+    """One line of cargo's or rustc's output: the first error, and the last "Caused by" after it."""
+    said = [line.strip() for line in lines if line.strip()]
+    first = next((i for i, line in enumerate(said) if re.match(r"error(\[E\d+\])?:", line)), None)
+    if first is None:
+        return said[-1] if said else "no reason given"
+    causes = [after for line, after in itertools.pairwise(said[first:]) if line == "Caused by:"]
+    return ": ".join([said[first], *causes[-1:]])[:400]

@@ -1,4 +1,4 @@
-"""The source of a candidate that is no release: what a directory holds, and which commit a revision means."""
+"""The source of a candidate that is not a release: the digest of a directory, the commit of a revision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from candle_mi_parity.candidate.spelling import Candidate, CandidateError, OutOfReachError
-from candle_mi_parity.files import atomic as durable
+from candle_mi_parity.files import atomic
 
 
 def tree_digest(directory: Path) -> str:
@@ -28,7 +28,7 @@ def tree_digest(directory: Path) -> str:
 
 def _source_files(root: Path) -> Iterator[Path]:
     for directory, folders, files in os.walk(root):
-        # CACHEDIR.TAG marks cargo's output under whatever name.
+        # CACHEDIR.TAG marks cargo's output directory.
         folders[:] = [
             name
             for name in folders
@@ -41,15 +41,15 @@ def _source_files(root: Path) -> Iterator[Path]:
 
 
 def fetch(candidate: Candidate, cache: Path) -> tuple[str, str]:
-    """The commit that a ``git:`` candidate means, and the text of its ``Cargo.toml``.
+    """The commit of a ``git:`` candidate, and the text of its ``Cargo.toml``.
 
     :raises OutOfReachError: the repository cannot be cloned or updated.
-    :raises CandidateError: there is no git, no such revision, or no ``Cargo.toml`` in it.
+    :raises CandidateError: git, the revision, or its ``Cargo.toml`` is missing.
     """
     mirror = cache / "git" / hashlib.sha256(candidate.target.encode()).hexdigest()[:16]
     mirror.parent.mkdir(parents=True, exist_ok=True)
     revision = candidate.revision or ""
-    # A private repository is an error, not a question that no one sees.
+    # A private repository is an error; git must not ask for a password.
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
 
     def git(*arguments: str, failing: type[CandidateError] = CandidateError, remedy: str = "") -> str:
@@ -71,16 +71,12 @@ def fetch(candidate: Candidate, cache: Path) -> tuple[str, str]:
             partial = mirror.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             git_remote("clone", "--quiet", "--mirror", "--", candidate.target, str(partial))
-            durable.put(partial, mirror)
+            atomic.put(partial, mirror)
         else:
-            # A branch moves; a full commit that is there needs no network.
-            known = re.fullmatch(r"[0-9a-f]{40}", revision) and (
-                subprocess.run(
-                    ["git", "-C", str(mirror), "cat-file", "-e", revision], capture_output=True, check=False
-                ).returncode
-                == 0
-            )
-            if not known:
+            # A commit that is in the mirror needs no network; a branch may have moved.
+            test = ["git", "-C", str(mirror), "cat-file", "-e", revision]
+            is_commit = re.fullmatch(r"[0-9a-f]{40}", revision)
+            if not is_commit or subprocess.run(test, capture_output=True, check=False).returncode != 0:
                 git_remote("-C", str(mirror), "remote", "update", "--prune")
         commit = git("-C", str(mirror), "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
         commit = commit.splitlines()[-1]

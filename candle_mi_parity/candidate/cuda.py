@@ -1,6 +1,6 @@
-"""CUDA as the suite needs it: whether it is there, what it is, float32 that is float32, memory that is told.
+"""CUDA: whether it is available, strict float32, and messages for a lack of memory.
 
-Nothing here has ever run on a GPU; the tests put stand-ins in torch's place.
+This code has never run on a GPU; the tests replace parts of torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CUDNN = {"allow_tf32": False, "benchmark": False, "deterministic": True}
 
 
 def missing(device: str) -> str:
-    """Why nothing can run on a device here, and the remedy; empty when it can.
+    """Why a device cannot be used on this machine, with the remedy; empty if it can.
 
     :param device: ``cpu``, ``cuda`` or ``cuda:N``.
     """
@@ -39,7 +39,7 @@ def missing(device: str) -> str:
 
 
 def describe(device: str) -> str:
-    """The card, its memory, its driver and torch's CUDA; ``none`` where it is not there."""
+    """The GPU, its memory, its driver and torch's CUDA version; ``none`` if there is no GPU."""
     if not device.startswith("cuda") or missing(device):
         return "none"
     import torch
@@ -49,7 +49,7 @@ def describe(device: str) -> str:
 
 
 def versions(device: str) -> dict[str, str]:
-    """What a report says of the candidate's device."""
+    """The report's entries on the candidate's device."""
     return {"device": device} | ({"gpu": describe(device)} if device != "cpu" else {})
 
 
@@ -64,12 +64,9 @@ def _driver() -> str:
 
 @contextmanager
 def strict_float32(device: str) -> Iterator[None]:
-    """On CUDA: no TF32, no reduced-precision sums, deterministic algorithms; what was set before is restored.
+    """On CUDA: no TF32, no reduced-precision sums, deterministic algorithms. Earlier settings are restored.
 
-    TF32 has 10 bits of mantissa, and a sum of halves in halves is no float32 sum: neither is what is judged. On the
-    CPU nothing is touched.
-
-    :raises DeviceError: a setting did not take, or something inside set it back.
+    :raises DeviceError: a setting has no effect, or was changed inside the block.
     """
     if not device.startswith("cuda"):
         yield
@@ -82,7 +79,7 @@ def strict_float32(device: str) -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     try:
-        os.environ[WORKSPACE] = ":4096:8"  # cuBLAS is reproducible only with a workspace of its own
+        os.environ[WORKSPACE] = ":4096:8"  # without it, cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True)
         _set(_STRICT)
         check_strict()
@@ -98,14 +95,14 @@ def strict_float32(device: str) -> Iterator[None]:
 
 
 def check_strict() -> None:
-    """:raises DeviceError: naming each setting under which a result is not float32's, or not the same twice."""
+    """:raises DeviceError: names each setting that is not strict."""
     import torch
 
     wrong = [name for name, value in _settings().items() if value != _STRICT[name]]
     wrong += [] if torch.are_deterministic_algorithms_enabled() else ["deterministic algorithms"]
     wrong += [] if os.environ.get(WORKSPACE) in (":4096:8", ":16:8") else [WORKSPACE]
     if wrong:
-        raise DeviceError(f"not float32, or not reproducible: {', '.join(wrong)} is not as it has to be")
+        raise DeviceError(f"results are not float32 or not deterministic: wrong setting of {', '.join(wrong)}")
 
 
 def _settings() -> dict[str, bool]:
@@ -131,8 +128,8 @@ _STRICT = {f"matmul.{name}": False for name in _MATMUL} | {f"cudnn.{name}": valu
 def explain_out_of_memory(device: str, what: str, needed: Callable[[], int]) -> Iterator[None]:
     """Turn an out-of-memory error into one line.
 
-    :param needed: at least how many bytes ``what`` takes on the device.
-    :raises DeviceError: what was needed, what was free, and the remedy.
+    :param needed: a lower bound of the bytes that ``what`` needs on the device.
+    :raises DeviceError: with the needed and the free memory, and the remedy.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""What is built for a candidate: which candle-mi, on which candle, from which lock, with which downloader.
+"""What is built for a candidate: the versions of candle-mi and candle, the lock, and the downloader.
 
-A plan becomes a crate on disk (:func:`lay_out`): the emitter's source with a manifest of its own. candle-mi's
-downloader, hf-fetch-model, is replaced by the stand-in in ``emitter/hf-fetch-model``, because the emitter never
-downloads anything and half of all crates are there for the network; candle-mi itself stays as it is published.
+:func:`lay_out` writes a plan as a crate: the emitter's source with its own manifest. candle-mi's downloader,
+hf-fetch-model, is replaced by the stand-in in ``emitter/hf-fetch-model``, because the emitter downloads nothing and
+half of all crates belong to the downloader; candle-mi itself is not changed.
 """
 
 from __future__ import annotations
@@ -32,19 +32,18 @@ _DEPENDENCIES = (
     ((0, 0, 0), "0.9", "0.7"),
 )
 
-# A committed lock per candle that a candidate without one of its own starts from: the versions that the
-# released candidate was tried with, rather than whatever is newest today.
+# The lock from which a candidate without its own lock starts, by candle series: tested versions, not the newest.
 _SEED_LOCK = {"0.9": "0.1.10.lock", "0.11": "0.2.2.lock"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides what will be built.
+    """Everything that decides what is built.
 
-    :ivar manifest: the emitter's ``Cargo.toml``; it names the stand-in by the path that it has beside the emitter.
-    :ivar locked: whether ``lock`` is this very candidate's.
+    :ivar manifest: the emitter's ``Cargo.toml``; it names the stand-in by its path beside the emitter.
+    :ivar locked: whether ``lock`` belongs to this candidate.
     :ivar candle: the series, such as ``0.11``.
-    :ivar downloader: the version that the stand-in takes; ``None`` where the real downloader is built.
+    :ivar downloader: the version of the stand-in; ``None`` if the real downloader is built.
     """
 
     manifest: str
@@ -59,7 +58,7 @@ class Plan:
 def plan_of(candidate: Candidate, cache: Path) -> Plan:
     """Decide what to build.
 
-    :raises CandidateError: there is no candle-mi where the candidate says.
+    :raises CandidateError: the candidate's source does not hold candle-mi.
     """
     digest = revision = None
     if candidate.kind == "version":
@@ -70,7 +69,7 @@ def plan_of(candidate: Candidate, cache: Path) -> Plan:
         directory = Path(candidate.target).expanduser().resolve()
         if not (directory / "Cargo.toml").is_file():
             raise CandidateError(f"no Cargo.toml in {directory}: path: takes a checkout of candle-mi")
-        # A JSON string is a TOML basic string: quotes and backslashes in a path survive.
+        # A JSON string is a TOML basic string, which escapes quotes and backslashes.
         source = f"path = {json.dumps(str(directory))}"
         text = (directory / "Cargo.toml").read_text(encoding="utf-8")
         requirement, candle, downloader = _read_manifest(text, str(directory))
@@ -96,24 +95,24 @@ def plan_of(candidate: Candidate, cache: Path) -> Plan:
 
 
 def with_real_downloader(plan: Plan) -> Plan:
-    """The same without the stand-in."""
+    """The plan without the stand-in."""
     if plan.downloader is None:
         return plan
     return replace(plan, manifest=_with_line(plan.manifest, DOWNLOADER, ""), downloader=None)
 
 
 def known_releases() -> list[str]:
-    """The releases that have a lock of their own, oldest first."""
+    """The releases with a lock, oldest first."""
     return sorted((path.stem for path in (EMITTER / "locks").glob("*.lock")), key=_numbers)
 
 
 def emitter_sources() -> list[Path]:
-    """The files that every candidate's emitter is made of."""
+    """The source files of the emitter."""
     return [EMITTER / "build.rs", *sorted((EMITTER / "src").rglob("*.rs"))]
 
 
 def _url(repository: str) -> str:
-    """A repository as cargo wants it: git takes a directory and ``git@host:path`` too."""
+    """A repository as a URL for cargo; git also accepts a directory and ``git@host:path``."""
     if "://" in repository:
         return repository
     short = re.fullmatch(r"([^/:]+@[^/:]+):(.+)", repository)
@@ -125,14 +124,14 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _dependencies_of(version: str) -> tuple[str, str]:
-    """The series of candle and the version of the stand-in that a release takes."""
+    """The series of candle and the version of the stand-in for a release."""
     numbers = _numbers(version)
     candle, series = next((candle, series) for first, candle, series in _DEPENDENCIES if numbers >= first)
     return candle, _stand_in_version(series)
 
 
 def _stand_in_version(requirement: str) -> str:
-    """A version that a requirement such as ``0.12.3`` accepts, whichever patch release it asks for."""
+    """A version that satisfies a requirement such as ``0.12.3``."""
     found = re.match(r"\s*(=?)[\^~>=]*\s*(\d+\.\d+)(\.\d+)?", requirement)
     if found is None:
         return ""
@@ -164,7 +163,7 @@ def _requirement(manifest: dict[str, object], dependency: str) -> str:
 
 
 def _manifest(source: str, candle: str) -> str:
-    """The emitter's manifest with its three candle lines turned to the candidate."""
+    """The emitter's manifest with the candidate's versions of candle-mi, candle-core and candle-nn."""
     text = (EMITTER / "Cargo.toml").read_text(encoding="utf-8")
     plain = f'{{ version = "{candle}", default-features = false }}'
     for name, value in {
@@ -178,7 +177,7 @@ def _manifest(source: str, candle: str) -> str:
 
 def _with_line(manifest: str, name: str, line: str) -> str:
     """A manifest with the line of ``name`` replaced."""
-    # Not re.sub: a path may hold backslashes, which it would read as escapes.
+    # re.sub would interpret backslashes in a path.
     before, found, rest = manifest.partition(f"\n{name} = ")
     if not found:
         raise CandidateError(f"emitter/Cargo.toml has no line for {name}")
@@ -189,10 +188,9 @@ def _with_line(manifest: str, name: str, line: str) -> str:
 
 
 def lay_out(crate: Path, plan: Plan, cache: Path) -> None:
-    """Write the crate of a plan anew, also where it is already right.
+    """Write the crate of a plan, with new modification times even if it is unchanged.
 
-    The target directory is shared, and cargo tells two crates of one name and version apart by their files' times
-    alone: with an old time, what another candidate left there would pass for this one's.
+    The target directory is shared, and cargo distinguishes two crates of one name and version only by these times.
     """
     (crate / "src").mkdir(parents=True, exist_ok=True)
     text = plan.manifest
@@ -200,7 +198,7 @@ def lay_out(crate: Path, plan: Plan, cache: Path) -> None:
         place = f"{DOWNLOADER} = {{ path = {json.dumps(str(_stand_in(plan.downloader, cache)))} }}"
         text = _with_line(text, DOWNLOADER, place)
     manifest, lock = crate / "Cargo.toml", crate / "Cargo.lock"
-    # A lock that cargo resolved for this very manifest is kept: resolving again would need the network.
+    # A lock that cargo resolved for this manifest is kept, because resolving again needs the network.
     resolved = manifest.is_file() and manifest.read_text(encoding="utf-8") == text and lock.is_file()
     if plan.locked or not resolved:
         if plan.lock:
@@ -220,14 +218,14 @@ def lay_out(crate: Path, plan: Plan, cache: Path) -> None:
 
 
 def stand_in_files(version: str) -> dict[str, str]:
-    """The stand-in for the downloader as a crate of some version: path and text of each file."""
+    """The files of the stand-in crate with a version: path → text."""
     home = EMITTER / DOWNLOADER
     manifest = _with_line((home / "Cargo.toml").read_text(encoding="utf-8"), "version", f'version = "{version}"')
     return {"Cargo.toml": manifest, "src/lib.rs": (home / "src" / "lib.rs").read_text(encoding="utf-8")}
 
 
 def _stand_in(version: str, cache: Path) -> Path:
-    """The stand-in where all candidates share it: by its content, so that no file in it ever changes."""
+    """The directory of the stand-in, keyed by content and shared by all candidates."""
     files = stand_in_files(version)
     digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]
     home = cache / "crates" / f"{DOWNLOADER}-{version}-{digest}"

@@ -1,7 +1,4 @@
-"""The emitter as a process: it is kept at arm's length.
-
-It may crash, hang or answer nonsense, and each of those costs the case at hand and nothing else.
-"""
+"""The emitter process: if it crashes, hangs or sends an invalid reply, only the current case fails."""
 
 from __future__ import annotations
 
@@ -16,20 +13,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Self
 
 from candle_mi_parity.errors import ParityError
 
-# How long a killed process is waited for before it is left to the system.
 _REAP_SECONDS = 5.0
+"""How long to wait for a killed process."""
 
 
 class EmitterError(ParityError):
-    """One request did not yield a trace.
+    """A request did not yield a trace.
 
-    ``kind`` is the emitter's own word (``request``, ``model``, ``sae``, ``forward``, ``io``, ``panic``), or
-    ours for a process that did not answer as agreed: ``crash``, ``timeout``, ``protocol``.
+    :ivar kind: as the emitter reports it (``request``, ``model``, ``sae``, ``forward``, ``io``, ``panic``), or
+        ``crash``, ``timeout`` or ``protocol`` for a process without a valid reply.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -39,22 +35,16 @@ class EmitterError(ParityError):
 
 
 class _Pipes:
-    """One running emitter and the threads that serve its pipes.
-
-    Threads, because a pipe can block in either direction: a process that does not read stalls the writer, one
-    that does not write stalls the reader, and neither must stall the suite.
-    """
+    """A running emitter, with a thread for each pipe, since reading and writing may block."""
 
     def __init__(self, command: list[str]) -> None:
-        # One line per message is the contract; a backtrace would be noise.
-        environment = {**os.environ, "RUST_BACKTRACE": "0"}
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment,
-            process_group=0,  # Ctrl-C is for the run, which ends its emitter; a case must not read as a crash
+            env={**os.environ, "RUST_BACKTRACE": "0"},
+            process_group=0,  # Ctrl-C must reach the run only, which ends the emitter
         )
         self.replies: queue.Queue[bytes | None] = queue.Queue()
         self._requests: queue.Queue[bytes | None] = queue.Queue()
@@ -71,7 +61,7 @@ class _Pipes:
         return thread
 
     def _feed(self, pipe: IO[bytes]) -> None:
-        # Broken pipe: the reader notices that the process is gone.
+        # After a broken pipe, the reading thread detects the end of the process.
         with contextlib.suppress(OSError, ValueError):
             while (line := self._requests.get()) is not None:
                 pipe.write(line)
@@ -95,13 +85,14 @@ class _Pipes:
         self._requests.put(line)
 
     def last_line(self) -> str:
-        """The last line on stderr, cut to a readable length; empty when there was none."""
+        """The last line on stderr, formatted for an error message; empty if there is none."""
         self._stderr_thread.join(timeout=1.0)
-        words = self._last_lines
-        return words[-1].decode("utf-8", "replace").strip()[:400] if words else ""
+        if not self._last_lines:
+            return ""
+        return f"; last line on stderr: {self._last_lines[-1].decode('utf-8', 'replace').strip()[:400]}"
 
     def end(self, patience: float) -> int | None:
-        """Let the process finish for ``patience`` seconds, then kill it; its exit code, if it can be had."""
+        """Wait ``patience`` seconds for the process to finish, then kill it; returns its exit code if known."""
         self._requests.put(None)
         try:
             return self.process.wait(timeout=patience)
@@ -109,12 +100,12 @@ class _Pipes:
             self.process.kill()
         try:
             return self.process.wait(timeout=_REAP_SECONDS)
-        except subprocess.TimeoutExpired:  # stuck in the kernel; daemon threads do not keep us either
+        except subprocess.TimeoutExpired:  # blocked in the kernel
             return None
 
 
 class EmitterProcess:
-    """A running emitter that answers many requests, started when first needed and again after a failure.
+    """An emitter that answers many requests; it is started at first use and again after a failure.
 
     >>> with EmitterProcess(built.path) as emitter:            # doctest: +SKIP
     ...     trace = emitter.emit(request, timeout=600)
@@ -129,22 +120,21 @@ class EmitterProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the process, also under a request of another thread; it is given a second to do so by itself."""
+        """End the process within a second, even while another thread waits for a reply."""
         with self._starting:
             self._closed = True
         self._abandon(patience=1.0)
 
     def emit(self, request: Mapping[str, object], timeout: float) -> Path:
-        """Run one request (see the trace contract) and return the path of its trace.
+        """Send one request and return the path of its trace.
 
-        ``timeout`` is in seconds and covers loading the model. Raises :class:`EmitterError`; where the
-        process can no longer be trusted it is killed, and the next request gets a new one.
+        :param timeout: in seconds, including the time to load the model.
+        :raises EmitterError: there is no trace. After a crash, timeout or invalid reply the next request starts a
+            new process.
         """
         case = request.get("case")
         case_id = case.get("id") if isinstance(case, Mapping) else None
@@ -161,22 +151,21 @@ class EmitterProcess:
             answer = pipes.replies.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             self._abandon(patience=0.0)
-            said = f"no reply within {timeout:g} s{_quoted(pipes.last_line())}"
-            raise EmitterError("timeout", said) from None
-        except BaseException:  # Ctrl-C: a late reply must not be taken for the next request's
+            raise EmitterError("timeout", f"no reply within {timeout:g} s{pipes.last_line()}") from None
+        except BaseException:  # Ctrl-C; a late reply must not be read as that of the next request
             self._abandon(patience=0.0)
             raise
         if answer is None:
             code = self._abandon(patience=1.0)
-            raise EmitterError("crash", f"emitter {_ending(code)}{_quoted(pipes.last_line())}")
+            raise EmitterError("crash", f"emitter {_ending(code)}{pipes.last_line()}")
         reply = _parse_reply(answer)
         if reply is None or reply.get("case") not in (case_id, None):
             self._abandon(patience=0.0)
             shown = answer[:200].decode("utf-8", "replace").strip()
-            raise EmitterError("protocol", f"not a reply to case {case_id}: {shown!r}")
+            raise EmitterError("protocol", f"invalid reply to case {case_id}: {shown!r}")
         if reply["ok"] is not True:
             raise EmitterError(str(reply.get("kind", "protocol")), str(reply.get("error", "no reason given")))
-        # Compared with what lay there before: a trace of an earlier run must not pass for this one's.
+        # The trace of an earlier run must not pass for this one.
         after = _stamp(out)
         named = Path(str(reply.get("trace")))
         if reply.get("case") != case_id or named != out or after is None or after == before:
@@ -203,7 +192,7 @@ class EmitterProcess:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """What changes whenever a file is replaced by renaming another over it."""
+    """Inode and mtime, which change when another file is renamed over it."""
     try:
         stat = path.stat()
     except OSError:
@@ -225,12 +214,5 @@ def _ending(code: int | None) -> str:
     if code is None:
         return "closed its output and could not be killed"
     if code < 0:
-        try:
-            return f"was ended by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"was ended by signal {-code}"
+        return f"was ended by {signal.Signals(-code).name}"
     return f"exited with code {code} before it replied"
-
-
-def _quoted(last_line: str) -> str:
-    return f"; last words: {last_line}" if last_line else ""

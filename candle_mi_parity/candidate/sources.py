@@ -1,11 +1,10 @@
-"""Where traces come from: an emitter that runs now, or a directory of stored ones."""
+"""Sources of traces: a running emitter or a stored release."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol, Self
 
 from pydantic import ValidationError
@@ -32,10 +31,10 @@ TIMEOUT_SECONDS = 600.0
 
 
 class Source(Protocol):
-    """Yields a candidate's trace of a subject.
+    """Yields a candidate's traces.
 
-    :ivar identity: which candle-mi the traces are of.
-    :ivar device: where they are computed; it chooses the noise they are judged with.
+    :ivar identity: the candle-mi that made the traces; None if unknown.
+    :ivar device: where they are computed, which decides the noise they are judged with.
     """
 
     @property
@@ -45,21 +44,19 @@ class Source(Protocol):
     def identity(self) -> CandleMi | None: ...
 
     def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
-        """The tensors of a subject, their header checked against the truth's.
+        """The trace of a case, after its header was checked against the truth.
 
-        :param inputs: what is fed in beside the tokens.
+        :param inputs: the file of input tensors.
         """
         ...
 
     def text_ids(self, subject: PreparedCase) -> TextIds:
-        """What the candidate's own tokenizer makes of the subject's text."""
+        """The token ids that the candidate's own tokenizer gives for the text of a case."""
         ...
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
 
 class NotStoredError(TraceError):
@@ -67,7 +64,7 @@ class NotStoredError(TraceError):
 
 
 class StatelessSource:
-    """A source that holds nothing which has to be closed, of traces made on a CPU where it says nothing else."""
+    """A base for sources without resources or a tokenizer, on the CPU by default."""
 
     device = "cpu"
 
@@ -77,21 +74,19 @@ class StatelessSource:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         return None
 
 
 def open_source(
     candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None], device: str = "cpu"
 ) -> Source:
-    """Build or find the candidate.
+    """The source of a candidate, which is built if necessary.
 
-    :param device: ``cpu`` or ``cuda:N``; on CUDA the emitter is built with candle's own kernels and needs nvcc.
-    :param out: where an emitter writes its traces.
-    :raises CandidateError: it cannot be built, or nothing is stored.
-    :raises OutOfReachError: there is no such device, no nvcc, or no network.
+    :param device: ``cpu`` or ``cuda:N``; on CUDA the emitter is built with candle's kernels and needs nvcc.
+    :param out: the directory for the traces of an emitter.
+    :raises CandidateError: it cannot be built, or no traces are stored.
+    :raises OutOfReachError: the device, nvcc or the network is missing.
     """
     refuse_device(candidate, device)
     if reason := cuda.missing(device):
@@ -106,7 +101,7 @@ def open_source(
 
 
 def refuse_device(candidate: Candidate, device: str) -> None:
-    """:raises CandidateError: a device that no machine has, or one on which this candidate cannot be."""
+    """:raises CandidateError: the device is misspelt, or the candidate is stored and the device is not the CPU."""
     if not re.fullmatch(r"cpu|cuda:\d+", device):
         raise CandidateError(f"unknown device {device!r}: expected cpu or cuda:N")
     if candidate.kind == "stored" and device != "cpu":
@@ -114,7 +109,7 @@ def refuse_device(candidate: Candidate, device: str) -> None:
 
 
 def request(subject: PreparedCase, mode: Mode, inputs: Path, out: Path, device: str) -> dict[str, object]:
-    """The emitter's instructions for a subject; forced, the residual stream is replaced by the truth's."""
+    """The emitter's request for a case; in ``forced`` mode the residual stream is replaced by the truth's."""
     sae = None
     if subject.case.sae is not None and mode == "free":
         sae = {"path": str(subject.sae_file), "layer": subject.case.sae.layer, "hook": subject.case.sae.hook}
@@ -124,7 +119,7 @@ def request(subject: PreparedCase, mode: Mode, inputs: Path, out: Path, device: 
         "case": {"id": subject.case.id, "digest": subject.digest},
         "model_dir": str(subject.model_dir),
         "tokens": subject.tokens,
-        # Forced, what arrives at a layer is the output of the one before, which has its own name.
+        # In forced mode the input of a layer is the output of the previous one, which has its own name.
         "captures": [name for name in subject.captures if name not in forced or name.endswith("resid_mid")],
         "logits": True,
         "dtype": subject.case.dtype,
@@ -182,14 +177,12 @@ class LiveSource:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.emitter.close()
 
 
 class StoredSource(StatelessSource):
-    """Traces that were emitted earlier.
+    """The traces of a stored release.
 
     :param index: see :mod:`candle_mi_parity.trace.release`.
     """
@@ -202,7 +195,7 @@ class StoredSource(StatelessSource):
         """Open the stored trace.
 
         :raises EmitterError: the stored outcome is a refusal.
-        :raises TraceError: nothing is stored, or it is not a trace of this candidate.
+        :raises TraceError: nothing is stored, or the trace is of another candidate or case.
         """
         found = self.stored.trace(subject.case.id, mode)
         if found is None:
@@ -216,7 +209,7 @@ class StoredSource(StatelessSource):
             if (entry.part is None) != (subject.case.stored == "whole") or not _kept_as_stored(entry):
                 raise TraceError(f"{trace.path}: {entry.name} is not kept as this case is ({subject.case.stored})")
         if trace.header.device != "cpu":
-            raise TraceError(f"{trace.path}: made on {trace.header.device}, and what is stored was made on cpu")
+            raise TraceError(f"{trace.path}: made on {trace.header.device}, expected cpu")
         check_header(truth, trace, file_digest(inputs))
         _check_id(trace, subject)
         return trace
@@ -231,7 +224,7 @@ class StoredSource(StatelessSource):
 
 
 def _kept_as_stored(entry: TensorEntry) -> bool:
-    """Whether a part is the one that :mod:`store` keeps: anything else would choose what is judged."""
+    """Whether the part is the one that :mod:`store` keeps; any other could leave out a divergence."""
     part = entry.part
     if part is None:
         return True

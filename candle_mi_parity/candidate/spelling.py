@@ -1,7 +1,7 @@
-"""The candidate as a person spells it: which candle-mi is on trial.
+"""Parsing the spelling of a candidate.
 
 ``0.2.2``, ``path:DIR`` and ``git:URL@REV`` are built by :mod:`candle_mi_parity.candidate.build`;
-``stored:VERSION_OR_DIR`` is traces that were emitted earlier and needs no Rust; ``torch`` is the control.
+``stored:VERSION_OR_DIR`` names stored traces and needs no Rust; ``torch`` is the control.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ class CandidateError(ParityError):
 
 
 class OutOfReachError(CandidateError):
-    """What the candidate needs lies outside this suite and is not there (network, GPU, nvcc): nothing is known
-    against it, and a run ends INCONCLUSIVE. The text says what is missing and the remedy."""
+    """The network, a GPU or nvcc is missing, so that the run ends INCONCLUSIVE; the message names the remedy."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A candidate as the user spelt it.
+    """A parsed candidate.
 
-    ``target`` is the version, the directory or the URL; ``revision`` is given for ``git`` only, as spelt
-    and not yet resolved to a commit.
+    :ivar target: the version, the directory or the URL.
+    :ivar revision: of ``git``, before it is resolved to a commit.
     """
 
     spec: str
@@ -46,9 +45,9 @@ class Candidate:
 
 
 def parse_candidate(spec: str) -> Candidate:
-    """Read a candidate's spelling; whether it exists is found out when it is used.
+    """Parse a candidate, without a check that it exists.
 
-    :raises CandidateError: one line that lists the accepted forms, and the one that was probably meant.
+    :raises CandidateError: lists the accepted forms, and the one that was probably meant.
     """
     text = spec.strip()
     if _VERSION.fullmatch(text):
@@ -61,16 +60,16 @@ def parse_candidate(spec: str) -> Candidate:
     if form == "stored" and rest:
         return Candidate(text, "stored", f"candle-mi {rest} (stored)", rest)
     if form == "git":
-        # The last @: a URL may hold one of its own (git@host:…).
+        # A URL may itself hold an @ (git@host:…).
         url, _, revision = rest.rpartition("@")
-        # A leading dash would be read as an option by git.
+        # git would read a leading dash as an option.
         if url and revision and not url.startswith("-") and not revision.startswith("-"):
             return Candidate(text, "git", f"candle-mi at {revision[:12]}", url, revision)
     raise CandidateError(f"unknown candidate {spec!r}: expected {ACCEPTED}{_meant(text)}")
 
 
 def _meant(text: str) -> str:
-    """The spelling that a person who wrote ``text`` probably wants."""
+    """A hint with the spelling that was probably meant."""
     if _VERSION.fullmatch(text.removeprefix("v")):
         return f"; did you mean {text.removeprefix('v')}?"
     if re.match(r"https?://|ssh://|git@", text):
@@ -81,7 +80,7 @@ def _meant(text: str) -> str:
 
 
 def stored_releases(outputs: Path) -> list[str]:
-    """The releases that are stored, oldest first.
+    """The stored releases, oldest first.
 
     :param outputs: ``rust_outputs/``.
     """
@@ -91,13 +90,13 @@ def stored_releases(outputs: Path) -> list[str]:
 def stored_index(candidate: Candidate, outputs: Path) -> Path:
     """The index of a ``stored:`` candidate, see :mod:`candle_mi_parity.trace.release`.
 
-    A version names ``rust_outputs/<version>.json``; anything else is a directory that holds ``release.json``.
+    A version names ``rust_outputs/<version>.json``; any other target is a directory with ``release.json``.
 
     :param outputs: ``rust_outputs/``.
-    :raises CandidateError: there is none.
+    :raises CandidateError: it does not exist.
     """
     if candidate.kind != "stored":
-        raise CandidateError(f"{candidate.spec} is not stored: it has to be built and run")
+        raise CandidateError(f"{candidate.spec} is not a stored candidate")
     if _VERSION.fullmatch(candidate.target):
         found = outputs / f"{candidate.target}.json"
     else:

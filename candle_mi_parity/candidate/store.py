@@ -1,7 +1,7 @@
-"""Keeping what a candidate emits in a release's index and in the files that it names, see :mod:`trace.release`.
+"""Storing the traces of a release, see :mod:`trace.release`.
 
-Tiny cases are kept whole. Of a large model a part is kept: the first, middle and last layer at the last
-position, and the hundred largest logits there.
+Traces of tiny models are stored in full. Of a large model, the first, middle and last layer at the last position are
+stored, with the hundred largest logits.
 """
 
 from __future__ import annotations
@@ -42,15 +42,14 @@ Place = tuple[str, str]
 
 
 class Storing:
-    """A release that is being stored; one at a time in a directory.
+    """A release that is being stored, with a lock on its directory.
 
-    Files are added to ``traces/`` under the digests of their bytes, and the index that names them is written when the
-    block ends. A block that breaks off leaves the earlier index and all that it names. In either case what no index
-    names is removed.
+    New files are added to ``traces/``; the index is written when the block ends. A block that raises leaves the
+    earlier index and its files. In either case files that no index names are removed.
 
     :param index: ``rust_outputs/<version>.json``.
-    :param whole: whether the earlier index is replaced as a whole; else only the cases that are stored now.
-    :raises CandidateError: something else is being stored in the directory.
+    :param whole: whether the earlier index is replaced completely, or only the cases that are stored now.
+    :raises CandidateError: another process stores in the directory.
     """
 
     def __init__(self, index: Path, whole: bool) -> None:
@@ -65,7 +64,9 @@ class Storing:
         try:
             self._lock.acquire()
         except Timeout as error:
-            raise CandidateError(f"another `maint store` writes to {self.index.parent}; wait for its end") from error
+            raise CandidateError(
+                f"another `maint store` writes to {self.index.parent}; wait until it ends"
+            ) from error
         if self.index.is_file():
             self._earlier = StoredRelease(self.index).release.model_dump()
         self._fields = {} if self._whole else self._earlier.copy()
@@ -81,43 +82,40 @@ class Storing:
             self._lock.release()
 
     def of(self, identity: CandleMi) -> None:
-        """Say which candle-mi it is.
+        """Set the candle-mi of the release.
 
-        :raises CandidateError: the cases that stay are another's.
+        :raises CandidateError: the cases that remain are of another candle-mi.
         """
         if self._fields.setdefault("candle_mi", identity.model_dump()) != identity.model_dump():
             raise CandidateError(f"{self.index} is of another candle-mi; store it without --cases")
 
     def case(self, case_id: str) -> dict[str, object]:
-        """The outcomes of a case, see :class:`StoredCase`; those of an earlier index are forgotten."""
+        """The outcomes of a case, see :class:`StoredCase`, without those of an earlier index."""
         return self._cases.setdefault(case_id, {})
 
     def trace(self, trace: Trace, case: Case, mode: Mode) -> None:
-        """Keep a trace, whole or in part as its case says."""
+        """Store a trace, in full or in part as its case says."""
         self._fields |= trace.header.model_dump(include=set(MadeBy.model_fields))
         outcome, earlier = self.case(case.id), self._earlier.get("cases", {}).get(case.id, {})
         outcome[mode] = store_trace(trace, case, trace_name(case.id, mode), self.index.parent / "traces")
-        # A known divergence is not run teacher-forced again, and that run is wanted where it is no longer known.
+        # A known divergence is not run teacher-forced again, but its teacher-forced run is needed later.
         if mode == "free" and earlier.get("free") == outcome["free"]:
             outcome["forced"] = earlier["forced"]
 
     def file(self, name: str, document: dict[str, Any]) -> str:
-        """Keep a JSON document, and return its digest.
-
-        :param document: what the index says is left out of it.
-        """
+        """Store a JSON document without the fields of the index; returns its digest."""
         kept = {key: value for key, value in document.items() if key not in MadeBy.model_fields}
         return write_named(self.index.parent / "traces" / name, readable(kept))
 
     def whole_file(self, name: str, path: Path) -> None:
-        """Keep what the emitter wrote of the whole release: ``calls`` or ``tokens``."""
+        """Store a document on the whole release: ``calls`` or ``tokens``."""
         self._fields[name] = self.file(name, json.loads(path.read_text(encoding="utf-8")))
 
 
 class StoringSource(StatelessSource):
-    """A source whose every outcome is kept: traces, and refusals as refusals.
+    """Wraps a source and stores its traces and refusals.
 
-    :raises CandidateError: the source is not a candle-mi that can be named.
+    :raises CandidateError: the source has no identity.
     """
 
     def __init__(self, source: Source, store: Storing) -> None:
@@ -129,7 +127,7 @@ class StoringSource(StatelessSource):
         store.of(self.identity)
 
     def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
-        """Pass on what the source yields, after it was stored."""
+        """The trace of the wrapped source, after it was stored."""
         try:
             trace = self._source.trace(subject, mode, truth, inputs)
         except EmitterError as error:
@@ -140,7 +138,7 @@ class StoringSource(StatelessSource):
         return trace
 
     def text_ids(self, subject: PreparedCase) -> TextIds:
-        """Pass on the ids of the text, after they were stored; of a refusal, as the outcome of the case."""
+        """The ids of the wrapped source, after they were stored; a refusal is stored as the outcome of the case."""
         try:
             asked = self._source.text_ids(subject)
         except EmitterError as error:
@@ -162,7 +160,7 @@ class StoringSource(StatelessSource):
 
 
 def write_named(path: Path, text: str) -> str:
-    """Write ``<path>.<digest>.json`` where it is not there yet, and return the digest."""
+    """Write ``<path>.<digest>.json`` if it is absent; returns the digest."""
     digest = short_digest(text.encode())
     if not (target := path.with_name(f"{path.name}.{digest}.json")).is_file():
         atomic.write_text(text, target)
@@ -170,9 +168,9 @@ def write_named(path: Path, text: str) -> str:
 
 
 def remove_unnamed(outputs: Path) -> None:
-    """Remove what no index of a directory names from its ``traces/``.
+    """Remove files from ``traces/`` that no index of the directory names.
 
-    :raises TraceError: an index or a trace cannot be read; nothing is removed then.
+    :raises TraceError: an index or a trace cannot be read; then nothing is removed.
     """
     traces, kept = outputs / "traces", set()
     for index in outputs.glob("*.json"):
@@ -185,7 +183,7 @@ def remove_unnamed(outputs: Path) -> None:
 
 
 def _files_of(trace: Path) -> list[Path]:
-    """The safetensors files that a trace refers to."""
+    """The safetensors files of a trace."""
     try:
         entries = json.loads(trace.read_text(encoding="utf-8")).get("tensors", [])
     except (OSError, ValueError) as error:
@@ -194,7 +192,7 @@ def _files_of(trace: Path) -> list[Path]:
 
 
 def stored_selection(names: list[str]) -> set[str]:
-    """The tensors of a case that is stored in part."""
+    """The tensors that are stored of a large model."""
     layer_of = {name: int(found[1]) for name in names if (found := re.match(r"(?:lens\.)?blocks\.(\d+)\.", name))}
     layers = sorted(set(layer_of.values()))
     kept = {layers[0], layers[len(layers) // 2], layers[-1]} if layers else set()
@@ -202,11 +200,11 @@ def stored_selection(names: list[str]) -> set[str]:
 
 
 def store_trace(trace: Trace, case: Case, name: str, traces: Path) -> str:
-    """Write a trace without what the index says, and the tensors that no other trace of this case and mode has.
+    """Write a trace without the fields of the index, and those tensors that no other stored trace of the case holds.
 
     :param name: ``<family>/<case>``, or ``<family>/<case>.forced``.
     :returns: the digest of its JSON.
-    :raises TraceError: when what was written does not read back as the same numbers.
+    :raises TraceError: the files do not read back as the same numbers.
     """
     import torch  # numpy has no bfloat16
 
@@ -253,9 +251,9 @@ def store_trace(trace: Trace, case: Case, name: str, traces: Path) -> str:
 
 
 def stored_places(path: Path) -> dict[tuple[str, str, tuple[int, ...]], Place]:
-    """Where the tensors of the stored traces of a case and mode are, by sha256, dtype and shape.
+    """The places of the stored tensors of a case and mode, by sha256, dtype and shape.
 
-    :param path: the name of the traces without its digest.
+    :param path: the path of the traces without their digests.
     """
     found: dict[tuple[str, str, tuple[int, ...]], Place] = {}
     own = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{12}}\.json")
@@ -277,21 +275,18 @@ def _write_tensors(tensors: dict[str, Any], path: Path) -> str:
 
 
 def _part(name: str, array: np.ndarray) -> tuple[np.ndarray, dict[str, object]]:
-    """The last position, of logits its hundred largest, with the record of what was kept."""
+    """The last position, of logits the hundred largest, with their :class:`Selection`."""
     shape, row = list(array.shape), array.shape[-2] - 1
     columns = None
     if name == "logits" or name.startswith("lens"):
         columns = sorted(int(i) for i in np.argsort(array[0, row])[::-1][:TOP_LOGITS])
     kept = array[..., [row], :]
-    return kept if columns is None else kept[..., columns], {
-        "shape": shape,
-        "rows": [row],
-        "columns": columns,
-    }
+    selection: dict[str, object] = {"shape": shape, "rows": [row], "columns": columns}
+    return kept if columns is None else kept[..., columns], selection
 
 
 def _read_back(target: Path, made_by: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """Writers of tensors have stored memory order for logical order; what is on disk is what counts."""
+    """Verify the files: writers of tensors have confused memory order with logical order."""
     again = Trace(target, made_by)
     for name, array in arrays.items():
         if not np.array_equal(again.tensor(name), array, equal_nan=True):

@@ -1,7 +1,4 @@
-"""Token ids: candle-mi's tokenizer against transformers', on a case's text and over ``fixtures/texts.json``.
-
-The texts hold Unicode of many scripts, emoji, long white space, code, special tokens in text, the empty string.
-"""
+"""Token ids: candle-mi's tokenizer against transformers', on a case's text and on ``fixtures/texts.json``."""
 
 from __future__ import annotations
 
@@ -11,30 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.spelling import Candidate
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.digest import file_digest
+from candle_mi_parity.files.untrusted import validated
 from candle_mi_parity.models.prepared_case import tokenizer
 from candle_mi_parity.spec.paths import FIXTURES
 from candle_mi_parity.trace.release import StoredRelease, text_name
-from candle_mi_parity.trace.trace import CandleMi, read_json
+from candle_mi_parity.trace.trace import CandleMi, Part, read_json
 
 TIMEOUT_SECONDS = 120.0
 
 
-class Tokens(BaseModel):
-    """What the emitter wrote.
+class Tokens(Part):
+    """The token ids of a corpus, as the emitter writes them.
 
-    :ivar encode: ids with the special tokens that the tokenizer adds, None where it refused the text.
-    :ivar encode_raw: ids without them.
-    :ivar decode: text of the ids of ``encode``.
+    :ivar encode: ids with the special tokens that the tokenizer adds; None for a refused text.
+    :ivar encode_raw: ids without special tokens.
+    :ivar decode: the decoded text of ``encode``.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format: Literal["candle-mi-parity/tokens/1"]
     emitter: str
@@ -48,20 +42,18 @@ class Tokens(BaseModel):
 
 @dataclass(frozen=True)
 class TextIds:
-    """What a candidate's own tokenizer makes of a case's text.
+    """The ids that a candidate's own tokenizer gives for a case's text.
 
-    :ivar ids: None where it was not asked.
-    :ivar why: why it was not asked; empty where the candidate has no tokenizer of its own.
+    :ivar ids: None if it was not asked.
+    :ivar why: why it was not asked; empty if the candidate has no tokenizer of its own.
     """
 
     ids: list[int] | None = None
     why: str = ""
 
 
-class TextTokens(BaseModel):
+class TextTokens(Part):
     """The ids of one case's text as they are stored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format: Literal["candle-mi-parity/text/1"] = "candle-mi-parity/text/1"
     case: str
@@ -77,7 +69,7 @@ def load_texts() -> list[str]:
 
 
 def emit_tokens(candidate: Candidate, cache: Path, model_dir: Path, out: Path, log: Callable[[str], None]) -> Path:
-    """Have candle-mi tokenise the corpus; the JSON file it wrote.
+    """Tokenise the corpus with candle-mi; returns the JSON file.
 
     :raises EmitterError: the emitter refused, crashed or hung.
     """
@@ -86,7 +78,7 @@ def emit_tokens(candidate: Candidate, cache: Path, model_dir: Path, out: Path, l
 
 
 def tokenize(emitter: EmitterProcess, model_dir: Path, texts: list[str], out: Path) -> Path:
-    """Have an emitter tokenise texts with the ``tokenizer.json`` of a model; the JSON file it wrote.
+    """Tokenise texts with the ``tokenizer.json`` of a model; returns the JSON file.
 
     :raises EmitterError: the emitter refused, crashed or hung.
     """
@@ -103,10 +95,10 @@ def text_ids(emitter: EmitterProcess, identity: CandleMi, model_dir: Path, text:
     """The ids of one text, with the special tokens that the tokenizer adds.
 
     :raises EmitterError: candle-mi refused the tokenizer or the text, or the emitter crashed or hung.
-    :raises TraceError: what the emitter wrote is of another candle-mi or tokenizer.
+    :raises TraceError: the tokens are of another candle-mi or tokenizer.
     """
     if not (model_dir / "tokenizer.json").is_file():
-        return TextIds(why="the model has no tokenizer.json, which is all that it reads")
+        return TextIds(why="the model has no tokenizer.json, the only format that candle-mi reads")
     tokens = read_tokens(tokenize(emitter, model_dir, [text], out))
     if tokens.candle_mi != identity or tokens.tokenizer_digest != file_digest(model_dir / "tokenizer.json"):
         raise TraceError(f"{out}: the tokens are of another candle-mi or another tokenizer.json")
@@ -123,10 +115,8 @@ def stored_text_ids(stored: StoredRelease, case: str, text: str, model_dir: Path
     found = stored.release.cases.get(case)
     if found is None or found.text is None:
         return TextIds(why="its ids are not stored for this case")
-    try:
-        tokens = TextTokens.model_validate(stored.document(text_name(case), found.text))
-    except ValidationError as error:
-        raise TraceError(f"{stored.index}: {case}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from error
+    document = stored.document(text_name(case), found.text)
+    tokens = validated(TextTokens, document, f"{stored.index}: {case}", TraceError)
     expected = (case, text, file_digest(model_dir / "tokenizer.json"))
     if (tokens.case, tokens.text, tokens.tokenizer_digest) != expected:
         raise TraceError(f"{stored.index}: the ids of {case} are of another case, text or tokenizer.json")
@@ -134,32 +124,26 @@ def stored_text_ids(stored: StoredRelease, case: str, text: str, model_dir: Path
 
 
 def read_tokens(path: Path) -> Tokens:
-    """:raises TraceError: not such a file."""
-    return _tokens(path, read_json(path))
+    """:raises TraceError: the file is not valid."""
+    return validated(Tokens, read_json(path), path, TraceError)
 
 
 def stored_tokens(index: Path) -> Tokens:
     """The tokenised corpus of a stored release.
 
-    :raises TraceError: none is stored, or it is not one.
+    :raises TraceError: none is stored, or the file is not valid.
     """
     stored = StoredRelease(index)
     if stored.release.tokens is None:
         raise TraceError(f"{index}: the corpus is not stored")
-    return _tokens(index, stored.document("tokens", stored.release.tokens, "emitter", "candle_mi"))
-
-
-def _tokens(path: Path, document: object) -> Tokens:
-    try:
-        return Tokens.model_validate(document)
-    except ValidationError as error:
-        raise TraceError(f"{path}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from error
+    document = stored.document("tokens", stored.release.tokens, "emitter", "candle_mi")
+    return validated(Tokens, document, index, TraceError)
 
 
 def differences(tokens: Tokens, model_dir: Path) -> list[str]:
-    """One line for each text whose ids or decoded text are not transformers'; token ids have no tolerance.
+    """One line for each text whose ids or decoded text differ from transformers'.
 
-    :raises TraceError: another tokenizer, or another number of texts.
+    :raises TraceError: the tokens are of another tokenizer or of another number of texts.
     """
     texts = load_texts()
     if tokens.tokenizer_digest != file_digest(model_dir / "tokenizer.json"):

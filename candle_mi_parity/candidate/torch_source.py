@@ -1,7 +1,7 @@
-"""The control: transformers itself in float32, judged as a candidate is.
+"""The control: transformers in float32, judged like a candidate.
 
-It shows that the gate passes honest float32 arithmetic, and on CUDA what a GPU makes of it. Models and SAEs stay
-on the device for as long as the source lives, so that a whole test session loads each once.
+It shows that the gate passes correct float32 arithmetic, also on CUDA. Models and SAEs stay on the device until the
+source is closed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import math
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -48,30 +47,29 @@ class TorchSource:
         self._saes: dict[Path, TorchSae] = {}
 
     def model(self, directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The model of a directory in a format, on the device, loaded once."""
+        """The model of a directory on the device, loaded once."""
         key = directory, dtype
         if key not in self._models:
-            with cuda.explain_out_of_memory(
-                self.device, f"loading {directory.name}", lambda: weight_bytes(directory, dtype.itemsize)
-            ):
+            what = f"loading {directory.name}"
+            with cuda.explain_out_of_memory(self.device, what, lambda: weight_bytes(directory, dtype.itemsize)):
                 self._models[key] = load_model(directory, dtype, self.device)
         return self._models[key]
 
     def sae(self, file: Path) -> TorchSae:
-        """The float32 SAE of a file, on the device, loaded once."""
+        """The float32 SAE of a file on the device, loaded once."""
         if file not in self._saes:
             with cuda.explain_out_of_memory(self.device, f"loading {file.name}", lambda: file.stat().st_size):
                 self._saes[file] = TorchSae(load_sae(file), self.device, torch.float32)
         return self._saes[file]
 
     def text_ids(self, subject: PreparedCase) -> TextIds:
-        """None of its own: the ids of a case are transformers'."""
+        """No ids: the tokenizer is transformers' own."""
         return TextIds()
 
     def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
-        """Run the model, and the SAE on its residual and on the truth's; every hook as float32 on the CPU.
+        """Run the model, and the SAE on its residual and on the truth's.
 
-        :raises DeviceError: the device has too little memory, or does not round as float32 does.
+        :raises DeviceError: the device has too little memory, or does not compute in float32.
         """
 
         def needed() -> int:
@@ -105,12 +103,12 @@ class TorchSource:
             captured |= _encode(sae, "sae_on_truth", given["sae"], scalars)
             features = captured["sae.features"][0, -1]
             scalars["sae.n_active_last_pos"] = float((features > 0).sum())
-            for name, tensor in (
-                ("resid", resid),
-                ("encoded", features[None, None]),
-                ("decoded", captured["sae.recon"]),
-            ):
-                scalars[f"sae.{name}_last_norm"] = float(tensor[0, -1].double().norm())
+            for name, last in {
+                "resid": resid[0, -1],
+                "encoded": features,
+                "decoded": captured["sae.recon"][0, -1],
+            }.items():
+                scalars[f"sae.{name}_last_norm"] = float(last.double().norm())
             values, indices = features.topk(min(TOP_FEATURES, int(scalars["sae.n_active_last_pos"])))
             top = [Feature(index=int(i), value=float(v)) for i, v in zip(indices, values, strict=True)]
         arrays = {name: (as_numpy(tensor), None) for name, tensor in captured.items() if name in truth.tensors}
@@ -119,9 +117,7 @@ class TorchSource:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._models.clear()
         self._saes.clear()
         gc.collect()
@@ -130,7 +126,7 @@ class TorchSource:
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """On the CPU; numpy has no bfloat16, and float32 holds each of its values."""
+    """A numpy array; bfloat16, which numpy does not have, becomes float32."""
     tensor = tensor.cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 

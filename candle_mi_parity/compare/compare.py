@@ -133,10 +133,10 @@ def _judge(name: str, expected: Expected, trace: Emitted, agreed: bool | None) -
     entry = trace.entries[name]
     if broken := malformed(entry, expected.shape, trace.dtype, agreed):
         return broken
-    chunks = chunks(entry)
-    result = _judge_chunks(name, expected, trace, agreed, chunks)
+    parts = chunks(entry)
+    result = _judge_chunks(name, expected, trace, agreed, parts)
     # Leaked entries are counted over the whole tensor.
-    again = result.reason == "masked" and len(chunks) > 1
+    again = result.reason == "masked" and len(parts) > 1
     return _judge_chunks(name, expected, trace, agreed, [slice(None)]) if again else result
 
 

@@ -1,7 +1,6 @@
-"""Files and directories that are whole or absent, whatever ends the process or the machine.
+"""Atomic writes: a file or directory is complete or absent, also after a crash or a power loss.
 
-A file or directory is made beside its final name, flushed to disk, renamed, and the directory that holds the name is
-flushed: a rename alone may reach the disk before the contents do, and a power loss then leaves a name over zeros.
+It is written beside its final name, flushed to disk and renamed; then its parent directory is flushed.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from pathlib import Path
 
 
 def put(made: Path, target: Path) -> None:
-    """Give what was made its name: a file, or a directory with all that lies below it.
+    """Flush a file or a directory tree and rename it to ``target``.
 
-    :raises OSError: it cannot be flushed or renamed; ``target`` is then as it was.
+    :raises OSError: that fails; ``target`` is then unchanged.
     """
     for directory, _, names in os.walk(made):
         for name in names:
@@ -27,12 +26,12 @@ def put(made: Path, target: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """The same as :func:`write_bytes`, of UTF-8."""
+    """As :func:`write_bytes`, with text in UTF-8."""
     write_bytes(text.encode("utf-8"), path)
 
 
 def write_bytes(content: bytes, path: Path) -> None:
-    """Write a file whole or not at all, with the permissions of the umask; its directory is made if absent.
+    """Write a file atomically; its directory is created if absent.
 
     :raises OSError: the disk is full or read-only.
     """

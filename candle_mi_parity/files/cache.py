@@ -1,4 +1,4 @@
-"""The cache: directories and values under a key of their content, made once and whole or absent."""
+"""The cache: directories and JSON values under content keys, each made once and atomically."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from candle_mi_parity.files import atomic
 
 
 def publish(target: Path, make: Callable[[Path], None]) -> Path:
-    """Make a directory once: fill one beside it, then rename, so that nobody reads half of it.
+    """Make a directory once: fill a temporary one and rename it.
 
-    Of two processes that ask for the same one, the second waits for the first. An empty directory is not there:
-    whoever follows "delete it" deletes the file.
+    If two processes ask for the same directory, the second waits for the first. An empty directory counts as absent,
+    so that deleting its files is enough to have it made again.
+
+    :param make: fills the directory that it is given.
+    :raises ModelError: the cache cannot be written.
     """
     if _is_made(target):
         return target
@@ -33,11 +36,11 @@ def publish(target: Path, make: Callable[[Path], None]) -> Path:
     making = target.parent / f".{target.name}.making"
     try:
         if not _is_made(target):
-            shutil.rmtree(making, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(making, ignore_errors=True)  # left by a killed process
             making.mkdir()
             make(making)
             atomic.put(making, target)
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+    except (OSError, SafetensorError) as error:  # on a full disk safetensors raises its own error
         raise ModelError(f"cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
@@ -50,16 +53,15 @@ def _is_made(target: Path) -> bool:
 
 
 def content_key(*parts: object) -> str:
-    """A directory name for content: a digest of JSON-ready parts."""
+    """A directory name: a digest of JSON-serialisable parts."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
 def cached(cache: Path, kind: str, key: object, compute: Callable[[], Any]) -> Any:
-    """A JSON value kept under a content key."""
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    """A JSON value that is computed once for each ``key``."""
 
     def write(out: Path) -> None:
         (out / "value.json").write_text(json.dumps(compute()), encoding="utf-8")
 
-    directory = publish(cache / kind / name, write)
+    directory = publish(cache / kind / content_key(key), write)
     return json.loads((directory / "value.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""How a tensor too large for memory is cut: by position to be judged, in the order of its bytes to be hashed."""
+"""How a tensor too large for memory is read in chunks: by position to be compared, in memory order to be hashed."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 CHUNK = 1 << 18
-"""Elements that are in memory at a time, of a tensor that is longer than :data:`LONG`."""
+"""Elements per chunk of a tensor that is longer than :data:`LONG`."""
 LONG = 1 << 21
 
 BLOCK = 1 << 14
-"""Elements that are judged at a time: some twenty float64 arrays of them stay in a processor's cache, where arrays
-of a megabyte each would go to memory and back."""
+"""Elements that are compared at a time, so that the twenty or so float64 arrays of it fit in a processor's cache."""
 
 
 def blocks(shape: Sequence[int]) -> list[slice]:
-    """Chunks of axis −2 of what is in memory."""
+    """Slices of axis −2 of at most :data:`BLOCK` elements each, where a position allows it."""
     step = max(1, BLOCK * shape[-2] // math.prod(shape))
     return [slice(start, start + step) for start in range(0, shape[-2], step)]
 
 
 def positions(shape: Sequence[int]) -> list[slice]:
-    """Chunks of axis −2; one that is everything where the tensor is not long."""
+    """Slices of axis −2 of at most :data:`CHUNK` elements each; one slice for a tensor that is not long."""
     size = math.prod(shape)
     if size <= LONG:
         return [slice(None)]
@@ -32,7 +31,7 @@ def positions(shape: Sequence[int]) -> list[slice]:
 
 
 def row_major(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """Boxes of at most :data:`CHUNK` elements that follow one another as the bytes of a tensor do."""
+    """Boxes of at most :data:`CHUNK` elements each, in the order of the tensor's bytes."""
     axis, inner = len(shape) - 1, 1
     while axis > 0 and inner * shape[axis] <= CHUNK:
         inner *= shape[axis]

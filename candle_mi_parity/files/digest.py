@@ -1,4 +1,4 @@
-"""sha256 digests of files, remembered while the process lives."""
+"""sha256 digests of files, cached for the life of the process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from candle_mi_parity.files.untrusted import require_regular
 
 
 def digest_files(paths: list[Path]) -> str:
-    """One digest for a set of files: sha256 of the lines ``name:sha256-of-bytes``, sorted by name.
-
-    A file's own digest is remembered by path, size, mtime and inode while the process lives.
-    """
+    """One digest for a set of files: sha256 of the lines ``name:sha256-of-bytes``, sorted by name."""
     lines = [f"{path.name}:{file_digest(path)}\n" for path in sorted(paths, key=lambda path: path.name)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -22,9 +19,9 @@ _digests: dict[tuple[str, int, int, int], str] = {}
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, hex; remembered by path, size, mtime and inode while the process lives.
+    """sha256 of a file's bytes, hex; cached by path, size, mtime and inode.
 
-    :raises ModelError: when it cannot be read.
+    :raises ModelError: the file cannot be read.
     """
     try:
         stat = require_regular(path)

@@ -1,4 +1,4 @@
-"""How text and numbers are shown. Text comes from a trace, a checkpoint or an error, and a terminal obeys it."""
+"""Showing text and numbers: text of traces, checkpoints and errors may hold escape sequences or markup."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ if TYPE_CHECKING:
 
 
 def printable(text: str) -> str:
-    """Control characters, escapes and text-direction marks are spelt out (``\\x1b``); a newline stays one."""
+    """Escape control characters and text-direction marks (``\\x1b``), but not newlines."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def cell(text: str) -> str:
-    """The same for a table of rich, which reads square brackets as markup."""
+    """As :func:`printable`, for a table of rich, which reads square brackets as markup."""
     from rich.markup import escape
 
     return escape(printable(text))
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """The same on one line, cut where it is long."""
+    """As :func:`printable`, on one line of at most ``limit`` characters."""
     flat = " ".join(printable(text).split())
     return flat if len(flat) <= limit else f"{flat[: limit - 1]}…"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """As a person reads it; a dash for nothing."""
+    """A number for people; a dash for None."""
     if value is None:
         return "–"
     return "∞" if math.isinf(value) else "NaN" if math.isnan(value) else f"{value:.{digits}g}"
@@ -37,9 +37,9 @@ def number(value: float | None, digits: int = 3) -> str:
 
 @cache
 def templates(html: bool) -> Environment:
-    """The templates of ``templates/``: every text printable, a misspelt name an error.
+    """The environment of ``templates/``: values are made printable, and an undefined name is an error.
 
-    :param html: whether each text is escaped for HTML too.
+    :param html: whether values are also escaped for HTML.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -59,6 +59,6 @@ def templates(html: bool) -> Environment:
 def rendered(template: str, **values: object) -> str:
     """An HTML page from its file in ``templates/``.
 
-    :raises jinja2.UndefinedError: the template uses a name that is not given.
+    :raises jinja2.UndefinedError: the template uses a name that is missing in ``values``.
     """
     return templates(html=True).get_template(template).render(**values)

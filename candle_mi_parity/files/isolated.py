@@ -1,4 +1,4 @@
-"""A function called once an item, each call in a process of its own: a crash or a hang costs that item alone.
+"""Calling a function for each item in a separate process, so that a crash or a hang loses one item.
 
 The processes are forked from a server that has imported the heavy libraries, so that each starts in milliseconds.
 """
@@ -20,8 +20,7 @@ _PRELOAD = ["torch", "transformers", "candle_mi_parity.coverage.census"]
 class Lost:
     """A process that gave no answer.
 
-    :ivar code: its exit code; negative for the signal that ended it, positive for an exception of its own, None
-        where it was still at work when its time was over.
+    :ivar code: its exit code: negative for a signal, positive for an exception, None for a timeout.
     """
 
     code: int | None
@@ -30,8 +29,8 @@ class Lost:
 def each(work: Work, items: list[tuple[Any, ...]], workers: int, seconds: float) -> Iterator[Any | Lost]:
     """``work(*item)`` of each item, in their order, or :class:`Lost`.
 
-    :param work: a function of a module; it, its arguments and its answer are pickled.
-    :param seconds: what one call may take before it is killed.
+    :param work: a picklable function with picklable arguments and results.
+    :param seconds: the time limit of one call.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -42,7 +41,7 @@ def each(work: Work, items: list[tuple[Any, ...]], workers: int, seconds: float)
         process.start()
         theirs.close()
         try:
-            # An end of file is readable too: a process that died is noticed at once.
+            # poll() returns at end of file too, so that a dead process is noticed at once.
             return ours.recv() if ours.poll(seconds) else Lost(None)
         except EOFError:
             process.join(seconds)

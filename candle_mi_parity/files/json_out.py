@@ -1,4 +1,4 @@
-"""JSON that is written whole or not at all, with every number spelt so that JSON can hold it."""
+"""Writing JSON and text files atomically, with NaN and infinities as strings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ReportError(ParityError):
 
 
 def plain(value: Any) -> Any:
-    """The same value with NaN and infinities, which JSON lacks, as strings."""
+    """The value with NaN and infinities, which JSON does not have, as strings."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -27,7 +27,7 @@ def plain(value: Any) -> Any:
 
 
 def write_json(data: Any, path: Path) -> None:
-    """Write whole or not at all: a temporary file beside it, flushed to disk, renamed.
+    """Write JSON atomically.
 
     :raises ReportError: the disk is full or read-only.
     """
@@ -35,7 +35,7 @@ def write_json(data: Any, path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """The same of any text, as UTF-8.
+    """Write text in UTF-8 atomically.
 
     :raises ReportError: the disk is full or read-only.
     """

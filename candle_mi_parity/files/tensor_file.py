@@ -1,4 +1,4 @@
-"""A safetensors file that is read tensor by tensor, or box by box, and never stays in memory."""
+"""A safetensors file that is read tensor by tensor, or box by box."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from safetensors import SafetensorError, safe_open
 from candle_mi_parity.files.untrusted import require_regular
 
 WINDOW = 32 << 20
-"""Bytes after which the file is mapped anew: what was read of a mapping counts as memory until then."""
+"""Bytes after which the file is mapped again, because pages that were read count as memory of the process."""
 MAX_HEADER = 16 << 20
-"""Bytes; some 100,000 tensors. safetensors itself stops at 100 MB, of which parsing makes a gigabyte."""
+"""Bytes; about 100,000 tensors. safetensors allows 100 MB, whose parsing takes a gigabyte."""
 
 
 class TensorFile:
-    """Opened at the first read; raises what safetensors raises."""
+    """The file is opened at the first read; methods raise the exceptions of safetensors."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -38,7 +38,7 @@ class TensorFile:
 
     def raw(self, key: str) -> bytes:
         """The bytes of a tensor whose format numpy lacks."""
-        self._opened()  # safetensors has judged the header
+        self._opened()  # safetensors checks the header
         with self._path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             start, end = json.loads(file.read(size))[key]["data_offsets"]

@@ -1,8 +1,4 @@
-"""Untrusted files: regular ones only, no longer than a bound, strict JSON, nothing outside a directory.
-
-A pipe would wait for ever, a device never ends, a header may claim terabytes: each is refused before it costs time
-or memory.
-"""
+"""Reading untrusted files: regular files up to a size limit, strict JSON, no link out of a directory."""
 
 from __future__ import annotations
 
@@ -14,45 +10,35 @@ import resource
 import stat
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.files.escape import one_line
 
 MAX_JSON_BYTES = 64 << 20
+Model = TypeVar("Model", bound=BaseModel)
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """The whole of a regular file.
+    """The content of a regular file.
 
-    :raises OSError: absent, a directory, a pipe, a device.
-    :raises ValueError: longer than ``limit`` bytes, or a name that no file can have.
+    :raises OSError: see :func:`require_regular`.
+    :raises ValueError: the file is longer than ``limit`` bytes, or the name is not a valid file name.
     """
-    # Not to wait for the other end of a pipe.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        found = _regular(os.fstat(descriptor))
-        if found.st_size > limit:
-            raise ValueError(f"{found.st_size} bytes, more than {limit}")
-        with open(descriptor, "rb", closefd=False) as file:
-            content = file.read(limit + 1)
-    finally:
-        os.close(descriptor)
-    if len(content) > limit:
-        raise ValueError(f"more than {limit} bytes")
-    return content
+    if (size := require_regular(path).st_size) > limit:
+        raise ValueError(f"{size} bytes, more than {limit}")
+    return path.read_bytes()
 
 
 def require_regular(path: Path) -> os.stat_result:
-    """The file's own stat, links followed.
+    """The stat of a regular file, links followed.
 
-    :raises OSError: absent, or a pipe or a device, which must not be opened.
+    :raises OSError: the file is absent, a directory, or a pipe or device, whose reading may never end.
     """
-    return _regular(path.stat())
-
-
-def _regular(found: os.stat_result) -> os.stat_result:
+    found = path.stat()
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(found.st_mode):
@@ -61,9 +47,9 @@ def _regular(found: os.stat_result) -> os.stat_result:
 
 
 def read_json(path: Path, fault: type[ParityError]) -> Any:
-    """JSON with nothing forgiven: no duplicate key, no NaN or Infinity, no number too large, bounded size and depth.
+    """Strict JSON: no duplicate key, no NaN or Infinity, no number outside float64's range, bounded size and depth.
 
-    :param fault: what is raised, naming the file and the reason in one line.
+    :param fault: the exception that is raised; its one line names the file and the reason.
     """
     try:
         text = read_bytes(path, MAX_JSON_BYTES).decode("utf-8")
@@ -72,6 +58,28 @@ def read_json(path: Path, fault: type[ParityError]) -> Any:
         raise fault(f"{path}: no such file") from error
     except (OSError, ValueError, RecursionError) as error:
         raise fault(f"{path}: not valid JSON: {one_line(str(error))}") from error
+
+
+def read_object(path: Path, fault: type[ParityError]) -> dict[str, Any]:
+    """As :func:`read_json`, of a JSON object."""
+    found = read_json(path, fault)
+    if not isinstance(found, dict):
+        raise fault(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def validated(model: type[Model], document: object, where: object, fault: type[ParityError]) -> Model:
+    """A document as a pydantic model.
+
+    :param where: names the document in the message.
+    :param fault: the exception that is raised; its one line holds the first error and its place.
+    """
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "document"
+        raise fault(f"{where}: {one_line(place)}: {one_line(first['msg'])}") from error
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -93,9 +101,9 @@ def _finite(text: str) -> float:
 
 
 def require_inside(directory: Path, fault: type[ParityError]) -> None:
-    """Refuse a directory in which a link leads out of it; the hub's cache, whose snapshots link to its blobs, may.
+    """Refuse a directory with a link that leads out of it. A snapshot in the hub's cache may link to its blobs.
 
-    :raises ParityError: of the given kind, naming the link.
+    :param fault: the exception that is raised; it names the link.
     """
     root = directory.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
@@ -108,21 +116,24 @@ def require_inside(directory: Path, fault: type[ParityError]) -> None:
 
 
 def require_memory(wanted: int, what: str, fault: type[ParityError]) -> None:
-    """Refuse what cannot be held, see :func:`memory_bytes`.
+    """Refuse an allocation of more than :func:`memory_bytes`.
 
     :param wanted: bytes.
     """
-    if wanted > (there := memory_bytes()):
-        raise fault(f"{what} would take {wanted} bytes of memory, and there are {there}")
+    if wanted > (available := memory_bytes()):
+        raise fault(f"{what} needs {wanted} bytes of memory, and {available} are available")
 
 
 def memory_bytes() -> int:
-    """What the machine has, or what its control group or the limit set on this process leaves of that.
+    """The memory of the machine, or less where a control group or a limit of this process restricts it.
 
-    Not what is free just now: on the same machine the same is done.
+    It does not depend on what other processes use now, so that the same machine always takes the same decision.
     """
-    there = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     group = _CGROUP.read_text().strip() if _CGROUP.is_file() else ""
-    there += [int(group)] if group.isdigit() else []
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return min([*there, *([] if limit == resource.RLIM_INFINITY else [limit])])
+    if group.isdigit():
+        limits.append(int(group))
+    own = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if own != resource.RLIM_INFINITY:
+        limits.append(own)
+    return min(limits)

@@ -1,4 +1,4 @@
-"""A model directory as it stands: ``config.json`` and its safetensors files, checked and digested."""
+"""Model directories: ``config.json`` and safetensors files, checked and digested."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from candle_mi_parity.errors import ModelError, ParityError
 from candle_mi_parity.files.digest import digest_files
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.tensor_file import TensorFile
-from candle_mi_parity.files.untrusted import read_json, require_inside
+from candle_mi_parity.files.untrusted import read_object, require_inside
 
 
 def require_model(directory: Path) -> Path:
-    """The directory itself, once it is known to hold a config and one file of weights.
+    """The directory itself, after a check that it holds a config and plain weights.
 
     :raises ModelError: naming the first thing that is missing.
     """
     if not directory.is_dir():
         raise ModelError(f"model directory {directory} does not exist")
-    there = ", ".join(sorted(path.name for path in directory.iterdir())[:8]) or "nothing"
+    held = ", ".join(sorted(path.name for path in directory.iterdir())[:8]) or "nothing"
     if not (directory / "config.json").is_file():
-        raise ModelError(f"model directory {directory} has no config.json; it holds {there}")
+        raise ModelError(f"model directory {directory} has no config.json; it holds {held}")
     if not weight_files(directory):
-        raise ModelError(f"model directory {directory} has no model.safetensors nor its shards; it holds {there}")
+        raise ModelError(f"model directory {directory} has no model.safetensors and no shards; it holds {held}")
     require_inside(directory, ModelError)
-    _require_one_meaning(directory)
+    _require_plain_weights(directory)
     return directory
 
 
 ELSEWHERE = ("transformers_weights", "quantization_config")
-"""Keys of ``config.json`` by which transformers reads other weights than those that are digested, or alters them."""
+"""Keys of ``config.json`` with which transformers loads other weights than the digested ones, or changes them."""
 
 
-def _require_one_meaning(directory: Path) -> None:
-    """Refuse what would make transformers load something else than the weights that the candidate is given.
+def _require_plain_weights(directory: Path) -> None:
+    """Refuse a directory from which transformers would load other weights than candle-mi.
 
-    :raises ModelError: an adapter, a key that points elsewhere, shards without the index that lists just them.
+    :raises ModelError: an adapter, a key of :data:`ELSEWHERE`, or shards that the index does not list exactly.
     """
     if (directory / "adapter_config.json").exists():
         raise ModelError(f"model directory {directory} holds adapter_config.json: an adapter to another model")
@@ -50,30 +50,29 @@ def _require_one_meaning(directory: Path) -> None:
     if files == ["model.safetensors"]:
         return
     index = directory / "model.safetensors.index.json"
-    found = read_json(index, ModelError)
-    listed = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(listed, dict) or {str(name) for name in listed.values()} != set(files):
-        named = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else "no weight_map"
+    listed = read_object(index, ModelError).get("weight_map")
+    named = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else "no weight_map"
+    if named != files:
         raise ModelError(f"{index}: lists {one_line(str(named))}, and there are {one_line(str(files))}")
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """``model.safetensors``, or else its shards ``model-*-of-*.safetensors`` in order; as the emitter chooses."""
+    """``model.safetensors``, or else the shards ``model-*-of-*.safetensors`` in order, as the emitter does."""
     whole = directory / "model.safetensors"
     return [whole] if whole.is_file() else sorted(directory.glob("model-*-of-*.safetensors"))
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor of a model directory is, and its shape."""
+    """The file and shape of a tensor."""
 
     file: Path
     shape: tuple[int, ...]
 
 
 def weight_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of a directory's weights, by name; only headers are read.
+    """The tensors of a model directory by name; only headers are read.
 
-    :raises ModelError: they cannot be read, or two files hold one tensor.
+    :raises ModelError: a file cannot be read, or two files hold the same tensor.
     """
     found: dict[str, StoredTensor] = {}
     try:
@@ -83,7 +82,7 @@ def weight_tensors(directory: Path) -> dict[str, StoredTensor]:
                 if name in found:
                     raise ModelError(
                         f"{directory}: {one_line(name)} is in {found[name].file.name} and in {path.name}; which copy "
-                        "is read depends on the reader, so candle-mi-parity refuses the directory"
+                        "is used depends on the reader"
                     )
                 found[name] = StoredTensor(path, tuple(file.kind(name)[1]))
     except (OSError, SafetensorError) as error:
@@ -92,7 +91,7 @@ def weight_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def weight_bytes(directory: Path, itemsize: int) -> int:
-    """What the weights of a model directory take at so many bytes a number.
+    """The size of a model's weights in memory with ``itemsize`` bytes per element.
 
     :raises ModelError: see :func:`weight_tensors`.
     """
@@ -100,26 +99,22 @@ def weight_bytes(directory: Path, itemsize: int) -> int:
 
 
 def read_config(directory: Path) -> dict[str, object]:
-    """``config.json`` as it stands, in its own dialect.
+    """``config.json`` without any conversion.
 
-    :raises ModelError: when it is not a JSON object.
+    :raises ModelError: it is not a JSON object.
     """
-    path = directory / "config.json"
-    config = read_json(path, ModelError)
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return config
+    return read_object(directory / "config.json", ModelError)
 
 
 def model_digest(directory: Path) -> str:
-    """sha256 over the ``name:sha256(file)`` lines of ``config.json`` and the weights; as the emitter computes it."""
+    """sha256 over the ``name:sha256(file)`` lines of ``config.json`` and the weights, as the emitter computes it."""
     return digest_files([directory / "config.json", *weight_files(directory)])
 
 
 def local_path(text: str, fault: type[ParityError]) -> Path:
-    """A path as a user or a data file spells it.
+    """A path from a user or a data file, with ``~`` expanded.
 
-    :raises ParityError: of the given kind, for a home that nobody has.
+    :param fault: the exception for a ``~user`` that does not exist.
     """
     try:
         return Path(text).expanduser()

@@ -1,6 +1,6 @@
-"""Generated models: a fixture's config, and weights that a hash of each tensor's name decides.
+"""Generated models: a fixture's config, and random weights seeded by the name of each tensor.
 
-The same bits on every machine, and never in memory whole.
+The weights are the same bits on every machine and are written in chunks.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ GENERATOR = 1
 
 
 def tiny_config(model: TinyModel) -> dict[str, object]:
-    """``config.json`` of a generated model as a hub file has it: the fixture's, with what the case changes.
+    """``config.json`` of a generated model in the hub's dialect: the fixture's config with the changes of the case.
 
-    :raises ModelError: when the case leaves out a key that the fixture does not have; it would test nothing.
+    :raises ModelError: the case removes a key that the fixture does not have.
     """
     config: dict[str, object] = json.loads((FIXTURES / model.config).read_text(encoding="utf-8"))
     config |= model.change
@@ -40,16 +40,16 @@ def tiny_config(model: TinyModel) -> dict[str, object]:
 
 
 def generated_model(config: dict[str, object], dialect: str, cache: Path, shards: int = 1) -> Path:
-    """The directory of a generated model, made if it is not there yet.
+    """The directory of a generated model, which is made on first use.
 
-    :param config: as a hub file has it; with dialect ``v5`` it is written as the installed transformers saves it.
+    :param config: in the hub's dialect; with dialect ``v5`` it is written as the installed transformers saves it.
     """
     key = content_key("tiny", GENERATOR, config, dialect, shards, dialect_key(dialect))
     return publish(cache / "models" / key, lambda out: _generate(config, dialect, shards, out))
 
 
 def dialect_key(dialect: str) -> str:
-    """The v5 dialect is whatever the installed transformers writes, so its version is part of the cache's keys."""
+    """Part of a cache key: the v5 dialect depends on the installed transformers."""
     return "" if dialect == "hub" else f"saved by {version('transformers')}, which is not in the file"
 
 
@@ -84,10 +84,9 @@ def _generate(hub: dict[str, object], dialect: str, shards: int, out: Path) -> N
 
 
 def write_config(hub: dict[str, object], dialect: str, out: Path) -> None:
-    """``config.json`` as a hub file has it, or as the installed transformers saves the same configuration.
+    """Write ``config.json`` in the hub's dialect, or as the installed transformers saves the same configuration.
 
-    Without ``transformers_version``, which no model reads: the digests of the model and of its cases would be others
-    with every version.
+    ``transformers_version`` is left out: no model reads it, and the digests of cases would change with each version.
     """
     if dialect == "hub":
         (out / "config.json").write_text(json.dumps(hub, indent=2) + "\n", encoding="utf-8")
@@ -103,10 +102,10 @@ def write_config(hub: dict[str, object], dialect: str, out: Path) -> None:
 
 
 def tensor_chunks(name: str, shape: tuple[int, ...], norm_offset: int) -> Iterator[np.ndarray]:
-    """Weights of a generated tensor, float32 in row-major order, a chunk at a time.
+    """Chunks of a generated tensor, float32 in row-major order.
 
-    Norm weights are 1 + 0.2·N (0.2·N where the norm adds the 1 itself), biases 0.1·N, matrices N/sqrt(fan_in):
-    nothing is zero or at a default, so a dropped bias or an ignored weight shows.
+    With N ~ N(0, 1), norm weights are 1 + 0.2·N (0.2·N where the norm adds the 1 itself), biases 0.1·N, matrices
+    N/sqrt(fan_in). No weight is zero or at a default, so that a dropped bias or weight changes the results.
     """
     for normal in normal_numbers(f"{GENERATOR}:{name}", math.prod(shape)):
         if name.endswith(".bias"):
@@ -119,31 +118,31 @@ def tensor_chunks(name: str, shape: tuple[int, ...], norm_offset: int) -> Iterat
 
 
 def tensor_values(name: str, shape: tuple[int, ...], norm_offset: int) -> np.ndarray:
-    """The same in one array."""
+    """As :func:`tensor_chunks`, in one array."""
     return np.concatenate([*tensor_chunks(name, shape, norm_offset)]).reshape(shape)
 
 
 def seeded_words(name: str, count: int) -> np.ndarray:
-    """``count`` uniform 64-bit words, little-endian, from the raw PCG64 stream that ``name`` seeds."""
+    """``count`` uniform 64-bit words, little-endian, from the PCG64 stream seeded by ``name``."""
     return np.asarray(bit_stream(name).random_raw(count), dtype="<u8")
 
 
 CHUNK = 1 << 16
-"""Numbers that are made at a time."""
+"""Numbers per chunk."""
 
 Chunks = Callable[[str, tuple[int, ...]], Iterator[np.ndarray]]
-"""A tensor's name and shape → its float32 values in row-major order, a chunk at a time."""
+"""Maps a tensor's name and shape to chunks of its float32 values in row-major order."""
 
 
 def bit_stream(name: str) -> np.random.PCG64:
-    """The raw PCG64 stream, which numpy guarantees, that a name seeds."""
+    """The PCG64 stream seeded by a name; numpy guarantees its raw output."""
     return np.random.PCG64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
 
 
 def normal_numbers(name: str, count: int) -> Iterator[np.ndarray]:
-    """``count`` numbers N(0, 1), float64, in chunks.
+    """Chunks of ``count`` numbers N(0, 1), float64.
 
-    Each is the sum of twelve 16-bit integers minus its mean (Irwin-Hall: deviation 1), exact in float32.
+    Each is a sum of twelve uniform 16-bit integers minus its mean (Irwin-Hall distribution), exact in float32.
     """
     stream, lanes, low = bit_stream(name), np.uint64(0x0000FFFF0000FFFF), np.uint64(0xFFFFFFFF)
     for start in range(0, count, CHUNK):
@@ -155,9 +154,9 @@ def normal_numbers(name: str, count: int) -> Iterator[np.ndarray]:
 
 
 def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], values: Chunks) -> int:
-    """A safetensors file of float32 tensors, byte for byte what ``save_file(..., metadata={"format": "pt"})`` writes.
+    """Write float32 tensors in the same bytes as safetensors' ``save_file(..., metadata={"format": "pt"})``.
 
-    :returns: bytes of its tensors.
+    :returns: the size of the tensors in bytes.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,4 +1,4 @@
-"""A case made concrete on this machine: model directory, token ids, captures, SAE file, and their digests."""
+"""A case prepared on this machine: model directory, token ids, captures, SAE file, and their digests."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from candle_mi_parity.spec.families import family_of
 from candle_mi_parity.spec.hook_points import hook_names
 
 CONFIG_CHECK = 1
-"""Raise it when what transformers is asked of a config changes: it is part of the key of the cached answer."""
+"""Part of the key of :func:`_check_config`'s cached answers; raise it when that function changes."""
 SPECIAL = 3
 """Ids 0, 1 and 2 are padding, BOS and EOS in the families here."""
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Token ids with a meaning of their own, as transformers reads them from the config; None where it has none."""
+    """Special token ids as transformers reads them from the config."""
 
     pad: int | None = None
     bos: int | None = None
@@ -41,11 +41,11 @@ class SpecialIds:
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """What both sides are given for one case.
+    """The input of oracle and candidate for one case.
 
     :ivar captures: hook names in execution order, without ``logits``.
-    :ivar digest: over everything that decides the numbers, not over the name.
-    :ivar downloads: what came from the hub.
+    :ivar digest: over everything that decides the numbers; the case's id is not part of it.
+    :ivar downloads: files from the hub.
     """
 
     case: Case
@@ -62,18 +62,22 @@ class PreparedCase:
 
 
 def prepare(case: Case, cache: Path) -> PreparedCase:
-    """Resolve a row of the table.
+    """Prepare a row of the case table.
 
-    :raises ParityError: whatever is missing, in one line.
+    :raises ParityError: one line on what is missing or malformed.
     """
     model_dir = model_directory(case.model, cache)
     config = read_config(model_dir)
-    # Before transformers sees it: for a type that it has no code of, a config may name code of its own.
+    # Before transformers reads it: for a model_type that transformers lacks, a config may name code of its own.
     family_of(str(config.get("model_type")))
     _check_sizes(config, model_dir)
     special = _check_config(model_dir, file_digest(model_dir / "config.json"), cache)
     tokens = _token_ids(case, model_dir, config, cache)
-    _check_tokens(case, tokens[0], _whole_number(config, "vocab_size", model_dir))
+    vocabulary = _whole_number(config, "vocab_size", model_dir)
+    if not tokens[0]:
+        raise CaseTableError(f"{case.id}: no token; nothing would be compared")
+    if outside := [token for token in tokens[0] if not 0 <= token < vocabulary]:
+        raise CaseTableError(f"{case.id}: token {outside[0]} is outside the vocabulary of {vocabulary}")
     n_layers = _whole_number(config, "num_hidden_layers", model_dir)
     width = _whole_number(config, "hidden_size", model_dir)
     sae_file = sae_path(case.sae, width, cache) if case.sae else None
@@ -89,7 +93,7 @@ def prepare(case: Case, cache: Path) -> PreparedCase:
     content: dict[str, object] = {
         "model": weights,
         "tokens": tokens,
-        "sae": [sae_digest, case.sae.layer, *_elsewhere(case.sae)] if case.sae else None,
+        "sae": _sae_content(case.sae, sae_digest) if case.sae else None,
         "dtype": case.dtype,
     }
     captures = hook_names(n_layers)
@@ -113,37 +117,38 @@ def prepare(case: Case, cache: Path) -> PreparedCase:
 
 
 def _downloads(case: Case) -> tuple[Download, ...]:
-    """What of a case came from the hub; it is here by now, so that asking again costs nothing."""
-    remote_sae = isinstance(case.sae, SaeFile) and case.sae.repo
-    if not (remote_sae or isinstance(case.model, HubModel)):
-        return ()
-    from candle_mi_parity.models.hub import fetch_model, fetch_sae
+    """The files of a case that come from the hub; by now they are in the cache of this process."""
+    found = []
+    if isinstance(case.model, HubModel):
+        from candle_mi_parity.models.hub import fetch_model
 
-    found = [fetch_model(case.model)[1]] if isinstance(case.model, HubModel) else []
+        found.append(fetch_model(case.model)[1])
     if isinstance(case.sae, SaeFile) and case.sae.repo:
+        from candle_mi_parity.models.hub import fetch_sae
+
         found.append(fetch_sae(case.sae)[1])
     return tuple(found)
 
 
-def _elsewhere(sae: SaePlace) -> list[str]:
-    """The hook point, where it is not the layer's output."""
-    return [] if sae.point == "hook_resid_post" else [sae.point]
+def _sae_content(sae: SaePlace, digest: str | None) -> list[object]:
+    """The SAE's part of a case's digest; the default hook point is not written out."""
+    return [digest, sae.layer, *([] if sae.point == "hook_resid_post" else [sae.point])]
 
 
 def _check_config(model_dir: Path, digest: str, cache: Path) -> SpecialIds:
-    """Ask transformers whether it takes the config, before anything is computed; no code beside it is run.
+    """Check that transformers accepts the config, without running code that lies beside it.
 
-    Once for each content of the file and version of transformers, which is then not imported.
+    The answer is cached for each content of the file and version of transformers, which then is not imported.
 
-    :param digest: of the file.
-    :raises ModelError: it does not, or takes it for another class's.
+    :param digest: sha256 of the file.
+    :raises ModelError: transformers refuses the config or reads it as another class.
     """
     key = [CONFIG_CHECK, digest, version("transformers")]
     return SpecialIds(*cached(cache, "configs", key, lambda: _ask_transformers(model_dir)))
 
 
 def _ask_transformers(model_dir: Path) -> list[int | None]:
-    """The ids of :class:`SpecialIds`."""
+    """The fields of :class:`SpecialIds`."""
     import transformers
 
     with transformers_runs(model_dir):
@@ -153,23 +158,23 @@ def _ask_transformers(model_dir: Path) -> list[int | None]:
         why = " because of its `layer_types`" if written == "mistral" and "layer_types" in raw else ""
         raise ModelError(
             f"transformers loads {model_dir}/config.json as another class{why}: model_type is "
-            f"{one_line(repr(written))}, and it makes a {config.model_type!r}, whose hook points are not known here"
+            f"{one_line(repr(written))}, and the model that it makes is a {config.model_type!r}"
         )
-    eos = config.eos_token_id  # one, or a list of which any ends a text
+    eos = config.eos_token_id  # one id or a list
     eos = eos[0] if isinstance(eos, list) and eos else eos
     ids = (config.pad_token_id, config.bos_token_id, eos)
     return [value if isinstance(value, int) else None for value in ids]
 
 
 def _check_sizes(config: dict[str, object], model_dir: Path) -> None:
-    """Refuse sizes that the weights cannot have, before lists and tensors are made of them."""
+    """Refuse sizes that the weights cannot have, before anything of these sizes is allocated."""
     tensors = len(weight_tensors(model_dir))
     there = sum(file.stat().st_size for file in weight_files(model_dir))
     sizes = [_whole_number(config, key, model_dir) for key in ("vocab_size", "hidden_size", "num_hidden_layers")]
     if sizes[0] * sizes[1] > there or sizes[2] > tensors:
         raise ModelError(
             f"{model_dir}/config.json: a vocabulary of {sizes[0]}, width {sizes[1]} and {sizes[2]} layers are more "
-            f"than {tensors} tensors in {there} bytes of weights can be"
+            f"than {tensors} tensors in {there} bytes of weights can hold"
         )
 
 
@@ -182,20 +187,13 @@ def _whole_number(config: dict[str, object], key: str, model_dir: Path) -> int:
     return value
 
 
-def _check_tokens(case: Case, tokens: list[int], vocabulary: int) -> None:
-    if not tokens:
-        raise CaseTableError(f"{case.id}: no token; nothing would be compared")
-    if odd := [token for token in tokens if not 0 <= token < vocabulary]:
-        raise CaseTableError(f"{case.id}: token {odd[0]} is outside the vocabulary of {vocabulary}")
-
-
 def _token_ids(case: Case, model_dir: Path, config: dict[str, object], cache: Path) -> list[list[int]]:
     if isinstance(case.tokens, RandomTokens):
         return random_tokens(case.tokens, _whole_number(config, "vocab_size", model_dir))
     if case.tokens is not None:
         return [list(case.tokens)]
     assert case.text is not None
-    # A tokenizer may read any of the files but the weights.
+    # A tokenizer may read any file but the weights.
     files = [path for path in model_dir.iterdir() if path.is_file() and path not in weight_files(model_dir)]
     key = [digest_files(files), case.text, version("transformers"), version("tokenizers")]
     return [cached(cache, "tokens", key, lambda: list(tokenizer(model_dir)(case.text)["input_ids"]))]
@@ -204,7 +202,7 @@ def _token_ids(case: Case, model_dir: Path, config: dict[str, object], cache: Pa
 def random_tokens(wanted: RandomTokens, vocabulary: int) -> list[list[int]]:
     """Token ids [B][T], the same on every machine.
 
-    :raises ModelError: the vocabulary has no id to draw.
+    :raises ModelError: the vocabulary holds only special ids.
     """
     if vocabulary <= SPECIAL:
         raise ModelError(f"vocab_size is {vocabulary}, and ids 0 to {SPECIAL - 1} are not drawn")
@@ -216,13 +214,13 @@ def random_tokens(wanted: RandomTokens, vocabulary: int) -> list[list[int]]:
 def tokenizer(model_dir: Path) -> Any:
     """The Hugging Face tokenizer of a model directory.
 
-    :raises ModelError: when there is none.
+    :raises ModelError: it cannot be loaded.
     """
     import transformers
 
     try:
         return transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whichever way the tokenizers library puts it
+    except Exception as error:  # the tokenizers library raises many kinds
         raise ModelError(
             f"no usable tokenizer in {model_dir}: {one_line(str(error)) or type(error).__name__}"
         ) from error

@@ -1,4 +1,4 @@
-"""transformers without its remarks, and with its exceptions as one line that says who refuses."""
+"""Calling transformers without its progress output, and with its exceptions as one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from candle_mi_parity.files.escape import one_line
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers reports loading on stderr; a wrong checkpoint is judged by what it computes, not read there."""
+    """Silence transformers' remarks on loading; a wrong checkpoint shows in what it computes."""
     import transformers
 
     level = transformers.logging.get_verbosity()
@@ -27,10 +27,10 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def transformers_runs(directory: Path, what: str = "run this config") -> Iterator[None]:
-    """Give transformers what a user wrote, and nothing of ours to fail beside it.
+    """Turn any exception of transformers into one line.
 
-    :param what: which it is to do, for the error.
-    :raises ModelError: whatever transformers raised; it has an exception of its own for each kind of wrong value.
+    :param what: what transformers was asked to do, for the message.
+    :raises ModelError: transformers raised an exception.
     """
     try:
         with quiet():

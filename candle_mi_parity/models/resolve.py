@@ -1,7 +1,7 @@
-"""Where a model comes from: generated, out of a PyPI package, the hub, or a local directory.
+"""The model directory of a case, which the oracle and the candidate both read.
 
-Whatever the source, the result is a directory with ``config.json`` and ``model.safetensors`` that the oracle
-and the candidate both read. Generated and unpacked directories live in the cache under a content key.
+It is generated, unpacked from a PyPI package, downloaded from the hub, or a local directory. Generated and unpacked
+directories lie in the cache under a content key.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from candle_mi_parity.spec.cases import HubModel, LocalModel, Model, PackageMode
 
 
 def model_directory(model: Model, cache: Path) -> Path:
-    """The directory of a model, made or downloaded if it is not there yet.
+    """The directory of a model, which is generated or downloaded on first use.
 
-    :raises ModelError: missing directory, package or weights; says what to do.
-    :raises HubError: the hub does not give it.
+    :raises ModelError: a directory, package or file of weights is missing.
+    :raises HubError: the download fails.
     """
     if isinstance(model, TinyModel):
         directory = generated_model(tiny_config(model), model.dialect, cache, model.shards)
@@ -52,12 +52,12 @@ def _unpack(dialect: str, out: Path) -> None:
 def as_model(id_or_directory: str) -> Model:
     """A model named on the command line: an existing directory, or else a hub repository.
 
-    :raises ModelError: a name that cannot be either.
+    :raises ModelError: the name is not valid for either.
     """
     try:
         local = Path(id_or_directory).expanduser().is_dir() or id_or_directory.startswith((".", "/", "~"))
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, the home of nobody
-        raise ModelError(f"{one_line(id_or_directory)} is no model: {one_line(str(error))}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, an unknown ~user
+        raise ModelError(f"{one_line(id_or_directory)} is not a model: {one_line(str(error))}") from error
     if local:
         return LocalModel(source="local", path=id_or_directory)
     repo, _, revision = id_or_directory.partition("@")

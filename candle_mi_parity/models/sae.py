@@ -1,4 +1,4 @@
-"""An SAE as weights: Gemma Scope's NPZ layout or a directory of SAELens, read, checked, and for tests generated."""
+"""The weights of an SAE: an NPZ in Gemma Scope's layout or a SAELens directory, from disk, the hub or generated."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Sae:
     """An SAE, float32: ``W_enc`` [d_in, d_sae], ``W_dec`` [d_sae, d_in], biases, θ or None.
 
     :ivar k: number of features that TopK keeps; None for JumpReLU and ReLU.
-    :ivar relu: whether of the k largest only positive ones fire; else all but a negative k-th, as a counterfactual.
-    :ivar centred: whether ``b_dec`` is taken from the input.
-    :ivar normalize: what is done to the input, and undone on the reconstruction.
+    :ivar relu: whether only positive ones of the k largest fire; False in a counterfactual.
+    :ivar centred: whether ``b_dec`` is subtracted from the input.
+    :ivar normalize: how the input is normalised; the reconstruction is scaled back.
     :ivar by_decoder_norm: whether pre-activations are multiplied by ‖W_dec row‖ before TopK selects, and features
-        divided by it again before they are decoded.
+        divided by it again before decoding.
     """
 
     W_enc: np.ndarray
@@ -67,12 +67,11 @@ class Sae:
 
 
 def sae_path(sae: SaeFile | SaelensDirectory | ScopeSae, width: int, cache: Path) -> Path:
-    """Where an SAE is on this machine: a file, generated, or downloaded when it lives on the hub, or a generated
-    directory.
+    """The file or directory of an SAE, which is generated or downloaded on first use.
 
-    :param width: the model's hidden size, which a generated SAE takes for its ``d_in``.
-    :raises SaeError: when it is not there.
-    :raises HubError: when the hub does not give it.
+    :param width: the model's hidden size, which is the ``d_in`` of a generated SAE.
+    :raises SaeError: a local file does not exist.
+    :raises HubError: the download fails.
     """
     if isinstance(sae, SaelensDirectory):
         key = content_key("saelens", sae.model_dump(), width)
@@ -92,12 +91,12 @@ def sae_path(sae: SaeFile | SaelensDirectory | ScopeSae, width: int, cache: Path
 
 
 def sae_files(path: Path) -> list[Path]:
-    """The files that an SAE is read from."""
+    """The files of an SAE."""
     return saelens_files(path) if path.is_dir() else [path]
 
 
 def _generate(sae: SaelensDirectory, width: int, out: Path) -> None:
-    """Weights that excite every field: decoder rows of different norms, no bias or threshold at zero."""
+    """Weights that show a fault in any field: decoder rows of different norms, no bias or threshold at zero."""
     encoder = tensor_values("sae.W_enc", (sae.d_sae, width), 0)
     decoder = 0.2 * encoder + 0.1 * tensor_values("sae.W_dec", (sae.d_sae, width), 0)
     arrays = {
@@ -125,7 +124,7 @@ def _generate(sae: SaelensDirectory, width: int, out: Path) -> None:
 
 
 def _generate_scope(sae: ScopeSae, width: int, out: Path) -> None:
-    """``params.npz``: decoder rows near the encoder's columns, as in a trained SAE, and thresholds all different."""
+    """``params.npz``: decoder rows close to the encoder's columns, as in a trained SAE, and distinct thresholds."""
     encoder = tensor_values("sae.W_enc", (sae.d_sae, width), 0)
     np.savez(
         out / "params.npz",
@@ -141,8 +140,7 @@ def load_sae(path: Path, change: Counterfactual = PLAIN) -> Sae:
     """Read and check an NPZ or a SAELens directory.
 
     :param change: a counterfactual, which may change ``cfg.json`` or the arithmetic.
-
-    :raises SaeError: whatever is wrong with it, in one line.
+    :raises SaeError: one line on what is wrong.
     """
     if not path.is_dir():
         return load_npz(path)
@@ -150,7 +148,7 @@ def load_sae(path: Path, change: Counterfactual = PLAIN) -> Sae:
     jump = config.architecture == "jumprelu"
     _check_arrays(path, arrays, {*_REQUIRED, "threshold"} if jump else {*_REQUIRED})
     if jump != ("threshold" in arrays):
-        raise SaeError(f"{path}: architecture {config.architecture}, threshold {'given' if not jump else 'missing'}")
+        raise SaeError(f"{path}: architecture {config.architecture}, threshold {'missing' if jump else 'given'}")
     weights = _as_float32(path, arrays)
     if weights["W_enc"].shape != (config.d_in, config.d_sae):
         shape = weights["W_enc"].shape
@@ -175,7 +173,7 @@ def load_sae(path: Path, change: Counterfactual = PLAIN) -> Sae:
 def load_npz(path: Path) -> Sae:
     """Read and check an NPZ.
 
-    :raises SaeError: not an NPZ, pickled content, an array missing, unknown, of the wrong shape or dtype, or
+    :raises SaeError: it is not an NPZ, holds pickles, or an array is missing, unknown, of a wrong shape or dtype, or
         not finite.
     """
     arrays = read_npz(path, SaeError)

@@ -1,9 +1,8 @@
-"""A directory as SAELens writes it: ``cfg.json`` and ``sae_weights.safetensors``, in the dialects of its versions.
+"""SAE directories in SAELens's format: ``cfg.json`` and ``sae_weights.safetensors``.
 
-What a field means is what SAELens 6 does on loading it, its rules for files written before version 6 included
-(``sae_lens/loading/pretrained_sae_loaders.py``, ``sae_lens/saes/*.py``, version 6.54). A field that it acts on
-is honoured here or has no truth; so has any field that is not known. A field that it keeps as a note is known by
-name.
+Fields are read as SAELens 6 reads them, with its rules for files from before version 6
+(``sae_lens/loading/pretrained_sae_loaders.py``, ``sae_lens/saes/*.py``, version 6.54). Fields that do not change the
+numbers are listed by name. Any other field is implemented here or refused.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from candle_mi_parity.errors import NoTruthError, SaeError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.tensor_file import TensorFile
-from candle_mi_parity.files.untrusted import read_json, require_inside, require_memory
+from candle_mi_parity.files.untrusted import read_object, require_inside, require_memory
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 CONFIG = "cfg.json"
 WEIGHTS = ("sae_weights.safetensors", "model.safetensors")
-"""In candle-mi's order of preference; SAELens itself reads the first alone."""
+"""In candle-mi's order of preference; SAELens itself reads only the first."""
 
 _NOTES = {
     *("architecture_version", "b_dec_init_method", "context_size", "d_head", "dataset_path", "device"),
@@ -40,15 +39,15 @@ _NOTES = {
 }
 
 ARCHITECTURES = ("standard", "jumprelu", "topk")
-"""Those whose truth is computed here."""
+"""The architectures that are implemented here."""
 
 Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]
 
 
 class SaelensConfig(BaseModel):
-    """The fields of ``cfg.json`` that move numbers, by their names in version 6.
+    """The fields of ``cfg.json`` that change the numbers, by their names in version 6.
 
-    :ivar normalize_activations: what is done to the input, and undone on the reconstruction.
+    :ivar normalize_activations: how the input is normalised; the reconstruction is scaled back.
     :ivar rescale_acts_by_decoder_norm: TopK selects by ``pre·‖W_dec row‖``.
     """
 
@@ -66,12 +65,11 @@ class SaelensConfig(BaseModel):
 
 
 def read_directory(path: Path, change: Counterfactual = PLAIN) -> tuple[SaelensConfig, dict[str, np.ndarray]]:
-    """The config and the arrays, float64 that hold the values of the config's ``dtype``.
+    """The config, and the arrays as float64 after rounding to the config's ``dtype``.
 
     :param change: a counterfactual, which may change ``cfg.json``.
-
-    :raises SaeError: not such a directory, or a field or tensor that is missing or malformed, or a tensor unknown.
-    :raises NoTruthError: an architecture or a field that is not honoured here.
+    :raises SaeError: a file, field or tensor is missing, malformed or unknown.
+    :raises NoTruthError: an architecture or field is not implemented here.
     """
     require_inside(path, SaeError)
     import torch
@@ -85,11 +83,11 @@ def read_directory(path: Path, change: Counterfactual = PLAIN) -> tuple[SaelensC
 
 
 def own_hook(directory: Path) -> str | None:
-    """The hook point at which an SAE's own config places it, by whichever of its names; None where it names none.
+    """The hook point that an SAE's own config names, or None.
 
-    :raises SaeError: two of its fields name two places.
+    :raises SaeError: two of its fields disagree.
     """
-    raw = _read(directory / CONFIG)
+    raw = read_object(directory / CONFIG, SaeError)
     metadata = raw.get("metadata")
     fields = {key: raw.get(key) for key in ("hook_name", "hook_point")}
     fields["metadata.hook_name"] = metadata.get("hook_name") if isinstance(metadata, dict) else None
@@ -106,9 +104,9 @@ def own_hook(directory: Path) -> str | None:
 
 
 def saelens_files(path: Path) -> list[Path]:
-    """``cfg.json`` and the weights of a directory.
+    """The paths of ``cfg.json`` and of the weights.
 
-    :raises SaeError: when either is not there.
+    :raises SaeError: either is missing.
     """
     weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
     if weights is None or not (path / CONFIG).is_file():
@@ -116,23 +114,14 @@ def saelens_files(path: Path) -> list[Path]:
     return [path / CONFIG, weights]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    raw = read_json(path, SaeError)
-    if not isinstance(raw, dict):
-        raise SaeError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
-
-
 def _no_truth(path: Path, what: str, known: str) -> NoTruthError:
     return NoTruthError(f"{path}: there is no truth for {one_line(what)}: candle-mi-parity computes {known}")
 
 
 def _config(path: Path, change: Counterfactual) -> SaelensConfig:
-    raw = change.changed_sae_config(_read(path))
-    metadata = raw.get("metadata")
-    version = raw.get("sae_lens_version") or (
-        metadata.get("sae_lens_version") if isinstance(metadata, dict) else None
-    )
+    raw = change.changed_sae_config(read_object(path, SaeError))
+    metadata = raw["metadata"] if isinstance(raw.get("metadata"), dict) else {}
+    version = raw.get("sae_lens_version") or metadata.get("sae_lens_version")
     fields = {key: value for key, value in raw.items() if key not in _NOTES}
     major = re.match(r"[0-9]{1,4}(?=\.|$)", version) if isinstance(version, str) else None
     if major is None or int(major[0]) < 6:
@@ -140,15 +129,17 @@ def _config(path: Path, change: Counterfactual) -> SaelensConfig:
     if isinstance(fields.get("dtype"), str):
         fields["dtype"] = fields["dtype"].removeprefix("torch.")
     if fields.get("normalize_activations") == "expected_average_only_in":
-        raise SaeError(f"{path}: normalize_activations expected_average_only_in needs a scale that the file has not")
+        raise SaeError(
+            f"{path}: normalize_activations expected_average_only_in needs a scale that the file does not hold"
+        )
     if isinstance(named := fields.get("architecture"), str) and named not in ARCHITECTURES:
-        raise _no_truth(path, f"architecture {named!r}", f"{', '.join(ARCHITECTURES)} alone")
+        raise _no_truth(path, f"architecture {named!r}", ", ".join(ARCHITECTURES))
     try:
         config = SaelensConfig.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "extra_forbidden":
-            raise _no_truth(path, f"an SAE with {first['loc'][0]!r}", "nothing that depends on this field") from error
+            raise _no_truth(path, f"an SAE with {first['loc'][0]!r}", "no SAE that depends on this field") from error
         if first["type"] == "literal_error":
             what, known = f"{first['loc'][0]} {first['input']!r}", first.get("ctx", {}).get("expected", "others")
             raise _no_truth(path, what, known) from error
@@ -195,7 +186,7 @@ def _tensors(path: Path, config: SaelensConfig) -> dict[str, torch.Tensor]:
 
 
 def _check_sizes(weights: Path, config: SaelensConfig) -> None:
-    """Before a tensor is read: all are floats, and no larger than an SAE of the config's widths has them."""
+    """Check the header: every tensor is of a float format and no larger than the config's widths allow."""
     file, whole = TensorFile(weights), config.d_in * config.d_sae
     require_memory(3 * 8 * whole, str(weights), SaeError)  # as stored, in float64, in float32
     for name in sorted(file.keys()):

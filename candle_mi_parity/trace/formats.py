@@ -1,4 +1,4 @@
-"""Float formats: how values are rounded before both sides are given them."""
+"""Rounding of input values to few significant bits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ BITS = {"float32": 16, "float16": 11, "bfloat16": 8}
 
 
 def round_to_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Round to few significant bits, float32: near the truth, and the same bytes on every machine.
+    """Round to few significant bits, float32, so that the bytes are the same on every machine.
 
-    The last bits of a float64 sum depend on the machine; at float32's 24 bits one element in 10⁸ would then round
-    elsewhere and change the file's digest, at 16 bits one in 10¹¹. A narrower format gets what it can hold.
+    The last bits of a float64 sum depend on the machine. At float32's 24 bits, one element in 10⁸ would then round
+    differently and change the file's digest; at 16 bits, one in 10¹¹.
     """
     bits = BITS[dtype]
     mantissa, exponent = np.frexp(values)

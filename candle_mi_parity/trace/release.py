@@ -1,7 +1,7 @@
-"""A stored release: an index, and beside it ``traces/`` with the files that the index names by their digests.
+"""Stored releases: an index, and beside it ``traces/`` with the files that the index names by their digests.
 
-A file in ``traces/`` is named after the first twelve digits of its own sha256, so that releases share what is equal.
-It does not say which candle-mi wrote it; the index does. ``docs/stored-traces.md`` describes both.
+The name of a file in ``traces/`` holds the first twelve digits of its sha256, so that releases share equal files. The
+index says which candle-mi wrote them. ``docs/stored-traces.md`` describes the format.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.escape import one_line
-from candle_mi_parity.files.untrusted import MAX_JSON_BYTES, read_bytes
+from candle_mi_parity.files.untrusted import MAX_JSON_BYTES, read_bytes, read_json, read_object, validated
 from candle_mi_parity.spec.hook_points import Mode
-from candle_mi_parity.trace.trace import CandleMi, Digest, MadeBy, Part, Text, Trace, read_json
+from candle_mi_parity.trace.trace import CandleMi, Digest, MadeBy, Part, Text, Trace
 
 Short = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 
 
 class Refusal(Part):
-    """What stands in place of a trace where candle-mi refused the case.
+    """Stored in place of a trace if candle-mi refused the case.
 
     :ivar case: the digest of the case.
     """
@@ -36,7 +36,7 @@ class Refusal(Part):
 class StoredCase(Part):
     """The outcomes of one case.
 
-    :ivar text: digest of what the tokenizer made of the case's text.
+    :ivar text: digest of the token ids of the case's text.
     """
 
     free: Short | Refusal | None = None
@@ -47,7 +47,7 @@ class StoredCase(Part):
 class Release(Part):
     """The index.
 
-    :ivar emitter: as in a trace's header, like ``candle`` and ``features``; empty where no case gave a trace.
+    :ivar emitter: as in a trace's header, like ``candle`` and ``features``; empty if no case has a trace.
     :ivar calls: digest of the answers to direct calls.
     :ivar tokens: digest of the tokenised corpus.
     """
@@ -62,52 +62,47 @@ class Release(Part):
     cases: dict[Text, StoredCase] = Field(default_factory=dict)
 
     def text(self) -> str:
-        """The JSON, with a line for each case."""
+        """The JSON, with one line per case."""
         cases = {name: stored.model_dump(exclude_none=True) for name, stored in sorted(self.cases.items())}
         return readable(self.model_dump(exclude={"cases"}) | {"cases": cases})
 
     def files(self) -> list[str]:
-        """The files in ``traces/`` that this index names."""
+        """The names of the files in ``traces/`` that belong to this index."""
         named: list[tuple[str, str | Refusal | None]] = [("calls", self.calls), ("tokens", self.tokens)]
         for case, stored in self.cases.items():
             named += [(trace_name(case, "free"), stored.free), (trace_name(case, "forced"), stored.forced)]
-            named += [(text_name(case), stored.text)]
+            named.append((text_name(case), stored.text))
         return [f"{name}.{digest}.json" for name, digest in named if isinstance(digest, str)]
 
 
 def trace_name(case: str, mode: Mode) -> str:
-    """The name of a case's trace without its digest."""
+    """The file name of a case's trace without its digest."""
     return f"{case}{'' if mode == 'free' else '.forced'}"
 
 
 def text_name(case: str) -> str:
-    """The name of the ids of a case's text without its digest."""
+    """The file name of the ids of a case's text without their digest."""
     return f"{case}.tokens"
 
 
 class StoredRelease:
-    """An index that was read.
+    """A stored release, opened.
 
-    :raises TraceError: it is not one.
+    :raises TraceError: the index cannot be read or does not match the schema.
     """
 
     def __init__(self, index: Path) -> None:
         self.index = index
-        try:
-            self.release = Release.model_validate(read_json(index))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise TraceError(one_line(f"{index}: {where}: {first['msg']}")) from error
+        self.release = validated(Release, read_json(index, TraceError), index, TraceError)
 
     @property
     def traces(self) -> Path:
         return self.index.parent / "traces"
 
     def file(self, name: str, digest: str) -> Path:
-        """A file that the index names.
+        """The path of a file that the index names.
 
-        :raises TraceError: it is absent, a link that leads out of the directory, or has another digest.
+        :raises TraceError: it is absent, a link out of the directory, or has another digest.
         """
         path = self.traces / f"{name}.{digest}.json"
         if not path.resolve().is_relative_to(self.traces.resolve()):
@@ -121,17 +116,14 @@ class StoredRelease:
         return path
 
     def document(self, name: str, digest: str, *fields: str) -> dict[str, Any]:
-        """A file that the index names, with those fields of the index that it leaves out.
+        """The content of a file that the index names, completed by fields of the index.
 
         :raises TraceError: see :meth:`file`.
         """
-        raw = read_json(self.file(name, digest))
-        if not isinstance(raw, dict):
-            raise TraceError(f"{self.traces / name}.{digest}.json: not a JSON object")
-        return self.release.model_dump(include=set(fields)) | raw
+        return self.release.model_dump(include=set(fields)) | read_object(self.file(name, digest), TraceError)
 
     def trace(self, case: str, mode: Mode) -> Trace | Refusal | None:
-        """The outcome of a case; None where none is stored.
+        """The outcome of a case, or None if none is stored.
 
         :raises TraceError: see :meth:`file`, or the file is not a trace.
         """
@@ -143,12 +135,12 @@ class StoredRelease:
 
 
 def short_digest(content: bytes) -> str:
-    """The digest in a file's name."""
+    """The digest as it occurs in a file name."""
     return hashlib.sha256(content).hexdigest()[:12]
 
 
 def readable(document: dict[str, Any]) -> str:
-    """JSON with a line for each key, and for each item of a list or mapping of objects: a diff shows what changed."""
+    """JSON with one line per key, and per item of a list or mapping of objects, which gives readable diffs."""
 
     def text(value: Any) -> str:
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

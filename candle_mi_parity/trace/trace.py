@@ -1,7 +1,7 @@
-"""Trace: what a candidate emitted; a JSON header and tensors, inline or in a safetensors file beside it.
+"""Traces: what a candidate emitted, a JSON header with tensors, inline or in a safetensors file beside it.
 
-Every byte is untrusted: the document is checked against its schema before anything else reads it, a file may
-only be named, not located, and each tensor's digest is computed again from its bytes.
+A trace is untrusted: the document is validated against its schema, it may name only files in its own directory, and
+each tensor is verified against its digest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 
 from candle_mi_parity.errors import TraceError
@@ -24,6 +24,7 @@ from candle_mi_parity.files.chunks import positions, row_major
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.files.untrusted import read_json as read_any_json
+from candle_mi_parity.files.untrusted import validated
 
 FORMAT = "candle-mi-parity/trace/1"
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -31,15 +32,13 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "float64": np.dtype("<f8"),
 }
-_FILED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8")}
-"""The same as safetensors spells them."""
-
-
+_SAFETENSORS = {"float32": "F32", "float16": "F16", "float64": "F64", "bfloat16": "BF16"}
+"""The same formats by the names that safetensors uses."""
 MAX_TEXT = 1000
 
 
 def _printable(text: str) -> str:
-    """Texts go to terminals, reports and file names: no line break, escape sequence or lone surrogate, no novel."""
+    """Texts are shown in terminals and reports: they hold no line break, escape sequence or lone surrogate."""
     if len(text) > MAX_TEXT:
         raise ValueError(f"a text of {len(text)} characters, more than {MAX_TEXT}")
     if not text.isprintable():
@@ -51,9 +50,8 @@ Text = Annotated[str, AfterValidator(_printable)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0, lt=1 << 63)]
 Shape = Annotated[list[Size], Field(max_length=8)]
-"""The product of a long list of large sizes would itself take for ever."""
 TOP_FEATURES, TOP_LOGITS = 10, 100
-"""How many features of the last position a trace lists, and how many logits are kept of one stored in part."""
+"""The number of features of the last position in a trace, and of logits in a trace that is stored in part."""
 
 
 class Part(BaseModel):
@@ -61,7 +59,7 @@ class Part(BaseModel):
 
 
 class CandleMi(Part):
-    """Which candle-mi: a release with its registry checksum, or a path's tree digest, or a git revision."""
+    """Which candle-mi: a release with its registry checksum, a directory's tree digest, or a git revision."""
 
     version: Text
     source: Literal["registry", "path", "git"]
@@ -76,7 +74,7 @@ class CaseRef(Part):
 
 
 class MadeBy(Part):
-    """What all traces of a release have in common; stored traces leave it to the index of their release."""
+    """Fields that all traces of a release share; a stored release has them in its index."""
 
     emitter: Text
     candle_mi: CandleMi
@@ -85,7 +83,7 @@ class MadeBy(Part):
 
 
 class Header(MadeBy):
-    """All that decides the numbers; digests are the emitter's own, of the bytes that it read."""
+    """Everything that decides the numbers; the emitter computes the digests of the files that it reads."""
 
     device: Text
     dtype: Literal["float32", "bfloat16", "float16"]
@@ -96,7 +94,7 @@ class Header(MadeBy):
 
 
 class Run(Part):
-    """What differs between two runs of the same case; outside every digest."""
+    """Fields that differ between two runs of the same case."""
 
     started: Text
     seconds: dict[Text, float]
@@ -105,11 +103,11 @@ class Run(Part):
 
 
 class Selection(Part):
-    """A stored trace may keep a part of a tensor.
+    """The part of a tensor that a stored trace holds.
 
-    :ivar shape: the whole tensor's shape.
-    :ivar rows: positions kept on axis −2.
-    :ivar columns: entries kept on the last axis; None keeps all.
+    :ivar shape: the shape of the full tensor.
+    :ivar rows: indices on axis −2.
+    :ivar columns: indices on the last axis; None for all.
     """
 
     shape: Shape
@@ -167,7 +165,7 @@ class Document(Part):
 
     @model_validator(mode="after")
     def _all_listed(self) -> Document:
-        """A shorter list of features would be less to compare."""
+        """A shorter list of features would leave some of them unchecked."""
         active = self.scalars.get("sae.n_active_last_pos")
         if active is None or any(tensor.nonfinite for tensor in self.tensors):
             return self
@@ -177,9 +175,9 @@ class Document(Part):
 
 
 class Emitted(Protocol):
-    """What the comparison reads, whether from disk or from memory.
+    """A trace on disk or in memory, as the comparison reads it.
 
-    :ivar asked: the tensors that it is to hold; None for all that the truth has.
+    :ivar asked: the tensors that were requested; None for all tensors of the truth.
     """
 
     asked: set[str] | None
@@ -199,23 +197,22 @@ class Emitted(Protocol):
     def tensor(self, name: str) -> np.ndarray: ...
 
     def rows(self, name: str, rows: slice) -> np.ndarray:
-        """Positions (axis −2) of a tensor that is whole."""
+        """Positions (axis −2) of a tensor."""
         ...
 
 
 def chunks(entry: TensorEntry) -> list[slice]:
-    """The positions of a tensor, cut so that a long one need not be in memory as a whole."""
-    # numpy has no bfloat16 to read a part of, inline values are there already, and what is not finite is counted
-    # over the whole.
+    """The positions of a tensor in chunks, so that a long tensor is not in memory as a whole."""
+    # bfloat16 cannot be read in parts, inline values are in memory, and non-finite values need all of it.
     together = entry.part is not None or entry.values is not None or entry.dtype == "bfloat16" or entry.nonfinite
     return [slice(None)] if together else positions(entry.shape)
 
 
 @dataclass
 class InMemory:
-    """Tensors that never were a file: torch's own, or those of a reference JSON.
+    """Tensors in memory: torch's own, or those of a reference JSON.
 
-    :param arrays: name → array and, where only a part of the tensor is there, which.
+    :param arrays: name → array, with its :class:`Selection` if it is a part of a tensor.
     :param asked: see :class:`Emitted`.
     """
 
@@ -249,11 +246,11 @@ class InMemory:
 
 
 class Trace:
-    """A trace on disk; tensors are read and verified when they are asked for.
+    """A trace on disk; tensors are read and verified at each access.
 
     :param path: the JSON file.
-    :param made_by: those fields of :class:`MadeBy` that the file's header may leave out.
-    :raises TraceError: unreadable, unknown format, or not what the schema says; names the first place.
+    :param made_by: fields of :class:`MadeBy` for a header without them.
+    :raises TraceError: the file is unreadable, of an unknown format, or violates the schema; names the first place.
     """
 
     def __init__(self, path: Path, made_by: Mapping[str, object] | None = None) -> None:
@@ -268,12 +265,7 @@ class Trace:
             raise TraceError(f"{path}: format is {shown}, expected {FORMAT!r}")
         if made_by is not None and isinstance(raw.get("header"), dict):
             raw["header"] = {**made_by, **raw["header"]}
-        try:
-            self.document = Document.model_validate(raw)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = one_line(".".join(str(part) for part in first["loc"]))
-            raise TraceError(f"{path}: {where or 'document'}: {one_line(first['msg'])}") from error
+        self.document = validated(Document, raw, path, TraceError)
 
     @property
     def header(self) -> Header:
@@ -296,106 +288,82 @@ class Trace:
         return self.document.top_features_last_pos
 
     def tensor(self, name: str) -> np.ndarray:
-        """The tensor in its own dtype (a bfloat16 one as float32), after its bytes were verified.
+        """The tensor in its own dtype (bfloat16 as float32), verified against its digest.
 
-        :raises TraceError: absent, of another shape or dtype than declared, or bytes that differ from the
-            digest.
+        :raises TraceError: the tensor is absent, of another shape or dtype than declared, or its bytes do not match.
         """
         entry = self.entries[name]
-        if entry.dtype == "bfloat16":
-            return self._bfloat16(entry)
-        dtype = _DTYPES[entry.dtype]
-        if entry.values is not None:
-            with np.errstate(over="ignore"):  # too large becomes Inf, which is judged as such
-                array: np.ndarray = np.array(entry.values, dtype=dtype).reshape(entry.shape)
-        else:
+        half = entry.dtype == "bfloat16"  # numpy has no such type: its 16 bits are the upper half of a float32's
+        if entry.values is None:
             array = self._from_file(entry, None)
-        self._check_digest(entry, hashlib.sha256(_bytes(array)).hexdigest())
-        self._check_finite(entry, int(np.count_nonzero(~np.isfinite(array))))
+        else:
+            with np.errstate(over="ignore"):  # a value that is too large becomes Inf
+                array = np.array(entry.values, _DTYPES["float32" if half else entry.dtype]).reshape(entry.shape)
+            if half:
+                array = (array.view("<u4") >> 16).astype("<u2")
+        digest = hashlib.sha256(_bytes(array)).hexdigest()
+        if half:
+            array = (array.astype("<u4") << 16).view("<f4")
+        self._check(entry, digest, int(np.count_nonzero(~np.isfinite(array))))
         return array
 
     def rows(self, name: str, rows: slice) -> np.ndarray:
-        """Positions (axis −2) of a tensor; the whole of it is verified before its first are given.
+        """Positions (axis −2) of a tensor; the full tensor is verified at the first access.
 
-        :raises TraceError: as :meth:`tensor`.
+        :raises TraceError: see :meth:`tensor`.
         """
         entry = self.entries[name]
         if rows == slice(None):
             return self.tensor(name)
         if name not in self._verified:
-            self._verify_in_part(entry)
+            self._verify_in_chunks(entry)
             self._verified.add(name)
         return self._from_file(entry, (*[slice(None)] * (len(entry.shape) - 2), rows, slice(None)))
 
-    def _verify_in_part(self, entry: TensorEntry) -> None:
-        """What :meth:`tensor` checks, with a chunk in memory at a time."""
+    def _verify_in_chunks(self, entry: TensorEntry) -> None:
         digest, nonfinite = hashlib.sha256(), 0
         for box in row_major(entry.shape):
             array = self._from_file(entry, box)
             digest.update(_bytes(array))
             nonfinite += int(np.count_nonzero(~np.isfinite(array)))
-        self._check_digest(entry, digest.hexdigest())
-        self._check_finite(entry, nonfinite)
+        self._check(entry, digest.hexdigest(), nonfinite)
 
-    def _check_kind(self, entry: TensorEntry, shape: list[int], dtype: np.dtype[Any]) -> None:
-        if shape != entry.shape or dtype != _DTYPES[entry.dtype]:
-            raise TraceError(
-                f"{self.path}: {entry.name} is {dtype}{shape} in {entry.file}, declared {entry.dtype}{entry.shape}"
-            )
-
-    def _check_digest(self, entry: TensorEntry, digest: str) -> None:
+    def _check(self, entry: TensorEntry, digest: str, nonfinite: int) -> None:
         if digest != entry.sha256:
             raise TraceError(
                 f"{self.path}: bytes of {entry.name} have sha256 {digest[:12]}…, declared {entry.sha256[:12]}…"
             )
-
-    def _check_finite(self, entry: TensorEntry, found: int) -> None:
-        if found != entry.nonfinite:
-            raise TraceError(f"{self.path}: {entry.name} holds {found} non-finite values, declared {entry.nonfinite}")
-
-    def _beside(self, entry: TensorEntry) -> Path:
-        file = self.path.parent / str(entry.file)
-        if file.is_symlink() or not file.is_file():
-            raise TraceError(f"{self.path}: {entry.file} is not beside it, but {entry.name} is said to be there")
-        return file
-
-    def _bfloat16(self, entry: TensorEntry) -> np.ndarray:
-        """numpy has no bfloat16: its 16 bits are the upper half of a float32's."""
-        if entry.values is not None:
-            bits = (np.array(entry.values, "<f4").view("<u4") >> 16).astype("<u2")
-        else:
-            path = self._beside(entry)
-            tensors = self._files.setdefault(path.name, TensorFile(path))
-            try:
-                dtype, shape = tensors.kind(str(entry.key))
-                if dtype != "BF16" or shape != entry.shape:
-                    raise TraceError(f"{path}: {entry.key} is {dtype}{shape}, declared bfloat16{entry.shape}")
-                bits = np.frombuffer(tensors.raw(str(entry.key)), "<u2")
-            except (SafetensorError, OSError, ValueError) as error:
-                raise TraceError(f"{path}: cannot read {entry.key}: {one_line(str(error))}") from error
-        self._check_digest(entry, hashlib.sha256(_bytes(bits)).hexdigest())
-        return (bits.astype("<u4") << 16).view("<f4").reshape(entry.shape)
+        if nonfinite != entry.nonfinite:
+            raise TraceError(
+                f"{self.path}: {entry.name} holds {nonfinite} non-finite values, declared {entry.nonfinite}"
+            )
 
     def _from_file(self, entry: TensorEntry, box: tuple[slice, ...] | None) -> np.ndarray:
-        """A tensor, or a box of one."""
-        file = self._beside(entry)
+        """A tensor, or a box of one; bfloat16 as its 16 bits."""
+        file, key = self.path.parent / str(entry.file), str(entry.key)
+        if file.is_symlink() or not file.is_file():
+            raise TraceError(f"{self.path}: {entry.file}, which holds {entry.name}, is not beside it")
         tensors = self._files.setdefault(file.name, TensorFile(file))
         try:
-            # Before it is read: what a file claims to hold may be more than there is memory.
-            dtype, shape = tensors.kind(str(entry.key))
-            self._check_kind(entry, shape, _FILED.get(dtype, np.dtype(bool)))
-            return tensors.tensor(str(entry.key)) if box is None else tensors.box(str(entry.key), box)
+            dtype, shape = tensors.kind(key)  # before it is read, which may take more memory than there is
+            if shape != entry.shape or dtype != _SAFETENSORS[entry.dtype]:
+                raise TraceError(
+                    f"{self.path}: {entry.name} is {dtype}{shape} in {file.name}, declared {entry.dtype}{entry.shape}"
+                )
+            if entry.dtype == "bfloat16":
+                return np.frombuffer(tensors.raw(key), "<u2").reshape(shape)
+            return tensors.tensor(key) if box is None else tensors.box(key, box)
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise TraceError(f"{file}: cannot read {entry.key}: {one_line(str(error))}") from error
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    """Row-major, little-endian as all dtypes here are; a copy only where the memory's order is another."""
+    """The row-major bytes of an array; a copy only if its memory has another order."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def read_json(path: Path) -> Any:
-    """JSON with nothing forgiven, see :func:`untrusted.read_json`.
+    """Strict JSON, see :func:`untrusted.read_json`.
 
     :raises TraceError: naming the file and the reason.
     """

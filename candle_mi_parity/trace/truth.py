@@ -1,6 +1,6 @@
-"""Truth: named float64 tensors, each with the noise that float32 rounding alone would put on it.
+"""Truths: named float64 tensors, each with the noise that float32 rounding alone causes.
 
-Plain numpy, so that the comparison needs neither torch nor a model.
+This module uses numpy only, so that the comparison needs neither torch nor a model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from candle_mi_parity.files.tensor_file import TensorFile
 
 
 class Expected(Protocol):
-    """A tensor of the truth, in memory or on disk; the names are those of :class:`TruthTensor`."""
+    """A tensor of the truth, in memory or on disk; see :class:`TruthTensor`."""
 
     @property
     def value(self) -> np.ndarray: ...
@@ -36,7 +36,7 @@ class Expected(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def rows(self, rows: slice) -> Expected:
-        """Some of its positions (axis −2)."""
+        """Positions (axis −2) of the tensor."""
         ...
 
 
@@ -46,8 +46,7 @@ class TruthTensor:
 
     :ivar value: float64, in the candidate's shape.
     :ivar noise: s_i, root mean square over the samples of (sample − value), same shape, absolute units.
-    :ivar allowed: for ``attn.hook_scores`` and ``attn.hook_pattern``, boolean [T, T]: what the mask lets
-        through; None elsewhere.
+    :ivar allowed: the attention mask, boolean [T, T], for ``attn.hook_scores`` and ``attn.hook_pattern``, else None.
     """
 
     value: np.ndarray
@@ -65,7 +64,7 @@ class TruthTensor:
 
 @dataclass(frozen=True)
 class FiledTensor:
-    """A :class:`TruthTensor` of a cache file, read when it is asked for and kept as long as this object is."""
+    """A :class:`TruthTensor` of a cache file, read at first use and kept as long as this object."""
 
     file: TensorFile
     name: str
@@ -89,7 +88,7 @@ class FiledTensor:
         return self._read(self.file.tensor)
 
     def rows(self, rows: slice) -> TruthTensor:
-        """Read anew."""
+        """Read from the file, without caching."""
 
         def read(key: str) -> np.ndarray:
             _, shape = self.file.kind(key)
@@ -98,7 +97,7 @@ class FiledTensor:
         return self._read(read)
 
     def _read(self, read: Callable[[str], np.ndarray]) -> TruthTensor:
-        """:raises OracleError: the file went away, or is another by now."""
+        """:raises OracleError: the file was removed or changed."""
         try:
             value, noise = read(f"{self.name}|value"), read(f"{self.name}|noise")
             return TruthTensor(value, noise, read(f"{self.name}|allowed").astype(bool) if self.masked else None)
@@ -107,13 +106,13 @@ class FiledTensor:
 
 
 class FiledTensors(Mapping[str, Expected]):
-    """The tensors of a cache file in execution order; none is kept."""
+    """The tensors of a cache file in execution order, without caching."""
 
     def __init__(self, tensors: Mapping[str, FiledTensor]) -> None:
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> FiledTensor:
-        return replace(self._tensors[name])  # a fresh one, whose numbers go when it goes
+        return replace(self._tensors[name])  # a copy, whose arrays are freed with it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -124,14 +123,14 @@ class FiledTensors(Mapping[str, Expected]):
 
 @dataclass(frozen=True)
 class SaeTruth:
-    """What judging a feature that flipped needs beside the tensors.
+    """The data with which features that flipped are judged.
 
     :ivar pre: pre-activations with their noise, [B, T, d_sae].
     :ivar threshold: θ, [d_sae]; zeros for ReLU and TopK.
-    :ivar residual: the residual stream that was encoded, float64 [B, T, d_in].
-    :ivar k: number of features that TopK keeps; 0 where a feature fires by its threshold alone.
-    :ivar scale: by how much a position's decoded features are multiplied, [B, T, 1]; 1 without normalisation.
-    :ivar relu: whether of the k largest only positive ones fire; a counterfactual may keep negative ones too.
+    :ivar residual: the encoded residual stream, float64 [B, T, d_in].
+    :ivar k: number of features that TopK keeps; 0 for other architectures.
+    :ivar scale: the factor on each position's decoded features, [B, T, 1]; 1 without normalisation.
+    :ivar relu: whether only positive ones of the k largest fire; False in a counterfactual.
     """
 
     pre: TruthTensor
@@ -148,10 +147,10 @@ class Truth:
 
     :ivar tensors: in execution order.
     :ivar sae: keyed ``sae`` (the whole chain) and ``sae_on_truth`` (the SAE alone, fed the truth's residual).
-    :ivar meta: digests and library versions it was made with.
-    :ivar ignored: tensors of the model's files that transformers does not take.
-    :ivar constant: tensors whose entries are all one number, and that number; what leads to them was not exercised.
-    :ivar beyond: tensors of values that the model's format cannot hold, and the largest of those.
+    :ivar meta: digests and library versions.
+    :ivar ignored: tensors of the model's files that transformers does not use.
+    :ivar constant: tensors whose entries are all equal, and their value; a fault in what leads to them may not show.
+    :ivar beyond: tensors with values outside the range of the model's dtype, and the largest of them.
     """
 
     tokens: list[list[int]]
@@ -192,9 +191,9 @@ class Truth:
 
     @staticmethod
     def load(path: Path) -> Truth:
-        """Read what :meth:`save` wrote.
+        """Read a file of :meth:`save`.
 
-        :raises OracleError: when the file is not a truth; delete it and it is computed again.
+        :raises OracleError: the file is damaged; if it is deleted, it is computed again.
         """
         try:
             file = TensorFile(path)
@@ -207,12 +206,11 @@ class Truth:
             scalars = {name: (float(value), float(noise)) for name, (value, noise) in header["scalars"].items()}
             remarks = [header[key] for key in ("meta", "ignored", "constant", "beyond")]
             return Truth(header["tokens"], FiledTensors(tensors), sae, scalars, *remarks)
-        except Exception as error:  # a truncated cache file fails in as many ways as there are bytes
+        except Exception as error:  # a damaged file raises many kinds
             raise OracleError(f"cached truth {path} is unreadable ({error}); delete it") from error
 
 
 def _sae(file: TensorFile, pre: str) -> SaeTruth:
-    """Judging one feature needs all of this, so it is read whole."""
     return SaeTruth(
         TruthTensor(file.tensor(f"{pre}|value"), file.tensor(f"{pre}|noise")),
         file.tensor(f"{pre}|threshold"),

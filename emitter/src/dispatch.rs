@@ -13,7 +13,7 @@ use crate::tokenize;
 /// The last panic's message. Not thread-local: a panic may come up on one of rayon's threads.
 static PANIC: Mutex<String> = Mutex::new(String::new());
 
-/// Has a panic said in one line on stderr, and kept for its reply.
+/// Installs a panic hook that prints one line on stderr and keeps it for the reply.
 pub fn keep_panics() {
     std::panic::set_hook(Box::new(|info| {
         let message = one_line(&info.to_string());

@@ -15,7 +15,7 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    /// Reads the file once: what is hashed is what is used.
+    /// Reads the file once, so that the digest is that of the tensors in use.
     pub fn read(path: Option<&Path>, device: &Device) -> Result<Self, EmitError> {
         let Some(path) = path else {
             return Ok(Self::default());

@@ -38,7 +38,7 @@ pub fn case_id(line: &[u8]) -> Option<String> {
 pub fn parse(line: &[u8]) -> Result<Asked, EmitError> {
     let bad =
         |error: serde_json::Error| EmitError::Request(format!("request is not valid: {error}"));
-    // The format first: a newer request should be told so, not that it has an unknown key.
+    // The format is checked first, so that a newer request is not refused for an unknown key.
     let envelope: Envelope = serde_json::from_slice(line).map_err(bad)?;
     match envelope.format.as_deref() {
         Some(TRACE_REQUEST) => {

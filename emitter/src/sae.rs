@@ -151,7 +151,7 @@ pub fn run(
         Named::new("sae.recon", recon),
     ];
     if let Some(truth) = truth {
-        // The SAE works in float32 whatever it is given; said here so that encode and the error see one tensor.
+        // The SAE computes in float32; the conversion is here so that encode and the error use the same tensor.
         let truth = truth
             .to_dtype(DType::F32)
             .map_err(|error| EmitError::Sae(error.to_string()))?;

@@ -93,7 +93,7 @@ fn load(path: &Path) -> Result<(MITokenizer, String), EmitError> {
     Ok((tokenizer, digest::sha256(&bytes)))
 }
 
-/// What went wrong with one text. The steps mostly fail alike, so each message is told once, under the first step.
+/// The errors of one text. Steps often fail with the same message, which is given once, under the first step.
 #[derive(Default)]
 struct Failures(Vec<(&'static str, String)>);
 

@@ -217,7 +217,7 @@ pub fn prepare_directory(out: &Path) -> Result<&Path, EmitError> {
     Ok(directory)
 }
 
-/// Writes the document, last: while it is absent or old, there is no new trace.
+/// Writes the document last: a trace is complete if its document is new.
 pub fn write_document(out: &Path, document: &impl Serialize) -> Result<(), EmitError> {
     let pending = Pending::new(out);
     let failed = |error: &dyn std::fmt::Display| EmitError::io(out, &error);

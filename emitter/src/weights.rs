@@ -73,7 +73,7 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Reads every file once: what is hashed is what is used.
+    /// Reads every file once, so that the digest is that of the weights in use.
     pub fn read(shards: &[PathBuf], dtype: DType, device: &Device) -> Result<Self, EmitError> {
         let mut digests = Vec::with_capacity(shards.len());
         let (builder, mut names) = if let [only] = shards {

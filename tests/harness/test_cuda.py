@@ -1,4 +1,4 @@
-"""What the CUDA lane does, with stand-ins for a GPU: nothing here shows what a GPU computes."""
+"""The CUDA lane with a fake GPU; these tests do not show what a GPU computes."""
 
 from __future__ import annotations
 
@@ -35,18 +35,17 @@ def settings() -> tuple[dict[str, bool], bool, str | None]:
     return cuda._settings(), torch.are_deterministic_algorithms_enabled(), os.environ.get(cuda.WORKSPACE)
 
 
-@pytest.mark.parametrize("told", [None, ":0:0"])
-def test_float32_is_strict_inside_and_as_before_after(monkeypatch: pytest.MonkeyPatch, told: str | None) -> None:
-    if told is None:
-        monkeypatch.delenv(cuda.WORKSPACE, raising=False)
-    else:
-        monkeypatch.setenv(cuda.WORKSPACE, told)
+@pytest.mark.parametrize("workspace", [None, ":0:0"])
+def test_strict_settings_are_restored(monkeypatch: pytest.MonkeyPatch, workspace: str | None) -> None:
+    monkeypatch.delenv(cuda.WORKSPACE, raising=False)
+    if workspace is not None:
+        monkeypatch.setenv(cuda.WORKSPACE, workspace)
     before = settings()
     with cuda.strict_float32("cuda:0"):
         assert not any(value for name, value in cuda._settings().items() if name.startswith("matmul"))
         assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.allow_tf32
         assert torch.are_deterministic_algorithms_enabled() and os.environ[cuda.WORKSPACE] == ":4096:8"
-    assert settings() == before and before[2] == told
+    assert settings() == before and before[2] == workspace
     with pytest.raises(KeyError), cuda.strict_float32("cuda:0"):
         raise KeyError
     assert settings() == before
@@ -55,12 +54,12 @@ def test_float32_is_strict_inside_and_as_before_after(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", cuda._STRICT)
-def test_a_setting_that_is_turned_back_is_named(name: str) -> None:
+def test_a_changed_setting_is_named(name: str) -> None:
     with pytest.raises(DeviceError, match=name), cuda.strict_float32("cuda:0"):
         cuda._set({name: not cuda._STRICT[name]})
 
 
-def test_algorithms_that_may_differ_are_named() -> None:
+def test_nondeterministic_algorithms_are_named() -> None:
     with pytest.raises(DeviceError, match="deterministic algorithms"), cuda.strict_float32("cuda:0"):
         torch.use_deterministic_algorithms(False)
 
@@ -73,7 +72,7 @@ def test_a_trace_on_cuda_is_made_under_the_strict_settings(monkeypatch: pytest.M
     assert seen == [True, False]
 
 
-def test_out_of_memory_says_what_was_needed_what_was_free_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_names_the_sizes_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> nn.Module:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -91,7 +90,7 @@ def test_out_of_memory_says_what_was_needed_what_was_free_and_the_remedy(monkeyp
 
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One card, and a PATH that holds nvidia-smi alone."""
+    """One GPU, and a PATH with only nvidia-smi."""
     card = SimpleNamespace(name="NVIDIA A", total_memory=8 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -109,7 +108,7 @@ def test_no_nvcc_is_inconclusive_with_the_remedy(tmp_path: Path) -> None:
     assert "install the CUDA toolkit" in " ".join(done.output.split())
 
 
-def test_an_unknown_device_is_an_error_and_no_missing_one(tmp_path: Path) -> None:
+def test_an_unknown_device_is_a_usage_error(tmp_path: Path) -> None:
     for device in ("cuda", "gpu0", "cuda:x"):
         done = CliRunner().invoke(
             cli.app, ["run", "--device", device, "--candidate", "torch", "--out", str(tmp_path)]
@@ -118,7 +117,7 @@ def test_an_unknown_device_is_an_error_and_no_missing_one(tmp_path: Path) -> Non
 
 
 class AsIfOnCuda(StatelessSource):
-    """The CPU's numbers under another device's name."""
+    """The CPU's numbers with the name of another device."""
 
     identity = None
 
@@ -139,7 +138,7 @@ def test_a_diff_of_cpu_and_cuda_judges_each_side_with_its_own_noise(
     cpu, gpu = found.cases[0].a.result, found.cases[0].b.result
     assert "--device cuda:0" in gpu.reproduce and "--device" not in cpu.reproduce
     a, b = ({tensor.name: tensor.position_ratio for tensor in side.tensors} for side in (cpu, gpu))
-    # The same error over more noise: K/6 against K/16 is a factor of 1.6 where a matmul is all there is.
+    # The same error over more noise: for one matmul, K/6 against K/16 is a factor of 1.6.
     assert b["blocks.0.attn.hook_q"] < 0.95 * a["blocks.0.attn.hook_q"] and b["logits"] < a["logits"]
 
 

@@ -1,4 +1,4 @@
-"""The modules of the emitter import each other in one direction."""
+"""The modules of the emitter have no circular imports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from candle_mi_parity.candidate.plan import EMITTER
 
 
 def imports(source: Path) -> dict[str, set[str]]:
-    """By module, the modules that its code names as ``crate::<module>``; tests and comments may name any."""
+    """Module → the modules that its code names as ``crate::<module>``, without tests and comments."""
     found = {}
     for path in source.glob("*.rs"):
         if not path.stem.endswith(("_tests", "_fuzz")):
@@ -25,20 +25,20 @@ def imports(source: Path) -> dict[str, set[str]]:
 
 
 def order(source: Path) -> list[str]:
-    """The modules, each after those that it imports.
+    """The modules in an order in which each follows those that it imports.
 
     :raises CycleError: there is no such order.
     """
     return list(TopologicalSorter(imports(source)).static_order())
 
 
-def test_there_is_no_circle() -> None:
+def test_no_import_is_circular() -> None:
     found = order(EMITTER / "src")
-    assert set(found) == set(imports(EMITTER / "src")), "a module that is imported and has no file"
+    assert set(found) == set(imports(EMITTER / "src")), "an imported module has no file"
     assert found.index("protocol") < found.index("request") < found.index("dispatch")
 
 
-def test_a_circle_is_seen(tmp_path: Path) -> None:
+def test_a_circular_import_is_detected(tmp_path: Path) -> None:
     (tmp_path / "a.rs").write_text("use crate::b::B;\n")
     (tmp_path / "b.rs").write_text("pub fn f() -> crate::c::C {}\n")
     (tmp_path / "c.rs").write_text("// crate::a\nuse std::fs;\n")

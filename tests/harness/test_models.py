@@ -1,11 +1,9 @@
-"""Models: the same generated weights on every machine, nothing zero that should excite, nothing half-written."""
+"""Generated models are the same on every machine and show any fault; the cache holds only complete directories."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from candle_mi_parity.models.sae import load_sae, sae_path
 from candle_mi_parity.spec.cases import LocalModel, ScopeSae, TinyModel, select
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.paths import cache_root
-from tests.support.planting import CASES, real
+from tests.support.planting import CASES
 
 LLAMA = TinyModel(source="tiny", config="models/llama.json", dialect="hub")
 LLAMA_TENSORS = "9954571900e0c06a6c2ef09d8dc276896c4ab781796a8c5636c3634dea0823be"
@@ -54,7 +52,7 @@ def test_generated_weights_are_bit_identical_everywhere(tmp_path: Path) -> None:
 def test_both_dialects_hold_the_same_weights_under_other_configs(tmp_path: Path) -> None:
     v5 = model_directory(LLAMA.model_copy(update={"dialect": "v5"}), tmp_path)
     assert tensors_digest(v5) == LLAMA_TENSORS
-    hub, saved = read_config(real("llama/hub").subject.model_dir), read_config(v5)
+    hub, saved = read_config(prepare(CASES["llama/hub"], cache_root()).model_dir), read_config(v5)
     assert hub["rope_theta"] == 500000.0 and "rope_theta" not in saved
     assert isinstance(saved["rope_parameters"], dict) and saved["rope_parameters"]["rope_theta"] == 500000.0
 
@@ -63,7 +61,9 @@ def test_both_dialects_hold_the_same_weights_under_other_configs(tmp_path: Path)
 def test_no_weight_is_zero_or_at_a_default(family: str) -> None:
     offset = FAMILIES[family].norm_offset
     biases = 0
-    for name, array in load_file(real(f"{family}/hub").subject.model_dir / "model.safetensors").items():
+    for name, array in load_file(
+        prepare(CASES[f"{family}/hub"], cache_root()).model_dir / "model.safetensors"
+    ).items():
         assert array.dtype == np.float32 and array.std() > 0.01, f"{family}: {name} is constant"
         assert (array == 0).mean() < 0.01, f"{family}: {name} holds zeros"
         if name.endswith(".bias"):
@@ -76,13 +76,8 @@ def test_no_weight_is_zero_or_at_a_default(family: str) -> None:
     assert (biases > 0) == (family in ("qwen2", "starcoder2")), "a dropped bias would not show"
 
 
-def test_the_fixture_set_can_show_how_key_heads_are_repeated() -> None:
-    configs = [read_config(real(f"{family}/hub").subject.model_dir) for family in FAMILIES]
-    shapes = [(config["num_attention_heads"], config["num_key_value_heads"]) for config in configs]
-    assert any(isinstance(h, int) and isinstance(k, int) and 1 < k < h and h // k >= 2 for h, k in shapes), shapes
-
-
-def test_no_prompt_that_carries_a_family_is_as_long_as_there_are_heads() -> None:
+def test_no_prompt_is_as_long_as_there_are_heads() -> None:
+    """Otherwise an exchange of the two axes could not show as a wrong shape."""
     for case in select([*CASES.values()], []):
         if isinstance(case.model, TinyModel) and case.id.endswith(("/hub", "/v5", "/window")):
             subject = prepare(case, cache_root())
@@ -90,16 +85,14 @@ def test_no_prompt_that_carries_a_family_is_as_long_as_there_are_heads() -> None
             assert length not in (config["num_attention_heads"], config["num_key_value_heads"], 1), case.id
 
 
-def test_a_second_call_does_not_make_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_generated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = model_directory(LLAMA, tmp_path)
-    stamp = (first / "model.safetensors").stat().st_mtime_ns
 
     def never(*_: object) -> None:
         raise AssertionError("generated again")
 
     monkeypatch.setattr(generate, "_generate", never)
     assert model_directory(LLAMA, tmp_path) == first
-    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(AssertionError, match="generated again"):
         model_directory(LLAMA.model_copy(update={"change": {"vocab_size": 50}}), tmp_path)
 
@@ -111,7 +104,7 @@ def refused(directory: Path) -> str:
     return str(caught.value)
 
 
-def test_a_directory_that_lacks_something_says_what_and_what_it_holds(tmp_path: Path) -> None:
+def test_an_incomplete_directory_is_refused_with_its_contents(tmp_path: Path) -> None:
     where = tmp_path / "model"
     assert "does not exist" in refused(where)
     where.mkdir()
@@ -131,11 +124,10 @@ def test_a_directory_that_lacks_something_says_what_and_what_it_holds(tmp_path: 
             '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}',
             "model-00002-of-00002.safetensors'], and there are ['model-00001",
         ),
-        ("{}", "no weight_map"),
         ('{"weight_map": []}', "no weight_map"),
     ],
 )
-def test_a_shard_that_the_index_names_and_nobody_has_is_named(tmp_path: Path, index: str, said: str) -> None:
+def test_an_index_of_other_shards_is_refused(tmp_path: Path, index: str, said: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model-00001-of-00002.safetensors").write_text("")
     (tmp_path / "model.safetensors.index.json").write_text(index)
@@ -159,7 +151,7 @@ def test_the_digest_of_a_model_sees_config_and_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("a bug"), KeyboardInterrupt()])
-def test_nothing_half_made_is_ever_published(tmp_path: Path, error: BaseException) -> None:
+def test_an_incomplete_directory_is_not_published(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "models" / "key"
 
     def make(out: Path) -> None:
@@ -174,35 +166,26 @@ def test_nothing_half_made_is_ever_published(tmp_path: Path, error: BaseExceptio
 
 
 def held(directory: Path) -> list[str]:
-    """What lies in a directory of the cache; the locks stay."""
+    """The names in a directory of the cache, without locks."""
     return sorted(path.name for path in directory.iterdir() if path.suffix != ".lock")
 
 
-def test_what_a_killed_process_left_half_made_is_made_again(tmp_path: Path) -> None:
-    target = tmp_path / "key"
-    half = [tmp_path / ".key.making", target]  # a whole name over nothing: the file was deleted, as errors say
-    for directory in half:
-        directory.mkdir()
-    (half[0] / "old").touch()
+def test_leftovers_and_empty_directories_are_made_again(tmp_path: Path) -> None:
+    target, leftover = tmp_path / "key", tmp_path / ".key.making"
+    target.mkdir()
+    leftover.mkdir()
+    (leftover / "old").touch()
     publish(target, lambda out: (out / "new").touch())
     assert held(target) == ["new"] and held(tmp_path) == ["key"]
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ModelError, match="cannot write to the cache") as caught:
+    with pytest.raises(ModelError, match=r"cannot write to the cache \S+: Not a directory"):
         model_directory(LLAMA, tmp_path / "file")
-    assert "\n" not in str(caught.value)
-
-    def read_only(*_: object, **__: object) -> int:
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(os, "open", read_only)
-    with pytest.raises(ModelError, match=r"cannot write to the cache .*: Read-only file system"):
-        model_directory(LLAMA, tmp_path / "cache")
 
 
-# --- of any size ---------------------------------------------------------------------------------
+# --- chunks ---------------------------------------------------------------------------------------
 
 FULL = CASES["gemma-2-2b/generated"]
 SHAPES: dict[str, tuple[int, ...]] = {"b.weight": (7, 5), "a.bias": (3,), "a.norm": (1,), "c.weight": (2, 3, 4)}
@@ -212,7 +195,7 @@ def plain(name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     return tensor_chunks(name, shape, 0)
 
 
-def test_numbers_are_sums_of_twelve_integers_whatever_the_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_sums_of_twelve_integers_for_any_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     words = np.asarray(bit_stream("x").random_raw(3 * 1000), "<u8")
     sums = np.frombuffer(words.tobytes(), "<u2").reshape(1000, 12).astype(np.int64).sum(axis=1)
     for chunk in (1, 7, 999, 1000, 1 << 16):
@@ -222,7 +205,7 @@ def test_numbers_are_sums_of_twelve_integers_whatever_the_stretch(monkeypatch: p
         np.testing.assert_array_equal(np.concatenate(found), (sums - 393210) / 65536.0)
 
 
-def test_a_file_has_the_bytes_that_safetensors_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_the_one_that_safetensors_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {name: tensor_values(name, shape, 0) for name, shape in SHAPES.items()}
     save_file(whole, tmp_path / "whole", metadata={"format": "pt"})
     monkeypatch.setattr(generate, "CHUNK", 4)
@@ -244,10 +227,8 @@ def test_the_digest_of_a_saved_config_does_not_depend_on_the_version_of_transfor
     monkeypatch.setattr(transformers.configuration_utils, "__version__", "9.9.9")
     monkeypatch.setattr(generate, "version", lambda _: "9.9.9")
     second = prepare(case, tmp_path / "second")
-    assert first.model_dir.name != second.model_dir.name, "made anew by another version"
+    assert first.model_dir.name != second.model_dir.name
     assert (second.model_digest, second.digest) == (first.model_digest, first.digest)
-    transformers.AutoConfig.from_pretrained(first.model_dir).save_pretrained(tmp_path)
-    assert '"transformers_version": "9.9.9"' in (tmp_path / "config.json").read_text(), "it is what would be written"
 
 
 def test_the_full_size_is_that_of_gemma_2_2b(tmp_path: Path) -> None:
@@ -261,7 +242,7 @@ def test_the_full_size_is_that_of_gemma_2_2b(tmp_path: Path) -> None:
     assert (FULL.model.shards, FULL.sae.d_sae, FULL.sae.hook) == (3, 16384, "blocks.0.hook_resid_post")
 
 
-def test_a_generated_scope_sae_is_a_jumprelu_and_the_same_each_time(tmp_path: Path) -> None:
+def test_a_generated_scope_sae_is_a_jumprelu_and_reproducible(tmp_path: Path) -> None:
     row = ScopeSae(layer=0, d_sae=40, threshold=1.5)
     one, other = (sae_path(row, 16, tmp_path / name) for name in "ab")
     assert hashlib.sha256(one.read_bytes()).digest() == hashlib.sha256(other.read_bytes()).digest()

@@ -1,4 +1,4 @@
-"""The files around the code: crates and packages are pinned, and the workflows are pinned, read-only and current."""
+"""Crates and packages are pinned; the workflows are pinned, read-only and up to date."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORKFLOWS = {
 
 
 def unlocked(packages: list[dict[str, Any]]) -> list[str]:
-    """Crates that do not come from a registry with a checksum, or come from a second registry."""
+    """Crates without a checksum or registry, and any second registry."""
     theirs = [one for one in packages if one["name"] not in ("parity-emitter", "hf-fetch-model")]
     locked = [
         one for one in theirs if str(one.get("source")).startswith("registry+") and len(one.get("checksum", "")) == 64
@@ -33,7 +33,7 @@ def unlocked(packages: list[dict[str, Any]]) -> list[str]:
     return [one["name"] for one in theirs if one not in locked] + sorted({one["source"] for one in locked})[1:]
 
 
-def test_every_release_has_a_lock_and_the_default_one_is_the_crates() -> None:
+def test_every_release_has_a_lock() -> None:
     releases = set(stored_releases(OUTPUTS))
     assert {lock.stem for lock in LOCKS[1:]} == releases
     assert LOCKS[0].read_bytes() == (EMITTER / "locks" / "0.2.2.lock").read_bytes()
@@ -51,12 +51,12 @@ PIN = re.compile(r"^([a-z0-9-]+)==(\S+)( ; [^\\\n]+)?((?: \\\n    --hash=sha256:
 
 
 def pinned(text: str) -> dict[str, str]:
-    """The versions of a lock in which every package has hashes, and nothing else stands."""
-    assert PIN.sub("", text) == "", "a line that is neither a pin nor a hash"
+    """The versions in a lock in which every package has hashes."""
+    assert PIN.sub("", text) == "", "a line is neither a pin nor a hash"
     return {name: version for name, version, _, _ in PIN.findall(text)}
 
 
-def test_every_python_package_is_the_pinned_one_and_the_lock_fulfils_what_is_asked() -> None:
+def test_the_lock_pins_the_installed_packages_and_satisfies_the_project() -> None:
     def spelt(name: str) -> str:
         return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -70,7 +70,7 @@ def test_every_python_package_is_the_pinned_one_and_the_lock_fulfils_what_is_ask
 
 
 @pytest.mark.parametrize("line", ["a==1.0\n", "--index-url https://example.org/\n", "# a comment\n"])
-def test_a_line_of_the_lock_without_a_hash_is_seen(line: str) -> None:
+def test_a_line_of_the_lock_without_a_hash_is_detected(line: str) -> None:
     good = "a==1.0 ; sys_platform == 'linux' \\\n    --hash=sha256:" + "0" * 64 + "\n"
     assert pinned(good) == {"a": "1.0"}
     with pytest.raises(AssertionError):
@@ -91,8 +91,8 @@ def test_a_workflow_is_pinned_read_only_and_bounded(name: str) -> None:
         for step in found["steps"]:
             if "checkout" in step.get("uses", ""):
                 assert step["with"]["persist-credentials"] is False
-                assert job not in granted, "the job that may write runs no code of the repository"
-            assert "${{" not in step.get("run", ""), "what a workflow is given never becomes shell text"
+                assert job not in granted, "a job with write permission runs code of the repository"
+            assert "${{" not in step.get("run", ""), "an expression is inserted into shell text"
 
 
 def test_the_pythons_are_those_of_the_project() -> None:

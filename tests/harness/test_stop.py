@@ -1,4 +1,4 @@
-"""A run that is stopped: its results are in the report, nothing is left running, no older report is taken for it."""
+"""A run that is stopped reports its results, leaves no process behind, and removes an older report."""
 
 from __future__ import annotations
 
@@ -21,27 +21,31 @@ from candle_mi_parity.errors import Stopped
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.release import StoredRelease
-from tests.support.stored import INDEX, as_emitted
+from tests.support.stored import INDEX
 
-HUB = [case.id for case in load_cases() if fnmatch(case.id, "[gl]*/hub")]
+CASES = [case.id for case in load_cases() if fnmatch(case.id, "[gl]*/hub")]
 TOKEN = "PARITY_TEST_TOKEN"
 
-EMITTER = """#!{python}
-import json, shutil, sys, time
+HANGING_TRUTH = """
+import itertools, time
 from pathlib import Path
-for _ in range(2):
-    request = json.loads(sys.stdin.readline())
-    out, kept = Path(request["out"]), Path({stored!r}) / request["case"]["id"]
-    for end in (".safetensors", ".json"):
-        shutil.copy(f"{{kept}}{{end}}", f"{{out}}.new")
-        Path(f"{{out}}.new").rename(out.with_suffix(end))
-    print(json.dumps({{"case": request["case"]["id"], "ok": True, "trace": str(out)}}), flush=True)
-sys.stdin.readline()
-Path({hung!r}).touch()
-{hang}
-"""
+from candle_mi_parity.cli.cli import main
+from candle_mi_parity.oracle.oracle import Oracle
 
-COMMAND = """
+calls, compute = itertools.count(), Oracle.truth
+
+def truth(self, mode="free"):
+    if next(calls) < {done}:
+        return compute(self, mode)
+    Path({hung!r}).touch()
+    time.sleep(600)
+
+Oracle.truth = truth
+main()
+"""
+"""A run that computes ``done`` truths and hangs in the next one."""
+
+HANGING_EMITTER = """
 import json
 from pathlib import Path
 from candle_mi_parity.candidate import sources
@@ -55,7 +59,7 @@ main()
 
 
 def alive(token: str) -> list[int]:
-    """The processes that a run started, itself among them."""
+    """The processes of a run, itself included."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -67,36 +71,8 @@ def alive(token: str) -> list[int]:
     return found
 
 
-def gone(token: str) -> bool:
-    for _ in range(100):
-        if not alive(token):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-SLOW = """
-import time
-from pathlib import Path
-from candle_mi_parity.cli.cli import main
-from candle_mi_parity.oracle.oracle import Oracle
-
-def truth(self, mode="free"):
-    Path({hung!r}).touch()
-    time.sleep(600)
-
-Oracle.truth = truth
-main()
-"""
-"""A run in which computing a truth takes ten minutes."""
-
-
 class Run:
-    """A run in a process of its own.
-
-    :param code: of the process.
-    :param candidate: what it judges.
-    """
+    """A run in a separate process."""
 
     def __init__(self, directory: Path, code: str, candidate: str) -> None:
         self.out, self.hung, self.token = directory / "out", directory / "hung", uuid.uuid4().hex
@@ -108,38 +84,41 @@ class Run:
             stdout=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
-            # Ignored in what a shell runs in the background, and inherited.
+            # A background job of a shell ignores SIGINT, which is inherited.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
         )
 
-    def wait_for_the_hang(self) -> None:
+    def stop(self, number: signal.Signals) -> str:
+        """Send a signal to the process group when the run hangs; returns its stderr."""
         until = time.monotonic() + 120
         while not self.hung.exists():
             assert self.process.poll() is None, self.process.communicate()[1]
             assert time.monotonic() < until
             time.sleep(0.02)
+        os.killpg(self.process.pid, number)
+        said = self.process.communicate(timeout=60)[1]
+        until = time.monotonic() + 5
+        while alive(self.token) and time.monotonic() < until:
+            time.sleep(0.05)
+        left = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in alive(self.token)]
+        assert not left, "processes were left behind"
+        return said
 
-    def ends(self) -> str:
-        """What it said on stderr; the time is that of an exit, not of a case."""
-        return self.process.communicate(timeout=60)[1]
-
-
-def run_of_an_emitter(directory: Path, hang: str) -> Run:
-    """A run whose emitter answers two cases and hangs in the third.
-
-    Two are judged at a time: when the third is asked for, one of the others is judged.
-    """
-    emitter, stored, hung = directory / "emitter", str(directory / "stored"), str(directory / "hung")
-    for case_id in HUB:
-        as_emitted(directory / "stored", case_id)
-    emitter.write_text(EMITTER.format(python=sys.executable, stored=stored, hung=hung, hang=hang))
-    emitter.chmod(0o755)
-    identity = StoredRelease(INDEX).release.candle_mi.model_dump_json()
-    return Run(directory, COMMAND.format(identity=identity, emitter=str(emitter)), "0.2.2")
+    def check_report(self, said: str) -> int:
+        """Check exit code and report; returns the number of judged cases."""
+        assert self.process.returncode == 2 and "Traceback" not in said
+        report = json.loads((self.out / "report.json").read_text())
+        judged = [case["id"] for case in report["cases"]]
+        assert report["verdict"] == "ERROR"
+        assert report["fault"] == f"interrupted after {len(judged)} of {len(CASES)} cases" and report["fault"] in said
+        assert sorted([*judged, *report["skipped"]]) == sorted(CASES)
+        assert all(case["status"] == "PASS" and case["compared"] > 40 for case in report["cases"])
+        return len(judged)
 
 
 @pytest.fixture
-def leave_nothing() -> Iterator[list[Run]]:
+def runs() -> Iterator[list[Run]]:
+    """A list of runs whose processes are killed in the end."""
     runs: list[Run] = []
     yield runs
     for run in runs:
@@ -147,75 +126,46 @@ def leave_nothing() -> Iterator[list[Run]]:
             os.kill(process, signal.SIGKILL)
 
 
-@pytest.mark.thorough
-@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_in_a_hung_case_ends_the_run_and_keeps_its_results(
-    leave_nothing: list[Run], tmp_path: Path, number: signal.Signals
+def test_a_stop_does_not_wait_for_a_truth_and_keeps_the_results(
+    runs: list[Run], tmp_path: Path, number: signal.Signals
 ) -> None:
-    run = run_of_an_emitter(tmp_path, "time.sleep(600)")
-    leave_nothing.append(run)
-    run.wait_for_the_hang()
-    os.killpg(run.process.pid, number)  # as a terminal does
-    said = run.ends()
-    assert run.process.returncode == 2
-    assert "Traceback" not in said
-    told = json.loads((run.out / "report.json").read_text())
-    assert told["verdict"] == "ERROR" and told["fault"] in said
-    judged = {case["id"]: case for case in told["cases"]}
-    assert told["fault"] == f"interrupted after {len(judged)} of {len(judged) + len(told['skipped'])} cases"
-    assert judged and all(case["status"] == "PASS" and case["compared"] > 40 for case in judged.values())
-    assert not set(judged) & set(told["skipped"])
-    assert gone(run.token), "a process was left behind"
+    done = 2 if number == signal.SIGINT else 0
+    runs.append(run := Run(tmp_path, HANGING_TRUTH.format(hung=str(tmp_path / "hung"), done=done), "stored:0.2.2"))
+    assert run.check_report(run.stop(number)) <= done
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_does_not_wait_for_a_truth(leave_nothing: list[Run], tmp_path: Path, number: signal.Signals) -> None:
-    run = Run(tmp_path, SLOW.format(hung=str(tmp_path / "hung")), "stored:0.2.2")
-    leave_nothing.append(run)
-    run.wait_for_the_hang()
-    os.kill(run.process.pid, number)
-    said = run.ends()
-    assert run.process.returncode == 2 and "Traceback" not in said
-    told = json.loads((run.out / "report.json").read_text())
-    assert told["fault"] == f"interrupted after 0 of {len(HUB)} cases" and told["fault"] in said
-    assert gone(run.token), "a process was left behind"
-
-
-def test_of_a_killed_run_there_is_no_report_rather_than_an_older_one(
-    leave_nothing: list[Run], tmp_path: Path
+@pytest.mark.parametrize(("number", "hang"), [(signal.SIGTERM, "sleep 600"), (signal.SIGKILL, "cat >&2")])
+def test_a_stop_ends_the_emitter_and_leaves_no_older_report(
+    runs: list[Run], tmp_path: Path, number: signal.Signals, hang: str
 ) -> None:
-    run = run_of_an_emitter(tmp_path, "sys.stdin.read()")
-    leave_nothing.append(run)
-    run.out.mkdir()
-    older = [run.out / name for name in ("report.json", "report.html", "junit.xml", "summary.md")]
+    emitter = tmp_path / "emitter"
+    emitter.write_text(f"#!/bin/sh\ntouch {tmp_path / 'hung'}\nexec {hang}\n")
+    emitter.chmod(0o755)
+    older = [tmp_path / "out" / name for name in ("report.json", "report.html", "junit.xml", "summary.md")]
+    (tmp_path / "out").mkdir()
     for path in older:
         path.write_text("PASS")
-    run.wait_for_the_hang()
-    os.kill(run.process.pid, signal.SIGKILL)
-    run.ends()
-    assert not [path.name for path in older if path.exists()]
-    assert gone(run.token), "the emitter outlived the run that it served"
+    identity = StoredRelease(INDEX).release.candle_mi.model_dump_json()
+    runs.append(run := Run(tmp_path, HANGING_EMITTER.format(identity=identity, emitter=str(emitter)), "0.2.2"))
+    said = run.stop(number)
+    if number == signal.SIGTERM:
+        assert run.check_report(said) == 0
+    else:
+        assert not [path.name for path in older if path.exists()]
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """Signals have their default handlers, also in a background job, and afterwards those of before."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_stop_outside_a_run_is_one_line_and_no_verdict(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
+    before = signal.signal(number, signal.SIG_DFL)  # a background job may ignore it
     monkeypatch.setattr(cli, "app", lambda: os.kill(os.getpid(), number))
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    finally:
+        signal.signal(number, before)
     assert caught.value.code == 2
     assert capsys.readouterr().err.strip() == f"candle-mi-parity: stopped by {number.name}"
 
@@ -228,7 +178,6 @@ wait
 """
 
 
-@pytest.mark.thorough
 def running(process: int) -> bool:
     try:
         return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
@@ -236,13 +185,15 @@ def running(process: int) -> bool:
         return False
 
 
-def test_a_build_that_is_broken_off_leaves_no_cargo_and_no_compiler(tmp_path: Path) -> None:
+def test_a_stopped_build_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cargo, "HEARTBEAT_SECONDS", 0.2)
     program, pids = tmp_path / "cargo", tmp_path / "pids"
     program.write_text(CARGO.format(pids=pids))
     program.chmod(0o755)
 
     def log(line: str) -> None:
-        raise Stopped("SIGTERM")
+        if pids.is_file() and pids.read_text().endswith("\n"):
+            raise Stopped("SIGTERM")
 
     with pytest.raises(Stopped):
         cargo.run_cargo([str(program)], os.environ, tmp_path / "build.log", log)

@@ -1,4 +1,4 @@
-"""A hub on loopback: as much of its protocol as huggingface_hub needs to list a repository and to download a file."""
+"""A hub on loopback with the part of the protocol that huggingface_hub uses for listings and downloads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 MEMBER, STRANGER = "hf_member", "hf_stranger"
-"""Tokens: of an account that accepted the licence, and of one that did not. Any other is invalid."""
+"""Tokens of an account that accepted the licence, and of one that did not."""
 LFS = (".safetensors", ".npz", "tokenizer.json")
 
 
@@ -27,7 +27,7 @@ class Repo:
 class Fault:
     """What goes wrong with the next ``times`` requests whose path holds ``where``.
 
-    :ivar status: is answered instead, with ``headers``.
+    :ivar status: the response has this status and no content.
     :ivar cut: the connection is closed after this many bytes of the body.
     :ivar body: is sent instead of the file's bytes.
     """
@@ -35,23 +35,22 @@ class Fault:
     where: str
     times: int = 10**9
     status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
     body: bytes | None = None
 
 
 @dataclass
 class Hub:
-    """What is served, what goes wrong, and the paths that were asked for with GET."""
+    """The repositories, what goes wrong, and the paths of the GET requests."""
 
     repos: dict[str, Repo]
-    faults: list[Fault] = field(default_factory=list)
+    fault: Fault | None = None
     asked: list[str] = field(default_factory=list)
     endpoint: str = ""
 
 
 def digest(path: str, content: bytes) -> str:
-    """How the hub names a file's content: sha256 of an LFS file, git's own digest of any other."""
+    """The name of a file's content on the hub: sha256 for LFS files, git's own digest for others."""
     if path.endswith(LFS):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
@@ -88,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self._fault(path)
         parts = path.strip("/").split("/")
         if fault and fault.status:
-            self._send(fault.status, b"{}", fault.headers)
+            self._send(fault.status, b"{}", {})
         elif parts[:2] == ["api", "models"]:
             if repo := self._repo("/".join(parts[2:4]), parts[5], content=False):
                 listing = {"id": "x", "sha": repo.commit, "siblings": []} if parts[4] == "revision" else _tree(repo)
@@ -97,18 +96,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(repo, "/".join(parts[4:]), fault)
 
     def _fault(self, path: str) -> Fault | None:
-        for fault in self.hub.faults:
-            if fault.where in path and fault.times > 0 and (fault.status or self.command == "GET"):
-                fault.times -= 1
-                return fault
-        return None
+        fault = self.hub.fault
+        if fault is None or fault.where not in path or not fault.times or not (fault.status or self.command == "GET"):
+            return None
+        fault.times -= 1
+        return fault
 
     def _repo(self, name: str, revision: str, content: bool) -> Repo | None:
-        """The repository, or None after a refusal was sent; a gated one shows its listing and not its content."""
+        """The repository, or None after a refusal was sent; of a gated one the listing is public."""
         token, repo = self.headers.get("Authorization", "").removeprefix("Bearer "), self.hub.repos.get(name)
-        if token not in ("", MEMBER, STRANGER):
-            self._send(401, b"{}", {"X-Error-Message": "Invalid credentials in Authorization header"})
-        elif repo is None:  # whoever is not logged in is not told that there is no such repository
+        if repo is None:  # without a token, the hub answers 401 here
             self._send(404 if token else 401, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif repo.gated and content and token != MEMBER:
             self._send(403 if token else 401, b"{}", {"X-Error-Code": "GatedRepo"})

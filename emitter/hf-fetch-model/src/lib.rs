@@ -17,7 +17,7 @@ pub const HUB: &str = "PARITY_HUB";
 pub enum FetchError {
     /// `PARITY_HUB` is not set.
     NoHub,
-    /// There is no such folder.
+    /// The folder does not exist.
     RepoNotFound { repo: String, folder: PathBuf },
     /// The repository holds no such file.
     FileNotFound { repo: String, file: String },
@@ -179,7 +179,7 @@ fn files(repo: &str) -> Result<Vec<(String, PathBuf)>, FetchError> {
 /// The file `filename` of a repository.
 ///
 /// # Errors
-/// [`FetchError::FileNotFound`], or what is wrong with the repository.
+/// [`FetchError::FileNotFound`], or another error of the repository.
 pub fn download_file_blocking(
     repo: String,
     filename: &str,
