@@ -22,6 +22,9 @@ from candle_mi_parity.files.isolated import Lost, each
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import CandleMi
 
+pytestmark = pytest.mark.thorough
+"""Each class is asked in a process of its own."""
+
 PLANTED = CandleMi(version="9.9.9", source="registry", checksum="0" * 64, revision=None, tree_digest=None)
 
 # Answers every request with a valid trace of wrong logits.
@@ -83,7 +86,6 @@ def test_a_stored_census_has_every_class_of_the_installed_transformers_with_its_
         assert str(Path.home()) not in entry.reason and "/tmp" not in entry.reason, entry
 
 
-@pytest.mark.thorough
 def test_wrong_logits_are_different(tmp_path: Path) -> None:
     entry = only(census_by(LIAR, "llama", tmp_path))
     assert (entry.outcome, entry.reader) == ("different", "hf")
@@ -129,7 +131,6 @@ def test_a_process_that_dies_or_hangs_costs_its_own_item() -> None:
     assert list(each(os._exit, [(3,)], 1, 60)) == [Lost(3)]
 
 
-@pytest.mark.thorough
 def test_hooks_are_not_used_where_they_change_what_the_class_computes(tmp_path: Path) -> None:
     entry = only(census_by(LIAR, "granite_swa", tmp_path))
     assert entry.compared <= 1, "our attention drops the sinks of this class, and its truth with hooks is another's"

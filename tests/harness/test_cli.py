@@ -30,7 +30,9 @@ def test_a_clean_case_passes_and_writes_its_report(tmp_path: Path) -> None:
     assert len(report["cases"][0]["tensors"]) == 44
 
 
-@pytest.mark.parametrize("case_id", ["llama/hub", "llama/v5", "smollm2/hub"])
+@pytest.mark.parametrize(
+    "case_id", ["llama/hub", "llama/v5", pytest.param("smollm2/hub", marks=pytest.mark.thorough)]
+)
 def test_a_run_with_cached_truths_imports_neither_torch_nor_transformers(tmp_path: Path, case_id: str) -> None:
     arguments = ["--candidate", "stored:0.2.2", "--cases", case_id]
     run(tmp_path, *arguments)
@@ -74,7 +76,6 @@ def test_a_tampered_trace_fails_with_a_command_that_reproduces_it(tmp_path: Path
 ABSENT = str(Path(__file__).with_name("absent"))
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -85,12 +85,12 @@ def script(model_dir: Path) -> Callable[[int], dict[str, Any]]:
     return compute
 
 
-@pytest.mark.thorough
 def judged(document: dict[str, Any], path: Path) -> RunResult:
     path.write_text(json.dumps(document), encoding="utf-8")
     return run_reference(RunOptions(f"stored:{path}"), path, Progress())
 
 
+@pytest.mark.thorough
 def test_the_twenty_keys_agree_with_the_script(
     model_dir: Path, script: Callable[[int], dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -115,7 +115,6 @@ def test_the_scripts_own_numbers_are_right_but_prove_nothing(
     assert "does not say what made it" in result.cases[0].error
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("key", "change", "tensor"),
     [
@@ -137,6 +136,7 @@ def test_one_wrong_number_fails_where_it_is(
     assert [t.name for t in result.cases[0].tensors if t.status == "FAIL"] == [tensor]
 
 
+@pytest.mark.thorough
 def test_the_last_layer_of_the_script_is_after_the_final_norm(
     model_dir: Path, script: Callable[[int], dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -212,8 +212,8 @@ def tensors_of(case_id: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("case_id", "config", "changed", "expected"),
     [
-        ("llama/hub", {}, {"model.layers.1.mlp.up_proj.weight": None}, "holds no model.layers.1.mlp.up_proj.weight"),
-        ("qwen2/hub", {}, {"model.layers.0.self_attn.q_proj.bias": None}, "holds no model.layers.0.self_attn.q_proj"),
+        ("llama/hub", {}, {"model.layers.1.mlp.up_proj.weight": None}, "lacks model.layers.1.mlp.up_proj.weight"),
+        ("qwen2/hub", {}, {"model.layers.0.self_attn.q_proj.bias": None}, "lacks model.layers.0.self_attn.q_proj"),
         ("llama/hub", {"num_hidden_layers": 4}, {}, r"model.layers.3.*\(and 6 more\)"),
         (
             "llama/hub",

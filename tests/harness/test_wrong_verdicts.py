@@ -204,7 +204,10 @@ def test_a_config_that_transformers_reads_as_another_class_names_both(judged: Ju
     types = ["sliding_attention", "full_attention", "full_attention"]
     found = judged(local(tmp_path / "model", "mistral", layer_types=types, sliding_window=8))
     assert found.status is Status.ERROR
-    assert "because of its `layer_types`: model_type is 'mistral', and it makes a 'ministral'" in found.error
+    assert (
+        "because of its `layer_types`: model_type is 'mistral', and the model that it makes is a 'ministral'"
+        in found.error
+    )
 
 
 @pytest.mark.parametrize("place", ["model", "truth"])
@@ -267,7 +270,7 @@ def test_a_tensor_in_two_shards_is_refused_before_a_truth_is_computed(judged: Ju
     found = judged(sharded(tmp_path / "model", twice=True))
     assert found.status is Status.ERROR
     assert "mlp.up_proj.weight is in model-00001-of-00002.safetensors and in model-00002-of" in found.error
-    assert found.error.endswith("so candle-mi-parity refuses the directory")
+    assert "which copy is used depends on the reader" in found.error
     assert not (tmp_path / "cache" / "truth").exists()
     shutil.rmtree(tmp_path / "model")
     assert judged(sharded(tmp_path / "model", twice=False)).status is Status.PASS
