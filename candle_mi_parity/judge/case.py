@@ -154,14 +154,16 @@ def _judge(
         result.status, result.error = Status.UNMEASURED, reason
     if result.status is not Status.FAIL:
         return judged.evidence
+    evidence = judged.evidence
     if source.identity is not None:
+        evidence = replace(evidence, release=table.baseline(source.identity.version))
         with TORCH:
-            result.explained, result.unexplained = known_divergence(judged.evidence, table, source.identity)
+            result.explained, result.unexplained = known_divergence(evidence, table, source.identity)
     if result.explained is not None:
         result.status = Status.KNOWN
     elif not case.edits:  # edits affect the whole trace
         result.teacher_forced = _teacher_forced(result, oracle, source, progress)
-    return judged.evidence
+    return evidence
 
 
 def _ask_without_truth(

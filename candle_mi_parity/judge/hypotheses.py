@@ -65,12 +65,17 @@ def hypotheses(evidence: Evidence, table: Explanations, first: str, cache: Path)
 
     :param first: name of that tensor.
     """
-    listed = [
-        Hypothesis(row.change, [row])
+    rows = [
+        (row, row.change)
         for row in table.explanation
         if row.change is not None and (not row.families or evidence.facts.family in row.families)
     ]
-    generated = [Hypothesis(change) for change in _generated(evidence, cache)]
+    # What another release did is worth a trial, but its words and its remedy are not this one's.
+    other = [Hypothesis(change) for row, change in rows if evidence.release and evidence.release not in row.releases]
+    listed = [
+        Hypothesis(change, [row]) for row, change in rows if not evidence.release or evidence.release in row.releases
+    ]
+    generated = [*other, *(Hypothesis(change) for change in _generated(evidence, cache))]
     words = next((words for point, words in POINTS.items() if point in first), ())
     generated.sort(key=lambda one: not any(word in one.change.key() for word in words))
     listed.sort(key=lambda one: not one.rows[0].applies(evidence.facts))

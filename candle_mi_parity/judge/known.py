@@ -62,12 +62,14 @@ class Evidence:
 
     :ivar selection: the tensors that a trace stored in part has to contain; None for all.
     :ivar declared: tensors that may be too noisy to judge.
+    :ivar release: the release to whose explanations the candidate is held; empty for those of any.
     """
 
     oracle: Oracle
     trace: Emitted
     selection: set[str] | None
     declared: set[str]
+    release: str = ""
 
     @property
     def subject(self) -> PreparedCase:

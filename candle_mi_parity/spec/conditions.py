@@ -1,9 +1,13 @@
 """Conditions on a case, as in ``fixtures/explanations.toml``: ``tokens > config.sliding_window``.
 
-A condition is a subject, an operator and a value. Subjects: ``config.KEY``, ``sae.KEY`` (of ``cfg.json``),
-``edit.KEY``, ``dtype``, ``rope_type``, ``sae_weights``, ``sae_threshold``, ``tokens``; a dot leads into a block.
-Operators: ``absent``, ``present``, ``=``, ``!=``, ``<``, ``>``, ``in``, ``not in``. A value is JSON or another
-subject. A comparison with an absent value is false.
+A condition is a subject, an operator and a value; a value is JSON or another subject.
+
+Subjects: ``config.KEY``, ``rope.KEY`` (of the rotary embedding, at the top level or in its block), ``sae.KEY`` (of
+``cfg.json``), ``edit.KEY``, ``dtype``, ``rope_type``, ``alternating`` (whether every second layer, from the first,
+has the window), ``sae_weights``, ``sae_threshold``, ``tokens``; a dot leads into a block.
+
+Operators: ``absent`` (no such key), ``present`` (there, and not null), ``=``, ``!=``, ``<``, ``>``, ``in``,
+``not in``, ``other than`` (absent, or not equal). Every other comparison with an absent value is false.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ from typing import Any
 
 from candle_mi_parity.errors import ExplanationError
 
-_SUBJECT = r"(?:config|sae|edit)\.[A-Za-z0-9_.]+|dtype|rope_type|sae_weights|sae_threshold|tokens"
-_CONDITION = re.compile(rf"({_SUBJECT}) (?:(absent|present)|(=|!=|<|>|in|not in) (.+))")
+_SUBJECT = r"(?:config|rope|sae|edit)\.[A-Za-z0-9_.]+|dtype|rope_type|alternating|sae_weights|sae_threshold|tokens"
+_CONDITION = re.compile(rf"({_SUBJECT}) (?:(absent|present)|(=|!=|other than|<|>|in|not in) (.+))")
+_NO_KEY = object()
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,21 @@ class Facts:
         block = self.config.get("rope_scaling") or self.config.get("rope_parameters")
         found = block if isinstance(block, dict) else {}
         return str(found.get("rope_type") or found.get("type") or "default")
+
+    @property
+    def alternating(self) -> bool | None:
+        """Whether ``layer_types`` says of the layers in turn that they have the window; None without it."""
+        types = self.config.get("layer_types")
+        turns = ["sliding_attention", "full_attention"]
+        return [turns[i % 2] for i in range(len(types))] == types if isinstance(types, list) else None
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """The keys of the rotary embedding, wherever the config has them."""
+        blocks = [self.config.get(name) for name in ("rope_scaling", "rope_parameters")]
+        return {
+            key: value for block in [*blocks, self.config] if isinstance(block, dict) for key, value in block.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -88,10 +108,14 @@ class Condition:
 
     def holds(self, facts: Facts, edit: dict[str, Any] | None = None) -> bool:
         """:param edit: the intervention to which ``edit.`` subjects refer."""
+        if self.operator == "absent":
+            return look_up(self.subject, facts, edit, _NO_KEY) is _NO_KEY
         left = look_up(self.subject, facts, edit)
-        if self.operator in ("absent", "present"):
-            return (left is None) == (self.operator == "absent")
+        if self.operator == "present":
+            return left is not None
         right = look_up(self.other, facts, edit) if self.other else self.value
+        if self.operator == "other than":
+            return bool(left != right)
         if left is None or (self.other and right is None):
             return False
         if self.operator in ("<", ">"):
@@ -110,13 +134,16 @@ def all_hold(conditions: list[Condition], facts: Facts) -> bool:
     return one_edit and all(condition.holds(facts) for condition in rest)
 
 
-def look_up(subject: str, facts: Facts, edit: dict[str, Any] | None) -> Any:
+def look_up(subject: str, facts: Facts, edit: dict[str, Any] | None, otherwise: Any = None) -> Any:
+    """:param otherwise: returned where there is no such key; a null is returned as None."""
     if "." not in subject:
         return getattr(facts, subject)
     root, *path = subject.split(".")
-    found: Any = {"config": facts.config, "sae": facts.sae, "edit": edit or {}}[root]
+    found: Any = {"config": facts.config, "rope": facts.rope, "sae": facts.sae, "edit": edit or {}}[root]
     for key in path:
-        found = found.get(key) if isinstance(found, dict) else None
+        if not isinstance(found, dict) or key not in found:
+            return otherwise
+        found = found[key]
     return found
 
 

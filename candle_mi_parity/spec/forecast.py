@@ -75,7 +75,9 @@ def _forecast_of(row: Explanation, facts: Facts) -> Forecast:
     for condition in row.conditions:
         for subject in (condition.subject, condition.other):
             root, _, key = subject.partition(".")
-            if root not in ("config", "sae"):
+            if root == "alternating":
+                root, key, subject = "config", "layer_types", "config.layer_types"
+            if root not in ("config", "rope", "sae"):
                 continue
             if (value := look_up(subject, facts, None)) is not None:
                 keys[key] = "…" if isinstance(value, dict | list) else value

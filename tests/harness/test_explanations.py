@@ -261,7 +261,13 @@ def test_every_divergence_of_a_release_is_explained_by_a_needed_row(version: str
 
 def test_conditions() -> None:
     facts = Facts(
-        config={"sliding_window": 8, "rope_parameters": {"rope_theta": 5e5}, "flag": True, "none": None},
+        config={
+            "sliding_window": 8,
+            "rope_parameters": {"rope_theta": 5e5},
+            "flag": True,
+            "none": None,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
         tokens=9,
         edits=[{"kind": "steer", "how": "scale"}, {"kind": "zero", "how": "set_value"}],
     )
@@ -270,11 +276,52 @@ def test_conditions() -> None:
         return all_hold([Condition.parse(text) for text in texts], facts)
 
     assert holds("tokens > config.sliding_window", "config.flag = true", 'dtype = "float32"')
-    assert holds("config.none absent", "config.missing absent", "config.rope_parameters.rope_theta != 10000")
+    assert holds("config.missing absent", "config.rope_parameters.rope_theta != 10000", "rope.rope_theta = 500000")
+    assert not holds("config.none absent") and not holds("config.none present"), "null is a value of its own"
+    assert holds("config.missing other than 1", "config.flag other than 1e6") and holds("alternating = true")
+    assert not holds("config.sliding_window other than 8") and not holds("alternating = false")
     assert not holds("config.missing != 10000"), "a comparison with an absent value is false"
     assert not holds("tokens > config.missing") and not holds("config.flag > 0")
     assert holds('edit.kind = "steer"') and holds('edit.how = "set_value"')
     assert not holds('edit.kind = "steer"', 'edit.how = "set_value"'), "of one and the same edit"
+
+
+SOFTCAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "qwen2", "rope_parameters": {"rope_theta": 3e4}}, {"CMI002"}),
+        ({"model_type": "qwen3"}, {"CMI002"}),
+        ({"model_type": "qwen2", "rope_parameters": {"rope_theta": 1e6}}, set()),
+        ({"model_type": "phi3", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, {"CMI004"}),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.5, "rope_theta": 1e4}, {"CMI004"}),
+        ({"model_type": "gemma2", "rope_theta": 1e4, **dict.fromkeys(SOFTCAPS)}, set()),
+        ({"model_type": "gemma2", "rope_theta": 1e4}, {"CMI010", "CMI011"}),
+        (
+            {
+                "model_type": "gemma2",
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+                **SOFTCAPS,
+            },
+            {"CMI006"},
+        ),
+    ],
+)
+def test_an_explanation_applies_in_every_spelling_and_to_no_other_config(
+    config: dict[str, Any], expected: set[str]
+) -> None:
+    facts = Facts(config={"rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh", **config}, tokens=24)
+    assert {row.id for row in TABLE.applicable(facts, "0.2.2") if row.change} == expected
+
+
+def test_what_another_release_did_is_tried_without_its_words(tmp_path: Path) -> None:
+    there = changed(tmp_path / "model", real("llama/rope-linear"), {"rope_scaling": None})
+    found = replace(evidence(there), release="0.2.2")
+    assert not any(row.id == "CMI003" for one in hypotheses(found, TABLE, "logits", cache_root()) for row in one.rows)
+    assert searched(there).explained is not None
 
 
 def test_a_nested_config_key_is_changed_where_it_is() -> None:
