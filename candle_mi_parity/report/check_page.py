@@ -48,12 +48,21 @@ def lines(result: CheckResult) -> Iterator[str]:
             if view.chain == "sae":
                 yield f"  {prompt.id}: {sae_line(view)}"
     yield from (f"  {continuation.line()}" for continuation in result.continuations)
-    yield from (f"  Note: {note}" for note in result.notes)
+    yield from (f"  Note: {note}" for note in notes(result))
     if result.not_exercised:
         yield "Not exercised by these prompts:"
         yield from (f"  {line}" for line in result.not_exercised)
     if result.unknown:
         yield f"Unknown: {unknown_line(result)}"
+
+
+def notes(result: CheckResult) -> list[str]:
+    """The notes on the check, then those on prompts, each once with the prompts that have it."""
+    prompts: dict[str, list[str]] = {}
+    for prompt in result.prompts:
+        for note in prompt.case.notes:
+            prompts.setdefault(note, []).append(prompt.id)
+    return [*result.notes, *(f"{', '.join(ids)}: {note}" for note, ids in prompts.items())]
 
 
 def unknown_line(result: CheckResult) -> str:
@@ -120,6 +129,7 @@ def page(result: CheckResult) -> str:
     return rendered(
         "check.html.j2",
         result=result,
+        notes=notes(result),
         groups=groups,
         rows=[(prompt, [cells.get(group) for group in groups]) for prompt, cells in rows],
         matters=[(prompt, matters_line(prompt)) for prompt in given if prompt.matters],
