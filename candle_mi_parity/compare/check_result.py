@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from candle_mi_parity.compare.run_result import Verdict
-from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
+from candle_mi_parity.compare.verdict import TOKENS, CaseResult, Outcome, Status
 from candle_mi_parity.files.escape import number, one_line
 from candle_mi_parity.files.json_out import plain
 from candle_mi_parity.spec.forecast import Forecast
@@ -158,6 +159,9 @@ class CheckResult:
         count = sum(1 for prompt in self.prompts if not prompt.generated)
         prompts = ("1 prompt" if count == 1 else f"{count} prompts") + " with continuations" * (count < len(cases))
         size = f"{max((case.expected for case in cases), default=0)} tensors, {prompts}, worst {worst:.2g} of 8"
+        if idle := [case for case in cases if case.status is Status.UNMEASURED and not case.is_noisy]:
+            where = f"in {len(idle)} of {len(cases)} prompts, " if len(idle) < len(cases) else ""
+            return f"Not answered: {where}{one_line(idle[0].error.rstrip('.'))}."
         if self.verdict is Verdict.PASS:
             return f"{self.subject} computes PyTorch's numbers on this model: {size}."
         noisy = sum(case.unmeasured for case in cases)
@@ -194,7 +198,9 @@ def _cause(cases: list[CaseResult], about: dict[str, str]) -> str:
     # The smallest case is the one that was searched in full.
     case = min(cases, key=lambda case: sum(tensor.compared for tensor in case.tensors))
     found, first = case.explained, case.first_divergence
-    if case.outcome is Outcome.REFUSED:
+    if first and first.name == TOKENS:
+        text = f"{_beginnings(first.detail)}. Nothing was fed to the model."
+    elif case.outcome is Outcome.REFUSED:
         words = one_line(case.error)
         text = f"{found.says} Its words: {words}" if found else words
     elif found is None:
@@ -208,3 +214,8 @@ def _cause(cases: list[CaseResult], about: dict[str, str]) -> str:
         same = f"with {found.change} in all {found.tensors} tensors, worst {worst:.2g} of 8{ids}."
         text = f"{says}Equal to PyTorch {same}"
     return text + (f" Remedy: {found.remedy}" if found and found.remedy else "")
+
+
+def _beginnings(text: str) -> str:
+    """A text in which lists of more than 8 token ids are shortened to their beginnings."""
+    return re.sub(r"\[((?:\d+, ){8})[\d, ]*…?\]?", r"[\1…]", text)

@@ -11,6 +11,11 @@ import numpy as np
 from candle_mi_parity.compare.suspects import suspect
 from candle_mi_parity.spec.cases import Download
 
+TOKENS = "tokens"
+"""Name of the result on the token ids of a text, which come before every tensor."""
+TOO_NOISY = "tensors are too noisy in"
+"""Part of the ``error`` of a case that is UNMEASURED because of noise."""
+
 
 class Status(StrEnum):
     """Status of a tensor or case. UNMEASURED is neither a pass nor a divergence; KNOWN is an explained divergence."""
@@ -327,6 +332,11 @@ class CaseResult:
     @property
     def unmeasured(self) -> int:
         return sum(1 for tensor in self.tensors if tensor.status is Status.UNMEASURED)
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether noise is the reason that the case is UNMEASURED; a case of an unmapped family has no ``error``."""
+        return self.status is Status.UNMEASURED and bool(self.tensors) and (not self.error or TOO_NOISY in self.error)
 
     @property
     def first_divergence(self) -> TensorResult | None:

@@ -14,7 +14,7 @@ from candle_mi_parity.candidate.store import stored_selection
 from candle_mi_parity.compare.compare import compare, first_diagnosis
 from candle_mi_parity.compare.diagnose_sae import summarize_saes
 from candle_mi_parity.compare.out_of_range import OUT_OF_RANGE
-from candle_mi_parity.compare.verdict import CaseResult, Diagnosis, Failure, SaeView, Status, TensorResult
+from candle_mi_parity.compare.verdict import TOO_NOISY, CaseResult, Diagnosis, Failure, SaeView, Status, TensorResult
 from candle_mi_parity.errors import HubError, NoTruthError, OutOfRangeError, ParityError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.known import Evidence, decoder_of, facts_of, known_divergence, known_refusal
@@ -247,7 +247,7 @@ def status_of(tensors: list[TensorResult], case: Case, in_part: bool) -> tuple[S
         return Status.UNMEASURED, f"nothing was compared of {', '.join(idle)}"
     unmeasured = {tensor.name for tensor in tensors if tensor.status is Status.UNMEASURED}
     if case.unmeasured == ["*"]:
-        noisy = f"{len(unmeasured)} of {len(tensors)} tensors are too noisy in {case.dtype} to judge"
+        noisy = f"{len(unmeasured)} of {len(tensors)} {TOO_NOISY} {case.dtype} to judge"
         return (Status.UNMEASURED, noisy) if unmeasured else (Status.PASS, "")
     declared = declared_unmeasured(tensors, case)
     # A trace that was stored in part may lack the positions that are too noisy.

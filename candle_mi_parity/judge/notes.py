@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.compare.verdict import TOKENS, Status, TensorResult
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.cases import Case
@@ -22,7 +22,7 @@ def other_ids(subject: PreparedCase, ids: list[int]) -> TensorResult | None:
     place = next((i for i, (one, other) in enumerate(zip(ids, expected, strict=False)) if one != other), len(ids))
     message = f"candle-mi's tokenizer gives other ids from place {place} on: got {one_line(str(ids), LONGEST)}"
     message += f", transformers gives {one_line(str(expected), LONGEST)}"
-    return TensorResult("tokens", Status.FAIL, "values", compared=len(expected), exact=True, detail=message)
+    return TensorResult(TOKENS, Status.FAIL, "values", compared=len(expected), exact=True, detail=message)
 
 
 def padding_notes(subject: PreparedCase) -> list[str]:

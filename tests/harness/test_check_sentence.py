@@ -1,0 +1,55 @@
+"""The first sentence of ``check``, and its lines, on results that are made up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from candle_mi_parity.compare.check_result import CheckResult, PromptResult
+from candle_mi_parity.compare.run_result import Verdict
+from candle_mi_parity.compare.verdict import CaseResult, Status
+from candle_mi_parity.judge.notes import other_ids
+from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.report.check_page import lines, page
+from candle_mi_parity.spec.paths import cache_root
+from tests.support.planting import CASES
+from tests.support.results import case
+
+
+def result_of(*cases: CaseResult) -> CheckResult:
+    result = CheckResult("mine", "candle-mi 0.2.2", "0.2.2", keys=26)
+    result.prompts = [PromptResult(f"p{i}", "text", [1, 2], one) for i, one in enumerate(cases, 1)]
+    return result
+
+
+def test_other_token_ids_are_told_with_both_beginnings() -> None:
+    subject = replace(prepare(CASES["llama/hub"], cache_root()), tokens=[list(range(40))])
+    failure = other_ids(subject, [0, 1, *range(3, 1500)])
+    assert failure is not None
+    result = result_of(case("check/p1", Status.FAIL))
+    result.prompts[0].case.tensors = [failure]
+    assert result.sentence == (
+        "candle-mi 0.2.2 does not compute PyTorch's numbers on this model: candle-mi's tokenizer gives other ids "
+        "from place 2 on: got [0, 1, 3, 4, 5, 6, 7, 8, …], transformers gives [0, 1, 2, 3, 4, 5, 6, 7, …]. "
+        "Nothing was fed to the model."
+    )
+
+
+@pytest.mark.parametrize("reason", ["all 44 tensors are one number everywhere: nothing was exercised", "no feature"])
+def test_a_case_that_exercises_nothing_computes_nothing(reason: str) -> None:
+    idle = case("check/p1", Status.UNMEASURED)
+    idle.error = reason
+    result = result_of(idle)
+    assert result.sentence == f"Not answered: {reason}." and result.verdict is Verdict.INCONCLUSIVE
+    assert result_of(case("check/p0"), idle).sentence == f"Not answered: in 1 of 2 prompts, {reason}."
+    idle.error = "1 of 2 tensors are too noisy in bfloat16 to judge"
+    assert "as far as can be judged" in result.sentence
+
+
+def test_notes_on_prompts_are_shown_once() -> None:
+    result = result_of(case("check/p1"), case("check/p2"))
+    for prompt in result.prompts:
+        prompt.case.notes = ["the prompt holds the padding id 0"]
+    assert "  Note: p1, p2: the prompt holds the padding id 0" in list(lines(result))
+    assert "p1, p2: the prompt holds the padding id 0" in page(result)
