@@ -34,7 +34,7 @@ def check(
     :param sae: an NPZ, a directory of SAELens, or ``REPO:FILE`` of the hub.
     :param edits: interventions, as rows of ``fixtures/cases.toml`` or a TOML file of them.
     :param options: further fields of :class:`candle_mi_parity.run.check.CheckOptions`: ``hook``, ``candidate``,
-        ``trace``, ``dtype``, ``device``, ``hooks``, ``generate``, ``out``.
+        ``trace``, ``dtype``, ``device``, ``hooks``, ``layers``, ``generate``, ``out``.
     :raises ParityError: an input that cannot be used, in one line.
     """
     from candle_mi_parity.run.check import CheckOptions

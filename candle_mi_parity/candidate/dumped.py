@@ -26,5 +26,5 @@ class DumpSource(StatelessSource):
     def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
         """:raises TraceError: a tensor has another shape, or the mode is teacher-forced."""
         if mode != "free":
-            raise NotStoredError("dumped tensors have no teacher-forced run")
+            raise NotStoredError("a dump holds one run of the whole model only")
         return as_trace(self._dump, truth, subject.case.dtype)

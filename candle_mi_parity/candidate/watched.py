@@ -27,12 +27,15 @@ class Seen:
 class WatchedSource(StatelessSource):
     """Another, open source.
 
-    :param hooks: globs over hook names; only these, and the logits, are captured and judged. Empty for all.
+    Only hooks that match one of ``hooks`` and lie in one of ``layers``, and the logits, are captured and judged.
+
+    :param hooks: globs over hook names; empty for all.
+    :param layers: empty for all.
     :ivar seen: case id → what was compared.
     """
 
-    def __init__(self, source: Source, hooks: tuple[str, ...] = ()) -> None:
-        self._source, self._hooks = source, hooks
+    def __init__(self, source: Source, hooks: tuple[str, ...] = (), layers: tuple[int, ...] = ()) -> None:
+        self._source, self._hooks, self._layers = source, hooks, tuple(f"blocks.{layer}." for layer in layers)
         self.device, self.identity = source.device, source.identity
         self.seen: dict[str, Seen] = {}
 
@@ -55,11 +58,13 @@ class WatchedSource(StatelessSource):
 
     def wanted(self, captures: list[str]) -> list[str]:
         """The hooks to capture, in execution order."""
-        if not self._hooks:
-            return captures
-        found = [name for name in captures if any(fnmatch.fnmatchcase(name, glob) for glob in self._hooks)]
+        found = [name for name in captures if name.startswith(self._layers or "")]
+        if self._hooks:
+            found = [name for name in found if any(fnmatch.fnmatchcase(name, glob) for glob in self._hooks)]
         if not found:
+            layers = f" in layers {', '.join(name.split('.')[1] for name in self._layers)}" if self._layers else ""
             raise CaseTableError(
-                f"no hook of this model matches {', '.join(self._hooks)}; an example of a hook is {captures[1]}"
+                f"no hook of this model matches {', '.join(self._hooks) or '*'}{layers}; an example of a hook is "
+                f"{captures[1]}"
             )
         return found

@@ -30,7 +30,9 @@ def check_command(
     dtype: Annotated[str | None, typer.Option(help="float32 | bfloat16 | float16")] = None,
     device: Annotated[str, typer.Option(help="cpu | cuda:N")] = "cpu",
     layers: Annotated[str | None, typer.Option(help="Look at these layers alone, as 0-3,11.")] = None,
-    hooks: Annotated[Many, typer.Option(help="Look at the hooks that match a glob; may be given again.")] = None,
+    hooks: Annotated[
+        Many, typer.Option(help="Look at the hooks that match a glob, within --layers; may be given again.")
+    ] = None,
     search: Annotated[float, typer.Option(min=0, help="Seconds that explaining a new divergence may take.")] = 120.0,
     out: Annotated[Path, typer.Option(help="Where check.html, check.json and traces go.")] = Path("build/check"),
     json_out: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -54,7 +56,8 @@ def check_command(
             trace=trace,
             dtype=dtype,  # type: ignore[arg-type]
             device=device,
-            hooks=(*(hooks or ()), *layer_globs(layers)),
+            hooks=tuple(hooks or ()),
+            layers=tuple(layers_of(layers)),
             generate=generate,
             search=search,
             out=out,
@@ -63,8 +66,8 @@ def check_command(
     raise typer.Exit(result.verdict.exit_code)
 
 
-def layer_globs(layers: str | None) -> Iterator[str]:
-    """``0-2,5`` as globs over hook names.
+def layers_of(layers: str | None) -> Iterator[int]:
+    """``0-2,5`` as numbers.
 
     :raises CaseTableError: not such a list.
     """
@@ -74,7 +77,7 @@ def layer_globs(layers: str | None) -> Iterator[str]:
         found = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)
         if found is None:
             raise CaseTableError(f"--layers {layers}: expected layers such as 0-3,11")
-        yield from (f"blocks.{i}.*" for i in range(int(found[1]), int(found[2] or found[1]) + 1))
+        yield from range(int(found[1]), int(found[2] or found[1]) + 1)
 
 
 def check_and_write(options: CheckOptions, as_json: bool) -> CheckResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -102,6 +103,8 @@ class CheckResult:
     :ivar not_exercised: what these prompts do not show, one line each.
     :ivar unknown: keys of the config that transformers reads and about which nothing is known.
     :ivar cite: what identifies this check, for a paper's appendix; name → value.
+    :ivar in_part: whether only some hooks were looked at.
+    :ivar dumped: names of the tensors that the user's own program dumped; empty for another candidate.
     :ivar fault: why the check ended early, or empty.
     """
 
@@ -119,6 +122,8 @@ class CheckResult:
     unknown: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     cite: dict[str, str] = field(default_factory=dict)
+    in_part: bool = False
+    dumped: list[str] = field(default_factory=list)
     fault: str = ""
 
     @property
@@ -145,32 +150,37 @@ class CheckResult:
         """The answer in words."""
         cases = [prompt.case for prompt in self.prompts]
         wrong = [case for case in cases if case.status is Status.FAIL]
+        looked = max((self._number(t.name for t in case.tensors if t.name != TOKENS) for case in cases), default=0)
+        of_what = self._tensors(looked)
+        were = "was" if looked == 1 else "were"
+        where = f"the {of_what} that {were} looked at" if self.in_part and looked else "this model"
         if self.fault and not wrong:
             return f"Not answered: {self.fault}."
         if wrong:
             refuses = all(case.outcome is Outcome.REFUSED for case in wrong)
-            what = "refuses this model" if refuses else "does not compute PyTorch's numbers on this model"
-            where = f" in {len(wrong)} of {len(cases)} prompts" if len(wrong) < len(cases) else ""
-            return f"{self.subject} {what}{where}: {' Also: '.join(self._causes(wrong))}"
+            what = "refuses this model" if refuses else f"does not compute PyTorch's numbers on {where}"
+            some = f" in {len(wrong)} of {len(cases)} prompts" if len(wrong) < len(cases) else ""
+            return f"{self.subject} {what}{some}: {' Also: '.join(self._causes(wrong))}"
         if error := next((case for case in cases if case.status is Status.ERROR), None):
             return f"Not answered: {one_line(error.error)}"
         tensors, compared = sum(case.expected for case in cases), sum(case.compared for case in cases)
         worst = max((tensor.ratio for case in cases for tensor in case.tensors), default=0.0)
         count = sum(1 for prompt in self.prompts if not prompt.generated)
         prompts = ("1 prompt" if count == 1 else f"{count} prompts") + " with continuations" * (count < len(cases))
-        size = f"{max((case.expected for case in cases), default=0)} tensors, {prompts}, worst {worst:.2g} of 8"
+        size = f"{'' if self.in_part else f'{of_what}, '}{prompts}, worst {worst:.2g} of 8"
         if idle := [case for case in cases if case.status is Status.UNMEASURED and not case.is_noisy]:
-            where = f"in {len(idle)} of {len(cases)} prompts, " if len(idle) < len(cases) else ""
-            return f"Not answered: {where}{one_line(idle[0].error.rstrip('.'))}."
+            some = f"in {len(idle)} of {len(cases)} prompts, " if len(idle) < len(cases) else ""
+            return f"Not measured: {some}{one_line(idle[0].error.rstrip('.'))}."
         if self.verdict is Verdict.PASS:
-            return f"{self.subject} computes PyTorch's numbers on this model: {size}."
+            return f"{self.subject} computes PyTorch's numbers on {where}: {size}."
         noisy = sum(case.unmeasured for case in cases)
         if not compared:
             why = next((case.error for case in cases if case.error), "no prompt was judged")
             return f"Not answered: {one_line(why)}"
+        derived = ", with those that are computed from your dump," if self.dumped else ""
         return (
-            f"{self.subject} computes PyTorch's numbers on this model as far as can be judged: {size}; "
-            f"{noisy} of {tensors} tensors are too noisy in this format to judge."
+            f"{self.subject} computes PyTorch's numbers on {where} as far as can be judged: {size}; "
+            f"{noisy} of {tensors} tensors{derived} are too noisy in this format to judge."
         )
 
     def _causes(self, wrong: list[CaseResult]) -> list[str]:
@@ -181,39 +191,45 @@ class CheckResult:
             first = case.first_divergence
             known = case.explained and (case.explained.says, case.explained.change)
             causes.setdefault(known or (first.name if first else case.error), []).append(case)
-        return [_cause(cases, about) for cases in causes.values()]
+        return [self._cause(cases, about) for cases in causes.values()]
+
+    def _number(self, names: Iterable[str]) -> int:
+        """How many of these tensors the candidate gave; of a user's dump, without those computed from them."""
+        return sum(1 for name in names if not self.dumped or name in self.dumped)
+
+    def _tensors(self, number: int) -> str:
+        return f"{number} tensor{'' if number == 1 else 's'}{' of your dump' if self.dumped else ''}"
+
+    def _cause(self, cases: list[CaseResult], about: dict[str, str]) -> str:
+        """The text on the cases of one cause.
+
+        :param about: explanation → the keys of this model that cause it.
+        """
+        # The smallest case is the one that was searched in full.
+        case = min(cases, key=lambda case: sum(tensor.compared for tensor in case.tensors))
+        found, first = case.explained, case.first_divergence
+        if first and first.name == TOKENS:
+            text = f"{_beginnings(first.detail)}. Nothing was fed to the model."
+        elif case.outcome is Outcome.REFUSED:
+            words = one_line(case.error)
+            text = f"{found.says} Its words: {words}" if found else words
+        elif found is None:
+            where = f"first at {first.name} ({number(first.ratio)} of 8, {first.reason}); " if first else ""
+            text = f"{where}{case.unexplained or 'no change that was tried explains it'}."
+        else:
+            here = "; ".join(about[id] for id in found.ids if about.get(id))
+            says = f"{found.says} This model: {here}. " if here else f"{found.says} " if found.ids else ""
+            ids = f" ({', '.join(found.ids)})" if found.ids else ""
+            worst = max(one.explained.worst for one in cases if one.explained)
+            tensors = self._tensors(self._number(found.ratios))
+            text = f"{says}Equal to PyTorch with {found.change} in all {tensors}, worst {worst:.2g} of 8{ids}."
+        return text + (f" Remedy: {found.remedy}" if found and found.remedy else "")
 
     def document(self) -> dict[str, Any]:
         """The result for JSON."""
         head = {"format": CHECK_FORMAT, "verdict": self.verdict.value, "sentence": self.sentence}
         found: dict[str, Any] = plain(head | asdict(self))
         return found
-
-
-def _cause(cases: list[CaseResult], about: dict[str, str]) -> str:
-    """The text on the cases of one cause.
-
-    :param about: explanation → the keys of this model that cause it.
-    """
-    # The smallest case is the one that was searched in full.
-    case = min(cases, key=lambda case: sum(tensor.compared for tensor in case.tensors))
-    found, first = case.explained, case.first_divergence
-    if first and first.name == TOKENS:
-        text = f"{_beginnings(first.detail)}. Nothing was fed to the model."
-    elif case.outcome is Outcome.REFUSED:
-        words = one_line(case.error)
-        text = f"{found.says} Its words: {words}" if found else words
-    elif found is None:
-        where = f"first at {first.name} ({number(first.ratio)} of 8, {first.reason}); " if first else ""
-        text = f"{where}{case.unexplained or 'no change that was tried explains it'}."
-    else:
-        here = "; ".join(about[id] for id in found.ids if about.get(id))
-        says = f"{found.says} This model: {here}. " if here else f"{found.says} " if found.ids else ""
-        ids = f" ({', '.join(found.ids)})" if found.ids else ""
-        worst = max(one.explained.worst for one in cases if one.explained)
-        same = f"with {found.change} in all {found.tensors} tensors, worst {worst:.2g} of 8{ids}."
-        text = f"{says}Equal to PyTorch {same}"
-    return text + (f" Remedy: {found.remedy}" if found and found.remedy else "")
 
 
 def _beginnings(text: str) -> str:

@@ -209,7 +209,7 @@ def _teacher_forced(result: CaseResult, oracle: Oracle, source: Source, progress
     try:
         return judge_mode(oracle, source, "forced", progress).tensors
     except ParityError as error:
-        result.unexplained = f"{result.unexplained} no teacher-forced run: {error}".strip()
+        result.notes.append(f"no teacher-forced run, which shows whether each half-layer alone is right: {error}")
         return []
 
 

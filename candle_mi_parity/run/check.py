@@ -15,7 +15,8 @@ from candle_mi_parity.candidate.sources import refuse_device
 from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate
 from candle_mi_parity.compare.check_result import CheckResult
 from candle_mi_parity.coverage.census_record import STORED, read_census
-from candle_mi_parity.errors import HubError, ModelError
+from candle_mi_parity.errors import HubError, ModelError, SaeError
+from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.judge.known import facts_about
 from candle_mi_parity.models.checkpoint import local_path, read_config, require_model
@@ -44,6 +45,7 @@ class CheckOptions:
     :ivar trace: a directory of tensors that a user's program dumped, which are judged in place of a candidate's.
     :ivar dtype: None for float32, or for the format of the trace.
     :ivar hooks: globs over hook names; empty for all hooks.
+    :ivar layers: the layers in which hooks are looked at; empty for all, and for what lies in no layer.
     :ivar generate: number of tokens of the greedy continuation.
     :ivar search: seconds for the search for an unlisted explanation.
     """
@@ -58,6 +60,7 @@ class CheckOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str = "cpu"
     hooks: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
     generate: int = 0
     search: float = 120.0
     out: Path = Path("build/check")
@@ -65,7 +68,9 @@ class CheckOptions:
 
     @property
     def sae_file(self) -> SaeFile | None:
-        """:raises ParityError: the SAE does not exist, or has no hook point."""
+        """:raises ParityError: the SAE does not exist or has no hook point, or a hook point has no SAE."""
+        if self.hook and not self.sae:
+            raise SaeError(f"--hook {one_line(self.hook)} says where an SAE reads; give the SAE with --sae")
         return sae_of(self.sae, self.hook) if self.sae else None
 
     def command(self) -> str:
@@ -79,6 +84,7 @@ class CheckOptions:
         for name in ("sae", "hook", "candidate", "trace", "dtype", "generate"):
             if value := getattr(self, name):
                 words += [f"--{name}", str(value)]
+        words += ["--layers", ",".join(map(str, self.layers))] if self.layers else []
         words += [] if self.device == "cpu" else ["--device", self.device]
         return shlex.join([*words, *(word for glob in self.hooks for word in ("--hooks", glob))])
 
@@ -97,13 +103,15 @@ def foretold(options: CheckOptions) -> CheckResult:
             f"{candidate} holds traces of this suite's own cases; for tensors of your own program use --trace DIR"
         )
     config = _config(as_model(options.model))
-    sae = sae_path(options.sae_file, 0, options.cache) if options.sae_file else None
+    sae = sae_path(sae_file, 0, options.cache) if (sae_file := options.sae_file) else None
     edits = [edit.model_dump() for edit in options.edits]
     facts = facts_about(config, sae, 0, options.dtype or "float32", edits)
     known = [] if named.kind == "torch" else forecast(table, known_release(candidate, table), facts)
     who = f"the trace in {options.trace}" if options.trace else named.label
     census = _census(str(config.get("model_type")), known_release(candidate, table))
-    return CheckResult(options.model, who, candidate, keys=len(config), forecast=known, census=census)
+    result = CheckResult(options.model, who, candidate, keys=len(config), forecast=known, census=census)
+    result.in_part = bool(options.hooks or options.layers)
+    return result
 
 
 def check(

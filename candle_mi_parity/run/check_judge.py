@@ -67,6 +67,7 @@ class Checking:
         self.has_tokenizer = any((self.directory / name).is_file() for name in TOKENIZERS)
         self.dump = read_dump(options.trace) if options.trace else None
         if self.dump:
+            result.dumped = list(self.dump.arrays)
             check_names(self.dump, self.layers, self.sae.hook if self.sae else None)
         self.table = load_explanations()
         self.release = known_release(result.candidate, self.table)
@@ -120,7 +121,7 @@ class Checking:
         self._hold_tokens(subjects[0])
         self.progress.keep(plan(subjects, options.cache, options.device, options.generate))
         with self._open() as source:
-            watched = WatchedSource(source, options.hooks)
+            watched = WatchedSource(source, options.hooks, options.layers)
             watched.wanted(subjects[0].captures)
             if source.identity and self.dump is None:
                 self._identify(source.identity)
@@ -231,7 +232,7 @@ class Checking:
 
         options, family = self.options, self.config.get("model_type")
         needs: dict[str, object] = {"--sae": options.sae, "--edits": options.edits, "--generate": options.generate}
-        needs |= {"--hooks and --layers": options.hooks, "--device": options.device != "cpu"}
+        needs |= {"--hooks and --layers": options.hooks or options.layers, "--device": options.device != "cpu"}
         if asked := [name for name, value in needs.items() if value]:
             raise CaseTableError(f"{family} is not among the families whose hooks are mapped: {asked[0]} needs them")
         subjects = [unmapped_subject(case, options.cache) for case in cases]

@@ -86,6 +86,7 @@ def test_a_user_s_tensors_are_judged_and_counted(tmp_path: Path) -> None:
     part = {name: arrays[name] for name in ("blocks.1.hook_resid_post", "blocks.2.attn.hook_q")}
     result = check(model, trace=dumped(tmp_path / "part", part, tokens))
     assert result.agrees and [t.name for t in result.prompts[0].case.tensors] == list(part)
+    assert "on this model: 2 tensors of your dump, 1 prompt" in result.sentence
     with_hooks = check(model, trace=tmp_path / "whole", hooks=("blocks.1.*",))
     assert {t.name.split(".")[0] for t in with_hooks.prompts[0].case.tensors} == {"blocks", "logits"}
     assert with_hooks.prompts[0].case.expected == 12 + 3
@@ -97,6 +98,8 @@ def test_a_fault_in_a_user_s_tensors_is_found_and_not_explained(tmp_path: Path) 
     result = check(model, trace=dumped(tmp_path / "trace", arrays, tokens), search=1.0)
     assert result.verdict is Verdict.FAIL
     assert "first at blocks.1.attn.hook_v" in result.sentence and "none of" in result.sentence
+    assert "run" not in result.sentence, "that a dump has no teacher-forced run is a note"
+    assert any("a dump holds one run" in note for note in result.prompts[0].case.notes)
     arrays["blocks.0.hook_mlp_out"][0, 3, 5] = np.nan
     result = check(model, trace=dumped(tmp_path / "nan", arrays, tokens), search=0.0)
     assert result.verdict is Verdict.FAIL and "blocks.0.hook_mlp_out (∞ of 8, nonfinite)" in result.sentence
@@ -247,7 +250,12 @@ def test_the_command_answers_in_its_first_line_and_its_exit_code(tmp_path: Path)
     trace = dumped(tmp_path / "trace", arrays, tokens)
     done = command(trace, "--layers", "0-1")
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith(f"The trace in {trace} computes PyTorch's numbers on this model: 27 tensors")
+    assert done.stdout.startswith(
+        f"The trace in {trace} computes PyTorch's numbers on the 25 tensors of your dump that were "
+    )
+    assert command(trace, "--layers", "0-1", "--hooks", "*.hook_resid_post").stdout.startswith(
+        f"The trace in {trace} computes PyTorch's numbers on the 3 tensors of your dump that were looked at: 1 prompt"
+    )
     assert done.stderr.startswith("0.2.2: of the 24 keys")
     document = json.loads((out / "check.json").read_text())
     assert document["verdict"] == "PASS" and document["cite"]["command"].startswith("candle-mi-parity check ")

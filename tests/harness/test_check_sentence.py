@@ -41,8 +41,8 @@ def test_a_case_that_exercises_nothing_computes_nothing(reason: str) -> None:
     idle = case("check/p1", Status.UNMEASURED)
     idle.error = reason
     result = result_of(idle)
-    assert result.sentence == f"Not answered: {reason}." and result.verdict is Verdict.INCONCLUSIVE
-    assert result_of(case("check/p0"), idle).sentence == f"Not answered: in 1 of 2 prompts, {reason}."
+    assert result.sentence == f"Not measured: {reason}." and result.verdict is Verdict.INCONCLUSIVE
+    assert result_of(case("check/p0"), idle).sentence == f"Not measured: in 1 of 2 prompts, {reason}."
     idle.error = "1 of 2 tensors are too noisy in bfloat16 to judge"
     assert "as far as can be judged" in result.sentence
 
@@ -53,3 +53,14 @@ def test_notes_on_prompts_are_shown_once() -> None:
         prompt.case.notes = ["the prompt holds the padding id 0"]
     assert "  Note: p1, p2: the prompt holds the padding id 0" in list(lines(result))
     assert "p1, p2: the prompt holds the padding id 0" in page(result)
+
+
+def test_a_part_of_the_hooks_is_told_of_in_the_first_sentence() -> None:
+    result = result_of(case("check/p1"))
+    assert "on this model: 2 tensors, 1 prompt" in result.sentence
+    result.in_part = True
+    assert "computes PyTorch's numbers on the 2 tensors that were looked at: 1 prompt" in result.sentence
+    result.prompts[0].case = case("check/p1", Status.FAIL)
+    assert "does not compute PyTorch's numbers on the 3 tensors that were looked at: first" in result.sentence
+    result.dumped = ["hook_embed"]
+    assert "on the 1 tensor of your dump that was looked at" in result.sentence
