@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from candle_mi_parity.compare.run_result import Verdict
-from candle_mi_parity.compare.verdict import TOKENS, CaseResult, Outcome, Status
+from candle_mi_parity.compare.verdict import TOKENS, CaseResult, Explained, Outcome, Status
 from candle_mi_parity.files.escape import number, one_line
 from candle_mi_parity.files.json_out import plain
 from candle_mi_parity.spec.forecast import Forecast
@@ -184,14 +184,17 @@ class CheckResult:
         )
 
     def _causes(self, wrong: list[CaseResult]) -> list[str]:
-        """One text for each cause."""
-        about = {found.id: found.about for found in self.forecast}
-        causes: dict[object, list[CaseResult]] = {}
+        """One text for each cause; cases that share an explanation are one, whatever else explains each of them."""
+        groups: dict[object, list[CaseResult]] = {}
         for case in wrong:
-            first = case.first_divergence
-            known = case.explained and (case.explained.says, case.explained.change)
-            causes.setdefault(known or (first.name if first else case.error), []).append(case)
-        return [self._cause(cases, about) for cases in causes.values()]
+            first, found = case.first_divergence, case.explained
+            ids = frozenset(found.ids if found else ())
+            shared = [key for key in groups if ids and isinstance(key, frozenset) and key & ids]
+            cases = [*(one for key in shared for one in groups.pop(key)), case]
+            own = (found.says, found.change) if found else first.name if first else case.error
+            key = ids.union(*shared) if ids else own
+            groups[key] = groups.get(key, []) + cases
+        return [self._cause(cases) for cases in groups.values()]
 
     def _number(self, names: Iterable[str]) -> int:
         """How many of these tensors the candidate gave; of a user's dump, without those computed from them."""
@@ -200,30 +203,43 @@ class CheckResult:
     def _tensors(self, number: int) -> str:
         return f"{number} tensor{'' if number == 1 else 's'}{' of your dump' if self.dumped else ''}"
 
-    def _cause(self, cases: list[CaseResult], about: dict[str, str]) -> str:
-        """The text on the cases of one cause.
-
-        :param about: explanation → the keys of this model that cause it.
-        """
+    def _cause(self, cases: list[CaseResult]) -> str:
+        """The text on the cases of one cause."""
         # The smallest case is the one that was searched in full.
         case = min(cases, key=lambda case: sum(tensor.compared for tensor in case.tensors))
         found, first = case.explained, case.first_divergence
         if first and first.name == TOKENS:
-            text = f"{_beginnings(first.detail)}. Nothing was fed to the model."
-        elif case.outcome is Outcome.REFUSED:
-            words = one_line(case.error)
-            text = f"{found.says} Its words: {words}" if found else words
-        elif found is None:
+            return f"{_beginnings(first.detail)}. Nothing was fed to the model."
+        if found is None and case.outcome is Outcome.REFUSED:
+            return one_line(case.error)
+        if found is None:
             where = f"first at {first.name} ({number(first.ratio)} of 8, {first.reason}); " if first else ""
-            text = f"{where}{case.unexplained or 'no change that was tried explains it'}."
+            return f"{where}{case.unexplained or 'no change that was tried explains it'}."
+        whole = _largest([one.explained for one in cases if one.explained])
+        ids = list(dict.fromkeys(id for one in whole for id in one.ids))
+        says, remedy = self._told(ids, whole)
+        if case.outcome is Outcome.REFUSED:
+            text = f"{says} Its words: {one_line(case.error)}"
         else:
-            here = "; ".join(about[id] for id in found.ids if about.get(id))
-            says = f"{found.says} This model: {here}. " if here else f"{found.says} " if found.ids else ""
-            ids = f" ({', '.join(found.ids)})" if found.ids else ""
+            here = "; ".join(told.about for told in self.forecast if told.id in ids and told.about)
+            says = f"{says} This model: {here}. " if here else f"{says} " if ids else ""
             worst = max(one.explained.worst for one in cases if one.explained)
-            tensors = self._tensors(self._number(found.ratios))
-            text = f"{says}Equal to PyTorch with {found.change} in all {tensors}, worst {worst:.2g} of 8{ids}."
-        return text + (f" Remedy: {found.remedy}" if found and found.remedy else "")
+            change = " or, on other prompts, with ".join(one.change for one in whole)
+            tensors = self._tensors(max(self._number(one.ratios) for one in whole))
+            named = f" ({', '.join(ids)})" if ids else ""
+            text = f"{says}Equal to PyTorch with {change} in all {tensors}, worst {worst:.2g} of 8{named}."
+        return text + (f" Remedy: {remedy}" if remedy else "")
+
+    def _told(self, ids: list[str], whole: list[Explained]) -> tuple[str, str]:
+        """What explanations say, and the remedies, each once, with the causes that have none beside others."""
+        told = {one.id: one for one in self.forecast}
+        known = [told[id] for id in ids if id in told]
+        says = [one.says for one in (known if len(whole) > 1 and len(known) == len(ids) else whole)]
+        remedies = [one.remedy for one in (known if len(known) == len(ids) > 1 else whole) if one.remedy]
+        lacking = [f"{one.about or one.id} ({one.id})" for one in known if not one.remedy]
+        if remedies and lacking:
+            remedies.append(f"No remedy is known for {' and '.join(lacking)}.")
+        return " ".join(dict.fromkeys(says)), " ".join(dict.fromkeys(remedies))
 
     def document(self) -> dict[str, Any]:
         """The result for JSON."""
@@ -235,3 +251,10 @@ class CheckResult:
 def _beginnings(text: str) -> str:
     """A text in which lists of more than 8 token ids are shortened to their beginnings."""
     return re.sub(r"\[((?:\d+, ){8})[\d, ]*…?\]?", r"[\1…]", text)
+
+
+def _largest(explained: list[Explained]) -> list[Explained]:
+    """One explanation of each change, without those of which another has all causes and more."""
+    sets = [set(one.ids) for one in explained]
+    kept = {one.change: one for one in explained if not any(set(one.ids) < other for other in sets)}
+    return list(kept.values())

@@ -259,6 +259,7 @@ def test_the_command_answers_in_its_first_line_and_its_exit_code(tmp_path: Path)
     assert done.stderr.startswith("0.2.2: of the 24 keys")
     document = json.loads((out / "check.json").read_text())
     assert document["verdict"] == "PASS" and document["cite"]["command"].startswith("candle-mi-parity check ")
+    assert document["cite"]["command"].endswith("--layers 0,1 --hooks '*.hook_resid_post'"), "it repeats the check"
     assert "How to cite" in (out / "check.html").read_text()
     arrays["logits"] += 1
     done = command(dumped(tmp_path / "wrong", arrays, tokens), "--json", "--search", "0")

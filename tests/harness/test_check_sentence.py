@@ -8,10 +8,11 @@ import pytest
 
 from candle_mi_parity.compare.check_result import CheckResult, PromptResult
 from candle_mi_parity.compare.run_result import Verdict
-from candle_mi_parity.compare.verdict import CaseResult, Status
+from candle_mi_parity.compare.verdict import CaseResult, Explained, Status
 from candle_mi_parity.judge.notes import other_ids
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.report.check_page import lines, page
+from candle_mi_parity.spec.forecast import Forecast
 from candle_mi_parity.spec.paths import cache_root
 from tests.support.planting import CASES
 from tests.support.results import case
@@ -64,3 +65,40 @@ def test_a_part_of_the_hooks_is_told_of_in_the_first_sentence() -> None:
     assert "does not compute PyTorch's numbers on the 3 tensors that were looked at: first" in result.sentence
     result.dumped = ["hook_embed"]
     assert "on the 1 tensor of your dump that was looked at" in result.sentence
+
+
+def known(ids: list[str], change: str, says: str, remedy: str = "") -> CaseResult:
+    result = case(f"check/{change}", Status.FAIL)
+    result.explained = Explained(ids, says, change, {"hook_embed": 0.0, "logits": 1.2}, remedy)
+    return result
+
+
+def test_causes_that_prompts_share_are_stated_once() -> None:
+    theta = known(["CMI001"], "theta", "Theta is not read.", "Write it.")
+    both = known(["CMI001", "CMI006"], "theta, window", "Theta is not read. One key too many.", "Write it.")
+    eps = known(["CMI001", "CMI009"], "theta, eps", "Theta is not read. Epsilon is fixed.", "Write it. Set it.")
+    other = known(["CMI011"], "gelu", "Another GELU.")
+    head = "candle-mi 0.2.2 does not compute PyTorch's numbers on this model: "
+    for cases in ([theta, both], [both, theta]):
+        result = result_of(*cases)
+        result.forecast = [
+            Forecast("CMI001", "Theta is not read.", "Write it.", False, {"rope_theta": 1e5}),
+            Forecast("CMI006", "One key too many.", "", False, {"sliding_window": 8}),
+            Forecast("CMI009", "Epsilon is fixed.", "Set it.", False, {"eps": 1}),
+        ]
+        assert result.sentence == (
+            f"{head}Theta is not read. One key too many. This model: rope_theta 100000.0; sliding_window 8. Equal "
+            "to PyTorch with theta, window in all 2 tensors, worst 1.2 of 8 (CMI001, CMI006). Remedy: Write it. No "
+            "remedy is known for sliding_window 8 (CMI006)."
+        )
+    result.prompts = result_of(theta, both, eps, other).prompts
+    assert result.sentence == (
+        f"{head}Theta is not read. One key too many. Epsilon is fixed. This model: rope_theta 100000.0; "
+        "sliding_window 8; eps 1. Equal to PyTorch with theta, window or, on other prompts, with theta, eps in all 2 "
+        "tensors, worst 1.2 of 8 (CMI001, CMI006, CMI009). Remedy: Write it. Set it. No remedy is known for "
+        "sliding_window 8 (CMI006). Also: Another GELU. Equal to PyTorch with gelu in all 2 tensors, worst 1.2 of 8 (CMI011)."
+    )
+    bare = result_of(theta, both, eps)
+    assert (
+        bare.sentence.count("Also: ") == 0 and "theta, window or, on other prompts, with theta, eps" in bare.sentence
+    )
