@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from candle_mi_parity.compare.run_result import Verdict
-from candle_mi_parity.compare.verdict import TOKENS, CaseResult, Explained, Outcome, Status
+from candle_mi_parity.compare.verdict import TOKENS, CaseResult, Explained, Failure, Outcome, Status
 from candle_mi_parity.files.escape import number, one_line
 from candle_mi_parity.files.json_out import plain
 from candle_mi_parity.spec.forecast import Forecast
@@ -100,6 +100,7 @@ class CheckResult:
     :ivar forecast: known divergences that the config can show.
     :ivar census: the census on the model's type, where its family has no hook map.
     :ivar keys: number of keys in ``config.json``.
+    :ivar sae_keys: explanation → its keys that are of the SAE's ``cfg.json``.
     :ivar not_exercised: what these prompts do not show, one line each.
     :ivar unknown: keys of the config that transformers reads and about which nothing is known.
     :ivar cite: what identifies this check, for a paper's appendix; name → value.
@@ -116,6 +117,7 @@ class CheckResult:
     forecast: list[Forecast] = field(default_factory=list)
     census: str = ""
     keys: int = 0
+    sae_keys: dict[str, list[str]] = field(default_factory=dict)
     prompts: list[PromptResult] = field(default_factory=list)
     continuations: list[Continuation] = field(default_factory=list)
     not_exercised: list[str] = field(default_factory=list)
@@ -158,7 +160,8 @@ class CheckResult:
             return f"Not answered: {self.fault}."
         if wrong:
             refuses = all(case.outcome is Outcome.REFUSED for case in wrong)
-            what = "refuses this model" if refuses else f"does not compute PyTorch's numbers on {where}"
+            refused = "SAE" if all(case.failure is Failure.SAE for case in wrong) else "model"
+            what = f"refuses this {refused}" if refuses else f"does not compute PyTorch's numbers on {where}"
             some = f" in {len(wrong)} of {len(cases)} prompts" if len(wrong) < len(cases) else ""
             return f"{self.subject} {what}{some}: {' Also: '.join(self._causes(wrong))}"
         if error := next((case for case in cases if case.status is Status.ERROR), None):

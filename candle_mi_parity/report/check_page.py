@@ -80,8 +80,14 @@ def foretold_lines(result: CheckResult) -> Iterator[str]:
     elif not now:
         yield f"{result.candidate}: of the {result.keys} keys that this model sets, {len(later)} may matter."
     else:
-        keys = len({key for found in now for key in found.keys} | {key for found in now for key in found.lacking})
-        yield f"{result.candidate} does not read {keys} of the {result.keys} keys of this model as PyTorch does:"
+        keys, of_sae = set[str](), set[str]()
+        for found in now:
+            own = set(result.sae_keys.get(found.id, ()))
+            keys |= {*found.keys, *found.lacking} - own
+            of_sae |= {*found.keys, *found.lacking} & own
+        counts = [f"{len(keys)} of the {result.keys} keys of this model"] if keys or not of_sae else []
+        counts += [f"{len(of_sae)} {'key' if len(of_sae) == 1 else 'keys'} of this SAE"] if of_sae else []
+        yield f"{result.candidate} does not read {' and '.join(counts)} as PyTorch does:"
     if result.census:
         yield f"  {result.census}"
     for found in [*now, *later]:

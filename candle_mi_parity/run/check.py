@@ -110,6 +110,10 @@ def foretold(options: CheckOptions) -> CheckResult:
     who = f"the trace in {options.trace}" if options.trace else named.label
     census = _census(str(config.get("model_type")), known_release(candidate, table))
     result = CheckResult(options.model, who, candidate, keys=len(config), forecast=known, census=census)
+    conditions = {row.id: row.conditions for row in table.explanation}
+    for found in known:
+        subjects = [subject for c in conditions[found.id] for subject in (c.subject, c.other)]
+        result.sae_keys[found.id] = [s.removeprefix("sae.") for s in subjects if s.startswith("sae.")]
     result.in_part = bool(options.hooks or options.layers)
     return result
 

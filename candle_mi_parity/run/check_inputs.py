@@ -48,23 +48,22 @@ def prompts_of(texts: list[str], file: Path | None, tokens: list[str]) -> list[P
     :param tokens: lists of token ids, as ``1,2,3``.
     :raises PromptError: an unreadable file, an invalid line, a duplicate id.
     """
-    found: list[dict[str, Any]] = [{"text": text} for text in texts]
+    found: list[tuple[str, dict[str, Any]]] = [("--prompt", {"text": text}) for text in texts]
     found += list(_lines(file)) if file else []
     for text in tokens:
         if not re.fullmatch(r"\s*\d{1,9}(\s*,\s*\d{1,9})*\s*", text):
             raise PromptError(f"--tokens {one_line(text, 60)}: expected token ids such as 1,450,7483")
-        found.append({"tokens": [int(token) for token in text.split(",")]})
+        found.append(("--tokens", {"tokens": [int(token) for token in text.split(",")]}))
     prompts = []
-    for number, row in enumerate(found, 1):
+    for number, (where, row) in enumerate(found, 1):
         try:
             prompt = Prompt.model_validate({"id": f"p{number}"} | row)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise PromptError(f"prompt {number}: {first['loc'][0]}: {one_line(first['msg'])}") from error
+            raise PromptError(f"{where}: {_wrong(str(error.errors()[0]['loc'][0]))}") from error
         if (prompt.text is None) == (prompt.tokens is None):
-            raise PromptError(f"prompt {number}: give exactly one of `text` and `tokens`")
+            raise PromptError(f"{where}: give exactly one of `text` and `tokens`")
         if not re.match(BELOW, prompt.id):
-            raise PromptError(f"prompt {number}: the id {prompt.id!a} is not a plain name")
+            raise PromptError(f"{where}: the id {prompt.id!a} is not a plain name")
         prompts.append(prompt)
     ids = [prompt.id for prompt in prompts]
     if doubled := sorted({id for id in ids if ids.count(id) > 1}):
@@ -72,8 +71,19 @@ def prompts_of(texts: list[str], file: Path | None, tokens: list[str]) -> list[P
     return prompts
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The prompts of a file: ``*.jsonl`` with ``id``, ``text`` or ``tokens``; otherwise one text a line."""
+def _wrong(key: str) -> str:
+    """What is wrong with a key of a prompt."""
+    expected = {"id": "a string", "text": "a string", "tokens": "a list of token ids"}
+    if key in expected:
+        return f"`{key}` must be {expected[key]}"
+    return f"there is no key {one_line(key, 60)!r}; a prompt has {', '.join(expected)}"
+
+
+def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The place and content of each prompt of a file.
+
+    ``*.jsonl`` has ``id``, ``text`` or ``tokens``; any other file has one text a line.
+    """
     try:
         lines = read_bytes(file, MAX_PROMPTS_BYTES).decode("utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -84,7 +94,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         if file.suffix != ".jsonl":
-            yield {"text": line}
+            yield f"{file}:{number}", {"text": line}
             continue
         try:
             row = json.loads(line)
@@ -92,7 +102,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
             raise PromptError(f"{file}:{number}: not JSON: {one_line(str(error))}") from error
         if not isinstance(row, dict):
             raise PromptError(f'{file}:{number}: expected an object such as {{"id": "a", "text": "…"}}')
-        yield row
+        yield f"{file}:{number}", row
 
 
 def built_in(config: dict[str, Any], has_tokenizer: bool, edited: bool) -> list[Prompt]:

@@ -52,7 +52,8 @@ def _next_tokens(seen: Seen) -> tuple[np.ndarray, int]:
         value = expected.rows(rows).value if rows != slice(None) else expected.value
         with np.errstate(invalid="ignore"):  # NaN is judged elsewhere
             p, q = _log_softmax(value), _log_softmax(got)
-            found.append((np.exp(p) * (p - q)).sum(-1).reshape(-1))
+            divergence = (np.exp(p) * (p - q)).sum(-1)
+            found.append(np.maximum(divergence, 0.0).reshape(-1))  # rounding may take one of 0 below it
         same += int((value.argmax(-1) == got.argmax(-1)).sum())
     return np.concatenate(found), same
 

@@ -254,6 +254,6 @@ def _matches(cases: list[Case], pattern: str) -> list[str]:
         raise CaseTableError(f"{pattern!r} matches only cases that a wildcard does not start; name them: {names}")
     if not found:
         near = difflib.get_close_matches(pattern, [case.id for case in cases], n=4, cutoff=0.5)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        hint = f"; did you mean {', '.join(near)}?" if near else ";"
         raise CaseTableError(f"no case matches {pattern!r}{hint} `candle-mi-parity list` shows all")
     return found

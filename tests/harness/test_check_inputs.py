@@ -202,7 +202,8 @@ def test_prompts_of_a_command_line(tmp_path: Path) -> None:
         ('["text"]', "bad.jsonl:1: expected an object"),
         ('{"id": "../up", "text": "y"}', "is not a plain name"),
         ('{"text": "y", "tokens": [1]}', "exactly one of"),
-        ('{"txt": "y"}', "txt"),
+        ('{"txt": "y"}', "bad.jsonl:1: there is no key 'txt'; a prompt has id, text, tokens"),
+        ('{"tokens": "1,2"}', "bad.jsonl:1: `tokens` must be a list of token ids"),
         ("", "holds no prompt"),
     ],
 )

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from candle_mi_parity.candidate.watched import Seen
 from candle_mi_parity.compare.check_result import CheckResult, PromptResult
 from candle_mi_parity.compare.run_result import Verdict
-from candle_mi_parity.compare.verdict import CaseResult, Explained, Status
+from candle_mi_parity.compare.verdict import CaseResult, Explained, Failure, Status
 from candle_mi_parity.judge.notes import other_ids
 from candle_mi_parity.models.prepared_case import prepare
-from candle_mi_parity.report.check_page import lines, page
+from candle_mi_parity.report.check_page import foretold_lines, lines, page
+from candle_mi_parity.run.check_measures import matters
 from candle_mi_parity.spec.forecast import Forecast
 from candle_mi_parity.spec.paths import cache_root
-from tests.support.planting import CASES
-from tests.support.results import case
+from candle_mi_parity.trace.trace import InMemory
+from tests.support.planting import CASES, real
+from tests.support.results import case, refused
 
 
 def result_of(*cases: CaseResult) -> CheckResult:
@@ -96,9 +100,36 @@ def test_causes_that_prompts_share_are_stated_once() -> None:
         f"{head}Theta is not read. One key too many. Epsilon is fixed. This model: rope_theta 100000.0; "
         "sliding_window 8; eps 1. Equal to PyTorch with theta, window or, on other prompts, with theta, eps in all 2 "
         "tensors, worst 1.2 of 8 (CMI001, CMI006, CMI009). Remedy: Write it. Set it. No remedy is known for "
-        "sliding_window 8 (CMI006). Also: Another GELU. Equal to PyTorch with gelu in all 2 tensors, worst 1.2 of 8 (CMI011)."
+        "sliding_window 8 (CMI006). Also: Another GELU. Equal to PyTorch with gelu in all 2 tensors, "
+        "worst 1.2 of 8 (CMI011)."
     )
     bare = result_of(theta, both, eps)
     assert (
         bare.sentence.count("Also: ") == 0 and "theta, window or, on other prompts, with theta, eps" in bare.sentence
     )
+
+
+def test_a_refused_sae_is_not_a_refused_model() -> None:
+    result = result_of(refused("check/p1"))
+    result.prompts[0].case.status = Status.FAIL
+    assert "refuses this model: " in result.sentence
+    result.prompts[0].case.failure = Failure.SAE
+    assert "refuses this SAE: " in result.sentence
+
+
+def test_keys_of_the_sae_are_not_counted_as_the_model_s() -> None:
+    result = result_of()
+    result.forecast = [Forecast("CMI020", "b_dec is not taken.", "", False, {"d_sae": 160}, ["apply_b_dec_to_input"])]
+    result.sae_keys = {"CMI020": ["apply_b_dec_to_input", "d_sae"]}
+    assert next(foretold_lines(result)) == "0.2.2 does not read 2 keys of this SAE as PyTorch does:"
+    result.forecast.append(Forecast("CMI001", "Theta is not read.", "", False, {"rope_theta": 1e5}))
+    assert next(foretold_lines(result)).startswith("0.2.2 does not read 1 of the 26 keys of this model and 2 keys of")
+
+
+def test_a_divergence_of_nothing_is_not_below_zero() -> None:
+    there = real("llama/hub")
+    value = there.truth.tensors["logits"].value
+    got = value + 1e-15 * np.random.default_rng(0).standard_normal(value.shape)
+    emitted = InMemory({"logits": (got, None)}, "float32", {}, [], {"logits"})
+    found = matters(Seen(there.subject, there.truth, emitted), [])
+    assert found.kl_mean is not None and 0 <= found.kl_mean < 1e-12

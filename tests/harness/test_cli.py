@@ -82,7 +82,10 @@ ABSENT = str(Path(__file__).with_name("absent"))
         (("run", "--candidate", "newest"), "unknown candidate 'newest'"),
         (("run", "--candidate", "stored:9.9.9"), "no stored traces"),
         (("run", "--candidate", f"path:{ABSENT}"), f"no Cargo.toml in {ABSENT}"),
-        (("run", "--candidate", "stored:0.2.2", "--cases", "nothing/*"), "no case matches 'nothing/*'"),
+        (
+            ("run", "--candidate", "stored:0.2.2", "--cases", "nothing/*"),
+            "no case matches 'nothing/*'; `candle-mi-parity list` shows all",
+        ),
         (("maint", "reference", "--model", ABSENT, "--out", "x.json"), f"model directory {ABSENT} does not exist"),
     ],
 )
