@@ -175,7 +175,7 @@ def optimised() -> Path:
     return Path(target, "release", "parity-emitter")
 
 
-@pytest.mark.rust
+@pytest.mark.thorough  # not `rust`: --require-rust does not ask for this second build
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_low_optimisation_changes_no_bit(
     built: Path, optimised: Path, llama: Path, tmp_path: Path, dtype: str
