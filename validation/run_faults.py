@@ -181,9 +181,9 @@ def steering_unnormalised(run: Running) -> None:
 def steering_to_the_future(run: Running) -> None:
     original = interventions.set_steering
 
-    def change(chosen: Any, value: float) -> Callable[[Tensor], Tensor]:
+    def change(chosen: Any, value: float, all_columns: bool = False) -> Callable[[Tensor], Tensor]:
         # Weights that are 0 are taken for ones of almost 0, so that they get a share of what is moved.
-        return lambda pattern: original(chosen, value)(torch.where(pattern == 0, 1e-30, pattern))
+        return lambda pattern: original(chosen, value, all_columns)(torch.where(pattern == 0, 1e-30, pattern))
 
     run.patch(interventions, "set_steering", change)
 
