@@ -79,20 +79,23 @@ def hold_table(
     if identity is None:
         return
     needed = {id for one in judgements if one.result.explained for id in one.result.explained.ids}
-    spared: defaultdict[str, list[str]] = defaultdict(list)
-    for one in judgements:
-        agrees = one.result.outcome is Outcome.AGREES
-        fixed = one.result.status is Status.KNOWN and one.result.explained is not None
-        left_out = set(one.applicable) - set(one.result.explained.ids if one.result.explained else ())
-        for id in left_out if agrees or fixed else ():
-            spared[id].append(one.result.id)
     if identity.source != "registry":
-        result.gone = {id: cases for id, cases in sorted(spared.items()) if id not in needed}
-        return
-    if whole:
-        listed = [row.id for row in table.explanation if result.baseline in row.releases]
+        result.gone = {id: cases for id, cases in sorted(_not_needed(judgements).items()) if id not in needed}
+    elif whole:
         result.stale = [
-            f"{id} is listed for candle-mi {identity.version}, and no case needs it: remove the release from its row"
-            for id in listed
-            if id not in needed
+            f"{row.id} is listed for candle-mi {identity.version}, and no case needs it: "
+            "remove the release from its row"
+            for row in table.explanation
+            if result.baseline in row.releases and row.id not in needed
         ]
+
+
+def _not_needed(judgements: list[Judgement]) -> dict[str, list[str]]:
+    """Id of an explanation → cases to which it applies, and which agree or are explained without it."""
+    cases: defaultdict[str, list[str]] = defaultdict(list)
+    for one in judgements:
+        explained = one.result.explained if one.result.status is Status.KNOWN else None
+        if explained is not None or one.result.outcome is Outcome.AGREES:
+            for id in set(one.applicable) - set(explained.ids if explained else ()):
+                cases[id].append(one.result.id)
+    return cases

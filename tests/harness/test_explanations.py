@@ -17,10 +17,11 @@ from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.compare.compare import compare
-from candle_mi_parity.compare.run_result import Verdict
-from candle_mi_parity.compare.verdict import CaseResult, Explained, Outcome, Status
+from candle_mi_parity.compare.run_result import RunResult, Verdict
+from candle_mi_parity.compare.verdict import CaseResult, Explained, Outcome, Status, TensorResult
 from candle_mi_parity.errors import ExplanationError
-from candle_mi_parity.judge.case import Progress
+from candle_mi_parity.judge.case import Judgement, Progress
+from candle_mi_parity.judge.explain import hold_table
 from candle_mi_parity.judge.hypotheses import hypotheses
 from candle_mi_parity.judge.known import Evidence, known_divergence, known_refusal
 from candle_mi_parity.judge.search import Search, search
@@ -284,6 +285,39 @@ def test_conditions() -> None:
     assert not holds("tokens > config.missing") and not holds("config.flag > 0")
     assert holds('edit.kind = "steer"') and holds('edit.how = "set_value"')
     assert not holds('edit.kind = "steer"', 'edit.how = "set_value"'), "of one and the same edit"
+
+
+def judgement(applicable: tuple[str, ...], ids: list[str]) -> Judgement:
+    """A case to which explanations apply, and which is explained by ``ids``; it agrees where there is none."""
+    tensor = TensorResult(
+        "logits", Status.FAIL if ids else Status.PASS, position_ratio=1e6 if ids else 1.0, compared=1
+    )
+    case = CaseResult("llama/v5", "llama", "", Status.KNOWN if ids else Status.PASS, "", [tensor])
+    case.explained = Explained(ids, "says", "change", {"logits": 1.0}) if ids else None
+    return Judgement(case, applicable=applicable)
+
+
+ONLY_TWO = Explanations(format=1, explanation=[row for row in TABLE.explanation if row.id in ("CMI001", "CMI006")])
+
+
+@pytest.mark.parametrize(
+    ("identity", "judgements", "whole", "stale", "gone"),
+    [
+        (RELEASE, [judgement(("CMI001",), ["CMI001"]), judgement(("CMI006",), ["CMI006"])], True, [], {}),
+        (RELEASE, [judgement(("CMI001",), ["CMI001"]), judgement(("CMI006",), [])], True, ["CMI006"], {}),
+        (RELEASE, [judgement(("CMI001",), ["CMI001"])], False, [], {}),
+        (CHECKOUT, [judgement(("CMI001",), ["CMI001"]), judgement(("CMI006",), [])], True, [], {"CMI006"}),
+        (CHECKOUT, [judgement(("CMI001", "CMI006"), ["CMI006"])], True, [], {"CMI001"}),
+        (CHECKOUT, [judgement(("CMI001",), ["CMI001"]), judgement(("CMI001",), [])], True, [], {}),
+    ],
+    ids=["needed", "never needed", "a part of the cases", "mended", "one of two mended", "mended in one case alone"],
+)
+def test_an_explanation_that_no_case_needs_is_stale_in_a_release_and_gone_from_a_checkout(
+    identity: CandleMi, judgements: list[Judgement], whole: bool, stale: list[str], gone: set[str]
+) -> None:
+    result = RunResult("", {}, {}, [], {}, baseline="0.2.2")
+    hold_table(judgements, ONLY_TWO, identity, result, whole)
+    assert [line.split()[0] for line in result.stale] == stale and set(result.gone) == set(gone)
 
 
 SOFTCAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
