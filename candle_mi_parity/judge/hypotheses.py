@@ -65,17 +65,16 @@ def hypotheses(evidence: Evidence, table: Explanations, first: str, cache: Path)
 
     :param first: name of that tensor.
     """
-    rows = [
-        (row, row.change)
-        for row in table.explanation
-        if row.change is not None and (not row.families or evidence.facts.family in row.families)
-    ]
-    # What another release did is worth a trial, but its words and its remedy are not this one's.
-    other = [Hypothesis(change) for row, change in rows if evidence.release and evidence.release not in row.releases]
-    listed = [
-        Hypothesis(change, [row]) for row, change in rows if not evidence.release or evidence.release in row.releases
-    ]
-    generated = [*other, *(Hypothesis(change) for change in _generated(evidence, cache))]
+    listed: list[Hypothesis] = []
+    generated: list[Hypothesis] = []
+    for row in table.explanation:
+        if row.change is None or (row.families and evidence.facts.family not in row.families):
+            continue
+        if evidence.release in ("", *row.releases):
+            listed.append(Hypothesis(row.change, [row]))
+        else:  # what another release did is worth a trial, but its words and its remedy do not hold here
+            generated.append(Hypothesis(row.change))
+    generated += [Hypothesis(change) for change in _generated(evidence, cache)]
     words = next((words for point, words in POINTS.items() if point in first), ())
     generated.sort(key=lambda one: not any(word in one.change.key() for word in words))
     listed.sort(key=lambda one: not one.rows[0].applies(evidence.facts))
