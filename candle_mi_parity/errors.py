@@ -47,10 +47,6 @@ class ExplanationError(ParityError):
     """An explanation is malformed, applies to nothing, explains nothing, or overlaps another."""
 
 
-class GoldenError(ParityError):
-    """A golden is absent, stale, or not made by the oracle."""
-
-
 class CensusError(ParityError):
     """The auto-config census cannot be made, or a stored one is not valid."""
 

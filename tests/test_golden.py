@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from pytest_regressions.ndarrays_regression import NDArraysRegressionFixture
 
-from candle_mi_parity.errors import GoldenError
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import FIXTURES, cache_root
-from tests.support.goldens import Golden, has_golden
+from tests.support.goldens import Golden, GoldenError, has_golden
 
 CASES = {case.id: case for case in load_cases() if has_golden(case)}
 

@@ -14,13 +14,18 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from candle_mi_parity.errors import GoldenError, ParityError
+from candle_mi_parity.errors import ParityError
 from candle_mi_parity.files.digest import digest_files
 from candle_mi_parity.files.npz import read_npz
 from candle_mi_parity.files.untrusted import read_json
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.trace.truth import Truth
+
+
+class GoldenError(ParityError):
+    """A golden is absent, stale, or not made by the oracle."""
+
 
 TOLERANCE = 1e-9
 """Fraction of a tensor's rms: room for float64 sums on another machine, far below float32's rounding (6e-8)."""
