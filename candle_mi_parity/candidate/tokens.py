@@ -13,11 +13,11 @@ from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.spelling import Candidate
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.digest import file_digest
-from candle_mi_parity.files.untrusted import validated
+from candle_mi_parity.files.untrusted import read_json, validated
 from candle_mi_parity.models.prepared_case import tokenizer
 from candle_mi_parity.spec.paths import FIXTURES
 from candle_mi_parity.trace.release import StoredRelease, text_name
-from candle_mi_parity.trace.trace import CandleMi, Part, read_json
+from candle_mi_parity.trace.trace import CandleMi, Part
 
 TIMEOUT_SECONDS = 120.0
 
@@ -125,7 +125,7 @@ def stored_text_ids(stored: StoredRelease, case: str, text: str, model_dir: Path
 
 def read_tokens(path: Path) -> Tokens:
     """:raises TraceError: the file is not valid."""
-    return validated(Tokens, read_json(path), path, TraceError)
+    return validated(Tokens, read_json(path, TraceError), path, TraceError)
 
 
 def stored_tokens(index: Path) -> Tokens:

@@ -15,9 +15,10 @@ from safetensors.numpy import save, save_file
 from candle_mi_parity.candidate.sources import LiveSource, NotStoredError, Source, StoredSource
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.files.cache import content_key, publish
+from candle_mi_parity.files.untrusted import read_json
 from candle_mi_parity.spec.cases import TableRow, read_toml
 from candle_mi_parity.spec.paths import FIXTURES
-from candle_mi_parity.trace.trace import CandleMi, CaseRef, Digest, Part, read_json
+from candle_mi_parity.trace.trace import CandleMi, CaseRef, Digest, Part
 
 TIMEOUT_SECONDS = 120.0
 Argument = str | int | float | list[int] | list[list[int]]
@@ -227,7 +228,7 @@ def _run(row: CallRow, directory: Path) -> dict[str, object]:
 
 def read_calls(path: Path) -> Calls:
     """:raises TraceError: the file is malformed."""
-    return _calls(path, read_json(path))
+    return _calls(path, read_json(path, TraceError))
 
 
 def _calls(path: Path, document: object) -> Calls:

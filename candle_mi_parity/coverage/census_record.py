@@ -7,9 +7,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
-from candle_mi_parity.errors import CensusError
+from candle_mi_parity.errors import CensusError, TraceError
+from candle_mi_parity.files.untrusted import read_json
 from candle_mi_parity.spec.paths import OUTPUTS
-from candle_mi_parity.trace.trace import CandleMi, read_json
+from candle_mi_parity.trace.trace import CandleMi
 
 FORMAT: Literal["candle-mi-parity/census/1"] = "candle-mi-parity/census/1"
 STORED = OUTPUTS / "census"
@@ -77,7 +78,7 @@ def read_census(path: Path) -> Census:
     :raises CensusError: not what the schema says.
     """
     try:
-        return Census.model_validate(read_json(path))
+        return Census.model_validate(read_json(path, TraceError))
     except ValidationError as error:
         first = error.errors()[0]
         raise CensusError(f"{path}: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}") from error

@@ -19,13 +19,14 @@ from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.files.untrusted import read_json
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.prepared_case import PreparedCase, tokenizer
 from candle_mi_parity.models.resolve import as_model
 from candle_mi_parity.models.sae import load_npz
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import Case, SaeFile
-from candle_mi_parity.trace.trace import Feature, InMemory, Selection, read_json
+from candle_mi_parity.trace.trace import Feature, InMemory, Selection
 from candle_mi_parity.trace.truth import Truth
 
 FIRST = 10
@@ -64,7 +65,7 @@ class Reference(BaseModel):
 def read_reference(path: Path) -> Reference:
     """:raises TraceError: the file is not JSON, or a key or type is wrong; names the first."""
     try:
-        return Reference.model_validate(read_json(path))
+        return Reference.model_validate(read_json(path, TraceError))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -23,8 +23,7 @@ from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.chunks import positions, row_major
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.tensor_file import TensorFile
-from candle_mi_parity.files.untrusted import read_json as read_any_json
-from candle_mi_parity.files.untrusted import validated
+from candle_mi_parity.files.untrusted import read_json, validated
 
 FORMAT = "candle-mi-parity/trace/1"
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -258,7 +257,7 @@ class Trace:
         self.asked: set[str] | None = None
         self._files: dict[str, TensorFile] = {}
         self._verified: set[str] = set()
-        raw = read_json(path)
+        raw = read_json(path, TraceError)
         found = raw.get("format") if isinstance(raw, dict) else None
         if found != FORMAT:
             shown = one_line(repr(found)) if isinstance(found, str | int | None) else type(found).__name__
@@ -360,11 +359,3 @@ class Trace:
 def _bytes(array: np.ndarray) -> memoryview:
     """The row-major bytes of an array; a copy only if its memory has another order."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def read_json(path: Path) -> Any:
-    """Strict JSON, see :func:`untrusted.read_json`.
-
-    :raises TraceError: naming the file and the reason.
-    """
-    return read_any_json(path, TraceError)
