@@ -114,6 +114,7 @@ class EmitterProcess:
     def __init__(self, binary: Path) -> None:
         self._command = [str(binary)]
         self._pipes: _Pipes | None = None
+        self._newest: _Pipes | None = None  # also while another thread ends it
         self._closed = False
         self._starting = threading.Lock()
 
@@ -128,6 +129,8 @@ class EmitterProcess:
         with self._starting:
             self._closed = True
         self._abandon(patience=1.0)
+        if self._newest is not None:
+            self._newest.end(patience=0.0)
 
     def emit(self, request: Mapping[str, object], timeout: float) -> Path:
         """Send one request and return the path of its trace.
@@ -181,7 +184,7 @@ class EmitterProcess:
                 raise EmitterError("crash", "emitter is not started again: the run has ended")
             if self._pipes is None:
                 try:
-                    self._pipes = _Pipes(self._command)
+                    self._pipes = self._newest = _Pipes(self._command)
                 except OSError as error:
                     raise EmitterError("crash", f"emitter cannot be started: {error}") from error
             return self._pipes

@@ -5,7 +5,6 @@ Each prompt is judged as a case of the table is. Importing this module does not 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from candle_mi_parity.spec.edits import Edit
 from candle_mi_parity.spec.explanations import Explanations, load_explanations
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.forecast import forecast
+from candle_mi_parity.spec import paths
 from candle_mi_parity.spec.paths import cache_root
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class CheckOptions:
 
     def command(self) -> str:
         """The command that repeats the check, without edits, which come from a file."""
-        words = ["candle-mi-parity", "check", self.model]
+        words = ["check", self.model]
         for prompt in self.prompts:
             if prompt.text is not None:
                 words += ["--prompt", prompt.text]
@@ -86,7 +86,7 @@ class CheckOptions:
                 words += [f"--{name}", str(value)]
         words += ["--layers", ",".join(map(str, self.layers))] if self.layers else []
         words += [] if self.device == "cpu" else ["--device", self.device]
-        return shlex.join([*words, *(word for glob in self.hooks for word in ("--hooks", glob))])
+        return paths.command(*words, *(word for glob in self.hooks for word in ("--hooks", glob)))
 
 
 def foretold(options: CheckOptions) -> CheckResult:

@@ -19,6 +19,8 @@ def cache_root() -> Path:
 
 
 def command(*arguments: str) -> str:
-    """A call of ``candle-mi-parity`` to be copied into a shell; in a clone, relative to its root."""
-    clone = Path(sys.prefix).resolve() == ROOT / ".venv"
-    return shlex.join([".venv/bin/candle-mi-parity" if clone else "candle-mi-parity", *arguments])
+    """A call of ``candle-mi-parity`` that a shell runs as it is: by its path where a clone's own is meant."""
+    if Path(sys.prefix).resolve() != ROOT / ".venv":
+        return shlex.join(["candle-mi-parity", *arguments])
+    program = Path(".venv/bin/candle-mi-parity")
+    return shlex.join([str(program if Path.cwd() == ROOT else ROOT / program), *arguments])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 import sys
@@ -9,6 +10,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -168,6 +170,22 @@ def test_an_invalid_reply_is_refused(fake: Fake, tmp_path: Path, answer: str, st
     with EmitterProcess(fake(answer)) as emitter:
         assert fails(emitter, ask(out)).kind == "protocol"
         assert emitter.emit(ask(out, case="good"), timeout=20) == out
+
+
+def test_close_ends_an_emitter_that_another_thread_is_ending(fake: Fake, tmp_path: Path) -> None:
+    noted = tmp_path / "pid"
+    body = f'open({str(noted)!r}, "w").write(f"{{os.getpid()}} "); os.close(1); time.sleep(60)'
+    emitter = EmitterProcess(fake(body))
+    asking = Thread(target=lambda: fails(emitter, ask(tmp_path / "o.json")))
+    asking.start()
+    while not (noted.is_file() and noted.read_text().endswith(" ")):
+        time.sleep(0.01)
+    while emitter._pipes is not None:  # until the other thread has taken it, to give it a second
+        time.sleep(0.01)
+    emitter.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(noted.read_text()), 0)
+    asking.join()
 
 
 def test_an_absent_binary_is_an_error(tmp_path: Path) -> None:

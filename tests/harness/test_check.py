@@ -35,6 +35,7 @@ from candle_mi_parity.run.check import CheckOptions
 from candle_mi_parity.run.check_inputs import Prompt
 from candle_mi_parity.spec.cases import Case, LocalModel
 from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.spec import paths
 from candle_mi_parity.spec.paths import ROOT, cache_root
 from candle_mi_parity.trace.trace import InMemory
 from candle_mi_parity.trace.truth import Truth
@@ -258,7 +259,7 @@ def test_the_command_answers_in_its_first_line_and_its_exit_code(tmp_path: Path)
     )
     assert done.stderr.startswith("0.2.2: of the 24 keys")
     document = json.loads((out / "check.json").read_text())
-    assert document["verdict"] == "PASS" and document["cite"]["command"].startswith("candle-mi-parity check ")
+    assert document["verdict"] == "PASS" and document["cite"]["command"].startswith(paths.command("check") + " ")
     assert document["cite"]["command"].endswith("--layers 0,1 --hooks '*.hook_resid_post'"), "it repeats the check"
     assert "How to cite" in (out / "check.html").read_text()
     arrays["logits"] += 1
