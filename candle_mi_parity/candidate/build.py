@@ -13,18 +13,20 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
 
 from candle_mi_parity.candidate.cargo import Ran, condense, run_cargo
-from candle_mi_parity.candidate.checkout import tree_digest
+from candle_mi_parity.candidate.checkout import configuration, note_inputs
 from candle_mi_parity.candidate.plan import (
     DOWNLOADER,
     EMITTER,
     Plan,
+    crate_directory,
     emitter_sources,
+    inputs_of,
     known_releases,
     lay_out,
     plan_of,
@@ -33,6 +35,7 @@ from candle_mi_parity.candidate.plan import (
 )
 from candle_mi_parity.candidate.spelling import Candidate, CandidateError, OutOfReachError
 from candle_mi_parity.files import atomic
+from candle_mi_parity.trace.trace import CandleMi
 
 Progress = Callable[[str], None]
 
@@ -66,25 +69,28 @@ def build(candidate: Candidate, cache: Path, log: Progress, features: Sequence[s
         )
     plan = plan_of(candidate, cache)
     plain = with_real_downloader(plan)
-    rustc = _rustc_version()
-    if plan != plain and _binary(plain, cache, rustc, features).is_file():
+    compiler = _compiler(candidate, cache)
+    if plan != plain and _binary(plain, cache, compiler, features).is_file():
         plan = plain  # an earlier build with the stand-in failed
     try:
-        return _build(candidate, plan, cache, log, rustc, features)
+        return _build(candidate, plan, cache, log, compiler, features)
     except _StandInError as error:
         log(f"{error}; building the real {DOWNLOADER}, with twice as many crates")
-        return _build(candidate, plain, cache, log, rustc, features)
+        return _build(candidate, plain, cache, log, compiler, features)
 
 
 def _build(
-    candidate: Candidate, plan: Plan, cache: Path, log: Progress, rustc: str, features: Sequence[str]
+    candidate: Candidate, plan: Plan, cache: Path, log: Progress, compiler: str, features: Sequence[str]
 ) -> BuiltEmitter:
-    binary = _binary(plan, cache, rustc, features)
+    binary = _binary(plan, cache, compiler, features)
     if not binary.is_file():
         try:
-            _build_once(candidate, plan, cache, binary, log, features)
+            read = _build_once(candidate, plan, cache, binary, log, features)
         except OSError as error:
             raise CandidateError(f"cannot write to the cache {cache}: {error}") from error
+        if read != plan.tree_digest:
+            log("cargo read files that no build read before; the emitter is built once more, under their digest")
+            return _build(candidate, replace(plan, tree_digest=read), cache, log, compiler, features)
     identity = _identity(binary)
     _check_identity(candidate, plan, identity)
     return BuiltEmitter(binary, identity)
@@ -92,19 +98,38 @@ def _build(
 
 def _build_once(
     candidate: Candidate, plan: Plan, cache: Path, binary: Path, log: Progress, features: Sequence[str]
-) -> None:
-    """Build ``binary``, unless another process built it while this one waited for the lock."""
+) -> str | None:
+    """Build ``binary``, unless another process built it while this one waited for the lock.
+
+    :returns: the digest of the checkout with the files that this build was the first to read; nothing is installed
+        if it is not the plan's.
+    """
     lock_file = _target(plan, cache).with_name(f"candle-{plan.candle}.lock")
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock_file):
         if binary.is_file():
-            return
+            return plan.tree_digest
         log(f"building the emitter for {candidate.label} on candle {plan.candle}")
-        made = _cargo_build(candidate, plan, cache, log, features)
-        if candidate.kind == "path" and tree_digest(Path(candidate.target)) != plan.tree_digest:
-            raise CandidateError(f"{candidate.target} changed while it was built; run again")
+        inputs = inputs_of(candidate, cache)
+        known = inputs.read_bytes() if inputs.is_file() else b""
+        made, ran = _cargo_build(candidate, plan, cache, log, features)
+        if candidate.kind == "path":
+            note_inputs(made.with_suffix(".d"), ran, cache / "crates", inputs)
+            digest = plan_of(candidate, cache).tree_digest
+            if digest != plan.tree_digest and inputs.read_bytes() != known:
+                return digest
+            if digest != plan.tree_digest:
+                raise CandidateError(f"{candidate.target} changed while it was built; run again")
         _check_identity(candidate, plan, _identity(made))
         _install(made, binary)
+        return plan.tree_digest
+
+
+def changed_since(candidate: Candidate, identity: CandleMi | None, cache: Path) -> str:
+    """Why a result is not that of the checkout as it is now, in one line; empty if it is, or for a release."""
+    if candidate.kind != "path" or identity is None or plan_of(candidate, cache).tree_digest == identity.tree_digest:
+        return ""
+    return f"{candidate.target} was edited after its emitter was built: these are the numbers of the tree before that"
 
 
 def crate_of(candidate: Candidate, cache: Path, crate: Path) -> Path:
@@ -118,7 +143,7 @@ def _target(plan: Plan, cache: Path) -> Path:
     return cache / "target" / f"candle-{plan.candle}"
 
 
-def _binary(plan: Plan, cache: Path, rustc: str, features: Sequence[str]) -> Path:
+def _binary(plan: Plan, cache: Path, compiler: str, features: Sequence[str]) -> Path:
     """The path of a plan's emitter, keyed by everything that it is built from."""
     digest = hashlib.sha256()
     parts: list[tuple[str, bytes]] = [
@@ -129,9 +154,7 @@ def _binary(plan: Plan, cache: Path, rustc: str, features: Sequence[str]) -> Pat
     parts += [
         ("manifest", plan.manifest.encode()),
         ("lock", plan.lock),
-        ("rustc", rustc.encode()),
-        # Flags such as target-cpu change the numbers.
-        ("flags", os.environ.get("RUSTFLAGS", "").encode()),
+        ("compiler", compiler.encode()),
         ("features", ",".join(sorted(features)).encode()),
         ("tree", (plan.tree_digest or "").encode()),
         ("revision", (plan.revision or "").encode()),
@@ -141,13 +164,24 @@ def _binary(plan: Plan, cache: Path, rustc: str, features: Sequence[str]) -> Pat
     return cache / "emitters" / digest.hexdigest()[:32] / "parity-emitter"
 
 
-def _rustc_version() -> str:
+def _place(candidate: Candidate, cache: Path) -> Path:
+    """Where cargo and rustc run: a checkout's own configuration and toolchain apply to it, and to nothing else."""
+    if candidate.kind == "path":
+        return Path(candidate.target).expanduser().resolve()
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
+
+
+def _compiler(candidate: Candidate, cache: Path) -> str:
+    """The compiler's version and all configuration of cargo: flags such as target-cpu change the numbers."""
+    place = _place(candidate, cache)
     try:
-        return subprocess.run(["rustc", "-V"], capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["rustc", "-vV"], cwd=place, capture_output=True, text=True, check=True)
+        return f"{done.stdout.strip()}\n{configuration(place)}"
     except FileNotFoundError:
         raise _no_rust("rustc") from None
     except subprocess.CalledProcessError as error:
-        raise CandidateError(f"rustc -V failed: {condense(error.stderr.splitlines())}") from error
+        raise CandidateError(f"rustc -vV failed: {condense(error.stderr.splitlines())}") from error
 
 
 def _no_rust(program: str) -> CandidateError:
@@ -160,11 +194,11 @@ def _no_rust(program: str) -> CandidateError:
 # --- cargo ----------------------------------------------------------------------------------------
 
 
-def _cargo_build(candidate: Candidate, plan: Plan, cache: Path, log: Progress, features: Sequence[str]) -> Path:
+def _cargo_build(
+    candidate: Candidate, plan: Plan, cache: Path, log: Progress, features: Sequence[str]
+) -> tuple[Path, Ran]:
     """Run cargo and return the binary in the shared target directory."""
-    slug = re.sub(r"[^0-9A-Za-z.]+", "-", candidate.target)[-40:].strip("-")
-    spelt = hashlib.sha256(f"{candidate.kind}:{candidate.target}:{plan.candle}".encode()).hexdigest()[:8]
-    crate = cache / "crates" / f"{slug}-{spelt}"
+    crate = crate_directory(candidate, cache).absolute()
     lay_out(crate, plan, cache)
     target = _target(plan, cache)
     command = ["cargo", "build", "--release", "--manifest-path", str(crate / "Cargo.toml")]
@@ -174,7 +208,7 @@ def _cargo_build(candidate: Candidate, plan: Plan, cache: Path, log: Progress, f
         command += ["--features", ",".join(features)]
     environment = {
         **os.environ,
-        "CARGO_TARGET_DIR": str(target),
+        "CARGO_TARGET_DIR": str(target.absolute()),
         # Incremental for the edit-and-run loop of a maintainer only, whatever the user's environment says.
         "CARGO_INCREMENTAL": "1" if candidate.kind == "path" else "0",
         "PARITY_TREE_DIGEST": plan.tree_digest or "",
@@ -187,13 +221,13 @@ def _cargo_build(candidate: Candidate, plan: Plan, cache: Path, log: Progress, f
     environment.pop("CARGO_BUILD_TARGET", None)
     full_log = crate / "build.log"
     try:
-        ran = run_cargo(command, environment, full_log, log)
+        ran = run_cargo(command, environment, full_log, log, _place(candidate, cache))
     except FileNotFoundError:
         raise _no_rust("cargo") from None
     made = ran.executable("parity-emitter")
     if ran.code != 0 or made is None:
         raise _failure(candidate, plan, ran, full_log)
-    return made
+    return made, ran
 
 
 def _failure(candidate: Candidate, plan: Plan, ran: Ran, full_log: Path) -> CandidateError:

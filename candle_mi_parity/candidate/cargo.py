@@ -73,12 +73,17 @@ class Ran:
 
 
 def run_cargo(
-    command: Sequence[str], environment: Mapping[str, str], full_log: Path, log: Callable[[str], None]
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    full_log: Path,
+    log: Callable[[str], None],
+    place: Path | None = None,
 ) -> Ran:
     """Run a cargo command that takes ``--message-format json``.
 
     :param full_log: a file for its stderr and the compiler's messages.
     :param log: called with a line at each step, and at least every ten seconds.
+    :param place: the directory in which cargo runs; None for the current one.
     :raises FileNotFoundError: cargo is not on PATH.
     """
     lines: list[str] = []
@@ -87,6 +92,7 @@ def run_cargo(
         cargo = subprocess.Popen(
             [*command, "--message-format", "json"],
             env={**environment, **_PROGRESS},
+            cwd=place,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=subprocess.PIPE,

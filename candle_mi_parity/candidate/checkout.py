@@ -7,26 +7,87 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+import urllib.parse
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from filelock import FileLock
 
+from candle_mi_parity.candidate.cargo import Ran
 from candle_mi_parity.candidate.spelling import Candidate, CandidateError, OutOfReachError
 from candle_mi_parity.files import atomic
+from candle_mi_parity.files.atomic import write_text
 
 
-def tree_digest(directory: Path) -> str:
-    """SHA-256 over the names and contents of a crate's ``.rs`` and ``.toml`` files, without build outputs."""
+def tree_digest(directory: Path, inputs: Path) -> str:
+    """SHA-256 over the names and contents of everything that decides what is compiled from a checkout.
+
+    That is its ``.rs`` and ``.toml`` files, what earlier builds read beyond them (:func:`note_inputs`), and the
+    manifests and cargo's configuration in the directories above all these files.
+
+    :param inputs: the file in which the earlier builds of this checkout noted what they read; it need not exist.
+    """
+    root = directory.expanduser().resolve()
+    files = set(_files(root, {".rs", ".toml"}))
+    for noted in map(Path, read_lines(inputs)):
+        files |= set(_files(noted)) if noted.is_dir() else {noted}
+    files |= {file for place in {root, *(path.parent for path in files)} for file in _above(place)}
     digest = hashlib.sha256()
-    root = directory.expanduser()
-    for path in sorted(_source_files(root), key=lambda path: path.relative_to(root).as_posix()):
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-        digest.update(f"{path.relative_to(root).as_posix()}:{content}\n".encode())
+    for name, path in sorted((Path(os.path.relpath(path, root)).as_posix(), path) for path in files):
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "absent"
+        digest.update(f"{name}:{content}\n".encode())
     return digest.hexdigest()
 
 
-def _source_files(root: Path) -> Iterator[Path]:
+def note_inputs(dep_info: Path, ran: Ran, apart: Path, inputs: Path) -> None:
+    """Add to ``inputs`` the files that a build read, one absolute path on a line.
+
+    cargo's dep-info names the sources of all local crates, included files, and what their build scripts asked to be
+    watched. A crate with a build script that asks for nothing is watched by cargo as a whole, so all its files count.
+
+    :param dep_info: the ``.d`` file beside the binary.
+    :param apart: a directory whose files are not the checkout's: it holds the emitter's crate and the stand-in's.
+    """
+    text = dep_info.read_text(encoding="utf-8").partition(": ")[2]
+    read = {Path(name.replace("\\ ", " ")) for name in re.split(r"(?<!\\)\s+", text) if name}
+    read |= {
+        Path(urllib.parse.unquote(found[1]))
+        for message in ran.messages
+        if message.get("reason") == "build-script-executed"
+        and (found := re.match(r"path\+file://([^#]*)", str(message.get("package_id"))))
+    }
+    kept = {path for path in read if not path.resolve().is_relative_to(apart.resolve())}
+    write_text("".join(f"{path}\n" for path in sorted(kept | set(map(Path, read_lines(inputs))))), inputs)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file; none if it does not exist."""
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def configuration(place: Path) -> str:
+    """SHA-256 over what changes a build by cargo in a directory without being in any crate.
+
+    :param place: cargo reads the configuration there, in the directories above, and in its home.
+    """
+    digest = hashlib.sha256()
+    home = Path(os.environ.get("CARGO_HOME") or "~/.cargo").expanduser()
+    for path in (*_above(place), home / "config.toml", home / "config"):
+        if path.is_file() and path.name != "Cargo.toml":
+            digest.update(f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    for name, value in sorted(os.environ.items()):
+        if re.match(r"(RUSTFLAGS|CARGO_ENCODED_RUSTFLAGS|RUSTC|CARGO_(PROFILE|BUILD|TARGET)_)", name):
+            digest.update(f"{name}={value}\n".encode())
+    return digest.hexdigest()
+
+
+def _above(place: Path) -> list[Path]:
+    """The manifests of crates and workspaces, and cargo's configuration, in a directory and those above it."""
+    names = ("Cargo.toml", ".cargo/config.toml", ".cargo/config")
+    return [found for folder in (place, *place.parents) for name in names if (found := folder / name).is_file()]
+
+
+def _files(root: Path, suffixes: Container[str] | None = None) -> Iterator[Path]:
     for directory, folders, files in os.walk(root):
         # CACHEDIR.TAG marks cargo's output directory.
         folders[:] = [
@@ -36,7 +97,7 @@ def _source_files(root: Path) -> Iterator[Path]:
         ]
         for name in files:
             path = Path(directory) / name
-            if path.suffix in {".rs", ".toml"} and path.is_file():
+            if (suffixes is None or path.suffix in suffixes) and path.is_file():
                 yield path
 
 

@@ -73,7 +73,7 @@ def plan_of(candidate: Candidate, cache: Path) -> Plan:
         source = f"path = {json.dumps(str(directory))}"
         text = (directory / "Cargo.toml").read_text(encoding="utf-8")
         requirement, candle, downloader = _read_manifest(text, str(directory))
-        digest = tree_digest(directory)
+        digest = tree_digest(directory, inputs_of(candidate, cache))
     else:
         revision, text = fetch(candidate, cache)
         source = f'git = {json.dumps(_url(candidate.target))}, rev = "{revision}"'
@@ -92,6 +92,18 @@ def plan_of(candidate: Candidate, cache: Path) -> Plan:
         revision=revision,
     )
     return plan if downloader else with_real_downloader(plan)
+
+
+def crate_directory(candidate: Candidate, cache: Path) -> Path:
+    """Where the emitter's crate is laid out: one place a spelling, so that ``path:`` builds are incremental."""
+    slug = re.sub(r"[^0-9A-Za-z.]+", "-", candidate.target)[-40:].strip("-")
+    spelt = hashlib.sha256(f"{candidate.kind}:{candidate.target}".encode()).hexdigest()[:8]
+    return cache / "crates" / f"{slug}-{spelt}"
+
+
+def inputs_of(candidate: Candidate, cache: Path) -> Path:
+    """The file that lists what the builds of a checkout read."""
+    return crate_directory(candidate, cache) / "inputs.txt"
 
 
 def with_real_downloader(plan: Plan) -> Plan:

@@ -22,12 +22,12 @@ from candle_mi_parity.models.checkpoint import local_path, read_config, require_
 from candle_mi_parity.models.resolve import as_model
 from candle_mi_parity.models.sae import sae_path
 from candle_mi_parity.run.check_inputs import Prompt, sae_of
+from candle_mi_parity.spec import paths
 from candle_mi_parity.spec.cases import HubModel, Model, SaeFile
 from candle_mi_parity.spec.edits import Edit
 from candle_mi_parity.spec.explanations import Explanations, load_explanations
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.forecast import forecast
-from candle_mi_parity.spec import paths
 from candle_mi_parity.spec.paths import cache_root
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from candle_mi_parity import __version__
-from candle_mi_parity.candidate.build import build
+from candle_mi_parity.candidate.build import build, changed_since
 from candle_mi_parity.candidate.dumped import DumpSource
 from candle_mi_parity.candidate.process import EmitterProcess
 from candle_mi_parity.candidate.sources import TIMEOUT_SECONDS, Source, open_source
@@ -129,6 +129,9 @@ class Checking:
             if options.generate and self.dump is None:
                 judgements += [self._continued(subject, watched) for subject in subjects]
             explain_new(judgements, self.table, options.cache, options.search, self.progress, options.search)
+            built = parse_candidate(self.result.candidate)
+            if self.dump is None and (reason := changed_since(built, source.identity, options.cache)):
+                raise CandidateError(f"{reason}; check again")
         return [seen.subject for seen in watched.seen.values()] or subjects
 
     def _hold_tokens(self, subject: PreparedCase) -> None:

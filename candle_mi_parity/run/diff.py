@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from candle_mi_parity.candidate import cuda
+from candle_mi_parity.candidate.build import changed_since
 from candle_mi_parity.candidate.sources import Source, StatelessSource, open_source, refuse_device
 from candle_mi_parity.candidate.spelling import Candidate, CandidateError, parse_candidate
 from candle_mi_parity.candidate.store import stored_selection
@@ -151,6 +152,9 @@ def diff(
         one, other = (
             source.identity.model_dump(exclude_none=True) if source.identity else {} for source in pair.sources
         )
+        for candidate, source in zip((a, b), pair.sources, strict=True):
+            if reason := changed_since(candidate, source.identity, cache):
+                raise CandidateError(f"{reason}; run again")
     return Diff(specs[0], specs[1], one, other, _versions(devices), done, started, time.monotonic() - tick)
 
 

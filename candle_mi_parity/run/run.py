@@ -13,6 +13,7 @@ from pathlib import Path
 
 from candle_mi_parity import __version__
 from candle_mi_parity.candidate import cuda
+from candle_mi_parity.candidate.build import changed_since
 from candle_mi_parity.candidate.sources import Source, open_source, refuse_device
 from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate, stored_index
 from candle_mi_parity.candidate.store import Storing, StoringSource
@@ -123,6 +124,7 @@ def run_cases(
         hold_table(judgements, known, source.identity, result, whole=not options.cases)
         if not options.cases:
             _judge_calls(opened, options, result, progress)
+    result.fault = changed_since(candidate, source.identity, options.cache)
     return result
 
 

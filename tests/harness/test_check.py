@@ -33,9 +33,9 @@ from candle_mi_parity.run import check as service
 from candle_mi_parity.run import check_judge
 from candle_mi_parity.run.check import CheckOptions
 from candle_mi_parity.run.check_inputs import Prompt
+from candle_mi_parity.spec import paths
 from candle_mi_parity.spec.cases import Case, LocalModel
 from candle_mi_parity.spec.hook_points import Mode
-from candle_mi_parity.spec import paths
 from candle_mi_parity.spec.paths import ROOT, cache_root
 from candle_mi_parity.trace.trace import InMemory
 from candle_mi_parity.trace.truth import Truth

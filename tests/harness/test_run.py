@@ -118,6 +118,13 @@ def test_one_case_at_a_time_where_the_candidate_is_torch(
     assert seen[0] == most
 
 
+def test_a_tree_that_was_edited_during_the_run_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(run, "judge_case", lambda case, *_: Judgement(result(case.id)))
+    monkeypatch.setattr(run, "changed_since", lambda *_: "it was edited")
+    found = run.run_cases(RunOptions("stored:0.2.2", ("*",), tmp_path, cache=tmp_path), CASES, {}, Progress())
+    assert found.verdict.exit_code == 2 and "it was edited" in found.is_new()
+
+
 @pytest.mark.parametrize("locked", [True, False])
 def test_one_model_is_made_or_run_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, locked: bool) -> None:
     """The lock is what prevents it: without the lock the test sees two at once."""
