@@ -210,7 +210,7 @@ def _judge_tokens(truth: Truth, trace: Emitted) -> list[TensorResult]:
         allowed = ELEMENT_GATE * (_at(sigma, ours) + _at(sigma, theirs))
         flipped, wrong = flipped + int(flips.sum()), wrong + int((flips & ~(margin < allowed)).sum())
     first = _discrete("logits.next_token", decisions, flipped, wrong)
-    return [first, _top_tokens(value[0, -1], got[0, -1], sigma[0, -1])]
+    return [first, _top_tokens(value[:, -1], got[:, -1], sigma[:, -1])]
 
 
 def _at(array: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -222,12 +222,19 @@ TOP_TOKENS = 10
 
 
 def _top_tokens(value: np.ndarray, got: np.ndarray, sigma: np.ndarray) -> TensorResult:
-    """Of one position [V]: a token in the top ten of one side only must tie with the tenth."""
-    ours, theirs = (set(np.argsort(-logits, kind="stable")[:TOP_TOKENS].tolist()) for logits in (value, got))
-    tenth = min(ours, key=lambda token: value[token])
-    exchanged = ours ^ theirs
-    wrong = [t for t in exchanged if not abs(value[t] - value[tenth]) < ELEMENT_GATE * (sigma[t] + sigma[tenth])]
-    return _discrete("logits.top10_last_pos", TOP_TOKENS, len(exchanged) // 2, (len(wrong) + 1) // 2)
+    """Of one position of each row, [B, V]: a token in the top ten of one side only must tie with the tenth."""
+    exchanged = wrong = 0
+    for row, ours, theirs in zip(range(len(value)), _top(value), _top(got), strict=True):
+        tenth, others = ours[-1], set(ours) ^ set(theirs)
+        margins = [(abs(value[row, t] - value[row, tenth]), sigma[row, t] + sigma[row, tenth]) for t in others]
+        exchanged += len(others) // 2
+        wrong += (sum(1 for margin, noise in margins if not margin < ELEMENT_GATE * noise) + 1) // 2
+    return _discrete("logits.top10_last_pos", len(value) * TOP_TOKENS, exchanged, wrong)
+
+
+def _top(logits: np.ndarray) -> list[list[int]]:
+    """The largest entries of each row, in order."""
+    return [[int(token) for token in row] for row in np.argsort(-logits, kind="stable")[:, :TOP_TOKENS]]
 
 
 def _discrete(name: str, decisions: int, flipped: int, wrong: int) -> TensorResult:

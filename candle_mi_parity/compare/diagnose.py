@@ -5,16 +5,21 @@ This is evidence for a reader; the verdict is the gate's.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from candle_mi_parity.compare.gate import ELEMENT_GATE, measure
 from candle_mi_parity.compare.verdict import Diagnosis
+from candle_mi_parity.spec.hook_points import axes
 
 COLUMNS = 32
 """Largest width of the picture of features, in blocks."""
 ROWS = 64
 MOST = 0.99
 """Share of the squared error that one head or position must have to be named."""
+SHOWN = 8
+"""Largest number of heads, positions or entries that are listed."""
 EXPLAINED = 0.01
 """A hypothesis holds if it leaves less than this share of the error's rms."""
 
@@ -22,7 +27,7 @@ EXPLAINED = 0.01
 def diagnose(
     tensor: str, got: np.ndarray, expected: np.ndarray, noise: np.ndarray, mask: np.ndarray | None
 ) -> Diagnosis:
-    """Diagnose batch row 0 of a tensor [B, …, T, entries].
+    """Diagnose a tensor [B, …, T, entries]; the picture is of the batch row with the largest error.
 
     :param mask: True where an entry is compared; other entries count only if the candidate's value is not 0.
     """
@@ -31,15 +36,15 @@ def diagnose(
         error = np.where(mask | (got != 0), error, 0.0)
     sigma = measure(np.zeros_like(error), expected, noise).sigma
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        ratio = np.nan_to_num(np.abs(error) / sigma, nan=1e30, posinf=1e30)[0]
-    picture, rows = _picture(ratio)
-    return Diagnosis(
-        tensor,
-        _shape(got[0], expected[0], error[0], ratio),
-        picture,
-        rows,
-        "head" if ratio.ndim == 3 else "features",
-    )
+        ratio = np.nan_to_num(np.abs(error) / sigma, nan=1e30, posinf=1e30)
+    largest = ratio.reshape(len(ratio), -1).max(1)
+    row = int(largest.argmax())
+    picture, rows = _picture(ratio[row])
+    shape = _shape(axes(tensor, ratio.ndim)[1:], got[row], expected[row], error[row], ratio[row])
+    wrong = [int(batch) for batch in np.flatnonzero(largest >= ELEMENT_GATE)]
+    if 0 < len(wrong) < len(ratio):
+        shape = f"{_of('batch row', wrong, len(ratio))}: {shape}"
+    return Diagnosis(tensor, shape, picture, rows, "head" if ratio.ndim == 4 else "features")
 
 
 def _picture(ratio: np.ndarray) -> tuple[list[list[float]], list[int]]:
@@ -55,8 +60,10 @@ def _picture(ratio: np.ndarray) -> tuple[list[list[float]], list[int]]:
     return picture.tolist(), rows.tolist()
 
 
-def _shape(got: np.ndarray, expected: np.ndarray, error: np.ndarray, ratio: np.ndarray) -> str:
-    """Of one batch row, [H, T, D] or [T, d]."""
+def _shape(
+    names: tuple[str, ...], got: np.ndarray, expected: np.ndarray, error: np.ndarray, ratio: np.ndarray
+) -> str:
+    """Of one batch row, [H, T, D] or [T, d], whose axes have these names."""
     if not np.isfinite(got).all():
         index = [int(i) for i in np.argwhere(~np.isfinite(got))[0]]
         return f"non-finite, first at {index}"
@@ -66,7 +73,7 @@ def _shape(got: np.ndarray, expected: np.ndarray, error: np.ndarray, ratio: np.n
     for phrase in (_permuted(got, expected), _factor(got, expected, error), _precision(got, expected)):
         if phrase:
             return phrase
-    return _place(error, bad) or "spread"
+    return _place(names, error, bad) or "spread"
 
 
 def _rms(values: np.ndarray) -> float:
@@ -105,8 +112,8 @@ def _precision(got: np.ndarray, expected: np.ndarray) -> str:
     return "reduced precision: TF32 values" if near and not (bits & 0x1FFF).any() else ""
 
 
-def _place(error: np.ndarray, bad: np.ndarray) -> str:
-    """One head, one position, or everything from a position on."""
+def _place(names: tuple[str, ...], error: np.ndarray, bad: np.ndarray) -> str:
+    """The heads, positions and entries to which an error is confined."""
     energy = np.square(error)
     total = float(energy.sum())
     if error.ndim == 3 and total and len(error) > 1:
@@ -117,6 +124,23 @@ def _place(error: np.ndarray, bad: np.ndarray) -> str:
     by_position = energy.sum(axis) / total if total else energy.sum(axis)
     if len(by_position) > 1 and by_position.max() > MOST:
         return f"one position ({int(by_position.argmax())})"
-    positions: np.ndarray = np.any(bad, axis=axis)
-    first = int(positions.argmax())
-    return f"from position {first} on" if first > 0 and positions[first:].all() else ""
+    parts = []
+    for place, name in enumerate(names):
+        touched = np.any(bad, axis=tuple(i for i in range(error.ndim) if i != place))
+        if touched.any() and not touched.all():
+            parts.append(_of(name, [int(i) for i in np.flatnonzero(touched)], len(touched)))
+    return ", ".join(parts)
+
+
+def _of(name: str, which: list[int], count: int) -> str:
+    """``two of four heads (0, 3)``, ``from position 8 on``, ``entries 0 to 7 of 16``, ``batch row 2``."""
+    first, last = which[0], which[-1]
+    names = re.sub(r"([^aeo])y$", r"\1ie", name) + "s"
+    if len(which) == 1:
+        return f"{name} {first} of {count}"
+    if len(which) != last - first + 1:
+        shown = ", ".join(map(str, which[:SHOWN])) + (", …" if len(which) > SHOWN else "")
+        return f"{len(which)} of {count} {names} ({shown})"
+    if name == "head":
+        return f"{len(which)} of {count} heads ({', '.join(map(str, which))})"
+    return f"from {name} {first} on" if last == count - 1 else f"{names} {first} to {last} of {count}"

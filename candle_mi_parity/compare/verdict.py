@@ -10,6 +10,7 @@ import numpy as np
 
 from candle_mi_parity.compare.suspects import suspect
 from candle_mi_parity.spec.cases import Download
+from candle_mi_parity.spec.hook_points import place
 
 TOKENS = "tokens"
 """Name of the result on the token ids of a text, which come before every tensor."""
@@ -158,14 +159,19 @@ class TensorResult:
         """The larger of the two ratios, each in units of its gate × 8, so that 8 is the gate for both."""
         return max(self.position_ratio, self.element_ratio / 4)
 
+    @property
+    def place(self) -> str:
+        """Where the worst element is: ``batch 0, head 1, query 17, key 4``."""
+        return place(self.name, self.worst.index) if self.worst else ""
+
     def message(self) -> str:
-        """Everything that a reader needs to start: ``tensor: [index] got, expected …``."""
+        """Everything that a reader needs to start: ``tensor: place got, expected …``."""
         text = f"{self.name}: {self.status.value}"
         text += f" ({self.reason})" if self.reason else ""
         if self.worst is not None:
             w = self.worst
             text += (
-                f"\n  {w.index} got {w.got:.9g}, expected {w.expected:.9g}"
+                f"\n  {self.place} got {w.got:.9g}, expected {w.expected:.9g}"
                 f"\n  absolute {w.absolute:.3g}, relative {w.relative:.3g}, {w.ulp:.3g} ULP,"
                 f" noise {w.noise:.3g}, ratio {w.ratio:.3g} (gate 32)"
                 f"\n  position ratio {self.position_ratio:.3g} (gate 8),"

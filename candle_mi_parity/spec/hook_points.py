@@ -72,3 +72,25 @@ _LAYER_INPUTS = {
 def is_lens(name: str) -> bool:
     """Whether a hook's last position is projected onto the vocabulary: every layer's output."""
     return name.startswith("blocks.") and name.endswith("hook_resid_post")
+
+
+def axes(name: str, count: int) -> tuple[str, ...]:
+    """Names of a tensor's axes, for an index that a person reads; numbers for a tensor that is not known.
+
+    >>> axes("blocks.0.attn.hook_pattern", 4)
+    ('batch', 'head', 'query', 'key')
+    """
+    if name.endswith(("hook_scores", "hook_pattern")):
+        named: tuple[str, ...] = ("batch", "head", "query", "key")
+    elif name.endswith(("hook_q", "hook_k", "hook_v")):
+        named = ("batch", "head", "position", "entry")
+    elif name.endswith((".features", ".recon")):
+        named = ("batch", "position", "feature" if name.endswith(".features") else "entry")
+    else:
+        named = ("batch", "position", "token" if name == "logits" or name.startswith("lens.") else "entry")
+    return named if len(named) == count else tuple(f"axis {axis} at" for axis in range(count))
+
+
+def place(name: str, index: list[int]) -> str:
+    """``head 1, query 17, key 4`` of an index of a tensor."""
+    return ", ".join(f"{axis} {at}" for axis, at in zip(axes(name, len(index)), index, strict=True))

@@ -140,7 +140,17 @@ def test_a_message_has_index_values_and_errors(tmp_path: Path) -> None:
     assert found.worst is not None and found.worst.index == [0, 5, 7] and found.past == 1
     assert found.worst.got == array[0, 5, 7]
     assert found.worst.expected == pytest.approx(there.truth.tensors[name].value[0, 5, 7], rel=1e-12)
-    for part in (name, "[0, 5, 7] got", "expected", "absolute", "relative", "ULP", "noise", "(gate 32)", "(gate 8)"):
+    for part in (
+        name,
+        "batch 0, position 5, entry 7 got",
+        "expected",
+        "absolute",
+        "relative",
+        "ULP",
+        "noise",
+        "(gate 32)",
+        "(gate 8)",
+    ):
         assert part in found.message(), part
     assert "1 of 1536 past the gate" in found.message() and "inputs agreed" in found.message()
 
@@ -179,6 +189,17 @@ def test_one_of_49152_logits_1_percent_off_is_caught(index: int) -> None:
     result = judge_one(truth, array)
     assert result.status is Status.FAIL and result.past == 1
     assert result.worst is not None and result.worst.index == [0, 3, index]
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_the_ten_likeliest_tokens_of_every_row_are_judged(row: int) -> None:
+    """The tenth and the twentieth token of one row are exchanged at the last position."""
+    truth, array = synthetic("logits", np.random.default_rng(0).standard_normal((3, 4, 64)))
+    order = np.argsort(-array[row, -1])
+    array[row, -1, order[[9, 19]]] = array[row, -1, order[[19, 9]]]
+    results = compare(truth, InMemory({"logits": (array, None)}, "float32", {}, []), None, None)
+    found = {result.name: result for result in results}["logits.top10_last_pos"]
+    assert (found.status, found.past, found.compared) == (Status.FAIL, 1, 30), found.message()
 
 
 def test_a_position_beside_a_massive_activation_is_judged_by_its_own_size() -> None:

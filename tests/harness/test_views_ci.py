@@ -42,7 +42,10 @@ def test_junit_counts_and_says_why() -> None:
     assert [test.get("name") for test in suite.iter("testcase") if len(test) == 0] == ["passfam/pass"]
     kind, message, text = outcome(suite, "failfam/fail")
     assert (kind, message) == ("failure", "blocks.0.attn.hook_scores")
-    assert "[0, 3, 17] got 1.25, expected 1.75" in text and "reproduce: candle-mi-parity run" in text
+    assert (
+        "batch 0, head 1, query 3, key 17 got 1.25, expected 1.75" in text
+        and "reproduce: candle-mi-parity run" in text
+    )
     assert outcome(suite, "errorfam/error")[:2] == ("error", "crash: emitter was ended by SIGKILL")
     assert outcome(suite, "knownfam/known")[1].startswith("known divergence: CMI001: rope_theta is not read; equal")
     assert outcome(suite, "unmeasuredfam/unmeasured")[1].startswith("unmeasured: too noisy to judge")

@@ -35,7 +35,7 @@ VERSIONS = {
 
 
 def tensor(name: str, ratio: float = 1.0, status: Status = Status.PASS, reason: str = "") -> TensorResult:
-    worst = Worst.of([0, 3, 17], 1.25, 1.75, 1.5e-7, ratio * 4)
+    worst = Worst.of([0, 1, 3, 17], 1.25, 1.75, 1.5e-7, ratio * 4)
     return TensorResult(
         name, status, reason, ratio, ratio * 4, 1.0, 96, 7, 11 if reason else 0, inputs_agreed=True, worst=worst
     )
