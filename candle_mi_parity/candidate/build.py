@@ -235,6 +235,12 @@ def _failure(candidate: Candidate, plan: Plan, ran: Ran, full_log: Path) -> Cand
     reason = f"{ran.reason()} (full log: {full_log})"
     if not plan.locked and plan.downloader is not None and re.search(r"hf[-_]fetch[-_]model", ran.errors):
         return _StandInError(f"{candidate.label} does not build with the stand-in for {DOWNLOADER}: {reason}")
+    if ran.compiled and ran.broken == "parity-emitter":
+        stored = ", ".join(f"stored:{release}" for release in reversed(known_releases()))
+        return CandidateError(
+            f"this suite's emitter, which calls candle-mi, does not compile against {candidate.label}: {reason}. The "
+            f"place is in emitter/; adapt it to the changed interface. What runs without a build: {stored}"
+        )
     if ran.compiled:
         return CandidateError(f"{candidate.label} does not compile: {reason}")
     wanted = f'requirement `candle-mi = "={candidate.target}"`'

@@ -48,6 +48,14 @@ class Ran:
         return [message["message"] for message in self.messages if message.get("reason") == "compiler-message"]
 
     @property
+    def broken(self) -> str:
+        """The name of the target in which the compiler found its first error; empty if it found none."""
+        for message in self.messages:
+            if message.get("reason") == "compiler-message" and message["message"]["level"] == "error":
+                return str(message.get("target", {}).get("name", ""))
+        return ""
+
+    @property
     def errors(self) -> str:
         """The compiler's errors, or cargo's output from its first error on."""
         if self.compiled:
@@ -68,7 +76,13 @@ class Ran:
             if one["level"] == "error":
                 spans = [span for span in one["spans"] if span["is_primary"]]
                 place = [f"{span['file_name']}:{span['line_start']}:{span['column_start']}: " for span in spans[:1]]
-                return "".join(place) + condense([f"error: {one['message']}"])
+                defined = [
+                    f"{each['message']} at {span['file_name']}:{span['line_start']}"
+                    for each in one.get("children", [])
+                    for span in each["spans"][:1]
+                    if span["file_name"] != (spans[0]["file_name"] if spans else "")
+                ]
+                return "".join(place) + condense([f"error: {'; '.join([one['message'], *defined[:1]])}"])
         return condense(self.lines)
 
 

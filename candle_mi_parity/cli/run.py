@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,6 +32,9 @@ def run_command(
     strict: Annotated[bool, typer.Option(help="Known divergences fail too.")] = False,
     search: Annotated[float, typer.Option(min=0, help="Seconds for explaining what is new; 0 for no search.")] = 30.0,
     propose: Annotated[bool, typer.Option("--propose", help="Print rows of explanations.toml for it.")] = False,
+    baseline: Annotated[str, typer.Option(help="A release whose known divergences are expected.")] = "",
+    known: Annotated[Path | None, typer.Option(help="A file of expected divergences instead.")] = None,
+    show_known: Annotated[bool, typer.Option("--show-known", help="A line for every known divergence.")] = False,
     repeat: Annotated[int, typer.Option(min=1, help="Run each case so often and count what is not the same.")] = 1,
 ) -> None:
     """Judge a candle-mi against PyTorch. Exit code 0 PASS or KNOWN, 1 FAIL, 2 ERROR, 3 INCONCLUSIVE."""
@@ -42,12 +46,12 @@ def run_command(
         wanted = globs(patterns, cases)
         # A partial run never replaces the report of a full run.
         out = out / "part" if wanted and out == OUT else out
-        options = RunOptions(candidate, wanted, out, strict, device=device, search=search)
+        options = RunOptions(candidate, wanted, out, strict, None, device, baseline, known, search)
         if repeat > 1:
             _repeat(options, repeat)
             return
         result = run_and_write(options)
-        tables.run_tables(result, tables.stdout(), out / "report.html")
+        tables.run_tables(result, tables.stdout(), out / "report.html", show_known)
         if propose:
             from candle_mi_parity.judge.propose import proposals
 

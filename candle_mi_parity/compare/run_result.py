@@ -73,6 +73,7 @@ class RunResult:
     :ivar known: id → cause, for all listed releases.
     :ivar gone: id of an explanation of the baseline → cases to which it applies and that agree; only for a candidate
         that was built from source.
+    :ivar known_before: how many cases diverge as in the baseline, for a candidate that is not the baseline itself.
     :ivar stale: explanations of a release that no longer hold, one line each.
     :ivar calls: direct calls of functions; None if only some cases were run.
     :ivar fault: why the run ended early, one line; the results until then are kept.
@@ -90,6 +91,7 @@ class RunResult:
     strict: bool = False
     fault: str = ""
     baseline: str = ""
+    known_before: str = ""
     known: dict[str, Cause] = field(default_factory=dict)
     gone: dict[str, list[str]] = field(default_factory=dict)
     started: str = field(default_factory=now)
@@ -132,7 +134,8 @@ class RunResult:
             return Verdict.FAIL
         if Status.ERROR in seen:
             return Verdict.ERROR
-        nothing = not any(case.compared for case in self.judged)
+        # A known refusal compares nothing, and is what was expected.
+        nothing = not any(case.compared or case.status is Status.KNOWN for case in self.judged)
         short = any(case.compared < case.expected for case in self.cases)
         if nothing or short or Status.UNMEASURED in seen:
             return Verdict.INCONCLUSIVE
@@ -195,6 +198,7 @@ class RunResult:
             _count(len(self.gone), "known divergence", f"{old} is {gone}", f"{old} are {gone}"),
         ]
         answer = f"New{since}: {'; '.join(filter(None, parts))}" if any(parts) else f"Nothing new{since}"
+        answer += f"; {self.known_before}" if self.known_before else ""
         strict = self.strict and any(case.status is Status.KNOWN for case in self.judged)
         return answer + (", but --strict lets no known divergence pass." if strict else ".")
 

@@ -305,6 +305,8 @@ class CaseResult:
     :ivar error: why there is nothing to compare, one line; ``failure`` is the same for a program.
     :ivar explained: the counterfactual under which the candidate is right; if it is a listed one, the case is KNOWN.
     :ivar unexplained: which explanations were tried without success.
+    :ivar beyond_known: the first tensor that differs from the known explanation too; empty where there is none.
+    :ivar edited: the edits that stand before the first diverging tensor.
     :ivar notes: remarks on the verdict, one sentence each.
     :ivar reproduce: the command that repeats the case.
     :ivar shrink: the command that makes a failing Rust test of it; empty if there is none.
@@ -326,6 +328,8 @@ class CaseResult:
     failure: Failure | None = None
     explained: Explained | None = None
     unexplained: str = ""
+    beyond_known: str = ""
+    edited: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     shrink: str = ""
     seconds: float = 0.0
@@ -347,6 +351,12 @@ class CaseResult:
     @property
     def first_divergence(self) -> TensorResult | None:
         return next((tensor for tensor in self.tensors if tensor.status is Status.FAIL), None)
+
+    @property
+    def new_at(self) -> str:
+        """The first tensor at which something new is wrong; empty for a case without one."""
+        first = self.first_divergence
+        return self.beyond_known or (first.name if first else "")
 
     @property
     def note(self) -> str:
@@ -382,7 +392,10 @@ class CaseResult:
         first = self.first_divergence
         body = self.error or (first.message() if first else "nothing diverges")
         body += f"\n  shape of the error: {self.diagnosis.shape}" if self.diagnosis else ""
-        body += f"\n  look at: {parts}" if first and not self.explained and (parts := suspect(first.name)) else ""
+        if self.beyond_known:
+            body += f"\n  new, beside what is known: first at {self.beyond_known}"
+        body += f"\n  edited before it: {', '.join(self.edited)}" if self.edited else ""
+        body += f"\n  look at: {parts}" if not self.explained and (parts := suspect(self.new_at)) else ""
         body += f"\n  {self.explained.line()}" if self.explained else ""
         body += f"\n  {self.unexplained}" if self.unexplained else ""
         body += "".join(f"\n  note: {note}" for note in self.notes)

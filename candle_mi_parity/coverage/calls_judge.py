@@ -96,11 +96,15 @@ class Expectations:
 
     :ivar matches: each known cause with each of its calls.
     :ivar truths: the truth of each call, and the values of each formula of a call.
+    :ivar chosen: the release that every candidate is held to; empty for the newest that is not newer.
+    :ivar exactly: whether its rows are all that is expected, also of a build from source.
     """
 
     table: CallTable
     matches: list[tuple[KnownCall, str]]
     truths: dict[TruthKey, CallTruth]
+    chosen: str = ""
+    exactly: bool = False
 
     @property
     def rows(self) -> dict[str, KnownCall]:
@@ -108,8 +112,8 @@ class Expectations:
         return {row.id: row for row, _ in self.matches}
 
     def known(self, version: str) -> dict[str, KnownCall]:
-        """Call → known cause in a release; for a checkout, in the newest release before it."""
-        release = baseline(self.rows.values(), version)
+        """Call → known cause in a release; for a checkout, in the newest release before it or the chosen one."""
+        release = self.chosen or baseline(self.rows.values(), version)
         return {call: row for row, call in self.matches if release in row.releases}
 
 
@@ -292,11 +296,12 @@ def report_outdated(judged: JudgedCalls, held_to: Expectations, identity: Candle
             agreeing.setdefault(row.id, []).append(f"calls/{call}")
         else:
             needed.add(row.id)
-    if identity.source != "registry":
+    if identity.source != "registry" and not held_to.exactly:
         result.gone |= {id: calls for id, calls in agreeing.items() if id not in needed}
         return
+    listed = "expected" if held_to.exactly else f"listed for candle-mi {identity.version}"
     result.stale += [
-        f"{id} is listed for candle-mi {identity.version}, but {', '.join(calls)} agree: remove them or the release"
+        f"{id} is {listed}, but {', '.join(calls)} agree: remove them or the release"
         for id, calls in agreeing.items()
     ]
 

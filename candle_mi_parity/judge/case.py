@@ -14,11 +14,20 @@ from candle_mi_parity.candidate.store import stored_selection
 from candle_mi_parity.compare.compare import compare, first_diagnosis
 from candle_mi_parity.compare.diagnose_sae import summarize_saes
 from candle_mi_parity.compare.out_of_range import OUT_OF_RANGE
-from candle_mi_parity.compare.verdict import TOO_NOISY, CaseResult, Diagnosis, Failure, SaeView, Status, TensorResult
+from candle_mi_parity.compare.verdict import (
+    TOO_NOISY,
+    CaseResult,
+    Diagnosis,
+    Explained,
+    Failure,
+    SaeView,
+    Status,
+    TensorResult,
+)
 from candle_mi_parity.errors import HubError, NoTruthError, OutOfRangeError, ParityError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.known import Evidence, decoder_of, facts_of, known_divergence, known_refusal
-from candle_mi_parity.judge.notes import other_ids, padding_notes, truth_notes, unexercised
+from candle_mi_parity.judge.notes import edits_before, other_ids, padding_notes, truth_notes, unexercised
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.torch_state import TORCH
@@ -83,16 +92,19 @@ def judge_case(
             subject = prepare(case, cache)
             oracle = Oracle(subject, cache, source.device)
         result.digest, result.downloads = subject.digest, subject.downloads
-        if source.identity is not None:
-            rows = table.applicable(facts_of(subject), table.baseline(source.identity.version))
-            applicable = tuple(row.id for row in rows)
+        release = table.baseline(source.identity.version) if source.identity is not None else ""
+        if release:
+            applicable = tuple(row.id for row in table.applicable(facts_of(subject), release))
         result.notes = padding_notes(subject)
         try:
             if case.text is None or _same_ids(result, subject, source, progress):
-                evidence = _judge(result, oracle, source, table, progress)
+                evidence = _judge(result, oracle, source, table, release, progress)
                 result.shrink = shrink_command(case, spec) if result.status is Status.FAIL else ""
         except EmitterError as error:
-            _take_failure(result, error, subject, table, source)
+            result.error, result.failure = str(error), failure_of(error)
+            if result.failure.refused and source.identity is not None:
+                result.explained, result.unexplained = known_refusal(error, subject, table, release)
+                result.status = Status.FAIL if result.explained is None else Status.KNOWN
     except (HubError, OutOfRangeError) as error:  # neither the candidate nor the suite is at fault
         result.error, result.failure, result.status = str(error), Failure.INPUT, Status.UNMEASURED
     except NotStoredError as error:
@@ -134,7 +146,7 @@ def _same_ids(result: CaseResult, subject: PreparedCase, source: Source, progres
 
 
 def _judge(
-    result: CaseResult, oracle: Oracle, source: Source, table: Explanations, progress: Progress
+    result: CaseResult, oracle: Oracle, source: Source, table: Explanations, release: str, progress: Progress
 ) -> Evidence | None:
     """Fill the result of a case; None where the case has no truth."""
     case = oracle.subject.case
@@ -154,11 +166,15 @@ def _judge(
         result.status, result.error = Status.UNMEASURED, reason
     if result.status is not Status.FAIL:
         return judged.evidence
-    evidence = judged.evidence
+    evidence = replace(judged.evidence, release=release)
+    result.edited = edits_before(result.first_divergence, oracle.subject)
     if source.identity is not None:
-        evidence = replace(evidence, release=table.baseline(source.identity.version))
         with TORCH:
-            result.explained, result.unexplained = known_divergence(evidence, table, source.identity)
+            found = known_divergence(evidence, table, source.identity)
+        if isinstance(found, Explained):
+            result.explained = found
+        else:
+            result.unexplained, result.beyond_known = found.why, found.first
     if result.explained is not None:
         result.status = Status.KNOWN
     elif not case.edits:  # edits affect the whole trace
@@ -184,19 +200,6 @@ def _ask_without_truth(
         source.trace(subject, "free", replace(truth, meta=truth.meta | asked), inputs)
     result.status, result.failure = Status.UNMEASURED, Failure.INPUT
     result.error = f"candle-mi computes something, but {error}"
-
-
-def _take_failure(
-    result: CaseResult, error: EmitterError, subject: PreparedCase, table: Explanations, source: Source
-) -> None:
-    """Fill the result of a case that the candidate refused, which may be known, or on which it crashed."""
-    result.error, result.failure = str(error), failure_of(error)
-    if not result.failure.refused or source.identity is None:
-        return
-    result.status = Status.FAIL
-    result.explained, result.unexplained = known_refusal(error, subject, table, source.identity)
-    if result.explained is not None:
-        result.status = Status.KNOWN
 
 
 def failure_of(error: EmitterError) -> Failure:

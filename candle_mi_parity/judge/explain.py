@@ -78,16 +78,29 @@ def hold_table(
     """
     if identity is None:
         return
+    if identity.source != "registry" or identity.version != result.baseline:
+        result.known_before = _as_before(judgements, result.baseline)
     needed = {id for one in judgements if one.result.explained for id in one.result.explained.ids}
-    if identity.source != "registry":
+    if identity.source != "registry" and not table.exactly:
         result.gone = {id: cases for id, cases in sorted(_not_needed(judgements).items()) if id not in needed}
     elif whole:
         result.stale = [
-            f"{row.id} is listed for candle-mi {identity.version}, and no case needs it: "
+            f"{row.id} is expected, and no case needs it: remove it from the file of expected divergences"
+            if table.exactly
+            else f"{row.id} is listed for candle-mi {identity.version}, and no case needs it: "
             "remove the release from its row"
             for row in table.explanation
             if result.baseline in row.releases and row.id not in needed
         ]
+
+
+def _as_before(judgements: list[Judgement], baseline: str) -> str:
+    """``94 of 94 known divergences as in 0.2.2``; empty where no explanation of the baseline applies."""
+    known = {one.result.id for one in judgements if one.result.status is Status.KNOWN}
+    gone = {name for names in _not_needed(judgements).values() for name in names}
+    moved = {one.result.id for one in judgements if one.applicable and one.result.status is Status.FAIL}
+    expected = len(known | gone | moved)
+    return f"{len(known)} of {expected} known divergences as in {baseline}" if expected else ""
 
 
 def _not_needed(judgements: list[Judgement]) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ A case is KNOWN only when every tensor, scalar and decision passes that comparis
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -94,24 +94,37 @@ def decoder_of(subject: PreparedCase, change: Counterfactual = PLAIN) -> np.ndar
     return load_sae(subject.sae_file, change).decoder if subject.sae_file is not None else None
 
 
-def explained(evidence: Evidence, change: Counterfactual, rows: list[Explanation]) -> Explained | str:
-    """The explanation by a counterfactual; or why it does not explain the candidate, in one line.
+@dataclass(frozen=True)
+class NotExplained:
+    """Why a counterfactual does not explain a candidate, in one line.
+
+    :ivar first: the first tensor that differs from the counterfactual too; empty if that is not the reason.
+    """
+
+    why: str
+    first: str = ""
+
+
+def explained(evidence: Evidence, change: Counterfactual, rows: list[Explanation]) -> Explained | NotExplained:
+    """The explanation by a counterfactual, or why it does not explain the candidate.
 
     :param rows: the explanations that ``change`` combines; empty for one that was found by search.
     """
     try:
         truth, results = evidence.oracle.under(change).truth(), evidence.under(change)
     except ParityError as error:
-        return f"{change.describe()} has no truth: {error}"
+        return NotExplained(f"{change.describe()} has no truth: {error}")
     if wrong := [result for result in results if result.status is Status.FAIL]:
         first = wrong[0]
         many = f"{len(wrong)} of {len(results)} tensors differ"
-        return f"with {change.describe()}, {many}, first {first.name} ({first.ratio:.3g} of 8)"
+        return NotExplained(
+            f"with {change.describe()}, {many}, first {first.name} ({first.ratio:.3g} of 8)", first.name
+        )
     noisy = {result.name for result in results if result.status is Status.UNMEASURED}
     if opened := sorted(noisy - evidence.declared):
-        return f"with {change.describe()}, {', '.join(opened[:3])} cannot be judged"
+        return NotExplained(f"with {change.describe()}, {', '.join(opened[:3])} cannot be judged")
     if not differ(evidence.oracle.truth(), truth, UNITS[evidence.trace.dtype]):
-        return f"{change.describe()} changes no tensor by more than rounding does: it explains nothing"
+        return NotExplained(f"{change.describe()} changes no tensor by more than rounding does: it explains nothing")
     return Explained(
         ids=[row.id for row in rows],
         says=" ".join(row.says for row in rows) or change.describe(),
@@ -141,25 +154,23 @@ def differ(one: Truth, other: Truth, unit: float) -> bool:
     return False
 
 
-def known_divergence(evidence: Evidence, table: Explanations, identity: CandleMi) -> tuple[Explained | None, str]:
+def known_divergence(evidence: Evidence, table: Explanations, identity: CandleMi) -> Explained | NotExplained:
     """The explanation of a divergence by the rows of the candidate's release, or why they do not explain it.
 
     All rows of a release must hold. A build from source may have fixed some of them, so any subset is accepted.
     """
-    release = table.baseline(identity.version)
-    rows = [row for row in table.applicable(evidence.facts, release) if row.change is not None]
-    if not rows:
-        return None, ""
-    whole = identity.source == "registry"
-    sizes = [len(rows)] if whole else range(len(rows), 0, -1)
-    why = ""
-    for size in sizes:
-        for part in combinations(rows, size):
-            found = explained(evidence, combined(part), list(part))
+    rows = [row for row in table.applicable(evidence.facts, evidence.release) if row.change is not None]
+    why = NotExplained("")
+    for size in [len(rows)] if identity.source == "registry" else range(len(rows), 0, -1):
+        for part in map(list, combinations(rows, size)):
+            if not part:
+                continue
+            found = explained(evidence, combined(part), part)
             if isinstance(found, Explained):
-                return _smallest(evidence, list(part)) or found, ""
-            why = why or f"not {', '.join(row.id for row in part)}: {found}"
-    return None, why
+                return _smallest(evidence, part) or found
+            if not why.why:
+                why = replace(found, why=f"not {', '.join(row.id for row in part)}: {found.why}")
+    return why
 
 
 def _smallest(evidence: Evidence, rows: list[Explanation]) -> Explained | None:
@@ -179,10 +190,10 @@ def _smallest(evidence: Evidence, rows: list[Explanation]) -> Explained | None:
 
 
 def known_refusal(
-    error: EmitterError, subject: PreparedCase, table: Explanations, identity: CandleMi
+    error: EmitterError, subject: PreparedCase, table: Explanations, release: str
 ) -> tuple[Explained | None, str]:
     """The explanation of a refusal, by its stage and whole message."""
-    for row in table.applicable(facts_of(subject), table.baseline(identity.version)):
+    for row in table.applicable(facts_of(subject), release):
         if row.refuses is None:
             continue
         if Failure(error.kind) == Failure(row.refuses.stage) and re.fullmatch(row.refuses.message, error.message):

@@ -41,6 +41,16 @@ def padding_notes(subject: PreparedCase) -> list[str]:
     ]
 
 
+def edits_before(first: TensorResult | None, subject: PreparedCase) -> list[str]:
+    """The edits of a case that stand before its first diverging tensor: ``zero at blocks.0.hook_mlp_out``.
+
+    An edit acts after the tensor at its own hook was captured.
+    """
+    order = subject.captures
+    end = order.index(first.name) if first is not None and first.name in order else len(order)
+    return [f"{edit.kind} at {edit.hook}" for edit in subject.case.edits if order.index(edit.hook) < end]
+
+
 def _run(row: list[int], pad: int, own: int | None) -> int:
     """Number of padding ids at the start of a row; one less where the id is the BOS or EOS too."""
     run = next((place for place, token in enumerate(row) if token != pad), len(row))

@@ -11,6 +11,8 @@ from candle_mi_parity.compare.suspects import hook_point
 from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
 from candle_mi_parity.files.escape import one_line
 
+MOST = 6
+"""Largest number of places in a line of failures."""
 RIGHT, NEW = "Does candle-mi compute what PyTorch computes?", "Is anything new?"
 """The two questions, which :class:`RunResult` answers."""
 
@@ -96,6 +98,36 @@ def grouped(cases: Iterable[CaseResult]) -> list[list[CaseResult]]:
     return [sorted(group, key=_size) for group in found.values()]
 
 
+def failures(result: RunResult) -> list[str]:
+    """The cases and calls that fail or could not be judged, one line for each status, grouped by what is new.
+
+    ``FAIL: 166 first at blocks.0.attn.hook_scores (llama/hub and 165 more); llama/batch first at logits``.
+    """
+    lines = []
+    for status in (Status.FAIL, Status.ERROR, Status.UNMEASURED):
+        groups: dict[str, list[str]] = {}
+        for case in result.judged:
+            if case.status is status:
+                groups.setdefault(_where(case), []).append(case.id)
+        parts = [
+            f"{names[0]} {where}" if len(names) == 1 else f"{len(names)} {where} ({few(names, 3)})"
+            for where, names in sorted(groups.items(), key=lambda group: -len(group[1]))
+        ]
+        if parts:
+            lines.append(
+                f"{status.value}: {'; '.join(parts[:MOST])}"
+                + f"; and {len(parts) - MOST} other places" * (len(parts) > MOST)
+            )
+    return lines
+
+
+def _where(case: CaseResult) -> str:
+    if case.new_at:
+        known = ", beside what is known" if case.beyond_known else ""
+        return f"first at {case.new_at}{known}"
+    return one_line(re.sub(r"\d+", "N", case.error.replace(case.id, "…")), 80) or "without a reason"
+
+
 def few(names: list[str], most: int = 8) -> str:
     """The first names, and how many more there are."""
     rest = len(names) - most
@@ -107,7 +139,7 @@ def _key(case: CaseResult) -> tuple[str, ...]:
     if case.explained:
         return tuple(case.explained.ids) or (case.explained.change,)
     if first:
-        return case.family, hook_point(first.name)
+        return case.family, hook_point(case.new_at)
     return (re.sub(r"\d+", "0", case.error.replace(case.id, "")),)
 
 
@@ -116,7 +148,7 @@ def _says(case: CaseResult) -> str:
     if case.explained:
         return one_line(case.explained.line())
     if first:
-        place = f"{case.family} first differs at {hook_point(first.name)}"
+        place = f"{case.family} first differs at {hook_point(case.new_at)}"
         return one_line(f"{place}: {case.unexplained}" if case.unexplained else place)
     return one_line(case.error)
 

@@ -17,7 +17,7 @@ from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.files.escape import cell, number, one_line, printable
 from candle_mi_parity.files.json_out import ReportError
 from candle_mi_parity.files.untrusted import read_json
-from candle_mi_parity.report.causes import NEW, RIGHT, CauseSeen, few, known_causes, new_causes
+from candle_mi_parity.report.causes import NEW, RIGHT, CauseSeen, failures, few, known_causes, new_causes
 from candle_mi_parity.spec.cases import Case
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 FEW = 24
 """Up to this number each case has a row; beyond it, only those that neither pass nor are known."""
+FEW_CAUSES = 3
+"""Up to this number each known cause has a line."""
 WIDE = 300
 """Width if stdout is a file, so that names are not broken."""
 _COLOURS = {"PASS": "green", "KNOWN": "yellow", "FAIL": "bold red", "ERROR": "bold red"}
@@ -40,13 +42,19 @@ def colour(status: Status | Verdict) -> str:
     return _COLOURS.get(status.value, "magenta")
 
 
-def run_tables(result: RunResult, console: Console, page: Path | None = None) -> None:
-    """Print what is known, what did not run, what is new, both answers, and the verdict in the last line.
+def run_tables(result: RunResult, console: Console, page: Path | None = None, show_known: bool = False) -> None:
+    """Print what is known, what did not run, what is new, the failures by place, both answers, and the verdict last.
 
     :param page: path of the run's page.
+    :param show_known: whether each known cause has a line of its own, however many there are.
     """
-    for cause in known_causes(result):
+    known = known_causes(result)
+    for cause in known if show_known or len(known) <= FEW_CAUSES else ():
         _print(console, _known(cause), colour(cause.status))
+    if len(known) > FEW_CAUSES and not show_known:
+        cases = len([case for case in result.judged if case.status is Status.KNOWN])
+        ids = few([cause.id for cause in known], 4)
+        _print(console, f"known: {cases} cases and calls, for {len(known)} causes ({ids}); --show-known", "yellow")
     for id, names in result.gone.items():
         sentence = f" {result.known[id].says}" if id in result.known else ""
         _print(console, f"gone: {id}:{sentence} Now right: {', '.join(names)}", "green")
@@ -71,6 +79,8 @@ def run_tables(result: RunResult, console: Console, page: Path | None = None) ->
     _print(console, f"started {result.started}, took {result.seconds:.0f} s", "dim")
     if page is not None:
         _print(console, f"report: {page}")
+    for line in failures(result):
+        _print(console, line, "bold red")
     _print(console, f"{RIGHT} {result.is_right()}")
     _print(console, f"{NEW} {result.is_new()}")
     _print(console, f"verdict: {result.line()}", colour(result.verdict))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +19,14 @@ from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError,
 from candle_mi_parity.candidate.store import Storing, StoringSource
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.verdict import CaseResult, Failure, Status
-from candle_mi_parity.coverage.calls_judge import expectations, judge_source, report_outdated
+from candle_mi_parity.coverage.calls_judge import (
+    Expectations,
+    KnownCalls,
+    expectations,
+    judge_source,
+    load_known_calls,
+    report_outdated,
+)
 from candle_mi_parity.coverage.flat_json import case_of, judge_reference, read_reference
 from candle_mi_parity.errors import HubError, ParityError
 from candle_mi_parity.judge.case import Judgement, Progress, judge_case, status_of
@@ -27,7 +34,8 @@ from candle_mi_parity.judge.explain import explain_new, hold_table
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import OPT_IN_LANES, Case, load_cases, select
-from candle_mi_parity.spec.explanations import load_explanations
+from candle_mi_parity.spec.expected import ExpectedDivergences, held_to, listed_as, load_expected
+from candle_mi_parity.spec.explanations import Explanations, load_explanations
 from candle_mi_parity.spec.paths import OUTPUTS, cache_root, command
 
 NOT_REACHED = "not reached: the run ended before it"
@@ -44,6 +52,8 @@ class RunOptions:
     :ivar strict: whether known divergences fail too.
     :ivar keep: where the candidate's traces are stored.
     :ivar device: of the candidate; the truth is always computed on the CPU.
+    :ivar baseline: the release whose known divergences are expected; empty for the newest that is not newer.
+    :ivar known: a file of expected divergences, in place of those of the baseline.
     :ivar search: seconds for explaining new divergences; 0 for no search.
     """
 
@@ -53,6 +63,8 @@ class RunOptions:
     strict: bool = False
     keep: Storing | None = None
     device: str = "cpu"
+    baseline: str = ""
+    known: Path | None = None
     search: float = SEARCH_SECONDS
     cache: Path = field(default_factory=cache_root)
 
@@ -98,7 +110,7 @@ def run_cases(
         result.skipped = skipped | {case.id: str(error) for case in cases}
         return result
     result.skipped = skipped | {case.id: NOT_REACHED for case in cases}
-    known = load_explanations()
+    known, expected = _held(options)
     with opening as opened:
         source = StoringSource(opened, options.keep) if options.keep else opened
         if source.identity:
@@ -123,15 +135,30 @@ def run_cases(
         explain_new(judgements, known, options.cache, options.search, progress)
         hold_table(judgements, known, source.identity, result, whole=not options.cases)
         if not options.cases:
-            _judge_calls(opened, options, result, progress)
+            _judge_calls(opened, options, _expected_calls(options, known.chosen, expected), result, progress)
     result.fault = changed_since(candidate, source.identity, options.cache)
     return result
 
 
-def _judge_calls(source: Source, options: RunOptions, result: RunResult, progress: Progress) -> None:
+def _held(options: RunOptions) -> tuple[Explanations, ExpectedDivergences | None]:
+    """The explanations that the options choose, and the file of expected divergences."""
+    expected = load_expected(options.known, load_known_calls().known) if options.known else None
+    return held_to(load_explanations(), options.baseline, expected), expected
+
+
+def _expected_calls(options: RunOptions, release: str, expected: ExpectedDivergences | None) -> Expectations:
+    """What direct calls are compared with, of the chosen release or of a file of expected divergences."""
+    known = load_known_calls()
+    if expected is not None:
+        known = KnownCalls(known=listed_as(known.known, release, set(expected.expected)))
+    return replace(expectations(options.cache, known), chosen=release, exactly=expected is not None)
+
+
+def _judge_calls(
+    source: Source, options: RunOptions, held_to: Expectations, result: RunResult, progress: Progress
+) -> None:
     """Judge direct calls of candle-mi's public functions."""
     progress.note("direct calls")
-    held_to = expectations(options.cache)
     out = options.out / "traces" / "calls.json"
     judged = judge_source(source, options.candidate, held_to, options.cache, out)
     if options.keep and judged.lost is None:
@@ -172,9 +199,11 @@ def at_once(count: int, judge: Callable[[Case], Judgement], cases: list[Case]) -
 def require_selection(options: RunOptions) -> None:
     """Refuse a bad selection before an earlier report is removed.
 
-    :raises ParityError: a glob that matches no case, or a candidate that is misspelt or does not exist.
+    :raises ParityError: a glob that matches no case, a wrong baseline or file of expected divergences, or a candidate
+        that is misspelt or does not exist.
     """
     select(load_cases(), list(options.cases))
+    _held(options)
     candidate = parse_candidate(options.candidate)
     refuse_device(candidate, options.device)
     if candidate.kind == "stored" and not Path(candidate.target).expanduser().is_file():

@@ -129,10 +129,16 @@ def baseline(rows: Iterable[Cause], version: str) -> str:
 
 
 class Explanations(TableRow):
-    """The whole table."""
+    """The whole table.
+
+    :ivar chosen: the release that every candidate is held to; empty for the newest that is not newer.
+    :ivar exactly: whether the rows of that release are all that is expected, also of a build from source.
+    """
 
     format: Literal[1]
     explanation: list[Explanation]
+    chosen: str = ""
+    exactly: bool = False
 
     @model_validator(mode="after")
     def _unique(self) -> Explanations:
@@ -147,8 +153,8 @@ class Explanations(TableRow):
         return releases_of(self.explanation)
 
     def baseline(self, version: str) -> str:
-        """See :func:`baseline`."""
-        return baseline(self.explanation, version)
+        """The chosen release, or see :func:`baseline`."""
+        return self.chosen or baseline(self.explanation, version)
 
     def applicable(self, facts: Facts, release: str) -> list[Explanation]:
         """The rows of a release that apply to a case, in the table's order."""

@@ -301,6 +301,27 @@ def test_a_compiler_error_has_its_place(put: Cargo, tmp_path: Path) -> None:
     assert " --> src/lib.rs" in log_of(told)
 
 
+def test_an_emitter_that_a_changed_interface_breaks_says_whose_line_it_is(put: Cargo, tmp_path: Path) -> None:
+    span = {"file_name": "src/forward.rs", "line_start": 40, "column_start": 9, "is_primary": True}
+    defined = {
+        "message": "method defined here",
+        "spans": [{"file_name": "/x/candle-mi/src/hooks.rs", "line_start": 7}],
+    }
+    error = {"level": "error", "message": "this method takes 2 arguments", "spans": [span], "children": [defined]}
+    message = {"reason": "compiler-message", "message": error | {"rendered": "error"}}
+    put("error: could not compile", message | {"target": {"name": "parity-emitter"}}, FINISHED)
+    told = str(fails(f"path:{write_crate(tmp_path / 'crate')}", tmp_path / "cache"))
+    assert "this suite's emitter, which calls candle-mi, does not compile against" in told
+    assert (
+        "src/forward.rs:40:9: error: this method takes 2 arguments; method defined here at /x/candle-mi/src/" in told
+    )
+    assert "stored:0.2.2, stored:0.1.24" in told
+    put("error: could not compile", message | {"target": {"name": "candle_mi"}}, FINISHED)
+    assert "crate does not compile: src/forward.rs:40:9" in str(
+        fails(f"path:{write_crate(tmp_path / 'other' / 'crate')}", tmp_path / "cache")
+    )
+
+
 # --- progress -------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from candle_mi_parity.errors import ExplanationError
 from candle_mi_parity.judge.case import Judgement, Progress
 from candle_mi_parity.judge.explain import hold_table
 from candle_mi_parity.judge.hypotheses import hypotheses
-from candle_mi_parity.judge.known import Evidence, known_divergence, known_refusal
+from candle_mi_parity.judge.known import Evidence, NotExplained, known_divergence, known_refusal
 from candle_mi_parity.judge.search import Search, search
 from candle_mi_parity.models.checkpoint import read_config, weight_files
 from candle_mi_parity.run.run import RunOptions, run
@@ -62,11 +62,12 @@ def diverging(tmp_path: Path, name: str) -> Real:
 
 def evidence(there: Real, arrays: Arrays | None = None) -> Evidence:
     emitted = there.emitted if arrays is None else with_arrays(there.emitted, arrays)
-    return Evidence(there.oracle, emitted, None, set())
+    return Evidence(there.oracle, emitted, None, set(), "0.2.2")
 
 
 def known(there: Real, arrays: Arrays | None = None, identity: CandleMi = RELEASE) -> tuple[Explained | None, str]:
-    return known_divergence(evidence(there, arrays), TABLE, identity)
+    found = known_divergence(evidence(there, arrays), TABLE, identity)
+    return (found, "") if isinstance(found, Explained) else (None, found.why)
 
 
 NESTED = {"rope_theta": 10000.0, "rope_parameters": None}
@@ -172,8 +173,8 @@ def test_a_checkout_may_have_fixed_a_part_and_a_release_may_not(tmp_path: Path) 
 
 
 def test_an_explanation_of_another_release_excuses_nothing(tmp_path: Path) -> None:
-    older = RELEASE.model_copy(update={"version": "0.1.0"})
-    assert known(diverging(tmp_path, "CMI006"), identity=older) == (None, "")
+    found = replace(evidence(diverging(tmp_path, "CMI006")), release=TABLE.baseline("0.1.0"))
+    assert known_divergence(found, TABLE, RELEASE) == NotExplained("")
 
 
 def searched(there: Real, arrays: Arrays | None = None) -> CaseResult:
@@ -211,8 +212,8 @@ def test_the_search_does_not_explain_a_fault_that_no_setting_makes() -> None:
 def test_a_counterfactual_that_changes_no_tensor_explains_nothing() -> None:
     row = explanation(change={"config_add": {"sliding_window": 1}}, when=["tokens > 1"])
     table = Explanations(format=1, explanation=[row])
-    found, why = known_divergence(evidence(real("mistral/window-7")), table, RELEASE)
-    assert found is None and "it explains nothing" in why
+    found = known_divergence(evidence(real("mistral/window-7")), table, RELEASE)
+    assert isinstance(found, NotExplained) and "it explains nothing" in found.why
 
 
 def explanation(**fields: Any) -> Explanation:
@@ -381,16 +382,16 @@ def test_a_refusal_is_known_by_its_stage_and_its_whole_message() -> None:
         "config error: unsupported rope_scaling type \"yarn\" (candle-mi implements 'linear', 'llama3', and "
         "'longrope'); see ROADMAP.md §3.3 for status"
     )
-    found, _ = known_refusal(EmitterError("model", message), subject, TABLE, RELEASE)
+    found, _ = known_refusal(EmitterError("model", message), subject, TABLE, "0.2.2")
     assert found is not None and found.ids == ["CMI030"]
     for error in (
         EmitterError("forward", message),
         EmitterError("model", f"config error: x: {message}"),
         EmitterError("model", "config error: unsupported activation"),
     ):
-        assert known_refusal(error, subject, TABLE, RELEASE)[0] is None, error
+        assert known_refusal(error, subject, TABLE, "0.2.2")[0] is None, error
     elsewhere = real("llama/hub").subject
-    assert known_refusal(EmitterError("model", message), elsewhere, TABLE, RELEASE)[0] is None, "it does not apply"
+    assert known_refusal(EmitterError("model", message), elsewhere, TABLE, "0.2.2")[0] is None, "it does not apply"
 
 
 def test_every_hypothesis_of_a_case_changes_something_and_is_tried_once() -> None:

@@ -121,7 +121,8 @@ def test_new_failures_are_grouped_and_the_smallest_is_open() -> None:
 
 
 EVIDENCE = """first divergence blocks.0.attn.hook_scores | past the gate 11 of 96 elements, 7 masked left out
-worst element batch 0, head 1, query 3, key 17 | got 1.25 | expected 1.75 | absolute 0.5 | relative 0.286 | ULP 4.19e+06 | noise σ 1.5e-07
+worst element batch 0, head 1, query 3, key 17
+got 1.25 | expected 1.75 | absolute 0.5 | relative 0.286 | ULP 4.19e+06 | noise σ 1.5e-07
 ratio 1.73e+04 (gate 32) | position ratio 4.32e+03 (gate 8) | inputs agreed? yes | Shape of the error: one head (3)
 Look at: rotary, scale, grouped-query repetition | none of 42 single changes | candle-mi-parity run --cases a/b
 With every half-layer fed the truth, 1 of 1 diverge: blocks.0.attn.hook_scores . | candle-mi-parity repro a/b"""

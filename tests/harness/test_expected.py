@@ -1,0 +1,140 @@
+"""What a candidate is held to: a chosen release, or exactly what a file expects; and the lines that name failures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from candle_mi_parity.compare.run_result import RunResult, Verdict
+from candle_mi_parity.compare.verdict import CaseResult, Status
+from candle_mi_parity.coverage.calls_judge import load_known_calls
+from candle_mi_parity.judge.case import Judgement
+from candle_mi_parity.judge.explain import hold_table
+from candle_mi_parity.report.causes import failures
+from candle_mi_parity.spec.expected import held_to, listed_as, load_expected
+from candle_mi_parity.spec.explanations import load_explanations
+from candle_mi_parity.trace.trace import CandleMi
+from tests.support.command import command, one_line
+from tests.support.results import case, refused, run_of
+
+TABLE, CALLS = load_explanations(), load_known_calls().known
+CHECKOUT = CandleMi(version="0.3.0-dev", source="path", checksum=None, revision=None, tree_digest="b" * 64)
+
+
+def expects(tmp_path: Path, *ids: str) -> Path:
+    path = tmp_path / "expected.toml"
+    path.write_text(f"format = 1\nexpected = {list(ids)!r}\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("ids", "verdict"),
+    [(["CMI001"], "KNOWN"), ([], "FAIL"), (["CMI006"], "FAIL")],
+)
+def test_a_file_expects_its_divergences_and_no_other(tmp_path: Path, ids: list[str], verdict: str) -> None:
+    arguments = ["--candidate", "stored:0.2.2", "--search", "0", "--out", str(tmp_path)]
+    done = command("run", "llama/v5", "llama/hub", *arguments, "--known", str(expects(tmp_path, *ids)))
+    assert done.stdout.splitlines()[-1].startswith(f"verdict: {verdict}:"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("id", ["CMI002", "CMI006"])
+def test_an_expected_divergence_that_no_case_shows_fails_also_in_a_checkout(tmp_path: Path, id: str) -> None:
+    table = held_to(TABLE, "", load_expected(expects(tmp_path, "CMI001", id), CALLS))
+    needs_one = case("llama/v5", Status.KNOWN)
+    result = RunResult("path:x", {}, {}, [needs_one], {}, baseline="0.2.2")
+    hold_table([Judgement(needs_one, applicable=("CMI001",))], table, CHECKOUT, result, whole=True)
+    assert [line.split()[0] for line in result.stale] == [id] and result.verdict is Verdict.FAIL
+
+
+def test_a_row_of_the_file_is_an_explanation_like_any_other(tmp_path: Path) -> None:
+    path = expects(tmp_path)
+    path.write_text(
+        path.read_text() + '[[explanation]]\nid = "CMI900"\nname = "x"\nsays = "The window is one key too long."\n'
+        'kind = "wrong number"\nwhen = ["tokens > 1"]\nchange = { config_add = { sliding_window = 1 } }\n'
+        'releases = ["9.9.9"]\n'
+    )
+    table = held_to(TABLE, "0.1.6", load_expected(path, CALLS))
+    assert [row.id for row in table.explanation if "0.1.6" in row.releases] == ["CMI900"]
+    assert table.baseline("0.3.0-dev") == "0.1.6"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('format = 1\nexpected = ["CMI01"]\n', "CMI01; like it: CMI"),
+        ("format = 1\n", "expected: "),
+        ('format = 1\nexpected = []\ncolour = "red"\n', "colour: "),
+        ("", "format: "),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    arguments = ["run", "llama/hub", "--candidate", "stored:0.2.2", "--out", str(tmp_path)]
+    assert told in one_line(command(*arguments, "--known", str(path)))
+    assert "No such file" in one_line(command(*arguments, "--known", str(tmp_path / "absent")))
+    assert "there are 0.1.6, 0.1.10" in one_line(command(*arguments, "--baseline", "0.9"))
+
+
+def test_a_call_is_expected_by_the_id_of_its_cause() -> None:
+    listed = {row.id: row.releases for row in listed_as(CALLS, "0.2.2", {"CMI103"})}
+    assert "0.2.2" in listed["CMI103"] and not any("0.2.2" in listed.get(id, []) for id in ("CMI101", "CMI102"))
+
+
+def judged(known: int, gone: int, moved: int) -> list[Judgement]:
+    """Cases to which an explanation applies: still known, now right, now wrong in another way."""
+    statuses = [Status.KNOWN] * known + [Status.PASS] * gone + [Status.FAIL] * moved
+    cases = [case(f"llama/{place}", status) for place, status in enumerate(statuses)]
+    return [Judgement(one, applicable=("CMI001",)) for one in cases]
+
+
+@pytest.mark.parametrize(
+    ("identity", "told"),
+    [
+        (CHECKOUT, "Nothing new since 0.2.2; 3 of 3 known divergences as in 0.2.2."),
+        (CHECKOUT.model_copy(update={"source": "registry"}), "3 of 3 known divergences as in"),
+        (CHECKOUT.model_copy(update={"version": "0.2.2", "source": "registry"}), "Nothing new since 0.2.2."),
+    ],
+)
+def test_another_candidate_than_the_baseline_says_how_much_is_as_before(identity: CandleMi, told: str) -> None:
+    judgements = judged(3, 0, 0)
+    result = replace(run_of(*(one.result for one in judgements)), baseline="0.2.2")
+    hold_table(judgements, TABLE, identity, result, whole=False)
+    assert told in result.is_new()
+    judgements = judged(2, 1, 1)
+    hold_table(judgements, TABLE, CHECKOUT, result, whole=False)
+    assert result.known_before == "2 of 4 known divergences as in 0.2.2"
+
+
+# --- verdicts and their last lines ----------------------------------------------------------------
+
+
+def test_what_can_only_be_known_or_refused_is_known_and_never_a_pass() -> None:
+    assert run_of(refused("llama/rope-yarn")).verdict is Verdict.KNOWN
+    assert run_of(refused("llama/rope-yarn"), case("llama/v5", Status.KNOWN)).verdict is Verdict.KNOWN
+    assert run_of().verdict is Verdict.INCONCLUSIVE
+
+
+def beyond(name: str) -> CaseResult:
+    return replace(case(name, Status.FAIL), beyond_known="blocks.1.mlp.hook_post")
+
+
+def test_the_failures_are_named_by_the_tensor_at_which_they_start() -> None:
+    scores = [case(f"llama/{place}", Status.FAIL) for place in range(166)]
+    lines = failures(run_of(*scores, case("llama/x", Status.FAIL, "logits"), beyond("llama/v5"), case("a/b")))
+    assert lines == [
+        "FAIL: 166 first at blocks.0.attn.hook_scores (llama/0, llama/1, llama/2 and 163 more); "
+        "llama/x first at logits; llama/v5 first at blocks.1.mlp.hook_post, beside what is known"
+    ]
+    assert failures(run_of(case("a/b"), case("llama/v5", Status.KNOWN))) == []
+    (error,) = failures(run_of(case("a/b", Status.ERROR)))
+    assert error == "ERROR: a/b crash: emitter was ended by SIGKILL"
+
+
+def test_a_message_names_what_is_new_and_the_edits_before_it() -> None:
+    message = replace(beyond("llama/v5"), edited=["zero at blocks.0.hook_mlp_out"]).message()
+    assert "new, beside what is known: first at blocks.1.mlp.hook_post" in message
+    assert "edited before it: zero at blocks.0.hook_mlp_out" in message
+    assert "look at: activation" in message, "the suspect is that of the new tensor"
