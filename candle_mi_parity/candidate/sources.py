@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -145,7 +146,19 @@ class LiveSource:
         except ValidationError as error:
             raise CandidateError(f"{built.path} does not say which candle-mi it holds") from error
         self._out = out.resolve()
+        self._binary = built.path
         self.emitter = EmitterProcess(built.path)
+        self._asked: list[str] = []
+
+    def fresh(self) -> LiveSource:
+        """The same build in a process of its own, which has answered nothing yet."""
+        other = copy.copy(self)
+        other.emitter, other._asked, other._out = EmitterProcess(self._binary), [], self._out / "alone"
+        return other
+
+    def asked_before(self, case_id: str) -> list[str]:
+        """The cases that were asked before a case for the first time, in that order."""
+        return self._asked[: self._asked.index(case_id)] if case_id in self._asked else []
 
     def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Trace:
         """Emit and open the trace.
@@ -155,6 +168,8 @@ class LiveSource:
         """
         out = self._out / f"{trace_name(subject.case.id, mode)}.json"
         out.parent.mkdir(parents=True, exist_ok=True)
+        if subject.case.id not in self._asked:
+            self._asked.append(subject.case.id)
         trace = Trace(self.emitter.emit(request(subject, mode, inputs, out, self.device), TIMEOUT_SECONDS))
         if any(entry.part is not None for entry in trace.entries.values()):
             raise TraceError(f"{trace.path}: an emitter writes whole tensors, and this trace holds parts")

@@ -33,6 +33,7 @@ from candle_mi_parity.judge.case import Judgement, Progress, judge_case, status_
 from candle_mi_parity.judge.explain import explain_new, hold_table
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
+from candle_mi_parity.run.alone import tell_state
 from candle_mi_parity.spec.cases import OPT_IN_LANES, Case, load_cases, select
 from candle_mi_parity.spec.expected import ExpectedDivergences, held_to, listed_as, load_expected
 from candle_mi_parity.spec.explanations import Explanations, load_explanations
@@ -120,8 +121,11 @@ def run_cases(
         # torch's default dtype is shared by all threads: no float32 model may be loaded while a truth is computed.
         count = 1 if candidate.kind == "torch" else 2
 
+        def judge_on(case: Case, asked: Source) -> Judgement:
+            return judge_case(case, asked, options.candidate, options.cache, known, progress)
+
         def judge(case: Case) -> Judgement:
-            return judge_case(case, source, options.candidate, options.cache, known, progress)
+            return judge_on(case, source)
 
         with at_once(count, judge, cases) as futures:
             try:
@@ -132,6 +136,7 @@ def run_cases(
             finally:
                 _settle(result, futures, skipped, cases)
         judgements = [future.result() for future in futures]
+        tell_state(judgements, cases, opened, judge_on, options.candidate)
         explain_new(judgements, known, options.cache, options.search, progress)
         hold_table(judgements, known, source.identity, result, whole=not options.cases)
         if not options.cases:
