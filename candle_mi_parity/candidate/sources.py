@@ -150,6 +150,11 @@ class LiveSource:
         self.emitter = EmitterProcess(built.path)
         self._asked: list[str] = []
 
+    @property
+    def build_key(self) -> str:
+        """Identifies everything that the emitter was built from."""
+        return self._binary.parent.name
+
     def fresh(self) -> LiveSource:
         """The same build in a process of its own, which has answered nothing yet."""
         other = copy.copy(self)

