@@ -20,12 +20,17 @@ from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.models.sae import Sae, load_sae, sae_path
 from candle_mi_parity.oracle.compute import SAMPLES
 from candle_mi_parity.repro.crate import Dependencies, write_crate
-from candle_mi_parity.repro.probe import probe
+from candle_mi_parity.repro.probe import place
 from candle_mi_parity.repro.repro import Reproduction
-from candle_mi_parity.repro.rust import edit_lines, imports
 
 FORMAT = "candle-mi-parity/expected/1"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+IMPORTS = {
+    "knockout": {"create_knockout_mask", "KnockoutSpec", "Intervention"},
+    "steer": {"apply_steering", "SteeringSpec", "Intervention"},
+    "scale": {"Intervention"},
+}
+"""Kind of edit → names of ``candle_mi`` that its lines of the Rust test need."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,15 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
     assert first.worst is not None
     config, heads = case.config, case.config["num_attention_heads"]
     shape = list(reproduction.truth.tensors[first.name].value.shape)
-    lines, value = probe(reproduction, sae)
+    watched = case.sae.hook if case.sae is not None and first.name.startswith("sae.") else first.name
+    module, side, value = place(watched, reproduction.subject.model_type, config)
+    names = {"GenericTransformer", "HookPoint", "HookSpec", "MIBackend", "TransformerConfig"}
+    names = names.union(*(IMPORTS.get(edit.kind, ()) for edit in case.edits))
+
+    def entries(edit: Any) -> list[list[int]]:
+        """Heads, queries and keys that an edit of the attention selects."""
+        return [each.tolist() for each in edit.spec.chosen(heads, len(case.tokens)).nonzero()]
+
     return {
         "slug": slug(reproduction.original.id),
         "case": one_line(reproduction.original.id),
@@ -146,9 +159,14 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
         "detail": one_line(first.detail),
         "samples": SAMPLES,
         "sae": case.sae,
-        "edits": [edit_lines(edit, heads, len(case.tokens)) for edit in case.edits],
-        "imports": imports(case),
-        "probe": lines,
+        "encoder": sae,
+        "edits": case.edits,
+        "in_attention": [edit for edit in case.edits if edit.hook.endswith(("hook_scores", "hook_pattern"))],
+        "entries": entries,
+        "imports": ", ".join(sorted(names, key=lambda name: (name[0].isupper(), name))),
+        "watched": watched,
+        "module": module,
+        "side": side,
         "value": value,
     }
 
