@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.files.escape import one_line
-from candle_mi_parity.files.untrusted import read_json
+from candle_mi_parity.files.untrusted import read_json, validated
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.prepared_case import PreparedCase, tokenizer
 from candle_mi_parity.models.resolve import as_model
@@ -64,12 +64,7 @@ class Reference(BaseModel):
 
 def read_reference(path: Path) -> Reference:
     """:raises TraceError: the file is not JSON, or a key or type is wrong; names the first."""
-    try:
-        return Reference.model_validate(read_json(path, TraceError))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise TraceError(f"{path}: {one_line(where) or 'document'}: {one_line(first['msg'])}") from error
+    return validated(Reference, read_json(path, TraceError), path, TraceError)
 
 
 def reference_case(model: str, sae: str, layer: int, prompt: str) -> Case:
