@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,7 @@ def expected(reproduction: Reproduction) -> dict[str, Any]:
 def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[str, Any]:
     """The values of the templates."""
     first, case = reproduction.first, reproduction.pair.case
-    assert first.worst is not None
     config, heads = case.config, case.config["num_attention_heads"]
-    shape = list(reproduction.truth.tensors[first.name].value.shape)
     watched = case.sae.hook if case.sae is not None and first.name.startswith("sae.") else first.name
     module, side, value = place(watched, reproduction.subject.model_type, config)
     names = {"GenericTransformer", "HookPoint", "HookSpec", "MIBackend", "TransformerConfig"}
@@ -135,28 +134,17 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
         "model_type": reproduction.subject.model_type,
         "torch": version("torch"),
         "transformers": version("transformers"),
+        "first": first,
         "tensor": first.name,
-        "shape": shape,
-        "rows": shape[-2],
-        "last": shape[-1],
+        "shape": list(reproduction.truth.tensors[first.name].value.shape),
         "dtype": case.dtype,
         "candle_dtype": DTYPES[case.dtype],
         "tokens": list(case.tokens),
-        "layers": config["num_hidden_layers"],
-        "width": config["hidden_size"],
+        "config": config,
         "heads": heads,
-        "config": json.dumps(config, indent=2),
         "differing": _differing(reproduction),
-        "index": first.worst.index,
-        "got": f"{first.worst.got:.9g}",
-        "expected": f"{first.worst.expected:.17g}",
-        "absolute": f"{first.worst.absolute:.3g}",
-        "noise": f"{first.worst.noise:.3g}",
-        "ratio": f"{first.worst.ratio:.3g}",
-        "position_ratio": f"{first.position_ratio:.3g}",
         "element_gate": ELEMENT_GATE,
         "position_gate": POSITION_GATE,
-        "detail": one_line(first.detail),
         "samples": SAMPLES,
         "sae": case.sae,
         "encoder": sae,
@@ -168,6 +156,8 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
         "module": module,
         "side": side,
         "value": value,
+        "one_line": one_line,
+        "json": partial(json.dumps, indent=2),
     }
 
 
