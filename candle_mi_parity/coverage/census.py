@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
-from candle_mi_parity.candidate.sources import REQUEST_FORMAT, same_candidate
+from candle_mi_parity.candidate.sources import request, same_candidate
 from candle_mi_parity.compare.compare import check_header, compare
 from candle_mi_parity.compare.verdict import Status, TensorResult
 from candle_mi_parity.coverage.census_models import Tiny, load_table, mapped_classes, tiny_model
@@ -147,18 +147,8 @@ class Question:
         :raises EmitterError: candle-mi refuses, or gives no clear answer.
         """
         out = self.out / f"{subject.model_type}.json"
-        asked = {
-            "format": REQUEST_FORMAT,
-            "case": {"id": subject.case.id, "digest": subject.digest},
-            "model_dir": str(subject.model_dir),
-            "tokens": subject.tokens,
-            "captures": subject.captures,
-            "logits": True,
-            "dtype": subject.case.dtype,
-            "device": "cpu",
-            "config": reader,
-            "out": str(out),
-        }
+        asked = request(subject, "free", Path(), out, "cpu") | {"config": reader}
+        del asked["inputs"]  # there are no edits and nothing is forced
         return same_candidate(Trace(self.emitter.emit(asked, self.seconds)), self.identity)
 
     def compare(self, subject: PreparedCase, reader: Reader, truth: Truth) -> list[TensorResult]:
