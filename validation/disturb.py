@@ -20,20 +20,11 @@ from torch import nn
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.oracle import hooks
 from candle_mi_parity.oracle.torch_sae import TorchSae
-from candle_mi_parity.trace.trace import Feature
+from candle_mi_parity.trace.trace import InMemory
 from tests.support.planting import Arrays
 
 Tensor = torch.Tensor
 Disturb = Callable[["Running"], object]
-
-
-@dataclass
-class Dump:
-    """The output of a run, which may be changed."""
-
-    arrays: Arrays
-    scalars: dict[str, float]
-    top_features: list[Feature]
 
 
 @dataclass
@@ -42,7 +33,7 @@ class Running:
 
     :ivar subject: its input; a function may replace it.
     :ivar captured: tensors that replace the recorded ones.
-    :ivar after: changes of the dump.
+    :ivar after: changes of the arrays, and of what else the run leaves.
     """
 
     subject: PreparedCase
@@ -50,7 +41,7 @@ class Running:
     sae: TorchSae | None
     stack: ExitStack
     captured: dict[str, Tensor] = field(default_factory=dict)
-    after: list[Callable[[Dump], None]] = field(default_factory=list)
+    after: list[Callable[[Arrays, InMemory], None]] = field(default_factory=list)
 
     def patch(self, target: object, name: str, value: object) -> None:
         self.stack.enter_context(mock.patch.object(target, name, value))

@@ -195,12 +195,6 @@ def _tiled(given: dict[str, Any], *names: str) -> None:
 
 
 @fault
-def head_is_embedding(run: Running) -> None:
-    embedding = run.model.model.embed_tokens.weight
-    output(run.model.lm_head, lambda x, _: functional.linear(x, embedding))
-
-
-@fault
 def head_is_rolled(run: Running) -> None:
     weight = run.model.lm_head.weight.detach().roll(1, 0)
     output(run.model.lm_head, lambda x, _: functional.linear(x, weight))

@@ -14,16 +14,16 @@ from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle import interventions
 from candle_mi_parity.oracle.hooks import Edits, Recorder
 from candle_mi_parity.oracle.torch_sae import TorchSae
-from candle_mi_parity.trace.trace import Feature
-from validation.disturb import Dump, Running, Tensor, fault, output, register
+from candle_mi_parity.trace.trace import Feature, InMemory
+from tests.support.planting import Arrays
+from validation.disturb import Running, Tensor, fault, output, register
 
 # --- hook -----------------------------------------------------------------------------------------
 
 
 @fault
 def one_layer_off(run: Running) -> None:
-    def late(dump: Dump) -> None:
-        arrays = dump.arrays
+    def late(arrays: Arrays, _: InMemory) -> None:
         for layer in (2, 1):
             for name in [name for name in arrays if name.startswith(f"blocks.{layer}.")]:
                 arrays[name] = arrays[name.replace(f"blocks.{layer}.", f"blocks.{layer - 1}.")]
@@ -98,24 +98,23 @@ def sae_topk_by_size(run: Running) -> None:
     run.patch(TorchSae, "active", active)
 
 
-def _scalar(run: Running, name: str, value: Callable[[Dump], float]) -> None:
-    def change(dump: Dump) -> None:
-        if name in dump.scalars:  # a forced run has no SAE
-            dump.scalars[name] = value(dump)
+def _scalar(run: Running, name: str, value: Callable[[Arrays, float], float]) -> None:
+    def change(arrays: Arrays, left: InMemory) -> None:
+        if name in left.scalars:  # a forced run has no SAE
+            left.scalars[name] = value(arrays, left.scalars[name])
 
     run.after.append(change)
 
 
 @fault
 def sae_mse_is_sum(run: Running) -> None:
-    name = "sae.reconstruction_mse"
-    _scalar(run, name, lambda dump: dump.scalars[name] * dump.arrays["sae.recon"].shape[-1])
+    _scalar(run, "sae.reconstruction_mse", lambda arrays, mean: mean * arrays["sae.recon"].shape[-1])
 
 
 @fault
 def sae_top_from_one(run: Running) -> None:
-    def change(dump: Dump) -> None:
-        dump.top_features = [Feature(index=feature.index + 1, value=feature.value) for feature in dump.top_features]
+    def change(_: Arrays, left: InMemory) -> None:
+        left.top_features[:] = [Feature(index=each.index + 1, value=each.value) for each in left.top_features]
 
     run.after.append(change)
 
@@ -137,7 +136,7 @@ register(
     sae_other_layer=lambda run: _sae_place(run, layer=0),
     sae_other_point=lambda run: _sae_place(run, point="hook_resid_post"),
     sae_active_everywhere=lambda run: _scalar(
-        run, "sae.n_active_last_pos", lambda dump: float((dump.arrays["sae.features"] > 0).sum())
+        run, "sae.n_active_last_pos", lambda arrays, _: float((arrays["sae.features"] > 0).sum())
     ),
 )
 
