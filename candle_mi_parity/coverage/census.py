@@ -31,6 +31,7 @@ from candle_mi_parity.coverage.census_record import FORMAT, Census, Entry, Reade
 from candle_mi_parity.coverage.census_truth import truth_of
 from candle_mi_parity.coverage.unmapped import unmapped_subject
 from candle_mi_parity.errors import CensusError, ParityError
+from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.isolated import Lost, each
 from candle_mi_parity.models.prepared_case import PreparedCase, random_tokens
 from candle_mi_parity.spec.cases import Case, LocalModel, RandomTokens
@@ -64,8 +65,8 @@ def take_census(
             # Errors of a class are caught in its process, so that this one is a bug of the census.
             raise CensusError(f"{name}: the census process ended with code {answer.code}")
         if isinstance(answer, Lost):
-            reason = f"its process was killed, or took more than {SECONDS:g} s"
-            entry = Entry(model_type=name, class_name=kind, outcome="not-asked", reason=reason)
+            why = f"its process was killed, or took more than {SECONDS:g} s"
+            entry = Entry(model_type=name, class_name=kind, outcome="not-asked", reason=why)
         else:
             entry = Entry.model_validate(answer)
         progress(entry, len(names))
@@ -125,7 +126,7 @@ class Question:
             return judged(entry, self.compare(subject, reader, truth))
         except Exception as error:  # whatever the class's own code raises is its line in the table
             loads = "candle-mi computes it, unjudged: " if entry.reader else ""
-            return entry.model_copy(update={"reason": loads + one_line(error)})
+            return entry.model_copy(update={"reason": loads + reason(error)})
 
     def reader(self, subject: PreparedCase) -> Reader:
         """candle-mi's parser that reads the model: ``auto`` only if ``hf`` does not know the model type.
@@ -161,10 +162,10 @@ class Question:
     @staticmethod
     def _unanswered(entry: Entry, error: EmitterError, tiny: Tiny) -> Entry:
         """``model`` and ``forward`` are candle-mi's own errors; a panic, crash or time-out says nothing clearly."""
-        reason = one_line(error).replace(str(tiny.directory), "the model")
+        why = reason(error).replace(str(tiny.directory), "the model")
         if error.kind in ("model", "forward"):
-            return entry.model_copy(update={"outcome": "refused", "reason": reason})
-        return entry.model_copy(update={"reason": f"the emitter gave no clear answer: {reason}"})
+            return entry.model_copy(update={"outcome": "refused", "reason": why})
+        return entry.model_copy(update={"reason": f"the emitter gave no clear answer: {why}"})
 
 
 def judged(entry: Entry, results: list[TensorResult]) -> Entry:
@@ -178,16 +179,14 @@ def judged(entry: Entry, results: list[TensorResult]) -> Entry:
         return entry.model_copy(update=facts | {"reason": failed[0].reason})
     if logits.status is Status.UNMEASURED:
         return entry.model_copy(update={"reason": "candle-mi computes it, unjudged: the logits are too noisy"})
-    reason = f"logits agree; {failed[0].name} is elsewhere than this census looks for it" if failed else ""
-    return entry.model_copy(update=facts | {"outcome": "same", "reason": reason})
+    remark = f"logits agree; {failed[0].name} is elsewhere than this census looks for it" if failed else ""
+    return entry.model_copy(update=facts | {"outcome": "same", "reason": remark})
 
 
 def rounded(ratio: float) -> float | None:
     return float(f"{ratio:.3g}") if ratio < float("inf") else None
 
 
-def one_line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The message of an exception in one line of at most 240 characters."""
-    text = " ".join(str(error).split())
-    text = text if isinstance(error, ParityError) else f"{type(error).__name__}: {text}"
-    return text if len(text) <= 240 else text[:239] + "…"
+    return one_line(str(error) if isinstance(error, ParityError) else f"{type(error).__name__}: {error}", 240)
