@@ -6,6 +6,7 @@ patches.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -109,17 +110,29 @@ def outputs(modules: Iterable[Any], change: Callable[[Any, Tensor], Tensor]) -> 
 FUNCTIONS: dict[str, Disturb] = {}
 
 
-def register(**functions: Disturb) -> None:
-    """Register functions under their names.
+def directly(run: Running, change: Disturb) -> object:
+    return change(run)
+
+
+def register(how: Callable[[Running, Any], object], **changes: Callable[..., object]) -> None:
+    """Register each change under its name; it is planted by ``how(run, change)``.
 
     :raises ValueError: a name is given twice.
     """
-    if twice := FUNCTIONS.keys() & functions.keys():
+    if twice := FUNCTIONS.keys() & changes.keys():
         raise ValueError(f"registered twice: {', '.join(twice)}")
-    FUNCTIONS.update(functions)
+    FUNCTIONS.update({name: functools.partial(_plant, how, change) for name, change in changes.items()})
 
 
-def fault(function: Disturb) -> Disturb:
-    """Register a function under its own name."""
-    register(**{function.__name__: function})
-    return function
+def _plant(how: Callable[[Running, Any], object], change: Callable[..., object], run: Running) -> object:
+    return how(run, change)
+
+
+def fault(how: Callable[[Running, Any], object] = directly) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function under its own name, as :func:`register` does."""
+
+    def registered(change: Callable[..., Any]) -> Callable[..., Any]:
+        register(how, **{change.__name__: change})
+        return change
+
+    return registered
