@@ -148,8 +148,7 @@ class Question:
         :raises EmitterError: candle-mi refuses, or gives no clear answer.
         """
         out = self.out / f"{subject.model_type}.json"
-        asked = request(subject, "free", Path(), out, "cpu") | {"config": reader}
-        del asked["inputs"]  # there are no edits and nothing is forced
+        asked = request(subject, "free", Path(), out, "cpu") | {"config": reader, "project": [], "inputs": None}
         return same_candidate(Trace(self.emitter.emit(asked, self.seconds)), self.identity)
 
     def compare(self, subject: PreparedCase, reader: Reader, truth: Truth) -> list[TensorResult]:
