@@ -6,7 +6,6 @@ patches.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -25,7 +24,8 @@ from candle_mi_parity.trace.trace import InMemory
 from tests.support.planting import Arrays
 
 Tensor = torch.Tensor
-Disturb = Callable[["Running"], object]
+How = Callable[["Running", Any], object]
+"""``how(run, change)`` plants a change, for example :meth:`Running.norms`."""
 
 
 @dataclass
@@ -107,28 +107,24 @@ def outputs(modules: Iterable[Any], change: Callable[[Any, Tensor], Tensor]) -> 
         output(module, lambda x, _, module=module: change(module, x))  # type: ignore[misc]
 
 
-FUNCTIONS: dict[str, Disturb] = {}
+FUNCTIONS: dict[str, tuple[How, Callable[..., Any]]] = {}
 
 
-def directly(run: Running, change: Disturb) -> object:
+def directly(run: Running, change: Callable[[Running], object]) -> object:
     return change(run)
 
 
-def register(how: Callable[[Running, Any], object], **changes: Callable[..., object]) -> None:
+def register(how: How, **changes: Callable[..., object]) -> None:
     """Register each change under its name; it is planted by ``how(run, change)``.
 
     :raises ValueError: a name is given twice.
     """
     if twice := FUNCTIONS.keys() & changes.keys():
         raise ValueError(f"registered twice: {', '.join(twice)}")
-    FUNCTIONS.update({name: functools.partial(_plant, how, change) for name, change in changes.items()})
+    FUNCTIONS.update({name: (how, change) for name, change in changes.items()})
 
 
-def _plant(how: Callable[[Running, Any], object], change: Callable[..., object], run: Running) -> object:
-    return how(run, change)
-
-
-def fault(how: Callable[[Running, Any], object] = directly) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def fault(how: How = directly) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function under its own name, as :func:`register` does."""
 
     def registered(change: Callable[..., Any]) -> Callable[..., Any]:

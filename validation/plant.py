@@ -55,12 +55,13 @@ def _disturbed(fault: Fault, there: Real, mode: Mode) -> InMemory:
         if fault.function is not None:
             if fault.function not in FUNCTIONS:
                 raise CatalogueError(f"{fault.id}: no function {fault.function!r} is registered")
-            FUNCTIONS[fault.function](running)
+            how, change = FUNCTIONS[fault.function]
+            how(running, change)
         left = source.trace(running.subject, mode, there.truth, there.inputs)
     arrays = arrays_of(left)
     arrays |= {name: as_numpy(tensor) for name, tensor in running.captured.items() if name in arrays}
-    for change in running.after:
-        change(arrays, left)
+    for alter in running.after:
+        alter(arrays, left)
     return with_arrays(left, arrays)
 
 

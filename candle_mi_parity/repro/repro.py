@@ -49,41 +49,25 @@ class Reproduction:
     first: TensorResult
 
 
-class Trials:
-    """Truth and candidate for inputs that no case table has; models and truths go to a scratch directory.
+def judge_input(tried: Input, source: Source, scratch: Path) -> tuple[PreparedCase, Truth, TensorResult | None]:
+    """An input that no case table has, its truth and its first divergence.
 
-    :param known: the explanations that apply to the original case.
+    :param scratch: where models and truths go.
+    :raises Exception: whatever transformers, the oracle or the emitter raises for such an input.
     """
-
-    def __init__(self, source: Source, scratch: Path, known: list[Explanation]) -> None:
-        self._source, self._scratch, self._known = source, scratch, known
-
-    def run(self, tried: Input) -> tuple[PreparedCase, Truth, TensorResult | None]:
-        """The input, its truth and its first divergence.
-
-        :raises Exception: whatever transformers, the oracle or the emitter raises for such an input.
-        """
-        directory = generated_model(dict(tried.config), "hub", self._scratch)
-        model = LocalModel(source="local", path=str(directory))
-        case = Case(
-            id="repro/tried",
-            model=model,
-            tokens=list(tried.tokens),
-            dtype=tried.dtype,
-            sae=tried.sae,
-            edits=list(tried.edits),
-        )
-        subject = prepare(case, self._scratch)
-        oracle = Oracle(subject, self._scratch, self._source.device)
-        results = judge_mode(oracle, self._source, "free", Progress()).tensors
-        return subject, oracle.truth(), _first(results)
-
-    def first_divergence(self, tried: Input) -> Divergence | None:
-        subject, _, first = self.run(tried)
-        if first is None:
-            return None
-        other = {row.id for row in known_of(subject, self._source)} - {row.id for row in self._known}
-        return Divergence.at(first.name, ", ".join(sorted(other)) or first.reason)
+    directory = generated_model(dict(tried.config), "hub", scratch)
+    case = Case(
+        id="repro/tried",
+        model=LocalModel(source="local", path=str(directory)),
+        tokens=list(tried.tokens),
+        dtype=tried.dtype,
+        sae=tried.sae,
+        edits=list(tried.edits),
+    )
+    subject = prepare(case, scratch)
+    oracle = Oracle(subject, scratch, source.device)
+    results = judge_mode(oracle, source, "free", Progress()).tensors
+    return subject, oracle.truth(), _first(results)
 
 
 def known_of(subject: PreparedCase, source: Source) -> list[Explanation]:
@@ -108,9 +92,17 @@ def reproduce(case: Case, source: Source, cache: Path, tell: Callable[[str], Non
     if first is None:
         raise AgreesError(f"{case.id}: nothing diverges; there is nothing to reproduce")
     wanted = Divergence.at(first.name, first.reason)
+    known = {row.id for row in known_of(subject, source)}
     with tempfile.TemporaryDirectory(prefix="parity-repro-") as scratch:
-        trials = Trials(source, Path(scratch), known_of(subject, source))
-        shrinker = Shrinker(trials.first_divergence, wanted, STEPS, lambda line: tell(f"{case.id}: {line}"))
+
+        def first_divergence(tried: Input) -> Divergence | None:
+            smaller, _, first = judge_input(tried, source, Path(scratch))
+            if first is None:
+                return None
+            others = {row.id for row in known_of(smaller, source)} - known
+            return Divergence.at(first.name, ", ".join(sorted(others)) or first.reason)
+
+        shrinker = Shrinker(first_divergence, wanted, STEPS, lambda line: tell(f"{case.id}: {line}"))
         # An SAE that the divergence does not touch stays out of the reproduction.
         injected = any(isinstance(edit, Inject) for edit in case.edits)
         sae = case.sae if first.name.startswith("sae.") or injected else None
@@ -125,7 +117,7 @@ def reproduce(case: Case, source: Source, cache: Path, tell: Callable[[str], Non
         if pair is None:
             raise ReproError(f"{case.id}: a generated model with its config does not diverge at {first.name}")
         pair = shrinker.shrink(pair)
-        subject, truth, first = trials.run(pair.case)
+        subject, truth, first = judge_input(pair.case, source, Path(scratch))
         assert first is not None
     return Reproduction(case, pair, subject, truth, first)
 
