@@ -20,20 +20,12 @@ from torch import nn
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.oracle import hooks
 from candle_mi_parity.oracle.torch_sae import TorchSae
-from candle_mi_parity.trace.trace import Feature
+from candle_mi_parity.trace.trace import InMemory
 from tests.support.planting import Arrays
 
 Tensor = torch.Tensor
-Disturb = Callable[["Running"], object]
-
-
-@dataclass
-class Dump:
-    """The output of a run, which may be changed."""
-
-    arrays: Arrays
-    scalars: dict[str, float]
-    top_features: list[Feature]
+How = Callable[["Running", Any], object]
+"""``how(run, change)`` plants a change, for example :meth:`Running.norms`."""
 
 
 @dataclass
@@ -42,7 +34,7 @@ class Running:
 
     :ivar subject: its input; a function may replace it.
     :ivar captured: tensors that replace the recorded ones.
-    :ivar after: changes of the dump.
+    :ivar after: changes of the arrays, and of what else the run leaves.
     """
 
     subject: PreparedCase
@@ -50,7 +42,7 @@ class Running:
     sae: TorchSae | None
     stack: ExitStack
     captured: dict[str, Tensor] = field(default_factory=dict)
-    after: list[Callable[[Dump], None]] = field(default_factory=list)
+    after: list[Callable[[Arrays, InMemory], None]] = field(default_factory=list)
 
     def patch(self, target: object, name: str, value: object) -> None:
         self.stack.enter_context(mock.patch.object(target, name, value))
@@ -115,20 +107,28 @@ def outputs(modules: Iterable[Any], change: Callable[[Any, Tensor], Tensor]) -> 
         output(module, lambda x, _, module=module: change(module, x))  # type: ignore[misc]
 
 
-FUNCTIONS: dict[str, Disturb] = {}
+FUNCTIONS: dict[str, tuple[How, Callable[..., Any]]] = {}
 
 
-def register(**functions: Disturb) -> None:
-    """Register functions under their names.
+def directly(run: Running, change: Callable[[Running], object]) -> object:
+    return change(run)
+
+
+def register(how: How, **changes: Callable[..., object]) -> None:
+    """Register each change under its name; it is planted by ``how(run, change)``.
 
     :raises ValueError: a name is given twice.
     """
-    if twice := FUNCTIONS.keys() & functions.keys():
+    if twice := FUNCTIONS.keys() & changes.keys():
         raise ValueError(f"registered twice: {', '.join(twice)}")
-    FUNCTIONS.update(functions)
+    FUNCTIONS.update({name: (how, change) for name, change in changes.items()})
 
 
-def fault(function: Disturb) -> Disturb:
-    """Register a function under its own name."""
-    register(**{function.__name__: function})
-    return function
+def fault(how: How = directly) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function under its own name, as :func:`register` does."""
+
+    def registered(change: Callable[..., Any]) -> Callable[..., Any]:
+        register(how, **{change.__name__: change})
+        return change
+
+    return registered

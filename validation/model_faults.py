@@ -8,33 +8,26 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from validation.disturb import Running, Tensor, fault, output, outputs, register
+from validation.disturb import Running, Tensor, directly, fault, output, outputs, register
 
 # --- rotary ---------------------------------------------------------------------------------------
 
 
-@fault
-def rotary_interleaved(run: Running) -> None:
-    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        half = x.shape[-1] // 2
-        cos, sin = (table[..., :half].repeat_interleave(2, -1).unsqueeze(1) for table in (cos, sin))
-        other = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
-        return x * cos + other * sin
-
-    run.rotary(lambda _, q, k, cos, sin: (turned(q, cos, sin), turned(k, cos, sin)))
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    cos, sin = (table[..., :half].repeat_interleave(2, -1).unsqueeze(1) for table in (cos, sin))
+    other = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
+    return x * cos + other * sin
 
 
-@fault
-def rotary_half(run: Running) -> None:
-    def instead(original: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
-        size = cos.shape[-1]
-        slow = torch.arange(size) % (size // 2) >= size // 4
-        return original(q, k, torch.where(slow, 1.0, cos), torch.where(slow, 0.0, sin))
-
-    run.rotary(instead)
+@fault(Running.rotary)
+def rotary_half(original: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    size = cos.shape[-1]
+    slow = torch.arange(size) % (size // 2) >= size // 4
+    return original(q, k, torch.where(slow, 1.0, cos), torch.where(slow, 0.0, sin))
 
 
-@fault
+@fault()
 def rotary_not_in_layer_1(run: Running) -> None:
     layers = itertools.count()
     run.rotary(lambda original, q, k, cos, sin: (q, k) if next(layers) == 1 else original(q, k, cos, sin))
@@ -48,10 +41,15 @@ def _positions(run: Running, change: Any) -> None:
 
 
 register(
-    rotary_backwards=lambda run: run.rotary(lambda original, q, k, cos, sin: original(q, k, cos, -sin)),
-    rotary_query_only=lambda run: run.rotary(lambda original, q, k, cos, sin: (original(q, k, cos, sin)[0], k)),
-    rotary_table_short=lambda run: _positions(run, lambda positions: positions.clamp(max=16)),
-    rotary_from_one=lambda run: _positions(run, lambda positions: positions + 1),
+    Running.rotary,
+    rotary_interleaved=lambda _, q, k, cos, sin: (_turned(q, cos, sin), _turned(k, cos, sin)),
+    rotary_backwards=lambda original, q, k, cos, sin: original(q, k, cos, -sin),
+    rotary_query_only=lambda original, q, k, cos, sin: (original(q, k, cos, sin)[0], k),
+)
+register(
+    _positions,
+    rotary_table_short=lambda positions: positions.clamp(max=16),
+    rotary_from_one=lambda positions: positions + 1,
 )
 
 
@@ -76,14 +74,14 @@ def _finite_mask(run: Running, value: float) -> None:
 
 
 register(
-    mask_future_one=lambda run: _masks(run, lambda mask, query, key: mask.masked_fill(key == query + 1, 0.0)),
-    mask_strict=lambda run: _masks(
-        run, lambda mask, query, key: mask.masked_fill((key == query) & (query > 0), -torch.inf)
-    ),
-    mask_without_first=lambda run: _masks(
-        run, lambda mask, query, key: mask.masked_fill((key == 0) & (query > 0), -torch.inf)
-    ),
-    mask_none=lambda run: _masks(run, lambda mask, query, key: torch.zeros_like(mask)),
+    _masks,
+    mask_future_one=lambda mask, query, key: mask.masked_fill(key == query + 1, 0.0),
+    mask_strict=lambda mask, query, key: mask.masked_fill((key == query) & (query > 0), -torch.inf),
+    mask_without_first=lambda mask, query, key: mask.masked_fill((key == 0) & (query > 0), -torch.inf),
+    mask_none=lambda mask, query, key: torch.zeros_like(mask),
+)
+register(
+    directly,
     mask_none_in_layer_1=lambda run: _masks(run, lambda mask, query, key: torch.zeros_like(mask), layer=1),
     mask_minus_50=lambda run: _finite_mask(run, -50.0),
     softcap_after_mask=lambda run: _finite_mask(run, -50.0),
@@ -105,24 +103,21 @@ def _unbiased(norm: Any, x: Tensor) -> Tensor:
     return normed
 
 
-@fault
-def norm_subtracts_mean(run: Running) -> None:
-    def instead(norm: Any, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        scaled: Tensor = norm.weight * (centred * torch.rsqrt(_mean_square(centred) + norm.variance_epsilon))
-        return scaled
-
-    run.norms(instead)
+@fault(Running.norms)
+def norm_subtracts_mean(norm: Any, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    scaled: Tensor = norm.weight * (centred * torch.rsqrt(_mean_square(centred) + norm.variance_epsilon))
+    return scaled
 
 
 register(
-    norm_without_one=lambda run: run.norms(lambda norm, x: x * torch.rsqrt(_mean_square(x) + norm.eps) * norm.weight),
-    norm_with_one=lambda run: run.norms(
-        lambda norm, x: x * torch.rsqrt(_mean_square(x) + norm.variance_epsilon) * (1 + norm.weight)
-    ),
-    norm_eps_outside=lambda run: run.norms(
-        lambda norm, x: norm.weight * (x / (_mean_square(x).sqrt() + norm.variance_epsilon))
-    ),
+    Running.norms,
+    norm_without_one=lambda norm, x: x * torch.rsqrt(_mean_square(x) + norm.eps) * norm.weight,
+    norm_with_one=lambda norm, x: x * torch.rsqrt(_mean_square(x) + norm.variance_epsilon) * (1 + norm.weight),
+    norm_eps_outside=lambda norm, x: norm.weight * (x / (_mean_square(x).sqrt() + norm.variance_epsilon)),
+)
+register(
+    directly,
     norm_post_attention_skipped=lambda run: outputs(
         (layer.post_attention_layernorm for layer in run.layers), lambda _, x: x
     ),
@@ -140,47 +135,43 @@ def _activation(run: Running, instead: Any) -> None:
     outputs(acts, lambda _, x: instead(x))
 
 
-def _exchanged(mlp: Any, x: Tensor) -> Tensor:
-    """A gated MLP whose gate and up projections are exchanged."""
-    out: Tensor = mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x))
-    return out
+@fault()
+def gate_and_up_exchanged(run: Running) -> None:
+    mlps = (layer.mlp for layer in run.layers)
+    outputs(mlps, lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x)))
 
 
 register(
-    gate_and_up_exchanged=lambda run: outputs((layer.mlp for layer in run.layers), _exchanged),
-    gelu_quick=lambda run: _activation(run, lambda x: x * torch.sigmoid(1.702 * x)),
-    relu_for_silu=lambda run: _activation(run, functional.relu),
-    hardswish_for_silu=lambda run: _activation(run, functional.hardswish),
-    gelu_constant_cut=lambda run: _activation(
-        run, lambda x: 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.0447 * x**3)))
-    ),
+    _activation,
+    gelu_quick=lambda x: x * torch.sigmoid(1.702 * x),
+    relu_for_silu=functional.relu,
+    hardswish_for_silu=functional.hardswish,
+    gelu_constant_cut=lambda x: 0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.0447 * x**3))),
 )
 
 
 # --- scaling --------------------------------------------------------------------------------------
 
 
-@fault
+@fault()
 def embedding_unscaled(run: Running) -> None:
     embedding = run.model.model.embed_tokens
     output(embedding, lambda tokens, _: functional.embedding(tokens, embedding.weight))
 
 
-@fault
+@fault()
 def scale_of_width(run: Running) -> None:
     config = run.model.config
     run.attention(lambda given: given.update(scaling=(config.hidden_size / config.num_attention_heads) ** -0.5))
 
 
-@fault
+@fault()
 def final_softcap_twice(run: Running) -> None:
     cap = run.model.config.final_logit_softcapping
     output(run.model.lm_head, lambda _, logits: torch.tanh(logits / cap) * cap)
 
 
-register(
-    scale_is_linear=lambda run: run.attention(lambda given: given.update(scaling=1 / given["module"].head_dim)),
-)
+register(Running.attention, scale_is_linear=lambda given: given.update(scaling=1 / given["module"].head_dim))
 
 
 # --- heads and tied weights -----------------------------------------------------------------------
@@ -194,22 +185,15 @@ def _tiled(given: dict[str, Any], *names: str) -> None:
         given[name] = heads.repeat(1, groups, 1, 1) if wrong else heads.repeat_interleave(groups, dim=1)
 
 
-@fault
-def head_is_embedding(run: Running) -> None:
-    embedding = run.model.model.embed_tokens.weight
-    output(run.model.lm_head, lambda x, _: functional.linear(x, embedding))
-
-
-@fault
+@fault()
 def head_is_rolled(run: Running) -> None:
     weight = run.model.lm_head.weight.detach().roll(1, 0)
     output(run.model.lm_head, lambda x, _: functional.linear(x, weight))
 
 
 register(
-    kv_tiled=lambda run: run.attention(lambda given: _tiled(given, "key", "value")),
-    values_tiled=lambda run: run.attention(lambda given: _tiled(given, "value")),
-    kv_first_only=lambda run: run.attention(
-        lambda given: given.update(key=given["key"][:, :1].expand_as(given["key"]))
-    ),
+    Running.attention,
+    kv_tiled=lambda given: _tiled(given, "key", "value"),
+    values_tiled=lambda given: _tiled(given, "value"),
+    kv_first_only=lambda given: given.update(key=given["key"][:, :1].expand_as(given["key"])),
 )

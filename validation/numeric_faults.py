@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from validation.disturb import Running, Tensor, fault, output, outputs, register
+from validation.disturb import Running, Tensor, directly, fault, output, outputs, register
 
 
 def tf32(x: Tensor) -> Tensor:
@@ -24,59 +24,43 @@ def f16(x: Tensor) -> Tensor:
     return x.half().to(x.dtype)
 
 
-def _maximum(scores: Tensor) -> Tensor:
-    return scores.amax(-1, keepdim=True)
-
-
-@fault
+@fault()
 def softmax_bf16(run: Running) -> None:
     softmax = torch.softmax
     run.softmax(lambda scores: softmax(scores.bfloat16(), dim=-1).to(scores.dtype))
 
 
-@fault
-def softmax_without_maximum(run: Running) -> None:
-    def plain(scores: Tensor) -> Tensor:
-        weights = torch.exp(scores)
-        return weights / weights.sum(-1, keepdim=True)
-
-    run.softmax(plain)
+@fault(Running.softmax)
+def softmax_without_maximum(scores: Tensor) -> Tensor:
+    weights = torch.exp(scores)
+    return weights / weights.sum(-1, keepdim=True)
 
 
-@fault
-def exp_approximate(run: Running) -> None:
-    def rough(scores: Tensor) -> Tensor:
-        weights = torch.exp(scores - _maximum(scores))
-        sign = 1 - 2 * (torch.arange(scores.shape[-1]) % 2)
-        weights = weights * (1 + 1e-5 * sign)
-        return weights / weights.sum(-1, keepdim=True)
-
-    run.softmax(rough)
+@fault(Running.softmax)
+def exp_approximate(scores: Tensor) -> Tensor:
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    sign = 1 - 2 * (torch.arange(scores.shape[-1]) % 2)
+    weights = weights * (1 + 1e-5 * sign)
+    return weights / weights.sum(-1, keepdim=True)
 
 
-@fault
-def norm_bf16(run: Running) -> None:
-    def narrow(norm: Any, x: Tensor) -> Tensor:
-        low = x.bfloat16()
-        normed = low * torch.rsqrt(low.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-        scaled: Tensor = norm.weight.bfloat16() * normed
-        return scaled.to(x.dtype)
-
-    run.norms(narrow)
+@fault(Running.norms)
+def norm_bf16(norm: Any, x: Tensor) -> Tensor:
+    low = x.bfloat16()
+    normed = low * torch.rsqrt(low.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    scaled: Tensor = norm.weight.bfloat16() * normed
+    return scaled.to(x.dtype)
 
 
-@fault
-def rsqrt_approximate(run: Running) -> None:
-    def rough(norm: Any, x: Tensor) -> Tensor:
-        root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-        mantissa, exponent = torch.frexp(root)
-        scaled: Tensor = norm.weight * (x * torch.ldexp(torch.round(mantissa * 4096) / 4096, exponent))
-        return scaled
-
-    run.norms(rough)
+@fault(Running.norms)
+def rsqrt_approximate(norm: Any, x: Tensor) -> Tensor:
+    root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    mantissa, exponent = torch.frexp(root)
+    scaled: Tensor = norm.weight * (x * torch.ldexp(torch.round(mantissa * 4096) / 4096, exponent))
+    return scaled
 
 
-@fault
+@fault()
 def rotary_angle_f16(run: Running) -> None:
     frequencies = run.model.model.rotary_emb.inv_freq
 
@@ -88,7 +72,7 @@ def rotary_angle_f16(run: Running) -> None:
     run.rotary(instead)
 
 
-@fault
+@fault()
 def tanh_pade(run: Running) -> None:
     """Attention's tanh alone: the first call of each layer."""
     exact = torch.tanh
@@ -111,6 +95,13 @@ def _added_in_f16(linear: Any, x: Tensor) -> Tensor:
 
 
 register(
+    Running.attention,
+    tf32_scores=lambda given: given.update(query=tf32(given["query"]), key=tf32(given["key"])),
+    keys_bf16=lambda given: given.update(key=bf16(given["key"])),
+)
+register(Running.rotary, rotary_bf16=lambda original, q, k, cos, sin: original(q, k, bf16(cos), bf16(sin)))
+register(
+    directly,
     tf32_linear=lambda run: outputs(
         run.modules(torch.nn.Linear), lambda linear, x: functional.linear(tf32(x), tf32(linear.weight), linear.bias)
     ),
@@ -118,11 +109,6 @@ register(
     silu_f16=lambda run: outputs(
         (layer.mlp.act_fn for layer in run.layers), lambda _, x: functional.silu(x.half()).to(x.dtype)
     ),
-    tf32_scores=lambda run: run.attention(
-        lambda given: given.update(query=tf32(given["query"]), key=tf32(given["key"]))
-    ),
-    rotary_bf16=lambda run: run.rotary(lambda original, q, k, cos, sin: original(q, k, bf16(cos), bf16(sin))),
-    keys_bf16=lambda run: run.attention(lambda given: given.update(key=bf16(given["key"]))),
     logits_bf16=lambda run: output(run.model.lm_head, lambda _, logits: bf16(logits)),
     stream_f16=lambda run: output(run.layers[0], lambda _, stream: f16(stream)),
     values_bf16=lambda run: output(run.layers[0].self_attn.v_proj, lambda _, out: bf16(out)),

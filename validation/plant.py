@@ -8,12 +8,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.torch_source import TorchSource, as_numpy
-from candle_mi_parity.models.checkpoint import weight_files
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.trace.trace import InMemory
@@ -21,7 +18,7 @@ from tests.support.planting import Real, arrays_of, changed_model, with_arrays
 from validation import model_faults, numeric_faults, run_faults
 from validation.array_changes import changed
 from validation.catalogue import CatalogueError, Change, Fault
-from validation.disturb import FUNCTIONS, Dump, Running
+from validation.disturb import FUNCTIONS, Running
 
 REGISTERED = (model_faults, run_faults, numeric_faults)
 """The modules that register the functions in :data:`FUNCTIONS`."""
@@ -50,17 +47,22 @@ def _disturbed(fault: Fault, there: Real, mode: Mode) -> InMemory:
         dtype: torch.dtype = getattr(torch, subject.case.dtype)
         sae = source.sae(subject.sae_file) if subject.sae_file is not None else None
         running = Running(subject, source.model(subject.model_dir, dtype), sae, stack)
+        if fault.weight is not None:
+            parameters = {name: each.data for name, each in running.model.named_parameters()}
+            weights = {name: tensor.numpy() for name, tensor in parameters.items()}
+            for name, array in changed(weights, fault.weight).items():
+                parameters[name].copy_(torch.from_numpy(array.copy()))
         if fault.function is not None:
             if fault.function not in FUNCTIONS:
                 raise CatalogueError(f"{fault.id}: no function {fault.function!r} is registered")
-            FUNCTIONS[fault.function](running)
+            how, change = FUNCTIONS[fault.function]
+            how(running, change)
         left = source.trace(running.subject, mode, there.truth, there.inputs)
     arrays = arrays_of(left)
     arrays |= {name: as_numpy(tensor) for name, tensor in running.captured.items() if name in arrays}
-    dump = Dump(arrays, left.scalars, left.top_features)
-    for change in running.after:
-        change(dump)
-    return with_arrays(replace(left, scalars=dump.scalars, top_features=dump.top_features), dump.arrays)
+    for alter in running.after:
+        alter(arrays, left)
+    return with_arrays(left, arrays)
 
 
 def _reaches(change: Change, there: Real) -> bool:
@@ -71,23 +73,10 @@ def _reaches(change: Change, there: Real) -> bool:
 
 @contextmanager
 def _model_of(fault: Fault, subject: PreparedCase) -> Iterator[PreparedCase]:
-    """The case with the model directory that a fault of the config or the weights reads."""
-    if not (fault.config or fault.absent or fault.weight):
+    """The case with the model directory that a fault of the config reads."""
+    if not (fault.config or fault.absent):
         yield subject
         return
     with tempfile.TemporaryDirectory() as scratch:
         change: dict[str, object] = dict(fault.config) | dict.fromkeys(fault.absent)
-        directory = changed_model(Path(scratch) / "model", subject.model_dir, **change)
-        if fault.weight is not None:
-            _change_weights(directory, fault.weight)
-        yield replace(subject, model_dir=directory)
-
-
-def _change_weights(directory: Path, change: Change) -> None:
-    """Replace the links to the honest weights by one file with the changed ones."""
-    files = weight_files(directory)
-    weights = {name: array for file in files for name, array in load_file(file).items()}
-    for file in files:
-        file.unlink()
-    changed_weights = {name: np.ascontiguousarray(array) for name, array in changed(weights, change).items()}
-    save_file(changed_weights, directory / "model.safetensors", metadata={"format": "pt"})
+        yield replace(subject, model_dir=changed_model(Path(scratch) / "model", subject.model_dir, **change))

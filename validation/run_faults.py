@@ -14,16 +14,16 @@ from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle import interventions
 from candle_mi_parity.oracle.hooks import Edits, Recorder
 from candle_mi_parity.oracle.torch_sae import TorchSae
-from candle_mi_parity.trace.trace import Feature
-from validation.disturb import Dump, Running, Tensor, fault, output, register
+from candle_mi_parity.trace.trace import Feature, InMemory
+from tests.support.planting import Arrays
+from validation.disturb import Running, Tensor, directly, fault, output, register
 
 # --- hook -----------------------------------------------------------------------------------------
 
 
-@fault
+@fault()
 def one_layer_off(run: Running) -> None:
-    def late(dump: Dump) -> None:
-        arrays = dump.arrays
+    def late(arrays: Arrays, _: InMemory) -> None:
         for layer in (2, 1):
             for name in [name for name in arrays if name.startswith(f"blocks.{layer}.")]:
                 arrays[name] = arrays[name.replace(f"blocks.{layer}.", f"blocks.{layer - 1}.")]
@@ -31,7 +31,7 @@ def one_layer_off(run: Running) -> None:
     run.after.append(late)
 
 
-@fault
+@fault()
 def query_after_rotary(run: Running) -> None:
     layers = itertools.count()
 
@@ -43,7 +43,7 @@ def query_after_rotary(run: Running) -> None:
     run.rotary(instead)
 
 
-@fault
+@fault()
 def attn_out_before_norm(run: Running) -> None:
     def keep(_: Tensor, out: Tensor) -> Tensor:
         run.captured.setdefault("blocks.0.hook_attn_out", out)
@@ -52,7 +52,7 @@ def attn_out_before_norm(run: Running) -> None:
     output(run.layers[0].self_attn, keep)
 
 
-@fault
+@fault()
 def logits_before_softcap(run: Running) -> None:
     def keep(_: Tensor, logits: Tensor) -> Tensor:
         run.captured.setdefault("logits", logits)  # the lens calls it again
@@ -61,9 +61,9 @@ def logits_before_softcap(run: Running) -> None:
     output(run.model.lm_head, keep)
 
 
-register(
-    lens_without_norm=lambda run: run.patch(torch_source, "unembed", lambda model, hidden: model.lm_head(hidden)),
-)
+@fault()
+def lens_without_norm(run: Running) -> None:
+    run.patch(torch_source, "unembed", lambda model, hidden: model.lm_head(hidden))
 
 
 # --- SAE ------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def _sae_place(run: Running, **place: object) -> None:
     run.subject = replace(run.subject, case=elsewhere)
 
 
-@fault
+@fault()
 def sae_topk_by_size(run: Running) -> None:
     def active(sae: TorchSae, pre: Tensor) -> Tensor:
         assert sae.k is not None
@@ -98,29 +98,29 @@ def sae_topk_by_size(run: Running) -> None:
     run.patch(TorchSae, "active", active)
 
 
-def _scalar(run: Running, name: str, value: Callable[[Dump], float]) -> None:
-    def change(dump: Dump) -> None:
-        if name in dump.scalars:  # a forced run has no SAE
-            dump.scalars[name] = value(dump)
+def _scalar(run: Running, name: str, value: Callable[[Arrays, float], float]) -> None:
+    def change(arrays: Arrays, left: InMemory) -> None:
+        if name in left.scalars:  # a forced run has no SAE
+            left.scalars[name] = value(arrays, left.scalars[name])
 
     run.after.append(change)
 
 
-@fault
+@fault()
 def sae_mse_is_sum(run: Running) -> None:
-    name = "sae.reconstruction_mse"
-    _scalar(run, name, lambda dump: dump.scalars[name] * dump.arrays["sae.recon"].shape[-1])
+    _scalar(run, "sae.reconstruction_mse", lambda arrays, mean: mean * arrays["sae.recon"].shape[-1])
 
 
-@fault
+@fault()
 def sae_top_from_one(run: Running) -> None:
-    def change(dump: Dump) -> None:
-        dump.top_features = [Feature(index=feature.index + 1, value=feature.value) for feature in dump.top_features]
+    def change(_: Arrays, left: InMemory) -> None:
+        left.top_features[:] = [Feature(index=each.index + 1, value=each.value) for each in left.top_features]
 
     run.after.append(change)
 
 
 register(
+    directly,
     sae_shrunk=lambda run: run.patch(
         TorchSae, "encode", lambda sae, x: torch.relu(sae.pre_activations(x) - sae.threshold)
     ),
@@ -137,7 +137,7 @@ register(
     sae_other_layer=lambda run: _sae_place(run, layer=0),
     sae_other_point=lambda run: _sae_place(run, point="hook_resid_post"),
     sae_active_everywhere=lambda run: _scalar(
-        run, "sae.n_active_last_pos", lambda dump: float((dump.arrays["sae.features"] > 0).sum())
+        run, "sae.n_active_last_pos", lambda arrays, _: float((arrays["sae.features"] > 0).sum())
     ),
 )
 
@@ -160,7 +160,7 @@ def _rows(run: Running, change: Callable[[Any], Any]) -> None:
     run.subject = replace(run.subject, case=edited)
 
 
-@fault
+@fault()
 def injection_of_encoder(run: Running) -> None:
     def swapped(path: Any) -> Any:
         weights = load_sae(path)
@@ -169,7 +169,7 @@ def injection_of_encoder(run: Running) -> None:
     run.patch(interventions, "load_sae", swapped)
 
 
-@fault
+@fault()
 def steering_unnormalised(run: Running) -> None:
     def scaled(chosen: Any, factor: float) -> Callable[[Tensor], Tensor]:
         return lambda pattern: torch.where(torch.from_numpy(chosen), pattern * factor, pattern)
@@ -177,7 +177,7 @@ def steering_unnormalised(run: Running) -> None:
     run.patch(interventions, "scale_steering", scaled)
 
 
-@fault
+@fault()
 def steering_to_the_future(run: Running) -> None:
     original = interventions.set_steering
 
@@ -188,7 +188,7 @@ def steering_to_the_future(run: Running) -> None:
     run.patch(interventions, "set_steering", change)
 
 
-@fault
+@fault()
 def captured_after_edit(run: Running) -> None:
     original = Recorder.at
 
@@ -200,27 +200,29 @@ def captured_after_edit(run: Running) -> None:
 
 
 register(
-    edit_of_embedding_dropped=lambda run: _edits(
-        run, lambda edits: {hook: changes for hook, changes in edits.items() if hook != "hook_embed"}
-    ),
-    edit_order_reversed=lambda run: _edits(
-        run, lambda edits: {hook: [*reversed(changes)] for hook, changes in edits.items()}
-    ),
-    edit_subtracted=lambda run: _each_edit(run, lambda edit: lambda tensor: 2 * tensor - edit(tensor)),
-    edit_of_first_row_only=lambda run: _each_edit(
-        run, lambda edit: lambda tensor: torch.cat([edit(tensor)[:1], tensor[1:]])
-    ),
-    knockout_of_all_heads=lambda run: _rows(
-        run, lambda edit: edit.model_copy(update={"spec": edit.spec.model_copy(update={"heads": None})})
-    ),
-    patch_next_position=lambda run: _rows(
-        run, lambda edit: edit.model_copy(update={"position": min(edit.position + 1, len(run.subject.tokens[0]) - 1)})
-    ),
-    injection_strength_ignored=lambda run: _rows(
-        run, lambda edit: edit.model_copy(update={"features": [(index, 1.0) for index, _ in edit.features]})
-    ),
-    edit_twice=lambda run: _edits(run, lambda edits: {hook: [*changes, *changes] for hook, changes in edits.items()}),
+    _edits,
+    edit_of_embedding_dropped=lambda edits: {hook: each for hook, each in edits.items() if hook != "hook_embed"},
+    edit_order_reversed=lambda edits: {hook: [*reversed(changes)] for hook, changes in edits.items()},
+    edit_twice=lambda edits: {hook: [*changes, *changes] for hook, changes in edits.items()},
 )
+register(
+    _each_edit,
+    edit_subtracted=lambda edit: lambda tensor: 2 * tensor - edit(tensor),
+    edit_of_first_row_only=lambda edit: lambda tensor: torch.cat([edit(tensor)[:1], tensor[1:]]),
+)
+register(
+    _rows,
+    knockout_of_all_heads=lambda edit: edit.model_copy(update={"spec": edit.spec.model_copy(update={"heads": None})}),
+    injection_strength_ignored=lambda edit: edit.model_copy(
+        update={"features": [(index, 1.0) for index, _ in edit.features]}
+    ),
+)
+
+
+@fault()
+def patch_next_position(run: Running) -> None:
+    last = len(run.subject.tokens[0]) - 1
+    _rows(run, lambda edit: edit.model_copy(update={"position": min(edit.position + 1, last)}))
 
 
 # --- tokens ---------------------------------------------------------------------------------------
@@ -230,15 +232,16 @@ def _tokens(run: Running, change: Callable[[list[list[int]]], list[list[int]]]) 
     run.subject = replace(run.subject, tokens=change(run.subject.tokens))
 
 
-@fault
+@fault()
 def tokens_next_id(run: Running) -> None:
     size = run.model.config.vocab_size
     _tokens(run, lambda rows: [[(token + 1) % size for token in row] for row in rows])
 
 
 register(
-    tokens_reversed=lambda run: _tokens(run, lambda rows: [row[::-1] for row in rows]),
-    tokens_last_replaced=lambda run: _tokens(run, lambda rows: [[*row[:-1], row[-1] - 1] for row in rows]),
-    tokens_rows_exchanged=lambda run: _tokens(run, lambda rows: rows[::-1]),
-    tokens_cut=lambda run: _tokens(run, lambda rows: [row[:-1] for row in rows]),
+    _tokens,
+    tokens_reversed=lambda rows: [row[::-1] for row in rows],
+    tokens_last_replaced=lambda rows: [[*row[:-1], row[-1] - 1] for row in rows],
+    tokens_rows_exchanged=lambda rows: rows[::-1],
+    tokens_cut=lambda rows: [row[:-1] for row in rows],
 )

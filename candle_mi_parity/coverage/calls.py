@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from safetensors.numpy import save, save_file
 
 from candle_mi_parity.candidate.sources import LiveSource, NotStoredError, Source, StoredSource
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.files.cache import content_key, publish
-from candle_mi_parity.files.untrusted import read_json
+from candle_mi_parity.files.untrusted import read_json, validated
 from candle_mi_parity.spec.cases import TableRow, read_toml
 from candle_mi_parity.spec.paths import FIXTURES
 from candle_mi_parity.trace.trace import CandleMi, CaseRef, Digest, Part
@@ -218,7 +218,8 @@ def answers(source: Source, table: CallTable, cache: Path, out: Path) -> Calls:
     stored = source.stored
     if stored.release.calls is None:
         raise NotStoredError(f"no answers are stored in {stored.index}; `candle-mi-parity maint store` keeps them")
-    return _calls(stored.index, stored.document("calls", stored.release.calls, "emitter", "candle_mi"))
+    document = stored.document("calls", stored.release.calls, "emitter", "candle_mi")
+    return validated(Calls, document, stored.index, TraceError)
 
 
 def _run(row: CallRow, directory: Path) -> dict[str, object]:
@@ -228,11 +229,4 @@ def _run(row: CallRow, directory: Path) -> dict[str, object]:
 
 def read_calls(path: Path) -> Calls:
     """:raises TraceError: the file is malformed."""
-    return _calls(path, read_json(path, TraceError))
-
-
-def _calls(path: Path, document: object) -> Calls:
-    try:
-        return Calls.model_validate(document)
-    except ValidationError as error:
-        raise TraceError(f"{path}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from error
+    return validated(Calls, read_json(path, TraceError), path, TraceError)

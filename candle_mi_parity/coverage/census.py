@@ -15,25 +15,24 @@ of transformers 5; sliding windows are longer than the prompt.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
 
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
-from candle_mi_parity.candidate.sources import REQUEST_FORMAT, same_candidate
+from candle_mi_parity.candidate.sources import request, same_candidate
 from candle_mi_parity.compare.compare import check_header, compare
 from candle_mi_parity.compare.verdict import Status, TensorResult
 from candle_mi_parity.coverage.census_models import Tiny, load_table, mapped_classes, tiny_model
 from candle_mi_parity.coverage.census_record import FORMAT, Census, Entry, Reader, count
 from candle_mi_parity.coverage.census_truth import truth_of
+from candle_mi_parity.coverage.unmapped import unmapped_subject
 from candle_mi_parity.errors import CensusError, ParityError
+from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.isolated import Lost, each
-from candle_mi_parity.models.checkpoint import model_digest
 from candle_mi_parity.models.prepared_case import PreparedCase, random_tokens
 from candle_mi_parity.spec.cases import Case, LocalModel, RandomTokens
 from candle_mi_parity.spec.families import FAMILIES
@@ -62,16 +61,14 @@ def take_census(
     items = [(name, kind, binary, identity, cache, out.resolve()) for name, kind in names.items()]
     entries = []
     for (name, kind), answer in zip(names.items(), each(ask_class, items, WORKERS, SECONDS), strict=True):
-        lost = Entry(
-            model_type=name,
-            class_name=kind,
-            outcome="not-asked",
-            reason=f"its process was killed, or took more than {SECONDS:g} s",
-        )
         if isinstance(answer, Lost) and answer.code is not None and answer.code >= 0:
             # Errors of a class are caught in its process, so that this one is a bug of the census.
             raise CensusError(f"{name}: the census process ended with code {answer.code}")
-        entry = lost if isinstance(answer, Lost) else Entry.model_validate(answer)
+        if isinstance(answer, Lost):
+            why = f"its process was killed, or took more than {SECONDS:g} s"
+            entry = Entry(model_type=name, class_name=kind, outcome="not-asked", reason=why)
+        else:
+            entry = Entry.model_validate(answer)
         progress(entry, len(names))
         entries.append(entry)
     return Census(
@@ -91,47 +88,45 @@ def ask_class(
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with EmitterProcess(binary) as emitter:
-        question = Question(model_type, class_name, emitter, identity, cache, out)
-        return question.ask().model_dump()
+        return Question(model_type, class_name, emitter, identity, cache, out).ask().model_dump()
 
 
+@dataclass(frozen=True)
 class Question:
     """What candle-mi makes of one class.
 
-    :param seconds: time limit for one answer of the emitter.
+    :ivar out: where the emitter writes its traces.
+    :ivar seconds: time limit for one answer of the emitter.
     """
 
-    def __init__(
-        self,
-        model_type: str,
-        class_name: str,
-        emitter: EmitterProcess,
-        identity: CandleMi,
-        cache: Path,
-        out: Path,
-        seconds: float = SECONDS,
-    ) -> None:
-        self._seconds = seconds
-        self._blank = Entry(model_type=model_type, class_name=class_name, outcome="not-asked")
-        self._emitter, self._identity, self._cache, self._out = emitter, identity, cache, out
+    model_type: str
+    class_name: str
+    emitter: EmitterProcess
+    identity: CandleMi
+    cache: Path
+    out: Path
+    seconds: float = SECONDS
 
     def ask(self) -> Entry:
         """The entry of the class; never raises."""
-        entry = self._blank
+        entry = Entry(model_type=self.model_type, class_name=self.class_name, outcome="not-asked")
         try:
-            tiny = tiny_model(entry.model_type, self._cache)
+            tiny = tiny_model(entry.model_type, self.cache)
             entry = entry.model_copy(update={"dialect": tiny.dialect})
-            subject = _subject(entry.model_type, tiny)
+            [tokens] = random_tokens(TOKENS, int(load_table().shrink["vocab_size"]))  # type: ignore[arg-type]
+            model = LocalModel(source="local", path=str(tiny.directory))
+            case = Case(id=f"census/{entry.model_type}", model=model, tokens=tokens)
+            subject = replace(unmapped_subject(case, self.cache), model_type=entry.model_type)
             try:
                 reader = self.reader(subject)
             except EmitterError as error:
                 return self._unanswered(entry, error, tiny)
             entry = entry.model_copy(update={"reader": reader})
-            truth = truth_of(subject, self._cache)
+            truth = truth_of(subject, self.cache)
             return judged(entry, self.compare(subject, reader, truth))
         except Exception as error:  # whatever the class's own code raises is its line in the table
             loads = "candle-mi computes it, unjudged: " if entry.reader else ""
-            return entry.model_copy(update={"reason": loads + one_line(error)})
+            return entry.model_copy(update={"reason": loads + reason(error)})
 
     def reader(self, subject: PreparedCase) -> Reader:
         """candle-mi's parser that reads the model: ``auto`` only if ``hf`` does not know the model type.
@@ -152,20 +147,9 @@ class Question:
 
         :raises EmitterError: candle-mi refuses, or gives no clear answer.
         """
-        out = self._out / f"{subject.model_type}.json"
-        asked = {
-            "format": REQUEST_FORMAT,
-            "case": {"id": subject.case.id, "digest": subject.digest},
-            "model_dir": str(subject.model_dir),
-            "tokens": subject.tokens,
-            "captures": subject.captures,
-            "logits": True,
-            "dtype": subject.case.dtype,
-            "device": "cpu",
-            "config": reader,
-            "out": str(out),
-        }
-        return same_candidate(Trace(self._emitter.emit(asked, self._seconds)), self._identity)
+        out = self.out / f"{subject.model_type}.json"
+        asked = request(subject, "free", Path(), out, "cpu") | {"config": reader, "project": [], "inputs": None}
+        return same_candidate(Trace(self.emitter.emit(asked, self.seconds)), self.identity)
 
     def compare(self, subject: PreparedCase, reader: Reader, truth: Truth) -> list[TensorResult]:
         captures = [name for name in truth.tensors if name != "logits"]
@@ -177,28 +161,10 @@ class Question:
     @staticmethod
     def _unanswered(entry: Entry, error: EmitterError, tiny: Tiny) -> Entry:
         """``model`` and ``forward`` are candle-mi's own errors; a panic, crash or time-out says nothing clearly."""
-        reason = one_line(error).replace(str(tiny.directory), "the model")
+        why = reason(error).replace(str(tiny.directory), "the model")
         if error.kind in ("model", "forward"):
-            return entry.model_copy(update={"outcome": "refused", "reason": reason})
-        return entry.model_copy(update={"reason": f"the emitter gave no clear answer: {reason}"})
-
-
-def _subject(model_type: str, tiny: Tiny) -> PreparedCase:
-    case = Case(id=f"census/{model_type}", model=LocalModel(source="local", path=str(tiny.directory)), tokens=TOKENS)
-    digest = model_digest(tiny.directory)
-    tokens = random_tokens(TOKENS, int(load_table().shrink["vocab_size"]))  # type: ignore[arg-type]
-    content = json.dumps({"model": digest, "tokens": tokens}, sort_keys=True)
-    return PreparedCase(
-        case=case,
-        model_dir=tiny.directory,
-        model_type=model_type,
-        tokens=tokens,
-        captures=[],
-        sae_file=None,
-        model_digest=digest,
-        sae_digest=None,
-        digest=hashlib.sha256(content.encode()).hexdigest(),
-    )
+            return entry.model_copy(update={"outcome": "refused", "reason": why})
+        return entry.model_copy(update={"reason": f"the emitter gave no clear answer: {why}"})
 
 
 def judged(entry: Entry, results: list[TensorResult]) -> Entry:
@@ -212,16 +178,14 @@ def judged(entry: Entry, results: list[TensorResult]) -> Entry:
         return entry.model_copy(update=facts | {"reason": failed[0].reason})
     if logits.status is Status.UNMEASURED:
         return entry.model_copy(update={"reason": "candle-mi computes it, unjudged: the logits are too noisy"})
-    reason = f"logits agree; {failed[0].name} is elsewhere than this census looks for it" if failed else ""
-    return entry.model_copy(update=facts | {"outcome": "same", "reason": reason})
+    remark = f"logits agree; {failed[0].name} is elsewhere than this census looks for it" if failed else ""
+    return entry.model_copy(update=facts | {"outcome": "same", "reason": remark})
 
 
 def rounded(ratio: float) -> float | None:
     return float(f"{ratio:.3g}") if ratio < float("inf") else None
 
 
-def one_line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The message of an exception in one line of at most 240 characters."""
-    text = " ".join(str(error).split())
-    text = text if isinstance(error, ParityError) else f"{type(error).__name__}: {text}"
-    return text if len(text) <= 240 else text[:239] + "…"
+    return one_line(str(error) if isinstance(error, ParityError) else f"{type(error).__name__}: {error}", 240)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from candle_mi_parity.errors import CensusError, TraceError
-from candle_mi_parity.files.untrusted import read_json
+from candle_mi_parity.files.untrusted import read_json, validated
 from candle_mi_parity.spec.paths import OUTPUTS
 from candle_mi_parity.trace.trace import CandleMi
 
@@ -77,8 +77,4 @@ def read_census(path: Path) -> Census:
     :raises TraceError: unreadable JSON.
     :raises CensusError: not what the schema says.
     """
-    try:
-        return Census.model_validate(read_json(path, TraceError))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise CensusError(f"{path}: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}") from error
+    return validated(Census, read_json(path, TraceError), path, CensusError)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.files.escape import one_line
-from candle_mi_parity.files.untrusted import read_json
+from candle_mi_parity.files.untrusted import read_json, validated
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.prepared_case import PreparedCase, tokenizer
 from candle_mi_parity.models.resolve import as_model
@@ -64,12 +64,7 @@ class Reference(BaseModel):
 
 def read_reference(path: Path) -> Reference:
     """:raises TraceError: the file is not JSON, or a key or type is wrong; names the first."""
-    try:
-        return Reference.model_validate(read_json(path, TraceError))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise TraceError(f"{path}: {one_line(where) or 'document'}: {one_line(first['msg'])}") from error
+    return validated(Reference, read_json(path, TraceError), path, TraceError)
 
 
 def reference_case(model: str, sae: str, layer: int, prompt: str) -> Case:
@@ -100,10 +95,18 @@ def is_last_layer(subject: PreparedCase, layer: int) -> bool:
     return layer + 1 == read_config(subject.model_dir)["num_hidden_layers"]
 
 
-def token_strings(subject: PreparedCase) -> list[str]:
-    """The tokens as the script prints them: ASCII, with a question mark for any other character."""
-    tokens = tokenizer(subject.model_dir).convert_ids_to_tokens(subject.tokens[0])
-    return [token.encode("ascii", errors="replace").decode() for token in tokens]
+def _described(subject: PreparedCase) -> dict[str, Any]:
+    """The keys that do not depend on the numbers; tokens are ASCII, with a question mark for any other character."""
+    assert subject.sae_file is not None and subject.case.sae is not None
+    weights, words = load_npz(subject.sae_file), tokenizer(subject.model_dir).convert_ids_to_tokens(subject.tokens[0])
+    return {
+        "hook_name": subject.case.sae.hook,
+        "d_in": weights.d_in,
+        "d_sae": weights.d_sae,
+        "architecture": weights.architecture,
+        "tokens": [word.encode("ascii", errors="replace").decode() for word in words],
+        "n_tokens": len(words),
+    }
 
 
 def make_reference(oracle: Oracle, model: str, sae: str, top_k: int) -> dict[str, Any]:
@@ -116,7 +119,6 @@ def make_reference(oracle: Oracle, model: str, sae: str, top_k: int) -> dict[str
     if not isinstance(case.sae, SaeFile) or case.text is None or subject.sae_file is None:
         raise CaseTableError(f"{case.id}: a reference needs a prompt and an SAE")
     truth = oracle.truth()
-    weights = load_npz(subject.sae_file)
     vectors = {
         "resid": truth.sae["sae"].residual[0, -1],
         "encoded": truth.tensors["sae.features"].value[0, -1],
@@ -125,20 +127,13 @@ def make_reference(oracle: Oracle, model: str, sae: str, top_k: int) -> dict[str
     encoded = vectors["encoded"]
     active = int(np.count_nonzero(encoded > 0))
     order = np.argsort(-encoded, kind="stable")[: min(top_k, active)]
-    tokens = token_strings(subject)
     repo, path = (case.sae.repo, case.sae.path) if case.sae.repo else (str(Path(sae).parent), Path(sae).name)
-    document = {
+    document = _described(subject) | {
         "model_id": model,
         "prompt": case.text,
         "hook_layer": case.sae.layer,
-        "hook_name": case.sae.hook,
         "sae_repo": str(repo),
         "sae_npz_path": path,
-        "d_in": weights.d_in,
-        "d_sae": weights.d_sae,
-        "architecture": weights.architecture,
-        "tokens": tokens,
-        "n_tokens": len(tokens),
         "reconstruction_mse": truth.scalars["sae.reconstruction_mse"][0],
         "n_active_last_pos": active,
         "top_features_last_pos": [Feature(index=int(i), value=float(encoded[i])) for i in order],
@@ -155,22 +150,12 @@ def judge_reference(reference: Reference, oracle: Oracle) -> list[TensorResult]:
     """
     subject = oracle.subject
     assert subject.sae_file is not None and subject.case.sae is not None
-    weights = load_npz(subject.sae_file)
-    tokens = token_strings(subject)
-    expected = {
-        "hook_name": subject.case.sae.hook,
-        "d_in": weights.d_in,
-        "d_sae": weights.d_sae,
-        "architecture": weights.architecture,
-        "tokens": tokens,
-        "n_tokens": len(tokens),
-    }
-    for key, value in expected.items():
+    for key, value in _described(subject).items():
         if (found := getattr(reference, key)) != value:
             raise TraceError(f"reference: {key} is {one_line(repr(found))}, expected {one_line(repr(value))}")
     truth = oracle.truth()
-    given = _in_memory(reference, truth, len(tokens))
-    results = compare(truth, given, weights.W_dec, set(given.entries))
+    given = _in_memory(reference, truth)
+    results = compare(truth, given, load_npz(subject.sae_file).W_dec, set(given.entries))
     if is_last_layer(subject, subject.case.sae.layer):
         normed = truth.tensors["hook_final_norm"].value[0, -1, :FIRST]
         if np.allclose(normed, reference.resid_last_first10, rtol=1e-4):
@@ -197,13 +182,13 @@ def environment() -> dict[str, str]:
     return lines | {"transformers": transformers.__version__, "numpy": np.__version__}
 
 
-def _in_memory(reference: Reference, truth: Truth, n_tokens: int) -> InMemory:
+def _in_memory(reference: Reference, truth: Truth) -> InMemory:
     """The file's numbers as parts of tensors."""
 
     def part(name: str, values: list[float]) -> tuple[np.ndarray, Selection]:
         columns = list(range(len(values)))
         shape = list(truth.tensors[name].value.shape)
-        selection = Selection(shape=shape, rows=[n_tokens - 1], columns=columns)
+        selection = Selection(shape=shape, rows=[reference.n_tokens - 1], columns=columns)
         return np.array(values, np.float32).reshape(1, 1, -1), selection
 
     vectors = {

@@ -23,23 +23,7 @@ from candle_mi_parity.spec.families import FAMILIES
 
 SEVERITY = [Status.FAIL, Status.ERROR, Status.UNMEASURED, Status.KNOWN, Status.PASS]
 NOT_RUN = "NOT-RUN"
-SIGNS = {
-    "agrees": Outcome.AGREES.sign,
-    "other numbers": Outcome.DIVERGES.sign,
-    "refused": Outcome.REFUSED.sign,
-    "crashed": Outcome.CRASHED.sign,
-    "not measured": Outcome.UNMEASURED.sign,
-    "not judged": Outcome.ERROR.sign,
-    "not run": "–",
-}
-NOTES = {
-    "agree": "at every tensor, within rounding",
-    "other numbers": "than PyTorch, without an error",
-    "refused": "by candle-mi, with an error",
-    "crashed": "candle-mi, or its emitter",
-    "not measured": "too noisy, or not available",
-    "not run": "the reasons are below",
-}
+Reason = tuple[list[str], tuple[str, ...], str]
 ROWS = {
     "hub": "config.json as on the hub from 2023 to 2025",
     "v5": "the same model as transformers 5 saves it",
@@ -83,48 +67,16 @@ class MatrixCell:
 
 
 @dataclass(frozen=True)
-class Reason:
-    """Why cells of a row do not agree: ``ids`` of known causes, or ``text``."""
-
-    families: list[str]
-    ids: tuple[str, ...]
-    text: str
-
-
-@dataclass(frozen=True)
 class MatrixRow:
-    """One kind of case in every family; ``cells`` has None for families without it."""
+    """One kind of case in every family; ``cells`` has None for families without it.
+
+    :ivar reasons: why cells do not agree: families, ids of known causes, and a sentence where there are no ids.
+    """
 
     name: str
     about: str
     cells: list[MatrixCell | None]
     reasons: list[Reason]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Evidence for a case that does not agree.
-
-    :ivar suspect: the part of candle-mi that computes its first diverging tensor.
-    :ivar inherited: number of later tensors that diverge.
-    """
-
-    case: CaseResult
-    anchor: str
-    suspect: str
-    plot: Markup | None
-    picture: Markup | None
-    inherited: int
-
-
-@dataclass(frozen=True)
-class SaeRow:
-    """One SAE chain of one case."""
-
-    case: CaseResult
-    view: SaeView
-    status: Status
-    sign: str
 
 
 def render(result: RunResult) -> str:
@@ -140,17 +92,16 @@ def render(result: RunResult) -> str:
         questions=[_answer(RIGHT, result.is_right()), _answer(NEW, result.is_new())],
         covered=list(FAMILIES),
         tally=result.tally(),
-        notes=NOTES,
         causes=[*new, *known_causes(result)],
         anchors={case.id: cause.anchor for cause, case in shown},
         evidence={case.id: _evidence(case, places[case.id]) for _, case in shown},
         families=families,
         rows=rows,
-        signs=SIGNS,
+        Outcome=Outcome,
         legend={about: [row.name for row in rows if row.about == about] for about in ROWS.values()},
         new=new,
         known=known,
-        sae=sorted(_sae_rows(result), key=lambda row: SEVERITY.index(row.status)),
+        sae=sorted(_sae_rows(result), key=lambda row: SEVERITY.index(row[2])),
         plots=list(_family_plots(result, families)),
         gates=(POSITION_GATE, ELEMENT_GATE),
     )
@@ -183,7 +134,7 @@ def _reasons(cells: dict[str, MatrixCell]) -> list[Reason]:
     for family, cell in cells.items():
         if cell.status != "PASS":
             found.setdefault((cell.ids, "" if cell.ids else cell.why), []).append(family)
-    return [Reason(names if len(found) > 1 else [], ids, text) for (ids, text), names in found.items()]
+    return [(names if len(found) > 1 else [], ids, text) for (ids, text), names in found.items()]
 
 
 def _cell(case: CaseResult, place: int) -> MatrixCell:
@@ -202,28 +153,28 @@ def _cell(case: CaseResult, place: int) -> MatrixCell:
     return replace(cell, why=one_line(case.error))
 
 
-def _evidence(case: CaseResult, place: int) -> Evidence:
-    first = case.first_divergence
-    picture = case.diagnosis if case.diagnosis and case.diagnosis.picture and case.diagnosis.picture[0] else None
-    return Evidence(
-        case=case,
-        anchor=f"case-{place}",
-        suspect=suspect(first.name) if first else "",
-        plot=case_plot(case) if sum(tensor.compared > 0 for tensor in case.tensors) > 1 else None,
-        picture=heatmap(picture) if picture else None,
-        inherited=sum(1 for tensor in case.tensors if tensor.status is Status.FAIL) - 1,
-    )
+def _evidence(case: CaseResult, place: int) -> dict[str, object]:
+    """Evidence for a case that does not agree; ``suspect`` is the part of candle-mi to look at."""
+    first, found = case.first_divergence, case.diagnosis
+    return {
+        "case": case,
+        "anchor": f"case-{place}",
+        "suspect": suspect(first.name) if first else "",
+        "plot": case_plot(case) if sum(tensor.compared > 0 for tensor in case.tensors) > 1 else None,
+        "picture": heatmap(found) if found and found.picture and found.picture[0] else None,
+        "inherited": sum(1 for tensor in case.tensors if tensor.status is Status.FAIL) - 1,
+    }
 
 
-def _sae_rows(result: RunResult) -> Iterator[SaeRow]:
-    """A chain diverges if one of its tensors or scalars does."""
+def _sae_rows(result: RunResult) -> Iterator[tuple[CaseResult, SaeView, Status, str]]:
+    """Each SAE chain of each case, its status and sign; it diverges if one of its tensors or scalars does."""
     for case in result.cases:
         for view in case.sae:
             own = {tensor.status for tensor in case.tensors if tensor.name.startswith(f"{view.chain}.")}
             worst = next((status for status in SEVERITY if status in own), case.status)
             known = worst is Status.FAIL and case.status is Status.KNOWN
             sign = {Status.FAIL: Outcome.DIVERGES, Status.PASS: Outcome.AGREES}.get(worst, Outcome.UNMEASURED).sign
-            yield SaeRow(case, view, Status.KNOWN if known else worst, sign)
+            yield case, view, Status.KNOWN if known else worst, sign
 
 
 def _family_plots(result: RunResult, families: list[str]) -> Iterable[tuple[str, Markup]]:

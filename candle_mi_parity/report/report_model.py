@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields
 from types import GenericAlias
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import ConfigDict, create_model
+from pydantic import BeforeValidator, ConfigDict, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
@@ -28,19 +28,30 @@ def _model_of(source: type, without: Collection[str] = (), **computed: Any) -> A
     hints = get_type_hints(source)
     kept = {field.name: hints[field.name] for field in fields(source) if field.name not in without}
     wanted: dict[str, Any] = {name: (kind, ...) for name, kind in (kept | computed).items()}
-    return create_model(source.__name__, __config__=ConfigDict(extra="forbid"), __doc__=source.__doc__, **wanted)
+    return create_model(
+        source.__name__, __config__=ConfigDict(extra="forbid", from_attributes=True), __doc__=source.__doc__, **wanted
+    )
 
 
 def _several(model: Any) -> Any:
     return GenericAlias(list, (model,))
 
 
+Name = Annotated[str, BeforeValidator(lambda value: getattr(value, "name", value))]
+"""A tensor result by its name."""
+Id = Annotated[str, BeforeValidator(lambda value: getattr(value, "id", value))]
+"""A case by its id."""
 EXPLAINED = _model_of(Explained, tensors=int, worst=float)
 CASE = _model_of(
-    CaseResult, explained=EXPLAINED | None, outcome=Outcome, compared=int, unmeasured=int, first_divergence=str | None
+    CaseResult,
+    explained=EXPLAINED | None,
+    outcome=Outcome,
+    compared=int,
+    unmeasured=int,
+    first_divergence=Name | None,
 )
 CALLS = _model_of(DirectCalls, results=_several(CASE))
-CAUSE = _model_of(CauseSeen, cases=list[str], status=Status, outcome=Outcome, worst=float | None)
+CAUSE = _model_of(CauseSeen, cases=list[Id], status=Status, outcome=Outcome, worst=float | None)
 REPORT = _model_of(
     RunResult,
     ("identity", "tick", "known"),
@@ -56,7 +67,6 @@ REPORT = _model_of(
     cases=_several(CASE),
     calls=CALLS | None,
 )
-_MODELS = {Explained: EXPLAINED, CaseResult: CASE, DirectCalls: CALLS, CauseSeen: CAUSE}
 
 
 def document(result: RunResult) -> dict[str, Any]:
@@ -69,24 +79,10 @@ def document(result: RunResult) -> dict[str, Any]:
         "candle_mi": result.identity,
         "counts": {status: result.count(status) for status in Status},
         "tally": result.tally(),
-        "causes": [_data(cause) for cause in [*new_causes(result), *known_causes(result)]],
+        "causes": [*new_causes(result), *known_causes(result)],
     }
-    rest = {name: _data(getattr(result, name)) for name in REPORT.model_fields if name not in computed}
-    return dict(plain({name: (computed | rest)[name] for name in REPORT.model_fields}))
-
-
-def _data(value: Any) -> Any:
-    """An object as data of its model; the cases of a cause are ids, a first divergence is a name."""
-    if isinstance(value, list | tuple):
-        return [_data(item) for item in value]
-    if type(value) not in _MODELS:
-        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    found = {name: _data(getattr(value, name)) for name in _MODELS[type(value)].model_fields if name != "cases"}
-    if isinstance(value, CauseSeen):
-        found["cases"] = [case.id for case in value.cases]
-    if isinstance(value, CaseResult) and value.first_divergence:
-        found["first_divergence"] = value.first_divergence.name
-    return found
+    found = {name: computed[name] if name in computed else getattr(result, name) for name in REPORT.model_fields}
+    return dict(plain(REPORT.model_validate(found).model_dump()))
 
 
 class _Strict(GenerateJsonSchema):

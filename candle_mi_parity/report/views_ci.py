@@ -11,9 +11,9 @@ from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status
-from candle_mi_parity.files.escape import one_line, printable
+from candle_mi_parity.files.escape import one_line, printable, templates
 from candle_mi_parity.files.json_out import ReportError
-from candle_mi_parity.report.causes import NEW, RIGHT, CauseSeen, few, known_causes, new_causes
+from candle_mi_parity.report.causes import NEW, RIGHT, few, known_causes, new_causes
 
 ROWS = 50
 """Longest table of the summary; a job page is limited to one megabyte."""
@@ -67,61 +67,28 @@ def _with(test: TestCase, outcome: Skipped | Failure | Error, text: str = "") ->
 
 def summary(result: RunResult) -> str:
     """Markdown: both answers, the number of cases by outcome, causes, and what did not run."""
-    tally = result.tally()
-    parts = [
-        f"## {_MARK[result.verdict]} {result.verdict.value}: candle-mi {code(result.candidate)}",
-        f"**{RIGHT}** {prose(result.is_right())}\n\n**{NEW}** {prose(result.is_new())}",
-        table(list(tally), [[str(count) for count in tally.values()]]),
-    ]
-    parts += [f"**The run broke off:** {prose(result.fault)}"] if result.fault else []
-    parts += [f"**Stale:** {prose(line)}" for line in result.stale[:ROWS]]
-    if new := new_causes(result):
-        rows = [[_sign(cause), *_where(cause.leader), *_cases(cause), code(cause.leader.reproduce)] for cause in new]
-        parts += ["### New", table(["status", "first at", "ratio", "shape", "cases", "which", "reproduce"], rows)]
-    if known := known_causes(result):
-        rows = [
-            [f"{_sign(cause)} {cause.id}", prose(cause.says), *_cases(cause), prose(cause.remedy)] for cause in known
-        ]
-        parts += ["### Known causes", table(["cause", "what candle-mi does", "cases", "which", "what to do"], rows)]
-    if result.gone:
-        rows = [[code(id), str(len(names)), _listed(names)] for id, names in result.gone.items()]
-        parts += [f"### Gone since {prose(result.baseline)}", table(["cause", "cases", "which"], rows)]
-    if result.skipped:
-        reasons: defaultdict[str, list[str]] = defaultdict(list)
-        for name, reason in result.skipped.items():
-            reasons[re.sub(re.escape(name), "ID", reason)].append(name)
-        rows = [[prose(reason), str(len(names)), _listed(names)] for reason, names in reasons.items()]
-        parts += ["### Not run", table(["why", "cases", "which"], rows)]
-    if notes := result.notes():
-        rows = [[prose(note), _listed(names)] for note, names in notes.items()]
-        parts += ["### Notes", table(["what", "which"], rows)]
-    versions = ", ".join(f"{name} {value}" for name, value in result.versions.items())
-    versions += f"; started {result.started}, took {result.seconds:.0f} s"
-    return "\n\n".join([*parts, f"<sub>{prose(f'{result.line()} {versions}')}</sub>"]) + "\n"
+    reasons: defaultdict[str, list[str]] = defaultdict(list)
+    for name, reason in result.skipped.items():
+        reasons[re.sub(re.escape(name), "ID", reason)].append(name)
+    return (
+        templates(html=False)
+        .get_template("summary.md.j2")
+        .render(
+            result=result,
+            mark=_MARK[result.verdict],
+            answers={RIGHT: result.is_right(), NEW: result.is_new()},
+            new=new_causes(result),
+            known=known_causes(result),
+            reasons=reasons,
+            versions=", ".join(f"{name} {value}" for name, value in result.versions.items()),
+            longest=ROWS,
+            listed=lambda names: few([code(name) for name in names]),
+            **{function.__name__: function for function in (code, prose, one_line)},
+        )
+    )
 
 
 _MARK = {Verdict.PASS: "✅", Verdict.FAIL: "❌", Verdict.ERROR: "💥", Verdict.INCONCLUSIVE: "❔", Verdict.KNOWN: "⚠️"}
-
-
-def _sign(cause: CauseSeen) -> str:
-    return f"{cause.outcome.sign} {cause.status.value}"
-
-
-def _cases(cause: CauseSeen) -> list[str]:
-    return [str(len(cause.cases)), _listed([case.id for case in cause.cases])]
-
-
-def _listed(names: list[str]) -> str:
-    return few([code(name) for name in names])
-
-
-def _where(case: CaseResult) -> list[str]:
-    """First diverging tensor, its ratio, and its explanation or shape; the error of a case without tensors."""
-    first = case.first_divergence
-    if first is None:
-        return [prose(one_line(case.error, 200)), "", ""]
-    shape = case.diagnosis.shape if case.diagnosis else first.reason
-    return [code(first.name), f"{first.ratio:.3g}", prose(case.explained.equal if case.explained else shape)]
 
 
 def code(text: str) -> str:
@@ -132,12 +99,6 @@ def code(text: str) -> str:
 def prose(text: str) -> str:
     """Text in which every special character of Markdown and HTML is escaped."""
     return re.sub(r"([\\`*_{}\[\]<>#|~@&!])", r"\\\1", one_line(text, 600))
-
-
-def table(headings: list[str], rows: list[list[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows[:ROWS]]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return body + (f"\n\n{len(rows) - ROWS} more are in the report." if len(rows) > ROWS else "")
 
 
 def workflow_commands(result: RunResult) -> list[str]:

@@ -11,14 +11,12 @@ import transformers
 
 from candle_mi_parity.candidate.sources import open_source
 from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate
-from candle_mi_parity.judge.known import facts_of
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.repro.crate import dependencies
 from candle_mi_parity.repro.prove import TestOutcome, prove
-from candle_mi_parity.repro.repro import AgreesError, Reproduction, reproduce
+from candle_mi_parity.repro.repro import AgreesError, Reproduction, known_of, reproduce
 from candle_mi_parity.repro.write import Origin, slug, write_folder
-from candle_mi_parity.spec.cases import Case, load_cases, select
-from candle_mi_parity.spec.explanations import Explanations, load_explanations
+from candle_mi_parity.spec.cases import load_cases, select
 
 
 @dataclass
@@ -72,16 +70,16 @@ def repro(
     # transformers warns about special tokens outside a vocabulary of eight.
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    table, found = load_explanations(), []
+    found = []
     with (
         tempfile.TemporaryDirectory(prefix="parity-repro-") as traces,
         open_source(chosen, cache, Path(traces), tell) as source,
     ):
         assert source.identity is not None
-        release = source.identity.version
         needed = dependencies(chosen, cache)
         for case in select(load_cases(), [pattern] if pattern else []):
-            sentence = _known(case, table, release, cache)
+            rows = known_of(prepare(case, cache), source)
+            sentence = " ".join(row.says for row in rows if row.change is not None)
             if not (pattern or sentence):
                 continue
             try:
@@ -90,7 +88,7 @@ def repro(
                 if pattern == case.id:
                     raise
                 continue
-            origin = Origin(candidate, release, sentence)
+            origin = Origin(candidate, source.identity.version, sentence)
             found.append(ReproducedCase(reproduction, write_folder(reproduction, origin, needed, out)))
     if not found:
         raise AgreesError(f"no case of {pattern or 'the default lane'} diverges; there is nothing to reproduce")
@@ -102,9 +100,3 @@ def repro(
             for line, test in zip(found, tests, strict=True):
                 setattr(line, field, outcomes[test.stem])
     return found
-
-
-def _known(case: Case, table: Explanations, release: str, cache: Path) -> str:
-    """What is known of a case that gives other numbers in a release; empty if nothing is."""
-    rows = table.applicable(facts_of(prepare(case, cache)), table.baseline(release))
-    return " ".join(row.says for row in rows if row.change is not None)

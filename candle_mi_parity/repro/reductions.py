@@ -4,52 +4,61 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from candle_mi_parity.repro.shrink import Config, Input, Pair, Step
+from candle_mi_parity.repro.shrink import Input, Pair, Step
 from candle_mi_parity.spec.cases import SaelensDirectory
 from candle_mi_parity.spec.edits import Edit, Inject, Knockout, Steer
 
-
-def _both(pair: Pair, config: Config, tokens: tuple[int, ...] | None = None) -> Pair:
-    return pair.both(lambda side: replace(side, config=side.config | config, tokens=tokens or side.tokens))
-
-
-def _layers(pair: Pair) -> Iterator[tuple[str, Pair]]:
-    for count in range(1, pair.case.config["num_hidden_layers"]):
-        yield f"{count} layers", pair.both(partial(_on_layers, count=count))
+Change = Callable[..., Input]
+"""``change(side, size)``: a side of that size; what no longer exists moves to the last that is left."""
 
 
-def _on_layers(side: Input, count: int) -> Input:
+def _sizes(label: str, sizes: Iterable[int], now: Callable[[Input], object], change: Change) -> Step:
+    """Each smaller size, for both sides.
+
+    :param now: the size of the case; a step is skipped where it is not a number.
+    """
+
+    def step(pair: Pair) -> Iterator[tuple[str, Pair]]:
+        largest = now(pair.case)
+        for size in sizes:
+            if isinstance(largest, int) and size < largest:
+                yield label.format(size), pair.both(partial(change, size=size))
+
+    return step
+
+
+def _key_sizes(key: str, sizes: Iterable[int], label: str = "", change: Change | None = None) -> Step:
+    """The sizes of a key of ``config.json``."""
+    set_key = lambda side, size: replace(side, config=side.config | {key: size})  # noqa: E731
+    return _sizes(label or f"{key} {{}}", sizes, lambda side: side.config.get(key), change or set_key)
+
+
+def _on_layers(side: Input, size: int) -> Input:
     """Move what is in a removed layer to the last remaining one."""
 
     def moved(text: str) -> str:
-        return re.sub(r"\bblocks\.(\d+)\.", lambda at: f"blocks.{min(int(at[1]), count - 1)}.", text)
+        return re.sub(r"\bblocks\.(\d+)\.", lambda at: f"blocks.{min(int(at[1]), size - 1)}.", text)
 
-    config = side.config | {"num_hidden_layers": count}
+    config = side.config | {"num_hidden_layers": size}
     if kinds := config.get("layer_types"):
-        config["layer_types"] = kinds[:count]
+        config["layer_types"] = kinds[:size]
     sae = side.sae
     if sae is not None:
         sae = SaelensDirectory.model_validate_json(moved(sae.model_dump_json()))
-        sae = sae.model_copy(update={"layer": min(sae.layer, count - 1)})
+        sae = sae.model_copy(update={"layer": min(sae.layer, size - 1)})
     edits = tuple(edit.model_copy(update={"hook": moved(edit.hook)}) for edit in side.edits)
     return replace(side, config=config, sae=sae, edits=edits)
 
 
-def _tokens(pair: Pair) -> Iterator[tuple[str, Pair]]:
-    for count in (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128):
-        if count < len(pair.case.tokens):
-            yield f"{count} tokens", pair.both(partial(_on_tokens, count=count))
-
-
-def _on_tokens(side: Input, count: int) -> Input:
+def _on_tokens(side: Input, size: int) -> Input:
     """The first tokens; an edit at a later position moves to the last one."""
-    edits = tuple(_mapped(edit, _POSITIONS, lambda position: min(position, count - 1)) for edit in side.edits)
-    return replace(side, tokens=side.tokens[:count], edits=edits)
+    edits = tuple(_mapped(edit, _POSITIONS, lambda position: min(position, size - 1)) for edit in side.edits)
+    return replace(side, tokens=side.tokens[:size], edits=edits)
 
 
 def _mapped(edit: Edit, names: frozenset[str], change: Callable[[int], int]) -> Edit:
@@ -63,11 +72,6 @@ def _mapped(edit: Edit, names: frozenset[str], change: Callable[[int], int]) -> 
         return change(value) if named and isinstance(value, int) else value
 
     return type(edit).model_validate(walk(edit.model_dump(), False))
-
-
-def _on_heads(side: Input, count: int) -> Input:
-    edits = tuple(_mapped(edit, frozenset({"heads"}), lambda head: min(head, count - 1)) for edit in side.edits)
-    return replace(side, edits=edits)
 
 
 def _fewer_edits(pair: Pair) -> Iterator[tuple[str, Pair]]:
@@ -97,14 +101,8 @@ def _fewer_entries(edit: Edit) -> Iterator[tuple[str, Edit]]:
                 yield name, edit.model_copy(update={"spec": edit.spec.model_copy(update={name: kept})})
 
 
-def _features(pair: Pair) -> Iterator[tuple[str, Pair]]:
-    """A narrower SAE; removed features are replaced by others, and TopK keeps at most all."""
-    for size in (2, 4, 8, 16, 32):
-        if pair.case.sae is not None and size < pair.case.sae.d_sae:
-            yield f"d_sae {size}", pair.both(partial(_on_features, size=size))
-
-
 def _on_features(side: Input, size: int) -> Input:
+    """A narrower SAE; removed features are replaced by others, and TopK keeps at most all."""
     if side.sae is None:
         return side
     cfg = json.loads(
@@ -136,28 +134,20 @@ def _without_sae_key(side: Input, key: str) -> Input:
     return replace(side, sae=side.sae.model_copy(update={"cfg": cfg}))
 
 
-def _vocabulary(pair: Pair) -> Iterator[tuple[str, Pair]]:
-    for size in (8, 16, 32):
-        if size < pair.case.config["vocab_size"]:
-            tokens = tuple(token if token < 3 else 3 + token % (size - 3) for token in pair.case.tokens)
-            yield f"vocabulary of {size}", _both(pair, {"vocab_size": size}, tokens)
+def _on_vocabulary(side: Input, size: int) -> Input:
+    tokens = tuple(token if token < 3 else 3 + token % (size - 3) for token in side.tokens)
+    return replace(side, config=side.config | {"vocab_size": size}, tokens=tokens)
 
 
 def _heads(pair: Pair) -> Iterator[tuple[str, Pair]]:
-    heads = pair.case.config["num_attention_heads"]
+    def fewer(side: Input) -> Input:
+        change = {"num_attention_heads": ours, "num_key_value_heads": theirs}
+        edits = tuple(_mapped(edit, frozenset({"heads"}), lambda head: min(head, ours - 1)) for edit in side.edits)
+        return replace(side, config=side.config | change, edits=edits)
+
     for ours, theirs in ((1, 1), (2, 1), (2, 2), (4, 1)):
-        if ours < heads:
-            change = {"num_attention_heads": ours, "num_key_value_heads": theirs}
-            yield f"{ours} heads, {theirs} for keys", _both(pair, change).both(partial(_on_heads, count=ours))
-
-
-def _sizes(key: str, sizes: tuple[int, ...]) -> Callable[[Pair], Iterator[tuple[str, Pair]]]:
-    def coordinate(pair: Pair) -> Iterator[tuple[str, Pair]]:
-        for size in sizes:
-            if isinstance(pair.case.config.get(key), int) and size < pair.case.config[key]:
-                yield f"{key} {size}", _both(pair, {key: size})
-
-    return coordinate
+        if ours < pair.case.config["num_attention_heads"]:
+            yield f"{ours} heads, {theirs} for keys", pair.both(fewer)
 
 
 def _settings(pair: Pair) -> Iterator[tuple[str, Pair]]:
@@ -174,14 +164,14 @@ _POSITIONS = frozenset({"position", "edges", "from_positions", "to_positions", "
 
 STEPS: tuple[Step, ...] = (
     _fewer_edits,
-    _layers,
-    _sizes("intermediate_size", (2, 4, 8, 16)),
-    _vocabulary,
+    _key_sizes("num_hidden_layers", range(1, 1000), "{} layers", _on_layers),
+    _key_sizes("intermediate_size", (2, 4, 8, 16)),
+    _key_sizes("vocab_size", (8, 16, 32), "vocabulary of {}", _on_vocabulary),
     _settings,
-    _tokens,
+    _sizes("{} tokens", (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128), lambda side: len(side.tokens), _on_tokens),
     _heads,
-    _sizes("head_dim", (2, 4, 8)),
-    _sizes("hidden_size", (2, 4, 8, 16, 32)),
-    _features,
+    _key_sizes("head_dim", (2, 4, 8)),
+    _key_sizes("hidden_size", (2, 4, 8, 16, 32)),
+    _sizes("d_sae {}", (2, 4, 8, 16, 32), lambda side: side.sae and side.sae.d_sae, _on_features),
     _fewer_sae_keys,
 )

@@ -22,7 +22,7 @@ from candle_mi_parity.repro.reductions import STEPS
 from candle_mi_parity.repro.shrink import SHAPE, Config, Divergence, Input, Pair, Shrinker
 from candle_mi_parity.spec.cases import Case, LocalModel, PackageModel, SaeFile, SaelensDirectory, ScopeSae, TinyModel
 from candle_mi_parity.spec.edits import Inject, Knockout, Scale, Steer
-from candle_mi_parity.spec.explanations import load_explanations
+from candle_mi_parity.spec.explanations import Explanation, load_explanations
 from candle_mi_parity.trace.truth import Truth
 
 
@@ -49,50 +49,33 @@ class Reproduction:
     first: TensorResult
 
 
-class Trials:
-    """Truth and candidate for inputs that no case table has; models and truths go to a scratch directory.
+def judge_input(tried: Input, source: Source, scratch: Path) -> tuple[PreparedCase, Truth, TensorResult | None]:
+    """An input that no case table has, its truth and its first divergence.
 
-    :param known: ids of the explanations that apply to the original case.
+    :param scratch: where models and truths go.
+    :raises Exception: whatever transformers, the oracle or the emitter raises for such an input.
     """
-
-    def __init__(self, source: Source, scratch: Path, known: frozenset[str]) -> None:
-        self._source, self._scratch, self._known = source, scratch, known
-
-    def run(self, tried: Input) -> tuple[PreparedCase, Truth, TensorResult | None]:
-        """The input, its truth and its first divergence.
-
-        :raises Exception: whatever transformers, the oracle or the emitter raises for such an input.
-        """
-        directory = generated_model(dict(tried.config), "hub", self._scratch)
-        model = LocalModel(source="local", path=str(directory))
-        case = Case(
-            id="repro/tried",
-            model=model,
-            tokens=list(tried.tokens),
-            dtype=tried.dtype,
-            sae=tried.sae,
-            edits=list(tried.edits),
-        )
-        subject = prepare(case, self._scratch)
-        oracle = Oracle(subject, self._scratch, self._source.device)
-        results = judge_mode(oracle, self._source, "free", Progress()).tensors
-        return subject, oracle.truth(), _first(results)
-
-    def first_divergence(self, tried: Input) -> Divergence | None:
-        subject, _, first = self.run(tried)
-        if first is None:
-            return None
-        other = known_of(subject, self._source) - self._known
-        return Divergence.at(first.name, ", ".join(sorted(other)) or first.reason)
+    directory = generated_model(dict(tried.config), "hub", scratch)
+    case = Case(
+        id="repro/tried",
+        model=LocalModel(source="local", path=str(directory)),
+        tokens=list(tried.tokens),
+        dtype=tried.dtype,
+        sae=tried.sae,
+        edits=list(tried.edits),
+    )
+    subject = prepare(case, scratch)
+    oracle = Oracle(subject, scratch, source.device)
+    results = judge_mode(oracle, source, "free", Progress()).tensors
+    return subject, oracle.truth(), _first(results)
 
 
-def known_of(subject: PreparedCase, source: Source) -> frozenset[str]:
-    """Ids of the explanations that apply to a case in the candidate's release."""
+def known_of(subject: PreparedCase, source: Source) -> list[Explanation]:
+    """The explanations that apply to a case in the candidate's release."""
     table = load_explanations()
     if source.identity is None:
-        return frozenset()
-    rows = table.applicable(facts_of(subject), table.baseline(source.identity.version))
-    return frozenset(row.id for row in rows)
+        return []
+    return table.applicable(facts_of(subject), table.baseline(source.identity.version))
 
 
 def reproduce(case: Case, source: Source, cache: Path, tell: Callable[[str], None]) -> Reproduction:
@@ -109,11 +92,20 @@ def reproduce(case: Case, source: Source, cache: Path, tell: Callable[[str], Non
     if first is None:
         raise AgreesError(f"{case.id}: nothing diverges; there is nothing to reproduce")
     wanted = Divergence.at(first.name, first.reason)
+    known = {row.id for row in known_of(subject, source)}
     with tempfile.TemporaryDirectory(prefix="parity-repro-") as scratch:
-        trials = Trials(source, Path(scratch), known_of(subject, source))
-        shrinker = Shrinker(trials.first_divergence, wanted, STEPS, lambda line: tell(f"{case.id}: {line}"))
+
+        def first_divergence(tried: Input) -> Divergence | None:
+            smaller, _, first = judge_input(tried, source, Path(scratch))
+            if first is None:
+                return None
+            others = {row.id for row in known_of(smaller, source)} - known
+            return Divergence.at(first.name, ", ".join(sorted(others)) or first.reason)
+
+        shrinker = Shrinker(first_divergence, wanted, STEPS, lambda line: tell(f"{case.id}: {line}"))
         # An SAE that the divergence does not touch stays out of the reproduction.
-        sae = case.sae if _is_about_sae(case, first.name) else None
+        injected = any(isinstance(edit, Inject) for edit in case.edits)
+        sae = case.sae if first.name.startswith("sae.") or injected else None
         if isinstance(sae, SaeFile):
             raise ReproError(f"{case.id}: only a generated SAE can be shrunk, and {sae.path} is a file")
         if isinstance(sae, ScopeSae):
@@ -125,7 +117,7 @@ def reproduce(case: Case, source: Source, cache: Path, tell: Callable[[str], Non
         if pair is None:
             raise ReproError(f"{case.id}: a generated model with its config does not diverge at {first.name}")
         pair = shrinker.shrink(pair)
-        subject, truth, first = trials.run(pair.case)
+        subject, truth, first = judge_input(pair.case, source, Path(scratch))
         assert first is not None
     return Reproduction(case, pair, subject, truth, first)
 
@@ -158,21 +150,18 @@ def _pairs(case: Case, start: Input, cache: Path) -> list[Pair]:
     return [Pair(start, control) for control in controls if control != start] + [Pair(start, None)]
 
 
-def _is_about_sae(case: Case, first: str) -> bool:
-    return first.startswith("sae.") or any(isinstance(edit, Inject) for edit in case.edits)
+_OFF = {
+    "apply_b_dec_to_input": (True, False),
+    "dtype": ("float32", "float32"),
+    "normalize_activations": ("none", "none"),
+    "rescale_acts_by_decoder_norm": (False, False),
+}
+"""Optional setting of an SAE → its default, and its value when switched off."""
 
 
 def _plain_sae(sae: SaelensDirectory) -> SaelensDirectory:
     """The same architecture with all optional settings switched off."""
-    off: dict[str, Any] = {}
-    if sae.cfg.get("apply_b_dec_to_input", True):
-        off["apply_b_dec_to_input"] = False
-    if sae.cfg["dtype"] != "float32":
-        off["dtype"] = "float32"
-    if sae.cfg.get("normalize_activations", "none") != "none":
-        off["normalize_activations"] = "none"
-    if sae.cfg.get("rescale_acts_by_decoder_norm"):
-        off["rescale_acts_by_decoder_norm"] = False
+    off: dict[str, Any] = {key: plain for key, (default, plain) in _OFF.items() if sae.cfg.get(key, default) != plain}
     if not off and isinstance(arguments := sae.cfg.get("activation_fn_kwargs"), dict) and "k" in arguments:
         # Fewer than the positive features.
         off["activation_fn_kwargs"] = {**arguments, "k": 1}

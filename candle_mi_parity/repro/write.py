@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,17 @@ from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.models.sae import Sae, load_sae, sae_path
 from candle_mi_parity.oracle.compute import SAMPLES
 from candle_mi_parity.repro.crate import Dependencies, write_crate
-from candle_mi_parity.repro.probe import probe
+from candle_mi_parity.repro.probe import place
 from candle_mi_parity.repro.repro import Reproduction
-from candle_mi_parity.repro.rust import edit_lines, imports
 
 FORMAT = "candle-mi-parity/expected/1"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+IMPORTS = {
+    "knockout": {"create_knockout_mask", "KnockoutSpec", "Intervention"},
+    "steer": {"apply_steering", "SteeringSpec", "Intervention"},
+    "scale": {"Intervention"},
+}
+"""Kind of edit → names of ``candle_mi`` that its lines of the Rust test need."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +115,16 @@ def expected(reproduction: Reproduction) -> dict[str, Any]:
 def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[str, Any]:
     """The values of the templates."""
     first, case = reproduction.first, reproduction.pair.case
-    assert first.worst is not None
     config, heads = case.config, case.config["num_attention_heads"]
-    shape = list(reproduction.truth.tensors[first.name].value.shape)
-    lines, value = probe(reproduction, sae)
+    watched = case.sae.hook if case.sae is not None and first.name.startswith("sae.") else first.name
+    module, side, value = place(watched, reproduction.subject.model_type, config)
+    names = {"GenericTransformer", "HookPoint", "HookSpec", "MIBackend", "TransformerConfig"}
+    names = names.union(*(IMPORTS.get(edit.kind, ()) for edit in case.edits))
+
+    def entries(edit: Any) -> list[list[int]]:
+        """Heads, queries and keys that an edit of the attention selects."""
+        return [each.tolist() for each in edit.spec.chosen(heads, len(case.tokens)).nonzero()]
+
     return {
         "slug": slug(reproduction.original.id),
         "case": one_line(reproduction.original.id),
@@ -122,34 +134,30 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
         "model_type": reproduction.subject.model_type,
         "torch": version("torch"),
         "transformers": version("transformers"),
+        "first": first,
         "tensor": first.name,
-        "shape": shape,
-        "rows": shape[-2],
-        "last": shape[-1],
+        "shape": list(reproduction.truth.tensors[first.name].value.shape),
         "dtype": case.dtype,
         "candle_dtype": DTYPES[case.dtype],
         "tokens": list(case.tokens),
-        "layers": config["num_hidden_layers"],
-        "width": config["hidden_size"],
+        "config": config,
         "heads": heads,
-        "config": json.dumps(config, indent=2),
         "differing": _differing(reproduction),
-        "index": first.worst.index,
-        "got": f"{first.worst.got:.9g}",
-        "expected": f"{first.worst.expected:.17g}",
-        "absolute": f"{first.worst.absolute:.3g}",
-        "noise": f"{first.worst.noise:.3g}",
-        "ratio": f"{first.worst.ratio:.3g}",
-        "position_ratio": f"{first.position_ratio:.3g}",
         "element_gate": ELEMENT_GATE,
         "position_gate": POSITION_GATE,
-        "detail": one_line(first.detail),
         "samples": SAMPLES,
         "sae": case.sae,
-        "edits": [edit_lines(edit, heads, len(case.tokens)) for edit in case.edits],
-        "imports": imports(case),
-        "probe": lines,
+        "encoder": sae,
+        "edits": case.edits,
+        "in_attention": [edit for edit in case.edits if edit.hook.endswith(("hook_scores", "hook_pattern"))],
+        "entries": entries,
+        "imports": ", ".join(sorted(names, key=lambda name: (name[0].isupper(), name))),
+        "watched": watched,
+        "module": module,
+        "side": side,
         "value": value,
+        "one_line": one_line,
+        "json": partial(json.dumps, indent=2),
     }
 
 

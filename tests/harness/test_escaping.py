@@ -11,18 +11,22 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from candle_mi_parity.files.escape import printable, templates
+from candle_mi_parity.compare.verdict import Status, TensorResult, Worst
+from candle_mi_parity.files.escape import one_line, printable, templates
 from candle_mi_parity.report import diff_views, history, page, tables, views_ci
 from candle_mi_parity.repro.write import code_cell
 from tests.support.results import HOSTILE, a_history, a_report, differing
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
-TEXTS = """slug case command version title model_type torch transformers tensor shape rows last dtype candle_dtype
-layers width heads got expected absolute noise ratio position_ratio element_gate position_gate detail samples imports
-value extra config lines settings"""
-LISTS: dict[str, Any] = {
-    "edits": [], "probe": [HOSTILE], "tokens": [1], "index": [0], "differing": [(HOSTILE, HOSTILE, HOSTILE)],
-    "sae": SimpleNamespace(hook=HOSTILE),
+TEXTS = """slug case command version title model_type torch transformers tensor dtype candle_dtype heads element_gate
+position_gate samples imports watched module value extra lines settings"""
+WORST = Worst.of([0], 1.0, 2.0, 0.5, 2.0)
+OTHERS: dict[str, Any] = {
+    "edits": [], "in_attention": [], "tokens": [1], "shape": [1, 1], "differing": [(HOSTILE, HOSTILE, HOSTILE)],
+    "first": TensorResult(HOSTILE, Status.FAIL, worst=WORST, detail=HOSTILE), "side": "input",
+    "config": {"num_hidden_layers": HOSTILE, "hidden_size": HOSTILE}, "json": str, "one_line": one_line,
+    "sae": SimpleNamespace(hook=HOSTILE, cfg={"dtype": HOSTILE}),
+    "encoder": SimpleNamespace(normalize="layer_norm", centred=True, by_decoder_norm=True, k=HOSTILE, threshold=[]),
 }  # fmt: skip
 
 
@@ -36,7 +40,7 @@ def shown(show: Callable[[Console], None]) -> str:
 
 def reproduced(name: str) -> Callable[[], str]:
     """A file of a reproduction with the hostile text in every place."""
-    given = dict.fromkeys(TEXTS.split(), HOSTILE) | LISTS
+    given = dict.fromkeys(TEXTS.split(), HOSTILE) | OTHERS
     return lambda: templates(html=False).get_template(f"{name}.j2").render(given)
 
 

@@ -13,7 +13,7 @@ from candle_mi_parity.compare.compare import compare
 from tests.support.planting import CASES, real
 from validation.array_changes import AMONG, ONE
 from validation.catalogue import NOWHERE, CatalogueError, Fault, Kind, load_faults
-from validation.disturb import FUNCTIONS, Running, output
+from validation.disturb import FUNCTIONS, Running, directly, output
 from validation.faults import Detection, PlantedSource, detect, twin_problem
 from validation.plant import REGISTERED, emitted
 from validation.source_faults import check_anchors, edited, released_crate
@@ -83,7 +83,7 @@ def test_a_dead_a_doubled_and_an_idle_anchor_are_errors() -> None:
 
 
 def made_up(monkeypatch: pytest.MonkeyPatch, disturb: object, first: str = "logits") -> Fault:
-    monkeypatch.setitem(FUNCTIONS, "made_up", disturb)
+    monkeypatch.setitem(FUNCTIONS, "made_up", (directly, disturb))
     return Fault(id="made-up", kind="numerics", says=".", case=LLAMA, function="made_up", first=first)
 
 
