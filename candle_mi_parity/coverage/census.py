@@ -25,7 +25,7 @@ import transformers
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.sources import request, same_candidate
 from candle_mi_parity.compare.compare import check_header, compare
-from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.coverage.auto_config import judged
 from candle_mi_parity.coverage.census_models import Tiny, load_table, mapped_classes, tiny_model
 from candle_mi_parity.coverage.census_record import FORMAT, Census, Entry, Reader, count
 from candle_mi_parity.coverage.census_truth import truth_of
@@ -35,7 +35,6 @@ from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.isolated import Lost, each
 from candle_mi_parity.models.prepared_case import PreparedCase, random_tokens
 from candle_mi_parity.spec.cases import Case, LocalModel, RandomTokens
-from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.trace.trace import CandleMi, Trace
 from candle_mi_parity.trace.truth import Truth
 
@@ -113,17 +112,14 @@ class Question:
         try:
             tiny = tiny_model(entry.model_type, self.cache)
             entry = entry.model_copy(update={"dialect": tiny.dialect})
-            [tokens] = random_tokens(TOKENS, int(load_table().shrink["vocab_size"]))  # type: ignore[arg-type]
-            model = LocalModel(source="local", path=str(tiny.directory))
-            case = Case(id=f"census/{entry.model_type}", model=model, tokens=tokens)
-            subject = replace(unmapped_subject(case, self.cache), model_type=entry.model_type)
+            subject = subject_of(entry.model_type, tiny, self.cache)
             try:
                 reader = self.reader(subject)
             except EmitterError as error:
                 return self._unanswered(entry, error, tiny)
             entry = entry.model_copy(update={"reader": reader})
             truth = truth_of(subject, self.cache)
-            return judged(entry, self.compare(subject, reader, truth))
+            return self.judge(entry, subject, reader, truth)
         except Exception as error:  # whatever the class's own code raises is its line in the table
             loads = "candle-mi computes it, unjudged: " if entry.reader else ""
             return entry.model_copy(update={"reason": loads + reason(error)})
@@ -151,12 +147,11 @@ class Question:
         asked = request(subject, "free", Path(), out, "cpu") | {"config": reader, "project": [], "inputs": None}
         return same_candidate(Trace(self.emitter.emit(asked, self.seconds)), self.identity)
 
-    def compare(self, subject: PreparedCase, reader: Reader, truth: Truth) -> list[TensorResult]:
+    def judge(self, entry: Entry, subject: PreparedCase, reader: Reader, truth: Truth) -> Entry:
         captures = [name for name in truth.tensors if name != "logits"]
-        with_hooks = replace(subject, captures=captures)
-        trace = self.emit(with_hooks, reader)
+        trace = self.emit(replace(subject, captures=captures), reader)
         check_header(truth, trace, None)
-        return compare(truth, trace, None, None)
+        return judged(entry, compare(truth, trace, None, None), truth, trace)
 
     @staticmethod
     def _unanswered(entry: Entry, error: EmitterError, tiny: Tiny) -> Entry:
@@ -167,23 +162,12 @@ class Question:
         return entry.model_copy(update={"reason": f"the emitter gave no clear answer: {why}"})
 
 
-def judged(entry: Entry, results: list[TensorResult]) -> Entry:
-    """``same`` or ``different``; by the logits alone if the hook points were guessed from module names."""
-    failed = [result for result in results if result.status is Status.FAIL]
-    tensors = [result for result in results if not result.name.startswith("logits.")]  # those are its next tokens
-    logits = next(result for result in results if result.name == "logits")
-    facts: dict[str, object] = {"compared": len(tensors), "logits_ratio": rounded(logits.ratio)}
-    if failed and (logits in failed or entry.model_type in FAMILIES):
-        facts |= {"outcome": "different", "first": failed[0].name, "ratio": rounded(failed[0].ratio)}
-        return entry.model_copy(update=facts | {"reason": failed[0].reason})
-    if logits.status is Status.UNMEASURED:
-        return entry.model_copy(update={"reason": "candle-mi computes it, unjudged: the logits are too noisy"})
-    remark = f"logits agree; {failed[0].name} is elsewhere than this census looks for it" if failed else ""
-    return entry.model_copy(update=facts | {"outcome": "same", "reason": remark})
-
-
-def rounded(ratio: float) -> float | None:
-    return float(f"{ratio:.3g}") if ratio < float("inf") else None
+def subject_of(model_type: str, tiny: Tiny, cache: Path) -> PreparedCase:
+    """What both sides are given of a class."""
+    [tokens] = random_tokens(TOKENS, int(load_table().shrink["vocab_size"]))  # type: ignore[arg-type]
+    model = LocalModel(source="local", path=str(tiny.directory))
+    case = Case(id=f"census/{model_type}", model=model, tokens=tokens)
+    return replace(unmapped_subject(case, cache), model_type=model_type)
 
 
 def reason(error: BaseException) -> str:

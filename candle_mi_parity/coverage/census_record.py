@@ -30,6 +30,8 @@ class Entry(BaseModel, extra="forbid", frozen=True):
     :ivar first: the first tensor past the gate, in execution order.
     :ivar ratio: its ratio, gate 8, three digits; None if it is not finite.
     :ivar logits_ratio: ratio of the logits.
+    :ivar error: of ``first``, ‖candle-mi − truth‖ / ‖truth‖ in four digits, which depends on no noise.
+    :ivar logits_error: the same of the logits.
     """
 
     model_type: str
@@ -42,6 +44,8 @@ class Entry(BaseModel, extra="forbid", frozen=True):
     first: str | None = None
     ratio: float | None = None
     logits_ratio: float | None = None
+    error: float | None = None
+    logits_error: float | None = None
 
     def line(self, who: str) -> str:
         """What was found, for a user of a model of this type; empty where nothing was."""
