@@ -30,7 +30,7 @@ fn refusal(change: impl Fn(&mut Value)) -> String {
 fn trace_request(value: &Value) -> Request {
     match parse(value.to_string().as_bytes()) {
         Ok(Asked::Trace(request)) => *request,
-        Ok(Asked::Tokens(_) | Asked::Calls(_)) => panic!("taken for another request"),
+        Ok(_) => panic!("taken for another request"),
         Err(error) => panic!("{error}"),
     }
 }
@@ -38,7 +38,7 @@ fn trace_request(value: &Value) -> Request {
 fn tokenize_request(value: &Value) -> Result<TokenizeRequest, String> {
     match parse(value.to_string().as_bytes()) {
         Ok(Asked::Tokens(request)) => Ok(request),
-        Ok(Asked::Trace(_) | Asked::Calls(_)) => Err("taken for another request".to_owned()),
+        Ok(_) => Err("taken for another request".to_owned()),
         Err(error) => Err(error.one_line()),
     }
 }
