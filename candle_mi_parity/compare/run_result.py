@@ -33,6 +33,33 @@ def now() -> str:
 
 
 @dataclass(frozen=True)
+class Forwards:
+    """Forward passes beside the judged one of each case: without captures, with one, after others, in a new process.
+
+    :ivar results: one for each case, with a tensor for each forward; a single one if nothing was asked.
+    :ivar skipped: why none was made; empty if they were.
+    """
+
+    results: list[CaseResult] = field(default_factory=list)
+    skipped: str = ""
+
+    @property
+    def new(self) -> list[CaseResult]:
+        """Cases with a forward that is not equal."""
+        return [case for case in self.results if case.status is not Status.PASS]
+
+    def line(self) -> str:
+        """``2061 of 2061 forwards of 184 cases equal the judged ones to the bit``, and where they do not."""
+        if self.skipped:
+            return f"no other forwards were made: {self.skipped}"
+        equal = sum(case.compared for case in self.results)
+        every = sum(case.expected for case in self.results)
+        size = f"{equal} of {every} forwards of {_many(len(self.results), 'case')}"
+        differ = f", not those of {', '.join(case.id for case in self.new)}" if self.new else ""
+        return f"{size} equal the judged ones to the bit{differ}"
+
+
+@dataclass(frozen=True)
 class DirectCalls:
     """candle-mi's public functions, called one by one.
 
@@ -60,6 +87,7 @@ class DirectCalls:
 
 
 _RIGHT_AND_KNOWN = (Status.PASS, Status.KNOWN)
+_OTHERWISE = ("gives other numbers in another forward", "give other numbers in another forward")
 
 
 @dataclass
@@ -76,6 +104,7 @@ class RunResult:
     :ivar known_before: how many cases diverge as in the baseline, for a candidate that is not the baseline itself.
     :ivar stale: explanations of a release that no longer hold, one line each.
     :ivar calls: direct calls of functions; None if only some cases were run.
+    :ivar forwards: forward passes beside the cases'; None before they were made.
     :ivar fault: why the run ended early, one line; the results until then are kept.
     :ivar started: when the run began, ISO 8601.
     :ivar tick: the same on a monotonic clock, in seconds.
@@ -98,11 +127,17 @@ class RunResult:
     tick: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     calls: DirectCalls | None = None
+    forwards: Forwards | None = None
 
     @property
     def judged(self) -> list[CaseResult]:
-        """The cases and the direct calls."""
+        """The cases and the direct calls, which are compared with PyTorch."""
         return [*self.cases, *(self.calls.results if self.calls else ())]
+
+    @property
+    def results(self) -> list[CaseResult]:
+        """The same, and the other forwards of the cases."""
+        return [*self.judged, *(self.forwards.results if self.forwards else ())]
 
     def count(self, status: Status) -> int:
         return sum(1 for case in self.cases if case.status is status)
@@ -129,7 +164,7 @@ class RunResult:
         """FAIL before ERROR before INCONCLUSIVE before KNOWN; ERROR for a run that ended early."""
         if self.fault:
             return Verdict.ERROR
-        seen = {case.status for case in self.judged}
+        seen = {case.status for case in self.results}
         if Status.FAIL in seen or self.stale or (self.strict and Status.KNOWN in seen):
             return Verdict.FAIL
         if Status.ERROR in seen:
@@ -175,6 +210,7 @@ class RunResult:
             _count(unknown[Outcome.REFUSED], "new case", "is refused", "are refused"),
             _count(unknown[Outcome.CRASHED], "new case", "crashes", "crash"),
             _count(len(self.calls.new) if self.calls else 0, "new direct call", "differs", "differ"),
+            _count(len(self.forwards.new) if self.forwards else 0, "case", *_OTHERWISE),
         ]
         tally, calls = self.tally(), self.calls.results if self.calls else []
         unmeasured = f"{tally['not measured']} could not be measured" if tally["not measured"] else ""
@@ -194,6 +230,7 @@ class RunResult:
             _count(self.count(Status.FAIL), "case", "fails", "fail"),
             _count(self.count(Status.ERROR), "case", "could not be judged", "could not be judged"),
             _count(len(self.calls.new) if self.calls else 0, "direct call", "fails", "fail"),
+            _count(len(self.forwards.new) if self.forwards else 0, "case", *_OTHERWISE),
             _count(len(self.stale), "explanation", "no longer holds", "no longer hold"),
             _count(len(self.gone), "known divergence", f"{old} is {gone}", f"{old} are {gone}"),
         ]

@@ -15,12 +15,12 @@ from pydantic import ConfigDict, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from candle_mi_parity.compare.run_result import DirectCalls, RunResult, Verdict
+from candle_mi_parity.compare.run_result import DirectCalls, Forwards, RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Explained, Outcome, Status
 from candle_mi_parity.files.json_out import plain
 from candle_mi_parity.report.causes import CauseSeen, known_causes, new_causes
 
-FORMAT = "candle-mi-parity/report/5"
+FORMAT = "candle-mi-parity/report/6"
 
 
 def _model_of(source: type, without: Collection[str] = (), **computed: Any) -> Any:
@@ -40,11 +40,12 @@ CASE = _model_of(
     CaseResult, explained=EXPLAINED | None, outcome=Outcome, compared=int, unmeasured=int, first_divergence=str | None
 )
 CALLS = _model_of(DirectCalls, results=_several(CASE))
+FORWARDS = _model_of(Forwards, results=_several(CASE))
 CAUSE = _model_of(CauseSeen, cases=list[str], status=Status, outcome=Outcome, worst=float | None)
 REPORT = _model_of(
     RunResult,
     ("identity", "tick", "known"),
-    format=Literal["candle-mi-parity/report/5"],
+    format=Literal["candle-mi-parity/report/6"],
     verdict=Verdict,
     right=str,
     new=str,
@@ -55,8 +56,9 @@ REPORT = _model_of(
     causes=_several(CAUSE),
     cases=_several(CASE),
     calls=CALLS | None,
+    forwards=FORWARDS | None,
 )
-_MODELS = {Explained: EXPLAINED, CaseResult: CASE, DirectCalls: CALLS, CauseSeen: CAUSE}
+_MODELS = {Explained: EXPLAINED, CaseResult: CASE, DirectCalls: CALLS, Forwards: FORWARDS, CauseSeen: CAUSE}
 
 
 def document(result: RunResult) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def run_tables(result: RunResult, console: Console, page: Path | None = None, sh
         _print(console, f"stale: {line}", "bold red")
     if result.calls is not None:
         _print(console, result.calls.line())
+    if result.forwards is not None:
+        _print(console, result.forwards.line())
     _print(console, f"started {result.started}, took {result.seconds:.0f} s", "dim")
     if page is not None:
         _print(console, f"report: {page}")

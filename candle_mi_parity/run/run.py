@@ -28,6 +28,7 @@ from candle_mi_parity.coverage.calls_judge import (
     report_outdated,
 )
 from candle_mi_parity.coverage.flat_json import case_of, judge_reference, read_reference
+from candle_mi_parity.coverage.forwards import judge_forwards
 from candle_mi_parity.errors import HubError, ParityError
 from candle_mi_parity.judge.case import Judgement, Progress, judge_case, status_of
 from candle_mi_parity.judge.explain import explain_new, hold_table
@@ -139,7 +140,10 @@ def run_cases(
         tell_state(judgements, cases, opened, judge_on, options.candidate)
         explain_new(judgements, known, options.cache, options.search, progress)
         hold_table(judgements, known, source.identity, result, whole=not options.cases)
-        if not options.cases:
+        progress.note("other forwards")
+        whole = not options.cases
+        result.forwards = judge_forwards(opened, options.candidate, options.out / "traces" / "forwards", whole)
+        if whole:
             _judge_calls(opened, options, _expected_calls(options, known.chosen, expected), result, progress)
     result.fault = changed_since(candidate, source.identity, options.cache)
     return result
