@@ -185,15 +185,17 @@ def judge_forwards(source: Source, spec: str, out: Path, whole: bool) -> Forward
         again = command("run", "--candidate", spec, "--cases", case.id)
         blank = CaseResult(f"forwards/{case.id}", case.family, made.subject.digest, Status.PASS, again)
         result = results.setdefault(case.id, blank)
-        result.expected += sum(forward.like is not None for forward in forwards)
         try:
             found = judge(made, forwards, ask(source.emitter, made, forwards, out))
         except EmitterError as error:
             _fail(result, f"{case.id} in a new process: {error}", failure_of(error))
+            result.expected += len(forwards)
         except TraceError as error:
             _fail(result, str(error), Failure.INPUT)
+            result.expected += len(forwards)
         else:
             result.tensors += found
+            result.expected += len(found)
             for tensor in found:
                 if tensor.status is Status.FAIL:
                     _fail(result, tensor.detail)
