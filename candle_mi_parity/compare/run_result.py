@@ -55,7 +55,7 @@ class Forwards:
         equal = sum(case.compared for case in self.results)
         every = sum(case.expected for case in self.results)
         size = f"{equal} of {every} forwards of {_many(len(self.results), 'case')}"
-        differ = f", not those of {', '.join(case.id for case in self.new)}" if self.new else ""
+        differ = f", not those of {_many(len(self.new), 'case')}" if self.new else ""
         return f"{size} equal the judged ones to the bit{differ}"
 
 

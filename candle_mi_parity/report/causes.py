@@ -106,7 +106,7 @@ def failures(result: RunResult) -> list[str]:
     lines = []
     for status in (Status.FAIL, Status.ERROR, Status.UNMEASURED):
         groups: dict[str, list[str]] = {}
-        for case in result.judged:
+        for case in result.results:
             if case.status is status:
                 groups.setdefault(_where(case), []).append(case.id)
         parts = [

@@ -141,8 +141,8 @@ def run_cases(
         explain_new(judgements, known, options.cache, options.search, progress)
         hold_table(judgements, known, source.identity, result, whole=not options.cases)
         progress.note("other forwards")
-        whole = not options.cases
-        result.forwards = judge_forwards(opened, options.candidate, options.out / "traces" / "forwards", whole)
+        whole, out = not options.cases, options.out / "traces" / "forwards"
+        result.forwards = judge_forwards(opened, cases, options.candidate, out, whole)
         if whole:
             _judge_calls(opened, options, _expected_calls(options, known.chosen, expected), result, progress)
     result.fault = changed_since(candidate, source.identity, options.cache)
