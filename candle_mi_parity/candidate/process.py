@@ -132,6 +132,10 @@ class EmitterProcess:
         if self._newest is not None:
             self._newest.end(patience=0.0)
 
+    def restart(self) -> None:
+        """End the process, so that the next request is the first of a new one."""
+        self._abandon(patience=1.0)
+
     def emit(self, request: Mapping[str, object], timeout: float) -> Path:
         """Send one request and return the path of its trace.
 

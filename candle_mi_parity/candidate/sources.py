@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -24,7 +25,7 @@ from candle_mi_parity.spec.edits import for_emitter
 from candle_mi_parity.spec.hook_points import FORCED, Mode, is_lens
 from candle_mi_parity.spec.paths import OUTPUTS
 from candle_mi_parity.trace.release import Refusal, StoredRelease, text_name, trace_name
-from candle_mi_parity.trace.trace import TOP_LOGITS, CandleMi, Emitted, TensorEntry, Trace
+from candle_mi_parity.trace.trace import TOP_LOGITS, CandleMi, Emitted, Header, TensorEntry, Trace
 from candle_mi_parity.trace.truth import Truth
 
 REQUEST_FORMAT = "candle-mi-parity/request/1"
@@ -135,8 +136,26 @@ def request(subject: PreparedCase, mode: Mode, inputs: Path, out: Path, device: 
     }
 
 
+@dataclass(frozen=True)
+class Made:
+    """What an emitter was asked for a case, and the trace that it made.
+
+    :ivar inputs: the file of input tensors.
+    :ivar digests: SHA-256 of each tensor's bytes.
+    """
+
+    subject: PreparedCase
+    inputs: Path
+    path: Path
+    header: Header
+    digests: dict[str, str]
+
+
 class LiveSource:
-    """An emitter, built or taken from the cache, one process for all cases."""
+    """An emitter, built or taken from the cache, one process for all cases.
+
+    :ivar made: the latest trace of each case's whole forward, by the case's id.
+    """
 
     def __init__(self, candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None], device: str) -> None:
         built = build(candidate, cache, log, ("cuda",) if device.startswith("cuda") else ())
@@ -149,6 +168,7 @@ class LiveSource:
         self._binary = built.path
         self.emitter = EmitterProcess(built.path)
         self._asked: list[str] = []
+        self.made: dict[str, Made] = {}
 
     @property
     def build_key(self) -> str:
@@ -159,6 +179,7 @@ class LiveSource:
         """The same build in a process of its own, which has answered nothing yet."""
         other = copy.copy(self)
         other.emitter, other._asked, other._out = EmitterProcess(self._binary), [], self._out / "alone"
+        other.made = {}
         return other
 
     def asked_before(self, case_id: str) -> list[str]:
@@ -182,6 +203,9 @@ class LiveSource:
             raise TraceError(f"{trace.path}: made on {trace.header.device}, expected {self.device}")
         check_header(truth, same_candidate(trace, self.identity), file_digest(inputs))
         _check_id(trace, subject)
+        if mode == "free":
+            digests = {entry.name: entry.sha256 for entry in trace.entries.values()}
+            self.made[subject.case.id] = Made(subject, inputs, trace.path, trace.header, digests)
         return trace
 
     def text_ids(self, subject: PreparedCase) -> TextIds:

@@ -51,7 +51,7 @@ def history_command(out: OutOption = OUT) -> None:
     from candle_mi_parity.report import history, tables
     from candle_mi_parity.report.terminal import one_line_errors
     from candle_mi_parity.report.views import remove
-    from candle_mi_parity.run.run import RunOptions
+    from candle_mi_parity.run.options import RunOptions
     from candle_mi_parity.spec.explanations import load_explanations
 
     with one_line_errors():

@@ -37,7 +37,7 @@ def store(
     from candle_mi_parity.compare.verdict import Status
     from candle_mi_parity.models.resolve import model_directory
     from candle_mi_parity.report.terminal import one_line_errors
-    from candle_mi_parity.run.run import RunOptions
+    from candle_mi_parity.run.options import RunOptions
     from candle_mi_parity.spec.cases import load_cases
     from candle_mi_parity.spec.paths import OUTPUTS, cache_root
 
@@ -75,28 +75,6 @@ def fields(family: Annotated[str | None, typer.Option(help="One model family; wi
         findings = check(load_fields(), load_cases(), cache_root(), None if family is None else [family])
         tables.fields_table(findings, tables.stdout())
     raise typer.Exit(1 if any(finding.fault for finding in findings) else 0)
-
-
-@maint.command()
-def calls(candidate: CandidateOption = DEFAULT_CANDIDATE, out: OutOption = OUT) -> None:
-    """Judge direct calls of candle-mi's public functions, which `run` does too. Exit codes as of `run`."""
-    from candle_mi_parity.candidate.sources import open_source
-    from candle_mi_parity.candidate.spelling import parse_candidate
-    from candle_mi_parity.coverage.calls_judge import expectations, judge_source, report_outdated
-    from candle_mi_parity.report import tables
-    from candle_mi_parity.report.terminal import one_line_errors
-    from candle_mi_parity.run.run import RunOptions, blank
-    from candle_mi_parity.spec.paths import cache_root
-
-    with one_line_errors():
-        result, held_to = blank(RunOptions(candidate)), expectations(cache_root())
-        with open_source(parse_candidate(candidate), cache_root(), out / "traces", lambda line: None) as source:
-            judged = judge_source(source, candidate, held_to, cache_root(), out / "calls.json")
-            if judged.lost is None and source.identity is not None:
-                report_outdated(judged, held_to, source.identity, result)
-        result.calls, result.known = judged.direct, dict(held_to.rows)
-        tables.run_tables(result, tables.stdout())
-    raise typer.Exit(result.verdict.exit_code)
 
 
 @maint.command()

@@ -20,7 +20,7 @@ from candle_mi_parity.cli.options import (
 
 if TYPE_CHECKING:
     from candle_mi_parity.compare.run_result import RunResult
-    from candle_mi_parity.run.run import RunOptions
+    from candle_mi_parity.run.options import RunOptions
 
 
 def run_command(
@@ -32,6 +32,9 @@ def run_command(
     strict: Annotated[bool, typer.Option(help="Known divergences fail too.")] = False,
     search: Annotated[float, typer.Option(min=0, help="Seconds for explaining what is new; 0 for no search.")] = 30.0,
     propose: Annotated[bool, typer.Option("--propose", help="Print rows of explanations.toml for it.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A part of a run: traces, calls, tokens, auto-config; may be repeated.")
+    ] = None,
     baseline: Annotated[str, typer.Option(help="A release whose known divergences are expected.")] = "",
     known: Annotated[Path | None, typer.Option(help="A file of expected divergences instead.")] = None,
     show_known: Annotated[bool, typer.Option("--show-known", help="A line for every known divergence.")] = False,
@@ -40,13 +43,13 @@ def run_command(
     """Judge a candle-mi against PyTorch. Exit code 0 PASS or KNOWN, 1 FAIL, 2 ERROR, 3 INCONCLUSIVE."""
     from candle_mi_parity.report import tables
     from candle_mi_parity.report.terminal import one_line_errors
-    from candle_mi_parity.run.run import RunOptions
+    from candle_mi_parity.run.options import RunOptions
 
     with one_line_errors():
         wanted = globs(patterns, cases)
         # A partial run never replaces the report of a full run.
-        out = out / "part" if wanted and out == OUT else out
-        options = RunOptions(candidate, wanted, out, strict, None, device, baseline, known, search)
+        out = out / "part" if (wanted or only) and out == OUT else out
+        options = RunOptions(candidate, wanted, out, strict, None, device, baseline, known, tuple(only or ()), search)
         if repeat > 1:
             _repeat(options, repeat)
             return

@@ -33,33 +33,50 @@ def now() -> str:
 
 
 @dataclass(frozen=True)
-class DirectCalls:
-    """candle-mi's public functions, called one by one.
+class Section:
+    """A part of a run beside the table's cases: direct calls, other forwards, tokenizers, generic configs.
 
-    :ivar results: one for each call; a single one if no call was answered.
-    :ivar skipped: why the calls were not judged; empty if they were.
+    :ivar noun: of one result, as in ``direct call``.
+    :ivar results: one for each; a single one if nothing was answered.
+    :ivar skipped: why nothing was judged; empty if it was.
+    :ivar left_out: what could not be judged → reason and remedy.
+    :ivar of_tensors: whether the noun stands for the tensors of a result, as a forward of a case does.
     """
 
+    noun: str
     results: list[CaseResult] = field(default_factory=list)
     skipped: str = ""
+    left_out: dict[str, str] = field(default_factory=dict)
+    of_tensors: bool = False
 
     @property
     def new(self) -> list[CaseResult]:
-        """Calls that neither agree nor are known to differ."""
-        return [call for call in self.results if call.status not in _RIGHT_AND_KNOWN]
+        """Results that neither agree nor are known to differ."""
+        return [case for case in self.results if case.status not in _RIGHT_AND_KNOWN]
+
+    @property
+    def agree(self) -> str:
+        """``75 of 100 direct calls agree``; empty where nothing was judged."""
+        if self.of_tensors:
+            agree, every = (sum(getattr(case, name) for case in self.results) for name in ("compared", "expected"))
+        else:
+            agree, every = sum(1 for case in self.results if case.status is Status.PASS), len(self.results)
+        return f"{agree} of {_many(every, self.noun)} agree" if self.results else ""
 
     def line(self) -> str:
-        """``75 of 100 direct calls agree, 25 do not for 8 known causes``, and the new ones by name."""
+        """``75 of 100 direct calls agree, 25 do not for 8 known causes``, what is new, and what is left out."""
         if self.skipped:
-            return f"direct calls were not judged: {self.skipped}"
-        agree, known = (sum(1 for call in self.results if call.status is wanted) for wanted in _RIGHT_AND_KNOWN)
-        text = f"{agree} of {len(self.results)} direct calls agree"
-        causes = len(_ids(call for call in self.results if call.status is Status.KNOWN))
-        text += f", {known} do not for {_many(causes, 'known cause')}" if known else ""
-        return text + (f", and new: {', '.join(call.id for call in self.new)}" if self.new else "")
+            return f"no {self.noun} was judged: {self.skipped}"
+        known = [case for case in self.results if case.status is Status.KNOWN]
+        text = self.agree
+        text += f", {len(known)} do not for {_many(len(_ids(known)), 'known cause')}" if known else ""
+        text += f", and new: {', '.join(case.id for case in self.new)}" if self.new else ""
+        return text + "".join(f"; {name} was not asked: {reason}" for name, reason in self.left_out.items())
 
 
 _RIGHT_AND_KNOWN = (Status.PASS, Status.KNOWN)
+FORWARDS = "forwards"
+"""Key of the section in which candle-mi is compared with itself."""
 
 
 @dataclass
@@ -75,7 +92,7 @@ class RunResult:
         that was built from source.
     :ivar known_before: how many cases diverge as in the baseline, for a candidate that is not the baseline itself.
     :ivar stale: explanations of a release that no longer hold, one line each.
-    :ivar calls: direct calls of functions; None if only some cases were run.
+    :ivar sections: what was asked beside the cases, by key: ``calls``, ``forwards``, ``tokens``, ``auto-config``.
     :ivar fault: why the run ended early, one line; the results until then are kept.
     :ivar started: when the run began, ISO 8601.
     :ivar tick: the same on a monotonic clock, in seconds.
@@ -97,12 +114,17 @@ class RunResult:
     started: str = field(default_factory=now)
     tick: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
-    calls: DirectCalls | None = None
+    sections: dict[str, Section] = field(default_factory=dict)
 
     @property
     def judged(self) -> list[CaseResult]:
-        """The cases and the direct calls."""
-        return [*self.cases, *(self.calls.results if self.calls else ())]
+        """The cases and the parts of sections that are compared with PyTorch."""
+        return [*self.cases, *(one for key, part in self.sections.items() if key != FORWARDS for one in part.results)]
+
+    @property
+    def results(self) -> list[CaseResult]:
+        """The same, and the other forwards of the cases."""
+        return [*self.cases, *(one for part in self.sections.values() for one in part.results)]
 
     def count(self, status: Status) -> int:
         return sum(1 for case in self.cases if case.status is status)
@@ -129,7 +151,7 @@ class RunResult:
         """FAIL before ERROR before INCONCLUSIVE before KNOWN; ERROR for a run that ended early."""
         if self.fault:
             return Verdict.ERROR
-        seen = {case.status for case in self.judged}
+        seen = {case.status for case in self.results}
         if Status.FAIL in seen or self.stale or (self.strict and Status.KNOWN in seen):
             return Verdict.FAIL
         if Status.ERROR in seen:
@@ -174,13 +196,12 @@ class RunResult:
             _count(unknown[Outcome.DIVERGES], "new case", "differs", "differ"),
             _count(unknown[Outcome.REFUSED], "new case", "is refused", "are refused"),
             _count(unknown[Outcome.CRASHED], "new case", "crashes", "crash"),
-            _count(len(self.calls.new) if self.calls else 0, "new direct call", "differs", "differ"),
+            *(_count(len(part.new), f"new {part.noun}", "differs", "differ") for part in self.sections.values()),
         ]
-        tally, calls = self.tally(), self.calls.results if self.calls else []
+        tally = self.tally()
         unmeasured = f"{tally['not measured']} could not be measured" if tally["not measured"] else ""
         rest = [f"{tally['agree']} of {len(self.cases)} cases agree" if self.cases else "", unmeasured]
-        agree = sum(1 for call in calls if call.outcome is Outcome.AGREES)
-        rest.append(f"{agree} of {len(calls)} direct calls agree" if calls else "")
+        rest += [part.agree for part in self.sections.values()]
         words = "Not everywhere" if any(parts) else "As far as measured" if unmeasured else "Yes"
         return f"{words}: {'; '.join(', '.join(filter(None, group)) for group in (parts, rest) if any(group))}."
 
@@ -193,7 +214,7 @@ class RunResult:
         parts = [
             _count(self.count(Status.FAIL), "case", "fails", "fail"),
             _count(self.count(Status.ERROR), "case", "could not be judged", "could not be judged"),
-            _count(len(self.calls.new) if self.calls else 0, "direct call", "fails", "fail"),
+            *(_count(len(part.new), part.noun, "fails", "fail") for part in self.sections.values()),
             _count(len(self.stale), "explanation", "no longer holds", "no longer hold"),
             _count(len(self.gone), "known divergence", f"{old} is {gone}", f"{old} are {gone}"),
         ]

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import NotStoredError, Source
 from candle_mi_parity.compare.diff import CaseDiff, diff_call
-from candle_mi_parity.compare.run_result import DirectCalls, RunResult
+from candle_mi_parity.compare.run_result import RunResult, Section
 from candle_mi_parity.compare.verdict import CaseResult, Explained, Failure, Outcome, Status, TensorResult
 from candle_mi_parity.coverage.calls import CallRow, Calls, CallTable, Formula, answers, load_calls
 from candle_mi_parity.coverage.calls_compare import CallTruth, Results, answer_of, compare_call, distance
@@ -33,6 +33,7 @@ from candle_mi_parity.spec.paths import FIXTURES, command
 from candle_mi_parity.trace.trace import CandleMi
 from candle_mi_parity.trace.truth import TruthTensor
 
+CALL = "direct call"
 TruthKey = tuple[str, Formula | None]
 """A call, and the wrong formula; None for the truth."""
 
@@ -186,12 +187,12 @@ class JudgedCalls:
     lost: CaseResult | None = None
 
     @property
-    def direct(self) -> DirectCalls:
+    def direct(self) -> Section:
         """For a run's report."""
         if self.lost is None:
-            return DirectCalls(self.results)
+            return Section(CALL, self.results)
         absent = self.lost.outcome is Outcome.ABSENT
-        return DirectCalls(skipped=self.lost.error) if absent else DirectCalls([self.lost])
+        return Section(CALL, skipped=self.lost.error) if absent else Section(CALL, [self.lost])
 
 
 def judge_source(source: Source, spec: str, held_to: Expectations, cache: Path, out: Path) -> JudgedCalls:
@@ -200,7 +201,7 @@ def judge_source(source: Source, spec: str, held_to: Expectations, cache: Path, 
     :param spec: the candidate as the user spelt it.
     :param out: the JSON file that a live candidate writes.
     """
-    again = command("maint", "calls", "--candidate", spec)
+    again = command("run", "--only", "calls", "--candidate", spec)
     lost = CaseResult("calls", "calls", held_to.table.digest(), Status.ERROR, again)
     try:
         found = answers(source, held_to.table, cache, out)

@@ -85,7 +85,7 @@ def known_together(result: RunResult) -> list[CauseSeen]:
 def new_causes(result: RunResult) -> list[CauseSeen]:
     """Causes of cases that fail or could not be judged, the gravest first."""
     gravest = [Status.FAIL, Status.ERROR, Status.UNMEASURED]
-    groups = grouped(case for case in result.judged if case.status in gravest)
+    groups = grouped(case for case in result.results if case.status in gravest)
     groups.sort(key=lambda cases: gravest.index(cases[0].status))
     return [CauseSeen(f"new-{place}", _says(cases[0]), cases, kind="new") for place, cases in enumerate(groups, 1)]
 
@@ -106,7 +106,7 @@ def failures(result: RunResult) -> list[str]:
     lines = []
     for status in (Status.FAIL, Status.ERROR, Status.UNMEASURED):
         groups: dict[str, list[str]] = {}
-        for case in result.judged:
+        for case in result.results:
             if case.status is status:
                 groups.setdefault(_where(case), []).append(case.id)
         parts = [

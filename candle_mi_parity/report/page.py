@@ -84,7 +84,7 @@ def render(result: RunResult) -> str:
     families = list(dict.fromkeys(_family(name) for name in _ids(result)))
     rows = matrix(result, families)
     new, known = new_causes(result), known_together(result)
-    places = {case.id: place for place, case in enumerate(result.judged)}
+    places = {case.id: place for place, case in enumerate(result.results)}
     shown = [(cause, case) for cause in [*new, *known] for case in cause.cases]
     return rendered(
         "page.html.j2",

@@ -15,12 +15,12 @@ from pydantic import BeforeValidator, ConfigDict, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from candle_mi_parity.compare.run_result import DirectCalls, RunResult, Verdict
+from candle_mi_parity.compare.run_result import RunResult, Section, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Explained, Outcome, Status
 from candle_mi_parity.files.json_out import plain
 from candle_mi_parity.report.causes import CauseSeen, known_causes, new_causes
 
-FORMAT = "candle-mi-parity/report/5"
+FORMAT = "candle-mi-parity/report/6"
 
 
 def _model_of(source: type, without: Collection[str] = (), **computed: Any) -> Any:
@@ -50,12 +50,12 @@ CASE = _model_of(
     unmeasured=int,
     first_divergence=Name | None,
 )
-CALLS = _model_of(DirectCalls, results=_several(CASE))
+SECTION = _model_of(Section, results=_several(CASE))
 CAUSE = _model_of(CauseSeen, cases=list[Id], status=Status, outcome=Outcome, worst=float | None)
 REPORT = _model_of(
     RunResult,
     ("identity", "tick", "known"),
-    format=Literal["candle-mi-parity/report/5"],
+    format=Literal["candle-mi-parity/report/6"],
     verdict=Verdict,
     right=str,
     new=str,
@@ -65,7 +65,7 @@ REPORT = _model_of(
     tally=dict[str, int],
     causes=_several(CAUSE),
     cases=_several(CASE),
-    calls=CALLS | None,
+    sections=GenericAlias(dict, (str, SECTION)),
 )
 
 

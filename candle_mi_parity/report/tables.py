@@ -74,8 +74,8 @@ def run_tables(result: RunResult, console: Console, page: Path | None = None, sh
         _print(console, cause.leader.message() + also, colour(cause.status))
     for line in result.stale:
         _print(console, f"stale: {line}", "bold red")
-    if result.calls is not None:
-        _print(console, result.calls.line())
+    for part in result.sections.values():
+        _print(console, part.line())
     _print(console, f"started {result.started}, took {result.seconds:.0f} s", "dim")
     if page is not None:
         _print(console, f"report: {page}")

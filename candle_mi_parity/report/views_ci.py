@@ -30,7 +30,7 @@ def junit(result: RunResult) -> str:
     answers = {"verdict": result.verdict.value, "right": result.is_right(), "new": result.is_new()}
     for name, value in {**answers, "baseline": result.baseline, **result.versions, **result.identity}.items():
         suite.add_property(name, printable(str(value)))
-    suite.add_testcases([_test_case(case, result.strict) for case in result.judged])
+    suite.add_testcases([_test_case(case, result.strict) for case in result.results])
     for name, reason in result.skipped.items():
         suite.add_testcase(_with(TestCase(one_line(name), one_line(name.split("/")[0])), Skipped(printable(reason))))
     for line in result.stale:

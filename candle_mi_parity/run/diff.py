@@ -13,7 +13,7 @@ from candle_mi_parity.candidate.spelling import Candidate, CandidateError, parse
 from candle_mi_parity.candidate.store import stored_selection
 from candle_mi_parity.candidate.tokens import TextIds
 from candle_mi_parity.compare.align import align_traces
-from candle_mi_parity.compare.diff import CaseDiff, Diff, Side, diff_case
+from candle_mi_parity.compare.diff import CaseDiff, Diff, Side, diff_call, diff_case
 from candle_mi_parity.compare.run_result import now
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage.calls_judge import diff_calls, expectations, judge_source
@@ -21,7 +21,9 @@ from candle_mi_parity.errors import ParityError
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.judge.explain import explain_new
 from candle_mi_parity.models.prepared_case import PreparedCase
-from candle_mi_parity.run.run import SEARCH_SECONDS, library_versions
+from candle_mi_parity.run.options import SEARCH_SECONDS
+from candle_mi_parity.run.run import library_versions
+from candle_mi_parity.run.sections import judge_classes, judge_tokenizers
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.explanations import Explanations
 from candle_mi_parity.spec.hook_points import Mode
@@ -142,13 +144,7 @@ def diff(
             diff_one(case, pair, specs, cache, table, progress, max(0.0, end - time.monotonic())) for case in cases
         ]
         if calls:
-            progress.note("direct calls")
-            held_to = expectations(cache)
-            judged = [
-                judge_source(source, spec, held_to, cache, out / side / "calls.json")
-                for source, spec, side in zip(pair.sources, specs, "ab", strict=True)
-            ]
-            done += diff_calls(judged[0], judged[1], held_to)
+            done += _beside(pair, specs, cache, out, table, progress)
         one, other = (
             source.identity.model_dump(exclude_none=True) if source.identity else {} for source in pair.sources
         )
@@ -156,6 +152,25 @@ def diff(
             if reason := changed_since(candidate, source.identity, cache):
                 raise CandidateError(f"{reason}; run again")
     return Diff(specs[0], specs[1], one, other, _versions(devices), done, started, time.monotonic() - tick)
+
+
+def _beside(
+    pair: Pair, specs: tuple[str, str], cache: Path, out: Path, table: Explanations, progress: Progress
+) -> list[CaseDiff]:
+    """Direct calls, tokenizers and generic configs of both sides; what one side was not asked is left out."""
+    progress.note("direct calls")
+    held_to = expectations(cache)
+    sides = list(zip(pair.sources, specs, (out / "a", out / "b"), strict=True))
+    judged = [judge_source(source, spec, held_to, cache, at / "calls.json") for source, spec, at in sides]
+    done = diff_calls(judged[0], judged[1], held_to)
+    for judge in (judge_tokenizers, judge_classes):
+        found = []
+        for source, spec, at in sides:
+            progress.note(f"{spec}: tokenizers and generic configs")
+            release = table.baseline(source.identity.version) if source.identity else ""
+            found.append({one.id: one for one in judge(source, release, spec, cache, at / judge.__name__).results})
+        done += [diff_call(found[0][name], found[1][name], {}) for name in found[0] if name in found[1]]
+    return done
 
 
 def _versions(devices: tuple[str, str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
-from candle_mi_parity.run.run import RunOptions
+from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.spec.cases import Case, load_cases, select
 from candle_mi_parity.trace.trace import Emitted
 

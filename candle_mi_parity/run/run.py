@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,17 +15,10 @@ from candle_mi_parity.candidate import cuda
 from candle_mi_parity.candidate.build import changed_since
 from candle_mi_parity.candidate.sources import Source, open_source, refuse_device
 from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate, stored_index
-from candle_mi_parity.candidate.store import Storing, StoringSource
+from candle_mi_parity.candidate.store import StoringSource
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.verdict import CaseResult, Failure, Status
-from candle_mi_parity.coverage.calls_judge import (
-    Expectations,
-    KnownCalls,
-    expectations,
-    judge_source,
-    load_known_calls,
-    report_outdated,
-)
+from candle_mi_parity.coverage.calls_judge import load_known_calls
 from candle_mi_parity.coverage.flat_json import case_of, judge_reference, read_reference
 from candle_mi_parity.errors import HubError, ParityError
 from candle_mi_parity.judge.case import Judgement, Progress, judge_case, status_of
@@ -34,40 +26,14 @@ from candle_mi_parity.judge.explain import explain_new, hold_table
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.run.alone import tell_state
+from candle_mi_parity.run.options import RunOptions
+from candle_mi_parity.run.sections import judge_sections
 from candle_mi_parity.spec.cases import OPT_IN_LANES, Case, load_cases, select
-from candle_mi_parity.spec.expected import ExpectedDivergences, held_to, listed_as, load_expected
+from candle_mi_parity.spec.expected import ExpectedDivergences, held_to, load_expected
 from candle_mi_parity.spec.explanations import Explanations, load_explanations
-from candle_mi_parity.spec.paths import OUTPUTS, cache_root, command
+from candle_mi_parity.spec.paths import OUTPUTS, command
 
 NOT_REACHED = "not reached: the run ended before it"
-SEARCH_SECONDS = 30.0
-"""Time limit for explaining the new divergences of a run."""
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """The options of a run.
-
-    :ivar cases: globs over case ids; none for the default lane.
-    :ivar out: directory of traces and reports.
-    :ivar strict: whether known divergences fail too.
-    :ivar keep: where the candidate's traces are stored.
-    :ivar device: of the candidate; the truth is always computed on the CPU.
-    :ivar baseline: the release whose known divergences are expected; empty for the newest that is not newer.
-    :ivar known: a file of expected divergences, in place of those of the baseline.
-    :ivar search: seconds for explaining new divergences; 0 for no search.
-    """
-
-    candidate: str
-    cases: tuple[str, ...] = ()
-    out: Path = Path("build/parity")
-    strict: bool = False
-    keep: Storing | None = None
-    device: str = "cpu"
-    baseline: str = ""
-    known: Path | None = None
-    search: float = SEARCH_SECONDS
-    cache: Path = field(default_factory=cache_root)
 
 
 def run(options: RunOptions, progress: Callable[[int], Progress], result: RunResult | None = None) -> RunResult:
@@ -79,9 +45,9 @@ def run(options: RunOptions, progress: Callable[[int], Progress], result: RunRes
         network, GPU or nvcc is missing, every case is skipped with that reason, and the run is INCONCLUSIVE.
     """
     table = load_cases()
-    chosen = select(table, list(options.cases))
+    chosen = select(table, list(options.cases)) if "traces" in options.parts else []
     again = ("run", "--candidate", options.candidate, "--cases")
-    skipped = {
+    skipped = {case.id: "left out by --only" for case in table if "traces" not in options.parts} or {
         case.id: f"{OPT_IN_LANES[case.lane]}; run it with {command(*again, case.id)}"
         for case in table
         if not options.cases and case not in chosen
@@ -138,9 +104,8 @@ def run_cases(
         judgements = [future.result() for future in futures]
         tell_state(judgements, cases, opened, judge_on, options.candidate)
         explain_new(judgements, known, options.cache, options.search, progress)
-        hold_table(judgements, known, source.identity, result, whole=not options.cases)
-        if not options.cases:
-            _judge_calls(opened, options, _expected_calls(options, known.chosen, expected), result, progress)
+        hold_table(judgements, known, source.identity, result, whole=not options.cases and "traces" in options.parts)
+        judge_sections(opened, cases, options, known, expected, result, progress)
     result.fault = changed_since(candidate, source.identity, options.cache)
     return result
 
@@ -149,29 +114,6 @@ def _held(options: RunOptions) -> tuple[Explanations, ExpectedDivergences | None
     """The explanations that the options choose, and the file of expected divergences."""
     expected = load_expected(options.known, load_known_calls().known) if options.known else None
     return held_to(load_explanations(), options.baseline, expected), expected
-
-
-def _expected_calls(options: RunOptions, release: str, expected: ExpectedDivergences | None) -> Expectations:
-    """What direct calls are compared with, of the chosen release or of a file of expected divergences."""
-    known = load_known_calls()
-    if expected is not None:
-        known = KnownCalls(known=listed_as(known.known, release, set(expected.expected)))
-    return replace(expectations(options.cache, known), chosen=release, exactly=expected is not None)
-
-
-def _judge_calls(
-    source: Source, options: RunOptions, held_to: Expectations, result: RunResult, progress: Progress
-) -> None:
-    """Judge direct calls of candle-mi's public functions."""
-    progress.note("direct calls")
-    out = options.out / "traces" / "calls.json"
-    judged = judge_source(source, options.candidate, held_to, options.cache, out)
-    if options.keep and judged.lost is None:
-        options.keep.whole_file("calls", out)
-    result.calls = judged.direct
-    result.known |= held_to.rows
-    if judged.lost is None and source.identity is not None:
-        report_outdated(judged, held_to, source.identity, result)
 
 
 def _take(judged: CaseResult, result: RunResult) -> None:
@@ -209,6 +151,7 @@ def require_selection(options: RunOptions) -> None:
     """
     select(load_cases(), list(options.cases))
     _held(options)
+    _ = options.parts
     candidate = parse_candidate(options.candidate)
     refuse_device(candidate, options.device)
     if candidate.kind == "stored" and not Path(candidate.target).expanduser().is_file():

@@ -244,47 +244,17 @@ class InMemory:
         return self.arrays[name][0][..., rows, :]
 
 
-class Trace:
-    """A trace on disk; tensors are read and verified at each access.
+class Tensors:
+    """The tensors that a JSON file holds or that lie beside it, read and verified at each access.
 
     :param path: the JSON file.
-    :param made_by: fields of :class:`MadeBy` for a header without them.
-    :raises TraceError: the file is unreadable, of an unknown format, or violates the schema; names the first place.
     """
 
-    def __init__(self, path: Path, made_by: Mapping[str, object] | None = None) -> None:
+    def __init__(self, path: Path, entries: list[TensorEntry]) -> None:
         self.path = path
-        self.asked: set[str] | None = None
+        self.entries = {entry.name: entry for entry in entries}
         self._files: dict[str, TensorFile] = {}
         self._verified: set[str] = set()
-        raw = read_json(path, TraceError)
-        found = raw.get("format") if isinstance(raw, dict) else None
-        if found != FORMAT:
-            shown = one_line(repr(found)) if isinstance(found, str | int | None) else type(found).__name__
-            raise TraceError(f"{path}: format is {shown}, expected {FORMAT!r}")
-        if made_by is not None and isinstance(raw.get("header"), dict):
-            raw["header"] = {**made_by, **raw["header"]}
-        self.document = validated(Document, raw, path, TraceError)
-
-    @property
-    def header(self) -> Header:
-        return self.document.header
-
-    @cached_property
-    def entries(self) -> dict[str, TensorEntry]:
-        return {entry.name: entry for entry in self.document.tensors}
-
-    @property
-    def dtype(self) -> str:
-        return self.header.dtype
-
-    @property
-    def scalars(self) -> dict[str, float]:
-        return self.document.scalars
-
-    @property
-    def top_features(self) -> list[Feature]:
-        return self.document.top_features_last_pos
 
     def tensor(self, name: str) -> np.ndarray:
         """The tensor in its own dtype (bfloat16 as float32), verified against its digest.
@@ -354,6 +324,43 @@ class Trace:
             return tensors.tensor(key) if box is None else tensors.box(key, box)
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise TraceError(f"{file}: cannot read {entry.key}: {one_line(str(error))}") from error
+
+
+class Trace(Tensors):
+    """A trace on disk.
+
+    :param path: the JSON file.
+    :param made_by: fields of :class:`MadeBy` for a header without them.
+    :raises TraceError: the file is unreadable, of an unknown format, or violates the schema; names the first place.
+    """
+
+    def __init__(self, path: Path, made_by: Mapping[str, object] | None = None) -> None:
+        self.asked: set[str] | None = None
+        raw = read_json(path, TraceError)
+        found = raw.get("format") if isinstance(raw, dict) else None
+        if found != FORMAT:
+            shown = one_line(repr(found)) if isinstance(found, str | int | None) else type(found).__name__
+            raise TraceError(f"{path}: format is {shown}, expected {FORMAT!r}")
+        if made_by is not None and isinstance(raw.get("header"), dict):
+            raw["header"] = {**made_by, **raw["header"]}
+        self.document = validated(Document, raw, path, TraceError)
+        super().__init__(path, self.document.tensors)
+
+    @property
+    def header(self) -> Header:
+        return self.document.header
+
+    @property
+    def dtype(self) -> str:
+        return self.header.dtype
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        return self.document.scalars
+
+    @property
+    def top_features(self) -> list[Feature]:
+        return self.document.top_features_last_pos
 
 
 def _bytes(array: np.ndarray) -> memoryview:

@@ -1,33 +1,24 @@
 //! One request line to one reply: which handler answers it, and what a failure or a panic of one reads like.
 
-use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::{Mutex, PoisonError};
-
 use crate::call;
 use crate::emit::{self, Session};
-use crate::error::{one_line, EmitError};
+use crate::error::EmitError;
+use crate::forwards;
+use crate::panics;
 use crate::protocol::Reply;
 use crate::request::{self, Asked};
 use crate::tokenize;
 
-/// The last panic's message. Not thread-local: a panic may come up on one of rayon's threads.
-static PANIC: Mutex<String> = Mutex::new(String::new());
-
-/// Installs a panic hook that prints one line on stderr and keeps it for the reply.
-pub fn keep_panics() {
-    std::panic::set_hook(Box::new(|info| {
-        let message = one_line(&info.to_string());
-        eprintln!("{message}");
-        *PANIC.lock().unwrap_or_else(PoisonError::into_inner) = message;
-    }));
-}
-
 /// Answers one request line. A bad one costs its own reply and nothing else.
 pub fn answer(line: &[u8], session: &mut Session) -> Reply {
-    let outcome = catch_unwind(AssertUnwindSafe(|| {
+    let outcome = panics::caught(|| {
         Ok(match request::parse(line)? {
             Asked::Trace(request) => {
                 emit::emit(&request, session)?;
+                (Some(request.case.id), request.out)
+            }
+            Asked::Forwards(request) => {
+                forwards::run(&request, session)?;
                 (Some(request.case.id), request.out)
             }
             Asked::Tokens(request) => {
@@ -39,13 +30,11 @@ pub fn answer(line: &[u8], session: &mut Session) -> Reply {
                 (Some(request.case.id), request.out)
             }
         })
-    }))
-    .unwrap_or_else(|_| {
+    });
+    if matches!(outcome, Err(EmitError::Panic(_))) {
         // What a panic left half done is not used again.
         *session = Session::default();
-        let message = PANIC.lock().unwrap_or_else(PoisonError::into_inner);
-        Err(EmitError::Panic(message.clone()))
-    });
+    }
     match outcome {
         Ok((case, trace)) => Reply::Done {
             case,

@@ -17,15 +17,15 @@ use crate::trace::{self, Document, Entry, Header, Provenance, Run, Seconds};
 /// What is kept from one request to the next.
 #[derive(Default)]
 pub struct Session {
-    models: ModelCache,
-    saes: SaeCache,
+    pub models: ModelCache,
+    pub saes: SaeCache,
 }
 
 /// Answers one request; afterwards the trace lies at `request.out`.
 pub fn emit(request: &Request, session: &mut Session) -> Result<(), EmitError> {
     let started = machine::now();
     let mut seconds = Seconds::default();
-    prepare_directory(request)?;
+    prepare_directory(&request.out, &request.model_dir)?;
 
     let clock = Instant::now();
     let loaded = session.models.get(
@@ -106,15 +106,15 @@ pub fn emit(request: &Request, session: &mut Session) -> Result<(), EmitError> {
     trace::write_document(&request.out, &document)
 }
 
-/// Makes the trace's directory, and refuses to write beside the model: `model.json` would bring a
+/// Makes the directory of what is written, and refuses to write beside the model: `model.json` would bring a
 /// `model.safetensors` with it.
-fn prepare_directory(request: &Request) -> Result<(), EmitError> {
-    let directory = trace::prepare_directory(&request.out)?;
+pub fn prepare_directory(out: &Path, model_dir: &Path) -> Result<(), EmitError> {
+    let directory = trace::prepare_directory(out)?;
     let real = |path: &Path| fs::canonicalize(path).ok();
-    if real(directory).is_some() && real(directory) == real(&request.model_dir) {
+    if real(directory).is_some() && real(directory) == real(model_dir) {
         return Err(EmitError::Request(format!(
             "out lies in the model's own directory: {}",
-            request.out.display()
+            out.display()
         )));
     }
     Ok(())

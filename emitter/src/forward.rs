@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use candle_mi::sae::SparseAutoencoder;
-use candle_mi::{HookPoint, HookSpec, MIBackend};
+use candle_mi::{HookCache, HookSpec, MIBackend, MIError};
 
 use crate::edits::{self, Editor};
 use crate::error::EmitError;
@@ -20,66 +20,38 @@ pub struct Forward {
     pub residual: Option<Tensor>,
 }
 
-/// Runs the model.
+/// One forward pass: token ids `[B][T]`, and the hook points that are captured and edited.
+pub struct Pass<'a> {
+    pub tokens: &'a [Vec<u32>],
+    pub captures: Vec<&'a str>,
+    pub edits: &'a [Edit],
+}
+
+/// Runs the model for a trace.
 ///
 /// # Errors
-/// `Request` where a hook point did not fire: candle-mi takes any string for a hook point, and one that it does not
-/// know is silently never reached. `Forward` where candle-mi or candle failed.
+/// Those of [`pass`], and `Request` where an edit's tensor has not the shape of its hook point's.
 pub fn run(
     loaded: &LoadedModel,
     request: &Request,
     inputs: &Inputs,
     sae: Option<&SparseAutoencoder>,
 ) -> Result<Forward, EmitError> {
-    let mut spec = HookSpec::new();
-    let mut asked: Vec<(&str, HookPoint)> = Vec::new();
     let sae_hook = request.sae.as_ref().map(|sae| sae.hook.as_str());
     // An edited point is captured too: that is how it is known to have been reached, and with which shape.
-    for name in request
-        .captures
-        .iter()
-        .map(String::as_str)
-        .chain(sae_hook)
-        .chain(request.edits.iter().map(Edit::hook))
-    {
-        let point = point(name)?;
-        spec.capture(point.clone());
-        asked.push((name, point));
-    }
-    let failed = |error: candle_mi::MIError| EmitError::Forward(error.to_string());
-    let tokens = token_tensor(request, loaded)?;
-    let editor = Editor {
-        loaded,
-        inputs,
-        tokens: &tokens,
-        sae,
+    let captures = request.captures.iter().map(String::as_str);
+    let edited = request.edits.iter().map(Edit::hook);
+    let whole = Pass {
+        tokens: &request.tokens,
+        captures: captures.chain(sae_hook).chain(edited).collect(),
+        edits: &request.edits,
     };
-    for edit in &request.edits {
-        editor.register(edit, &mut spec)?;
-    }
-
-    let cache = loaded.model.forward(&tokens, &spec).map_err(failed)?;
-
-    let silent: Vec<&str> = asked
-        .iter()
-        .filter(|(_, point)| cache.get(point).is_none())
-        .map(|(name, _)| *name)
-        .collect();
-    if !silent.is_empty() {
-        return Err(EmitError::Request(format!(
-            "hook points that candle-mi never reached in this model of {} layers: {}",
-            loaded.layers(),
-            silent.join(", ")
-        )));
-    }
+    let cache = pass(loaded, inputs, sae, &whole)?;
     edits::check_shapes(&request.edits, inputs, &cache)?;
 
-    let captured = |name: &str| -> Result<Tensor, EmitError> {
-        cache.require(&point(name)?).cloned().map_err(failed)
-    };
     let mut tensors = Vec::with_capacity(request.captures.len() + 1 + request.project.len());
     for name in &request.captures {
-        tensors.push(Named::new(name, captured(name)?));
+        tensors.push(Named::new(name, captured(&cache, name)?));
     }
     if request.logits {
         tensors.push(Named::new("logits", cache.output().clone()));
@@ -87,14 +59,65 @@ pub fn run(
     for key in &request.project {
         tensors.push(project(key, inputs, loaded)?);
     }
-    let residual = sae_hook.map(captured).transpose()?;
+    let residual = sae_hook.map(|hook| captured(&cache, hook)).transpose()?;
     Ok(Forward { tensors, residual })
 }
 
-fn token_tensor(request: &Request, loaded: &LoadedModel) -> Result<Tensor, EmitError> {
-    let rows = request.tokens.len();
-    let width = request.tokens.first().map_or(0, Vec::len);
-    Tensor::from_vec(request.tokens.concat(), (rows, width), &loaded.device)
+/// Runs the model once; nothing is captured that is not named.
+///
+/// # Errors
+/// `Request` where a captured hook point did not fire: candle-mi takes any string for a hook point, and one that it
+/// does not know is silently never reached. `Forward` where candle-mi or candle failed.
+pub fn pass(
+    loaded: &LoadedModel,
+    inputs: &Inputs,
+    sae: Option<&SparseAutoencoder>,
+    asked: &Pass,
+) -> Result<HookCache, EmitError> {
+    let mut spec = HookSpec::new();
+    for name in &asked.captures {
+        spec.capture(point(name)?);
+    }
+    let tokens = token_tensor(asked.tokens, loaded)?;
+    let editor = Editor {
+        loaded,
+        inputs,
+        tokens: &tokens,
+        sae,
+    };
+    for edit in asked.edits {
+        editor.register(edit, &mut spec)?;
+    }
+    let cache = loaded.model.forward(&tokens, &spec).map_err(failed)?;
+    let mut silent = Vec::new();
+    for name in &asked.captures {
+        if cache.get(&point(name)?).is_none() {
+            silent.push(*name);
+        }
+    }
+    if !silent.is_empty() {
+        return Err(EmitError::Request(format!(
+            "hook points that candle-mi never reached in this model of {} layers: {}",
+            loaded.layers(),
+            silent.join(", ")
+        )));
+    }
+    Ok(cache)
+}
+
+/// A tensor that was captured.
+pub fn captured(cache: &HookCache, name: &str) -> Result<Tensor, EmitError> {
+    cache.require(&point(name)?).cloned().map_err(failed)
+}
+
+fn failed(error: MIError) -> EmitError {
+    EmitError::Forward(error.to_string())
+}
+
+fn token_tensor(tokens: &[Vec<u32>], loaded: &LoadedModel) -> Result<Tensor, EmitError> {
+    let rows = tokens.len();
+    let width = tokens.first().map_or(0, Vec::len);
+    Tensor::from_vec(tokens.concat(), (rows, width), &loaded.device)
         .map_err(|error| EmitError::Forward(format!("token tensor: {error}")))
 }
 

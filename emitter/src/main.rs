@@ -1,5 +1,5 @@
 //! `parity-emitter` reads requests as JSON Lines on stdin, runs candle-mi on each, and writes a trace (or a
-//! document of token ids) per request and one reply line on stdout. It knows nothing of the truth and judges nothing.
+//! document of token ids, of digests or of answers to calls) per request and one reply line on stdout. It knows nothing of the truth and judges nothing.
 
 mod answer;
 mod call;
@@ -13,11 +13,14 @@ mod emit;
 mod entries;
 mod error;
 mod forward;
+mod forwards;
+mod forwards_protocol;
 mod hook_point;
 mod identity;
 mod inputs;
 mod machine;
 mod model;
+mod panics;
 mod protocol;
 mod request;
 mod sae;
@@ -38,7 +41,7 @@ use crate::protocol::Reply;
 const USAGE: &str = "usage: parity-emitter < requests.jsonl | --once FILE | --version";
 
 fn main() -> ExitCode {
-    dispatch::keep_panics();
+    panics::keep();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match arguments.as_slice() {

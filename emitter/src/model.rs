@@ -57,6 +57,11 @@ pub struct ModelCache {
 }
 
 impl ModelCache {
+    /// The next model is read from its files, whichever it is.
+    pub fn forget(&mut self) {
+        self.held = None;
+    }
+
     pub fn get(
         &mut self,
         directory: &Path,

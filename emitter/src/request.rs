@@ -7,11 +7,15 @@ use serde::Deserialize;
 
 use crate::call_protocol::{CallRequest, CALL_REQUEST};
 use crate::error::EmitError;
-use crate::protocol::{Edit, Request, TokenizeRequest, TOKENIZE_REQUEST, TRACE_REQUEST};
+use crate::forwards_protocol::{ForwardsRequest, FORWARDS_REQUEST};
+use crate::protocol::{
+    Edit, Request, SaeRequest, TokenizeRequest, TOKENIZE_REQUEST, TRACE_REQUEST,
+};
 
 /// What a line asks for.
 pub enum Asked {
     Trace(Box<Request>),
+    Forwards(Box<ForwardsRequest>),
     Tokens(TokenizeRequest),
     Calls(CallRequest),
 }
@@ -46,6 +50,11 @@ pub fn parse(line: &[u8]) -> Result<Asked, EmitError> {
             check(&request)?;
             Ok(Asked::Trace(Box::new(request)))
         }
+        Some(FORWARDS_REQUEST) => {
+            let request: ForwardsRequest = serde_json::from_slice(line).map_err(bad)?;
+            check_forwards(&request)?;
+            Ok(Asked::Forwards(Box::new(request)))
+        }
         Some(TOKENIZE_REQUEST) => {
             let request: TokenizeRequest = serde_json::from_slice(line).map_err(bad)?;
             check_out(&request.out)?;
@@ -58,70 +67,124 @@ pub fn parse(line: &[u8]) -> Result<Asked, EmitError> {
             Ok(Asked::Calls(request))
         }
         other => Err(EmitError::Request(format!(
-            "request format is {}, this emitter reads \"{TRACE_REQUEST}\", \"{}\" and \"{}\"",
+            "request format is {}, this emitter reads \"{TRACE_REQUEST}\", \"{FORWARDS_REQUEST}\", \
+             \"{TOKENIZE_REQUEST}\" and \"{CALL_REQUEST}\"",
             other.map_or("missing".to_owned(), |format| format!("\"{format}\"")),
-            TOKENIZE_REQUEST,
-            CALL_REQUEST
         ))),
     }
 }
 
 fn check(request: &Request) -> Result<(), EmitError> {
     let refuse = |message: String| Err(EmitError::Request(message));
-    let Some(width) = request.tokens.first().map(Vec::len) else {
-        return refuse("tokens are empty: expected [B][T] with B, T >= 1".to_owned());
-    };
-    for (row, tokens) in request.tokens.iter().enumerate() {
-        if tokens.is_empty() {
-            return refuse(format!("tokens row {row} is empty"));
-        }
-        if tokens.len() != width {
-            return refuse(format!(
-                "tokens are ragged: row 0 has {width}, row {row} has {}",
-                tokens.len()
-            ));
-        }
-    }
-    let mut seen = HashSet::new();
-    if let Some(twice) = request.captures.iter().find(|name| !seen.insert(*name)) {
-        return refuse(format!("capture named twice: {twice}"));
-    }
-    let mut seen = HashSet::new();
-    if let Some(twice) = request.project.iter().find(|key| !seen.insert(*key)) {
+    let width = check_tokens(&request.tokens)?;
+    check_captures(&request.captures)?;
+    if let Some(twice) = twice(&request.project) {
         return refuse(format!("project names a tensor twice: {twice}"));
     }
-    let needs_inputs = request.sae_input.is_some()
-        || !request.project.is_empty()
-        || request.edits.iter().any(|edit| edit.tensor().is_some());
+    let needs_inputs = request.sae_input.is_some() || !request.project.is_empty();
     if needs_inputs && request.inputs.is_none() {
-        return refuse(
-            "an edit, sae_input or project names a tensor, but inputs is null".to_owned(),
-        );
+        return refuse("sae_input or project names a tensor, but inputs is null".to_owned());
     }
-    check_edits(request, width)?;
+    check_edits(
+        &request.edits,
+        width,
+        request.sae.as_ref(),
+        request.inputs.as_deref(),
+    )?;
     if request.sae_input.is_some() && request.sae.is_none() {
         return refuse("sae_input is given, but sae is null".to_owned());
     }
     check_out(&request.out)
 }
 
-fn check_edits(request: &Request, width: usize) -> Result<(), EmitError> {
+fn check_forwards(request: &ForwardsRequest) -> Result<(), EmitError> {
     let refuse = |message: String| Err(EmitError::Request(message));
-    for edit in &request.edits {
+    let width = check_tokens(&request.tokens)?;
+    check_edits(
+        &request.edits,
+        width,
+        request.sae.as_ref(),
+        request.inputs.as_deref(),
+    )?;
+    if request.forwards.is_empty() {
+        return refuse("forwards are empty".to_owned());
+    }
+    if let Some(twice) = twice(request.forwards.iter().map(|forward| &forward.name)) {
+        return refuse(format!("forward named twice: {twice}"));
+    }
+    for forward in &request.forwards {
+        check_captures(&forward.captures)?;
+        if let Some(tokens) = &forward.tokens {
+            check_tokens(tokens)?;
+            if forward.edited {
+                return refuse(format!(
+                    "{}: the edits are for the request's own tokens",
+                    forward.name
+                ));
+            }
+        }
+    }
+    check_out(&request.out)
+}
+
+/// The width of token ids `[B][T]`.
+fn check_tokens(tokens: &[Vec<u32>]) -> Result<usize, EmitError> {
+    let refuse = |message: String| Err(EmitError::Request(message));
+    let Some(width) = tokens.first().map(Vec::len) else {
+        return refuse("tokens are empty: expected [B][T] with B, T >= 1".to_owned());
+    };
+    for (row, ids) in tokens.iter().enumerate() {
+        if ids.is_empty() {
+            return refuse(format!("tokens row {row} is empty"));
+        }
+        if ids.len() != width {
+            return refuse(format!(
+                "tokens are ragged: row 0 has {width}, row {row} has {}",
+                ids.len()
+            ));
+        }
+    }
+    Ok(width)
+}
+
+fn check_captures(captures: &[String]) -> Result<(), EmitError> {
+    match twice(captures) {
+        Some(twice) => Err(EmitError::Request(format!("capture named twice: {twice}"))),
+        None => Ok(()),
+    }
+}
+
+/// The first name that comes a second time.
+fn twice<'a>(names: impl IntoIterator<Item = &'a String>) -> Option<&'a String> {
+    let mut seen = HashSet::new();
+    names.into_iter().find(|name| !seen.insert(*name))
+}
+
+fn check_edits(
+    edits: &[Edit],
+    width: usize,
+    sae: Option<&SaeRequest>,
+    inputs: Option<&Path>,
+) -> Result<(), EmitError> {
+    let refuse = |message: String| Err(EmitError::Request(message));
+    for edit in edits {
         let hook = edit.hook();
+        if edit.tensor().is_some() && inputs.is_none() {
+            return refuse(format!(
+                "edit at {hook}: it names a tensor, but inputs is null"
+            ));
+        }
         if let Some(position) = edit.position().filter(|position| *position >= width) {
             return refuse(format!(
                 "edit at {hook}: position {position} is outside the prompt of {width} tokens"
             ));
         }
-        if matches!(edit, Edit::Steer { .. }) && request.edits.len() > 1 {
+        if matches!(edit, Edit::Steer { .. }) && edits.len() > 1 {
             return refuse(format!(
                 "edit at {hook}: a steer takes the pattern of a run without edits, and stands alone"
             ));
         }
-        if matches!(edit, Edit::Inject { .. })
-            && request.sae.as_ref().is_none_or(|sae| sae.hook != hook)
-        {
+        if matches!(edit, Edit::Inject { .. }) && sae.is_none_or(|sae| sae.hook != hook) {
             return refuse(format!(
                 "edit at {hook}: an injection needs an SAE at this hook"
             ));
@@ -131,9 +194,8 @@ fn check_edits(request: &Request, width: usize) -> Result<(), EmitError> {
 }
 
 fn check_calls(request: &CallRequest) -> Result<(), EmitError> {
-    let mut seen = HashSet::new();
-    if let Some(call) = request.calls.iter().find(|call| !seen.insert(&call.id)) {
-        return Err(EmitError::Request(format!("call named twice: {}", call.id)));
+    if let Some(twice) = twice(request.calls.iter().map(|call| &call.id)) {
+        return Err(EmitError::Request(format!("call named twice: {twice}")));
     }
     if request.calls.is_empty() {
         return Err(EmitError::Request("calls are empty".to_owned()));

@@ -2,6 +2,7 @@ use serde_json::{json, Value};
 
 use super::{case_id, parse, Asked};
 use crate::call_protocol::CALL_REQUEST;
+use crate::forwards_protocol::FORWARDS_REQUEST;
 use crate::protocol::{ConfigReader, Edit, Precision, Request, TokenizeRequest, TRACE_REQUEST};
 
 fn good() -> Value {
@@ -30,7 +31,7 @@ fn refusal(change: impl Fn(&mut Value)) -> String {
 fn trace_request(value: &Value) -> Request {
     match parse(value.to_string().as_bytes()) {
         Ok(Asked::Trace(request)) => *request,
-        Ok(Asked::Tokens(_) | Asked::Calls(_)) => panic!("taken for another request"),
+        Ok(_) => panic!("taken for another request"),
         Err(error) => panic!("{error}"),
     }
 }
@@ -38,7 +39,7 @@ fn trace_request(value: &Value) -> Request {
 fn tokenize_request(value: &Value) -> Result<TokenizeRequest, String> {
     match parse(value.to_string().as_bytes()) {
         Ok(Asked::Tokens(request)) => Ok(request),
-        Ok(Asked::Trace(_) | Asked::Calls(_)) => Err("taken for another request".to_owned()),
+        Ok(_) => Err("taken for another request".to_owned()),
         Err(error) => Err(error.one_line()),
     }
 }
@@ -244,5 +245,67 @@ fn a_call_is_read_and_an_unknown_argument_function_or_second_id_is_refused() {
         json!({"fn": "encode", "sae": {"path": "/s", "layer": 0}}),
     ] {
         assert_ne!(call_refusal(json!([{"id": "a", "run": run}])), "");
+    }
+}
+
+fn forward_refusal(change: impl Fn(&mut Value)) -> String {
+    let row = |name: &str| json!({"name": name, "captures": ["hook_embed"], "tokens": null, "edited": true, "anew": false});
+    let mut value = json!({
+        "format": FORWARDS_REQUEST, "case": {"id": "a/b", "digest": "00"}, "model_dir": "/m", "tokens": [[1, 5, 7]],
+        "dtype": "float16", "device": "cpu", "sae": null, "inputs": null,
+        "edits": [{"hook": "hook_embed", "kind": "zero"}], "forwards": [row("a"), row("b")], "known": ["00"],
+        "out": "/o/a.json"
+    });
+    change(&mut value);
+    match parse(value.to_string().as_bytes()) {
+        Ok(Asked::Forwards(request)) => {
+            assert_eq!((request.forwards.len(), request.edits.len()), (2, 1));
+            String::new()
+        }
+        Ok(_) => "taken for another request".to_owned(),
+        Err(error) => error.one_line(),
+    }
+}
+
+#[test]
+fn forwards_are_read_and_checked_like_a_trace() {
+    assert_eq!(forward_refusal(|_| ()), "");
+    type Change = fn(&mut Value);
+    let bad: [(Change, &str); 11] = [
+        (|r| r["forwards"] = json!([]), "forwards are empty"),
+        (|r| r["forwards"][1]["name"] = json!("a"), "named twice: a"),
+        (|r| r["forwards"][1]["colour"] = json!(1), "colour"),
+        (
+            |r| r["forwards"][1]["captures"] = json!(["h", "h"]),
+            "capture named twice: h",
+        ),
+        (
+            |r| r["forwards"][1]["tokens"] = json!([[1]]),
+            "b: the edits are for the request's own tokens",
+        ),
+        (
+            |r| {
+                r["forwards"][1]["edited"] = json!(false);
+                r["forwards"][1]["tokens"] = json!([[1, 2], [3]]);
+            },
+            "ragged",
+        ),
+        (|r| r["tokens"] = json!([]), "tokens are empty"),
+        (|r| r["captures"] = json!([]), "captures"),
+        (
+            |r| r["edits"] = json!([{"hook": "h", "kind": "add", "tensor": "t"}]),
+            "inputs is null",
+        ),
+        (
+            |r| {
+                r["edits"] = json!([{"hook": "h", "kind": "inject", "position": 0, "features": []}])
+            },
+            "needs an SAE",
+        ),
+        (|r| r["out"] = json!("/o/a"), "must end in .json"),
+    ];
+    for (change, said) in bad {
+        let told = forward_refusal(change);
+        assert!(told.contains(said), "{said}: {told}");
     }
 }

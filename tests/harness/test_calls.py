@@ -31,7 +31,8 @@ from candle_mi_parity.coverage.calls_judge import (
 from candle_mi_parity.errors import ExplanationError, TraceError
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.report import page, report_model, tables, views_ci
-from candle_mi_parity.run.run import RunOptions, run_cases
+from candle_mi_parity.run.options import RunOptions
+from candle_mi_parity.run.run import run_cases
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.release import StoredRelease
 from tests.support.results import case, run_of
@@ -285,20 +286,20 @@ def test_a_run_judges_calls_and_fails_where_a_function_is_broken(tmp_path: Path)
         return run_cases(RunOptions(f"stored:{tmp_path}", cases), [], {}, Progress())
 
     honest, broken, torn = ran(STORED), ran(spoilt(*HALVED)), ran(None)
-    assert honest.calls and honest.calls.line() == "75 of 100 direct calls agree, 25 do not for 8 known causes"
-    assert broken.calls and [call.id for call in broken.calls.new] == ["calls/kl/1d", "calls/kl/2d", "calls/kl/3d"]
-    assert torn.calls and [call.status for call in torn.calls.results] == [Status.ERROR]
-    assert ran(STORED, "llama/*").calls is None
+    assert honest.sections["calls"].line() == "75 of 100 direct calls agree, 25 do not for 8 known causes"
+    assert [call.id for call in broken.sections["calls"].new] == ["calls/kl/1d", "calls/kl/2d", "calls/kl/3d"]
+    assert [call.status for call in torn.sections["calls"].results] == [Status.ERROR]
+    assert "calls" not in ran(STORED, "llama/*").sections
     other = ran(STORED.model_copy(update={"candle_mi": STORED.candle_mi.model_copy(update={"version": "0.1.24"})}))
-    assert other.calls and "answered by candle-mi 0.1.24" in other.calls.results[0].error
+    assert "answered by candle-mi 0.1.24" in other.sections["calls"].results[0].error
     write_index(tmp_path, release.model_copy(update={"calls": None}))
     left_out = run_cases(RunOptions(f"stored:{tmp_path}"), [], {}, Progress())
-    assert left_out.calls and "no answers are stored" in left_out.calls.skipped
+    assert "no answers are stored" in left_out.sections["calls"].skipped
 
 
 def reported(calls: Calls) -> RunResult:
     result = run_of(case("llama/hub"))
-    result.calls = judge_calls(calls, held_to()).direct
+    result.sections["calls"] = judge_calls(calls, held_to()).direct
     return result
 
 

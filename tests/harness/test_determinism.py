@@ -15,8 +15,8 @@ from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.run import repeat as repeating
+from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.run.repeat import repeat
-from candle_mi_parity.run.run import RunOptions
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import InMemory, Trace

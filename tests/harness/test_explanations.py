@@ -26,7 +26,8 @@ from candle_mi_parity.judge.hypotheses import hypotheses
 from candle_mi_parity.judge.known import Evidence, NotExplained, known_divergence, known_refusal
 from candle_mi_parity.judge.search import Search, search
 from candle_mi_parity.models.checkpoint import read_config, weight_files
-from candle_mi_parity.run.run import RunOptions, run
+from candle_mi_parity.run.options import RunOptions
+from candle_mi_parity.run.run import run
 from candle_mi_parity.spec.conditions import Condition, Facts, all_hold
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN, Explanation, Explanations, combined, load_explanations

@@ -13,7 +13,8 @@ from candle_mi_parity.compare.verdict import CaseResult, Failure, Outcome, Statu
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.report import history
 from candle_mi_parity.report.history import History, make_history
-from candle_mi_parity.run.run import RunOptions, run_cases
+from candle_mi_parity.run.options import RunOptions
+from candle_mi_parity.run.run import run_cases
 from candle_mi_parity.spec.cases import load_cases
 from tests.support.results import case, run_of
 

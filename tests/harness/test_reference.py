@@ -23,7 +23,8 @@ from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.oracle.oracle import Oracle
-from candle_mi_parity.run.run import RunOptions, run_reference
+from candle_mi_parity.run.options import RunOptions
+from candle_mi_parity.run.run import run_reference
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import FIXTURES, cache_root
 

@@ -16,7 +16,8 @@ from candle_mi_parity.errors import ParityError, Stopped
 from candle_mi_parity.judge import case as judge_case_module
 from candle_mi_parity.judge.case import Judgement, Progress
 from candle_mi_parity.run import run
-from candle_mi_parity.run.run import RunOptions, at_once
+from candle_mi_parity.run.options import RunOptions
+from candle_mi_parity.run.run import at_once
 from candle_mi_parity.spec.cases import Case, load_cases
 from candle_mi_parity.spec.conditions import Facts
 from tests.support.results import case as result

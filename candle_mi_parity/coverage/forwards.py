@@ -1,0 +1,312 @@
+"""Forward passes as people run them: without captures, with one, after other prompts, on a model loaded anew.
+
+A case's trace captures every hook point, and that trace is what is compared with PyTorch. Here candle-mi is compared
+with itself: a new process makes other forwards of a case, and the bytes of their logits and captures must be those of
+the trace. Only digests travel, and the values of logits that differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import model_validator
+
+from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
+from candle_mi_parity.candidate.sources import TIMEOUT_SECONDS, LiveSource, Made, Source, request
+from candle_mi_parity.compare.run_result import Section
+from candle_mi_parity.compare.verdict import CaseResult, Failure, Status, TensorResult
+from candle_mi_parity.errors import ParityError, TraceError
+from candle_mi_parity.files.untrusted import read_json, validated
+from candle_mi_parity.judge.case import failure_of
+from candle_mi_parity.models.checkpoint import weight_files
+from candle_mi_parity.spec.cases import Case
+from candle_mi_parity.spec.paths import command
+from candle_mi_parity.trace.release import trace_name
+from candle_mi_parity.trace.trace import Digest, Header, Part, TensorEntry, Tensors, Text, Trace
+
+AXES = ("batch", "query", "vocabulary")
+REQUESTS = 10
+"""A case is asked again at the end, when the process has answered at least this number of requests."""
+LARGE, LONG = 64 << 20, 256
+"""Bytes of weights, and tokens of a prompt, from which on a case has few forwards, because each takes long."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward pass of a case.
+
+    :ivar name: as in ``llama/hub without captures``.
+    :ivar captures: the hook points that are captured.
+    :ivar tokens: other token ids [B][T], which are run without edits; None for those of the case.
+    :ivar edited: whether the edits of the case are made.
+    :ivar anew: whether the model is loaded from its files before.
+    :ivar like: the forward before it whose logits it must have; ``""`` for the trace, None if there is none yet.
+    """
+
+    name: str
+    captures: list[str] = field(default_factory=list)
+    tokens: list[list[int]] | None = None
+    edited: bool = True
+    anew: bool = False
+    like: str | None = ""
+
+    def row(self) -> dict[str, object]:
+        """For the request."""
+        return {key: value for key, value in asdict(self).items() if key != "like"}
+
+
+class Answered(Part):
+    """SHA-256 of the bytes of the logits and of each capture; ``error`` for a forward that failed."""
+
+    name: Text
+    logits: Digest | None
+    captures: dict[Text, Digest]
+    error: Text | None
+
+    @model_validator(mode="after")
+    def _one_outcome(self) -> Answered:
+        if (self.logits is None) == (self.error is None):
+            raise ValueError("give exactly one of `logits` and `error`")
+        return self
+
+
+class Document(Part):
+    """What the emitter wrote; ``tensors`` are the logits that the trace does not hold."""
+
+    format: Literal["candle-mi-parity/forwards/1"]
+    header: Header
+    forwards: list[Answered]
+    tensors: list[TensorEntry]
+
+
+def plain(made: Made, alone: bool) -> list[Forward]:
+    """The forwards of a case without edits.
+
+    :param alone: whether each hook point is captured alone.
+    """
+    hooks, other = made.subject.captures, _other_ids(made)
+    length = [row[:-1] or row * 2 for row in other]
+    return [
+        Forward("with all captures", hooks),
+        Forward("without captures"),
+        *(Forward(f"capturing {hook} alone", [hook]) for hook in hooks if alone),
+        Forward("of other ids", [], other, False, like=None),
+        Forward("of another length", [], length, False, like=None),
+        Forward("after other ids", hooks),
+        Forward("of another length, model loaded anew", [], length, False, True, "of another length"),
+        Forward("after another length"),
+        Forward("of other ids again", [], other, False, like="of other ids"),
+    ]
+
+
+def costly(made: Made) -> list[Forward]:
+    """The forwards of a case with a large model or a long prompt: as few, and one of them short."""
+    few = [row[:8] for row in _other_ids(made)]
+    other = Forward("of other ids", [], few, False, like=None)
+    return [Forward("without captures"), other, Forward("after other ids")]
+
+
+def _other_ids(made: Made) -> list[list[int]]:
+    """As many ids, all of them others, and all in the vocabulary."""
+    return [[id - 1 if id else 1 for id in row] for row in made.subject.tokens]
+
+
+def edited(made: Made) -> list[Forward]:
+    """The forwards of a case with edits."""
+    hooks, changed = made.subject.captures, {edit.hook for edit in made.subject.case.edits}
+    return [
+        Forward("without its edits", edited=False, like=None),
+        Forward("with all captures", hooks),
+        Forward("without capturing the edited point", [hook for hook in hooks if hook not in changed]),
+        Forward("without captures"),
+        Forward("without its edits again", edited=False, like="without its edits"),
+    ]
+
+
+def at_the_end(made: Made) -> list[Forward]:
+    """The forwards that are made when the process has answered many requests."""
+    return [Forward("at the end", made.subject.captures), Forward("at the end without captures")]
+
+
+def plan(traces: Iterable[Made]) -> list[tuple[Made, list[Forward]]]:
+    """What the process is asked, in order: the cases in the reverse order of the run, then some of them again.
+
+    A plain case stands for all of its model, dtype and shape of prompt, and a large one for all of its architecture.
+    The first of each architecture captures each hook point alone, and the first of each dtype is asked again.
+    """
+    found: list[tuple[Made, list[Forward]]] = []
+    last: list[tuple[Made, list[Forward]]] = []
+    seen: set[object] = set()
+    for made in traces:
+        subject, ids = made.subject, made.subject.tokens
+        size = sum(file.stat().st_size for file in weight_files(subject.model_dir))
+        kind = (subject.model_type, subject.case.dtype)
+        same = (*kind, size) if size >= LARGE else (*kind, subject.model_digest, len(ids), len(ids[0]))
+        if subject.case.edits:
+            found.append((made, edited(made)))
+        elif same in seen:
+            continue
+        elif size >= LARGE or len(ids[0]) >= LONG:
+            found.append((made, costly(made)))
+            seen.add(same)
+            continue
+        else:
+            found.append((made, plain(made, subject.model_type not in seen)))
+            seen |= {same, subject.model_type}
+        if kind not in seen:
+            last.append((made, at_the_end(made)))
+            seen.add(kind)
+    times = -(-(REQUESTS - len(found)) // len(last)) if last else 1
+    return [*reversed(found), *last * max(1, times)]
+
+
+def judge_forwards(source: Source, cases: list[Case], spec: str, out: Path, whole: bool) -> Section:
+    """Make the forwards of cases of which the source has just made a trace, and compare them.
+
+    :param spec: the candidate as the user spelt it.
+    :param out: the directory of the emitter's answers.
+    :param whole: whether all cases were run, so that it is an error if none left a trace.
+    """
+    if not isinstance(source, LiveSource):
+        return Section(
+            "other forward", skipped="only a candle-mi that is built can be asked for more than its traces"
+        )
+    if source.device != "cpu":
+        return Section("other forward", skipped=f"equality to the bit is asked on the CPU, not on {source.device}")
+    asked = plan(source.made[case.id] for case in cases if case.id in source.made)
+    if not asked:
+        none = "no case left a trace"
+        lost = CaseResult("forwards", "forwards", "", Status.ERROR, command("run", "--candidate", spec), error=none)
+        return Section("other forward", [lost]) if whole else Section("other forward", skipped=none)
+    results: dict[str, CaseResult] = {}
+    source.emitter.restart()
+    for made, forwards in asked:
+        case = made.subject.case
+        again = command("run", "--candidate", spec, "--cases", case.id)
+        blank = CaseResult(f"forwards/{case.id}", case.family, made.subject.digest, Status.PASS, again)
+        result = results.setdefault(case.id, blank)
+        try:
+            found = judge(made, forwards, ask(source.emitter, made, forwards, out))
+        except EmitterError as error:
+            _fail(result, f"{case.id} in a new process: {error}", failure_of(error))
+            result.expected += len(forwards)
+        except TraceError as error:
+            _fail(result, str(error), Failure.INPUT)
+            result.expected += len(forwards)
+        else:
+            result.tensors += found
+            result.expected += len(found)
+            for tensor in found:
+                if tensor.status is Status.FAIL:
+                    _fail(result, tensor.detail)
+    made_of = [results[case.id] for case in cases if case.id in results]
+    return Section("other forward", made_of, of_tensors=True)
+
+
+def _fail(result: CaseResult, error: str, failure: Failure | None = None) -> None:
+    """Keep the first error; what is of no use says nothing of candle-mi and is an ERROR."""
+    if result.status is Status.PASS:
+        result.error, result.failure = error, failure
+        result.status = Status.ERROR if failure is Failure.INPUT else Status.FAIL
+
+
+class Answer(Tensors):
+    """The answer to one request.
+
+    :raises TraceError: the file is malformed, of another candidate, case or model than the trace, or it answers other
+        forwards than those that were asked.
+    """
+
+    def __init__(self, path: Path, made: Made, forwards: list[Forward]) -> None:
+        document = validated(Document, read_json(path, TraceError), path, TraceError)
+        super().__init__(path, document.tensors)
+        self.forwards = document.forwards
+        theirs, ours = document.header.model_dump(), made.header.model_dump()
+        if other := [key for key in ours if theirs[key] != ours[key]]:
+            raise TraceError(f"{path}: {other[0]} is {theirs[other[0]]}, and of the trace {ours[other[0]]}")
+        wanted = [(forward.name, set(forward.captures)) for forward in forwards]
+        if wanted != [
+            (each.name, set(each.captures if each.logits else forward.captures))
+            for each, forward in zip(self.forwards, forwards, strict=False)
+        ]:
+            raise TraceError(f"{path}: its forwards are not those that were asked")
+
+    def values(self, digest: str, made: Made) -> np.ndarray:
+        """The logits of a digest, from the answer or from the trace.
+
+        :raises TraceError: neither holds them any longer.
+        """
+        if digest == made.digests["logits"]:
+            trace = Trace(made.path)
+            if trace.entries["logits"].sha256 != digest:
+                raise TraceError(f"{made.path} was overwritten")
+            return trace.tensor("logits")
+        held = {entry.sha256: name for name, entry in self.entries.items()}
+        if digest not in held:
+            raise TraceError(f"{self.path} does not hold them")
+        return self.tensor(held[digest])
+
+
+def ask(emitter: EmitterProcess, made: Made, forwards: list[Forward], out: Path) -> Answer:
+    """Have the forwards of a case made.
+
+    :raises EmitterError: the emitter refused the request, crashed or hung.
+    :raises TraceError: see :class:`Answer`.
+    """
+    path = out.resolve() / f"{trace_name(made.subject.case.id, 'free')}.json"
+    of_trace = request(made.subject, "free", made.inputs, path, made.header.device)
+    kept = ("case", "model_dir", "tokens", "dtype", "device", "sae", "inputs", "edits", "out")
+    asked = {
+        "format": "candle-mi-parity/forward/1",
+        "forwards": [forward.row() for forward in forwards],
+        "known": [made.digests["logits"]],
+        **{key: of_trace[key] for key in kept},
+    }
+    return Answer(emitter.emit(asked, TIMEOUT_SECONDS), made, forwards)
+
+
+def judge(made: Made, forwards: list[Forward], answer: Answer) -> list[TensorResult]:
+    """One result for each forward that has something to be equal to, or that failed."""
+    logits = {"": made.digests["logits"]}
+    results = []
+    for forward, given in zip(forwards, answer.forwards, strict=True):
+        where = f"{made.subject.case.id} {forward.name}"
+        differs, name = "", "logits"
+        if given.logits is None:
+            differs = f"{where}: {given.error}"
+        elif forward.like is None:
+            logits[forward.name] = given.logits
+            if given.logits == logits[""] and forward.tokens is not None:
+                differs = f"{where}: the logits are those of the case's own ids"
+        elif given.logits != (expected := logits.get(forward.like, "")):
+            differs = f"{where}: logits differ from those of the captured forward" + (
+                f" {forward.like}" if forward.like else ""
+            )
+            differs += f" ({_first(answer, made, given.logits, expected)})"
+        elif other := [hook for hook in forward.captures if given.captures[hook] != made.digests[hook]]:
+            name, differs = other[0], f"{where}: {other[0]} differs from that of the captured forward"
+        if differs:
+            results.append(TensorResult(f"{name} {forward.name}", Status.FAIL, "bits", detail=differs, exact=True))
+        elif forward.like is not None:
+            compared = 1 + len(forward.captures)
+            results.append(TensorResult(forward.name, Status.PASS, compared=compared, exact=True))
+    return results
+
+
+def _first(answer: Answer, made: Made, digest: str, expected: str) -> str:
+    """``first at batch 0, query 17, vocabulary 4: -1.23 against 0.5; 96 of 2376``."""
+    try:
+        got, wanted = answer.values(digest, made), answer.values(expected, made)
+    except ParityError as error:
+        return f"the values cannot be shown: {error}"
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return f"{got.dtype}{list(got.shape)} against {wanted.dtype}{list(wanted.shape)}"
+    bits = f"<u{got.itemsize}"
+    places = np.argwhere(np.ascontiguousarray(got).view(bits) != np.ascontiguousarray(wanted).view(bits))
+    place = ", ".join(f"{axis} {index}" for axis, index in zip(AXES, places[0], strict=False))
+    first = tuple(places[0])
+    return f"first at {place}: {got[first]:.9g} against {wanted[first]:.9g}; {len(places)} of {got.size}"
