@@ -9,20 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.candidate.sources import Source, StatelessSource, StoredSource
+from candle_mi_parity.candidate.sources import Source, StoredSource
 from candle_mi_parity.compare.check_result import CheckResult
 from candle_mi_parity.compare.run_result import Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
-from candle_mi_parity.models.prepared_case import PreparedCase, prepare
+from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.run.check import CheckOptions, check
 from candle_mi_parity.run.check_inputs import Prompt
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.explanations import load_explanations
-from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import OUTPUTS, cache_root
-from candle_mi_parity.trace.trace import Emitted
-from candle_mi_parity.trace.truth import Truth
-from tests.support.planting import CASES
+from tests.support.planting import CASES, Giving
 from validation.catalogue import load_faults
 from validation.source_faults import Checkout
 
@@ -33,15 +30,10 @@ FAULTS = {"source-rope-exponent", "source-query-norm", "source-gate-half"}
 """Faults in candle-mi's source that no change of a setting imitates."""
 
 
-class StoredTraces(StatelessSource):
+def stored_traces(case: Case) -> Source:
     """The stored traces of a case of the table, for any case with the same model and prompt."""
-
-    def __init__(self, case: Case) -> None:
-        self._case, self._stored = case, StoredSource(OUTPUTS / f"{RELEASE}.json")
-        self.identity = self._stored.identity
-
-    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
-        return self._stored.trace(replace(subject, case=self._case), mode, truth, inputs)
+    stored = StoredSource(OUTPUTS / f"{RELEASE}.json")
+    return Giving(lambda subject, *asked: stored.trace(replace(subject, case=case), *asked), stored.identity)
 
 
 def check_copy(case: Case, out: Path, opened: Callable[[], Source] | None = None, search: float = 0.0) -> CheckResult:
@@ -93,7 +85,7 @@ LISTED += ["llama/edit-steer-set-inner", "starcoder2/absent-norm-type"]
 def test_the_sentence_names_the_explanation(
     case_id: str, judged: Callable[[str, str], CaseResult], tmp_path: Path
 ) -> None:
-    result = check_copy(CASES[case_id], tmp_path / "copy", lambda: StoredTraces(CASES[case_id]))
+    result = check_copy(CASES[case_id], tmp_path / "copy", lambda: stored_traces(CASES[case_id]))
     assert not fault(result, judged(RELEASE, case_id))
 
 
@@ -133,7 +125,7 @@ def test_a_fault_in_candle_mi_s_source_is_located_and_not_explained(tmp_path: Pa
 
 def test_a_refusal_is_given_in_candle_mi_s_words(tmp_path: Path) -> None:
     case = CASES["llama/rope-yarn"]
-    result = check_copy(case, tmp_path, lambda: StoredTraces(case))
+    result = check_copy(case, tmp_path, lambda: stored_traces(case))
     assert result.verdict is Verdict.FAIL
     assert "refuses this model: This kind of rope_scaling is not implemented" in result.sentence
     assert 'unsupported rope_scaling type "yarn"' in result.sentence

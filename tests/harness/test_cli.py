@@ -80,6 +80,10 @@ ABSENT = str(Path(__file__).with_name("absent"))
     ("arguments", "message"),
     [
         (("run", "--candidate", "newest"), "unknown candidate 'newest'"),
+        *(
+            (("run", "--candidate", "torch", "--device", name), "unknown device")
+            for name in ("cuda", "gpu0", "cuda:x")
+        ),
         (("run", "--candidate", "stored:9.9.9"), "no stored traces"),
         (("run", "--candidate", f"path:{ABSENT}"), f"no Cargo.toml in {ABSENT}"),
         (
@@ -107,10 +111,3 @@ def test_a_report_that_cannot_be_written_leaves_no_temporary_file(tmp_path: Path
     with largest_file(1000):
         assert "cannot write" in one_line(command(*arguments))
     assert list(tmp_path.rglob("*report*")) == []
-
-
-def test_no_cargo_names_the_remedy(tmp_path: Path) -> None:
-    empty_cache = {"PARITY_CACHE": str(tmp_path / "cache"), "PATH": str(tmp_path)}
-    message = one_line(command("run", "--out", str(tmp_path), "--cases", "llama/hub", environment=empty_cache))
-    assert "cargo" in message
-    assert "rustup" in message

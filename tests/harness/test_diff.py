@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
 
 from candle_mi_parity.candidate.process import EmitterError
-from candle_mi_parity.candidate.sources import NotStoredError, StatelessSource
+from candle_mi_parity.candidate.sources import NotStoredError
 from candle_mi_parity.compare.align import INFINITE, SAME, common, tensor_distance
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, TensorDiff, diff_call
 from candle_mi_parity.compare.run_result import Verdict
@@ -20,11 +18,9 @@ from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.run.diff import Pair, diff_one
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
-from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import Emitted, InMemory, Selection
-from candle_mi_parity.trace.truth import Truth
-from tests.support.planting import CASES, RELEASE, Arrays, Real, real
+from tests.support.planting import CASES, Arrays, Giving, Real, real
 from tests.support.results import case
 from validation.array_changes import changed
 from validation.catalogue import load_faults
@@ -34,20 +30,16 @@ LLAMA = "llama/hub"
 Change = Callable[[Arrays], object]
 
 
-@dataclass
-class Held(StatelessSource):
+def held(traces: Mapping[str, Emitted | ParityError]) -> Giving:
     """A source of given traces and errors, by case."""
 
-    held: dict[str, Emitted | ParityError]
-    identity = RELEASE
-
-    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
-        found = self.held.get(subject.case.id) if mode == "free" else None
-        if found is None:
-            raise NotStoredError(f"nothing is stored for {subject.case.id} ({mode})")
-        if isinstance(found, ParityError):
-            raise found
+    def give(subject: PreparedCase, mode: str, *_: object) -> Emitted:
+        found = traces.get(subject.case.id) if mode == "free" else None
+        if isinstance(found, ParityError) or found is None:
+            raise found or NotStoredError(f"nothing is stored for {subject.case.id} ({mode})")
         return found
+
+    return Giving(give)
 
 
 def emitted(there: Real, change: Change | None = None) -> InMemory:
@@ -68,7 +60,7 @@ def scale(name: str, factor: float) -> Change:
     return lambda arrays: arrays.update({name: arrays[name] * np.float32(factor)})
 
 
-def compared(a: Held, b: Held, case_ids: tuple[str, ...] = (LLAMA,)) -> Diff:
+def compared(a: Giving, b: Giving, case_ids: tuple[str, ...] = (LLAMA,)) -> Diff:
     pair = Pair(a, b)
     cases = [diff_one(CASES[name], pair, ("A", "B"), cache_root(), NOTHING_KNOWN, Progress(), 0) for name in case_ids]
     return Diff("A", "B", {}, {}, {"transformers": "5", "device": "cpu"}, cases)
@@ -77,7 +69,7 @@ def compared(a: Held, b: Held, case_ids: tuple[str, ...] = (LLAMA,)) -> Diff:
 def between(a: Change | None, b: Change | None) -> Diff:
     """Two candidates on one case, something planted in either."""
     there = real(LLAMA)
-    return compared(Held({LLAMA: emitted(there, a)}), Held({LLAMA: emitted(there, b)}))
+    return compared(held({LLAMA: emitted(there, a)}), held({LLAMA: emitted(there, b)}))
 
 
 def only(diff: Diff) -> CaseDiff:
@@ -190,20 +182,20 @@ ABSENT, CORRUPT = NotStoredError("nothing is stored for llama/hub (free)"), Trac
 )
 def test_the_outcomes_of_a_case_decide_the_exit_code(a: str | ParityError, b: str | ParityError, code: int) -> None:
     traces = {"honest": emitted(real(LLAMA)), "wrong": emitted(real(LLAMA), scale(POST, 1.001))}
-    one, other = (Held({LLAMA: traces[side] if isinstance(side, str) else side}) for side in (a, b))
+    one, other = (held({LLAMA: traces[side] if isinstance(side, str) else side}) for side in (a, b))
     diff = compared(one, other)
     assert diff.verdict.exit_code == code, diff.line()
 
 
 def test_a_case_of_one_side_alone_does_not_hide_the_others() -> None:
     there, other = real(LLAMA), real("gemma2/hub")
-    both: dict[str, Emitted | ParityError] = {LLAMA: emitted(there), "gemma2/hub": emitted(other)}
-    fewer = Held({LLAMA: emitted(there)})
-    diff = compared(Held(both), fewer, (LLAMA, "gemma2/hub"))
+    both = {LLAMA: emitted(there), "gemma2/hub": emitted(other)}
+    fewer = held({LLAMA: emitted(there)})
+    diff = compared(held(both), fewer, (LLAMA, "gemma2/hub"))
     assert diff.verdict.exit_code == 0
     assert [(case.id, case.b.outcome) for case in diff.cases if not case.judged] == [("gemma2/hub", Outcome.ABSENT)]
-    broken = Held({LLAMA: emitted(there, scale(POST, 1.001))})
-    assert compared(Held(both), broken, (LLAMA, "gemma2/hub")).verdict.exit_code == 1
+    broken = held({LLAMA: emitted(there, scale(POST, 1.001))})
+    assert compared(held(both), broken, (LLAMA, "gemma2/hub")).verdict.exit_code == 1
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -228,7 +220,7 @@ def whole_against_part(change: Change, monkeypatch: pytest.MonkeyPatch) -> Diff:
     monkeypatch.setattr("candle_mi_parity.run.diff.stored_selection", _without_layer_1)
     monkeypatch.setattr("candle_mi_parity.judge.case.stored_selection", _without_layer_1)
     there = real(LLAMA)
-    return compared(Held({LLAMA: last_row(there, there.arrays)}), Held({LLAMA: emitted(there, change)}))
+    return compared(held({LLAMA: last_row(there, there.arrays)}), held({LLAMA: emitted(there, change)}))
 
 
 def _without_layer_1(names: list[str]) -> set[str]:
@@ -289,7 +281,7 @@ def test_decisions_and_scalars_that_differ_are_counted() -> None:
     flipped = of_arrays(there, there.arrays | {"logits": logits})
     scalars = honest.scalars | {"sae.n_active_last_pos": 1.0}
     fewer = InMemory(flipped.arrays, honest.dtype, scalars, honest.top_features[1:])
-    diff = compared(Held({"gemma2/hub": honest}), Held({"gemma2/hub": fewer}), ("gemma2/hub",))
+    diff = compared(held({"gemma2/hub": honest}), held({"gemma2/hub": fewer}), ("gemma2/hub",))
     distances = {row.name: row.distance for row in only(diff).rows}
     different = ("logits.next_token", "sae.n_active_last_pos", "sae.top_features_last_pos")
     assert all(distance and distance.decisions for name, distance in distances.items() if name in different)
@@ -306,5 +298,5 @@ def test_a_feature_that_fires_on_one_side_only_is_a_decision() -> None:
     one, other = emitted(there), emitted(there, put_out)
     found = tensor_distance("sae.features", there.truth, one, other)
     assert found is not None and found.decisions == 1 and found.inside
-    diff = compared(Held({"gemma2/hub": one}), Held({"gemma2/hub": other}), ("gemma2/hub",))
+    diff = compared(held({"gemma2/hub": one}), held({"gemma2/hub": other}), ("gemma2/hub",))
     assert row(only(diff), "sae.features").worse and diff.verdict.exit_code == 1

@@ -9,24 +9,21 @@ from typing import Any
 import pytest
 
 from candle_mi_parity.candidate.process import EmitterError
-from candle_mi_parity.candidate.sources import Source, StatelessSource
+from candle_mi_parity.candidate.sources import Source
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import check_header
-from candle_mi_parity.compare.verdict import CaseResult, Failure, Status
+from candle_mi_parity.compare.verdict import Failure, Status
 from candle_mi_parity.errors import CaseTableError, NoTruthError, ParityError, SaeError
 from candle_mi_parity.files.digest import file_digest
-from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.models.saelens import own_hook
 from candle_mi_parity.spec.cases import Case, SaeFile, SaelensDirectory
 from candle_mi_parity.spec.edits import Inject
-from candle_mi_parity.spec.explanations import NOTHING_KNOWN
-from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import Trace
 from candle_mi_parity.trace.truth import Truth
-from tests.support.planting import CASES, RELEASE, real, write
+from tests.support.planting import CASES, Giving, judged, real, write
 
 ROW = CASES["llama/sae-standard"]
 PLAIN: dict[str, Any] = {"dtype": "float32", "architecture": "standard", "apply_b_dec_to_input": False}
@@ -36,10 +33,6 @@ def row(cfg: dict[str, Any], **update: object) -> Case:
     """A generated SAE with this ``cfg.json``, placed at layer 1's output."""
     sae = SaelensDirectory(layer=1, d_sae=96, cfg=cfg)
     return ROW.model_copy(update={"id": "llama/tried", "sae": sae, **update})
-
-
-def judged(case: Case, source: Source, cache: Path) -> CaseResult:
-    return judge_case(case, source, "x", cache, NOTHING_KNOWN, Progress()).result
 
 
 # --- E5: the place that an SAE's own config gives
@@ -106,39 +99,35 @@ def test_the_reader_names_the_unsupported_kind(tmp_path: Path, kind: str) -> Non
     assert f"cfg.json: there is no truth for {message}" in str(caught.value), caught.value
 
 
-class Computing(StatelessSource):
-    """A candidate that gives numbers for any SAE."""
+def computing(directory: Path, error: ParityError | None = None) -> Giving:
+    """A candidate that gives numbers for any SAE, or an error."""
 
-    identity = RELEASE
-
-    def __init__(self, directory: Path, error: ParityError | None = None) -> None:
-        self._directory, self._error = directory, error
-
-    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Trace:
-        if self._error is not None:
-            raise self._error
-        there = real("llama/hub")
+    def give(subject: PreparedCase, _: str, truth: Truth, inputs: Path) -> Trace:
+        if error is not None:
+            raise error
 
         def adapted(document: dict[str, Any]) -> None:
             header = {"case": {"id": subject.case.id, "digest": subject.digest}, "sae_digest": subject.sae_digest}
             document["header"] |= header | {"inputs_digest": file_digest(inputs)}
             document["tokens"] = subject.tokens
 
-        trace = Trace(write(self._directory, there, edit=adapted))
+        trace = Trace(write(directory, real("llama/hub"), edit=adapted))
         check_header(truth, trace, file_digest(inputs))
         return trace
+
+    return Giving(give)
 
 
 def test_a_refusal_by_candle_mi_is_the_result(tmp_path: Path) -> None:
     refusal = EmitterError("sae", 'config error: unsupported SAE architecture: "gated"')
     for _ in range(2):  # the second time with the model's own truth in the cache
-        found = judged(row(PLAIN | KINDS["gated"][0]), Computing(tmp_path, refusal), tmp_path / "cache")
+        found = judged(row(PLAIN | KINDS["gated"][0]), computing(tmp_path, refusal), tmp_path / "cache")
         assert (found.failure, found.error) == (Failure.SAE, str(refusal))
 
 
 def test_numbers_without_a_truth_are_unmeasured(tmp_path: Path) -> None:
     for _ in range(2):
-        found = judged(row(PLAIN | KINDS["gated"][0]), Computing(tmp_path), tmp_path / "cache")
+        found = judged(row(PLAIN | KINDS["gated"][0]), computing(tmp_path), tmp_path / "cache")
         assert found.status is Status.UNMEASURED and not found.tensors
         assert found.error.startswith("candle-mi computes something, but ") and "no truth for" in found.error
 

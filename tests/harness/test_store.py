@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from candle_mi_parity.candidate.process import EmitterError
-from candle_mi_parity.candidate.sources import StatelessSource, StoredSource
+from candle_mi_parity.candidate.sources import StoredSource
 from candle_mi_parity.candidate.spelling import CandidateError
 from candle_mi_parity.candidate.store import (
     Storing,
@@ -25,28 +25,22 @@ from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.errors import Stopped, TraceError
-from candle_mi_parity.models.prepared_case import PreparedCase
-from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import OUTPUTS
 from candle_mi_parity.trace.release import StoredCase, StoredRelease
 from candle_mi_parity.trace.trace import Trace
-from candle_mi_parity.trace.truth import Truth
-from tests.support.planting import CASES, RELEASE, Arrays, Real, failures, real, write
+from tests.support.planting import CASES, RELEASE, Arrays, Giving, Real, failures, real, write
 from tests.support.stored import write_index
 
 
-class Emitting(StatelessSource):
+def emitting(path: Path, error: EmitterError | None = None) -> Giving:
     """A source with one trace or a refusal."""
 
-    identity = RELEASE
+    def give(*_: object) -> Trace:
+        if error is not None:
+            raise error
+        return Trace(path)
 
-    def __init__(self, path: Path, error: EmitterError | None = None) -> None:
-        self._path, self._error = path, error
-
-    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Trace:
-        if self._error is not None:
-            raise self._error
-        return Trace(self._path)
+    return Giving(give)
 
 
 def in_part(there: Real) -> Real:
@@ -65,7 +59,7 @@ def stored(
     """Store one case; returns the index of the release."""
     index = directory / "outputs" / f"{version}.json"
     with Storing(index, whole) as keep:
-        source = StoringSource(Emitting(write(directory / "emitted", there, arrays), error), keep)
+        source = StoringSource(emitting(write(directory / "emitted", there, arrays), error), keep)
         with contextlib.suppress(EmitterError):
             source.trace(there.subject, "free", there.truth, there.inputs)
     return index
@@ -246,7 +240,7 @@ def test_a_store_that_is_stopped_leaves_the_earlier_release(tmp_path: Path, whol
 
     there = real("gemma2/hub")
     with pytest.raises(Stopped), Storing(index, whole) as keep:  # noqa: PT012
-        emitted = Emitting(write(tmp_path / "other", there))
+        emitted = emitting(write(tmp_path / "other", there))
         StoringSource(emitted, keep).trace(there.subject, "free", there.truth, there.inputs)
         assert files(index) > before
         raise Stopped("SIGINT")

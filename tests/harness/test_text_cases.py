@@ -7,6 +7,7 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -16,17 +17,13 @@ from candle_mi_parity.candidate.sources import Source, StatelessSource, StoredSo
 from candle_mi_parity.candidate.store import Storing, StoringSource
 from candle_mi_parity.candidate.tokens import TextIds, text_ids
 from candle_mi_parity.candidate.torch_source import TorchSource
-from candle_mi_parity.compare.verdict import CaseResult, Status
-from candle_mi_parity.judge.case import Progress, judge_case
+from candle_mi_parity.compare.verdict import Status
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.run.diff import Pair, PairedSource
 from candle_mi_parity.spec.cases import Case, LocalModel
-from candle_mi_parity.spec.explanations import NOTHING_KNOWN
-from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import InMemory
-from candle_mi_parity.trace.truth import Truth
-from tests.support.planting import CASES, RELEASE, real
+from tests.support.planting import CASES, RELEASE, judged, real
 
 TEXT = "The capital of"
 WITH_SPACE, WITHOUT_SPACE = [1, 100, 101], [1, 99, 101]
@@ -67,13 +64,8 @@ class Asked(StatelessSource):
             raise self.answer
         return self.answer
 
-    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
-        with TorchSource() as source:
-            return source.trace(subject, mode, truth, inputs)
-
-
-def judged(case: Case, source: Source, cache: Path) -> CaseResult:
-    return judge_case(case, source, "x", cache, NOTHING_KNOWN, Progress()).result
+    def trace(self, *asked: Any) -> InMemory:
+        return TorchSource().trace(*asked)
 
 
 def test_other_ids_fail_before_anything_is_computed(tmp_path: Path) -> None:

@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from candle_mi_parity.candidate.sources import Source, StatelessSource
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import check_header, compare
-from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.digest import file_digest
+from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.judge.known import facts_of
 from candle_mi_parity.models.checkpoint import read_config, weight_files
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
@@ -30,10 +32,10 @@ from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import Case, load_cases
 from candle_mi_parity.spec.counterfactual import Counterfactual
-from candle_mi_parity.spec.explanations import combined, load_explanations
+from candle_mi_parity.spec.explanations import NOTHING_KNOWN, combined, load_explanations
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
-from candle_mi_parity.trace.trace import FORMAT, CandleMi, InMemory, Trace
+from candle_mi_parity.trace.trace import FORMAT, CandleMi, Emitted, InMemory, Trace
 from candle_mi_parity.trace.truth import Truth
 
 RELEASE = CandleMi(version="0.2.2", source="registry", checksum="a" * 64, revision=None, tree_digest=None)
@@ -104,6 +106,23 @@ def known_real(case_id: str, mode: Mode = "free") -> Real:
     truth, inputs = oracle.truth(mode), oracle.inputs(mode)
     with TorchSource() as source:
         return Real(other, oracle, truth, source.trace(other, mode, truth, inputs), inputs)
+
+
+class Giving(StatelessSource):
+    """A candidate whose traces a function makes, from what :meth:`Source.trace` is given."""
+
+    def __init__(
+        self, give: Callable[..., Emitted], identity: CandleMi | None = RELEASE, device: str = "cpu"
+    ) -> None:
+        self._give, self.identity, self.device = give, identity, device
+
+    def trace(self, *asked: Any) -> Emitted:
+        return self._give(*asked)
+
+
+def judged(case: Case, source: Source, cache: Path | None = None) -> CaseResult:
+    """Judge a case with no known divergence."""
+    return judge_case(case, source, "x", cache or cache_root(), NOTHING_KNOWN, Progress()).result
 
 
 def arrays_of(dump: InMemory) -> Arrays:

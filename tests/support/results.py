@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from rich.console import Console
+
 from candle_mi_parity.compare.align import Distance
 from candle_mi_parity.compare.check_result import CheckResult, Continuation, LensRow, Matters, PromptResult
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Side, TensorDiff
@@ -32,6 +36,14 @@ VERSIONS = {
     "machine": "Linux",
     "device": "cpu",
 }
+
+
+def shown(show: Callable[[Console], object], width: int = 500) -> str:
+    """What is written to a terminal, without colours."""
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        show(console)
+    return capture.get()
 
 
 def tensor(name: str, ratio: float = 1.0, status: Status = Status.PASS, reason: str = "") -> TensorResult:
