@@ -1,16 +1,15 @@
 """Direct calls: each planted fault fails, also on top of a known one, and a run and a diff report it."""
 
 import functools
-import io
 import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from candle_mi_parity.candidate.sources import StoredSource
 from candle_mi_parity.candidate.store import write_named
@@ -34,7 +33,7 @@ from candle_mi_parity.report import page, report_model, tables, views_ci
 from candle_mi_parity.run.run import RunOptions, run_cases
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.release import StoredRelease
-from tests.support.results import case, run_of
+from tests.support.results import case, run_of, shown
 from tests.support.stored import INDEX, write_index
 
 TABLE = load_calls()
@@ -304,11 +303,9 @@ def reported(calls: Calls) -> RunResult:
 
 def test_the_verdict_counts_calls_and_every_view_names_a_broken_function() -> None:
     def views(result: RunResult) -> list[str]:
-        console = Console(record=True, file=io.StringIO())
-        tables.run_tables(result, console)
-        commands = "".join(views_ci.workflow_commands(result))
-        pages = [views_ci.junit(result), views_ci.summary(result), page.render(result), console.export_text()]
-        return [*pages, commands, json.dumps(report_model.document(result))]
+        pages = [views_ci.junit(result), views_ci.summary(result), page.render(result)]
+        lines = [shown(partial(tables.run_tables, result)), "".join(views_ci.workflow_commands(result))]
+        return [*pages, *lines, json.dumps(report_model.document(result))]
 
     honest, broken = reported(STORED), reported(spoilt(*HALVED))
     assert run_of(case("llama/hub")).verdict is Verdict.PASS

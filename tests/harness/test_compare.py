@@ -1,7 +1,4 @@
-"""The comparison: what is refused before any number, what a message says, and what a mean over all would hide.
-
-Truths with a large vocabulary or a massive activation, which the tiny models do not have, are synthetic.
-"""
+"""The comparison: what is refused before any number, what is counted, and what a message says."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from candle_mi_parity.trace.trace import InMemory
 from candle_mi_parity.trace.truth import Truth, TruthTensor
 from tests.support.planting import Arrays, Edit, compare_trace, failures, first, planted, real, write
 
-SCORES, PATTERN = "blocks.0.attn.hook_scores", "blocks.0.attn.hook_pattern"
+SCORES = "blocks.0.attn.hook_scores"
 
 
 def header(**change: object) -> Edit:
@@ -123,15 +120,6 @@ def test_masked_scores_are_left_out_and_counted(tmp_path: Path, garbage: float) 
     assert (result.compared, result.left_out) == (4 * 300, 4 * 276)
 
 
-def test_a_pattern_that_sees_the_future_fails(tmp_path: Path) -> None:
-    there = real("llama/hub")
-    pattern = there.arrays[PATTERN]
-    pattern[0, 1, 2] = 1 / 24
-    found = first(planted(tmp_path, there, **{PATTERN: pattern}))
-    assert (found.name, found.reason) == (PATTERN, "masked")
-    assert found.worst is not None and found.worst.index == [0, 1, 2, 3] and found.past == 21
-
-
 def test_a_message_has_index_values_and_errors(tmp_path: Path) -> None:
     there, name = real("llama/hub"), "blocks.1.mlp.hook_post"
     array = there.arrays[name]
@@ -140,19 +128,9 @@ def test_a_message_has_index_values_and_errors(tmp_path: Path) -> None:
     assert found.worst is not None and found.worst.index == [0, 5, 7] and found.past == 1
     assert found.worst.got == array[0, 5, 7]
     assert found.worst.expected == pytest.approx(there.truth.tensors[name].value[0, 5, 7], rel=1e-12)
-    for part in (
-        name,
-        "batch 0, position 5, entry 7 got",
-        "expected",
-        "absolute",
-        "relative",
-        "ULP",
-        "noise",
-        "(gate 32)",
-        "(gate 8)",
-    ):
+    parts = "batch 0, position 5, entry 7 got|expected|absolute|relative|ULP|noise|(gate 32)|(gate 8)|inputs agreed"
+    for part in (name, *parts.split("|"), "1 of 1536 past the gate"):
         assert part in found.message(), part
-    assert "1 of 1536 past the gate" in found.message() and "inputs agreed" in found.message()
 
 
 def test_a_divergence_that_may_be_inherited_says_that_its_inputs_differ(tmp_path: Path) -> None:
@@ -166,60 +144,28 @@ def test_a_divergence_that_may_be_inherited_says_that_its_inputs_differ(tmp_path
     assert "inputs DIFFER" in results["blocks.1.mlp.hook_post"].message()
 
 
-def synthetic(name: str, value: np.ndarray) -> tuple[Truth, np.ndarray]:
-    """A truth of one tensor with noise 3e-7 of each position's size, and an honest candidate."""
-    size = np.sqrt(np.square(value).mean(-1, keepdims=True))
-    noise = np.broadcast_to(3e-7 * size, value.shape)
-    honest = value + noise * np.random.default_rng(1).standard_normal(value.shape)
-    return Truth([[1]], {name: TruthTensor(value, noise)}, meta={"mode": "free"}), honest.astype(np.float32)
-
-
-def judge_one(truth: Truth, array: np.ndarray) -> TensorResult:
-    name = next(iter(truth.tensors))
-    results = compare(truth, InMemory({name: (array, None)}, "float32", {}, []), None, None)
-    assert results[0].name == name
-    return results[0]
-
-
-@pytest.mark.parametrize("index", [0, 31000, 49151])
-def test_one_of_49152_logits_1_percent_off_is_caught(index: int) -> None:
-    truth, array = synthetic("logits", np.random.default_rng(0).standard_normal((1, 4, 49152)) + 2)
-    assert judge_one(truth, array).status is Status.PASS
-    array[0, 3, index] *= 1.01
-    result = judge_one(truth, array)
-    assert result.status is Status.FAIL and result.past == 1
-    assert result.worst is not None and result.worst.index == [0, 3, index]
+def judged_logits(value: np.ndarray, got: np.ndarray) -> dict[str, TensorResult]:
+    """Judge logits by a truth with a noise of 3e-7."""
+    truth = Truth([[1]], {"logits": TruthTensor(value, np.full_like(value, 3e-7))}, meta={"mode": "free"})
+    dump = InMemory({"logits": (got.astype(np.float32), None)}, "float32", {}, [])
+    return {result.name: result for result in compare(truth, dump, None, None)}
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
 def test_the_ten_likeliest_tokens_of_every_row_are_judged(row: int) -> None:
     """The tenth and the twentieth token of one row are exchanged at the last position."""
-    truth, array = synthetic("logits", np.random.default_rng(0).standard_normal((3, 4, 64)))
-    order = np.argsort(-array[row, -1])
-    array[row, -1, order[[9, 19]]] = array[row, -1, order[[19, 9]]]
-    results = compare(truth, InMemory({"logits": (array, None)}, "float32", {}, []), None, None)
-    found = {result.name: result for result in results}["logits.top10_last_pos"]
+    value = np.random.default_rng(0).standard_normal((3, 4, 64))
+    got, order = value.copy(), np.argsort(-value[row, -1])
+    got[row, -1, order[[9, 19]]] = value[row, -1, order[[19, 9]]]
+    found = judged_logits(value, got)["logits.top10_last_pos"]
     assert (found.status, found.past, found.compared) == (Status.FAIL, 1, 30), found.message()
-
-
-def test_a_position_beside_a_massive_activation_is_judged_by_its_own_size() -> None:
-    value = np.random.default_rng(0).standard_normal((1, 24, 64))
-    value[0, 1] *= 500
-    truth, array = synthetic("blocks.0.hook_resid_post", value)
-    assert judge_one(truth, array).status is Status.PASS
-    array[0, 7] *= np.float32(1 + 1e-4)
-    result = judge_one(truth, array)
-    assert result.status is Status.FAIL, result.message()
-    assert result.rms_ratio < 8, "a mean over all positions would have seen it too: the case excites nothing"
 
 
 @pytest.mark.parametrize(("gap", "status"), [(1e-8, Status.PASS), (1e-3, Status.FAIL)])
 def test_a_next_token_may_differ_only_at_a_tie(gap: float, status: Status) -> None:
     value = np.random.default_rng(0).standard_normal((1, 3, 50))
     value[0, 2, 7], value[0, 2, 9] = 5.0, 5.0 - gap
-    truth, array = synthetic("logits", value)
-    array[0, 2, 7], array[0, 2, 9] = 5.0, np.nextafter(np.float32(5), np.float32(6))
-    results = compare(truth, InMemory({"logits": (array, None)}, "float32", {}, []), None, None)
-    found = {result.name: result for result in results}
-    assert found["logits.next_token"].status is status, found["logits.next_token"].message()
-    assert found["logits.next_token"].past == (status is Status.FAIL)
+    got = value.copy()
+    got[0, 2, 7], got[0, 2, 9] = 5.0, np.nextafter(np.float32(5), np.float32(6))
+    found = judged_logits(value, got)["logits.next_token"]
+    assert found.status is status and found.past == (status is Status.FAIL), found.message()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Side
 from candle_mi_parity.compare.verdict import CaseResult, Status
@@ -17,12 +16,11 @@ from candle_mi_parity.trace.trace import Run
 from tests.harness.test_diff import LLAMA, POST, between, scale
 from tests.support.command import command, one_line
 from tests.support.planting import Arrays
+from tests.support.results import shown
 
 
 def terminal(diff: Diff) -> str:
-    stream = io.StringIO()
-    diff_views.terminal(diff, Console(file=stream, width=140, color_system=None))
-    return stream.getvalue()
+    return shown(partial(diff_views.terminal, diff), 140)
 
 
 def test_the_terminal_names_the_tensor_the_sizes_and_the_verdict() -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from candle_mi_parity.compare.verdict import Status, TensorResult, Worst
 from candle_mi_parity.files.escape import one_line, printable, templates
-from candle_mi_parity.report import diff_views, history, page, tables, views_ci
+from candle_mi_parity.report import check_page, diff_views, history, page, tables, views_ci
 from candle_mi_parity.repro.write import code_cell
-from tests.support.results import HOSTILE, a_history, a_report, differing
+from tests.support.results import HOSTILE, a_history, a_report, checked, differing, shown
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
 TEXTS = """slug case command version title model_type torch transformers tensor dtype candle_dtype heads element_gate
@@ -30,14 +30,6 @@ OTHERS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def shown(show: Callable[[Console], None]) -> str:
-    """The output to a terminal, without colours."""
-    console = Console(width=200, color_system=None, force_terminal=False)
-    with console.capture() as capture:
-        show(console)
-    return capture.get()
-
-
 def reproduced(name: str) -> Callable[[], str]:
     """A file of a reproduction with the hostile text in every place."""
     given = dict.fromkeys(TEXTS.split(), HOSTILE) | OTHERS
@@ -48,11 +40,13 @@ PAGES: dict[str, Callable[[], str]] = {
     "report.html": lambda: page.render(a_report()),
     "diff.html": lambda: diff_views.page(differing()),
     "history.html": lambda: history.page(a_history()),
+    "check.html": lambda: check_page.page(checked()),
 }
 VIEWS: dict[str, Callable[[], str]] = {
     **PAGES,
-    "terminal of run": lambda: shown(lambda console: tables.run_tables(a_report(), console)),
-    "terminal of diff": lambda: shown(lambda console: diff_views.terminal(differing(), console)),
+    "terminal of run": lambda: shown(partial(tables.run_tables, a_report()), 200),
+    "terminal of diff": lambda: shown(partial(diff_views.terminal, differing()), 200),
+    "terminal of check": lambda: "\n".join([*check_page.foretold_lines(checked()), *check_page.lines(checked())]),
     "junit.xml": lambda: views_ci.junit(a_report()),
     "summary.md": lambda: views_ci.summary(a_report()),
     "annotations": lambda: "\n".join(views_ci.workflow_commands(a_report())),

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from candle_mi_parity.errors import ModelError
 from candle_mi_parity.files.cache import publish
 from candle_mi_parity.models import generate
-from candle_mi_parity.models.checkpoint import model_digest, read_config, require_model
+from candle_mi_parity.models.checkpoint import model_digest, read_config
 from candle_mi_parity.models.generate import (
     bit_stream,
     normal_numbers,
@@ -29,7 +29,7 @@ from candle_mi_parity.models.generate import (
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.models.sae import load_sae, sae_path
-from candle_mi_parity.spec.cases import LocalModel, ScopeSae, TinyModel, select
+from candle_mi_parity.spec.cases import ScopeSae, TinyModel, select
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.paths import cache_root
 from tests.support.planting import CASES
@@ -95,43 +95,6 @@ def test_a_model_is_generated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert model_directory(LLAMA, tmp_path) == first
     with pytest.raises(AssertionError, match="generated again"):
         model_directory(LLAMA.model_copy(update={"change": {"vocab_size": 50}}), tmp_path)
-
-
-def refused(directory: Path) -> str:
-    with pytest.raises(ModelError) as caught:
-        model_directory(LocalModel(source="local", path=str(directory)), directory)
-    assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
-    return str(caught.value)
-
-
-def test_an_incomplete_directory_is_refused_with_its_contents(tmp_path: Path) -> None:
-    where = tmp_path / "model"
-    assert "does not exist" in refused(where)
-    where.mkdir()
-    assert "has no config.json; it holds nothing" in refused(where)
-    (where / "config.json").write_text("{}")
-    assert "safetensors" in refused(where) and "it holds config.json" in refused(where)
-    (where / "pytorch_model.bin").write_text("")
-    assert "it holds config.json, pytorch_model.bin" in refused(where)
-    (where / "model.safetensors").write_text("")
-    assert require_model(where) == where
-
-
-@pytest.mark.parametrize(
-    ("index", "said"),
-    [
-        (
-            '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}',
-            "model-00002-of-00002.safetensors'], and there are ['model-00001",
-        ),
-        ('{"weight_map": []}', "no weight_map"),
-    ],
-)
-def test_an_index_of_other_shards_is_refused(tmp_path: Path, index: str, said: str) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model-00001-of-00002.safetensors").write_text("")
-    (tmp_path / "model.safetensors.index.json").write_text(index)
-    assert said in refused(tmp_path)
 
 
 def test_the_digest_of_a_model_sees_config_and_weights(tmp_path: Path) -> None:

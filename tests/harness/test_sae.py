@@ -5,7 +5,6 @@ A feature may differ only where rounding can turn it; reconstruction and MSE the
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,7 @@ from candle_mi_parity.models.sae import Sae, load_npz
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from tests.support.planting import Arrays, compare_trace, failures, first, real, write
-
-
-def arrays(d_in: int = 4, d_sae: int = 6) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in)}
-    shapes |= {"b_enc": (d_sae,), "b_dec": (d_in,), "threshold": (d_sae,)}
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-class Payload:
-    """Creates a directory when it is unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (os.environ["PARITY_TEST_PAYLOAD"],)
-
+from tests.support.untrusted import refused, sae_arrays
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "array missing": ({"W_dec": None}, "lacks W_dec; it holds W_enc"),
@@ -49,7 +34,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "NaN": ({"b_enc": np.full(6, np.nan, np.float32)}, "b_enc holds NaN or Inf"),
     "infinity": ({"W_dec": np.full((6, 4), np.inf, np.float32)}, "W_dec holds NaN or Inf"),
     "too large for float32": ({"b_dec": np.full(4, 1e300)}, "b_dec holds NaN or Inf, or a value too large"),
-    "no array": (dict.fromkeys(arrays()), "it holds nothing"),
+    "no array": (dict.fromkeys(sae_arrays()), "it holds nothing"),
 }
 
 
@@ -58,47 +43,36 @@ def saved(path: Path, content: dict[str, Any]) -> Path:
     return path
 
 
-def refused(path: Path) -> str:
-    with pytest.raises(SaeError) as caught:
-        load_npz(path)
-    assert "\n" not in str(caught.value) and path.name in str(caught.value)
-    return str(caught.value)
+def refusal(path: Path) -> str:
+    message = refused(lambda: load_npz(path))
+    assert path.name in message
+    return message
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_an_npz_that_is_not_an_sae_is_refused(tmp_path: Path, name: str) -> None:
     change, message = BAD[name]
-    assert message in refused(saved(tmp_path / "sae.npz", arrays() | change))
+    assert message in refusal(saved(tmp_path / "sae.npz", sae_arrays() | change))
 
 
 def test_a_valid_npz_is_read_with_and_without_a_threshold(tmp_path: Path) -> None:
-    whole = load_npz(saved(tmp_path / "a.npz", arrays()))
+    whole = load_npz(saved(tmp_path / "a.npz", sae_arrays()))
     assert (whole.d_in, whole.d_sae, whole.architecture) == (4, 6, "JumpReLU")
-    assert load_npz(saved(tmp_path / "b.npz", arrays() | {"threshold": None})).architecture == "ReLU"
-    wide = load_npz(saved(tmp_path / "c.npz", {name: array.astype(float) for name, array in arrays().items()}))
+    assert load_npz(saved(tmp_path / "b.npz", sae_arrays() | {"threshold": None})).architecture == "ReLU"
+    wide = load_npz(saved(tmp_path / "c.npz", {name: array.astype(float) for name, array in sae_arrays().items()}))
     np.testing.assert_array_equal(wide.W_enc, whole.W_enc)
 
 
-def test_a_pickled_object_is_refused_and_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PARITY_TEST_PAYLOAD", str(tmp_path / "executed"))
-    bomb = np.array([Payload()], dtype=object)
-    path = saved(tmp_path / "sae.npz", arrays() | {"b_enc": bomb})
-    assert "not a readable NPZ" in refused(path)
-    assert not (tmp_path / "executed").exists(), "the file was unpickled"
-    np.load(path, allow_pickle=True)["b_enc"]
-    assert (tmp_path / "executed").exists(), "the payload does nothing, so that this test shows nothing"
-
-
 def test_a_file_that_is_not_a_whole_zip_is_refused(tmp_path: Path) -> None:
-    path = saved(tmp_path / "sae.npz", arrays())
+    path = saved(tmp_path / "sae.npz", sae_arrays())
     content = path.read_bytes()
     for bad in (b"", b"PK", b"not a zip at all", *(content[:n] for n in range(30, len(content), 97))):
         path.write_bytes(bad)
-        refused(path)
+        refusal(path)
     path.unlink()
-    refused(path)
-    np.save(tmp_path / "one.npy", arrays()["W_enc"])
-    refused(tmp_path / "one.npy")
+    refusal(path)
+    np.save(tmp_path / "one.npy", sae_arrays()["W_enc"])
+    refusal(tmp_path / "one.npy")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -119,7 +93,7 @@ def test_jumprelu_fires_strictly_above_its_threshold(dtype: torch.dtype) -> None
 
 def test_an_sae_of_another_width_is_refused(tmp_path: Path) -> None:
     there = real("gemma2/hub")
-    subject = replace(there.subject, sae_file=saved(tmp_path / "sae.npz", arrays()))
+    subject = replace(there.subject, sae_file=saved(tmp_path / "sae.npz", sae_arrays()))
     with pytest.raises(SaeError, match="SAE has d_in 4, the model has hidden_size 64"):
         Oracle(subject, tmp_path).truth()
 

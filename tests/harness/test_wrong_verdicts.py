@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.torch_source import TorchSource
@@ -30,7 +29,7 @@ from candle_mi_parity.spec.cases import Case, LocalModel, TinyModel
 from candle_mi_parity.spec.edits import Zero
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from tests.support.planting import CASES, real
-from tests.support.results import VERSIONS
+from tests.support.results import VERSIONS, shown
 
 Weights = dict[str, np.ndarray]
 Change = Callable[[Weights], object]
@@ -310,10 +309,8 @@ def test_the_note_on_padding_is_in_every_view(judged: Judged, tmp_path: Path) ->
     found = judged(local(tmp_path / "model", pad_token_id=0).model_copy(update={"tokens": [0, 0, 1, 5, 9]}))
     assert found.status is Status.PASS and len(found.notes) == 1
     run = RunResult("torch", {}, VERSIONS, [found], {})
-    terminal = io.StringIO()
-    tables.run_tables(run, Console(file=terminal, width=500, color_system=None))
-    views = [page.render(run), views_ci.summary(run), terminal.getvalue(), json.dumps(report_model.document(run))]
-    assert all("as plain tokens" in view for view in views)
+    terminal, document = shown(partial(tables.run_tables, run)), json.dumps(report_model.document(run))
+    assert all("as plain tokens" in view for view in (page.render(run), views_ci.summary(run), terminal, document))
     found.notes = []
     assert "as plain tokens" not in page.render(run)
 
