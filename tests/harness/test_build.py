@@ -1,7 +1,5 @@
 """Building the emitter, with a fake cargo: what is built, errors, and progress."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The table of cases: what a bad row is refused with, how globs select, and what the digest depends on."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

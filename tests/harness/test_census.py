@@ -1,7 +1,5 @@
 """The auto-config census: the stored ones are whole and up to date, and an answer is sorted where it belongs."""
 
-from __future__ import annotations
-
 import operator
 import os
 import signal

@@ -1,7 +1,5 @@
 """``check``: tensors that a user dumped, a user's own vector and SAE, and what is message beside the verdict."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

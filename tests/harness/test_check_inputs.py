@@ -1,7 +1,5 @@
 """``check`` and bad inputs: one line on stderr, exit code 2, and no file is written."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Whether ``check`` names what is wrong, on copies of the models of the table."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from dataclasses import replace

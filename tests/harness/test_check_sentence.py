@@ -1,7 +1,5 @@
 """The first sentence of ``check``, and its lines, on results that are made up."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The command: exit codes, one line for a bad input, and no file half written."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """The comparison: what is refused before any number, what is counted, and what a message says."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Every fixture and stored file is used, and what nothing compares is listed here. The sets must be equal."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The CUDA lane with a fake GPU; these tests do not show what a GPU computes."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from types import SimpleNamespace

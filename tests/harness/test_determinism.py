@@ -1,7 +1,5 @@
 """Two runs of a case give the same bytes, apart from dates and times."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

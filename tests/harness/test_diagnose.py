@@ -1,7 +1,5 @@
 """The shape of an error is named if the data shows one."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Two candidates compared: what was planted in one is what moved, and it is worse only if the gate says so."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a reader of a diff sees: short on the terminal, whole in the files, every name escaped, nothing fetched."""
 
-from __future__ import annotations
-
 from datetime import datetime
 from functools import partial
 from pathlib import Path

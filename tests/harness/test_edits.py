@@ -3,8 +3,6 @@
 Wrong interventions are planted in ``validation/faults.toml``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

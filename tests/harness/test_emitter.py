@@ -1,7 +1,5 @@
 """The real emitter: refused requests, models, and each option of a request."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The modules of the emitter have no circular imports."""
 
-from __future__ import annotations
-
 import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Names that attack the views: no control character is printed, and no page gets a tag or a handler."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import partial

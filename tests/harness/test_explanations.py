@@ -3,8 +3,6 @@
 The candidates are torch's float32 under another config or with other weights.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A killed emitter, a full disk or a truncated file is an error of one case; the next run is correct."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

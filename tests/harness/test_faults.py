@@ -1,7 +1,5 @@
 """The fast seeded faults; and a fault that survives, or a crash, does not count as detected."""
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from pathlib import Path

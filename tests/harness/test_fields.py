@@ -1,7 +1,5 @@
 """The config-field ledger holds, and each kind of wrong row is detected."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

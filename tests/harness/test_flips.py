@@ -4,8 +4,6 @@ In the truth of the tiny Gemma 2, one threshold is moved next to a pre-activatio
 is a chosen multiple of its noise. The candidate decides otherwise and follows its own decision.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The element part catches one bad value among many, the position part a small err
 by position, because one massive activation would hide every other.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """History: when a divergence came and when it went, read off the stored releases."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 

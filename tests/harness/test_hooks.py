@@ -4,8 +4,6 @@
 it is wrong for the last layer.
 """
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Generated models are the same on every machine and show any fault; the cache holds only complete directories."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

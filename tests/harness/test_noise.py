@@ -3,8 +3,6 @@
 A rule that is too large would hide a fault; one that is too small would fail correct arithmetic.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

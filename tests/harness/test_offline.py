@@ -1,7 +1,5 @@
 """The tests run without a network: a connection to another machine fails, also in subprocesses."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The oracle: float64 everywhere, every hook in its place, reproducible to the bit, and cached without loss."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

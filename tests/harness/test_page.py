@@ -1,7 +1,5 @@
 """Page, terminal and JSON show every case of a result, and answer both questions."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

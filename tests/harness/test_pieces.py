@@ -1,7 +1,5 @@
 """A tensor that is read and compared in pieces gets the same result as one that is compared whole."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Effects of a planted fault beside its first tensor; most faults are in ``validation/faults.toml``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The pytest plugin: outcomes of judged cases, skips, required tools, and the summary."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

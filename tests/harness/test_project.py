@@ -1,7 +1,5 @@
 """Crates and packages are pinned; the workflows are pinned, read-only and up to date."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from importlib.metadata import distributions

@@ -4,8 +4,6 @@ The script is written here once more in torch, without the suite. In its last la
 final norm, which must not be mistaken for a divergence.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A divergence made small: kept at every step, and shown by a Rust test that passes once candle-mi is fixed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -3,8 +3,6 @@
 The size of each rule is tested in ``test_noise.py``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """A run: two cases at a time, results in order, and nothing started after the run was stopped."""
 
-from __future__ import annotations
-
 import threading
 import time
 from contextlib import nullcontext

@@ -3,8 +3,6 @@
 A feature may differ only where rounding can turn it; reconstruction and MSE then follow the candidate's decision.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """SAEs that their own config places elsewhere, and kinds of SAE without a truth (public cases E5, E8)."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

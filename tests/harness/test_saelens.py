@@ -3,8 +3,6 @@
 If SAELens is installed (`pip install '.[saelens]'`), its results are compared too; otherwise that test is skipped.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from dataclasses import replace

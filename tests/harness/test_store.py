@@ -1,7 +1,5 @@
 """Stored traces read back unchanged, parts are compared as parts, and equal files are shared."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from dataclasses import replace

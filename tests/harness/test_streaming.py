@@ -1,7 +1,5 @@
 """A model that is read layer by layer computes the same as when it is loaded whole."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

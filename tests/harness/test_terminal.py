@@ -1,7 +1,5 @@
 """Progress if stderr is not a terminal: a line at the start of a build, and then a line now and then."""
 
-from __future__ import annotations
-
 import io
 import time
 

@@ -1,7 +1,5 @@
 """A case with a text: candle-mi's own tokenizer has to give transformers' ids (public case E3)."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from contextlib import nullcontext

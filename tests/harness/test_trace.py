@@ -1,7 +1,5 @@
 """A damaged trace is refused with one line of TraceError that names the file, and no other exception."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

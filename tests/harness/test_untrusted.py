@@ -3,8 +3,6 @@
 Hypothesis damages each kind of file; then come cases that random changes do not find.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """JUnit, Markdown and GitHub's annotations agree with the result, and all views are there when a run breaks off."""
 
-from __future__ import annotations
-
 import json
 import re
 import time

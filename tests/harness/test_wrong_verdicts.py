@@ -1,7 +1,5 @@
 """Inputs on which the suite once gave a wrong verdict (public cases), each beside an input that must pass."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

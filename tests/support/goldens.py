@@ -4,8 +4,6 @@ The arrays are pytest-regressions' ``.npz``, and a ``.json`` beside each holds t
 golden of another model, other tokens or another transformers is stale, not wrong.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

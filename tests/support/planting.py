@@ -5,8 +5,6 @@ can fail. A fault in the numbers is planted with :func:`write`, a fault in the m
 :func:`rerun`.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

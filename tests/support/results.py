@@ -1,7 +1,5 @@
 """Made-up results, one of each status, and names that attack the views."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from rich.console import Console

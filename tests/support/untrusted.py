@@ -1,7 +1,5 @@
 """Small valid files of the untrusted kinds, and how a reader must refuse a damaged one."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
