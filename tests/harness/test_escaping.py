@@ -44,7 +44,6 @@ VIEWS: dict[str, Callable[[], str]] = {
     **PAGES,
     "terminal of run": lambda: shown(partial(tables.run_tables, a_report()), 200),
     "terminal of diff": lambda: shown(partial(diff_views.terminal, differing()), 200),
-    "terminal of check": lambda: "\n".join([*check_page.foretold_lines(checked()), *check_page.lines(checked())]),
     "junit.xml": lambda: views_ci.junit(a_report()),
     "summary.md": lambda: views_ci.summary(a_report()),
     "annotations": lambda: "\n".join(views_ci.workflow_commands(a_report())),

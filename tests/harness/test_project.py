@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,43 @@ def test_every_command_of_a_workflow_exists() -> None:
     assert made | {target.split()[0] for target in weekly} <= targets
     ours = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     assert {words[1] for words in lines if words[0] == "$PARITY"} <= ours
+
+
+# --- the modules of the emitter -------------------------------------------------------------------
+
+
+def imports(source: Path) -> dict[str, set[str]]:
+    """Module → the modules that its code names as ``crate::<module>``, without tests and comments."""
+    found = {}
+    for path in source.glob("*.rs"):
+        if not path.stem.endswith(("_tests", "_fuzz")):
+            code = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
+            groups = re.findall(r"\bcrate::(?:(\w+)|\{([^}]*)\})", code)
+            found[path.stem] = {
+                name for single, group in groups for name in [single, *re.split(r"\W+", group)] if name
+            }
+    return found
+
+
+def order(source: Path) -> list[str]:
+    """The modules in an order in which each follows those that it imports.
+
+    :raises CycleError: there is no such order.
+    """
+    return list(TopologicalSorter(imports(source)).static_order())
+
+
+def test_no_import_is_circular() -> None:
+    found = order(EMITTER / "src")
+    assert set(found) == set(imports(EMITTER / "src")), "an imported module has no file"
+    assert found.index("protocol") < found.index("request") < found.index("dispatch")
+
+
+def test_a_circular_import_is_detected(tmp_path: Path) -> None:
+    (tmp_path / "a.rs").write_text("use crate::b::B;\n")
+    (tmp_path / "b.rs").write_text("pub fn f() -> crate::c::C {}\n")
+    (tmp_path / "c.rs").write_text("// crate::a\nuse std::fs;\n")
+    assert order(tmp_path) == ["c", "b", "a"]
+    (tmp_path / "c.rs").write_text("use crate::{a, b};\n")
+    with pytest.raises(CycleError):
+        order(tmp_path)
