@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -144,22 +143,6 @@ def test_a_changed_model_is_loaded_again(emitter: EmitterProcess, llama: Path, t
     assert len(digests) == 2
 
 
-@pytest.mark.rust
-@pytest.mark.parametrize("reader", ["hf", "auto"])
-def test_rows_of_a_batch_equal_single_runs(emitter: EmitterProcess, llama: Path, tmp_path: Path, reader: str) -> None:
-    rows = [[1, 5, 7, 2], [39, 0, 3, 3]]
-    both, *alone = (
-        traced(emitter, llama, tmp_path / "case.json", tokens=tokens, config=reader)
-        for tokens in (rows, rows[:1], rows[1:])
-    )
-    assert both["logits"].shape == (2, 4, 40)
-    assert not np.allclose(both["logits"][0], both["logits"][1], atol=1e-3)
-    for row, single in enumerate(alone):
-        assert list(single) == list(both)
-        for name, array in single.items():
-            np.testing.assert_allclose(both[name][row : row + 1], array, rtol=0, atol=1e-6, err_msg=name)
-
-
 @pytest.fixture(scope="module")
 def optimised() -> Path:
     """The emitter with full optimisation of every crate, unlike in its Cargo.toml."""
@@ -186,22 +169,6 @@ def test_low_optimisation_changes_no_bit(
         del document["run"]
         traces.append((document, out.with_suffix(".safetensors").read_bytes()))
     assert built.read_bytes() != optimised.read_bytes() and traces[0] == traces[1]
-
-
-@pytest.mark.rust
-@pytest.mark.parametrize(("dtype", "stored"), [("float32", "F32"), ("bfloat16", "BF16"), ("float16", "F16")])
-def test_tensors_keep_the_dtype_that_was_computed_in(
-    emitter: EmitterProcess, llama: Path, tmp_path: Path, dtype: str, stored: str
-) -> None:
-    inputs, out = tmp_path / "inputs.safetensors", tmp_path / "case.json"
-    save_file({RESIDUAL: np.ones((1, 4, WIDTH))}, inputs)
-    request = real_request(llama, out, inputs=str(inputs), project=[RESIDUAL], dtype=dtype)
-    emitter.emit(request, timeout=120)
-    document = json.loads(out.read_text())
-    assert document["header"]["dtype"] == dtype
-    assert {entry["dtype"] for entry in document["tensors"]} == {dtype}
-    with safe_open(out.with_suffix(".safetensors"), framework="numpy") as file:
-        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {stored}  # noqa: SIM118
 
 
 # --- the auto reader of config.json ---------------------------------------------------------------

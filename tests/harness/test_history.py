@@ -73,14 +73,7 @@ def test_an_outcome_is_decided_by_status_and_failure_and_by_no_message() -> None
     assert {failure for failure in Failure if outcome(failure) is Outcome.ERROR} == lost
 
 
-@pytest.mark.parametrize(
-    "status, outcome",
-    [
-        (Status.FAIL, Outcome.DIVERGES),
-        (Status.KNOWN, Outcome.DIVERGES),
-        (Status.UNMEASURED, Outcome.UNMEASURED),
-    ],
-)
-def test_a_case_with_numbers_was_judged(status: Status, outcome: Outcome) -> None:
-    assert case("llama/hub", status).outcome is outcome
+def test_a_case_with_numbers_was_judged() -> None:
+    found = [case("llama/hub", status).outcome for status in (Status.FAIL, Status.KNOWN, Status.UNMEASURED)]
+    assert found == [Outcome.DIVERGES, Outcome.DIVERGES, Outcome.UNMEASURED]
     assert CaseResult("llama/hub", "llama", "", Status.UNMEASURED, "", failure=Failure.INPUT).outcome is Outcome.ERROR

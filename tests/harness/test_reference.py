@@ -24,15 +24,11 @@ from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.run.run import RunOptions, run_reference
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import FIXTURES, cache_root
+from tests.support.untrusted import REFERENCE
 
 SAE = FIXTURES / "saes" / "smollm2_l15.npz"
 PROMPT = "The capital of France is"
-KEYS = (
-    *("model_id", "prompt", "hook_layer", "hook_name", "sae_repo", "sae_npz_path", "d_in", "d_sae"),
-    *("architecture", "tokens", "n_tokens", "reconstruction_mse", "n_active_last_pos", "top_features_last_pos"),
-    *("resid_last_first10", "encoded_last_first10", "decoded_last_first10"),
-    *("resid_last_norm", "encoded_last_norm", "decoded_last_norm"),
-)
+KEYS = tuple(REFERENCE)
 
 
 @pytest.fixture(scope="module")

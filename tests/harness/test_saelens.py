@@ -68,8 +68,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": (PLAIN | {"activation": "topk"}, "activation"),
     "topk without k": (PLAIN | {"architecture": "topk"}, "with k = None"),
     "k without topk": (PLAIN | {"k": 3, "sae_lens_version": "6.1.0", "architecture": "standard"}, "k = 3"),
-    "gated": (PLAIN | {"architecture": "gated"}, "architecture"),
-    "tanh-relu": (PLAIN | {"activation_fn_str": "tanh-relu"}, "tanh-relu"),
     "a missing scale": (PLAIN | {"normalize_activations": "expected_average_only_in"}, "needs a scale"),
     "the same, as true": (PLAIN | {"normalize_activations": True}, "needs a scale"),
     "unknown normalisation": (PLAIN | {"normalize_activations": "covariance_whitening"}, "normalize_activations"),

@@ -90,17 +90,14 @@ def test_a_tokenizer_that_was_not_asked_is_noted(tmp_path: Path) -> None:
     assert found.notes == ["candle-mi's tokenizer was not asked: its ids are not stored for this case"]
     with TorchSource() as control:
         assert judged(case, control, tmp_path).notes == [], "transformers has no tokenizer beside its own"
+    asked = text_ids(EmitterProcess(Path("/nonexistent")), RELEASE, tmp_path, TEXT, tmp_path / "out.json")
+    assert asked.ids is None and "no tokenizer.json" in asked.why
 
 
 def test_a_refused_text_is_a_refused_case(tmp_path: Path) -> None:
     found = judged(model(tmp_path / "model"), Asked(EmitterError("model", "tokenizer: no such thing")), tmp_path)
     assert found.failure is not None and found.failure.refused
     assert found.error == "model: tokenizer: no such thing" and not found.tensors
-
-
-def test_without_a_tokenizer_json_candle_mi_is_not_asked(tmp_path: Path) -> None:
-    asked = text_ids(EmitterProcess(Path("/nonexistent")), RELEASE, tmp_path, TEXT, tmp_path / "out.json")
-    assert asked.ids is None and "no tokenizer.json" in asked.why
 
 
 def test_each_side_of_a_diff_is_asked(tmp_path: Path) -> None:
@@ -119,18 +116,14 @@ def stored(index: Path, subject: PreparedCase, answer: TextIds | EmitterError) -
     return StoredSource(index)
 
 
-def test_stored_ids_are_read_back(tmp_path: Path) -> None:
+def test_stored_ids_and_a_stored_refusal_are_read_back(tmp_path: Path) -> None:
     subject = prepare(model(tmp_path / "model"), tmp_path)
     index = tmp_path / "kept" / "release.json"
     assert stored(index, subject, TextIds([1, 7])).text_ids(subject) == TextIds([1, 7])
     asked = stored(index, subject, TextIds(why="not asked")).text_ids(subject)
     assert asked.ids is None and asked.why
-
-
-def test_a_refused_text_is_stored(tmp_path: Path) -> None:
-    subject = prepare(model(tmp_path / "model"), tmp_path)
-    source = stored(tmp_path / "kept" / "release.json", subject, EmitterError("model", "tokenizer: no"))
-    assert judged(subject.case, source, tmp_path).error == "model: tokenizer: no"
+    refusing = stored(index, subject, EmitterError("model", "tokenizer: no"))
+    assert judged(subject.case, refusing, tmp_path).error == "model: tokenizer: no"
 
 
 def test_stored_ids_of_another_text_or_tokenizer_are_stale(tmp_path: Path) -> None:
@@ -153,11 +146,8 @@ def test_stored_ids_of_another_text_or_tokenizer_are_stale(tmp_path: Path) -> No
 def test_candle_mi_does_not_read_tokenizer_config(live: Source, tmp_path: Path) -> None:
     """Its released tokenizer reads ``tokenizer.json`` alone, where transformers honours ``add_prefix_space`` too."""
     found = judged(model(tmp_path / "model", add_prefix_space=False), live, tmp_path)
-    assert found.status is Status.FAIL
-    assert (
-        f"got {str(WITH_SPACE)[:-1]}" in found.message()
-        and f"transformers gives {str(WITHOUT_SPACE)[:-1]}" in found.message()
-    )
+    expected = (f"got {str(WITH_SPACE)[:-1]}", f"transformers gives {str(WITHOUT_SPACE)[:-1]}")
+    assert found.status is Status.FAIL and all(part in found.message() for part in expected)
     shutil.rmtree(tmp_path / "model")
     twin = judged(model(tmp_path / "model"), live, tmp_path)
     assert (twin.status, twin.notes) == (Status.PASS, []), twin.message()

@@ -61,9 +61,6 @@ def test_an_unknown_format_is_refused_before_the_schema_is_checked(path: Path, f
     edited(path, lambda document: document.update(format=form, header="nonsense"))
     shown = type(form).__name__ if isinstance(form, list) else repr(form)
     assert f"format is {shown}, expected 'candle-mi-parity/trace/1'" in refused(path)
-
-
-def test_a_document_that_is_not_an_object_is_refused(path: Path) -> None:
     path.write_text("[]")
     assert "format is None" in refused(path)
 
