@@ -14,6 +14,7 @@ from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import FIXTURES, cache_root
+from candle_mi_parity.trace.truth import TruthTensor
 from tests.support.goldens import Golden, GoldenError, has_golden
 
 CASES = {case.id: case for case in load_cases() if has_golden(case)}
@@ -40,7 +41,7 @@ def test_a_golden_of_other_tokens_or_of_numbers_that_are_not_finite_is_refused(t
     golden.check()
     with pytest.raises(GoldenError, match=r"stale golden llama-hub\.npz: tokens changed"):
         replace(golden, subject=replace(subject, tokens=[[1, 2]])).check()
-    logits = golden.truth.tensors["logits"]
-    spoilt = {"logits": replace(logits, value=np.full_like(logits.value, np.nan))}
+    nan = np.full((1, 2, 3), np.nan)
+    tensors = {**golden.truth.tensors, "logits": TruthTensor(nan, nan)}
     with pytest.raises(GoldenError, match="logits of the truth holds NaN or Inf"):
-        replace(golden, truth=replace(golden.truth, tensors=golden.truth.tensors | spoilt)).check()
+        replace(golden, truth=replace(golden.truth, tensors=tensors)).check()

@@ -111,18 +111,14 @@ def test_nothing_compared_fails_and_is_counted(tmp_path: Path, name: str) -> Non
     assert all(result.status is Status.FAIL and not result.compared for result in results)
 
 
-def test_no_case_and_no_tensor_is_inconclusive() -> None:
-    assert RunResult("x", {}, {}, [], {}, []).verdict is Verdict.INCONCLUSIVE
-    assert run_of([]).verdict is Verdict.INCONCLUSIVE
-    assert Verdict.INCONCLUSIVE.exit_code == 3
-
-
 def test_the_number_of_compared_tensors_is_reported(tmp_path: Path) -> None:
     results = compare_trace(real("llama/hub"), write(tmp_path, real("llama/hub")))
     truth = list(real("llama/hub").truth.tensors)
     assert [result.name for result in results][: len(truth)] == truth and len(truth) >= 39
     run = run_of(results)
     assert run.verdict is Verdict.PASS and f"{len(results)} tensors compared" in run.line()
+    assert RunResult("x", {}, {}, [], {}, []).verdict is run_of([]).verdict is Verdict.INCONCLUSIVE
+    assert Verdict.INCONCLUSIVE.exit_code == 3
 
 
 @pytest.mark.parametrize("garbage", [-1e5, float(np.finfo(np.float32).min), 3.0])
@@ -214,13 +210,6 @@ def test_a_forced_run_leaves_a_fault_in_its_own_half_layer(tmp_path: Path) -> No
     assert [name for name in failed if name.endswith(scores)] == [f"blocks.{i}.{scores}" for i in range(3)]
     own = {name.partition(".")[2].partition(".")[2] for name in failed if name.startswith("blocks.")}
     assert own <= {scores} | rest, "a fault in attention was carried into the MLP or the next layer"
-
-
-def test_every_result_of_the_twin_is_a_pass_with_room_to_spare(tmp_path: Path) -> None:
-    results = compare_trace(real("gemma2/hub"), write(tmp_path, real("gemma2/hub")))
-    assert {result.status for result in results} == {Status.PASS}
-    assert max(result.position_ratio for result in results) < 4
-    assert max(result.element_ratio for result in results) < 16
 
 
 # --- a tensor in pieces gets the same result as the whole -----------------------------------------

@@ -307,14 +307,11 @@ def terminal(diff: Diff) -> str:
     return shown(partial(diff_views.terminal, diff), 140)
 
 
-def test_the_terminal_names_the_tensor_the_sizes_and_the_verdict() -> None:
+def test_the_terminal_names_the_tensor_and_the_verdict_and_stays_short() -> None:
     text = terminal(between(None, scale(POST, 1.001)))
     assert POST in text and "agrees → diverges" in text and "away" in text
     assert text.rstrip().splitlines()[-1].startswith("verdict: WORSE: 1 of 1 cases")
     assert terminal(between(None, None)).rstrip().splitlines()[-1].startswith("verdict: NOTHING WORSE")
-
-
-def test_the_terminal_stays_short_however_much_moved() -> None:
     diff = between(None, scale(POST, 1.001))
     diff.cases = diff.cases * 150
     assert len(terminal(diff).splitlines()) < 80

@@ -103,12 +103,9 @@ def test_a_cast_to_float32_and_back_is_exact_in_the_mode(op: Op) -> None:
     assert rms(op(x) - precise) > 1e-9, "the cast is exact without the mode too"
 
 
-def test_a_composite_operation_is_refused() -> None:
+def test_a_composite_operation_and_one_without_a_rule_are_errors() -> None:
     with torch.inference_mode(), mode(), pytest.raises(OracleError, match=r"composite.*run under torch\.no_grad"):
         torch.softmax(normal(3, 4), dim=-1, dtype=torch.float32)
-
-
-def test_an_operation_without_a_rule_is_an_error() -> None:
     with torch.no_grad(), RoundingNoise(NoisePool(0), MatmulScales()):
         with pytest.raises(OracleError, match=r"aten\.cumsum\.default has no noise rule"):
             normal(3, 4).cumsum(-1)

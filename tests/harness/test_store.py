@@ -149,12 +149,6 @@ def test_a_refusal_is_stored_and_comes_back_as_a_refusal(tmp_path: Path) -> None
         reopened(index, there)
 
 
-def test_a_source_without_identity_is_not_stored(tmp_path: Path) -> None:
-    with pytest.raises(CandidateError, match="only what candle-mi emits"), Storing(tmp_path / "x.json", True) as keep:
-        StoringSource(TorchSource(), keep)
-    assert not (tmp_path / "x.json").exists()
-
-
 # --- shared files ---------------------------------------------------------------------------------
 
 
@@ -243,7 +237,10 @@ def test_a_store_that_is_stopped_leaves_the_earlier_release(tmp_path: Path, whol
     assert files(index) == before and index.read_text() == text
 
 
-def test_one_store_at_a_time(tmp_path: Path) -> None:
+def test_one_store_at_a_time_and_only_of_what_candle_mi_emits(tmp_path: Path) -> None:
+    with pytest.raises(CandidateError, match="only what candle-mi emits"), Storing(tmp_path / "x.json", True) as keep:
+        StoringSource(TorchSource(), keep)
+    assert not (tmp_path / "x.json").exists()
     second = Storing(tmp_path / "0.1.6.json", whole=True)
     with Storing(tmp_path / "0.2.2.json", whole=True) as first:
         first.of(RELEASE)

@@ -83,7 +83,7 @@ def test_other_ids_fail_before_anything_is_computed(tmp_path: Path) -> None:
     assert judged(case, Asked(TextIds([*ids, 2])), tmp_path).status is Status.FAIL, "an EOS too many"
 
 
-def test_a_tokenizer_that_was_not_asked_is_noted(tmp_path: Path) -> None:
+def test_a_tokenizer_that_was_not_asked_is_noted_and_a_refused_text_is_a_refused_case(tmp_path: Path) -> None:
     case = model(tmp_path / "model")
     found = judged(case, Asked(TextIds(why="its ids are not stored for this case")), tmp_path)
     assert found.status is Status.PASS
@@ -92,10 +92,7 @@ def test_a_tokenizer_that_was_not_asked_is_noted(tmp_path: Path) -> None:
         assert judged(case, control, tmp_path).notes == [], "transformers has no tokenizer beside its own"
     asked = text_ids(EmitterProcess(Path("/nonexistent")), RELEASE, tmp_path, TEXT, tmp_path / "out.json")
     assert asked.ids is None and "no tokenizer.json" in asked.why
-
-
-def test_a_refused_text_is_a_refused_case(tmp_path: Path) -> None:
-    found = judged(model(tmp_path / "model"), Asked(EmitterError("model", "tokenizer: no such thing")), tmp_path)
+    found = judged(case, Asked(EmitterError("model", "tokenizer: no such thing")), tmp_path)
     assert found.failure is not None and found.failure.refused
     assert found.error == "model: tokenizer: no such thing" and not found.tensors
 
