@@ -265,10 +265,13 @@ def test_a_row_that_places_an_sae_elsewhere_is_refused(tmp_path: Path, own: str,
     assert prepare(row(STANDARD | placed(key, HERE), edits=edits), tmp_path).sae_file
 
 
+BARE: list[dict[str, Any]] = [{}, {"hook_name": None}, {"metadata": {}}, {"hook_name": "", "metadata": None}]
+
+
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        *((cfg, "") for cfg in ({}, {"hook_name": None}, {"metadata": {}}, {"hook_name": "", "metadata": None})),
+        *((cfg, "") for cfg in BARE),
         ({"hook_name": "blocks.1.a", "metadata": {"hook_name": "blocks.2.a"}}, "an SAE is at one place"),
         ({"hook_name": "blocks.1.a", "hook_point": "blocks.1.b"}, "an SAE is at one place"),
         ({"hook_name": "blocks.1.a", "hook_layer": 2}, "hook_layer is 2, and the hook is 'blocks.1.a'"),
