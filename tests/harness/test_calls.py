@@ -78,11 +78,8 @@ def ranked(rank: np.ndarray, k: int = 2) -> Values:
 
 def pca(matrix: np.ndarray) -> Values:
     _, scales, rows = np.linalg.svd(matrix, full_matrices=False)
-    return {
-        "components": -rows[:2],
-        "eigenvalues": scales[:2] ** 2,
-        "explained": scales[:2] ** 2 / (scales**2).sum(),
-    }
+    values = scales[:2] ** 2
+    return {"components": -rows[:2], "eigenvalues": values, "explained": values / (scales**2).sum()}
 
 
 def base(name: str) -> tuple[np.ndarray, np.ndarray]:

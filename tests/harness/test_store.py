@@ -12,13 +12,7 @@ from safetensors.numpy import load_file
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import StoredSource
 from candle_mi_parity.candidate.spelling import CandidateError
-from candle_mi_parity.candidate.store import (
-    Storing,
-    StoringSource,
-    remove_unnamed,
-    stored_selection,
-    write_named,
-)
+from candle_mi_parity.candidate.store import Storing, StoringSource, remove_unnamed, stored_selection, write_named
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.verdict import TensorResult

@@ -19,7 +19,6 @@ from candle_mi_parity.compare.verdict import Status
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.run.diff import Pair, PairedSource
 from candle_mi_parity.spec.cases import Case, LocalModel
-from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import InMemory
 from tests.support.planting import CASES, RELEASE, judged, real
 
@@ -148,9 +147,3 @@ def test_candle_mi_does_not_read_tokenizer_config(live: Source, tmp_path: Path) 
     shutil.rmtree(tmp_path / "model")
     twin = judged(model(tmp_path / "model"), live, tmp_path)
     assert (twin.status, twin.notes) == (Status.PASS, []), twin.message()
-
-
-@pytest.mark.rust
-def test_the_ids_of_a_listed_case_agree(live: Source) -> None:
-    subject = prepare(CASES["smollm2/hub"], cache_root())
-    assert live.text_ids(subject) == TextIds(subject.tokens[0])

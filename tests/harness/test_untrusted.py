@@ -3,8 +3,6 @@
 Hypothesis damages each kind of file; then come cases that random changes do not find.
 """
 
-import copy
-import functools
 import hashlib
 import json
 import os
@@ -34,48 +32,11 @@ from candle_mi_parity.models.prepared_case import prepare, tokenizer
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.hooks import load_model
 from candle_mi_parity.trace.trace import Trace
-from tests.support.planting import Real, compare_trace, failures, real, write
+from tests.support.planting import Real, compare_trace, failures, local, real, write
 from tests.support.stored import Edit, stored_copy
-from tests.support.untrusted import CFG, REFERENCE, model, refused, sae_arrays, saelens
+from tests.support.untrusted import CFG, REFERENCE, damaged_bytes, damaged_tree, refused, sae_arrays, saelens
 
 # --- random damage --------------------------------------------------------------------------------
-
-ODD: list[Any] = [
-    None, True, -1, 0, 2**63, 10**400, float("nan"), float("inf"), 1e300, "", "\x1b[2J", "../x", "/dev/zero",
-    "\ud800", "a" * 5000, [], {}, [None], [2**62] * 9,
-]  # fmt: skip
-json_values = st.recursive(
-    st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(ODD),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=8,
-)
-
-
-def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of every value in a JSON tree."""
-    keys = list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else []
-    return [(*path, key) for key in keys] + [found for key in keys for found in places(tree[key], (*path, key))]
-
-
-@st.composite
-def damaged_tree(draw: st.DrawFn, tree: Any) -> bytes:
-    """A JSON document in which one value is replaced or removed."""
-    changed = copy.deepcopy(tree)
-    *way, last = draw(st.sampled_from(places(tree)))
-    holder = functools.reduce(lambda found, key: found[key], way, changed)
-    if draw(st.booleans()):
-        holder[last] = draw(json_values)
-    else:
-        del holder[last]
-    return json.dumps(changed).encode()
-
-
-@st.composite
-def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
-    """A file in which some bytes are replaced, removed or added."""
-    start = draw(st.integers(0, len(content)))
-    end = draw(st.integers(start, min(len(content), start + 64)))
-    return content[:start] + draw(st.binary(max_size=64)) + content[end:]
 
 
 def is_read(read: Callable[[], object]) -> bool:
@@ -149,7 +110,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(
         path.write_bytes(data.draw(damaged_tree(REFERENCE) | damaged_bytes(json.dumps(REFERENCE).encode())))
         is_read(lambda: case_of(read_reference(path)))
     else:
-        case = model(directory / "model")
+        case = local(directory / "model")
         path = directory / "model" / "config.json"
         path.write_bytes(data.draw(damaged_tree(json.loads(path.read_bytes()))))
         is_read(lambda: prepare(case, directory))
@@ -278,7 +239,7 @@ def test_a_tensor_file_with_an_invalid_header_is_refused(tmp_path: Path, attack:
     refused(lambda: Trace(path).tensor("hook_embed"))
     (saelens(tmp_path / "sae") / "sae_weights.safetensors").write_bytes(HEADERS[attack])
     refused(lambda: load_sae(tmp_path / "sae"))
-    case = model(tmp_path / "model")
+    case = local(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(HEADERS[attack])
     refused(lambda: prepare(case, tmp_path))
 
@@ -340,7 +301,7 @@ def test_no_reader_unpickles(tmp_path: Path, executed: Path) -> None:
     array = tmp_path / "x.npz"
     np.savez(array, W_enc=np.array([Payload()], dtype=object))
     assert "not a readable NPZ" in refused(lambda: load_sae(array))
-    case = model(tmp_path / "model")
+    case = local(tmp_path / "model")
     # Without an index of the shards, transformers would read the pickle.
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
     load_model(prepare(case, tmp_path).model_dir, torch.float32)
@@ -351,13 +312,13 @@ def test_no_reader_unpickles(tmp_path: Path, executed: Path) -> None:
     assert executed.exists(), "the payload has no effect"
 
 
-@pytest.mark.parametrize("model_type", ["llama", "evil", None])
+@pytest.mark.parametrize("model_type", ["llama", "evil", ...])
 def test_code_beside_a_model_is_not_run(
-    tmp_path: Path, executed: Path, monkeypatch: pytest.MonkeyPatch, model_type: str | None
+    tmp_path: Path, executed: Path, monkeypatch: pytest.MonkeyPatch, model_type: object
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asked a question"))
     names = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil")
-    case = model(tmp_path / "model", model_type=model_type, auto_map=names)
+    case = local(tmp_path / "model", model_type=model_type, auto_map=names)
     (tmp_path / "model" / "evil.py").write_text("import os\nos.mkdir(os.environ['PARITY_TEST_PAYLOAD'])")
     (tmp_path / "model" / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
@@ -375,7 +336,7 @@ def test_code_beside_a_model_is_not_run(
 
 @pytest.mark.parametrize("named", ["../evil.safetensors", "model-00002-of-00002.safetensors", None])
 def test_an_index_lists_the_shards_beside_it_and_nothing_else(tmp_path: Path, named: str | None) -> None:
-    case = model(tmp_path / "model")
+    case = local(tmp_path / "model")
     shard = "model-00001-of-00001.safetensors"
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / shard)
     shutil.copy(tmp_path / "model" / shard, tmp_path / "evil.safetensors")
@@ -389,7 +350,7 @@ def test_an_index_lists_the_shards_beside_it_and_nothing_else(tmp_path: Path, na
 
 
 def test_a_link_out_of_a_directory_is_refused_and_one_within_is_not(tmp_path: Path) -> None:
-    case, sae = model(tmp_path / "model"), saelens(tmp_path / "sae")
+    case, sae = local(tmp_path / "model"), saelens(tmp_path / "sae")
     shutil.copytree(tmp_path / "model", tmp_path / "secret")
     shutil.copytree(sae, tmp_path / "other")
     for directory, name, outside, read in (

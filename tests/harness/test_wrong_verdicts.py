@@ -17,43 +17,22 @@ from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.judge.notes import padding_notes
-from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle import compute, hooks
 from candle_mi_parity.oracle.hooks import forward, load_model
 from candle_mi_parity.oracle.streaming import load_streamed
 from candle_mi_parity.report import page, report_model, tables, views_ci
-from candle_mi_parity.spec.cases import Case, LocalModel, TinyModel
+from candle_mi_parity.spec.cases import Case, TinyModel
 from candle_mi_parity.spec.edits import Zero
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
-from tests.support.planting import CASES, real
+from tests.support.planting import CASES, ChangeWeights, Weights, local
 from tests.support.results import VERSIONS, shown
-
-Weights = dict[str, np.ndarray]
-Change = Callable[[Weights], object]
-
-
-def local(directory: Path, family: str = "llama", change: Change | None = None, **config: Any) -> Case:
-    """A case of a copy of a family's tiny model; a config key set to ``...`` is taken away."""
-    source = real(f"{family}/hub").subject.model_dir
-    directory.mkdir(parents=True)
-    found = {key: value for key, value in (read_config(source) | config).items() if value is not ...}
-    (directory / "config.json").write_text(json.dumps(found))
-    weights = load_file(source / "model.safetensors")
-    if change is not None:
-        change(weights)
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    return row(family, model=LocalModel(source="local", path=str(directory)))
 
 
 def tiny(family: str, **settings: Any) -> Case:
     """A case of a generated model."""
     model = TinyModel(source="tiny", config=f"models/{family}.json", **{"dialect": "hub", **settings})
-    return row(family, model=model)
-
-
-def row(family: str, **update: object) -> Case:
-    return CASES[f"{family}/hub"].model_copy(update={"id": f"{family}/tried", **update})
+    return CASES[f"{family}/hub"].model_copy(update={"id": f"{family}/tried", "model": model})
 
 
 @pytest.fixture
@@ -73,7 +52,7 @@ Judged = Callable[[Case], CaseResult]
 # --- E2: a tensor that is missing from the checkpoint
 
 
-def without(name: str) -> Change:
+def without(name: str) -> ChangeWeights:
     return lambda weights: weights.pop(name)
 
 
@@ -91,7 +70,7 @@ BIAS = "model.layers.1.self_attn.k_proj.bias"
     ],
 )
 def test_a_checkpoint_with_missing_tensors_has_no_truth(
-    judged: Judged, tmp_path: Path, family: str, change: Change | None, config: dict[str, Any], message: str
+    judged: Judged, tmp_path: Path, family: str, change: ChangeWeights | None, config: dict[str, Any], message: str
 ) -> None:
     found = judged(local(tmp_path / "model", family, change, **config))
     assert found.status is Status.ERROR and message in found.error, found.error
@@ -118,7 +97,7 @@ def test_a_tensor_that_transformers_ignores_is_noted(judged: Judged, tmp_path: P
 # --- E4: two models that compute only zeros agree
 
 
-def zeroed(part: str) -> Change:
+def zeroed(part: str) -> ChangeWeights:
     """Fill the weights that have this in their names with 0."""
     return lambda weights: weights.update({name: 0 * weights[name] for name in weights if part in name})
 
@@ -294,7 +273,7 @@ def test_the_note_on_padding_is_in_every_view(judged: Judged, tmp_path: Path) ->
 # --- a value beyond the candidate's own format
 
 
-def loud(up: float, down: float) -> Change:
+def loud(up: float, down: float) -> ChangeWeights:
     """Scale two weights: where ``down`` is small, no hook point holds the large values."""
 
     def change(weights: Weights) -> None:
@@ -305,7 +284,7 @@ def loud(up: float, down: float) -> Change:
 
 
 @pytest.mark.parametrize("change", [loud(300, 1000), loud(5e4, 0.01)], ids=["at a hook", "between two hooks"])
-def test_what_float16_cannot_hold_is_unmeasured(judged: Judged, tmp_path: Path, change: Change) -> None:
+def test_what_float16_cannot_hold_is_unmeasured(judged: Judged, tmp_path: Path, change: ChangeWeights) -> None:
     case = local(tmp_path / "model", "llama", change)
     found = judged(case.model_copy(update={"dtype": "float16"}))
     assert found.status is Status.UNMEASURED, found.message()
