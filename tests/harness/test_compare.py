@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -40,12 +39,8 @@ def header(**change: object) -> Edit:
     return lambda document: document["header"].update(change)
 
 
-def other_case(document: dict[str, Any]) -> None:
-    document["header"]["case"]["digest"] = "0" * 64
-
-
 HEADERS: dict[str, tuple[Edit, str]] = {
-    "another case": (other_case, "case digest"),
+    "another case": (lambda document: document["header"]["case"].update(digest="0" * 64), "case digest"),
     "other weights": (header(model_digest="0" * 64), "model digest"),
     "an SAE where there is none": (header(sae_digest="0" * 64), "SAE digest"),
     "inputs where there are none": (header(inputs_digest="0" * 64), "inputs digest"),

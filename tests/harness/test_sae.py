@@ -214,12 +214,9 @@ def test_a_flip_inside_the_gate_is_excused_and_granted_to_what_follows(tmp_path:
     assert not failures(list(results.values()))
 
 
-def test_the_reconstruction_has_to_follow_the_flip(tmp_path: Path) -> None:
+def test_a_flip_outside_the_gate_or_that_is_not_followed_fails(tmp_path: Path) -> None:
     failed = failures(list(judged(tmp_path, 0.5, flipped=True, follow=False).values()))
     assert "sae.recon" in failed and "sae.features" not in failed
-
-
-def test_a_flip_outside_the_gate_fails(tmp_path: Path) -> None:
     results = judged(tmp_path, 40.0, flipped=True)
     found = results["sae.features"]
     assert (found.status, found.reason) == ("FAIL", "flips")
