@@ -85,9 +85,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, disturb: object, first: str = "logi
     return Fault(id="made-up", kind="numerics", says=".", case=LLAMA, function="made_up", first=first)
 
 
-def test_a_fault_below_the_gate_and_a_crash_are_no_detections(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_below_the_gate_and_a_crash_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tiny(run: Running) -> None:
         output(run.model.lm_head, lambda _, logits: logits * (1 + 1e-9))
         run.layers[0].mlp.down_proj.weight.data *= 1 + 2**-22
