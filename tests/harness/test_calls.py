@@ -60,6 +60,10 @@ def answered(call: str, values: Values) -> Answered:
     return Answered(id=call, outcome="results", results=results, error=None)
 
 
+def transposed(call: str) -> tuple[str, Values]:
+    return call, {"value": right(call)["value"].swapaxes(-1, -2)}
+
+
 def softmax(logits: np.ndarray, axis: int = -1) -> np.ndarray:
     weights = np.exp(logits - logits.max(axis, keepdims=True))
     return np.asarray(weights / weights.sum(axis, keepdims=True))
@@ -108,11 +112,8 @@ PLANTED: dict[str, Callable[[], tuple[str, Values]]] = {
     "top-k by signed change": lambda: ("top_changed/both-ways", ranked(DOWN)),
     "a token twice": lambda: ("top_changed/both-ways", {name: v[[0, 0]] for name, v in ranked(np.abs(DOWN)).items()}),
     "one token short": lambda: ("top_changed/both-ways", ranked(np.abs(DOWN), 1)),
-    "mask transposed": lambda: ("causal/4", {"value": right("causal/4")["value"].swapaxes(-1, -2)}),
-    "knockout transposed": lambda: (
-        "knockout/all-heads",
-        {"value": right("knockout/all-heads")["value"].swapaxes(-1, -2)},
-    ),
+    "mask transposed": lambda: transposed("causal/4"),
+    "knockout transposed": lambda: transposed("knockout/all-heads"),
     "PCA not centred": lambda: ("pca/2", pca(ARRAYS["matrix"])),
     "ties kept beyond k": lambda: ("topk-cpu/ties", {"value": ARRAYS["tied4"]}),
     "≥ for > at θ": lambda: ("jump/theta", {"value": np.where(X >= THETA, X, 0)}),
@@ -121,10 +122,7 @@ PLANTED: dict[str, Callable[[], tuple[str, Values]]] = {
     "infinity": lambda: ("kl/1d", {"value": np.array(math.inf)}),
     "another shape": lambda: ("kl/1d", {"value": np.asarray([kl(P, Q)])}),
     "empty list": lambda: ("topk/sparse", {"indices": np.zeros(0), "values": np.zeros(0)}),
-    "sparse in ascending order": lambda: (
-        "topk/sparse",
-        {"indices": np.array([0, 1]), "values": np.array([1.0, 2.0])},
-    ),
+    "sparse in ascending order": lambda: ("topk/sparse", {"indices": np.arange(2), "values": np.array([1.0, 2.0])}),
     "no results": lambda: ("kl/1d", {}),
 }
 
