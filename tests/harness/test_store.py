@@ -17,10 +17,9 @@ from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.errors import Stopped, TraceError
-from candle_mi_parity.spec.paths import OUTPUTS
 from candle_mi_parity.trace.release import StoredCase, StoredRelease
 from candle_mi_parity.trace.trace import Trace
-from tests.support.planting import CASES, RELEASE, Arrays, Giving, Real, failures, real, write
+from tests.support.planting import RELEASE, Arrays, Giving, Real, failures, real, write
 from tests.support.stored import write_index
 
 
@@ -147,23 +146,11 @@ def test_a_refusal_is_stored_and_comes_back_as_a_refusal(tmp_path: Path) -> None
 
 
 def test_a_release_of_equal_numbers_adds_only_its_index(tmp_path: Path) -> None:
-    outputs = tmp_path / "outputs"
-    (outputs / "llama").mkdir(parents=True)
-    source = StoredSource(OUTPUTS / "0.2.2.json")
-    chosen = ["llama/hub", "llama/v5", "llama/sae-topk"]
-    for release in ("0.2.2", "9.9.9"):
-        before = files(outputs / f"{release}.json")
-        with Storing(outputs / f"{release}.json", whole=True) as keep:
-            keep.of(source.identity)
-            for case_id in chosen:
-                trace = source.stored.trace(case_id, "free")
-                assert isinstance(trace, Trace)
-                whole = CASES[case_id].model_copy(update={"stored": "whole"})
-                keep.trace(trace, whole, "free")
-        after = files(outputs / f"{release}.json")
-    assert before - {"0.2.2.json"} == after - {"0.2.2.json"} and len(after) == 1 + 2 * len(chosen)
-    first, second = ((outputs / f"{release}.json").read_text() for release in ("0.2.2", "9.9.9"))
-    assert first == second
+    index = stored(tmp_path, real("gemma2/hub"))
+    before = files(index)
+    other = stored(tmp_path, real("gemma2/hub"), version="9.9.9")
+    assert files(index) == before | {"9.9.9.json"} and len(before) == 2
+    assert index.read_text() == other.read_text()
 
 
 def test_of_a_changed_trace_only_the_changed_tensor_is_stored(tmp_path: Path) -> None:
