@@ -110,16 +110,18 @@ def test_an_incomplete_directory_is_not_published(tmp_path: Path, error: BaseExc
     for leftover in (target, target.with_name(".key.making") / "old"):
         leftover.mkdir(parents=True)
 
+    def held() -> list[str]:
+        paths = (path for path in target.parent.rglob("*") if path.suffix != ".lock")
+        return sorted(str(path.relative_to(target.parent)) for path in paths)
+
     def make(out: Path) -> None:
         (out / "config.json").write_text("{}")
         raise error
 
     with pytest.raises(ModelError if isinstance(error, OSError) else type(error)):
         publish(target, make)
-    made = sorted(path.name for path in target.parent.rglob("*") if path.suffix != ".lock")
-    assert made in ([], ["key"]), "a half-made directory was left behind"
-    assert publish(target, lambda out: (out / "a").touch()) == target
-    assert sorted(path.name for path in target.parent.rglob("*") if path.suffix != ".lock") == ["a", "key"]
+    assert held() == ["key"], "a half-made directory was left behind"
+    assert publish(target, lambda out: (out / "a").touch()) == target and held() == ["key", "key/a"]
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
