@@ -147,12 +147,6 @@ def test_gemma_scales_its_embedding_before_the_hook() -> None:
     assert relative(values("gemma/hub")["hook_embed"], rows * np.sqrt(64)) < 1e-12
 
 
-@pytest.mark.parametrize("model_type", ["no_such_family", "byt5"])  # byt5 is a tokenizer only
-def test_a_family_without_model_code_is_refused(model_type: str) -> None:
-    with pytest.raises(OracleError, match=f"no model_type '{model_type}'"):
-        modeling_files(model_type)
-
-
 # --- float64 everywhere, reproducible to the bit, and cached without loss -------------------------
 
 
@@ -275,7 +269,10 @@ def captured(model: nn.Module, tokens: list[list[int]]) -> Recorder:
         return forward(model, torch.tensor(tokens))
 
 
-def test_attention_without_a_mask_is_refused() -> None:
+def test_a_family_without_model_code_and_attention_without_a_mask_are_refused() -> None:
+    for model_type in ("no_such_family", "byt5"):  # byt5 is a tokenizer only
+        with pytest.raises(OracleError, match=f"no model_type '{model_type}'"):
+            modeling_files(model_type)
     one = torch.zeros(1, 1, 1, 4)
     with pytest.raises(OracleError, match="no attention mask"):
         attention(nn.Identity(), one, one, one, None, 0.5)

@@ -141,8 +141,11 @@ def block(x: torch.Tensor) -> torch.Tensor:
     return torch.softmax(y @ y.transpose(1, 2) / 8, dim=-1) * 2
 
 
-def test_samples_in_one_batch_have_the_variance_of_single_samples() -> None:
+def test_the_truth_has_no_noise_and_samples_in_one_batch_have_the_variance_of_single_ones() -> None:
     x = normal(1, 12, 256)
+    with torch.no_grad(), Truth64(MatmulScales()):
+        inside = block(x)
+    assert rms(inside - block(x)) <= 1e-15 * math.sqrt(12)
     batched = noisy(block, x, rows=20)
     single = torch.cat([noisy(block, x, seed=seed) for seed in range(1, 21)])
     assert rms(batched) / rms(single) == pytest.approx(1, abs=0.15)
@@ -205,13 +208,6 @@ def test_torch_state_is_restored_and_exclusive() -> None:
             raise KeyError(str(torch.get_default_dtype()))
         assert torch.get_default_dtype() == torch.float16
     assert torch.get_default_dtype() == before and torch.is_grad_enabled() and other()
-
-
-def test_the_truth_pass_adds_no_noise() -> None:
-    x = normal(1, 12, 256)
-    with torch.no_grad(), Truth64(MatmulScales()):
-        inside = block(x)
-    assert rms(inside - block(x)) <= 1e-15 * math.sqrt(12)
 
 
 # --- the size of each rule, against the error of the real operation in float32 --------------------
