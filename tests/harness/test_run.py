@@ -165,7 +165,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_log_gets_a_line_now_and_then(clock: list[float]) -> None:
+def test_a_log_gets_a_line_now_and_then_and_a_terminal_none(clock: list[float]) -> None:
     stream = io.StringIO()
     with Bar(console=Console(file=stream, width=100), transient=True, auto_refresh=False) as bar:
         progress = terminal.Terminal(bar, 3)
@@ -180,9 +180,6 @@ def test_a_log_gets_a_line_now_and_then(clock: list[float]) -> None:
         clock[0] += terminal.LOG_SECONDS
         progress.case_starts(CASE, "truth")
     assert stream.getvalue().split("\n")[:3] == ["building", "step 3 of 9", f"[1/3] {CASE.id}: truth"]
-
-
-def test_a_terminal_gets_no_lines(clock: list[float]) -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=100)
     with Bar(console=console, transient=True, auto_refresh=False) as bar:

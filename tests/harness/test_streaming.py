@@ -167,15 +167,14 @@ def test_wrong_weights_and_wrong_chunks_are_detected(fault: str, monkeypatch: py
 # --- when a model is streamed, and refusals -------------------------------------------------------
 
 
-def test_the_size_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_and_the_memory_that_a_control_group_leaves_decide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = real("gemma2/hub").subject.model_dir
     size = sum(tensor.numel() for file in weight_files(directory) for tensor in load_file(file).values()) * 8
     for there, streamed in ((4 * size, False), (4 * size - 1, True)):
         monkeypatch.setattr(streaming, "memory_bytes", lambda there=there: there)
         assert streaming.is_streamed(directory) is streamed
-
-
-def test_a_control_group_may_leave_less_than_the_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(untrusted, "_CGROUP", limit)
     machine = memory_bytes()
