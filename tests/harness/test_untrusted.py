@@ -318,7 +318,7 @@ def test_code_beside_a_model_is_not_run(
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asked a question"))
     names = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil")
-    case = local(tmp_path / "model", model_type=model_type, auto_map=names)
+    case = local(tmp_path / "model", model_type=model_type, auto_map=names, rope_scaling=...)
     (tmp_path / "model" / "evil.py").write_text("import os\nos.mkdir(os.environ['PARITY_TEST_PAYLOAD'])")
     (tmp_path / "model" / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
