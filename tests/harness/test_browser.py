@@ -3,8 +3,6 @@
 Each check returns the faults that it finds, in words.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Building the emitter, with a fake cargo: what is built, errors, and progress."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -256,7 +254,7 @@ def test_a_path_must_hold_candle_mi(tmp_path: Path, name: str, candle: str) -> N
 
 def test_without_rust_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert re.search(r"on PATH.*cargo.*stored:", str(fails("0.2.2", tmp_path)))
+    assert re.search(r"on PATH.*cargo.*rustup.*stored:", str(fails("0.2.2", tmp_path)))
 
 
 def test_an_error_of_cargo_is_one_line_with_its_cause(put: Cargo, tmp_path: Path) -> None:

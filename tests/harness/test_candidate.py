@@ -1,7 +1,5 @@
 """Spellings of a candidate, and an emitter process that misbehaves."""
 
-from __future__ import annotations
-
 import os
 import re
 import stat

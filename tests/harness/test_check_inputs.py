@@ -1,7 +1,5 @@
 """``check`` and bad inputs: one line on stderr, exit code 2, and no file is written."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -70,9 +68,11 @@ def configured(**change: Any) -> Callable[[Path], None]:
     [
         (shutil.rmtree, "does not exist"),
         (lambda mine: (mine / "config.json").unlink(), "has no config.json; it holds"),
+        (lambda mine: [path.unlink() for path in mine.iterdir()], "has no config.json; it holds nothing"),
         (lambda mine: (mine / "config.json").write_text("text"), "config.json: "),
         (lambda mine: (mine / "model.safetensors").rename(mine / "model.gguf"), "it holds config.json, model.gguf"),
         (configured(quantization_config={"bits": 4}), "quantization_config is set; only plain weights are compared"),
+        (configured(transformers_weights="../x.safetensors"), "transformers_weights is set"),
         (sharded, "model-00002-of-00002.safetensors"),
         (lambda mine: without(mine, "model.norm.weight"), "model.norm.weight"),
         (lambda mine: (mine / "adapter_config.json").write_text("{}"), "an adapter to another model"),

@@ -1,38 +1,46 @@
-"""The comparison: what is refused before any number, what a message says, and what a mean over all would hide.
-
-Truths with a large vocabulary or a massive activation, which the tiny models do not have, are synthetic.
-"""
-
-from __future__ import annotations
+"""The comparison: what is refused before any number, what is counted, and what a message says."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from candle_mi_parity.compare.compare import compare
+from candle_mi_parity.compare.diagnose import diagnose
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 from candle_mi_parity.errors import TraceError
+from candle_mi_parity.files import chunks
+from candle_mi_parity.spec.cases import RandomTokens
+from candle_mi_parity.spec.hook_points import place
 from candle_mi_parity.trace.trace import InMemory
 from candle_mi_parity.trace.truth import Truth, TruthTensor
-from tests.support.planting import Arrays, Edit, compare_trace, failures, first, planted, real, write
+from tests.support.planting import (
+    Arrays,
+    Edit,
+    Real,
+    changed_model,
+    compare_trace,
+    failures,
+    first,
+    planted,
+    real,
+    real_of,
+    rerun,
+    write,
+)
 
-SCORES, PATTERN = "blocks.0.attn.hook_scores", "blocks.0.attn.hook_pattern"
+SCORES = "blocks.0.attn.hook_scores"
 
 
 def header(**change: object) -> Edit:
     return lambda document: document["header"].update(change)
 
 
-def other_case(document: dict[str, Any]) -> None:
-    document["header"]["case"]["digest"] = "0" * 64
-
-
 HEADERS: dict[str, tuple[Edit, str]] = {
-    "another case": (other_case, "case digest"),
+    "another case": (lambda document: document["header"]["case"].update(digest="0" * 64), "case digest"),
     "other weights": (header(model_digest="0" * 64), "model digest"),
     "an SAE where there is none": (header(sae_digest="0" * 64), "SAE digest"),
     "inputs where there are none": (header(inputs_digest="0" * 64), "inputs digest"),
@@ -98,18 +106,14 @@ def test_nothing_compared_fails_and_is_counted(tmp_path: Path, name: str) -> Non
     assert all(result.status is Status.FAIL and not result.compared for result in results)
 
 
-def test_no_case_and_no_tensor_is_inconclusive() -> None:
-    assert RunResult("x", {}, {}, [], {}, []).verdict is Verdict.INCONCLUSIVE
-    assert run_of([]).verdict is Verdict.INCONCLUSIVE
-    assert Verdict.INCONCLUSIVE.exit_code == 3
-
-
 def test_the_number_of_compared_tensors_is_reported(tmp_path: Path) -> None:
     results = compare_trace(real("llama/hub"), write(tmp_path, real("llama/hub")))
     truth = list(real("llama/hub").truth.tensors)
     assert [result.name for result in results][: len(truth)] == truth and len(truth) >= 39
     run = run_of(results)
     assert run.verdict is Verdict.PASS and f"{len(results)} tensors compared" in run.line()
+    assert RunResult("x", {}, {}, [], {}, []).verdict is run_of([]).verdict is Verdict.INCONCLUSIVE
+    assert Verdict.INCONCLUSIVE.exit_code == 3
 
 
 @pytest.mark.parametrize("garbage", [-1e5, float(np.finfo(np.float32).min), 3.0])
@@ -123,15 +127,6 @@ def test_masked_scores_are_left_out_and_counted(tmp_path: Path, garbage: float) 
     assert (result.compared, result.left_out) == (4 * 300, 4 * 276)
 
 
-def test_a_pattern_that_sees_the_future_fails(tmp_path: Path) -> None:
-    there = real("llama/hub")
-    pattern = there.arrays[PATTERN]
-    pattern[0, 1, 2] = 1 / 24
-    found = first(planted(tmp_path, there, **{PATTERN: pattern}))
-    assert (found.name, found.reason) == (PATTERN, "masked")
-    assert found.worst is not None and found.worst.index == [0, 1, 2, 3] and found.past == 21
-
-
 def test_a_message_has_index_values_and_errors(tmp_path: Path) -> None:
     there, name = real("llama/hub"), "blocks.1.mlp.hook_post"
     array = there.arrays[name]
@@ -140,19 +135,9 @@ def test_a_message_has_index_values_and_errors(tmp_path: Path) -> None:
     assert found.worst is not None and found.worst.index == [0, 5, 7] and found.past == 1
     assert found.worst.got == array[0, 5, 7]
     assert found.worst.expected == pytest.approx(there.truth.tensors[name].value[0, 5, 7], rel=1e-12)
-    for part in (
-        name,
-        "batch 0, position 5, entry 7 got",
-        "expected",
-        "absolute",
-        "relative",
-        "ULP",
-        "noise",
-        "(gate 32)",
-        "(gate 8)",
-    ):
+    parts = "batch 0, position 5, entry 7 got|expected|absolute|relative|ULP|noise|(gate 32)|(gate 8)|inputs agreed"
+    for part in (name, *parts.split("|"), "1 of 1536 past the gate"):
         assert part in found.message(), part
-    assert "1 of 1536 past the gate" in found.message() and "inputs agreed" in found.message()
 
 
 def test_a_divergence_that_may_be_inherited_says_that_its_inputs_differ(tmp_path: Path) -> None:
@@ -166,60 +151,190 @@ def test_a_divergence_that_may_be_inherited_says_that_its_inputs_differ(tmp_path
     assert "inputs DIFFER" in results["blocks.1.mlp.hook_post"].message()
 
 
-def synthetic(name: str, value: np.ndarray) -> tuple[Truth, np.ndarray]:
-    """A truth of one tensor with noise 3e-7 of each position's size, and an honest candidate."""
-    size = np.sqrt(np.square(value).mean(-1, keepdims=True))
-    noise = np.broadcast_to(3e-7 * size, value.shape)
-    honest = value + noise * np.random.default_rng(1).standard_normal(value.shape)
-    return Truth([[1]], {name: TruthTensor(value, noise)}, meta={"mode": "free"}), honest.astype(np.float32)
-
-
-def judge_one(truth: Truth, array: np.ndarray) -> TensorResult:
-    name = next(iter(truth.tensors))
-    results = compare(truth, InMemory({name: (array, None)}, "float32", {}, []), None, None)
-    assert results[0].name == name
-    return results[0]
-
-
-@pytest.mark.parametrize("index", [0, 31000, 49151])
-def test_one_of_49152_logits_1_percent_off_is_caught(index: int) -> None:
-    truth, array = synthetic("logits", np.random.default_rng(0).standard_normal((1, 4, 49152)) + 2)
-    assert judge_one(truth, array).status is Status.PASS
-    array[0, 3, index] *= 1.01
-    result = judge_one(truth, array)
-    assert result.status is Status.FAIL and result.past == 1
-    assert result.worst is not None and result.worst.index == [0, 3, index]
+def judged_logits(value: np.ndarray, got: np.ndarray) -> dict[str, TensorResult]:
+    """Judge logits by a truth with a noise of 3e-7."""
+    truth = Truth([[1]], {"logits": TruthTensor(value, np.full_like(value, 3e-7))}, meta={"mode": "free"})
+    dump = InMemory({"logits": (got.astype(np.float32), None)}, "float32", {}, [])
+    return {result.name: result for result in compare(truth, dump, None, None)}
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
 def test_the_ten_likeliest_tokens_of_every_row_are_judged(row: int) -> None:
     """The tenth and the twentieth token of one row are exchanged at the last position."""
-    truth, array = synthetic("logits", np.random.default_rng(0).standard_normal((3, 4, 64)))
-    order = np.argsort(-array[row, -1])
-    array[row, -1, order[[9, 19]]] = array[row, -1, order[[19, 9]]]
-    results = compare(truth, InMemory({"logits": (array, None)}, "float32", {}, []), None, None)
-    found = {result.name: result for result in results}["logits.top10_last_pos"]
+    value = np.random.default_rng(0).standard_normal((3, 4, 64))
+    got, order = value.copy(), np.argsort(-value[row, -1])
+    got[row, -1, order[[9, 19]]] = value[row, -1, order[[19, 9]]]
+    found = judged_logits(value, got)["logits.top10_last_pos"]
     assert (found.status, found.past, found.compared) == (Status.FAIL, 1, 30), found.message()
-
-
-def test_a_position_beside_a_massive_activation_is_judged_by_its_own_size() -> None:
-    value = np.random.default_rng(0).standard_normal((1, 24, 64))
-    value[0, 1] *= 500
-    truth, array = synthetic("blocks.0.hook_resid_post", value)
-    assert judge_one(truth, array).status is Status.PASS
-    array[0, 7] *= np.float32(1 + 1e-4)
-    result = judge_one(truth, array)
-    assert result.status is Status.FAIL, result.message()
-    assert result.rms_ratio < 8, "a mean over all positions would have seen it too: the case excites nothing"
 
 
 @pytest.mark.parametrize(("gap", "status"), [(1e-8, Status.PASS), (1e-3, Status.FAIL)])
 def test_a_next_token_may_differ_only_at_a_tie(gap: float, status: Status) -> None:
     value = np.random.default_rng(0).standard_normal((1, 3, 50))
     value[0, 2, 7], value[0, 2, 9] = 5.0, 5.0 - gap
-    truth, array = synthetic("logits", value)
-    array[0, 2, 7], array[0, 2, 9] = 5.0, np.nextafter(np.float32(5), np.float32(6))
-    results = compare(truth, InMemory({"logits": (array, None)}, "float32", {}, []), None, None)
-    found = {result.name: result for result in results}
-    assert found["logits.next_token"].status is status, found["logits.next_token"].message()
-    assert found["logits.next_token"].past == (status is Status.FAIL)
+    got = value.copy()
+    got[0, 2, 7], got[0, 2, 9] = 5.0, np.nextafter(np.float32(5), np.float32(6))
+    found = judged_logits(value, got)["logits.next_token"]
+    assert found.status is status and found.past == (status is Status.FAIL), found.message()
+
+
+# --- effects of a planted fault beside its first tensor; most faults are in validation/faults.toml
+
+
+def square() -> Real:
+    """Llama with as many positions as heads, where two axes of q have the same length."""
+    case = real("llama/hub").subject.case
+    return real_of(case.model_copy(update={"tokens": RandomTokens(random=4)}))
+
+
+def test_equal_axes_swapped_are_caught_by_their_values(tmp_path: Path) -> None:
+    there, name = square(), "blocks.0.attn.hook_q"
+    found = there.arrays[name]
+    assert found.shape == (1, 4, 4, 20)
+    results = planted(tmp_path / "planted", there, **{name: np.ascontiguousarray(found.swapaxes(1, 2))})
+    assert (first(results).name, first(results).reason) == (name, "values")
+    assert not failures(planted(tmp_path / "twin", there))
+
+
+def test_a_forced_run_leaves_a_fault_in_its_own_half_layer(tmp_path: Path) -> None:
+    there = real("llama/hub", "forced")
+    assert not failures(compare_trace(there, write(tmp_path / "twin", there)))
+    model = changed_model(tmp_path / "model", there.subject.model_dir, rope_theta=500500.0)
+    failed = failures(compare_trace(there, write(tmp_path / "planted", there, rerun(there, model))))
+    scores, rest = "attn.hook_scores", {"attn.hook_pattern", "hook_attn_out", "hook_resid_mid"}
+    assert [name for name in failed if name.endswith(scores)] == [f"blocks.{i}.{scores}" for i in range(3)]
+    own = {name.partition(".")[2].partition(".")[2] for name in failed if name.startswith("blocks.")}
+    assert own <= {scores} | rest, "a fault in attention was carried into the MLP or the next layer"
+
+
+# --- a tensor in pieces gets the same result as the whole -----------------------------------------
+
+
+WHOLE = 1 << 40
+PIECES = {
+    "blocks of a position": (1, WHOLE, WHOLE),
+    "blocks of some positions": (500, WHOLE, WHOLE),
+    "one chunk a position": (WHOLE, 1, 1),
+    "chunks of some positions, in blocks of others": (300, 1000, 1),
+}
+"""Elements of a block, of a chunk of a file, and of a tensor that is read in chunks."""
+
+
+def honest(arrays: Arrays) -> None:
+    pass
+
+
+def faulty(arrays: Arrays) -> None:
+    """One wrong element at every tensor's last position, a weight that the mask forbids, NaN, and a wrong factor."""
+    for array in arrays.values():
+        array[..., -1, -1] += np.float32(0.01)
+    arrays["blocks.1.attn.hook_pattern"][0, -1, 0, -1] = 1e-3
+    arrays["blocks.1.hook_resid_mid"][0, 17, 3] = np.nan
+    arrays["blocks.0.hook_attn_out"] *= np.float32(1.001)
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("fault", [honest, faulty])
+def test_pieces_give_the_result_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: str, fault: Callable[[Arrays], None]
+) -> None:
+    there = real("gemma2/hub")
+    arrays = there.arrays
+    fault(arrays)
+    path = write(tmp_path, there, arrays)
+    results = [judged(there, path, monkeypatch, *sizes) for sizes in ((WHOLE,) * 3, PIECES[pieces])]
+    assert _without_means(results[0]) == _without_means(results[1])
+    for one, other in zip(*results, strict=True):
+        assert one.rms_ratio == pytest.approx(other.rms_ratio, rel=1e-9)
+        assert one.position_ratio == pytest.approx(other.position_ratio, rel=1e-9)
+
+
+def judged(there: Real, path: Path, patch: pytest.MonkeyPatch, *sizes: int) -> list[TensorResult]:
+    for name, size in zip(("BLOCK", "CHUNK", "LONG"), sizes, strict=True):
+        patch.setattr(chunks, name, size)
+    return compare_trace(there, path)
+
+
+def _without_means(results: list[TensorResult]) -> list[str]:
+    """Sums in another order differ in their last bit; as text, NaN equals NaN."""
+    return [repr(replace(result, rms_ratio=0.0, position_ratio=0.0)) for result in results]
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, WHOLE])
+@pytest.mark.parametrize("shape", [(1, 3), (5, 4), (2, 60, 3), (2, 3, 17, 5)], ids=str)
+def test_blocks_cover_each_position_once(monkeypatch: pytest.MonkeyPatch, size: int, shape: tuple[int, ...]) -> None:
+    monkeypatch.setattr(chunks, "BLOCK", size)
+    positions = [*range(shape[-2])]
+    assert [position for block in chunks.blocks(shape) for position in positions[block]] == positions
+
+
+# --- the shape of an error is named if the data shows one -----------------------------------------
+
+
+RNG = np.random.default_rng(0)
+TRUTH = RNG.standard_normal((1, 4, 12, 8))
+NOISE = np.full(TRUTH.shape, 1e-7)
+
+
+WRONG = RNG.standard_normal(TRUTH.shape)
+ONE, NAN = np.zeros(TRUTH.shape), np.zeros(TRUTH.shape)
+ONE[0, 1, 2, 3], NAN[0, 1, 2, 3] = 1.0, np.nan
+
+
+def within(*index: slice | list[int]) -> np.ndarray:
+    """The truth, with errors at an index only."""
+    got = TRUTH.copy()
+    got[index] += WRONG[index]
+    return got
+
+
+ALL = slice(None)
+SHAPES = {
+    "non-finite": TRUTH + NAN,
+    "one element": TRUTH + ONE,
+    "heads permuted": TRUTH[:, [1, 0, 2, 3]],
+    "constant factor": TRUTH * 1.001,
+    "reduced precision: float16": TRUTH.astype(np.float16).astype(np.float64),
+    "one head (2)": within(ALL, slice(2, 3)),
+    "one position (5)": within(ALL, ALL, slice(5, 6)),
+    "from position 8 on": within(ALL, ALL, slice(8, None)),
+    "2 of 4 heads (0, 3)": within(ALL, [0, 3]),
+    "2 of 4 heads (1, 2)": within(ALL, slice(1, 3)),
+    "positions 2 to 7 of 12": within(ALL, ALL, slice(2, 8)),
+    "6 of 12 positions (0, 2, 4, 6, 8, 10)": within(ALL, ALL, slice(0, None, 2)),
+    "entries 0 to 3 of 8": within(ALL, ALL, ALL, slice(0, 4)),
+    "2 of 4 heads (0, 1), from position 8 on, entries 2 to 5 of 8": within(
+        ALL, slice(0, 2), slice(8, None), slice(2, 6)
+    ),
+    "spread": TRUTH + WRONG,
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_each_shape_is_named(kind: str) -> None:
+    found = diagnose("blocks.0.attn.hook_q", SHAPES[kind], TRUTH, NOISE, None)
+    assert found.shape.startswith(kind)
+    assert (len(found.picture), len(found.picture[0]), found.column) == (12, 4, "head")
+
+
+@pytest.mark.parametrize(
+    ("rows", "phrase"),
+    [([2], "batch row 2 of 3: one head (1)"), ([1, 2], "from batch row 1 on: one head (1)"), ([0, 1, 2], "one head")],
+)
+def test_every_row_of_a_batch_is_looked_at(rows: list[int], phrase: str) -> None:
+    truth = np.concatenate([TRUTH, 2 * TRUTH, TRUTH - 1])
+    got = truth.copy()
+    got[rows, 1] += WRONG[0, 1]
+    found = diagnose("blocks.0.attn.hook_q", got, truth, np.full(truth.shape, 1e-7), None)
+    assert found.shape.startswith(phrase)
+    assert max(max(row) for row in found.picture) > 2, "the picture is of a row that is wrong"
+
+
+def test_the_axes_of_scores_are_queries_and_keys() -> None:
+    truth = RNG.standard_normal((1, 4, 12, 12))
+    got = truth.copy()
+    got[:, 1:3, 8:, :4] += 1.0 + RNG.random((1, 2, 4, 4))
+    found = diagnose("blocks.0.attn.hook_scores", got, truth, np.full(truth.shape, 1e-7), None)
+    assert found.shape == "2 of 4 heads (1, 2), from query 8 on, keys 0 to 3 of 12"
+    assert place("blocks.0.attn.hook_scores", [0, 1, 17, 4]) == "batch 0, head 1, query 17, key 4"
+    assert place("blocks.1.hook_resid_post", [0, 1]) == "axis 0 at 0, axis 1 at 1"

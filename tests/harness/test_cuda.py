@@ -1,7 +1,5 @@
 """The CUDA lane with a fake GPU; these tests do not show what a GPU computes."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,26 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 from candle_mi_parity.candidate import cuda, torch_source
-from candle_mi_parity.candidate.sources import StatelessSource
 from candle_mi_parity.candidate.torch_source import TorchSource
-from candle_mi_parity.cli import cli
 from candle_mi_parity.errors import DeviceError
 from candle_mi_parity.judge.case import Progress
-from candle_mi_parity.models.prepared_case import PreparedCase, prepare
-from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.run import diff as diff_run
-from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
-from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
-from candle_mi_parity.trace.trace import InMemory
-from candle_mi_parity.trace.truth import Truth
+from tests.support.command import command
+from tests.support.planting import CASES, Giving
 
-CASE = next(case for case in load_cases() if case.id == "llama/hub")
-SAE = next(case for case in load_cases() if case.id == "gemma2/hub")
+CASE = CASES["llama/hub"]
 
 
 def settings() -> tuple[dict[str, bool], bool, str | None]:
@@ -53,13 +43,10 @@ def test_strict_settings_are_restored(monkeypatch: pytest.MonkeyPatch, workspace
         assert settings() == before
 
 
-@pytest.mark.parametrize("name", cuda._STRICT)
-def test_a_changed_setting_is_named(name: str) -> None:
-    with pytest.raises(DeviceError, match=name), cuda.strict_float32("cuda:0"):
-        cuda._set({name: not cuda._STRICT[name]})
-
-
-def test_nondeterministic_algorithms_are_named() -> None:
+def test_a_changed_setting_is_named() -> None:
+    for name, strict in cuda._STRICT.items():
+        with pytest.raises(DeviceError, match=name), cuda.strict_float32("cuda:0"):
+            cuda._set({name: not strict})
     with pytest.raises(DeviceError, match="deterministic algorithms"), cuda.strict_float32("cuda:0"):
         torch.use_deterministic_algorithms(False)
 
@@ -102,36 +89,16 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("a_gpu")
 def test_no_nvcc_is_inconclusive_with_the_remedy(tmp_path: Path) -> None:
-    done = CliRunner().invoke(cli.app, ["run", "--device", "cuda:0", "--cases", "llama/hub", "--out", str(tmp_path)])
-    assert done.exit_code == 3, done.output
-    assert "no nvcc on PATH" in " ".join(done.output.split())
-    assert "install the CUDA toolkit" in " ".join(done.output.split())
-
-
-def test_an_unknown_device_is_a_usage_error(tmp_path: Path) -> None:
-    for device in ("cuda", "gpu0", "cuda:x"):
-        done = CliRunner().invoke(
-            cli.app, ["run", "--device", device, "--candidate", "torch", "--out", str(tmp_path)]
-        )
-        assert done.exit_code == 2, device
-
-
-class AsIfOnCuda(StatelessSource):
-    """The CPU's numbers with the name of another device."""
-
-    identity = None
-
-    def __init__(self, device: str) -> None:
-        self.device, self._source = device, TorchSource()
-
-    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
-        return self._source.trace(subject, mode, truth, inputs)
+    done = command("run", "--device", "cuda:0", "--cases", "llama/hub", "--out", str(tmp_path))
+    assert done.returncode == 3, done.stderr
+    assert "no nvcc on PATH" in done.stdout + done.stderr and "install the CUDA toolkit" in done.stdout + done.stderr
 
 
 def test_a_diff_of_cpu_and_cuda_judges_each_side_with_its_own_noise(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(diff_run, "open_source", lambda candidate, cache, out, log, device: AsIfOnCuda(device))
+    cpus = TorchSource().trace  # the CPU's numbers, with the name of another device
+    monkeypatch.setattr(diff_run, "open_source", lambda *given: Giving(cpus, None, given[-1]))
     devices, empty = ("cpu", "cuda:0"), NOTHING_KNOWN
     found = diff_run.diff(("torch", "torch"), [CASE], cache_root(), tmp_path, empty, Progress(), devices)
     assert found.versions["device"] == "cpu against cuda:0" and found.verdict.exit_code == 0
@@ -140,13 +107,3 @@ def test_a_diff_of_cpu_and_cuda_judges_each_side_with_its_own_noise(
     a, b = ({tensor.name: tensor.position_ratio for tensor in side.tensors} for side in (cpu, gpu))
     # The same error over more noise: for one matmul, K/6 against K/16 is a factor of 1.6.
     assert b["blocks.0.attn.hook_q"] < 0.95 * a["blocks.0.attn.hook_q"] and b["logits"] < a["logits"]
-
-
-def test_the_truth_of_a_cuda_candidate_has_the_same_values_and_more_noise() -> None:
-    subject = prepare(CASE, cache_root())
-    cpu, gpu = Oracle(subject, cache_root()), Oracle(subject, cache_root(), "cuda:0")
-    assert cpu.key != gpu.key and Oracle(subject, cache_root(), "cpu").key == cpu.key
-    for name, tensor in cpu.truth().tensors.items():
-        other = gpu.truth().tensors[name]
-        assert (other.value == tensor.value).all()
-        assert (other.noise**2).sum() >= (tensor.noise**2).sum(), name

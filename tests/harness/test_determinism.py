@@ -1,7 +1,6 @@
 """Two runs of a case give the same bytes, apart from dates and times."""
 
-from __future__ import annotations
-
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from candle_mi_parity.candidate.sources import LiveSource, Source, StatelessSource
+from candle_mi_parity.candidate.sources import LiveSource, Source
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.prepared_case import prepare
@@ -17,11 +16,10 @@ from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.run import repeat as repeating
 from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.run.repeat import repeat
-from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import InMemory, Trace
+from tests.support.planting import CASES, Giving
 
-CASES = {case.id: case for case in load_cases()}
 KINDS = ["llama/hub", "gemma2/batch", "llama/bf16"]
 
 
@@ -45,21 +43,18 @@ def test_the_emitter_writes_the_same_bytes_twice(live: Source, name: str) -> Non
     assert one == other
 
 
-class Changing(StatelessSource):
+def changing() -> Giving:
     """torch, but every run after the first differs by one rounding in one tensor."""
+    source, runs = TorchSource(), itertools.count()
 
-    identity = None
-
-    def __init__(self) -> None:
-        self._source, self._runs = TorchSource(), 0
-
-    def trace(self, *arguments: Any) -> InMemory:
-        trace = self._source.trace(*arguments)
-        if self._runs:
+    def give(*asked: Any) -> InMemory:
+        trace = source.trace(*asked)
+        if next(runs):
             array, part = trace.arrays["logits"]
             trace.arrays["logits"] = np.nextafter(array, np.float32(np.inf)), part
-        self._runs += 1
         return trace
+
+    return Giving(give, None)
 
 
 def test_repeat_counts_the_tensors_whose_bytes_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -67,7 +62,7 @@ def test_repeat_counts_the_tensors_whose_bytes_differ(monkeypatch: pytest.Monkey
     same = repeat(options, 3, lambda _: Progress())
     assert same.cases[0].status == "PASS" and same.cases[0].differing == [] and same.cases[0].tensors > 20
     assert same.line == "1 of 1 cases gave the same bytes 3 times on cpu"
-    monkeypatch.setattr(repeating, "open_source", lambda *_: Changing())
+    monkeypatch.setattr(repeating, "open_source", lambda *_: changing())
     other = repeat(options, 3, lambda _: Progress())
     assert other.cases[0].differing == ["logits"] and other.cases[0].status == "other bytes"
     assert other.line.startswith("0 of 1 cases")

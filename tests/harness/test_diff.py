@@ -1,31 +1,31 @@
 """Two candidates compared: what was planted in one is what moved, and it is worse only if the gate says so."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from candle_mi_parity.candidate.process import EmitterError
-from candle_mi_parity.candidate.sources import NotStoredError, StatelessSource
+from candle_mi_parity.candidate.sources import NotStoredError
 from candle_mi_parity.compare.align import INFINITE, SAME, common, tensor_distance
-from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, TensorDiff, diff_call
+from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Side, TensorDiff, diff_call
 from candle_mi_parity.compare.run_result import Verdict
-from candle_mi_parity.compare.verdict import Explained, Outcome, Status
+from candle_mi_parity.compare.verdict import CaseResult, Explained, Outcome, Status
 from candle_mi_parity.errors import ParityError, TraceError
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.prepared_case import PreparedCase
+from candle_mi_parity.report import diff_views
+from candle_mi_parity.report.diff_views import Cost, costs
 from candle_mi_parity.run.diff import Pair, diff_one
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
-from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
-from candle_mi_parity.trace.trace import Emitted, InMemory, Selection
-from candle_mi_parity.trace.truth import Truth
-from tests.support.planting import CASES, RELEASE, Arrays, Real, real
-from tests.support.results import case
+from candle_mi_parity.trace.trace import Emitted, InMemory, Run, Selection
+from tests.support.command import command, one_line
+from tests.support.planting import CASES, Arrays, Giving, Real, real
+from tests.support.results import case, shown
 from validation.array_changes import changed
 from validation.catalogue import load_faults
 
@@ -34,20 +34,16 @@ LLAMA = "llama/hub"
 Change = Callable[[Arrays], object]
 
 
-@dataclass
-class Held(StatelessSource):
+def held(traces: Mapping[str, Emitted | ParityError]) -> Giving:
     """A source of given traces and errors, by case."""
 
-    held: dict[str, Emitted | ParityError]
-    identity = RELEASE
-
-    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Emitted:
-        found = self.held.get(subject.case.id) if mode == "free" else None
-        if found is None:
-            raise NotStoredError(f"nothing is stored for {subject.case.id} ({mode})")
-        if isinstance(found, ParityError):
-            raise found
+    def give(subject: PreparedCase, mode: str, *_: object) -> Emitted:
+        found = traces.get(subject.case.id) if mode == "free" else None
+        if isinstance(found, ParityError) or found is None:
+            raise found or NotStoredError(f"nothing is stored for {subject.case.id} ({mode})")
         return found
+
+    return Giving(give)
 
 
 def emitted(there: Real, change: Change | None = None) -> InMemory:
@@ -68,7 +64,7 @@ def scale(name: str, factor: float) -> Change:
     return lambda arrays: arrays.update({name: arrays[name] * np.float32(factor)})
 
 
-def compared(a: Held, b: Held, case_ids: tuple[str, ...] = (LLAMA,)) -> Diff:
+def compared(a: Giving, b: Giving, case_ids: tuple[str, ...] = (LLAMA,)) -> Diff:
     pair = Pair(a, b)
     cases = [diff_one(CASES[name], pair, ("A", "B"), cache_root(), NOTHING_KNOWN, Progress(), 0) for name in case_ids]
     return Diff("A", "B", {}, {}, {"transformers": "5", "device": "cpu"}, cases)
@@ -77,7 +73,7 @@ def compared(a: Held, b: Held, case_ids: tuple[str, ...] = (LLAMA,)) -> Diff:
 def between(a: Change | None, b: Change | None) -> Diff:
     """Two candidates on one case, something planted in either."""
     there = real(LLAMA)
-    return compared(Held({LLAMA: emitted(there, a)}), Held({LLAMA: emitted(there, b)}))
+    return compared(held({LLAMA: emitted(there, a)}), held({LLAMA: emitted(there, b)}))
 
 
 def only(diff: Diff) -> CaseDiff:
@@ -87,11 +83,6 @@ def only(diff: Diff) -> CaseDiff:
 
 def row(case: CaseDiff, name: str) -> TensorDiff:
     return next(row for row in case.rows if row.name == name)
-
-
-def test_two_that_are_the_same_differ_in_nothing() -> None:
-    diff = between(None, None)
-    assert {row.kind for row in only(diff).rows} == {Kind.IDENTICAL} and diff.verdict is Verdict.PASS
 
 
 FAULTS = {
@@ -116,19 +107,18 @@ def test_a_fault_in_b_is_worse_and_named_and_a_fault_in_a_is_better(name: str) -
 
 
 def test_direction_and_size_are_those_of_what_was_planted() -> None:
-    def both_wrong(sign: int) -> Change:
-        return scale(POST, 1 + sign * 1e-3)
-
     case = only(between(None, scale(POST, 1.001)))
     away, towards = row(case, POST), row(only(between(scale(POST, 1.001), None)), POST)
     assert [row.name for row in case.moved()] == [POST], "nothing else moved"
     assert away.direction is Direction.AWAY and towards.direction is Direction.TOWARDS
     assert away.distance and away.b and away.distance.ratio == pytest.approx(away.b.ratio, rel=0.05)
-    sideways = between(both_wrong(1), both_wrong(-1))
+    sideways = between(scale(POST, 1.001), scale(POST, 0.999))
     assert row(only(sideways), POST).direction is Direction.SIDEWAYS and sideways.verdict is Verdict.PASS
 
 
 def test_a_change_that_rounding_can_explain_is_only_counted() -> None:
+    same = between(None, None)
+    assert {row.kind for row in only(same).rows} == {Kind.IDENTICAL} and same.verdict is Verdict.PASS
     diff = between(None, lambda arrays: arrays.update({POST: np.nextafter(arrays[POST], np.float32(np.inf))}))
     assert only(diff).count(Kind.ROUNDING) == 1 and not only(diff).moved()
     assert diff.verdict is Verdict.PASS and not only(diff).worse and not only(diff).better
@@ -190,20 +180,20 @@ ABSENT, CORRUPT = NotStoredError("nothing is stored for llama/hub (free)"), Trac
 )
 def test_the_outcomes_of_a_case_decide_the_exit_code(a: str | ParityError, b: str | ParityError, code: int) -> None:
     traces = {"honest": emitted(real(LLAMA)), "wrong": emitted(real(LLAMA), scale(POST, 1.001))}
-    one, other = (Held({LLAMA: traces[side] if isinstance(side, str) else side}) for side in (a, b))
+    one, other = (held({LLAMA: traces[side] if isinstance(side, str) else side}) for side in (a, b))
     diff = compared(one, other)
     assert diff.verdict.exit_code == code, diff.line()
 
 
 def test_a_case_of_one_side_alone_does_not_hide_the_others() -> None:
     there, other = real(LLAMA), real("gemma2/hub")
-    both: dict[str, Emitted | ParityError] = {LLAMA: emitted(there), "gemma2/hub": emitted(other)}
-    fewer = Held({LLAMA: emitted(there)})
-    diff = compared(Held(both), fewer, (LLAMA, "gemma2/hub"))
+    both = {LLAMA: emitted(there), "gemma2/hub": emitted(other)}
+    fewer = held({LLAMA: emitted(there)})
+    diff = compared(held(both), fewer, (LLAMA, "gemma2/hub"))
     assert diff.verdict.exit_code == 0
     assert [(case.id, case.b.outcome) for case in diff.cases if not case.judged] == [("gemma2/hub", Outcome.ABSENT)]
-    broken = Held({LLAMA: emitted(there, scale(POST, 1.001))})
-    assert compared(Held(both), broken, (LLAMA, "gemma2/hub")).verdict.exit_code == 1
+    broken = held({LLAMA: emitted(there, scale(POST, 1.001))})
+    assert compared(held(both), broken, (LLAMA, "gemma2/hub")).verdict.exit_code == 1
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -228,7 +218,7 @@ def whole_against_part(change: Change, monkeypatch: pytest.MonkeyPatch) -> Diff:
     monkeypatch.setattr("candle_mi_parity.run.diff.stored_selection", _without_layer_1)
     monkeypatch.setattr("candle_mi_parity.judge.case.stored_selection", _without_layer_1)
     there = real(LLAMA)
-    return compared(Held({LLAMA: last_row(there, there.arrays)}), Held({LLAMA: emitted(there, change)}))
+    return compared(held({LLAMA: last_row(there, there.arrays)}), held({LLAMA: emitted(there, change)}))
 
 
 def _without_layer_1(names: list[str]) -> set[str]:
@@ -289,7 +279,7 @@ def test_decisions_and_scalars_that_differ_are_counted() -> None:
     flipped = of_arrays(there, there.arrays | {"logits": logits})
     scalars = honest.scalars | {"sae.n_active_last_pos": 1.0}
     fewer = InMemory(flipped.arrays, honest.dtype, scalars, honest.top_features[1:])
-    diff = compared(Held({"gemma2/hub": honest}), Held({"gemma2/hub": fewer}), ("gemma2/hub",))
+    diff = compared(held({"gemma2/hub": honest}), held({"gemma2/hub": fewer}), ("gemma2/hub",))
     distances = {row.name: row.distance for row in only(diff).rows}
     different = ("logits.next_token", "sae.n_active_last_pos", "sae.top_features_last_pos")
     assert all(distance and distance.decisions for name, distance in distances.items() if name in different)
@@ -306,5 +296,85 @@ def test_a_feature_that_fires_on_one_side_only_is_a_decision() -> None:
     one, other = emitted(there), emitted(there, put_out)
     found = tensor_distance("sae.features", there.truth, one, other)
     assert found is not None and found.decisions == 1 and found.inside
-    diff = compared(Held({"gemma2/hub": one}), Held({"gemma2/hub": other}), ("gemma2/hub",))
+    diff = compared(held({"gemma2/hub": one}), held({"gemma2/hub": other}), ("gemma2/hub",))
     assert row(only(diff), "sae.features").worse and diff.verdict.exit_code == 1
+
+
+# --- terminal, page and command -------------------------------------------------------------------
+
+
+def terminal(diff: Diff) -> str:
+    return shown(partial(diff_views.terminal, diff), 140)
+
+
+def test_the_terminal_names_the_tensor_and_the_verdict_and_stays_short() -> None:
+    text = terminal(between(None, scale(POST, 1.001)))
+    assert POST in text and "agrees → diverges" in text and "away" in text
+    assert text.rstrip().splitlines()[-1].startswith("verdict: WORSE: 1 of 1 cases")
+    assert terminal(between(None, None)).rstrip().splitlines()[-1].startswith("verdict: NOTHING WORSE")
+    diff = between(None, scale(POST, 1.001))
+    diff.cases = diff.cases * 150
+    assert len(terminal(diff).splitlines()) < 80
+    assert "and 130 more in diff.html" in terminal(diff)
+
+
+def test_the_page_shows_what_moved_and_when_it_began() -> None:
+    def spoil(arrays: Arrays) -> None:
+        arrays[POST][0, 5, 7] = float("nan")
+
+    honest, spoilt = between(None, None), between(None, spoil)
+    assert POST in diff_views.page(spoilt) and "∞" in diff_views.page(spoilt)
+    assert POST not in diff_views.page(honest) and honest.started in diff_views.page(honest)
+    assert datetime.fromisoformat(honest.started).tzinfo
+
+
+def ran(forward: float | None, peak: int | None) -> CaseDiff:
+    """A case whose two sides took a forward of ``forward`` and of 0.2 seconds."""
+    result = CaseResult(LLAMA, "llama", "", Status.PASS, "")
+    recorded = [
+        Run(started="", seconds={} if seconds is None else {"forward": seconds}, threads=2, peak_rss_bytes=memory)
+        for seconds, memory in ((forward, peak), (0.2, 4 << 20))
+    ]
+    return CaseDiff(Side(result, None, recorded[0]), Side(result, None, recorded[1]))
+
+
+def test_speed_is_compared_over_the_cases_that_both_recorded() -> None:
+    cases = [ran(0.1, 2 << 20), ran(0.1, 2 << 20), ran(9.0, 1 << 20), ran(None, None)]
+    assert costs(cases) == [Cost("forward, median", "s", 0.1, 0.2), Cost("peak memory", "MiB", 2.0, 4.0)]
+    assert costs([ran(None, None)]) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, code, text",
+    [
+        (("stored:0.2.2", "stored:0.2.2", "--case", "llama/hub"), 0, "NOTHING WORSE; 0 better, 44 tensors"),
+        (("stored:0.1.10", "stored:0.2.2", "--case", "llama/rope-linear"), 0, "diverges → agrees"),
+        (("stored:0.1.10", "stored:0.2.2", "--cases", "qwen3/window"), 1, "refused → diverges"),
+        (("stored:0.2.2", "stored:0.2.2", "--case", "qwen3/rope-yarn"), 3, "INCONCLUSIVE: nothing was compared"),
+        pytest.param(
+            ("torch", "stored:0.2.2", "--case", "smollm2/hub"),
+            0,
+            "restricted to that part",
+            marks=pytest.mark.thorough,
+        ),
+    ],
+)
+def test_the_command(tmp_path: Path, arguments: tuple[str, ...], code: int, text: str) -> None:
+    done = command("diff", *arguments, "--out", str(tmp_path))
+    assert done.returncode == code, done.stdout + done.stderr
+    assert text in done.stdout
+    assert (tmp_path / "diff.html").is_file()
+
+
+def test_a_candidate_that_holds_no_trace_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "flat.json").write_text("{}")
+    flat = f"stored:{tmp_path / 'flat.json'}"
+    assert "is a flat JSON" in one_line(command("diff", flat, "stored:0.2.2", "--out", str(tmp_path)))
+
+
+def test_a_stored_candidate_has_no_other_device_on_either_side(tmp_path: Path) -> None:
+    for pair in (("stored:0.1.10", "torch"), ("torch", "stored:0.2.2")):
+        stored = next(spec for spec in pair if spec != "torch")
+        done = command("diff", *pair, "--device", "cuda:0", "--case", LLAMA, "--out", str(tmp_path))
+        assert f"{stored} was emitted on a CPU; --device cuda:0 needs a build" in one_line(done)
+        assert not (tmp_path / "diff.html").exists()

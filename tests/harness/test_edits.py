@@ -3,8 +3,6 @@
 Wrong interventions are planted in ``validation/faults.toml``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,10 +43,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "the logits": ({"kind": "zero", "hook": "logits"}, "no such hook point"),
     "a position past the prompt": ({"kind": "patch_at", "hook": POST, "position": 12}, "position 12 is outside"),
     "a negative position": ({"kind": "patch_at", "hook": POST, "position": -1}, "greater than or equal to 0"),
-    "a patch of heads": (
-        {"kind": "patch_at", "hook": "blocks.1.attn.hook_q", "position": 1},
-        "needs a hook [B, T, d]",
-    ),
+    "a patch of heads": ({"kind": "patch_at", "hook": "blocks.1.attn.hook_q", "position": 1}, "needs a hook [B, T"),
     "a factor of many bits": ({"kind": "scale", "hook": POST, "factor": 0.1}, "bfloat16"),
     "a factor of NaN": ({"kind": "scale", "hook": POST, "factor": float("nan")}, "bfloat16"),
     "a knockout of residuals": ({**knockout(edges=[[5, 2]]), "hook": POST}, "only at attn.hook_scores"),
@@ -70,12 +65,9 @@ def test_a_row_that_cannot_be_applied_is_refused(name: str) -> None:
     assert message in str(refusal.value)
 
 
-def test_a_steering_edit_cannot_be_combined() -> None:
+def test_edits_that_cannot_be_combined_or_have_no_truth() -> None:
     with pytest.raises(CaseTableError, match="cannot be combined"):
         subject_with(STEER, {"kind": "zero", "hook": POST})
-
-
-def test_edits_without_a_truth() -> None:
     with pytest.raises(OracleError, match="all its keys knocked out"):
         Oracle(subject_with(knockout(from_positions=[5])), cache_root()).truth()
     with pytest.raises(OracleError, match="no teacher-forced truth"):
@@ -102,7 +94,7 @@ def test_the_request_to_the_emitter_has_the_edit(tmp_path: Path) -> None:
 EDGE = {"edges": [[5, 2]]}
 VECTOR, WHOLE = "edit.1", "edit.0"
 PATCH: dict[str, Any] = {"kind": "patch_at", "hook": POST, "position": 1, "tensor": VECTOR}
-KNOCKOUT: dict[str, Any] = {"kind": "knockout", "hook": SCORES, "spec": EDGE}
+KNOCKOUT = knockout(**EDGE)
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a missing layer": ("patch-at", {"kind": "zero", "hook": "blocks.9.hook_resid_post"}, "never reached"),

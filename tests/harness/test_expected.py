@@ -1,7 +1,5 @@
 """What a candidate is held to: a chosen release, or exactly what a file expects; and the lines that name failures."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

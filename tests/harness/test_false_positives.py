@@ -1,7 +1,5 @@
 """Honest variants of the arithmetic are inside the gate; docs/sensitivity.md records the many that were tried."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A killed emitter, a full disk or a truncated file is an error of one case; the next run is correct."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable
@@ -12,24 +10,18 @@ import pytest
 
 from candle_mi_parity.candidate import sources
 from candle_mi_parity.candidate.build import BuiltEmitter, build
-from candle_mi_parity.candidate.sources import LiveSource, Source, open_source
+from candle_mi_parity.candidate.sources import LiveSource, open_source
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.files.cache import publish
 from candle_mi_parity.files.json_out import ReportError, write_text
-from candle_mi_parity.judge.case import Progress, judge_case
-from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from candle_mi_parity.spec.paths import cache_root
 from tests.support.full_disk import largest_file
-from tests.support.planting import CASES, real
+from tests.support.planting import CASES, judged, real
 from tests.support.stored import stored_copy
 
 CASE = CASES["llama/hub"]
 SPEC = "0.2.2"
-
-
-def judged(source: Source, cache: Path | None = None) -> CaseResult:
-    return judge_case(CASE, source, SPEC, cache or cache_root(), NOTHING_KNOWN, Progress()).result
 
 
 def error_of(result: CaseResult) -> str:
@@ -69,11 +61,11 @@ def test_a_trace_that_cannot_be_written_costs_one_case(
     wrapper.chmod(0o755)
     monkeypatch.setattr(sources, "build", lambda *_: BuiltEmitter(wrapper, built.identity))
     with open_source(parse_candidate(SPEC), cache_root(), traces, print) as source:
-        assert expected in error_of(judged(source))
+        assert expected in error_of(judged(CASE, source))
         assert not [path for path in traces.rglob("*.*") if path.is_file() and path.name[0] != "."]
         assert isinstance(source, LiveSource)
         source.emitter._abandon(0)  # the next emitter has no limit
-        passes(judged(source))
+        passes(judged(CASE, source))
 
 
 # --- the cache ------------------------------------------------------------------------------------
@@ -101,13 +93,13 @@ def test_a_damaged_or_unwritable_cache_entry_is_an_error_until_it_can_be_made_ag
     size = path.stat().st_size
     for length in (int(0.999 * size), 0):
         os.truncate(path, length)
-        error_of(judged(source, cache))
+        error_of(judged(CASE, source, cache))
     for held in path.parent.iterdir():
         held.unlink()
     with largest_file(size - 1):
-        assert "cannot write" in error_of(judged(source, cache))
+        assert "cannot write" in error_of(judged(CASE, source, cache))
     assert not [held for held in path.parent.rglob("*") if held.is_file()] and not list(cache.rglob(".*.making"))
-    passes(judged(source, cache))
+    passes(judged(CASE, source, cache))
 
 
 def test_an_entry_of_the_cache_is_made_once(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """The fast seeded faults; and a fault that survives, or a crash, does not count as detected."""
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from pathlib import Path
@@ -87,19 +85,16 @@ def made_up(monkeypatch: pytest.MonkeyPatch, disturb: object, first: str = "logi
     return Fault(id="made-up", kind="numerics", says=".", case=LLAMA, function="made_up", first=first)
 
 
-def test_a_fault_below_the_gate_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_below_the_gate_and_a_crash_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tiny(run: Running) -> None:
         output(run.model.lm_head, lambda _, logits: logits * (1 + 1e-9))
         run.layers[0].mlp.down_proj.weight.data *= 1 + 2**-22
 
-    found = became(made_up(monkeypatch, tiny), tmp_path)
-    assert (found.found, found.right) == (NOWHERE, False)
-
-
-def test_a_crash_is_no_detection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(run: Running) -> None:
         raise RuntimeError("planted")
 
+    found = became(made_up(monkeypatch, tiny), tmp_path)
+    assert (found.found, found.right) == (NOWHERE, False)
     found = became(made_up(monkeypatch, crash), tmp_path)
     assert "planted" in found.error and not found.right
 

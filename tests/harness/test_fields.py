@@ -1,7 +1,5 @@
 """The config-field ledger holds, and each kind of wrong row is detected."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -93,13 +91,11 @@ def test_a_wrong_row_fails_and_no_other_row_does(name: str) -> None:
     assert set(found) == {field} and fault in found[field]
 
 
-def test_a_rope_type_without_a_case_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rope_type_without_a_case_fails_and_one_listed_as_refused_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     known = modeling_rope_utils.ROPE_INIT_FUNCTIONS
     monkeypatch.setattr(modeling_rope_utils, "ROPE_INIT_FUNCTIONS", {**known, "spiral": known["linear"]})
     assert faults(load_fields()) == {"rope_parameters = spiral": "no case has this rope type"}
-
-
-def test_a_rope_type_listed_as_refused_is_tried() -> None:
+    monkeypatch.undo()
     ledger = load_fields()
     without = [case for case in TABLE if case.id != "mistral/rope-llama3"]
     assert "rope_parameters = llama3" in faults(ledger, "mistral", without)

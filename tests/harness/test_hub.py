@@ -4,8 +4,6 @@ It serves a small Gemma 2 in three shards and an SAE in Gemma Scope's layout, un
 case in the table. These tests have never run against huggingface.co.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

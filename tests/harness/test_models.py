@@ -1,7 +1,5 @@
 """Generated models are the same on every machine and show any fault; the cache holds only complete directories."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from candle_mi_parity.errors import ModelError
 from candle_mi_parity.files.cache import publish
 from candle_mi_parity.models import generate
-from candle_mi_parity.models.checkpoint import model_digest, read_config, require_model
+from candle_mi_parity.models.checkpoint import model_digest, read_config
 from candle_mi_parity.models.generate import (
     bit_stream,
     normal_numbers,
@@ -29,7 +27,7 @@ from candle_mi_parity.models.generate import (
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.models.sae import load_sae, sae_path
-from candle_mi_parity.spec.cases import LocalModel, ScopeSae, TinyModel, select
+from candle_mi_parity.spec.cases import ScopeSae, TinyModel, select
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.paths import cache_root
 from tests.support.planting import CASES
@@ -45,13 +43,9 @@ def tensors_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def test_generated_weights_are_bit_identical_everywhere(tmp_path: Path) -> None:
-    assert tensors_digest(model_directory(LLAMA, tmp_path)) == LLAMA_TENSORS
-
-
-def test_both_dialects_hold_the_same_weights_under_other_configs(tmp_path: Path) -> None:
+def test_weights_are_bit_identical_everywhere_and_under_both_dialects(tmp_path: Path) -> None:
     v5 = model_directory(LLAMA.model_copy(update={"dialect": "v5"}), tmp_path)
-    assert tensors_digest(v5) == LLAMA_TENSORS
+    assert tensors_digest(v5) == tensors_digest(model_directory(LLAMA, tmp_path)) == LLAMA_TENSORS
     hub, saved = read_config(prepare(CASES["llama/hub"], cache_root()).model_dir), read_config(v5)
     assert hub["rope_theta"] == 500000.0 and "rope_theta" not in saved
     assert isinstance(saved["rope_parameters"], dict) and saved["rope_parameters"]["rope_theta"] == 500000.0
@@ -97,62 +91,28 @@ def test_a_model_is_generated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         model_directory(LLAMA.model_copy(update={"change": {"vocab_size": 50}}), tmp_path)
 
 
-def refused(directory: Path) -> str:
-    with pytest.raises(ModelError) as caught:
-        model_directory(LocalModel(source="local", path=str(directory)), directory)
-    assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
-    return str(caught.value)
-
-
-def test_an_incomplete_directory_is_refused_with_its_contents(tmp_path: Path) -> None:
-    where = tmp_path / "model"
-    assert "does not exist" in refused(where)
-    where.mkdir()
-    assert "has no config.json; it holds nothing" in refused(where)
-    (where / "config.json").write_text("{}")
-    assert "safetensors" in refused(where) and "it holds config.json" in refused(where)
-    (where / "pytorch_model.bin").write_text("")
-    assert "it holds config.json, pytorch_model.bin" in refused(where)
-    (where / "model.safetensors").write_text("")
-    assert require_model(where) == where
-
-
-@pytest.mark.parametrize(
-    ("index", "said"),
-    [
-        (
-            '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}',
-            "model-00002-of-00002.safetensors'], and there are ['model-00001",
-        ),
-        ('{"weight_map": []}', "no weight_map"),
-    ],
-)
-def test_an_index_of_other_shards_is_refused(tmp_path: Path, index: str, said: str) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model-00001-of-00002.safetensors").write_text("")
-    (tmp_path / "model.safetensors.index.json").write_text(index)
-    assert said in refused(tmp_path)
-
-
 def test_the_digest_of_a_model_sees_config_and_weights(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"a")
-    before = model_digest(tmp_path)
-    lines = "".join(
-        f"{n}:{hashlib.sha256(c).hexdigest()}\n" for n, c in (("config.json", b"{}"), ("model.safetensors", b"a"))
-    )
-    assert before == hashlib.sha256(lines.encode()).hexdigest()
-    (tmp_path / "notes.md").write_text("x")
-    assert model_digest(tmp_path) == before
-    (tmp_path / "model.safetensors").write_bytes(b"b ")
-    weights = model_digest(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
-    assert len({before, weights, model_digest(tmp_path)}) == 3
+    found = []
+    for config, weights in (("{}", b"a"), ("{}", b"b "), ('{"a": 1}', b"a")):
+        (tmp_path / "config.json").write_text(config)
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        found.append(model_digest(tmp_path))
+        (tmp_path / "notes.md").write_text(config)
+        assert model_digest(tmp_path) == found[-1]
+    a, b = (hashlib.sha256(content).hexdigest() for content in (b"{}", b"a"))
+    assert found[0] == hashlib.sha256(f"config.json:{a}\nmodel.safetensors:{b}\n".encode()).hexdigest()
+    assert len(set(found)) == 3
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("a bug"), KeyboardInterrupt()])
 def test_an_incomplete_directory_is_not_published(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "models" / "key"
+    for leftover in (target, target.with_name(".key.making") / "old"):
+        leftover.mkdir(parents=True)
+
+    def held() -> list[str]:
+        paths = (path for path in target.parent.rglob("*") if path.suffix != ".lock")
+        return sorted(str(path.relative_to(target.parent)) for path in paths)
 
     def make(out: Path) -> None:
         (out / "config.json").write_text("{}")
@@ -160,23 +120,8 @@ def test_an_incomplete_directory_is_not_published(tmp_path: Path, error: BaseExc
 
     with pytest.raises(ModelError if isinstance(error, OSError) else type(error)):
         publish(target, make)
-    assert held(target.parent) == [], "a half-made directory was left behind"
-    assert publish(target, lambda out: (out / "a").touch()) == target
-    assert held(target) == ["a"]
-
-
-def held(directory: Path) -> list[str]:
-    """The names in a directory of the cache, without locks."""
-    return sorted(path.name for path in directory.iterdir() if path.suffix != ".lock")
-
-
-def test_leftovers_and_empty_directories_are_made_again(tmp_path: Path) -> None:
-    target, leftover = tmp_path / "key", tmp_path / ".key.making"
-    target.mkdir()
-    leftover.mkdir()
-    (leftover / "old").touch()
-    publish(target, lambda out: (out / "new").touch())
-    assert held(target) == ["new"] and held(tmp_path) == ["key"]
+    assert held() == ["key"], "a half-made directory was left behind"
+    assert publish(target, lambda out: (out / "a").touch()) == target and held() == ["key", "key/a"]
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
@@ -211,9 +156,6 @@ def test_a_file_is_the_one_that_safetensors_writes(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(generate, "CHUNK", 4)
     assert write_safetensors(tmp_path / "ours", SHAPES, plain) == sum(array.nbytes for array in whole.values())
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "whole").read_bytes()
-
-
-def test_a_tensor_that_is_too_short_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="4 bytes of tensors, 8 announced"):
         write_safetensors(tmp_path / "ours", {"a": (2,)}, lambda name, shape: iter([np.zeros(1, np.float32)]))
 

@@ -1,18 +1,15 @@
 """Page, terminal and JSON show every case of a result, and answer both questions."""
 
-from __future__ import annotations
-
-import io
 import json
 import math
 import re
+from functools import partial
 from html import unescape
 from pathlib import Path
 
 import jsonschema
 import numpy as np
 import pytest
-from rich.console import Console
 
 from candle_mi_parity.compare.diagnose_sae import summarize_saes
 from candle_mi_parity.compare.gate import ELEMENT_GATE
@@ -27,7 +24,7 @@ from candle_mi_parity.spec.hook_points import hook_names
 from candle_mi_parity.spec.paths import ROOT
 from candle_mi_parity.trace.trace import Trace
 from tests.support.planting import real, write
-from tests.support.results import case, changed, everything, refused, run_of, sae_view, tensor
+from tests.support.results import case, changed, everything, refused, run_of, sae_view, shown, tensor
 
 FAMILY = [case(f"gemma2/{name}", Status.FAIL) for name in ("hub", "v5", "window")]
 
@@ -38,9 +35,7 @@ def text_of(html: str) -> str:
 
 
 def terminal(result: RunResult) -> str:
-    stream = io.StringIO()
-    tables.run_tables(result, Console(file=stream, width=tables.WIDE, color_system=None))
-    return stream.getvalue()
+    return shown(partial(tables.run_tables, result), tables.WIDE)
 
 
 GONE = changed(run_of(case("a/b")), baseline="0.2.2", gone={"CMI001": ["a/b"], "CMI004": ["a/b"]})

@@ -1,7 +1,5 @@
 """The pytest plugin: outcomes of judged cases, skips, required tools, and the summary."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest
@@ -96,11 +94,6 @@ def test_a_gpu_test_that_skips_itself_does_not_count_as_run(pytester: pytest.Pyt
     required.stdout.fnmatch_lines(["*--require-gpu: skipped: of its own*"])
 
 
-def test_a_lane_that_was_not_selected_is_not_required(pytester: pytest.Pytester) -> None:
-    body = "@pytest.mark.rust\n@pytest.mark.hub\ndef test_it(): pass\n"
-    outcomes(pytester, body, "--require-rust").assert_outcomes(skipped=1)
-
-
 @pytest.mark.parametrize("lane", OPT_IN_LANES)
 def test_an_opt_in_lane_is_skipped_with_its_remedy(pytester: pytest.Pytester, lane: str) -> None:
     body = f"@pytest.mark.{lane}\ndef test_it(): pass\n"
@@ -108,6 +101,7 @@ def test_an_opt_in_lane_is_skipped_with_its_remedy(pytester: pytest.Pytester, la
     done.assert_outcomes(skipped=1)
     done.stdout.fnmatch_lines([f"*{OPT_IN_LANES[lane]}: select it with -m {lane}"])
     outcomes(pytester, body, "-m", lane).assert_outcomes(passed=1)
+    outcomes(pytester, f"@pytest.mark.rust\n{body}", "--require-rust").assert_outcomes(skipped=1)
 
 
 def test_goldens_are_not_regenerated_without_a_reason(pytester: pytest.Pytester) -> None:

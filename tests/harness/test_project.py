@@ -1,9 +1,8 @@
 """Crates and packages are pinned; the workflows are pinned, read-only and up to date."""
 
-from __future__ import annotations
-
 import re
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -60,21 +59,17 @@ def test_the_lock_pins_the_installed_packages_and_satisfies_the_project() -> Non
     def spelt(name: str) -> str:
         return re.sub(r"[-_.]+", "-", name).lower()
 
-    pins = pinned((ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    pins = pinned(text)
+    for line in ("a==1.0\n", "--index-url https://example.org/\n", "# a comment\n"):
+        with pytest.raises(AssertionError, match="neither a pin nor a hash"):
+            pinned(text + line)
     installed = {spelt(one.name): one.version for one in distributions() if one.name != "candle-mi-parity"}
     assert len(installed) > 50
     assert installed.items() <= pins.items()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for asked in map(Requirement, project["dependencies"] + project["optional-dependencies"]["dev"]):
         assert asked.specifier.contains(pins[spelt(asked.name)]), f"{asked}: run make lock"
-
-
-@pytest.mark.parametrize("line", ["a==1.0\n", "--index-url https://example.org/\n", "# a comment\n"])
-def test_a_line_of_the_lock_without_a_hash_is_detected(line: str) -> None:
-    good = "a==1.0 ; sys_platform == 'linux' \\\n    --hash=sha256:" + "0" * 64 + "\n"
-    assert pinned(good) == {"a": "1.0"}
-    with pytest.raises(AssertionError):
-        pinned(good + line)
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -111,3 +106,43 @@ def test_every_command_of_a_workflow_exists() -> None:
     assert made | {target.split()[0] for target in weekly} <= targets
     ours = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     assert {words[1] for words in lines if words[0] == "$PARITY"} <= ours
+
+
+# --- the modules of the emitter -------------------------------------------------------------------
+
+
+def imports(source: Path) -> dict[str, set[str]]:
+    """Module → the modules that its code names as ``crate::<module>``, without tests and comments."""
+    found = {}
+    for path in source.glob("*.rs"):
+        if not path.stem.endswith(("_tests", "_fuzz")):
+            code = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
+            groups = re.findall(r"\bcrate::(?:(\w+)|\{([^}]*)\})", code)
+            found[path.stem] = {
+                name for single, group in groups for name in [single, *re.split(r"\W+", group)] if name
+            }
+    return found
+
+
+def order(source: Path) -> list[str]:
+    """The modules in an order in which each follows those that it imports.
+
+    :raises CycleError: there is no such order.
+    """
+    return list(TopologicalSorter(imports(source)).static_order())
+
+
+def test_no_import_is_circular() -> None:
+    found = order(EMITTER / "src")
+    assert set(found) == set(imports(EMITTER / "src")), "an imported module has no file"
+    assert found.index("protocol") < found.index("request") < found.index("dispatch")
+
+
+def test_a_circular_import_is_detected(tmp_path: Path) -> None:
+    (tmp_path / "a.rs").write_text("use crate::b::B;\n")
+    (tmp_path / "b.rs").write_text("pub fn f() -> crate::c::C {}\n")
+    (tmp_path / "c.rs").write_text("// crate::a\nuse std::fs;\n")
+    assert order(tmp_path) == ["c", "b", "a"]
+    (tmp_path / "c.rs").write_text("use crate::{a, b};\n")
+    with pytest.raises(CycleError):
+        order(tmp_path)

@@ -4,8 +4,6 @@ The script is written here once more in torch, without the suite. In its last la
 final norm, which must not be mistaken for a divergence.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -27,15 +25,11 @@ from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.run.run import run_reference
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import FIXTURES, cache_root
+from tests.support.untrusted import REFERENCE
 
 SAE = FIXTURES / "saes" / "smollm2_l15.npz"
 PROMPT = "The capital of France is"
-KEYS = (
-    *("model_id", "prompt", "hook_layer", "hook_name", "sae_repo", "sae_npz_path", "d_in", "d_sae"),
-    *("architecture", "tokens", "n_tokens", "reconstruction_mse", "n_active_last_pos", "top_features_last_pos"),
-    *("resid_last_first10", "encoded_last_first10", "decoded_last_first10"),
-    *("resid_last_norm", "encoded_last_norm", "decoded_last_norm"),
-)
+KEYS = tuple(REFERENCE)
 
 
 @pytest.fixture(scope="module")
@@ -61,27 +55,13 @@ def script(model_dir: Path) -> Callable[[int], dict[str, Any]]:
         active = int((encoded[0, -1] > 0).sum())
         values, indices = torch.topk(encoded[0, -1], min(10, active))
         tokens = tokenizer.convert_ids_to_tokens(ids[0].tolist())
-        vectors = {"resid": resid[0, -1], "encoded": encoded[0, -1], "decoded": decoded[0, -1]}
-        document: dict[str, Any] = {
-            "model_id": str(model_dir),
-            "prompt": PROMPT,
-            "hook_layer": layer,
-            "hook_name": f"blocks.{layer}.hook_resid_post",
-            "sae_repo": str(SAE.parent),
-            "sae_npz_path": SAE.name,
-            "d_in": w["W_enc"].shape[0],
-            "d_sae": w["W_enc"].shape[1],
-            "architecture": "JumpReLU",
-            "tokens": [token.encode("ascii", errors="replace").decode() for token in tokens],
-            "n_tokens": len(tokens),
-            "reconstruction_mse": float(torch.mean((resid - decoded) ** 2)),
-            "n_active_last_pos": active,
-            "top_features_last_pos": [
-                {"index": i, "value": v} for i, v in zip(indices.tolist(), values.tolist(), strict=True)
-            ],
-        }
-        document |= {f"{name}_last_first10": vector.tolist()[:10] for name, vector in vectors.items()}
-        return document | {f"{name}_last_norm": float(vector.norm()) for name, vector in vectors.items()}
+        top = [{"index": i, "value": v} for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
+        where = [str(model_dir), PROMPT, layer, f"blocks.{layer}.hook_resid_post", str(SAE.parent), SAE.name]
+        ascii_only = [token.encode("ascii", errors="replace").decode() for token in tokens]
+        found = [len(tokens), float(torch.mean((resid - decoded) ** 2)), active, top]
+        vectors = [part[0, -1] for part in (resid, encoded, decoded)]
+        numbers = [*(v.tolist()[:10] for v in vectors), *(float(v.norm()) for v in vectors)]
+        return dict(zip(KEYS, [*where, *w["W_enc"].shape, "JumpReLU", ascii_only, *found, *numbers], strict=True))
 
     return compute
 

@@ -1,7 +1,6 @@
 """A run: two cases at a time, results in order, and nothing started after the run was stopped."""
 
-from __future__ import annotations
-
+import io
 import threading
 import time
 from contextlib import nullcontext
@@ -10,11 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
+from rich.progress import Progress as Bar
 
 from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.errors import ParityError, Stopped
 from candle_mi_parity.judge import case as judge_case_module
 from candle_mi_parity.judge.case import Judgement, Progress
+from candle_mi_parity.report import terminal
 from candle_mi_parity.run import run
 from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.run.run import at_once
@@ -25,23 +27,15 @@ from tests.support.results import case as result
 CASES = load_cases()[:8]
 
 
-def test_two_cases_are_at_work_at_once() -> None:
+def test_two_cases_are_at_work_at_once_and_results_come_in_the_order_of_the_cases() -> None:
     meeting = threading.Barrier(2, timeout=10)
 
     def wait_for_another(case: Case) -> Judgement:
         meeting.wait()  # raises where no other case arrives
-        return Judgement(result(case.id))
-
-    with at_once(2, wait_for_another, CASES) as futures:
-        assert len([future.result() for future in futures]) == len(CASES)
-
-
-def test_results_come_in_the_order_of_the_cases() -> None:
-    def first_is_slow(case: Case) -> Judgement:
         time.sleep(0.05 if case.id == CASES[0].id else 0)
         return Judgement(result(case.id))
 
-    with at_once(2, first_is_slow, CASES) as futures:
+    with at_once(2, wait_for_another, CASES) as futures:
         assert [future.result().result.id for future in futures] == [case.id for case in CASES]
 
 
@@ -103,20 +97,19 @@ def test_one_case_at_a_time_where_the_candidate_is_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: str, most: int
 ) -> None:
     """torch's default dtype is shared by all threads."""
-    lock, at_work, seen = threading.Lock(), [0], [0]
+    at_work: list[str] = []
+    seen: list[int] = []
 
     def count(case: Case, *_: object) -> Judgement:
-        with lock:
-            at_work[0] += 1
-            seen[0] = max(seen[0], at_work[0])
+        at_work.append(case.id)
+        seen.append(len(at_work))
         time.sleep(0.05)
-        with lock:
-            at_work[0] -= 1
+        at_work.remove(case.id)
         return Judgement(result(case.id))
 
     monkeypatch.setattr(run, "judge_case", count)
     run.run_cases(RunOptions(spec, ("*",), tmp_path, cache=tmp_path), CASES, {}, Progress())
-    assert seen[0] == most
+    assert max(seen) == most
 
 
 def test_a_tree_that_was_edited_during_the_run_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -158,3 +151,40 @@ def test_one_model_is_made_or_run_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp
     found = run.run_cases(RunOptions("stored:0.2.2", ("*",), tmp_path, cache=tmp_path), CASES, {}, Progress())
     assert [case.error for case in found.cases] == ["made"] * len(CASES)
     assert bool(together) is not locked
+
+
+# --- progress where stderr is not a terminal ------------------------------------------------------
+
+
+CASE = load_cases()[0]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_gets_a_line_now_and_then_and_a_terminal_none(clock: list[float]) -> None:
+    stream = io.StringIO()
+    with Bar(console=Console(file=stream, width=100), transient=True, auto_refresh=False) as bar:
+        progress = terminal.Terminal(bar, 3)
+        progress.case_starts(CASE, "truth")
+        assert stream.getvalue() == "", "a run that is soon over logs nothing"
+        for line in ("building", "step 1 of 9", "step 2 of 9"):
+            progress.note(line)
+        assert stream.getvalue().splitlines() == ["building"]
+        clock[0] += terminal.LOG_SECONDS
+        progress.note("step 3 of 9")
+        progress.note("step 4 of 9")
+        clock[0] += terminal.LOG_SECONDS
+        progress.case_starts(CASE, "truth")
+    assert stream.getvalue().split("\n")[:3] == ["building", "step 3 of 9", f"[1/3] {CASE.id}: truth"]
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100)
+    with Bar(console=console, transient=True, auto_refresh=False) as bar:
+        progress = terminal.Terminal(bar, 3)
+        clock[0] += 10 * terminal.LOG_SECONDS
+        progress.note("building")
+        assert "building" not in stream.getvalue()

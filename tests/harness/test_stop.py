@@ -1,7 +1,5 @@
 """A run that is stopped reports its results, leaves no process behind, and removes an older report."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

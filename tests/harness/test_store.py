@@ -1,7 +1,5 @@
 """Stored traces read back unchanged, parts are compared as parts, and equal files are shared."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from dataclasses import replace
@@ -12,41 +10,28 @@ import pytest
 from safetensors.numpy import load_file
 
 from candle_mi_parity.candidate.process import EmitterError
-from candle_mi_parity.candidate.sources import StatelessSource, StoredSource
+from candle_mi_parity.candidate.sources import StoredSource
 from candle_mi_parity.candidate.spelling import CandidateError
-from candle_mi_parity.candidate.store import (
-    Storing,
-    StoringSource,
-    remove_unnamed,
-    stored_selection,
-    write_named,
-)
+from candle_mi_parity.candidate.store import Storing, StoringSource, remove_unnamed, stored_selection, write_named
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.verdict import TensorResult
 from candle_mi_parity.errors import Stopped, TraceError
-from candle_mi_parity.models.prepared_case import PreparedCase
-from candle_mi_parity.spec.hook_points import Mode
-from candle_mi_parity.spec.paths import OUTPUTS
 from candle_mi_parity.trace.release import StoredCase, StoredRelease
 from candle_mi_parity.trace.trace import Trace
-from candle_mi_parity.trace.truth import Truth
-from tests.support.planting import CASES, RELEASE, Arrays, Real, failures, real, write
+from tests.support.planting import RELEASE, Arrays, Giving, Real, failures, real, write
 from tests.support.stored import write_index
 
 
-class Emitting(StatelessSource):
+def emitting(path: Path, error: EmitterError | None = None) -> Giving:
     """A source with one trace or a refusal."""
 
-    identity = RELEASE
+    def give(*_: object) -> Trace:
+        if error is not None:
+            raise error
+        return Trace(path)
 
-    def __init__(self, path: Path, error: EmitterError | None = None) -> None:
-        self._path, self._error = path, error
-
-    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Trace:
-        if self._error is not None:
-            raise self._error
-        return Trace(self._path)
+    return Giving(give)
 
 
 def in_part(there: Real) -> Real:
@@ -65,7 +50,7 @@ def stored(
     """Store one case; returns the index of the release."""
     index = directory / "outputs" / f"{version}.json"
     with Storing(index, whole) as keep:
-        source = StoringSource(Emitting(write(directory / "emitted", there, arrays), error), keep)
+        source = StoringSource(emitting(write(directory / "emitted", there, arrays), error), keep)
         with contextlib.suppress(EmitterError):
             source.trace(there.subject, "free", there.truth, there.inputs)
     return index
@@ -89,8 +74,10 @@ def results(trace: Trace, there: Real) -> list[TensorResult]:
 
 @pytest.mark.parametrize("case_id", ["llama/hub", "gemma2/hub"])
 def test_a_whole_trace_reads_back_bit_for_bit(tmp_path: Path, case_id: str) -> None:
-    there = real(case_id)
-    trace = reopened(stored(tmp_path, there), there)
+    there, index = real(case_id), stored(tmp_path, real(case_id))
+    with pytest.raises(TraceError, match=r"nothing is stored for llama/v5 \(free\)"):
+        reopened(index, real("llama/v5"))
+    trace = reopened(index, there)
     assert list(trace.entries) == list(there.arrays)
     for name, array in there.arrays.items():
         np.testing.assert_array_equal(trace.tensor(name), array, err_msg=name)
@@ -104,9 +91,8 @@ def test_the_stored_part_of_a_deep_model() -> None:
     assert {"hook_embed", "logits", "sae.recon", "blocks.15.b"} <= kept and len(kept) == 9
 
 
-@pytest.mark.parametrize("case_id", ["gemma2/hub"])
-def test_a_part_reads_back_and_only_the_part_is_compared(tmp_path: Path, case_id: str) -> None:
-    there = in_part(real(case_id))
+def test_a_part_reads_back_and_only_the_part_is_compared(tmp_path: Path) -> None:
+    there = in_part(real("gemma2/hub"))
     trace = reopened(stored(tmp_path, there), there)
     logits = trace.entries["logits"]
     assert logits.part is not None and logits.part.shape == [1, 24, 211] and logits.shape == [1, 1, 100]
@@ -156,39 +142,15 @@ def test_a_refusal_is_stored_and_comes_back_as_a_refusal(tmp_path: Path) -> None
         reopened(index, there)
 
 
-def test_a_case_that_is_not_stored_is_an_error(tmp_path: Path) -> None:
-    index = stored(tmp_path, real("llama/hub"))
-    with pytest.raises(TraceError, match=r"nothing is stored for gemma2/hub \(free\)"):
-        reopened(index, real("gemma2/hub"))
-
-
-def test_a_source_without_identity_is_not_stored(tmp_path: Path) -> None:
-    with pytest.raises(CandidateError, match="only what candle-mi emits"), Storing(tmp_path / "x.json", True) as keep:
-        StoringSource(TorchSource(), keep)
-    assert not (tmp_path / "x.json").exists()
-
-
 # --- shared files ---------------------------------------------------------------------------------
 
 
 def test_a_release_of_equal_numbers_adds_only_its_index(tmp_path: Path) -> None:
-    outputs = tmp_path / "outputs"
-    (outputs / "llama").mkdir(parents=True)
-    source = StoredSource(OUTPUTS / "0.2.2.json")
-    chosen = ["llama/hub", "llama/v5", "llama/sae-topk"]
-    for release in ("0.2.2", "9.9.9"):
-        before = files(outputs / f"{release}.json")
-        with Storing(outputs / f"{release}.json", whole=True) as keep:
-            keep.of(source.identity)
-            for case_id in chosen:
-                trace = source.stored.trace(case_id, "free")
-                assert isinstance(trace, Trace)
-                whole = CASES[case_id].model_copy(update={"stored": "whole"})
-                keep.trace(trace, whole, "free")
-        after = files(outputs / f"{release}.json")
-    assert before - {"0.2.2.json"} == after - {"0.2.2.json"} and len(after) == 1 + 2 * len(chosen)
-    first, second = ((outputs / f"{release}.json").read_text() for release in ("0.2.2", "9.9.9"))
-    assert first == second
+    index = stored(tmp_path, real("gemma2/hub"))
+    before = files(index)
+    other = stored(tmp_path, real("gemma2/hub"), version="9.9.9")
+    assert files(index) == before | {"9.9.9.json"} and len(before) == 2
+    assert index.read_text() == other.read_text()
 
 
 def test_of_a_changed_trace_only_the_changed_tensor_is_stored(tmp_path: Path) -> None:
@@ -246,7 +208,7 @@ def test_a_store_that_is_stopped_leaves_the_earlier_release(tmp_path: Path, whol
 
     there = real("gemma2/hub")
     with pytest.raises(Stopped), Storing(index, whole) as keep:  # noqa: PT012
-        emitted = Emitting(write(tmp_path / "other", there))
+        emitted = emitting(write(tmp_path / "other", there))
         StoringSource(emitted, keep).trace(there.subject, "free", there.truth, there.inputs)
         assert files(index) > before
         raise Stopped("SIGINT")
@@ -256,7 +218,10 @@ def test_a_store_that_is_stopped_leaves_the_earlier_release(tmp_path: Path, whol
     assert files(index) == before and index.read_text() == text
 
 
-def test_one_store_at_a_time(tmp_path: Path) -> None:
+def test_one_store_at_a_time_and_only_of_what_candle_mi_emits(tmp_path: Path) -> None:
+    with pytest.raises(CandidateError, match="only what candle-mi emits"), Storing(tmp_path / "x.json", True) as keep:
+        StoringSource(TorchSource(), keep)
+    assert not (tmp_path / "x.json").exists()
     second = Storing(tmp_path / "0.1.6.json", whole=True)
     with Storing(tmp_path / "0.2.2.json", whole=True) as first:
         first.of(RELEASE)

@@ -1,12 +1,11 @@
 """A case with a text: candle-mi's own tokenizer has to give transformers' ids (public case E3)."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -16,17 +15,12 @@ from candle_mi_parity.candidate.sources import Source, StatelessSource, StoredSo
 from candle_mi_parity.candidate.store import Storing, StoringSource
 from candle_mi_parity.candidate.tokens import TextIds, text_ids
 from candle_mi_parity.candidate.torch_source import TorchSource
-from candle_mi_parity.compare.verdict import CaseResult, Status
-from candle_mi_parity.judge.case import Progress, judge_case
+from candle_mi_parity.compare.verdict import Status
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.run.diff import Pair, PairedSource
 from candle_mi_parity.spec.cases import Case, LocalModel
-from candle_mi_parity.spec.explanations import NOTHING_KNOWN
-from candle_mi_parity.spec.hook_points import Mode
-from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import InMemory
-from candle_mi_parity.trace.truth import Truth
-from tests.support.planting import CASES, RELEASE, real
+from tests.support.planting import CASES, RELEASE, judged, real
 
 TEXT = "The capital of"
 WITH_SPACE, WITHOUT_SPACE = [1, 100, 101], [1, 99, 101]
@@ -67,13 +61,8 @@ class Asked(StatelessSource):
             raise self.answer
         return self.answer
 
-    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
-        with TorchSource() as source:
-            return source.trace(subject, mode, truth, inputs)
-
-
-def judged(case: Case, source: Source, cache: Path) -> CaseResult:
-    return judge_case(case, source, "x", cache, NOTHING_KNOWN, Progress()).result
+    def trace(self, *asked: Any) -> InMemory:
+        return TorchSource().trace(*asked)
 
 
 def test_other_ids_fail_before_anything_is_computed(tmp_path: Path) -> None:
@@ -93,24 +82,18 @@ def test_other_ids_fail_before_anything_is_computed(tmp_path: Path) -> None:
     assert judged(case, Asked(TextIds([*ids, 2])), tmp_path).status is Status.FAIL, "an EOS too many"
 
 
-def test_a_tokenizer_that_was_not_asked_is_noted(tmp_path: Path) -> None:
+def test_a_tokenizer_that_was_not_asked_is_noted_and_a_refused_text_is_a_refused_case(tmp_path: Path) -> None:
     case = model(tmp_path / "model")
     found = judged(case, Asked(TextIds(why="its ids are not stored for this case")), tmp_path)
     assert found.status is Status.PASS
     assert found.notes == ["candle-mi's tokenizer was not asked: its ids are not stored for this case"]
     with TorchSource() as control:
         assert judged(case, control, tmp_path).notes == [], "transformers has no tokenizer beside its own"
-
-
-def test_a_refused_text_is_a_refused_case(tmp_path: Path) -> None:
-    found = judged(model(tmp_path / "model"), Asked(EmitterError("model", "tokenizer: no such thing")), tmp_path)
-    assert found.failure is not None and found.failure.refused
-    assert found.error == "model: tokenizer: no such thing" and not found.tensors
-
-
-def test_without_a_tokenizer_json_candle_mi_is_not_asked(tmp_path: Path) -> None:
     asked = text_ids(EmitterProcess(Path("/nonexistent")), RELEASE, tmp_path, TEXT, tmp_path / "out.json")
     assert asked.ids is None and "no tokenizer.json" in asked.why
+    found = judged(case, Asked(EmitterError("model", "tokenizer: no such thing")), tmp_path)
+    assert found.failure is not None and found.failure.refused
+    assert found.error == "model: tokenizer: no such thing" and not found.tensors
 
 
 def test_each_side_of_a_diff_is_asked(tmp_path: Path) -> None:
@@ -129,18 +112,14 @@ def stored(index: Path, subject: PreparedCase, answer: TextIds | EmitterError) -
     return StoredSource(index)
 
 
-def test_stored_ids_are_read_back(tmp_path: Path) -> None:
+def test_stored_ids_and_a_stored_refusal_are_read_back(tmp_path: Path) -> None:
     subject = prepare(model(tmp_path / "model"), tmp_path)
     index = tmp_path / "kept" / "release.json"
     assert stored(index, subject, TextIds([1, 7])).text_ids(subject) == TextIds([1, 7])
     asked = stored(index, subject, TextIds(why="not asked")).text_ids(subject)
     assert asked.ids is None and asked.why
-
-
-def test_a_refused_text_is_stored(tmp_path: Path) -> None:
-    subject = prepare(model(tmp_path / "model"), tmp_path)
-    source = stored(tmp_path / "kept" / "release.json", subject, EmitterError("model", "tokenizer: no"))
-    assert judged(subject.case, source, tmp_path).error == "model: tokenizer: no"
+    refusing = stored(index, subject, EmitterError("model", "tokenizer: no"))
+    assert judged(subject.case, refusing, tmp_path).error == "model: tokenizer: no"
 
 
 def test_stored_ids_of_another_text_or_tokenizer_are_stale(tmp_path: Path) -> None:
@@ -163,17 +142,8 @@ def test_stored_ids_of_another_text_or_tokenizer_are_stale(tmp_path: Path) -> No
 def test_candle_mi_does_not_read_tokenizer_config(live: Source, tmp_path: Path) -> None:
     """Its released tokenizer reads ``tokenizer.json`` alone, where transformers honours ``add_prefix_space`` too."""
     found = judged(model(tmp_path / "model", add_prefix_space=False), live, tmp_path)
-    assert found.status is Status.FAIL
-    assert (
-        f"got {str(WITH_SPACE)[:-1]}" in found.message()
-        and f"transformers gives {str(WITHOUT_SPACE)[:-1]}" in found.message()
-    )
+    expected = (f"got {str(WITH_SPACE)[:-1]}", f"transformers gives {str(WITHOUT_SPACE)[:-1]}")
+    assert found.status is Status.FAIL and all(part in found.message() for part in expected)
     shutil.rmtree(tmp_path / "model")
     twin = judged(model(tmp_path / "model"), live, tmp_path)
     assert (twin.status, twin.notes) == (Status.PASS, []), twin.message()
-
-
-@pytest.mark.rust
-def test_the_ids_of_a_listed_case_agree(live: Source) -> None:
-    subject = prepare(CASES["smollm2/hub"], cache_root())
-    assert live.text_ids(subject) == TextIds(subject.tokens[0])

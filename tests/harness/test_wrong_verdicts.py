@@ -1,18 +1,15 @@
 """Inputs on which the suite once gave a wrong verdict (public cases), each beside an input that must pass."""
 
-from __future__ import annotations
-
-import io
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.torch_source import TorchSource
@@ -20,43 +17,22 @@ from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.judge.notes import padding_notes
-from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle import compute, hooks
 from candle_mi_parity.oracle.hooks import forward, load_model
 from candle_mi_parity.oracle.streaming import load_streamed
 from candle_mi_parity.report import page, report_model, tables, views_ci
-from candle_mi_parity.spec.cases import Case, LocalModel, TinyModel
+from candle_mi_parity.spec.cases import Case, TinyModel
 from candle_mi_parity.spec.edits import Zero
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
-from tests.support.planting import CASES, real
-from tests.support.results import VERSIONS
-
-Weights = dict[str, np.ndarray]
-Change = Callable[[Weights], object]
-
-
-def local(directory: Path, family: str = "llama", change: Change | None = None, **config: Any) -> Case:
-    """A case of a copy of a family's tiny model; a config key set to ``...`` is taken away."""
-    source = real(f"{family}/hub").subject.model_dir
-    directory.mkdir(parents=True)
-    found = {key: value for key, value in (read_config(source) | config).items() if value is not ...}
-    (directory / "config.json").write_text(json.dumps(found))
-    weights = load_file(source / "model.safetensors")
-    if change is not None:
-        change(weights)
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    return row(family, model=LocalModel(source="local", path=str(directory)))
+from tests.support.planting import CASES, ChangeWeights, Weights, local
+from tests.support.results import VERSIONS, shown
 
 
 def tiny(family: str, **settings: Any) -> Case:
     """A case of a generated model."""
     model = TinyModel(source="tiny", config=f"models/{family}.json", **{"dialect": "hub", **settings})
-    return row(family, model=model)
-
-
-def row(family: str, **update: object) -> Case:
-    return CASES[f"{family}/hub"].model_copy(update={"id": f"{family}/tried", **update})
+    return CASES[f"{family}/hub"].model_copy(update={"id": f"{family}/tried", "model": model})
 
 
 @pytest.fixture
@@ -76,7 +52,7 @@ Judged = Callable[[Case], CaseResult]
 # --- E2: a tensor that is missing from the checkpoint
 
 
-def without(name: str) -> Change:
+def without(name: str) -> ChangeWeights:
     return lambda weights: weights.pop(name)
 
 
@@ -90,16 +66,11 @@ BIAS = "model.layers.1.self_attn.k_proj.bias"
         ("llama", without("lm_head.weight"), {}, "lacks lm_head.weight, which transformers would initialise"),
         ("qwen2", without(BIAS), {}, f"lacks {BIAS}"),
         ("llama", None, {"num_hidden_layers": 4}, "(and 6 more), which transformers would initialise"),
-        (
-            "llama",
-            None,
-            {"num_key_value_heads": 1},
-            "k_proj.weight has shape (40, 64), expected (20, 64); transf",
-        ),
+        ("llama", None, {"num_key_value_heads": 1}, "k_proj.weight has shape (40, 64), expected (20, 64)"),
     ],
 )
 def test_a_checkpoint_with_missing_tensors_has_no_truth(
-    judged: Judged, tmp_path: Path, family: str, change: Change | None, config: dict[str, Any], message: str
+    judged: Judged, tmp_path: Path, family: str, change: ChangeWeights | None, config: dict[str, Any], message: str
 ) -> None:
     found = judged(local(tmp_path / "model", family, change, **config))
     assert found.status is Status.ERROR and message in found.error, found.error
@@ -126,26 +97,16 @@ def test_a_tensor_that_transformers_ignores_is_noted(judged: Judged, tmp_path: P
 # --- E4: two models that compute only zeros agree
 
 
-def all_zero(weights: Weights) -> None:
-    for array in weights.values():
-        array[...] = 0
-
-
-def zero_norms(weights: Weights) -> None:
-    for name, array in weights.items():
-        if "norm" in name:
-            array[...] = 0
-
-
-def zero_layer(weights: Weights) -> None:
-    weights["model.layers.1.input_layernorm.weight"][...] = 0
+def zeroed(part: str) -> ChangeWeights:
+    """Fill the weights that have this in their names with 0."""
+    return lambda weights: weights.update({name: 0 * weights[name] for name in weights if part in name})
 
 
 def test_a_model_that_computes_only_zeros_is_unmeasured(judged: Judged, tmp_path: Path) -> None:
     edited = tiny("llama", change={"num_hidden_layers": 1})
     cases = {
-        "39 of 42": local(tmp_path / "all", "llama", all_zero),
-        "29 of 42": local(tmp_path / "norms", "llama", zero_norms),
+        "39 of 42": local(tmp_path / "all", "llama", zeroed("")),
+        "29 of 42": local(tmp_path / "norms", "llama", zeroed("norm")),
         "": edited.model_copy(update={"edits": [Zero(kind="zero", hook="hook_embed")]}),
     }
     for count, case in cases.items():
@@ -155,7 +116,7 @@ def test_a_model_that_computes_only_zeros_is_unmeasured(judged: Judged, tmp_path
 
 
 def test_one_layer_of_zeros_is_noted(judged: Judged, tmp_path: Path) -> None:
-    found = judged(local(tmp_path / "model", "llama", zero_layer))
+    found = judged(local(tmp_path / "model", "llama", zeroed("layers.1.input_layernorm")))
     notes = [note for note in found.notes if note.startswith("not exercised: blocks.1.attn.hook_q, ")]
     assert found.status is Status.PASS and "0 everywhere" in notes[0]
 
@@ -204,10 +165,7 @@ def test_a_config_that_transformers_reads_as_another_class_names_both(judged: Ju
     types = ["sliding_attention", "full_attention", "full_attention"]
     found = judged(local(tmp_path / "model", "mistral", layer_types=types, sliding_window=8))
     assert found.status is Status.ERROR
-    assert (
-        "because of its `layer_types`: model_type is 'mistral', and the model that it makes is a 'ministral'"
-        in found.error
-    )
+    assert "its `layer_types`: model_type is 'mistral', and the model that it makes is a 'ministral'" in found.error
 
 
 @pytest.mark.parametrize("place", ["model", "truth"])
@@ -298,22 +256,16 @@ def test_padding_fed_as_tokens_is_noted(
 ) -> None:
     case = local(tmp_path / "model", **config).model_copy(update={"tokens": tokens})
     notes = padding_notes(prepare(case, tmp_path))
-    assert len(notes) == bool(message)
-    if message:
-        pad = config["pad_token_id"]
-        assert notes[0].startswith(
-            f"the prompt holds the padding id {pad} ({message}) as plain tokens: candle-mi takes"
-        )
+    start = f"the prompt holds the padding id {config['pad_token_id']} ({message}) as plain tokens: candle-mi takes"
+    assert len(notes) == bool(message) and all(note.startswith(start) for note in notes)
 
 
 def test_the_note_on_padding_is_in_every_view(judged: Judged, tmp_path: Path) -> None:
     found = judged(local(tmp_path / "model", pad_token_id=0).model_copy(update={"tokens": [0, 0, 1, 5, 9]}))
     assert found.status is Status.PASS and len(found.notes) == 1
     run = RunResult("torch", {}, VERSIONS, [found], {})
-    terminal = io.StringIO()
-    tables.run_tables(run, Console(file=terminal, width=500, color_system=None))
-    views = [page.render(run), views_ci.summary(run), terminal.getvalue(), json.dumps(report_model.document(run))]
-    assert all("as plain tokens" in view for view in views)
+    terminal, document = shown(partial(tables.run_tables, run)), json.dumps(report_model.document(run))
+    assert all("as plain tokens" in view for view in (page.render(run), views_ci.summary(run), terminal, document))
     found.notes = []
     assert "as plain tokens" not in page.render(run)
 
@@ -321,26 +273,18 @@ def test_the_note_on_padding_is_in_every_view(judged: Judged, tmp_path: Path) ->
 # --- a value beyond the candidate's own format
 
 
-def loud(factor: float) -> Change:
+def loud(up: float, down: float) -> ChangeWeights:
+    """Scale two weights: where ``down`` is small, no hook point holds the large values."""
+
     def change(weights: Weights) -> None:
-        weights["model.layers.1.mlp.up_proj.weight"] *= 300
-        weights["model.layers.1.mlp.down_proj.weight"] *= factor / 300
+        weights["model.layers.1.mlp.up_proj.weight"] *= up
+        weights["model.layers.1.mlp.down_proj.weight"] *= down
 
     return change
 
 
-def loud_inside(factor: float) -> Change:
-    """The gated product is loud, and what is made of it is not: no hook point holds the large values."""
-
-    def change(weights: Weights) -> None:
-        weights["model.layers.1.mlp.up_proj.weight"] *= factor
-        weights["model.layers.1.mlp.down_proj.weight"] /= 100
-
-    return change
-
-
-@pytest.mark.parametrize("change", [loud(3e5), loud_inside(5e4)], ids=["at a hook", "between two hooks"])
-def test_what_float16_cannot_hold_is_unmeasured(judged: Judged, tmp_path: Path, change: Change) -> None:
+@pytest.mark.parametrize("change", [loud(300, 1000), loud(5e4, 0.01)], ids=["at a hook", "between two hooks"])
+def test_what_float16_cannot_hold_is_unmeasured(judged: Judged, tmp_path: Path, change: ChangeWeights) -> None:
     case = local(tmp_path / "model", "llama", change)
     found = judged(case.model_copy(update={"dtype": "float16"}))
     assert found.status is Status.UNMEASURED, found.message()
@@ -353,8 +297,8 @@ def test_what_float16_cannot_hold_is_unmeasured(judged: Judged, tmp_path: Path, 
 
 
 def test_what_the_format_holds_is_measured(judged: Judged, tmp_path: Path) -> None:
-    for dtype, change in (("float16", loud(3e3)), ("float16", loud_inside(1e3)), ("float32", loud(3e5))):
-        case = local(tmp_path / f"{dtype}-{change.__qualname__}", "llama", change)
+    for dtype, up, down in (("float16", 300, 10), ("float16", 1000, 0.01), ("float32", 300, 1000)):
+        case = local(tmp_path / f"{dtype}-{up}", "llama", loud(up, down))
         found = judged(case.model_copy(update={"dtype": dtype}))
         assert found.status is Status.PASS, found.message()
 

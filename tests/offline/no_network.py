@@ -1,7 +1,5 @@
 """No connection but to this machine: an audit hook, which nothing in the process can take away again."""
 
-from __future__ import annotations
-
 import ipaddress
 import sys
 

@@ -1,7 +1,5 @@
 """The command line in this process: what a shell would see, without a second import of torch."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

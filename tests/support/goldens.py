@@ -4,8 +4,6 @@ The arrays are pytest-regressions' ``.npz``, and a ``.json`` beside each holds t
 golden of another model, other tokens or another transformers is stale, not wrong.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,13 +103,12 @@ class Golden:
         )
 
     def check(self) -> None:
-        """Check that the golden is complete and up to date.
+        """Check that the golden is up to date; pytest-regressions then compares names, shapes and numbers.
 
         :raises GoldenError: what differs, and the command that makes the golden anew.
         """
         try:
             kept = Meta.model_validate(read_json(self.path.with_suffix(".json"), GoldenError))
-            found = read_npz(self.path, GoldenError)
         except (ParityError, ValidationError) as error:
             raise GoldenError(f"golden {self.path.name}: {str(error).splitlines()[0]}; {REMAKE}") from error
         now = self.meta(kept.reason)
@@ -122,14 +119,8 @@ class Golden:
                 f"stale golden {self.path.name}: {', '.join(changed)} changed since it was made with transformers "
                 f"{made} (installed {installed}); {REMAKE}"
             )
-        expected = self.arrays()
-        if differing := sorted(set(found) ^ set(expected)):
-            raise GoldenError(f"golden {self.path.name} and the truth differ in {', '.join(differing)}")
-        for name, array in found.items():
-            if array.dtype != np.float64 or array.shape != expected[name].shape or not np.isfinite(array).all():
-                raise GoldenError(
-                    f"golden {self.path.name}: {name} is {array.dtype}{list(array.shape)}, or not finite"
-                )
+        if odd := [name for name, array in self.arrays().items() if not np.isfinite(array).all()]:
+            raise GoldenError(f"golden {self.path.name}: {', '.join(odd)} of the truth holds NaN or Inf")
 
     def record(self, reason: str) -> None:
         """Write the ``.json`` of a regeneration; pytest-regressions writes the arrays.

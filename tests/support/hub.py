@@ -1,7 +1,5 @@
 """A hub on loopback with the part of the protocol that huggingface_hub uses for listings and downloads."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import threading

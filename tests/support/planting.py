@@ -5,8 +5,6 @@ can fail. A fault in the numbers is planted with :func:`write`, a fault in the m
 :func:`rerun`.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -16,30 +14,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+from candle_mi_parity.candidate.sources import Source, StatelessSource
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import check_header, compare
-from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.digest import file_digest
+from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.judge.known import facts_of
 from candle_mi_parity.models.checkpoint import read_config, weight_files
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.oracle import Oracle
-from candle_mi_parity.spec.cases import Case, load_cases
+from candle_mi_parity.spec.cases import Case, LocalModel, load_cases
 from candle_mi_parity.spec.counterfactual import Counterfactual
-from candle_mi_parity.spec.explanations import combined, load_explanations
+from candle_mi_parity.spec.explanations import NOTHING_KNOWN, combined, load_explanations
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
-from candle_mi_parity.trace.trace import FORMAT, CandleMi, InMemory, Trace
+from candle_mi_parity.trace.trace import FORMAT, CandleMi, Emitted, InMemory, Trace
 from candle_mi_parity.trace.truth import Truth
 
 RELEASE = CandleMi(version="0.2.2", source="registry", checksum="a" * 64, revision=None, tree_digest=None)
 CASES = {case.id: case for case in load_cases()}
 
 Arrays = dict[str, np.ndarray]
+Weights = dict[str, np.ndarray]
+ChangeWeights = Callable[[Weights], object]
 Edit = Callable[[dict[str, Any]], object]
 
 
@@ -106,6 +108,23 @@ def known_real(case_id: str, mode: Mode = "free") -> Real:
         return Real(other, oracle, truth, source.trace(other, mode, truth, inputs), inputs)
 
 
+class Giving(StatelessSource):
+    """A candidate whose traces a function makes, from what :meth:`Source.trace` is given."""
+
+    def __init__(
+        self, give: Callable[..., Emitted], identity: CandleMi | None = RELEASE, device: str = "cpu"
+    ) -> None:
+        self._give, self.identity, self.device = give, identity, device
+
+    def trace(self, *asked: Any) -> Emitted:
+        return self._give(*asked)
+
+
+def judged(case: Case, source: Source, cache: Path | None = None) -> CaseResult:
+    """Judge a case with no known divergence."""
+    return judge_case(case, source, "x", cache or cache_root(), NOTHING_KNOWN, Progress()).result
+
+
 def arrays_of(dump: InMemory) -> Arrays:
     """The arrays of a dump, in execution order; do not modify them."""
     return {name: array for name, (array, _) in dump.arrays.items()}
@@ -126,6 +145,20 @@ def changed_model(directory: Path, base: Path, **change: object) -> Path:
     for file in weight_files(base):
         (directory / file.name).symlink_to(file)
     return directory
+
+
+def local(directory: Path, family: str = "llama", change: ChangeWeights | None = None, **config: object) -> Case:
+    """A case of a copy of a family's tiny model; a config key set to ``...`` is taken away."""
+    source = real(f"{family}/hub").subject.model_dir
+    directory.mkdir(parents=True)
+    found = {key: value for key, value in (read_config(source) | config).items() if value is not ...}
+    (directory / "config.json").write_text(json.dumps(found))
+    weights = load_file(source / "model.safetensors")
+    if change is not None:
+        change(weights)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    model = LocalModel(source="local", path=str(directory))
+    return CASES[f"{family}/hub"].model_copy(update={"id": f"{family}/tried", "model": model})
 
 
 def rerun(there: Real, model_dir: Path) -> Arrays:
@@ -167,12 +200,7 @@ def document(there: Real, arrays: Mapping[str, np.ndarray], file: str) -> dict[s
             "sae_digest": subject.sae_digest if free else None,
             "inputs_digest": file_digest(there.inputs),
         },
-        "run": {
-            "started": "2026-11-25T00:00:00Z",
-            "seconds": {"load": 0.1, "forward": 0.1},
-            "threads": 2,
-            "peak_rss_bytes": None,
-        },
+        "run": {"started": "now", "seconds": {"load": 0.1, "forward": 0.1}, "threads": 2, "peak_rss_bytes": None},
         "tokens": subject.tokens,
         "tensors": [entry(name, array, file) for name, array in arrays.items()],
         "scalars": dict(there.emitted.scalars),
@@ -190,9 +218,8 @@ def write(
     :returns: the JSON file.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    kept = {name: np.ascontiguousarray(array) for name, array in (arrays or there.arrays).items()}
-    if arrays is not None and not arrays:
-        kept = {}
+    given = there.arrays if arrays is None else arrays
+    kept = {name: np.ascontiguousarray(array) for name, array in given.items()}
     save_file(kept, directory / "trace.safetensors")
     content = document(there, kept, "trace.safetensors")
     if edit is not None:

@@ -1,6 +1,8 @@
 """Made-up results, one of each status, and names that attack the views."""
 
-from __future__ import annotations
+from collections.abc import Callable
+
+from rich.console import Console
 
 from candle_mi_parity.compare.align import Distance
 from candle_mi_parity.compare.check_result import CheckResult, Continuation, LensRow, Matters, PromptResult
@@ -24,14 +26,16 @@ from candle_mi_parity.trace.trace import Run
 
 HOSTILE = "<script>alert(1)</script>\x1b[2J\x1b]0;owned\x07\u202e${{7*7}}{{7*7}}"
 LONG = "blocks.0." + "a_name_without_a_place_to_break" * 5
-VERSIONS = {
-    "candle-mi-parity": "0.1.0",
-    "torch": "2.15.0",
-    "transformers": "5.24.0",
-    "python": "3.11",
-    "machine": "Linux",
-    "device": "cpu",
-}
+VERSIONS = {"candle-mi-parity": "0.1.0", "torch": "2.15.0", "transformers": "5.24.0", "python": "3.11"}
+VERSIONS |= {"machine": "Linux", "device": "cpu"}
+
+
+def shown(show: Callable[[Console], object], width: int = 500) -> str:
+    """What is written to a terminal, without colours."""
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        show(console)
+    return capture.get()
 
 
 def tensor(name: str, ratio: float = 1.0, status: Status = Status.PASS, reason: str = "") -> TensorResult:
@@ -102,14 +106,8 @@ def a_report() -> RunResult:
     judged.sae = [sae_view(), sae_view("sae_on_truth")]
     hostile, broken = case(f"llama/{HOSTILE}", Status.FAIL, bad=LONG), case(f"llama/{LONG}", Status.ERROR)
     hostile.error = broken.error = f"{HOSTILE} {LONG}"
-    result.cases += [
-        refused("llama/rope-yarn"),
-        judged,
-        hostile,
-        broken,
-        case("llama/v5", Status.KNOWN),
-        case("mistral/v5", Status.FAIL),
-    ]
+    result.cases += [refused("llama/rope-yarn"), judged, hostile, broken]
+    result.cases += [case("llama/v5", Status.KNOWN), case("mistral/v5", Status.FAIL)]
     result.cases += [case(f"{family}/hub") for family in ("gemma", "gemma2", "phi3", "qwen2", "qwen3", "starcoder2")]
     result.skipped["mistral/sae"], result.stale = f"{HOSTILE} {LONG}", [HOSTILE, LONG]
     return result
@@ -133,11 +131,8 @@ def checked() -> CheckResult:
 
 def differing() -> Diff:
     """A case that got worse, one that got better, one that cannot be compared."""
-    good, bad, lost = (
-        case("llama/v5"),
-        case("llama/v5", Status.FAIL, bad=LONG),
-        case(f"llama/{HOSTILE}", Status.ERROR),
-    )
+    good, bad = case("llama/v5"), case("llama/v5", Status.FAIL, bad=LONG)
+    lost = case(f"llama/{HOSTILE}", Status.ERROR)
     lost.error = f"no oracle: {HOSTILE} {LONG}"
     before = tensor(LONG)
     ran = Run(started="", seconds={"forward": 0.25}, threads=2, peak_rss_bytes=1 << 28)

@@ -1,7 +1,5 @@
 """A case of release 0.2.2 as it is stored, copied to where a test may damage it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

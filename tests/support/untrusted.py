@@ -1,21 +1,18 @@
-"""Small valid files of the untrusted kinds, and how a reader must refuse a damaged one."""
+"""Small valid files of the untrusted kinds, random damage to them, and how a reader must refuse a damaged one."""
 
-from __future__ import annotations
-
+import copy
+import functools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.models.checkpoint import read_config
-from candle_mi_parity.spec.cases import Case, LocalModel
-from tests.support.planting import CASES, real
 
 CFG: dict[str, Any] = {
     "d_in": 4, "d_sae": 6, "dtype": "float32", "architecture": "jumprelu", "activation_fn_str": "relu",
@@ -59,11 +56,39 @@ def saelens(directory: Path) -> Path:
     return directory
 
 
-def model(directory: Path, **change: object) -> Case:
-    """A case of a copy of the tiny Llama whose config is changed; None takes a key away."""
-    source = real("llama/hub").subject.model_dir
-    directory.mkdir()
-    config = {key: value for key, value in (read_config(source) | change).items() if value is not None}
-    (directory / "config.json").write_text(json.dumps(config))
-    shutil.copy(source / "model.safetensors", directory)
-    return CASES["llama/hub"].model_copy(update={"model": LocalModel(source="local", path=str(directory))})
+ODD: list[Any] = [
+    None, True, -1, 0, 2**63, 10**400, float("nan"), float("inf"), 1e300, "", "\x1b[2J", "../x", "/dev/zero",
+    "\ud800", "a" * 5000, [], {}, [None], [2**62] * 9,
+]  # fmt: skip
+json_values = st.recursive(
+    st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(ODD),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value in a JSON tree."""
+    keys = list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else []
+    return [(*path, key) for key in keys] + [found for key in keys for found in places(tree[key], (*path, key))]
+
+
+@st.composite
+def damaged_tree(draw: st.DrawFn, tree: Any) -> bytes:
+    """A JSON document in which one value is replaced or removed."""
+    changed = copy.deepcopy(tree)
+    *way, last = draw(st.sampled_from(places(tree)))
+    holder = functools.reduce(lambda found, key: found[key], way, changed)
+    if draw(st.booleans()):
+        holder[last] = draw(json_values)
+    else:
+        del holder[last]
+    return json.dumps(changed).encode()
+
+
+@st.composite
+def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
+    """A file in which some bytes are replaced, removed or added."""
+    start = draw(st.integers(0, len(content)))
+    end = draw(st.integers(start, min(len(content), start + 64)))
+    return content[:start] + draw(st.binary(max_size=64)) + content[end:]
