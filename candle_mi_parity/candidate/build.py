@@ -12,14 +12,15 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock
 
 from candle_mi_parity.candidate.cargo import Ran, condense, run_cargo
 from candle_mi_parity.candidate.checkout import configuration, note_inputs
+from candle_mi_parity.candidate.parts import PARTS, broken_parts
 from candle_mi_parity.candidate.plan import (
     DOWNLOADER,
     EMITTER,
@@ -38,14 +39,20 @@ from candle_mi_parity.files import atomic
 from candle_mi_parity.trace.trace import CandleMi
 
 Progress = Callable[[str], None]
+MISSING = "missing.json"
 
 
 @dataclass(frozen=True)
 class BuiltEmitter:
-    """An emitter's binary, and the output of ``parity-emitter --version``."""
+    """An emitter's binary.
+
+    :ivar identity: the output of ``parity-emitter --version``.
+    :ivar missing: part that does not compile against the candidate → its first error.
+    """
 
     path: Path
     identity: dict[str, object]
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 class _StandInError(CandidateError):
@@ -93,7 +100,8 @@ def _build(
             return _build(candidate, replace(plan, tree_digest=read), cache, log, compiler, features)
     identity = _identity(binary)
     _check_identity(candidate, plan, identity)
-    return BuiltEmitter(binary, identity)
+    beside = binary.with_name(MISSING)
+    return BuiltEmitter(binary, identity, json.loads(beside.read_text()) if beside.is_file() else {})
 
 
 def _build_once(
@@ -112,7 +120,7 @@ def _build_once(
         log(f"building the emitter for {candidate.label} on candle {plan.candle}")
         inputs = inputs_of(candidate, cache)
         known = inputs.read_bytes() if inputs.is_file() else b""
-        made, ran = _cargo_build(candidate, plan, cache, log, features)
+        made, ran, missing = _without_broken_parts(candidate, plan, cache, log, features)
         if candidate.kind == "path":
             note_inputs(made.with_suffix(".d"), ran, cache / "crates", inputs)
             digest = plan_of(candidate, cache).tree_digest
@@ -121,8 +129,30 @@ def _build_once(
             if digest != plan.tree_digest:
                 raise CandidateError(f"{candidate.target} changed while it was built; run again")
         _check_identity(candidate, plan, _identity(made))
+        if missing:
+            atomic.write_text(json.dumps(missing), binary.with_name(MISSING))
         _install(made, binary)
         return plan.tree_digest
+
+
+def _without_broken_parts(
+    candidate: Candidate, plan: Plan, cache: Path, log: Progress, features: Sequence[str]
+) -> tuple[Path, Ran, dict[str, str]]:
+    """Build with every part that compiles; returns the binary, cargo's messages, and other part → its first error.
+
+    :raises CandidateError: what every case needs does not compile.
+    """
+    missing: dict[str, str] = {}
+    while True:
+        made, ran = _cargo_build(candidate, plan, cache, log, features, missing)
+        if made is not None:
+            return made, ran, missing
+        broken = {part: error for part, error in broken_parts(ran).items() if part not in missing}
+        if not broken:
+            raise _failure(candidate, plan, ran, crate_directory(candidate, cache) / "build.log")
+        missing |= broken
+        parts = ", ".join(broken)
+        log(f"the emitter's part {parts} does not compile against {candidate.label}, and is left out")
 
 
 def changed_since(candidate: Candidate, identity: CandleMi | None, cache: Path) -> str:
@@ -195,15 +225,26 @@ def _no_rust(program: str) -> CandidateError:
 
 
 def _cargo_build(
-    candidate: Candidate, plan: Plan, cache: Path, log: Progress, features: Sequence[str]
-) -> tuple[Path, Ran]:
-    """Run cargo and return the binary in the shared target directory."""
+    candidate: Candidate,
+    plan: Plan,
+    cache: Path,
+    log: Progress,
+    features: Sequence[str],
+    without: Collection[str],
+) -> tuple[Path | None, Ran]:
+    """Run cargo; returns the binary in the shared target directory, if there is one.
+
+    :param without: parts that are left out.
+    """
     crate = crate_directory(candidate, cache).absolute()
     lay_out(crate, plan, cache)
     target = _target(plan, cache)
     command = ["cargo", "build", "--release", "--manifest-path", str(crate / "Cargo.toml")]
     if plan.locked:
         command.append("--locked")
+    if without:
+        command.append("--no-default-features")
+        features = [*features, *(part for part in PARTS if part not in without)]
     if features:
         command += ["--features", ",".join(features)]
     environment = {
@@ -224,10 +265,7 @@ def _cargo_build(
         ran = run_cargo(command, environment, full_log, log, _place(candidate, cache))
     except FileNotFoundError:
         raise _no_rust("cargo") from None
-    made = ran.executable("parity-emitter")
-    if ran.code != 0 or made is None:
-        raise _failure(candidate, plan, ran, full_log)
-    return made, ran
+    return (ran.executable("parity-emitter") if ran.code == 0 else None), ran
 
 
 def _failure(candidate: Candidate, plan: Plan, ran: Ran, full_log: Path) -> CandidateError:

@@ -43,17 +43,20 @@ class Ran:
         return any(message.get("reason") == "build-finished" for message in self.messages)
 
     @property
+    def diagnostics_by_target(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """The compiler's messages, each with the name of the target; ``rendered`` holds the text for people."""
+        found = [message for message in self.messages if message.get("reason") == "compiler-message"]
+        return [(str(message.get("target", {}).get("name", "")), message["message"]) for message in found]
+
+    @property
     def diagnostics(self) -> list[Mapping[str, Any]]:
-        """The compiler's messages; ``rendered`` holds the text for people."""
-        return [message["message"] for message in self.messages if message.get("reason") == "compiler-message"]
+        """The compiler's messages."""
+        return [message for _, message in self.diagnostics_by_target]
 
     @property
     def broken(self) -> str:
         """The name of the target in which the compiler found its first error; empty if it found none."""
-        for message in self.messages:
-            if message.get("reason") == "compiler-message" and message["message"]["level"] == "error":
-                return str(message.get("target", {}).get("name", ""))
-        return ""
+        return next((target for target, one in self.diagnostics_by_target if one["level"] == "error"), "")
 
     @property
     def errors(self) -> str:

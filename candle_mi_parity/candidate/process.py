@@ -107,12 +107,15 @@ class _Pipes:
 class EmitterProcess:
     """An emitter that answers many requests; it is started at first use and again after a failure.
 
+    :param missing: parts that are not in the build → their first error.
+
     >>> with EmitterProcess(built.path) as emitter:            # doctest: +SKIP
     ...     trace = emitter.emit(request, timeout=600)
     """
 
-    def __init__(self, binary: Path) -> None:
+    def __init__(self, binary: Path, missing: Mapping[str, str] | None = None) -> None:
         self._command = [str(binary)]
+        self._missing = missing or {}
         self._pipes: _Pipes | None = None
         self._newest: _Pipes | None = None  # also while another thread ends it
         self._closed = False
@@ -171,7 +174,10 @@ class EmitterProcess:
             shown = answer[:200].decode("utf-8", "replace").strip()
             raise EmitterError("protocol", f"invalid reply to case {case_id}: {shown!r}")
         if reply["ok"] is not True:
-            raise EmitterError(str(reply.get("kind", "protocol")), str(reply.get("error", "no reason given")))
+            kind, told = str(reply.get("kind", "protocol")), str(reply.get("error", "no reason given"))
+            # Why a part was left out of the build is known only here.
+            why = next((error for part, error in self._missing.items() if f"`{part}`" in told), "")
+            raise EmitterError(kind, f"{told}: {why}" if kind == "not-built" and why else told)
         # The trace of an earlier run must not pass for this one.
         after = _stamp(out)
         named = Path(str(reply.get("trace")))

@@ -165,20 +165,24 @@ class LiveSource:
         except ValidationError as error:
             raise CandidateError(f"{built.path} does not say which candle-mi it holds") from error
         self._out = out.resolve()
-        self._binary = built.path
-        self.emitter = EmitterProcess(built.path)
+        self._built = built
+        self.emitter = EmitterProcess(built.path, built.missing)
         self._asked: list[str] = []
         self.made: dict[str, Made] = {}
 
     @property
     def build_key(self) -> str:
         """Identifies everything that the emitter was built from."""
-        return self._binary.parent.name
+        return self._built.path.parent.name
 
     def fresh(self) -> LiveSource:
         """The same build in a process of its own, which has answered nothing yet."""
         other = copy.copy(self)
-        other.emitter, other._asked, other._out = EmitterProcess(self._binary), [], self._out / "alone"
+        other.emitter, other._asked, other._out = (
+            EmitterProcess(self._built.path, self._built.missing),
+            [],
+            self._out / "alone",
+        )
         other.made = {}
         return other
 

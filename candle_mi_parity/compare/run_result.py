@@ -69,7 +69,8 @@ class Section:
             return f"no {self.noun} was judged: {self.skipped}"
         known = [case for case in self.results if case.status is Status.KNOWN]
         text = self.agree
-        text += f", {len(known)} do not for {_many(len(_ids(known)), 'known cause')}" if known else ""
+        if known:
+            text += f", {len(known)} do{'es' * (len(known) == 1)} not for {_many(len(_ids(known)), 'known cause')}"
         text += f", and new: {', '.join(case.id for case in self.new)}" if self.new else ""
         return text + "".join(f"; {name} was not asked: {reason}" for name, reason in self.left_out.items())
 

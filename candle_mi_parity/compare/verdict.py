@@ -43,6 +43,8 @@ class Failure(StrEnum):
     PROTOCOL = "protocol"
     IO = "io"
     REQUEST = "request"
+    NOT_BUILT = "not-built"
+    """The emitter's part that it needs does not compile against this candle-mi."""
     ABSENT = "absent"
     """Nothing is stored for the case."""
     INPUT = "input"

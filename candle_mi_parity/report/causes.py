@@ -125,7 +125,8 @@ def _where(case: CaseResult) -> str:
     if case.new_at:
         known = ", beside what is known" if case.beyond_known else ""
         return f"first at {case.new_at}{known}"
-    return one_line(re.sub(r"\d+", "N", case.error.replace(case.id, "…")), 80) or "without a reason"
+    error = case.error.replace(case.id, "…") if "/" in case.id else case.error
+    return one_line(re.sub(r"\d+", "N", error), 80) or "without a reason"
 
 
 def few(names: list[str], most: int = 8) -> str:

@@ -1,5 +1,6 @@
 //! One request line to one reply: which handler answers it, and what a failure or a panic of one reads like.
 
+#[cfg(feature = "calls")]
 use crate::call;
 use crate::emit::{self, Session};
 use crate::error::EmitError;
@@ -7,6 +8,7 @@ use crate::forwards;
 use crate::panics;
 use crate::protocol::Reply;
 use crate::request::{self, Asked};
+#[cfg(feature = "tokens")]
 use crate::tokenize;
 
 /// Answers one request line. A bad one costs its own reply and nothing else.
@@ -21,14 +23,20 @@ pub fn answer(line: &[u8], session: &mut Session) -> Reply {
                 forwards::run(&request, session)?;
                 (Some(request.case.id), request.out)
             }
+            #[cfg(feature = "tokens")]
             Asked::Tokens(request) => {
                 tokenize::run(&request)?;
                 (None, request.out)
             }
+            #[cfg(not(feature = "tokens"))]
+            Asked::Tokens(_) => return Err(EmitError::NotBuilt("tokens")),
+            #[cfg(feature = "calls")]
             Asked::Calls(request) => {
                 call::run(&request)?;
                 (Some(request.case.id), request.out)
             }
+            #[cfg(not(feature = "calls"))]
+            Asked::Calls(_) => return Err(EmitError::NotBuilt("calls")),
         })
     });
     if matches!(outcome, Err(EmitError::Panic(_))) {

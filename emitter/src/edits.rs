@@ -1,7 +1,6 @@
 //! A request's edits as candle-mi's interventions, each by candle-mi's own helper where it has one.
 
 use candle_core::Tensor;
-use candle_mi::sae::SparseAutoencoder;
 use candle_mi::{
     apply_steering, create_knockout_mask, HookCache, HookPoint, HookSpec, Intervention,
     KnockoutSpec, MIBackend, MIError, SteeringSpec,
@@ -13,6 +12,7 @@ use crate::hook_point::{in_model_dtype, point};
 use crate::inputs::Inputs;
 use crate::model::LoadedModel;
 use crate::protocol::{Attention, Edit, Steering};
+use crate::sae::{self, SparseAutoencoder};
 
 /// What edits are made from.
 pub struct Editor<'a> {
@@ -118,10 +118,7 @@ impl Editor<'_> {
                 "edit at {hook}: an injection needs an SAE"
             )));
         };
-        let (width, device) = (self.width()?, &self.loaded.device);
-        // Run as it comes: where candle-mi aims it elsewhere, that is candle-mi's answer, and the trace shows it.
-        sae.prepare_hook_injection(features, position, width, device)
-            .map_err(|error| EmitError::Sae(error.to_string()))
+        sae::injection(sae, features, position, self.width()?, &self.loaded.device)
     }
 }
 

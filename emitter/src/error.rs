@@ -3,7 +3,7 @@
 use std::path::Path;
 
 /// A failed request. The variant names the culprit: the caller, the model's files, the SAE's files, candle-mi's
-/// forward pass, the disk, or a bug that panicked.
+/// forward pass, the disk, a bug that panicked, or the build.
 #[derive(Debug, thiserror::Error)]
 pub enum EmitError {
     #[error("{0}")]
@@ -18,6 +18,9 @@ pub enum EmitError {
     Io(String),
     #[error("{0}")]
     Panic(String),
+    /// A part that was left out, because it does not compile against this candle-mi.
+    #[error("this emitter was built without its part `{0}`")]
+    NotBuilt(&'static str),
 }
 
 impl EmitError {
@@ -35,6 +38,7 @@ impl EmitError {
             Self::Forward(_) => "forward",
             Self::Io(_) => "io",
             Self::Panic(_) => "panic",
+            Self::NotBuilt(_) => "not-built",
         }
     }
 

@@ -1,7 +1,6 @@
 //! One forward pass through candle-mi with the captures and edits of a request.
 
 use candle_core::Tensor;
-use candle_mi::sae::SparseAutoencoder;
 use candle_mi::{HookCache, HookSpec, MIBackend, MIError};
 
 use crate::edits::{self, Editor};
@@ -10,6 +9,7 @@ use crate::hook_point::{in_model_dtype, point};
 use crate::inputs::Inputs;
 use crate::model::LoadedModel;
 use crate::protocol::{Edit, Request};
+use crate::sae::SparseAutoencoder;
 use crate::tensor::Named;
 
 /// What a forward pass left behind.

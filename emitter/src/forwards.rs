@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 
-use candle_mi::sae::SparseAutoencoder;
 use serde::Serialize;
 
 use crate::emit::{prepare_directory, Session};
@@ -14,6 +13,7 @@ use crate::inputs::Inputs;
 use crate::model::{LoadedModel, ModelCache};
 use crate::panics;
 use crate::protocol::ConfigReader;
+use crate::sae::SparseAutoencoder;
 use crate::tensor::{Encoded, Named};
 use crate::trace::{self, Entry, Header, Provenance};
 

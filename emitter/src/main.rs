@@ -1,10 +1,14 @@
 //! `parity-emitter` reads requests as JSON Lines on stdin, runs candle-mi on each, and writes a trace (or a
 //! document of token ids, of digests or of answers to calls) per request and one reply line on stdout. It knows nothing of the truth and judges nothing.
 
+#[cfg(feature = "calls")]
 mod answer;
+#[cfg(feature = "calls")]
 mod call;
+#[cfg(feature = "calls")]
 mod call_measures;
 mod call_protocol;
+#[cfg(feature = "calls")]
 mod call_sae;
 mod digest;
 mod dispatch;
@@ -23,8 +27,10 @@ mod model;
 mod panics;
 mod protocol;
 mod request;
+#[cfg_attr(not(feature = "sae"), path = "sae_absent.rs")]
 mod sae;
 mod tensor;
+#[cfg(feature = "tokens")]
 mod tokenize;
 mod trace;
 mod weights;

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use candle_mi::sae::SparseAutoencoder;
+pub use candle_mi::sae::SparseAutoencoder;
+use candle_mi::HookSpec;
 
 use crate::digest::{self, Stamp};
 use crate::error::EmitError;
@@ -112,6 +113,19 @@ fn load(wanted: &SaeRequest, files: &[PathBuf], device: &Device) -> Result<Loade
         sae,
         digest: digest::of_files(&digests),
     })
+}
+
+/// Decoder rows at one position, as candle-mi prepares them: where it aims them elsewhere than at the SAE's hook, that
+/// is its answer, and the trace shows it.
+pub fn injection(
+    sae: &SparseAutoencoder,
+    features: &[(usize, f32)],
+    position: usize,
+    width: usize,
+    device: &Device,
+) -> Result<HookSpec, EmitError> {
+    sae.prepare_hook_injection(features, position, width, device)
+        .map_err(|error| EmitError::Sae(error.to_string()))
 }
 
 /// What a trace says of an SAE.

@@ -320,6 +320,61 @@ def test_an_emitter_that_a_changed_interface_breaks_says_whose_line_it_is(put: C
     )
 
 
+CARGO_WITHOUT_PARTS = """#!/bin/sh
+case "$*" in
+*"--no-default-features --features {kept} "*)
+    mkdir -p "$CARGO_TARGET_DIR/release"
+    made="$CARGO_TARGET_DIR/release/parity-emitter"
+    printf '#!/bin/sh\\necho \\047{identity}\\047\\n' >"$made"
+    chmod 755 "$made"
+    echo '{{"reason": "compiler-artifact", "target": {{"name": "parity-emitter"}}, "executable": "'"$made"'"}}' ;;
+*)
+    cat <<'EOF'
+{messages}
+EOF
+    exit 101 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("broken", "kept", "missing"),
+    [
+        (["call_measures.rs"], "sae,tokens", {"calls"}),
+        (["sae.rs"], "tokens", {"sae", "calls"}),
+        (["tokenize.rs", "call.rs"], "sae", {"tokens", "calls"}),
+        (["forward.rs"], "", None),
+        (["call.rs", "forward.rs"], "", None),
+    ],
+)
+def test_a_part_that_does_not_compile_costs_no_other(
+    put: Cargo, tmp_path: Path, broken: list[str], kept: str, missing: set[str] | None
+) -> None:
+    put("")
+    identity = {"candle_mi": {"version": "0.2.2", "source": "registry"}}
+    messages = [{"reason": "build-finished", "success": False}]
+    for name in broken:
+        span = {"file_name": f"src/{name}", "line_start": 3, "column_start": 1, "is_primary": True}
+        error = {"level": "error", "message": "no method named `x`", "spans": [span], "rendered": "error"}
+        messages.append({"reason": "compiler-message", "target": {"name": "parity-emitter"}, "message": error})
+    messages.append({"reason": "compiler-message", "target": {"name": "parity-emitter"}, "message": ABORTING})
+    lines = "\n".join(map(json.dumps, messages))
+    script = CARGO_WITHOUT_PARTS.format(kept=kept, identity=json.dumps(identity), messages=lines)
+    (tmp_path / "bin" / "cargo").write_text(script)
+    if missing is None:
+        assert "does not compile against" in str(fails("0.2.2", tmp_path / "cache"))
+        return
+    said: list[str] = []
+    for _ in range(2):  # built, and from the cache
+        built = builder.build(parse_candidate("0.2.2"), tmp_path / "cache", said.append)
+        assert set(built.missing) == missing
+        assert all("error: no method named `x`" in error for error in built.missing.values())
+    assert sum("is left out" in line for line in said) == 1
+
+
+ABORTING = {"level": "error", "message": "aborting due to 2 previous errors", "spans": [], "rendered": ""}
+
+
 # --- progress -------------------------------------------------------------------------------------
 
 

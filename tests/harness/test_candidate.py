@@ -14,6 +14,8 @@ import pytest
 
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate, stored_index
+from candle_mi_parity.compare.verdict import Failure
+from candle_mi_parity.judge.case import failure_of
 
 # --- spelling -------------------------------------------------------------------------------------
 
@@ -168,6 +170,15 @@ def test_an_invalid_reply_is_refused(fake: Fake, tmp_path: Path, answer: str, st
     with EmitterProcess(fake(answer)) as emitter:
         assert fails(emitter, ask(out)).kind == "protocol"
         assert emitter.emit(ask(out, case="good"), timeout=20) == out
+
+
+def test_a_part_that_was_not_built_is_refused_with_the_compilers_reason(fake: Fake, tmp_path: Path) -> None:
+    told = "this emitter was built without its part `sae`"
+    path = fake(f'reply({{"case": "bad", "ok": False, "kind": "not-built", "error": "{told}"}})')
+    with EmitterProcess(path, {"calls": "call.rs:1", "sae": "src/sae.rs:9: error: x"}) as emitter:
+        error = fails(emitter, ask(tmp_path / "o.json"))
+    assert (error.kind, error.message) == ("not-built", f"{told}: src/sae.rs:9: error: x")
+    assert failure_of(error) is Failure.NOT_BUILT and not failure_of(error).crashed
 
 
 def test_close_ends_an_emitter_that_another_thread_is_ending(fake: Fake, tmp_path: Path) -> None:
