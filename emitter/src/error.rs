@@ -19,6 +19,10 @@ pub enum EmitError {
     #[error("{0}")]
     Panic(String),
     /// A part that was left out, because it does not compile against this candle-mi.
+    #[cfg_attr(
+        all(feature = "calls", feature = "sae", feature = "tokens"),
+        expect(dead_code)
+    )]
     #[error("this emitter was built without its part `{0}`")]
     NotBuilt(&'static str),
 }
