@@ -86,12 +86,12 @@ class Document(Part):
 def plain(made: Made, alone: bool) -> list[Forward]:
     """The forwards of a case without edits.
 
-    :param alone: whether each hook point is captured alone.
+    :param alone: whether each hook point is captured alone, after all were captured.
     """
     hooks, other = made.subject.captures, _other_ids(made)
     length = [row[:-1] or row * 2 for row in other]
     return [
-        Forward("with all captures", hooks),
+        *([Forward("with all captures", hooks)] if alone else []),
         Forward("without captures"),
         *(Forward(f"capturing {hook} alone", [hook]) for hook in hooks if alone),
         Forward("of other ids", [], other, False, like=None),

@@ -311,7 +311,7 @@ def test_a_plain_case_stands_for_its_model_dtype_and_shape(tmp_path: Path, monke
     def asked(*traces: Made) -> list[tuple[str, int]]:
         return [(each.subject.case.id, len(forwards)) for each, forwards in plan(traces)]
 
-    order = [("toy/edit", 5), ("toy/long", 3), ("toy/batch", 8), ("toy/plain", 8 + len(HOOKS))]
+    order = [("toy/edit", 5), ("toy/long", 3), ("toy/batch", 7), ("toy/plain", 8 + len(HOOKS))]
     assert asked(first, same, batch, long, edits) == [*order, *[("toy/plain", 2)] * 6]
     assert asked(edits) == [("toy/edit", 5), *[("toy/edit", 2)] * 9]
     monkeypatch.setattr(forwards, "LARGE", 0)
