@@ -24,11 +24,11 @@ from candle_mi_parity.files.untrusted import read_json, validated
 from candle_mi_parity.judge.case import failure_of
 from candle_mi_parity.models.checkpoint import weight_files
 from candle_mi_parity.spec.cases import Case
+from candle_mi_parity.spec.hook_points import place
 from candle_mi_parity.spec.paths import command
 from candle_mi_parity.trace.release import trace_name
 from candle_mi_parity.trace.trace import Digest, Header, Part, TensorEntry, Tensors, Text, Trace
 
-AXES = ("batch", "query", "vocabulary")
 REQUESTS = 10
 """A case is asked again at the end, when the process has answered at least this number of requests."""
 LARGE, LONG = 64 << 20, 256
@@ -86,12 +86,12 @@ class Document(Part):
 def plain(made: Made, alone: bool) -> list[Forward]:
     """The forwards of a case without edits.
 
-    :param alone: whether each hook point is captured alone.
+    :param alone: whether each hook point is captured alone, after all were captured.
     """
     hooks, other = made.subject.captures, _other_ids(made)
     length = [row[:-1] or row * 2 for row in other]
     return [
-        Forward("with all captures", hooks),
+        *([Forward("with all captures", hooks)] if alone else []),
         Forward("without captures"),
         *(Forward(f"capturing {hook} alone", [hook]) for hook in hooks if alone),
         Forward("of other ids", [], other, False, like=None),
@@ -228,12 +228,11 @@ class Answer(Tensors):
         theirs, ours = document.header.model_dump(), made.header.model_dump()
         if other := [key for key in ours if theirs[key] != ours[key]]:
             raise TraceError(f"{path}: {other[0]} is {theirs[other[0]]}, and of the trace {ours[other[0]]}")
-        wanted = [(forward.name, set(forward.captures)) for forward in forwards]
-        if wanted != [
-            (each.name, set(each.captures if each.logits else forward.captures))
-            for each, forward in zip(self.forwards, forwards, strict=False)
-        ]:
+        if [each.name for each in self.forwards] != [forward.name for forward in forwards]:
             raise TraceError(f"{path}: its forwards are not those that were asked")
+        for each, forward in zip(self.forwards, forwards, strict=True):
+            if each.logits is not None and set(each.captures) != set(forward.captures):
+                raise TraceError(f"{path}: captures of the forward {each.name} are not those that were asked")
 
     def values(self, digest: str, made: Made) -> np.ndarray:
         """The logits of a digest, from the answer or from the trace.
@@ -274,31 +273,42 @@ def judge(made: Made, forwards: list[Forward], answer: Answer) -> list[TensorRes
     logits = {"": made.digests["logits"]}
     results = []
     for forward, given in zip(forwards, answer.forwards, strict=True):
-        where = f"{made.subject.case.id} {forward.name}"
-        differs, name = "", "logits"
-        if given.logits is None:
-            differs = f"{where}: {given.error}"
-        elif forward.like is None:
-            logits[forward.name] = given.logits
-            if given.logits == logits[""] and forward.tokens is not None:
-                differs = f"{where}: the logits are those of the case's own ids"
-        elif given.logits != (expected := logits.get(forward.like, "")):
-            differs = f"{where}: logits differ from those of the captured forward" + (
-                f" {forward.like}" if forward.like else ""
-            )
-            differs += f" ({_first(answer, made, given.logits, expected)})"
-        elif other := [hook for hook in forward.captures if given.captures[hook] != made.digests[hook]]:
-            name, differs = other[0], f"{where}: {other[0]} differs from that of the captured forward"
-        if differs:
-            results.append(TensorResult(f"{name} {forward.name}", Status.FAIL, "bits", detail=differs, exact=True))
+        name, why = _difference(made, forward, given, logits, answer)
+        if why:
+            detail = f"{made.subject.case.id} {forward.name}: {why}"
+            results.append(TensorResult(f"{name} {forward.name}", Status.FAIL, "bits", detail=detail, exact=True))
         elif forward.like is not None:
             compared = 1 + len(forward.captures)
             results.append(TensorResult(forward.name, Status.PASS, compared=compared, exact=True))
+        if forward.like is None and given.logits is not None:
+            logits[forward.name] = given.logits
     return results
 
 
+def _difference(
+    made: Made, forward: Forward, given: Answered, logits: dict[str, str], answer: Answer
+) -> tuple[str, str]:
+    """The first tensor of a forward that is wrong, and why; two empty strings if none is.
+
+    :param logits: digests of the logits of the trace and of the forwards that others are to be equal to.
+    """
+    if given.logits is None:
+        return "logits", given.error or ""
+    if forward.like is None:
+        own = forward.tokens is not None and given.logits == logits[""]
+        return "logits", "the logits are those of the case's own ids" if own else ""
+    if (expected := logits.get(forward.like)) is None:
+        return "logits", f"nothing can be compared, because the forward {forward.like} failed"
+    if given.logits != expected:
+        reference = f"the forward {forward.like}" if forward.like else "the captured forward"
+        return "logits", f"logits differ from those of {reference} ({_first(answer, made, given.logits, expected)})"
+    if other := [hook for hook in forward.captures if given.captures[hook] != made.digests[hook]]:
+        return other[0], f"{other[0]} differs from that of the captured forward"
+    return "", ""
+
+
 def _first(answer: Answer, made: Made, digest: str, expected: str) -> str:
-    """``first at batch 0, query 17, vocabulary 4: -1.23 against 0.5; 96 of 2376``."""
+    """``first at batch 0, position 17, token 4: -1.23 against 0.5; 96 of 2376``."""
     try:
         got, wanted = answer.values(digest, made), answer.values(expected, made)
     except ParityError as error:
@@ -307,6 +317,6 @@ def _first(answer: Answer, made: Made, digest: str, expected: str) -> str:
         return f"{got.dtype}{list(got.shape)} against {wanted.dtype}{list(wanted.shape)}"
     bits = f"<u{got.itemsize}"
     places = np.argwhere(np.ascontiguousarray(got).view(bits) != np.ascontiguousarray(wanted).view(bits))
-    place = ", ".join(f"{axis} {index}" for axis, index in zip(AXES, places[0], strict=False))
-    first = tuple(places[0])
-    return f"first at {place}: {got[first]:.9g} against {wanted[first]:.9g}; {len(places)} of {got.size}"
+    first = tuple(int(index) for index in places[0])
+    values = f"{got[first]:.9g} against {wanted[first]:.9g}"
+    return f"first at {place('logits', list(first))}: {values}; {len(places)} of {got.size}"

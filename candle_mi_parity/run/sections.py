@@ -49,7 +49,8 @@ def judge_sections(
     """
     parts, out = options.parts, options.out / "traces"
     if "traces" in parts:
-        progress.note("other forwards")
+        if not options.cases:
+            progress.note("other forwards")
         result.sections[FORWARDS] = judge_forwards(
             source, cases, options.candidate, out / "forwards", whole=not options.cases
         )

@@ -194,13 +194,13 @@ EDIT_FAULTS: dict[str, Fault] = {
 @pytest.mark.parametrize("name", PLAIN_FAULTS)
 def test_a_fault_that_one_forward_sees_is_told_with_its_name(name: str, tmp_path: Path) -> None:
     found = judged(Toy(PLAIN_FAULTS[name]), tmp_path, made(tmp_path))
-    assert_tells(found, f"toy/plain {name}: logits differ from those of the captured forward")
+    assert_tells(found, f"toy/plain {name}: logits differ from those of the ")
 
 
 @pytest.mark.parametrize("name", EDIT_FAULTS)
 def test_a_fault_of_an_edit_that_is_not_captured_is_told_with_its_name(name: str, tmp_path: Path) -> None:
     found = judged(Toy(EDIT_FAULTS[name]), tmp_path, made(tmp_path, "toy/edit", ZERO))
-    assert_tells(found, f"toy/edit {name}: logits differ from those of the captured forward")
+    assert_tells(found, f"toy/edit {name}: logits differ from those of the ")
 
 
 def assert_tells(found: Section, start: str) -> None:
@@ -214,7 +214,7 @@ def assert_tells(found: Section, start: str) -> None:
 def test_the_first_difference_of_logits_is_told_with_its_place_and_values(tmp_path: Path) -> None:
     found = judged(Toy(PLAIN_FAULTS["without captures"]), tmp_path, made(tmp_path))
     right = Toy().tensors(Call(IDS, [], False, 1, 1, 1), [])["logits"][0, 2, 2]
-    place = f"(first at batch 0, query 2, vocabulary 2: {right + 1:.9g} against {right:.9g}; 1 of 18)"
+    place = f"(first at batch 0, position 2, token 2: {right + 1:.9g} against {right:.9g}; 1 of 18)"
     assert found.new[0].error.endswith(place)
 
 
@@ -252,6 +252,10 @@ def test_a_forward_that_is_refused_fails(tmp_path: Path) -> None:
     toy = Toy()
     toy.spoil = refuse
     assert_tells(judged(toy, tmp_path, made(tmp_path)), "toy/plain without captures: panic: out of cheese")
+    toy.spoil = lambda document: document["forwards"][0].update(logits=None, captures={}, error="panic: no cheese")
+    (case,) = judged(toy, tmp_path, made(tmp_path, "toy/edit", ZERO)).new
+    lost = "nothing can be compared, because the forward without its edits failed"
+    assert [tensor.detail for tensor in case.tensors if lost in tensor.detail]
 
 
 @pytest.mark.parametrize(("kind", "failure"), [("crash", Failure.CRASH), ("model", Failure.MODEL)])
@@ -270,9 +274,11 @@ SPOILT: dict[str, Callable[[dict[str, Any]], object]] = {
     "case is": lambda d: d["header"].update(case={"id": "toy/other", "digest": "c" * 64}),
     "model_digest is": lambda d: d["header"].update(model_digest="e" * 64),
     "device is": lambda d: d["header"].update(device="cuda:0"),
-    "not those that were asked": lambda d: d["forwards"].pop(),
+    "forwards are not those": lambda d: d["forwards"].pop(),
+    "forwards are not": lambda d: d["forwards"].append(d["forwards"][0]),
     "are not those": lambda d: d["forwards"].reverse(),
-    "forwards are not": lambda d: d["forwards"][0]["captures"].pop("hook_embed"),
+    "captures of the forward": lambda d: d["forwards"][0]["captures"].pop("hook_embed"),
+    "of the forward without captures": lambda d: d["forwards"][1]["captures"].update(hook_embed="f" * 64),
     "format": lambda d: d.update(format="candle-mi-parity/trace/1"),
     "Extra inputs": lambda d: d.update(colour=1),
     "exactly one": lambda d: d["forwards"][0].update(error="x"),
@@ -305,7 +311,7 @@ def test_a_plain_case_stands_for_its_model_dtype_and_shape(tmp_path: Path, monke
     def asked(*traces: Made) -> list[tuple[str, int]]:
         return [(each.subject.case.id, len(forwards)) for each, forwards in plan(traces)]
 
-    order = [("toy/edit", 5), ("toy/long", 3), ("toy/batch", 8), ("toy/plain", 8 + len(HOOKS))]
+    order = [("toy/edit", 5), ("toy/long", 3), ("toy/batch", 7), ("toy/plain", 8 + len(HOOKS))]
     assert asked(first, same, batch, long, edits) == [*order, *[("toy/plain", 2)] * 6]
     assert asked(edits) == [("toy/edit", 5), *[("toy/edit", 2)] * 9]
     monkeypatch.setattr(forwards, "LARGE", 0)
@@ -396,4 +402,4 @@ def test_the_emitter_answers_each_forward_by_itself(tmp_path: Path) -> None:
     assert [tensor.status.value for tensor in right] == ["PASS", "FAIL", "FAIL", "PASS"]
     assert "never reached" in right[1].detail and "token 1048576" in right[2].detail
     assert {tensor.status for tensor in wrong} == {Status.FAIL}
-    assert "first at batch 0, query 0, vocabulary 0: " in wrong[0].detail
+    assert "first at batch 0, position 0, token 0: " in wrong[0].detail
