@@ -71,11 +71,15 @@ class Section:
         text = self.agree
         if known:
             text += f", {len(known)} do{'es' * (len(known) == 1)} not for {_many(len(_ids(known)), 'known cause')}"
-        text += f", and new: {', '.join(case.id for case in self.new)}" if self.new else ""
+        names = [case.id for case in self.new]
+        rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        text += f", and new: {', '.join(names[:SHOWN])}{rest}" if names else ""
         return text + "".join(f"; {name} was not asked: {reason}" for name, reason in self.left_out.items())
 
 
 _RIGHT_AND_KNOWN = (Status.PASS, Status.KNOWN)
+SHOWN = 3
+"""Largest number of names in a section's line."""
 FORWARDS = "forwards"
 """Key of the section in which candle-mi is compared with itself."""
 

@@ -112,9 +112,13 @@ class Expectations:
         """Id → known cause, for every release."""
         return {row.id: row for row, _ in self.matches}
 
+    def release(self, version: str) -> str:
+        """The release that a version is held to: the chosen one, or the newest that is not newer."""
+        return self.chosen or baseline(self.rows.values(), version)
+
     def known(self, version: str) -> dict[str, KnownCall]:
-        """Call → known cause in a release; for a checkout, in the newest release before it or the chosen one."""
-        release = self.chosen or baseline(self.rows.values(), version)
+        """Call → known cause in the release that a version is held to."""
+        release = self.release(version)
         return {call: row for row, call in self.matches if release in row.releases}
 
 
@@ -288,7 +292,7 @@ def _status(tensors: list[TensorResult]) -> Status:
 
 
 def report_outdated(judged: JudgedCalls, held_to: Expectations, identity: CandleMi, result: RunResult) -> None:
-    """Report known causes whose calls agree: as ``gone`` for a build from source, as ``stale`` for a release."""
+    """Report known causes whose calls agree: ``stale`` for the release that they are of, ``gone`` for others."""
     agree = {call.id for call in judged.results if call.outcome is Outcome.AGREES}
     agreeing: dict[str, list[str]] = {}
     needed: set[str] = set()
@@ -297,7 +301,8 @@ def report_outdated(judged: JudgedCalls, held_to: Expectations, identity: Candle
             agreeing.setdefault(row.id, []).append(f"calls/{call}")
         else:
             needed.add(row.id)
-    if identity.source != "registry" and not held_to.exactly:
+    itself = identity.source == "registry" and identity.version == held_to.release(identity.version)
+    if not itself and not held_to.exactly:
         result.gone |= {id: calls for id, calls in agreeing.items() if id not in needed}
         return
     listed = "expected" if held_to.exactly else f"listed for candle-mi {identity.version}"

@@ -72,16 +72,16 @@ def _size(judgement: Judgement) -> int:
 def hold_table(
     judgements: list[Judgement], table: Explanations, identity: CandleMi | None, result: RunResult, whole: bool
 ) -> None:
-    """Find explanations that no longer hold: ``gone`` for a build from source, ``stale`` for a release.
+    """Find explanations that no longer hold: ``stale`` for the release that they are of, ``gone`` for others.
 
     :param whole: whether every case of the default lane ran; only then an explanation without a case is stale.
     """
     if identity is None:
         return
-    if identity.source != "registry" or identity.version != result.baseline:
+    if not table.lists(identity.source, identity.version):
         result.known_before = _as_before(judgements, result.baseline)
     needed = {id for one in judgements if one.result.explained for id in one.result.explained.ids}
-    if identity.source != "registry" and not table.exactly:
+    if not table.lists(identity.source, identity.version) and not table.exactly:
         result.gone = {id: cases for id, cases in sorted(_not_needed(judgements).items()) if id not in needed}
     elif whole:
         result.stale = [

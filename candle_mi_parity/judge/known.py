@@ -157,11 +157,11 @@ def differ(one: Truth, other: Truth, unit: float) -> bool:
 def known_divergence(evidence: Evidence, table: Explanations, identity: CandleMi) -> Explained | NotExplained:
     """The explanation of a divergence by the rows of the candidate's release, or why they do not explain it.
 
-    All rows of a release must hold. A build from source may have fixed some of them, so any subset is accepted.
+    All rows of a release must hold. Any other candidate may have fixed some of them, so any subset is accepted.
     """
     rows = [row for row in table.applicable(evidence.facts, evidence.release) if row.change is not None]
     why = NotExplained("")
-    for size in [len(rows)] if identity.source == "registry" else range(len(rows), 0, -1):
+    for size in [len(rows)] if table.lists(identity.source, identity.version) else range(len(rows), 0, -1):
         for part in map(list, combinations(rows, size)):
             if not part:
                 continue

@@ -156,6 +156,10 @@ class Explanations(TableRow):
         """The chosen release, or see :func:`baseline`."""
         return self.chosen or baseline(self.explanation, version)
 
+    def lists(self, source: str, version: str) -> bool:
+        """Whether a candidate is the release that it is held to, and not a build from source or another release."""
+        return source == "registry" and version == self.baseline(version)
+
     def applicable(self, facts: Facts, release: str) -> list[Explanation]:
         """The rows of a release that apply to a case, in the table's order."""
         return [row for row in self.explanation if release in row.releases and row.applies(facts)]

@@ -34,6 +34,7 @@ from candle_mi_parity.trace.trace import CandleMi
 from tests.support.planting import RELEASE, Arrays, Real, real, rerun, with_arrays
 
 TABLE = load_explanations()
+NEWER = RELEASE.model_copy(update={"version": "0.3.0"})
 CHECKOUT = CandleMi(version="0.2.3-dev", source="path", checksum=None, revision=None, tree_digest="b" * 64)
 
 
@@ -286,8 +287,17 @@ ONLY_TWO = Explanations(format=1, explanation=[row for row in TABLE.explanation 
         (CHECKOUT, [judgement(("CMI001",), ["CMI001"]), judgement(("CMI006",), [])], True, [], {"CMI006"}),
         (CHECKOUT, [judgement(("CMI001", "CMI006"), ["CMI006"])], True, [], {"CMI001"}),
         (CHECKOUT, [judgement(("CMI001",), ["CMI001"]), judgement(("CMI001",), [])], True, [], {}),
+        (NEWER, [judgement(("CMI001",), ["CMI001"]), judgement(("CMI006",), [])], True, [], {"CMI006"}),
     ],
-    ids=["needed", "never needed", "a part of the cases", "mended", "one of two mended", "mended in one case alone"],
+    ids=[
+        "needed",
+        "never needed",
+        "a part of the cases",
+        "mended",
+        "one of two mended",
+        "mended in one case alone",
+        "newer release",
+    ],
 )
 def test_an_explanation_that_no_case_needs_is_stale_in_a_release_and_gone_from_a_checkout(
     identity: CandleMi, judgements: list[Judgement], whole: bool, stale: list[str], gone: set[str]
