@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from candle_mi_parity.compare.compare_sae import decisions, flips
+from candle_mi_parity.compare.sae_view import Flip, Ranked, SaeView
 from candle_mi_parity.compare.tensor_result import selected
-from candle_mi_parity.compare.verdict import Flip, Ranked, SaeView
 from candle_mi_parity.trace.trace import Emitted, Selection
 from candle_mi_parity.trace.truth import Truth
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from candle_mi_parity.compare.sae_view import SaeView
 from candle_mi_parity.compare.suspects import suspect
 from candle_mi_parity.spec.cases import Download
 from candle_mi_parity.spec.hook_points import place
@@ -204,55 +205,6 @@ class Diagnosis:
 
 
 @dataclass(frozen=True)
-class Flip:
-    """A feature that is active on one side only.
-
-    :ivar index: [batch row, position, feature].
-    :ivar pre: the truth's pre-activation.
-    :ivar margin: ``|pre − θ|``, absolute.
-    :ivar over_noise: margin over σ; inside the gate (32) rounding explains the flip.
-    """
-
-    index: list[int]
-    got: float
-    pre: float
-    margin: float
-    over_noise: float
-    excused: bool
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """One rank of the last position's features, truth beside candidate; None past the end of a list."""
-
-    expected: tuple[int, float] | None
-    got: tuple[int, float] | None
-
-
-@dataclass(frozen=True)
-class SaeView:
-    """Decisions of one chain, ``sae`` (on the candidate's own residual) or ``sae_on_truth``.
-
-    :ivar active_got: features that fire at the compared positions; ``active_expected`` is the number of the truth.
-    :ivar flips: those with the largest margin first, at most :data:`candle_mi_parity.compare.diagnose_sae.SHOWN`.
-    :ivar flipped: number of all flips.
-    :ivar mse_got: the candidate's reconstruction MSE; None if its trace has none.
-    :ivar mse_noise: absolute noise of ``mse_expected``.
-    :ivar top: features of the last position by rank.
-    """
-
-    chain: str
-    active_got: int
-    active_expected: int
-    flipped: int
-    flips: list[Flip]
-    mse_got: float | None
-    mse_expected: float
-    mse_noise: float
-    top: list[Ranked] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class Explained:
     """The counterfactual under which PyTorch computes the candidate's numbers, or the known cause of a refusal.
 
@@ -392,15 +344,16 @@ class CaseResult:
     def message(self) -> str:
         """The case in full: its error or first divergence, and the command that repeats it."""
         first = self.first_divergence
-        body = self.error or (first.message() if first else "nothing diverges")
-        body += f"\n  shape of the error: {self.diagnosis.shape}" if self.diagnosis else ""
-        if self.beyond_known:
-            body += f"\n  new, beside what is known: first at {self.beyond_known}"
-        body += f"\n  edited before it: {', '.join(self.edited)}" if self.edited else ""
-        body += f"\n  look at: {parts}" if not self.explained and (parts := suspect(self.new_at)) else ""
-        body += f"\n  {self.explained.line()}" if self.explained else ""
-        body += f"\n  {self.unexplained}" if self.unexplained else ""
-        body += "".join(f"\n  note: {note}" for note in self.notes)
-        body += f"\n  reproduce: {self.reproduce}"
-        body += f"\n  a failing Rust test of it: {self.shrink}" if self.shrink else ""
-        return f"{self.id}: {self.status.value}\n{body}"
+        parts = [
+            self.error or (first.message() if first else "nothing diverges"),
+            f"shape of the error: {self.diagnosis.shape}" if self.diagnosis else "",
+            f"new, beside what is known: first at {self.beyond_known}" if self.beyond_known else "",
+            f"edited before it: {', '.join(self.edited)}" if self.edited else "",
+            f"look at: {where}" if not self.explained and (where := suspect(self.new_at)) else "",
+            self.explained.line() if self.explained else "",
+            self.unexplained,
+            *(f"note: {note}" for note in self.notes),
+            f"reproduce: {self.reproduce}",
+            f"a failing Rust test of it: {self.shrink}" if self.shrink else "",
+        ]
+        return f"{self.id}: {self.status.value}\n" + "\n  ".join(filter(None, parts))

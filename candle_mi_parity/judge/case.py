@@ -14,13 +14,13 @@ from candle_mi_parity.candidate.store import stored_selection
 from candle_mi_parity.compare.compare import compare, first_diagnosis
 from candle_mi_parity.compare.diagnose_sae import summarize_saes
 from candle_mi_parity.compare.out_of_range import OUT_OF_RANGE
+from candle_mi_parity.compare.sae_view import SaeView
 from candle_mi_parity.compare.verdict import (
     TOO_NOISY,
     CaseResult,
     Diagnosis,
     Explained,
     Failure,
-    SaeView,
     Status,
     TensorResult,
 )

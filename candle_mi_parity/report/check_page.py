@@ -9,7 +9,8 @@ from markupsafe import Markup
 
 from candle_mi_parity.compare.check_result import CheckResult, PromptResult
 from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE
-from candle_mi_parity.compare.verdict import SaeView, Status, TensorResult
+from candle_mi_parity.compare.sae_view import SaeView
+from candle_mi_parity.compare.verdict import Status, TensorResult
 from candle_mi_parity.files.escape import number, rendered
 from candle_mi_parity.report.plots import case_plot, heatmap
 

@@ -14,8 +14,9 @@ from markupsafe import Markup
 
 from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE
 from candle_mi_parity.compare.run_result import RunResult
+from candle_mi_parity.compare.sae_view import SaeView
 from candle_mi_parity.compare.suspects import suspect
-from candle_mi_parity.compare.verdict import CaseResult, Outcome, SaeView, Status
+from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
 from candle_mi_parity.files.escape import number, one_line, rendered
 from candle_mi_parity.report.causes import NEW, RIGHT, known_causes, known_together, new_causes
 from candle_mi_parity.report.plots import case_plot, heatmap, line_of, ratio_plot

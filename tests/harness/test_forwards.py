@@ -368,12 +368,8 @@ def test_forwards_alone_compare_nothing_with_pytorch(tmp_path: Path) -> None:
 @pytest.mark.thorough
 def test_the_emitter_makes_every_kind_of_forward(tmp_path: Path) -> None:
     wanted = (
-        "llama/hub",
-        "llama/batch",
-        "llama/one-token",
+        *(f"llama/{name}" for name in ("hub", "batch", "one-token", "edit-batch", "edit-inject-v6")),
         "gemma2/bf16",
-        "llama/edit-batch",
-        "llama/edit-inject-v6",
     )
     cases = [case for case in load_cases() if case.id in wanted]
     result = run_cases(RunOptions("0.2.2", wanted, tmp_path), cases, {}, Progress())

@@ -8,18 +8,8 @@ from candle_mi_parity.compare.align import Distance
 from candle_mi_parity.compare.check_result import CheckResult, Continuation, LensRow, Matters, PromptResult
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Side, TensorDiff
 from candle_mi_parity.compare.run_result import RunResult
-from candle_mi_parity.compare.verdict import (
-    CaseResult,
-    Diagnosis,
-    Explained,
-    Failure,
-    Flip,
-    Ranked,
-    SaeView,
-    Status,
-    TensorResult,
-    Worst,
-)
+from candle_mi_parity.compare.sae_view import Flip, Ranked, SaeView
+from candle_mi_parity.compare.verdict import CaseResult, Diagnosis, Explained, Failure, Status, TensorResult, Worst
 from candle_mi_parity.report.history import History, make_history
 from candle_mi_parity.spec.forecast import Forecast
 from candle_mi_parity.trace.trace import Run
