@@ -32,14 +32,16 @@ TAKES = {
     "steer": {"attn.hook_pattern"},
 }
 
-FAR = {"float32": 1000, "float16": 10}
+FAR = {"float32": 1000, "float16": 10, "bfloat16": 3}
 """By how many times its noise an edit must change a tensor."""
 
 UNSEEN = {
     "gemma2/edit-scale-attention": {"blocks.0.attn.hook_v", "blocks.1.attn.hook_pattern"},
     "gemma2/edit-scale-stream": {"blocks.1.mlp.hook_post"},
+    "llama/edit-knockout-layers": {"blocks.0.attn.hook_scores", "blocks.2.attn.hook_scores"},
 }
-"""Gemma 2 normalises the output of both blocks, which cancels a factor on it, apart from the norm's eps."""
+"""Gemma 2 normalises the output of both blocks, which cancels a factor on it, apart from the norm's eps. A knockout
+has no effect in a layer outside of its range."""
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,6 +52,7 @@ register(
     _positions,
     rotary_table_short=lambda positions: positions.clamp(max=16),
     rotary_from_one=lambda positions: positions + 1,
+    rotary_wraps_at_1024=lambda positions: positions % 1024,
 )
 
 
@@ -79,6 +82,10 @@ register(
     mask_strict=lambda mask, query, key: mask.masked_fill((key == query) & (query > 0), -torch.inf),
     mask_without_first=lambda mask, query, key: mask.masked_fill((key == 0) & (query > 0), -torch.inf),
     mask_none=lambda mask, query, key: torch.zeros_like(mask),
+    mask_without_window_from_1024=lambda mask, query, key: mask.masked_fill((query >= 1024) & (key <= query), 0.0),
+    mask_tile_of_64=lambda mask, query, key: mask.masked_fill(
+        (key == 32) & (query == len(query) - 1) & (len(query) % 64 == 0), -torch.inf
+    ),
 )
 register(
     directly,
@@ -171,7 +178,18 @@ def final_softcap_twice(run: Running) -> None:
     output(run.model.lm_head, lambda _, logits: torch.tanh(logits / cap) * cap)
 
 
+def _embedding_scale(run: Running, wrong: Callable[[float], float]) -> None:
+    """Gemma's scale of the embedding, the square root of the width, replaced by ``wrong(root)``."""
+    root = float(run.model.config.hidden_size) ** 0.5
+    output(run.model.model.embed_tokens, lambda _, scaled: scaled * (wrong(root) / root))
+
+
 register(Running.attention, scale_is_linear=lambda given: given.update(scaling=1 / given["module"].head_dim))
+register(
+    _embedding_scale,
+    embedding_scale_whole=math.floor,
+    embedding_scale_bf16=lambda root: float(torch.tensor(root).bfloat16()),
+)
 
 
 # --- heads and tied weights -----------------------------------------------------------------------
@@ -183,6 +201,12 @@ def _tiled(given: dict[str, Any], *names: str) -> None:
         heads = given[name]
         wrong = name in names
         given[name] = heads.repeat(1, groups, 1, 1) if wrong else heads.repeat_interleave(groups, dim=1)
+
+
+@fault()
+def queries_of_the_row_before(run: Running) -> None:
+    """From the third row of a batch on."""
+    output(run.layers[0].self_attn.qkv_proj, lambda _, out: torch.cat((out[:2], out[1:-1])) if len(out) > 2 else out)
 
 
 @fault()

@@ -30,6 +30,20 @@ def softmax_bf16(run: Running) -> None:
     run.softmax(lambda scores: softmax(scores.bfloat16(), dim=-1).to(scores.dtype))
 
 
+@fault()
+def softmax_summed_in_model_dtype(run: Running) -> None:
+    dtype = run.model.dtype
+
+    def narrow(scores: Tensor) -> Tensor:
+        weights = torch.exp(scores.float() - scores.float().amax(-1, keepdim=True))
+        total = torch.zeros_like(weights[..., :1])
+        for key in range(weights.shape[-1]):
+            total = (total + weights[..., key, None]).to(dtype).float()
+        return weights / total
+
+    run.softmax(narrow)
+
+
 @fault(Running.softmax)
 def softmax_without_maximum(scores: Tensor) -> Tensor:
     weights = torch.exp(scores)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from candle_mi_parity.candidate import torch_source
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle import interventions
 from candle_mi_parity.oracle.hooks import Edits, Recorder
 from candle_mi_parity.oracle.torch_sae import TorchSae
+from candle_mi_parity.spec.edits import Attention
 from candle_mi_parity.trace.trace import Feature, InMemory
 from tests.support.planting import Arrays
 from validation.disturb import Running, Tensor, directly, fault, output, register
@@ -220,6 +222,33 @@ register(
 
 
 @fault()
+def edit_tensor_of_first_row(run: Running) -> None:
+    """A tensor [B, 1, d] is read as if its first row were every row's."""
+
+    def first(tensor: Tensor) -> Tensor:
+        return tensor[:1].expand_as(tensor) if tensor.dim() == 3 and tensor.shape[1] == 1 else tensor
+
+    original = interventions.edits_of
+
+    def edits_of(subject: PreparedCase, drawn: dict[str, Tensor]) -> Edits:
+        return original(subject, {key: first(tensor) for key, tensor in drawn.items()})
+
+    run.patch(torch_source, "edits_of", edits_of)
+
+
+def _range_holds(run: Running, holds: Callable[[list[int], int], bool]) -> None:
+    """``holds([first, last], layer)``, whether a range of layers contains one."""
+    run.patch(Attention, "applies_at", lambda spec, hook: holds(spec.layers, int(hook.split(".")[1])))
+
+
+register(
+    _range_holds,
+    layer_range_without_its_end=lambda ends, layer: ends[0] <= layer < ends[1],
+    layer_range_without_its_start=lambda ends, layer: ends[0] < layer <= ends[1],
+)
+
+
+@fault()
 def patch_next_position(run: Running) -> None:
     last = len(run.subject.tokens[0]) - 1
     _rows(run, lambda edit: edit.model_copy(update={"position": min(edit.position + 1, last)}))
@@ -240,6 +269,7 @@ def tokens_next_id(run: Running) -> None:
 
 register(
     _tokens,
+    tokens_in_16_bits=lambda rows: [[token & 0xFFFF for token in row] for row in rows],
     tokens_reversed=lambda rows: [row[::-1] for row in rows],
     tokens_last_replaced=lambda rows: [[*row[:-1], row[-1] - 1] for row in rows],
     tokens_rows_exchanged=lambda rows: rows[::-1],

@@ -13,6 +13,7 @@ from candle_mi_parity.compare.compare_sae import attribute_sae_failures, judge_s
 from candle_mi_parity.compare.diagnose import diagnose
 from candle_mi_parity.compare.gate import ELEMENT_GATE, UNITS, measure
 from candle_mi_parity.compare.out_of_range import excuse_out_of_range
+from candle_mi_parity.compare.row_sums import RowSums
 from candle_mi_parity.compare.tensor_result import concluded, malformed, nonfinite, selected, tally
 from candle_mi_parity.compare.verdict import Diagnosis, Status, TensorResult, Worst
 from candle_mi_parity.errors import TraceError
@@ -143,7 +144,7 @@ def _judge(name: str, expected: Expected, trace: Emitted, agreed: bool | None) -
 def _judge_chunks(
     name: str, expected: Expected, trace: Emitted, agreed: bool | None, chunks: list[slice]
 ) -> TensorResult:
-    tallies, exact = [], True
+    tallies, exact, sums = [], True, RowSums(trace.dtype)
     for rows in chunks:
         got = trace.rows(name, rows)
         value, noise, mask = _expected(expected, trace.entries[name].part, rows, got)
@@ -151,6 +152,8 @@ def _judge_chunks(
             return broken
         if mask is not None and name.endswith("hook_pattern") and (leaked := np.argwhere((got != 0) & ~mask)).size:
             return _leak(name, leaked, got, mask, agreed)
+        if name.endswith("hook_pattern") and got.shape[-1] == expected.shape[-1]:
+            sums.add(got, value, rows.start or 0)
         exact = exact and not noise.any() and (mask is None or bool(mask.all()))
         for block in blocks(got.shape):
             part = np.index_exp[..., block, :]
@@ -158,7 +161,7 @@ def _judge_chunks(
             mask_part = None if mask is None else mask[part]
             measured = measure(got_part - value_part, value_part, noise[part], mask_part, unit=UNITS[trace.dtype])
             tallies.append(tally(measured, got_part, value_part, mask_part, (rows.start or 0) + block.start))
-    return concluded(name, tallies, agreed, "exact by construction" if exact else "", exact)
+    return sums.judge(concluded(name, tallies, agreed, "exact by construction" if exact else "", exact))
 
 
 def _expected(

@@ -40,7 +40,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 def drawn_tensors(subject: PreparedCase, model: nn.Module) -> dict[str, np.ndarray]:
     """The random or given tensors of a case's edits, float32, the same bytes on every machine.
 
-    Shape and rms are relative to the hook's tensor in the unedited float64 model; ``patch_at`` has a vector [d].
+    Shape and rms are relative to the hook's tensor in the unedited float64 model.
     """
     wanted = [(index, edit) for index, edit in enumerate(subject.case.edits) if isinstance(edit, RandomTensorEdit)]
     if not wanted:
@@ -50,7 +50,7 @@ def drawn_tensors(subject: PreparedCase, model: nn.Module) -> dict[str, np.ndarr
     drawn = {}
     for index, edit in wanted:
         tensor = there[edit.hook].numpy()
-        shape = tensor.shape[-1:] if isinstance(edit, PatchAt) else tensor.shape
+        shape = edit.drawn_shape(tensor.shape)
         if edit.values is not None:
             if len(edit.values) != shape[-1]:
                 where = f"edits[{index}] ({edit.kind} at {edit.hook})"
@@ -75,7 +75,10 @@ def edits_of(subject: PreparedCase, drawn: Captured, counterfactual: Counterfact
     changes: dict[str, list[Change]] = {}
     n_heads = int(str(read_config(subject.model_dir)["num_attention_heads"]))
     for index, row in enumerate(subject.case.edits):
-        if (edit := counterfactual.edit_at(index, row)) is not None:
+        edit = counterfactual.edit_at(index, row)
+        if isinstance(edit, Knockout | Steer) and not edit.spec.applies_at(edit.hook):
+            continue
+        if edit is not None:
             all_columns = counterfactual.has(Variant.STEERING_OVER_ALL_COLUMNS)
             change = _change(edit, drawn.get(tensor_key(index)), subject, n_heads, all_columns)
             changes.setdefault(edit.hook, []).append(change)
@@ -100,12 +103,14 @@ def _change(
         assert subject.sae_file is not None
         return _injection(edit, subject.sae_file)
     assert drawn is not None
+    if isinstance(edit, PatchAt) or edit.shape is not None:
+        drawn = drawn.broadcast_to(len(subject.tokens), len(subject.tokens[0]), drawn.shape[-1])
+    there = replacing(drawn)
     if isinstance(edit, PatchAt):
-        return lambda tensor: torch.where(_is_position(tensor, edit.position), drawn, tensor)
+        return lambda tensor: torch.where(_is_position(tensor, edit.position), there(tensor), tensor)
     if isinstance(edit, Add):
-        there = replacing(drawn)
         return lambda tensor: _finite_only(tensor, tensor + there(tensor))
-    return replacing(drawn)
+    return there
 
 
 def _finite_only(tensor: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,8 @@ def _on_layers(side: Input, size: int) -> Input:
     if sae is not None:
         sae = SaelensDirectory.model_validate_json(moved(sae.model_dump_json()))
         sae = sae.model_copy(update={"layer": min(sae.layer, size - 1)})
-    edits = tuple(edit.model_copy(update={"hook": moved(edit.hook)}) for edit in side.edits)
+    hooked = (edit.model_copy(update={"hook": moved(edit.hook)}) for edit in side.edits)
+    edits = tuple(_mapped(edit, frozenset({"layers"}), lambda layer: min(layer, size - 1)) for edit in hooked)
     return replace(side, config=config, sae=sae, edits=edits)
 
 

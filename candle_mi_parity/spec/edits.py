@@ -17,6 +17,13 @@ from candle_mi_parity.errors import CaseTableError
 
 E = TypeVar("E", bound="_Edit")
 Position = Annotated[int, Field(ge=0)]
+Shape = Literal["[d]", "[1, d]", "[1, 1, d]", "[1, T, d]", "[B, 1, d]"]
+_SHAPES: dict[str, tuple[str, ...]] = {
+    "replace": (),
+    "add": ("[d]", "[1, d]", "[1, 1, d]", "[1, T, d]", "[B, 1, d]"),
+    "patch_at": ("[1, 1, d]", "[B, 1, d]"),
+}
+"""Kind → the shapes of its tensor besides the default, as candle-mi documents ``Intervention``."""
 
 
 class _Edit(BaseModel):
@@ -36,11 +43,28 @@ class RandomTensorEdit(_Edit):
 
     :ivar size: rms of the random tensor, relative to the rms of the hook's tensor in the unedited model.
     :ivar values: a vector [d] for every position, such as a steering vector, in place of the random tensor.
+    :ivar shape: of the tensor that candle-mi is given and broadcasts to the hook's [B, T, d]; None for the hook's
+        own shape, or for [d] with ``patch_at``.
     """
 
     seed: int = 0
     size: Annotated[float, Field(gt=0, le=1000)] = 1.0
     values: list[float] | None = Field(default=None, min_length=1, exclude_if=lambda values: values is None)
+    shape: Shape | None = Field(default=None, exclude_if=lambda shape: shape is None)
+
+    def drawn_shape(self, hook: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the edit's tensor at a hook of this shape."""
+        if self.shape is None:
+            return hook
+        sizes = dict(zip(("B", "T", "d"), hook, strict=True)) | {"1": 1}
+        return tuple(sizes[axis] for axis in self.shape.strip("[]").split(", "))
+
+    @model_validator(mode="after")
+    def _broadcasts(self) -> RandomTensorEdit:
+        allowed = _SHAPES[str(getattr(self, "kind", ""))]
+        if self.shape is not None and (".attn." in self.hook or self.shape not in allowed):
+            raise ValueError(f"the edit at {self.hook} takes no tensor of shape {self.shape}")
+        return self
 
 
 class Replace(RandomTensorEdit):
@@ -59,6 +83,9 @@ class PatchAt(RandomTensorEdit):
 
     def positions(self) -> Iterator[int]:
         yield self.position
+
+    def drawn_shape(self, hook: tuple[int, ...]) -> tuple[int, ...]:
+        return hook[-1:] if self.shape is None else super().drawn_shape(hook)
 
     @model_validator(mode="after")
     def _has_positions(self) -> PatchAt:
@@ -92,6 +119,8 @@ class FromTo(BaseModel):
 class Attention(BaseModel):
     """Entries of the attention matrix, as candle-mi's ``KnockoutSpec`` and ``SteeringSpec`` take them.
 
+    :ivar layers: the first and last layer of the specification's range; outside of it the edit has no effect. None
+        for the layer of the edit's hook.
     :ivar heads: None for all.
     :ivar edges: pairs [query, key].
     :ivar from_positions: queries, with every key.
@@ -101,6 +130,9 @@ class Attention(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    layers: Annotated[list[Position], Field(min_length=2, max_length=2)] | None = Field(
+        default=None, exclude_if=lambda layers: layers is None
+    )
     heads: Annotated[list[Position], Field(min_length=1)] | None = None
     edges: list[Annotated[list[Position], Field(min_length=2, max_length=2)]] = []
     from_positions: list[Position] = []
@@ -115,6 +147,10 @@ class Attention(BaseModel):
         for fan in self.from_to:
             yield fan.query
             yield from fan.keys
+
+    def applies_at(self, hook: str) -> bool:
+        """Whether the hook's layer is in the range."""
+        return self.layers is None or self.layers[0] <= int(hook.split(".")[1]) <= self.layers[1]
 
     def chosen(self, n_heads: int, width: int) -> np.ndarray:
         """The selected entries, boolean [H, T, T]: query × key."""
@@ -227,6 +263,9 @@ def check(edits: list[Edit], hooks: list[str], width: int, n_heads: int, sae_hoo
         if isinstance(edit, Knockout | Steer):
             if outside := [head for head in edit.spec.heads or [] if head >= n_heads]:
                 raise CaseTableError(f"{where}: head {outside[0]}, but the model has {n_heads}")
+            n_layers = sum(name.endswith(".hook_resid_pre") for name in hooks)
+            if edit.spec.layers and not edit.spec.layers[0] <= edit.spec.layers[1] < n_layers:
+                raise CaseTableError(f"{where}: layers {edit.spec.layers}, but the model has {n_layers}")
             if not edit.spec.chosen(n_heads, width).any():
                 raise CaseTableError(f"{where}: selects no entry of the attention matrix")
         if isinstance(edit, Steer) and len(edits) > 1:
@@ -250,7 +289,7 @@ def for_emitter(edits: list[Edit]) -> list[dict[str, Any]]:
     """The ``edits`` of a request to the emitter: the rows, with the name of the tensor in the inputs file."""
     rows = []
     for index, edit in enumerate(edits):
-        row = edit.model_dump(exclude={"seed", "size", "values"})
+        row = edit.model_dump(exclude={"seed", "size", "values", "shape"})
         if isinstance(edit, Inject):
             row["features"] = [[int(feature), strength] for feature, strength in edit.features]
         rows.append(row | ({"tensor": tensor_key(index)} if isinstance(edit, RandomTensorEdit) else {}))

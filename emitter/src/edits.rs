@@ -42,13 +42,19 @@ impl Editor<'_> {
             } => patch_at(*position, tensor(key)?)?,
             Edit::Scale { factor, .. } => Intervention::Scale(*factor),
             Edit::Zero { .. } => Intervention::Zero,
-            Edit::Knockout { spec: chosen, .. } => self.knockout(&hook, chosen)?,
+            Edit::Knockout { spec: chosen, .. } => match self.knockout(&hook, chosen)? {
+                Some(knockout) => knockout,
+                None => return Ok(()),
+            },
             Edit::Steer {
                 how,
                 value,
                 spec: chosen,
                 ..
-            } => self.steer(&hook, *how, *value, chosen)?,
+            } => match self.steer(&hook, *how, *value, chosen)? {
+                Some(steering) => steering,
+                None => return Ok(()),
+            },
             Edit::Inject {
                 position, features, ..
             } => {
@@ -65,17 +71,29 @@ impl Editor<'_> {
         width.map_err(|error| EmitError::Forward(format!("token tensor: {error}")))
     }
 
-    fn knockout(&self, hook: &HookPoint, chosen: &Attention) -> Result<Intervention, EmitError> {
+    /// Nothing where the layer is outside of the specification's range, as candle-mi says itself.
+    fn knockout(
+        &self,
+        hook: &HookPoint,
+        chosen: &Attention,
+    ) -> Result<Option<Intervention>, EmitError> {
         let HookPoint::AttnScores(layer) = hook else {
             return Err(misplaced("knockout", "attn.hook_scores", hook));
         };
-        let spec = name_entries!(KnockoutSpec::new().layer(*layer), chosen);
+        let spec = match chosen.layers {
+            Some((first, last)) => KnockoutSpec::new().layer_range(first, last),
+            None => KnockoutSpec::new().layer(*layer),
+        };
+        let spec = name_entries!(spec, chosen);
         let (heads, width) = (self.loaded.model.num_heads(), self.width()?);
         spec.validate(self.loaded.layers(), heads, width)
             .map_err(|error| refused(hook, &error))?;
+        if !spec.applies_to_layer(*layer) {
+            return Ok(None);
+        }
         let (device, dtype) = (&self.loaded.device, self.loaded.dtype);
         let mask = create_knockout_mask(&spec, heads, width, device, dtype);
-        Ok(Intervention::Knockout(mask.map_err(failed)?))
+        Ok(Some(Intervention::Knockout(mask.map_err(failed)?)))
     }
 
     /// A forward pass gives the pattern, candle-mi steers it, and the second pass is given the result.
@@ -85,7 +103,7 @@ impl Editor<'_> {
         how: Steering,
         value: f32,
         chosen: &Attention,
-    ) -> Result<Intervention, EmitError> {
+    ) -> Result<Option<Intervention>, EmitError> {
         let HookPoint::AttnPattern(layer) = hook else {
             return Err(misplaced("steer", "attn.hook_pattern", hook));
         };
@@ -93,10 +111,17 @@ impl Editor<'_> {
             Steering::Scale => SteeringSpec::scale(value),
             Steering::SetValue => SteeringSpec::set_value(value),
         };
-        let spec = name_entries!(spec.layer(*layer), chosen);
+        let spec = match chosen.layers {
+            Some((first, last)) => spec.layer_range(first, last),
+            None => spec.layer(*layer),
+        };
+        let spec = name_entries!(spec, chosen);
         let (heads, width) = (self.loaded.model.num_heads(), self.width()?);
         spec.validate(self.loaded.layers(), heads, width)
             .map_err(|error| refused(hook, &error))?;
+        if !spec.applies_to_layer(*layer) {
+            return Ok(None);
+        }
         let mut baseline = HookSpec::new();
         baseline.capture(hook.clone());
         let cache = self.loaded.model.forward(self.tokens, &baseline);
@@ -104,7 +129,7 @@ impl Editor<'_> {
         let steered = cache
             .require(hook)
             .and_then(|pattern| apply_steering(pattern, &spec, heads, width));
-        Ok(Intervention::Replace(steered.map_err(failed)?))
+        Ok(Some(Intervention::Replace(steered.map_err(failed)?)))
     }
 
     fn injection(
@@ -151,18 +176,32 @@ fn misplaced(kind: &str, wanted: &str, hook: &HookPoint) -> EmitError {
 /// A tensor of another shape can pass through candle by broadcasting and give numbers that mean nothing.
 pub fn check_shapes(edits: &[Edit], inputs: &Inputs, cache: &HookCache) -> Result<(), EmitError> {
     for edit in edits {
-        let (Edit::Replace { hook, tensor } | Edit::Add { hook, tensor }) = edit else {
-            continue;
+        let (hook, tensor, added) = match edit {
+            Edit::Replace { hook, tensor } => (hook, tensor, false),
+            Edit::Add { hook, tensor } => (hook, tensor, true),
+            _ => continue,
         };
         let given = inputs.get(tensor)?.dims();
         let Some(there) = cache.get(&point(hook)?).map(Tensor::dims) else {
             continue;
         };
-        if given != there {
+        if given != there && !(added && broadcasts(given, there)) {
             return Err(EmitError::Request(format!(
                 "edit tensor \"{tensor}\" has shape {given:?}, {hook} has {there:?}"
             )));
         }
     }
     Ok(())
+}
+
+/// Whether candle-mi documents that a tensor is added to every row or position of a `[B,T,d]`.
+fn broadcasts(given: &[usize], there: &[usize]) -> bool {
+    there.len() == 3
+        && given.len() <= there.len()
+        && given.last() == there.last()
+        && given
+            .iter()
+            .rev()
+            .zip(there.iter().rev())
+            .all(|(given, there)| *given == 1 || given == there)
 }

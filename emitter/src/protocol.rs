@@ -145,6 +145,9 @@ pub enum Steering {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Attention {
+    /// First and last layer of the specification's range; without it, the layer of the edit's hook.
+    #[serde(default)]
+    pub layers: Option<(usize, usize)>,
     #[serde(default)]
     pub heads: Option<Vec<usize>>,
     #[serde(default)]

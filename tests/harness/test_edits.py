@@ -42,6 +42,18 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "a missing layer": ({"kind": "zero", "hook": "blocks.3.hook_resid_pre"}, "no such hook point"),
     "the logits": ({"kind": "zero", "hook": "logits"}, "no such hook point"),
     "a position past the prompt": ({"kind": "patch_at", "hook": POST, "position": 12}, "position 12 is outside"),
+    "a replacement that would broadcast": (
+        {"kind": "replace", "hook": POST, "shape": "[1, d]"},
+        "takes no tensor of shape",
+    ),
+    "a vector for every head": (
+        {"kind": "add", "hook": "blocks.1.attn.hook_q", "shape": "[d]"},
+        "takes no tensor of shape",
+    ),
+    "a patch of all positions": (
+        {"kind": "patch_at", "hook": POST, "position": 1, "shape": "[1, T, d]"},
+        "takes no tensor of shape",
+    ),
     "a negative position": ({"kind": "patch_at", "hook": POST, "position": -1}, "greater than or equal to 0"),
     "a patch of heads": ({"kind": "patch_at", "hook": "blocks.1.attn.hook_q", "position": 1}, "needs a hook [B, T"),
     "a factor of many bits": ({"kind": "scale", "hook": POST, "factor": 0.1}, "bfloat16"),
@@ -50,6 +62,8 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "a knockout of a head too many": (knockout(heads=[4], edges=[[5, 2]]), "head 4, but the model has 4"),
     "a knockout past the prompt": (knockout(edges=[[12, 2]]), "position 12 is outside"),
     "a knockout of nothing": (knockout(), "selects no entry"),
+    "a range past the last layer": (knockout(layers=[1, 3], edges=[[5, 2]]), "layers [1, 3], but the model has 3"),
+    "an empty range": (knockout(layers=[2, 1], edges=[[5, 2]]), "layers [2, 1]"),
     "half an edge": (knockout(edges=[[5]]), "at least 2 items"),
     "steering the scores": (STEER | {"hook": SCORES}, "only at attn.hook_pattern"),
     "a weight set in the future": (STEER | {"how": "set_value", "spec": {"edges": [[2, 5]]}}, "in the future"),
@@ -102,12 +116,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another spelling": ("patch-at", {"kind": "zero", "hook": "blocks.01.hook_resid_post"}, "is spelt"),
     "a patch of heads": ("patch-at", PATCH | {"hook": "blocks.1.attn.hook_q"}, "PatchAt"),
     "a patch past the prompt": ("patch-at", PATCH | {"position": 12}, "position 12 is outside"),
-    "an addition that would broadcast": ("patch-at", {"kind": "add", "hook": POST, "tensor": VECTOR}, "has shape"),
     "a missing tensor": ("patch-at", {"kind": "add", "hook": POST, "tensor": "edit.99"}, "no tensor"),
     "a replacement of another shape": ("add-stream", {"kind": "replace", "hook": SCORES, "tensor": WHOLE}, "shape"),
     "a knockout of residuals": ("knockout", KNOCKOUT | {"hook": POST}, "attn.hook_scores"),
     "a knockout past the prompt": ("knockout", KNOCKOUT | {"spec": {"edges": [[12, 0]]}}, "out of range"),
     "a knockout of head 4 of 4": ("knockout", KNOCKOUT | {"spec": {"heads": [4], **EDGE}}, "head 4 out of range"),
+    "a range of 4 layers of 3": ("knockout", KNOCKOUT | {"spec": {"layers": [0, 3], **EDGE}}, "layer range end"),
     "a knockout of layer 3 of 3": ("knockout", KNOCKOUT | {"hook": "blocks.3.attn.hook_scores"}, "layer 3 out of"),
     "steering of scores": ("knockout", STEER | {"hook": SCORES}, "attn.hook_pattern"),
     "a weight above 1": ("knockout", STEER | {"how": "set_value"}, "must be in [0, 1]"),
@@ -145,3 +159,11 @@ def test_a_feature_that_the_sae_does_not_have_is_refused(emitter: EmitterProcess
     edit = INJECT | {"features": [[100000, 1.0]]}
     with pytest.raises(EmitterError, match="feature index 100000 out of range"):
         emitter.emit(asked("gemma2/edit-inject", tmp_path / "a.json", edit), 60.0)
+
+
+@pytest.mark.rust
+def test_an_addition_that_would_make_more_rows_is_refused(emitter: EmitterProcess, tmp_path: Path) -> None:
+    there = real("llama/edit-add-shapes")
+    asked = request(there.subject, "free", there.inputs, tmp_path / "a.json", "cpu")
+    with pytest.raises(EmitterError, match=r"edit\.4.* has shape \[3, 1, 64\]"):
+        emitter.emit(asked | {"tokens": there.subject.tokens[:1]}, 60.0)

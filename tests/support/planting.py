@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import torch as torch_file
 from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.sources import Source, StatelessSource
@@ -169,13 +171,16 @@ def rerun(there: Real, model_dir: Path) -> Arrays:
     return arrays_of(emitted)
 
 
-def entry(name: str, array: np.ndarray, file: str) -> dict[str, Any]:
-    """An item of the document's ``tensors``."""
+def entry(name: str, array: np.ndarray, file: str, dtype: str = "") -> dict[str, Any]:
+    """An item of the document's ``tensors``; bfloat16, which numpy does not have, comes as float32 and is named."""
+    content = np.ascontiguousarray(array)
+    if dtype == "bfloat16":
+        content = torch.from_numpy(content).bfloat16().view(torch.uint16).numpy()
     return {
         "name": name,
         "shape": list(array.shape),
-        "dtype": str(array.dtype),
-        "sha256": hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest(),
+        "dtype": "bfloat16" if dtype == "bfloat16" else str(array.dtype),
+        "sha256": hashlib.sha256(content.tobytes()).hexdigest(),
         "nonfinite": int(np.count_nonzero(~np.isfinite(array))),
         "file": file,
         "key": name,
@@ -194,7 +199,7 @@ def document(there: Real, arrays: Mapping[str, np.ndarray], file: str) -> dict[s
             "candle": "0.11.1",
             "features": ["sae", "transformer"],
             "device": "cpu",
-            "dtype": "float32",
+            "dtype": subject.case.dtype,
             "case": {"id": subject.case.id, "digest": subject.digest},
             "model_digest": subject.model_digest,
             "sae_digest": subject.sae_digest if free else None,
@@ -202,7 +207,7 @@ def document(there: Real, arrays: Mapping[str, np.ndarray], file: str) -> dict[s
         },
         "run": {"started": "now", "seconds": {"load": 0.1, "forward": 0.1}, "threads": 2, "peak_rss_bytes": None},
         "tokens": subject.tokens,
-        "tensors": [entry(name, array, file) for name, array in arrays.items()],
+        "tensors": [entry(name, array, file, subject.case.dtype) for name, array in arrays.items()],
         "scalars": dict(there.emitted.scalars),
         "top_features_last_pos": [feature.model_dump() for feature in there.emitted.top_features],
     }
@@ -220,7 +225,11 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     given = there.arrays if arrays is None else arrays
     kept = {name: np.ascontiguousarray(array) for name, array in given.items()}
-    save_file(kept, directory / "trace.safetensors")
+    if there.subject.case.dtype == "bfloat16":
+        tensors = {name: torch.from_numpy(array).bfloat16() for name, array in kept.items()}
+        torch_file.save_file(tensors, directory / "trace.safetensors")
+    else:
+        save_file(kept, directory / "trace.safetensors")
     content = document(there, kept, "trace.safetensors")
     if edit is not None:
         edit(content)
