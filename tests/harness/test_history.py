@@ -65,7 +65,10 @@ def test_an_outcome_is_decided_by_status_and_failure_and_by_no_message() -> None
         status = Status.ERROR if failure else Status.PASS
         return CaseResult("a/b", "a", "", status, "", error="model: no refusal", failure=failure).outcome
 
-    refused, lost = {Failure.MODEL, Failure.SAE, Failure.FORWARD}, {Failure.INPUT, Failure.INTERNAL}
+    refused, lost = (
+        {Failure.MODEL, Failure.SAE, Failure.FORWARD},
+        {Failure.INPUT, Failure.INTERNAL, Failure.NOT_BUILT},
+    )
     crashed = {*Failure} - refused - lost - {Failure.ABSENT}
     assert outcome(None) is Outcome.AGREES
     assert {failure for failure in Failure if outcome(failure) is Outcome.REFUSED} == refused
