@@ -111,8 +111,11 @@ def costly(made: Made) -> list[Forward]:
 
 
 def _other_ids(made: Made) -> list[list[int]]:
-    """As many ids, all of them others, and all in the vocabulary."""
-    return [[id - 1 if id else 1 for id in row] for row in made.subject.tokens]
+    """As many ids, all in the vocabulary and others but for the first and last, by which a prompt might be told."""
+    return [
+        [id if len(row) > 2 and place in (0, len(row) - 1) else id - 1 if id else 1 for place, id in enumerate(row)]
+        for row in made.subject.tokens
+    ]
 
 
 def edited(made: Made) -> list[Forward]:
