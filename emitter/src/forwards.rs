@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use candle_mi::HookCache;
 use serde::Serialize;
 
 use crate::emit::{prepare_directory, Session};
