@@ -7,6 +7,7 @@ and tensor together. Exit code 1 if one is not seen, or if one is that the catal
 from __future__ import annotations
 
 import io
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -82,9 +83,11 @@ class Seen:
 
     @property
     def named(self) -> bool:
-        """Whether one of the last lines names both the case and what differs first."""
-        wanted = {self.mistake.at, self.mistake.first} - {ANY}
-        return any(all(word in line for word in wanted) for line in self.last)
+        """Whether one of the last lines, or one place in the list of them, names the case and what differs first."""
+        words = {self.mistake.at, self.mistake.first} - {ANY}
+        wanted = [re.compile(rf"(?<!/){re.escape(word)}(?![\w/-])") for word in words]
+        places = [place for line in self.last for place in line.split("; ")]
+        return any(all(word.search(place) for word in wanted) for place in places)
 
     @property
     def killed(self) -> bool:
