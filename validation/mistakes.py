@@ -148,6 +148,7 @@ def judge_each(mistakes: list[Mistake], everything: bool) -> Iterator[Seen]:
 def main(
     only: Annotated[list[str] | None, typer.Option(help="One mistake by its id; may be repeated.")] = None,
     quick: Annotated[bool, typer.Option(help="Only the cases and parts that each row names.")] = False,
+    lines: Annotated[bool, typer.Option(help="Print the last lines of each run too.")] = False,
 ) -> None:
     """Judge the mistakes of the catalogue, and print the table of the documentation."""
     console = Console(soft_wrap=True)
@@ -156,7 +157,7 @@ def main(
     for seen in judge_each(wanted, not quick):
         right = right and seen.as_expected
         console.print(seen.row(), markup=False, highlight=False)
-        if not seen.as_expected:
+        if lines or not seen.as_expected:
             console.print("\n".join(seen.last), markup=False, highlight=False)
     raise typer.Exit(0 if right and wanted else 1)
 
