@@ -159,13 +159,13 @@ def _without_numbers(fault: Fault, result: CaseResult) -> Detection:
 
 def judge_source(faults: list[Fault], directory: Path) -> Iterator[Detection]:
     """Judge the faults in candle-mi's own source, with one build for each."""
-    check_anchors(faults, released_crate())
-    checkout = Checkout(cache_root(), directory)
-    with checkout.candidate(None) as honest:
+    check_anchors([fault.source for fault in faults if fault.source], released_crate())
+    checkout = Checkout(cache_root())
+    with checkout.candidate("twin", None, directory) as honest:
         twins = {fault.case: twin_problem(honest, fault.case, fault.known) for fault in faults}
     for fault in faults:
         try:
-            with checkout.candidate(fault) as source:
+            with checkout.candidate(fault.id, fault.source, directory) as source:
                 yield detect(fault, source, twins.__getitem__)
         except ParityError as error:  # it does not build
             yield Detection(fault, error=str(error))

@@ -6,14 +6,16 @@ import functools
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 from candle_mi_parity.candidate.plan import EMITTER
 from candle_mi_parity.candidate.sources import Source, open_source
 from candle_mi_parity.candidate.spelling import parse_candidate
-from validation.catalogue import CatalogueError, Fault, SourceEdit
+from validation.catalogue import CatalogueError, SourceEdit
 
 VERSION = "0.2.2"
 
@@ -48,50 +50,60 @@ def edited(text: str, edit: SourceEdit) -> str:
     return text.replace(edit.find, edit.replace)
 
 
-def check_anchors(faults: list[Fault], crate: Path) -> None:
+def check_anchors(edits: Iterable[SourceEdit], crate: Path) -> None:
     """Every edit finds its anchor exactly once; nothing is built.
 
     :raises CatalogueError: the first that does not.
     """
-    for fault in faults:
-        if fault.source is not None:
-            edited((crate / fault.source.file).read_text(encoding="utf-8"), fault.source)
+    for edit in edits:
+        edited((crate / edit.file).read_text(encoding="utf-8"), edit)
 
 
 class Checkout:
-    """A copy of the crate in which one fault after the other is planted, so that cargo builds incrementally.
+    """A copy of the crate in which one edit after the other is made, so that cargo builds incrementally.
 
-    :param cache: for the copy, always at the same place.
-    :param out: for the traces.
+    :param cache: for the copy, always at the same place, which one process at a time has.
     """
 
-    def __init__(self, cache: Path, out: Path) -> None:
-        self._cache, self._out = cache, out
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
         self._directory = cache / "validation" / f"candle-mi-{VERSION}"
 
     @contextmanager
-    def candidate(self, fault: Fault | None) -> Iterator[Source]:
-        """The built candidate; without a fault for the twin.
+    def planted(self, edit: SourceEdit | None) -> Iterator[str]:
+        """The candidate's spelling, ``path:…``; without an edit the release as it is.
 
+        :raises CatalogueError: the anchor is not there exactly once.
+        """
+        self._directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self._directory}.lock"):
+            self._lay_out(edit)
+            yield f"path:{self._directory}"
+
+    @contextmanager
+    def candidate(self, name: str, edit: SourceEdit | None, out: Path) -> Iterator[Source]:
+        """The built candidate.
+
+        :param name: of the directory of its traces in ``out``.
         :raises ParityError: the anchor is not found, or the crate does not build.
         """
-        self._lay_out(fault)
-        name = fault.id if fault else "twin"
-        candidate = parse_candidate(f"path:{self._directory}")
-        with open_source(candidate, self._cache, self._out / name, lambda line: None) as source:
+        with (
+            self.planted(edit) as spec,
+            open_source(parse_candidate(spec), self._cache, out / name, lambda line: None) as source,
+        ):
             yield source
 
-    def _lay_out(self, fault: Fault | None) -> None:
+    def _lay_out(self, edit: SourceEdit | None) -> None:
         crate = released_crate()
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(exist_ok=True)
         for path in sorted(crate.rglob("*")):
             target = self._directory / path.relative_to(crate)
             if path.is_dir():
                 target.mkdir(exist_ok=True)
                 continue
             content = path.read_bytes()
-            if fault and fault.source and path.relative_to(crate).as_posix() == fault.source.file:
-                content = edited(content.decode(), fault.source).encode()
+            if edit and path.relative_to(crate).as_posix() == edit.file:
+                content = edited(content.decode(), edit).encode()
             if not target.is_file() or target.read_bytes() != content:
                 shutil.copyfile(path, target)
                 target.write_bytes(content)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
+from candle_mi_parity.files.escape import few
 from candle_mi_parity.spec.explanations import Cause
 
 
@@ -71,15 +72,11 @@ class Section:
         text = self.agree
         if known:
             text += f", {len(known)} do{'es' * (len(known) == 1)} not for {_many(len(_ids(known)), 'known cause')}"
-        names = [case.id for case in self.new]
-        rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        text += f", and new: {', '.join(names[:SHOWN])}{rest}" if names else ""
+        text += f", and new: {few([case.id for case in self.new], 3)}" if self.new else ""
         return text + "".join(f"; {name} was not asked: {reason}" for name, reason in self.left_out.items())
 
 
 _RIGHT_AND_KNOWN = (Status.PASS, Status.KNOWN)
-SHOWN = 3
-"""Largest number of names in a section's line."""
 FORWARDS = "forwards"
 """Key of the section in which candle-mi is compared with itself."""
 

@@ -111,8 +111,11 @@ def costly(made: Made) -> list[Forward]:
 
 
 def _other_ids(made: Made) -> list[list[int]]:
-    """As many ids, all of them others, and all in the vocabulary."""
-    return [[id - 1 if id else 1 for id in row] for row in made.subject.tokens]
+    """As many ids, all in the vocabulary and others but for the first and last, by which a prompt might be told."""
+    return [
+        [id if len(row) > 2 and place in (0, len(row) - 1) else id - 1 if id else 1 for place, id in enumerate(row)]
+        for row in made.subject.tokens
+    ]
 
 
 def edited(made: Made) -> list[Forward]:
@@ -136,7 +139,8 @@ def plan(traces: Iterable[Made]) -> list[tuple[Made, list[Forward]]]:
     """What the process is asked, in order: the cases in the reverse order of the run, then some of them again.
 
     A plain case stands for all of its model, dtype and shape of prompt, and a large one for all of its architecture.
-    The first of each architecture captures each hook point alone, and the first of each dtype is asked again.
+    The first of each architecture captures each hook point alone. The first of each architecture and of each shape of
+    prompt, by dtype, is asked again at the end: what a cache keeps of it may have gone by then.
     """
     found: list[tuple[Made, list[Forward]]] = []
     last: list[tuple[Made, list[Forward]]] = []
@@ -153,13 +157,15 @@ def plan(traces: Iterable[Made]) -> list[tuple[Made, list[Forward]]]:
         elif size >= LARGE or len(ids[0]) >= LONG:
             found.append((made, costly(made)))
             seen.add(same)
-            continue
+            if size >= LARGE:
+                continue
         else:
             found.append((made, plain(made, subject.model_type not in seen)))
             seen |= {same, subject.model_type}
-        if kind not in seen:
+        kinds = {kind, (len(ids), len(ids[0]), subject.case.dtype)}
+        if kinds - seen:
             last.append((made, at_the_end(made)))
-            seen.add(kind)
+            seen |= kinds
     times = -(-(REQUESTS - len(found)) // len(last)) if last else 1
     return [*reversed(found), *last * max(1, times)]
 

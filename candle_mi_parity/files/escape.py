@@ -35,6 +35,12 @@ def number(value: float | None, digits: int = 3) -> str:
     return "∞" if math.isinf(value) else "NaN" if math.isnan(value) else f"{value:.{digits}g}"
 
 
+def few(names: list[str], most: int = 8) -> str:
+    """The first names, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 @cache
 def templates(html: bool) -> Environment:
     """The environment of ``templates/``: values are made printable, and an undefined name is an error.

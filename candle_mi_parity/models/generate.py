@@ -39,13 +39,13 @@ def tiny_config(model: TinyModel) -> dict[str, object]:
     return {key: value for key, value in config.items() if key not in model.absent}
 
 
-def generated_model(config: dict[str, object], dialect: str, cache: Path, shards: int = 1) -> Path:
+def generated_model(config: dict[str, object], dialect: str, cache: Path, shards: int = 1, seed: int = 0) -> Path:
     """The directory of a generated model, which is made on first use.
 
     :param config: in the hub's dialect; with dialect ``v5`` it is written as the installed transformers saves it.
     """
-    key = content_key("tiny", GENERATOR, config, dialect, shards, dialect_key(dialect))
-    return publish(cache / "models" / key, lambda out: _generate(config, dialect, shards, out))
+    key = content_key("tiny", GENERATOR, config, dialect, shards, dialect_key(dialect), *([seed] if seed else []))
+    return publish(cache / "models" / key, lambda out: _generate(config, dialect, shards, seed, out))
 
 
 def dialect_key(dialect: str) -> str:
@@ -53,7 +53,7 @@ def dialect_key(dialect: str) -> str:
     return "" if dialect == "hub" else f"saved by {version('transformers')}, which is not in the file"
 
 
-def _generate(hub: dict[str, object], dialect: str, shards: int, out: Path) -> None:
+def _generate(hub: dict[str, object], dialect: str, shards: int, seed: int, out: Path) -> None:
     """The tensors that transformers expects for the config, filled by :func:`tensor_chunks`."""
     import torch
     import transformers
@@ -67,7 +67,7 @@ def _generate(hub: dict[str, object], dialect: str, shards: int, out: Path) -> N
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight")
-    chunks = partial(tensor_chunks, norm_offset=offset)
+    chunks = partial(tensor_chunks, norm_offset=offset, seed=seed)
     if shards == 1:
         write_safetensors(out / "model.safetensors", shapes, chunks)
         return
@@ -101,13 +101,13 @@ def write_config(hub: dict[str, object], dialect: str, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def tensor_chunks(name: str, shape: tuple[int, ...], norm_offset: int) -> Iterator[np.ndarray]:
+def tensor_chunks(name: str, shape: tuple[int, ...], norm_offset: int, seed: int = 0) -> Iterator[np.ndarray]:
     """Chunks of a generated tensor, float32 in row-major order.
 
     With N ~ N(0, 1), norm weights are 1 + 0.2·N (0.2·N where the norm adds the 1 itself), biases 0.1·N, matrices
     N/sqrt(fan_in). No weight is zero or at a default, so that a dropped bias or weight changes the results.
     """
-    for normal in normal_numbers(f"{GENERATOR}:{name}", math.prod(shape)):
+    for normal in normal_numbers(f"{GENERATOR}:{name}" + f":{seed}" * bool(seed), math.prod(shape)):
         if name.endswith(".bias"):
             values = 0.1 * normal
         elif len(shape) == 1:

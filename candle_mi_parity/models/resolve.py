@@ -23,7 +23,7 @@ def model_directory(model: Model, cache: Path) -> Path:
     :raises HubError: the download fails.
     """
     if isinstance(model, TinyModel):
-        directory = generated_model(tiny_config(model), model.dialect, cache, model.shards)
+        directory = generated_model(tiny_config(model), model.dialect, cache, model.shards, model.seed)
     elif isinstance(model, PackageModel):
         from candle_mi_parity.models import smollm2
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.suspects import hook_point
 from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
-from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.files.escape import few, one_line
 
 MOST = 6
 """Largest number of places in a line of failures."""
@@ -101,9 +101,12 @@ def grouped(cases: Iterable[CaseResult]) -> list[list[CaseResult]]:
 def failures(result: RunResult) -> list[str]:
     """The cases and calls that fail or could not be judged, one line for each status, grouped by what is new.
 
+    Other forwards come last: where the traces of a case fail, they do too.
+
     ``FAIL: 166 first at blocks.0.attn.hook_scores (llama/hub and 165 more); llama/batch first at logits``.
     """
     lines = []
+    others = {case.id for case in result.results} - {case.id for case in result.judged}
     for status in (Status.FAIL, Status.ERROR, Status.UNMEASURED):
         groups: dict[str, list[str]] = {}
         for case in result.results:
@@ -111,7 +114,7 @@ def failures(result: RunResult) -> list[str]:
                 groups.setdefault(_where(case), []).append(case.id)
         parts = [
             f"{names[0]} {where}" if len(names) == 1 else f"{len(names)} {where} ({few(names, 3)})"
-            for where, names in sorted(groups.items(), key=lambda group: -len(group[1]))
+            for where, names in sorted(groups.items(), key=lambda group: (group[1][0] in others, -len(group[1])))
         ]
         if parts:
             lines.append(
@@ -127,12 +130,6 @@ def _where(case: CaseResult) -> str:
         return f"first at {case.new_at}{known}"
     error = case.error.replace(case.id, "…") if "/" in case.id else case.error
     return one_line(re.sub(r"\d+", "N", error), 80) or "without a reason"
-
-
-def few(names: list[str], most: int = 8) -> str:
-    """The first names, and how many more there are."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _key(case: CaseResult) -> tuple[str, ...]:

@@ -13,8 +13,7 @@ from rich.text import Text
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, TensorDiff, shown
 from candle_mi_parity.compare.run_result import Verdict
 from candle_mi_parity.compare.verdict import Outcome, Status, TensorResult
-from candle_mi_parity.files.escape import cell, number, printable, rendered
-from candle_mi_parity.report.causes import few
+from candle_mi_parity.files.escape import cell, few, number, printable, rendered
 
 LONGEST = 20
 """Rows of each list on the terminal."""

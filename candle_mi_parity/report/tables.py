@@ -14,10 +14,10 @@ from rich.text import Text
 
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status
-from candle_mi_parity.files.escape import cell, number, one_line, printable
+from candle_mi_parity.files.escape import cell, few, number, one_line, printable
 from candle_mi_parity.files.json_out import ReportError
 from candle_mi_parity.files.untrusted import read_json
-from candle_mi_parity.report.causes import NEW, RIGHT, CauseSeen, failures, few, known_causes, new_causes
+from candle_mi_parity.report.causes import NEW, RIGHT, CauseSeen, failures, known_causes, new_causes
 from candle_mi_parity.spec.cases import Case
 
 if TYPE_CHECKING:

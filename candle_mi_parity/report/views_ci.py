@@ -11,9 +11,9 @@ from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status
-from candle_mi_parity.files.escape import one_line, printable, templates
+from candle_mi_parity.files.escape import few, one_line, printable, templates
 from candle_mi_parity.files.json_out import ReportError
-from candle_mi_parity.report.causes import NEW, RIGHT, few, known_causes, new_causes
+from candle_mi_parity.report.causes import NEW, RIGHT, known_causes, new_causes
 
 ROWS = 50
 """Longest table of the summary; a job page is limited to one megabyte."""

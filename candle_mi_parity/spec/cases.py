@@ -49,6 +49,7 @@ class TinyModel(TableRow):
     """A generated model: its shape is from ``fixtures/<config>``, its weights from a hash of each tensor's name.
 
     :ivar shards: number of safetensors files.
+    :ivar seed: another one gives other weights, where two models of the same shape have to differ.
     :ivar change: config keys with another value than in the file.
     :ivar null: config keys that are null, which TOML cannot express.
     :ivar absent: config keys of the file that are left out, so that each library uses its default.
@@ -58,6 +59,7 @@ class TinyModel(TableRow):
     config: Annotated[str, Field(pattern=BELOW)]
     dialect: Literal["hub", "v5"]
     shards: Annotated[int, Field(ge=1, le=1 << 10)] = 1
+    seed: Annotated[int, Field(ge=0)] = 0
     change: dict[str, Setting] = {}
     null: list[str] = []
     absent: list[str] = []

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use candle_mi::HookCache;
 use serde::Serialize;
 
 use crate::emit::{prepare_directory, Session};
@@ -49,8 +50,7 @@ pub fn run(request: &ForwardsRequest, session: &mut Session) -> Result<(), EmitE
         None => None,
     };
 
-    let mut answered = Vec::with_capacity(request.forwards.len());
-    let mut written: Vec<Encoded> = Vec::new();
+    let mut passes = Vec::with_capacity(request.forwards.len());
     let mut broken = false;
     for wanted in &request.forwards {
         let outcome = panics::caught(|| {
@@ -58,10 +58,17 @@ pub fn run(request: &ForwardsRequest, session: &mut Session) -> Result<(), EmitE
                 models.forget();
             }
             let loaded = load(request, models)?;
-            answer(request, wanted, loaded, &inputs, sae.map(|held| &held.sae))
+            pass(request, wanted, loaded, &inputs, sae.map(|held| &held.sae))
         });
         broken = matches!(outcome, Err(EmitError::Panic(_)));
-        answered.push(match outcome {
+        passes.push(outcome);
+    }
+
+    // Only now, so that a tensor which a later forward writes over is seen.
+    let mut answered = Vec::with_capacity(passes.len());
+    let mut written: Vec<Encoded> = Vec::new();
+    for (wanted, outcome) in request.forwards.iter().zip(passes) {
+        answered.push(match outcome.and_then(|cache| digests(wanted, cache)) {
             Ok((logits, captures)) => {
                 let digest = logits.sha256.clone();
                 let held = request.known.contains(&digest)
@@ -116,25 +123,35 @@ fn load<'a>(
     models.get(directory, request.dtype, ConfigReader::Hf, device)
 }
 
-/// The logits of one forward, and the digests of its captures.
-fn answer<'a>(
-    request: &'a ForwardsRequest,
-    wanted: &'a Wanted,
+/// One forward.
+fn pass(
+    request: &ForwardsRequest,
+    wanted: &Wanted,
     loaded: &LoadedModel,
     inputs: &Inputs,
     sae: Option<&SparseAutoencoder>,
-) -> Result<(Encoded, BTreeMap<&'a str, String>), EmitError> {
+) -> Result<HookCache, EmitError> {
     let pass = Pass {
         tokens: wanted.tokens.as_ref().unwrap_or(&request.tokens),
         captures: wanted.captures.iter().map(String::as_str).collect(),
         edits: if wanted.edited { &request.edits } else { &[] },
     };
     loaded.check_tokens(pass.tokens)?;
-    let cache = forward::pass(loaded, inputs, sae, &pass)?;
+    forward::pass(loaded, inputs, sae, &pass)
+}
+
+/// The logits of a forward, and the digests of its captures.
+fn digests(
+    wanted: &Wanted,
+    cache: HookCache,
+) -> Result<(Encoded, BTreeMap<&str, String>), EmitError> {
     let mut captures = BTreeMap::new();
-    for name in pass.captures {
+    for name in &wanted.captures {
         let tensor = forward::captured(&cache, name)?;
-        captures.insert(name, Encoded::of(&Named::new(name, tensor))?.sha256);
+        captures.insert(
+            name.as_str(),
+            Encoded::of(&Named::new(name, tensor))?.sha256,
+        );
     }
     let logits = Encoded::of(&Named::new(&wanted.name, cache.into_output()))?;
     Ok((logits, captures))

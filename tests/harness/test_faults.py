@@ -13,6 +13,7 @@ from validation.array_changes import AMONG, ONE
 from validation.catalogue import NOWHERE, CatalogueError, Fault, Kind, load_faults
 from validation.disturb import FUNCTIONS, Running, directly, output
 from validation.faults import Detection, PlantedSource, detect, twin_problem
+from validation.mistakes import load_mistakes
 from validation.plant import REGISTERED, emitted
 from validation.source_faults import check_anchors, edited, released_crate
 from validation.trace_faults import IO
@@ -63,7 +64,8 @@ def test_the_catalogue_covers_every_kind_and_uses_everything() -> None:
 
 @pytest.mark.rust
 def test_every_anchor_in_candle_mi_is_there_exactly_once() -> None:
-    check_anchors(list(FAULTS.values()), released_crate())
+    sources = [fault.source for fault in FAULTS.values() if fault.source]
+    check_anchors([*sources, *(mistake.edit for mistake in load_mistakes())], released_crate())
 
 
 def test_a_dead_a_doubled_and_an_idle_anchor_are_errors() -> None:

@@ -159,7 +159,7 @@ def judged(toy: Toy, tmp_path: Path, *traces: Made) -> Section:
 
 
 ZERO = (Zero(kind="zero", hook="hook_embed"),)
-OTHER_IDS = [[3, 8, 1]]
+OTHER_IDS = [[4, 8, 2]]
 
 
 def plain_and_edited(tmp_path: Path) -> tuple[Made, Made]:
@@ -232,12 +232,13 @@ def everywhere(call: Call) -> bool:
     return True
 
 
-def test_logits_that_do_not_depend_on_the_ids_are_told(tmp_path: Path) -> None:
-    class ByShape(Toy):
+@pytest.mark.parametrize("key", [len, lambda row: (len(row), row[-1]), lambda row: (len(row), row[0])])
+def test_logits_that_depend_on_a_part_of_the_ids_are_told(tmp_path: Path, key: Callable[[list[int]], object]) -> None:
+    class ByKey(Toy):
         def tensors(self, call: Call, hooks: list[str]) -> dict[str, np.ndarray]:
-            return super().tensors(replace(call, ids=IDS if len(call.ids[0]) == 3 else call.ids), hooks)
+            return super().tensors(replace(call, ids=IDS if key(call.ids[0]) == key(IDS[0]) else call.ids), hooks)
 
-    found = judged(ByShape(), tmp_path, made(tmp_path))
+    found = judged(ByKey(), tmp_path, made(tmp_path))
     assert_tells(found, "toy/plain of other ids: the logits are those of the case's own ids")
 
 
@@ -312,7 +313,8 @@ def test_a_plain_case_stands_for_its_model_dtype_and_shape(tmp_path: Path, monke
         return [(each.subject.case.id, len(forwards)) for each, forwards in plan(traces)]
 
     order = [("toy/edit", 5), ("toy/long", 3), ("toy/batch", 7), ("toy/plain", 8 + len(HOOKS))]
-    assert asked(first, same, batch, long, edits) == [*order, *[("toy/plain", 2)] * 6]
+    again = [("toy/plain", 2), ("toy/batch", 2), ("toy/long", 2)]  # each shape
+    assert asked(first, same, batch, long, edits) == [*order, *again * 2]
     assert asked(edits) == [("toy/edit", 5), *[("toy/edit", 2)] * 9]
     monkeypatch.setattr(forwards, "LARGE", 0)
     assert asked(first, same, batch) == [("toy/plain", 3)]

@@ -150,6 +150,14 @@ def test_numbers_are_sums_of_twelve_integers_for_any_chunk_size(monkeypatch: pyt
         np.testing.assert_array_equal(np.concatenate(found), (sums - 393210) / 65536.0)
 
 
+def test_another_seed_gives_other_weights_in_another_directory(tmp_path: Path) -> None:
+    other = prepare(CASES["gemma/other-weights"], tmp_path)
+    assert other.model_digest != prepare(CASES["gemma/hub"], tmp_path).model_digest
+    for name, shape in SHAPES.items():
+        values = {next(tensor_chunks(name, shape, 0, seed)).tobytes() for seed in (0, 1, 2)}
+        assert len(values) == 3 and tensor_values(name, shape, 0).tobytes() in values
+
+
 def test_a_file_is_the_one_that_safetensors_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {name: tensor_values(name, shape, 0) for name, shape in SHAPES.items()}
     save_file(whole, tmp_path / "whole", metadata={"format": "pt"})

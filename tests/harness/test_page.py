@@ -13,7 +13,7 @@ import pytest
 
 from candle_mi_parity.compare.diagnose_sae import summarize_saes
 from candle_mi_parity.compare.gate import ELEMENT_GATE
-from candle_mi_parity.compare.run_result import RunResult
+from candle_mi_parity.compare.run_result import FORWARDS, RunResult, Section
 from candle_mi_parity.compare.suspects import SUSPECTS, suspect
 from candle_mi_parity.compare.verdict import Diagnosis, Explained, Status
 from candle_mi_parity.files.json_out import write_text
@@ -113,6 +113,18 @@ def test_new_failures_are_grouped_and_the_smallest_is_open() -> None:
     assert "new-1: gemma2 first differs at attn.hook_scores" in text and "new-2: gemma first" in text
     assert text.index("Causes") < text.index("Families and cases") < text.index("With every half-layer")
     assert "CMI001 Gone since 0.2.2: a/b agrees." in text_of(page.render(GONE))
+
+
+def test_failing_cases_are_named_before_the_other_forwards_that_fail_with_them() -> None:
+    others = [case(f"forwards/a/{number}", Status.FAIL, bad=f"logits {number % 9}") for number in range(30)]
+    result = run_of(*FAMILY, case("a/b", Status.FAIL))
+    result.sections[FORWARDS] = Section("other forward", others, of_tensors=True)
+    last = terminal(result).splitlines()[-10:]
+    (line,) = (line for line in last if line.startswith("FAIL: "))
+    assert line.index("4 first at blocks.0.attn.hook_scores (gemma2/hub, gemma2/v5, ") < line.index("(forwards/a/0")
+    assert line.endswith("; and 4 other places")
+    (folded,) = (line for line in last if "other forwards agree, and new: " in line)
+    assert folded.endswith("forwards/a/2 and 27 more")
 
 
 EVIDENCE = """first divergence blocks.0.attn.hook_scores | past the gate 11 of 96 elements, 7 masked left out
