@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from candle_mi_parity.candidate.cargo import Ran, condense, run_cargo
-from candle_mi_parity.candidate.checkout import configuration, note_inputs
+from candle_mi_parity.candidate.checkout import configuration, note_inputs, packages_read
 from candle_mi_parity.candidate.parts import PARTS, broken_parts
 from candle_mi_parity.candidate.plan import (
     DOWNLOADER,
@@ -250,6 +250,8 @@ def _cargo_build(
     environment = {
         **os.environ,
         "CARGO_TARGET_DIR": str(target.absolute()),
+        # The fingerprints are here, whatever the configuration says.
+        "CARGO_BUILD_BUILD_DIR": str(target.absolute()),
         # Incremental for the edit-and-run loop of a maintainer only, whatever the user's environment says.
         "CARGO_INCREMENTAL": "1" if candidate.kind == "path" else "0",
         "PARITY_TREE_DIGEST": plan.tree_digest or "",
@@ -257,7 +259,8 @@ def _cargo_build(
     }
     _force_rebuild(target, "parity-emitter")
     if candidate.kind == "path":
-        _force_rebuild(target, "candle-mi")
+        for package in {"candle-mi", *packages_read(inputs_of(candidate, cache))}:
+            _force_rebuild(target, package)
     # A cross-compilation target would move the binary.
     environment.pop("CARGO_BUILD_TARGET", None)
     full_log = crate / "build.log"
@@ -300,8 +303,9 @@ def _force_rebuild(target: Path, package: str) -> None:
 
     Otherwise a file that was restored with an old time, for instance by ``rsync``, would count as unchanged.
     """
-    for fingerprint in (target / "release" / ".fingerprint").glob(f"{package}-*"):
-        shutil.rmtree(fingerprint)
+    for release in ("release", "*/release"):  # the second with `build.target` in a configuration
+        for fingerprint in target.glob(f"{release}/.fingerprint/{package}-*"):
+            shutil.rmtree(fingerprint)
 
 
 def _install(made: Path, binary: Path) -> None:

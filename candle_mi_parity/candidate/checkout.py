@@ -60,6 +60,17 @@ def note_inputs(dep_info: Path, ran: Ran, apart: Path, inputs: Path) -> None:
     write_text("".join(f"{path}\n" for path in sorted(kept | set(map(Path, read_lines(inputs))))), inputs)
 
 
+def packages_read(inputs: Path) -> set[str]:
+    """The names of the crates whose files the earlier builds noted: the checkout's own, and siblings by path."""
+    found = set()
+    for noted in map(Path, read_lines(inputs)):
+        for manifest in (place / "Cargo.toml" for place in (noted, *noted.parents)):
+            if manifest.is_file() and (name := re.search(r'^name *= *"([^"]+)"', manifest.read_text("utf-8"), re.M)):
+                found.add(name[1])
+                break
+    return found
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a file; none if it does not exist."""
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

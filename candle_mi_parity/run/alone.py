@@ -51,7 +51,7 @@ def tell_state(judgements: list[Judgement], cases: list[Case], source: Source, j
             result = judgements[place].result
             result.notes.append(told if place == places[0] else f"as {first.id}: {told}")
             judgements[place] = replace(judgements[place], evidence=None)
-        _reproduce(judgements[places[0]].result, needed, spec)
+            _reproduce(result, [*needed, first] if needed else [], spec)
 
 
 def _told(case: Case, before: list[Case], source: LiveSource, judge: JudgeOn, end: float) -> tuple[str, list[Case]]:
@@ -70,7 +70,8 @@ def _told(case: Case, before: list[Case], source: LiveSource, judge: JudgeOn, en
     return "it passes alone in a fresh process, and passed too after the same cases: see `run --repeat`", []
 
 
-def _reproduce(result: CaseResult, earlier: list[Case], spec: str) -> None:
-    if earlier:
-        result.reproduce = command("run", *(case.id for case in earlier), result.id, "--candidate", spec)
+def _reproduce(result: CaseResult, cases: list[Case], spec: str) -> None:
+    """Set the command that shows the cause; all its cases have the one that was tried, since each may pass alone."""
+    if cases:
+        result.reproduce = command("run", *(case.id for case in cases), "--candidate", spec)
         result.shrink = ""

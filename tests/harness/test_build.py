@@ -88,6 +88,20 @@ def test_cargo_does_not_rely_on_modification_times(put: Cargo, tmp_path: Path) -
     assert "known: candle-core-2c3d ." in str(fails(checkout, tmp_path / "cache"))
 
 
+def test_no_crate_of_a_checkout_counts_as_unchanged_by_its_times(put: Cargo, tmp_path: Path) -> None:
+    """A sibling crate that is replaced by one with older files, also with `build.target` or `build.build-dir` set."""
+    put("error: known: $(cd $CARGO_BUILD_BUILD_DIR && ls -d */.fingerprint/* x86/*/.fingerprint/* | tr '\\n' ' ').")
+    target = tmp_path / "cache" / "target" / "candle-0.11"
+    for place in ("release", "x86/release"):
+        for name in ("candle-mi-0a1b", "kernel-2c3d", "half-4e5f"):
+            (target / place / ".fingerprint" / name).mkdir(parents=True)
+    touch(tmp_path / "kernel" / "Cargo.toml", '[package]\nname = "kernel"\n')
+    candidate = parse_candidate(f"path:{write_crate(tmp_path / 'crate')}")
+    touch(planning.inputs_of(candidate, tmp_path / "cache"), f"{tmp_path / 'kernel' / 'src' / 'lib.rs'}\n")
+    told = str(fails(candidate.spec, tmp_path / "cache"))
+    assert "known: release/.fingerprint/half-4e5f x86/release/.fingerprint/half-4e5f ." in told
+
+
 @pytest.mark.parametrize("release", known_releases())
 def test_a_release_is_built_from_its_lock(put: Cargo, tmp_path: Path, release: str) -> None:
     put("error: $*")

@@ -20,6 +20,18 @@ from tests.support.results import case, refused, run_of
 TABLE, CALLS = load_explanations(), load_known_calls().known
 CHECKOUT = CandleMi(version="0.3.0-dev", source="path", checksum=None, revision=None, tree_digest="b" * 64)
 
+OWN = """format = 1
+expected = []
+[[explanation]]
+id = "CMI900"
+name = "x"
+says = "The window is one key too long."
+kind = "wrong number"
+when = ["tokens > 1"]
+change = { config_add = { sliding_window = 1 } }
+releases = ["9.9.9"]
+"""
+
 
 def expects(tmp_path: Path, *ids: str) -> Path:
     path = tmp_path / "expected.toml"
@@ -47,12 +59,8 @@ def test_an_expected_divergence_that_no_case_shows_fails_also_in_a_checkout(tmp_
 
 
 def test_a_row_of_the_file_is_an_explanation_like_any_other(tmp_path: Path) -> None:
-    path = expects(tmp_path)
-    path.write_text(
-        path.read_text() + '[[explanation]]\nid = "CMI900"\nname = "x"\nsays = "The window is one key too long."\n'
-        'kind = "wrong number"\nwhen = ["tokens > 1"]\nchange = { config_add = { sliding_window = 1 } }\n'
-        'releases = ["9.9.9"]\n'
-    )
+    path = tmp_path / "expected.toml"
+    path.write_text(OWN)
     table = held_to(TABLE, "0.1.6", load_expected(path, CALLS))
     assert [row.id for row in table.explanation if "0.1.6" in row.releases] == ["CMI900"]
     assert table.baseline("0.3.0-dev") == "0.1.6"
@@ -65,6 +73,8 @@ def test_a_row_of_the_file_is_an_explanation_like_any_other(tmp_path: Path) -> N
         ("format = 1\n", "expected: "),
         ('format = 1\nexpected = []\ncolour = "red"\n', "colour: "),
         ("", "format: "),
+        (OWN.replace("CMI900", "CMI001"), "wrong.toml: beside this suite's rows: Value error, id given"),
+        (OWN.replace("tokens > 1", "tokens"), "wrong.toml: 'tokens' is not a condition"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, told: str) -> None:
