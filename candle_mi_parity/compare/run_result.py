@@ -61,7 +61,7 @@ class Section:
             agree, every = (sum(getattr(case, name) for case in self.results) for name in ("compared", "expected"))
         else:
             agree, every = sum(1 for case in self.results if case.status is Status.PASS), len(self.results)
-        return f"{agree} of {_many(every, self.noun)} agree" if self.results else ""
+        return f"{agree} of {every} {self.noun}s agree" if self.results else ""
 
     def line(self) -> str:
         """``75 of 100 direct calls agree, 25 do not for 8 known causes``, what is new, and what is left out."""
@@ -214,6 +214,8 @@ class RunResult:
         """Is anything new since the baseline? One sentence."""
         if self.fault:
             return f"Unknown: {self.fault}."
+        if not self.judged:
+            return "Unknown: no case was judged."
         since = f" since {self.baseline}" if self.baseline else ""
         old, gone = f"of {self.baseline}", f"gone ({', '.join(self.gone)})"
         parts = [
@@ -231,6 +233,9 @@ class RunResult:
     def line(self) -> str:
         """The verdict, the cases by outcome, what is new, and how much was compared."""
         cases = ", ".join(f"{count} {name}" for name, count in self.tally().items() if count) or "no case"
+        for part in self.sections.values():
+            left = f"{_many(len(part.left_out), part.noun)} not asked" if part.left_out else ""
+            cases += "".join(f"; {text}" for text in ("" if self.cases else part.agree, left) if text)
         tensors = sum(case.compared for case in self.cases)
         noisy = sum(case.unmeasured for case in self.cases)
         size = f"{tensors} tensors compared" + (f", {noisy} too noisy to judge" if noisy else "")

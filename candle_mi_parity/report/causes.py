@@ -105,14 +105,15 @@ def failures(result: RunResult) -> list[str]:
     """
     lines = []
     for status in (Status.FAIL, Status.ERROR, Status.UNMEASURED):
-        groups: dict[str, list[str]] = {}
+        groups: dict[str, list[CaseResult]] = {}
         for case in result.results:
             if case.status is status:
-                groups.setdefault(_where(case), []).append(case.id)
-        parts = [
-            f"{names[0]} {where}" if len(names) == 1 else f"{len(names)} {where} ({few(names, 3)})"
-            for where, names in sorted(groups.items(), key=lambda group: -len(group[1]))
-        ]
+                key = _where(case) if case.new_at else re.sub(r"\d+", "N", _where(case))
+                groups.setdefault(key, []).append(case)
+        parts = []
+        for cases in sorted(groups.values(), key=len, reverse=True):
+            names, where = [case.id for case in cases], _where(cases[0])
+            parts.append(f"{names[0]} {where}" if len(names) == 1 else f"{len(names)} {where} ({few(names, 3)})")
         if parts:
             lines.append(
                 f"{status.value}: {'; '.join(parts[:MOST])}"
@@ -126,7 +127,7 @@ def _where(case: CaseResult) -> str:
         known = ", beside what is known" if case.beyond_known else ""
         return f"first at {case.new_at}{known}"
     error = case.error.replace(case.id, "…") if "/" in case.id else case.error
-    return one_line(re.sub(r"\d+", "N", error), 80) or "without a reason"
+    return one_line(error, 80) or "without a reason"
 
 
 def few(names: list[str], most: int = 8) -> str:

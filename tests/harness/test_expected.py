@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.compare.run_result import RunResult, Verdict
+from candle_mi_parity.compare.run_result import RunResult, Section, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage.calls_judge import load_known_calls
 from candle_mi_parity.judge.case import Judgement
@@ -125,6 +125,12 @@ def test_what_can_only_be_known_or_refused_is_known_and_never_a_pass() -> None:
     assert run_of().verdict is Verdict.INCONCLUSIVE
 
 
+def test_a_run_without_cases_says_what_it_judged_and_what_not() -> None:
+    section = Section("tokenizer", [case("tokens/a")], left_out={"b": "no npm", "c": "no npm"})
+    result = replace(run_of(), sections={"tokens": section})
+    assert result.line().startswith("PASS: no case; 1 of 1 tokenizers agree; 2 tokenizers not asked. Nothing new.")
+
+
 def beyond(name: str) -> CaseResult:
     return replace(case(name, Status.FAIL), beyond_known="blocks.1.mlp.hook_post")
 
@@ -137,6 +143,8 @@ def test_the_failures_are_named_by_the_tensor_at_which_they_start() -> None:
         "llama/x first at logits; llama/v5 first at blocks.1.mlp.hook_post, beside what is known"
     ]
     assert failures(run_of(case("a/b"), case("llama/v5", Status.KNOWN))) == []
+    lost = [replace(case(f"a/{place}", Status.ERROR), error=f"lost at /x/{place}a7f") for place in (1, 2)]
+    assert failures(run_of(*lost)) == ["ERROR: 2 lost at /x/1a7f (a/1, a/2)"], "grouped, with a path that exists"
     (error,) = failures(run_of(case("a/b", Status.ERROR)))
     assert error == "ERROR: a/b crash: emitter was ended by SIGKILL"
 
