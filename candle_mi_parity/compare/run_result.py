@@ -55,6 +55,15 @@ class Section:
         return [case for case in self.results if case.status not in _RIGHT_AND_KNOWN]
 
     @property
+    def failing(self) -> list[CaseResult]:
+        return [case for case in self.results if case.status is Status.FAIL]
+
+    @property
+    def not_judged(self) -> str:
+        """``7 tokenizers could not be judged``, for a fault that may be the suite's; empty where all were."""
+        return _count(len(self.new) - len(self.failing), self.noun, "could not be judged", "could not be judged")
+
+    @property
     def agree(self) -> str:
         """``75 of 100 direct calls agree``; empty where nothing was judged."""
         if self.of_tensors:
@@ -201,13 +210,14 @@ class RunResult:
             _count(unknown[Outcome.DIVERGES], "new case", "differs", "differ"),
             _count(unknown[Outcome.REFUSED], "new case", "is refused", "are refused"),
             _count(unknown[Outcome.CRASHED], "new case", "crashes", "crash"),
-            *(_count(len(part.new), f"new {part.noun}", "differs", "differ") for part in self.sections.values()),
+            *(_count(len(part.failing), f"new {part.noun}", "differs", "differ") for part in self.sections.values()),
         ]
         tally = self.tally()
         unmeasured = f"{tally['not measured']} could not be measured" if tally["not measured"] else ""
         rest = [f"{tally['agree']} of {len(self.cases)} cases agree" if self.cases else "", unmeasured]
-        rest += [part.agree for part in self.sections.values()]
-        words = "Not everywhere" if any(parts) else "As far as measured" if unmeasured else "Yes"
+        rest += [text for part in self.sections.values() for text in (part.agree, part.not_judged)]
+        lost = unmeasured or any(part.not_judged for part in self.sections.values())
+        words = "Not everywhere" if any(parts) else "As far as measured" if lost else "Yes"
         return f"{words}: {'; '.join(', '.join(filter(None, group)) for group in (parts, rest) if any(group))}."
 
     def is_new(self) -> str:
@@ -221,7 +231,8 @@ class RunResult:
         parts = [
             _count(self.count(Status.FAIL), "case", "fails", "fail"),
             _count(self.count(Status.ERROR), "case", "could not be judged", "could not be judged"),
-            *(_count(len(part.new), part.noun, "fails", "fail") for part in self.sections.values()),
+            *(_count(len(part.failing), part.noun, "fails", "fail") for part in self.sections.values()),
+            *(part.not_judged for part in self.sections.values()),
             _count(len(self.stale), "explanation", "no longer holds", "no longer hold"),
             _count(len(self.gone), "known divergence", f"{old} is {gone}", f"{old} are {gone}"),
         ]

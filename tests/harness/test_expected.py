@@ -131,6 +131,16 @@ def test_a_run_without_cases_says_what_it_judged_and_what_not() -> None:
     assert result.line().startswith("PASS: no case; 1 of 1 tokenizers agree; 2 tokenizers not asked. Nothing new.")
 
 
+def test_what_could_not_be_judged_does_not_differ() -> None:
+    section = Section("tokenizer", [case("tokens/a"), case("tokens/b", Status.ERROR)])
+    result = replace(run_of(case("a/b")), sections={"tokens": section})
+    assert result.verdict is Verdict.ERROR
+    assert result.is_new() == "New: 1 tokenizer could not be judged."
+    assert result.is_right().startswith(
+        "As far as measured: 1 of 1 cases agree, 1 of 2 tokenizers agree, 1 tokenizer "
+    )
+
+
 def beyond(name: str) -> CaseResult:
     return replace(case(name, Status.FAIL), beyond_known="blocks.1.mlp.hook_post")
 
