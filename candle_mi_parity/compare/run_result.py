@@ -140,6 +140,12 @@ class RunResult:
         """The same, and the other forwards of the cases."""
         return [*self.cases, *(one for part in self.sections.values() for one in part.results)]
 
+    @property
+    def not_run(self) -> dict[str, str]:
+        """What did not run, cases and parts of sections → reason and remedy."""
+        left = {f"{key}/{id}": why for key, part in self.sections.items() for id, why in part.left_out.items()}
+        return self.skipped | left
+
     def count(self, status: Status) -> int:
         return sum(1 for case in self.cases if case.status is status)
 

@@ -10,6 +10,7 @@ from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage.calls_judge import load_known_calls
 from candle_mi_parity.judge.case import Judgement
 from candle_mi_parity.judge.explain import hold_table
+from candle_mi_parity.report import views_ci
 from candle_mi_parity.report.causes import failures
 from candle_mi_parity.spec.expected import held_to, listed_as, load_expected
 from candle_mi_parity.spec.explanations import load_explanations
@@ -129,6 +130,8 @@ def test_a_run_without_cases_says_what_it_judged_and_what_not() -> None:
     section = Section("tokenizer", [case("tokens/a")], left_out={"b": "no npm", "c": "no npm"})
     result = replace(run_of(), sections={"tokens": section})
     assert result.line().startswith("PASS: no case; 1 of 1 tokenizers agree; 2 tokenizers not asked. Nothing new.")
+    assert views_ci.junit(result).count('<skipped message="no npm"') == 2
+    assert "| no npm | 2 | `tokens/b`, `tokens/c` |" in views_ci.summary(result)
 
 
 def test_what_could_not_be_judged_does_not_differ() -> None:
