@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from candle_mi_parity.candidate.cargo import Ran, condense, run_cargo
-from candle_mi_parity.candidate.checkout import configuration, note_inputs, packages_read
+from candle_mi_parity.candidate.checkout import configuration, note_inputs, packages_read, written_since
 from candle_mi_parity.candidate.parts import PARTS, broken_parts
 from candle_mi_parity.candidate.plan import (
     DOWNLOADER,
@@ -120,7 +121,12 @@ def _build_once(
         log(f"building the emitter for {candidate.label} on candle {plan.candle}")
         inputs = inputs_of(candidate, cache)
         known = inputs.read_bytes() if inputs.is_file() else b""
+        started = time.time_ns()
         made, ran, missing = _without_broken_parts(candidate, plan, cache, log, features)
+        if candidate.kind == "path" and written_since(Path(candidate.target), inputs, started):
+            # An edit that was taken back is not in the digest. Once only: a build script may write each time.
+            log("a file of the checkout was written while it was built; it is built once more")
+            made, ran, missing = _without_broken_parts(candidate, plan, cache, log, features)
         if candidate.kind == "path":
             note_inputs(made.with_suffix(".d"), ran, cache / "crates", inputs)
             digest = plan_of(candidate, cache).tree_digest

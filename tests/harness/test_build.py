@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from candle_mi_parity.candidate import build as builder
 from candle_mi_parity.candidate import cargo
 from candle_mi_parity.candidate import plan as planning
-from candle_mi_parity.candidate.checkout import configuration, note_inputs, tree_digest
+from candle_mi_parity.candidate.checkout import configuration, note_inputs, tree_digest, written_since
 from candle_mi_parity.candidate.plan import EMITTER, known_releases, lay_out, plan_of
 from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate
 from candle_mi_parity.trace.trace import CandleMi
@@ -166,6 +167,18 @@ def test_the_digest_of_a_checkout_covers_what_is_compiled(tmp_path: Path, edited
     (root / edited).unlink()
     if edited == "work/candle-mi/src/table.txt":
         assert tree_digest(crate, root / "inputs.txt") != before, "it is gone"
+
+
+def test_an_edit_that_is_taken_back_is_seen(tmp_path: Path) -> None:
+    """A build during such an edit must not be kept under the digest of what the tree holds before and after it."""
+    crate, inputs = watched_crate(tmp_path, tmp_path / "inputs.txt"), tmp_path / "inputs.txt"
+    digest, now = tree_digest(crate, inputs), (tmp_path / "inputs.txt").stat().st_ctime_ns
+    assert not written_since(crate, inputs, now)
+    time.sleep(0.05)
+    touch(tmp_path / "work" / "sibling" / "lib.rs", "// b")
+    touch(tmp_path / "work" / "sibling" / "lib.rs", "// a")
+    os.utime(tmp_path / "work" / "sibling" / "lib.rs", (0, 0))
+    assert tree_digest(crate, inputs) == digest and written_since(crate, inputs, now)
 
 
 def test_a_checkout_that_was_edited_after_its_build_is_told(tmp_path: Path) -> None:
