@@ -114,7 +114,9 @@ def test_another_candidate_than_the_baseline_says_how_much_is_as_before(identity
     assert told in result.is_new()
     judgements = judged(2, 1, 1)
     hold_table(judgements, TABLE, CHECKOUT, result, whole=False)
-    assert result.known_before == "2 of 4 known divergences as in 0.2.2"
+    assert result.known_before == "2 of 3 known divergences as in 0.2.2", "one that agrees may have agreed before"
+    hold_table([*judged(0, 2, 0), Judgement(refused("a/b"), applicable=("CMI030",))], TABLE, CHECKOUT, result, False)
+    assert result.known_before == "1 of 3 known divergences as in 0.2.2", "no case needs CMI001 any more"
 
 
 # --- verdicts and their last lines ----------------------------------------------------------------
