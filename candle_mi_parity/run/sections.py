@@ -24,7 +24,12 @@ from candle_mi_parity.coverage.tokens_judge import judge_tokenizer, judge_tokens
 from candle_mi_parity.errors import HubError, ParityError
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.resolve import model_directory
-from candle_mi_parity.models.tokenizers import load_tokenizers, tokenizer_directory
+from candle_mi_parity.models.tokenizers import (
+    KnownTokenizer,
+    TokenizerTable,
+    load_tokenizers,
+    tokenizer_directory,
+)
 from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.spec.cases import Case, load_cases
 from candle_mi_parity.spec.expected import ExpectedDivergences, listed_as
@@ -65,7 +70,7 @@ def judge_sections(
     if "tokens" in parts:
         progress.note("tokenizers")
         result.sections["tokens"] = judge_tokenizers(
-            source, release, options.candidate, options.cache, out / "tokens"
+            source, release, options.candidate, options.cache, out / "tokens", expected
         )
         result.known |= {row.id: row for row in load_tokenizers().known}
     if "auto-config" in parts:
@@ -91,10 +96,13 @@ def take_calls(judged: JudgedCalls, held_to: Expectations, source: Source, resul
         report_outdated(judged, held_to, source.identity, result)
 
 
-def judge_tokenizers(source: Source, release: str, spec: str, cache: Path, out: Path) -> Section:
+def judge_tokenizers(
+    source: Source, release: str, spec: str, cache: Path, out: Path, expected: ExpectedDivergences | None = None
+) -> Section:
     """The tokenizer of SmolLM2, and for a build those of ``fixtures/tokenizers.toml``.
 
     :param release: whose known causes are expected.
+    :param expected: the causes that are expected instead.
     """
     again = command("run", "--only", "tokens", "--candidate", spec)
     smollm2 = model_directory(next(case.model for case in load_cases() if case.id == "smollm2/hub"), cache)
@@ -110,7 +118,7 @@ def judge_tokenizers(source: Source, release: str, spec: str, cache: Path, out: 
     if not isinstance(source, LiveSource):
         return replace(section, skipped=NOT_BUILT)
     table = load_tokenizers()
-    known = {name: row for row in table.known if release in row.releases for name in row.tokenizers}
+    known = known_tokenizers(table, release, expected)
     section.results.append(judge_tokenizer("smollm2", smollm2, source, None, cache, out / "smollm2.json", again))
     for row in table.tokenizer:
         try:
@@ -121,6 +129,14 @@ def judge_tokenizers(source: Source, release: str, spec: str, cache: Path, out: 
         path = out / f"{row.name}.json"
         section.results.append(judge_tokenizer(row.name, directory, source, known.get(row.name), cache, path, again))
     return section
+
+
+def known_tokenizers(
+    table: TokenizerTable, release: str, expected: ExpectedDivergences | None
+) -> dict[str, KnownTokenizer]:
+    """Name of a tokenizer → the cause that is expected of it."""
+    rows = [row for row in table.known if (row.id in expected.expected if expected else release in row.releases)]
+    return {name: row for row in rows for name in row.tokenizers}
 
 
 def judge_classes(source: Source, release: str, spec: str, cache: Path, out: Path) -> Section:

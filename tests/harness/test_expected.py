@@ -10,8 +10,10 @@ from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage.calls_judge import load_known_calls
 from candle_mi_parity.judge.case import Judgement
 from candle_mi_parity.judge.explain import hold_table
+from candle_mi_parity.models.tokenizers import load_tokenizers
 from candle_mi_parity.report import views_ci
 from candle_mi_parity.report.causes import failures
+from candle_mi_parity.run.sections import known_tokenizers
 from candle_mi_parity.spec.expected import held_to, listed_as, load_expected
 from candle_mi_parity.spec.explanations import load_explanations
 from candle_mi_parity.trace.trace import CandleMi
@@ -90,6 +92,12 @@ def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, told: str) -> None:
 def test_a_call_is_expected_by_the_id_of_its_cause() -> None:
     listed = {row.id: row.releases for row in listed_as(CALLS, "0.2.2", {"CMI103"})}
     assert "0.2.2" in listed["CMI103"] and not any("0.2.2" in listed.get(id, []) for id in ("CMI101", "CMI102"))
+
+
+def test_a_tokenizer_is_expected_by_the_id_of_its_cause(tmp_path: Path) -> None:
+    table = load_tokenizers()
+    both = [load_expected(expects(tmp_path, *ids), table.known) for ids in (["CMI201"], [])]
+    assert [list(known_tokenizers(table, "0.2.2", one)) for one in (*both, None)] == [["llama2"], [], ["llama2"]]
 
 
 def judged(known: int, gone: int, moved: int) -> list[Judgement]:
