@@ -164,6 +164,14 @@ def test_every_answer_counts(
     assert found.status is status and told in found.message(), found.message()
 
 
+def test_what_transformers_cannot_load_either_is_not_held_against_candle_mi(tmp_path: Path) -> None:
+    """A damaged file in the cache; candle-mi is not asked."""
+    for name in FILES:
+        (tmp_path / name).write_text('{"version":')
+    found = judge_tokenizer("x", tmp_path, None, None, tmp_path / "cache", tmp_path / "o.json", "again")  # type: ignore[arg-type]
+    assert found.status is Status.ERROR and "no usable tokenizer" in found.error
+
+
 def test_answers_of_another_build_or_tokenizer_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     other = texts_of(PLAIN) | {"tokenizer_digest": "0" * 64}
     found = judged(monkeypatch, tmp_path, other, None)
