@@ -125,7 +125,8 @@ def failures(result: RunResult) -> list[str]:
 def _where(case: CaseResult) -> str:
     if case.new_at:
         known = ", beside what is known" if case.beyond_known else ""
-        return f"first at {case.new_at}{known}"
+        state = ", only after other cases" if any("only after other cases" in note for note in case.notes) else ""
+        return f"first at {case.new_at}{known}{state}"
     error = case.error.replace(case.id, "…") if "/" in case.id else case.error
     return one_line(error, 80) or "without a reason"
 

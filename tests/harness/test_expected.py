@@ -166,6 +166,8 @@ def test_the_failures_are_named_by_the_tensor_at_which_they_start() -> None:
         "llama/x first at logits; llama/v5 first at blocks.1.mlp.hook_post, beside what is known"
     ]
     assert failures(run_of(case("a/b"), case("llama/v5", Status.KNOWN))) == []
+    late = replace(case("a/b", Status.FAIL), notes=["as a/c: only after other cases in one process: it passes alone"])
+    assert failures(run_of(late)) == ["FAIL: a/b first at blocks.0.attn.hook_scores, only after other cases"]
     lost = [replace(case(f"a/{place}", Status.ERROR), error=f"lost at /x/{place}a7f") for place in (1, 2)]
     assert failures(run_of(*lost)) == ["ERROR: 2 lost at /x/1a7f (a/1, a/2)"], "grouped, with a path that exists"
     (error,) = failures(run_of(case("a/b", Status.ERROR)))
