@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from candle_mi_parity.candidate.cargo import Ran, condense, run_cargo
-from candle_mi_parity.candidate.checkout import configuration, note_inputs, packages_read, written_since
+from candle_mi_parity.candidate.checkout import configuration, note_inputs, packages_of, written_since
 from candle_mi_parity.candidate.parts import PARTS, broken_parts
 from candle_mi_parity.candidate.plan import (
     DOWNLOADER,
@@ -265,7 +265,7 @@ def _cargo_build(
     }
     _force_rebuild(target, "parity-emitter")
     if candidate.kind == "path":
-        for package in {"candle-mi", *packages_read(inputs_of(candidate, cache))}:
+        for package in packages_of(Path(candidate.target), inputs_of(candidate, cache)):
             _force_rebuild(target, package)
     # A cross-compilation target would move the binary.
     environment.pop("CARGO_BUILD_TARGET", None)

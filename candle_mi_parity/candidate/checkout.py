@@ -72,15 +72,10 @@ def note_inputs(dep_info: Path, ran: Ran, apart: Path, inputs: Path) -> None:
     write_text("".join(f"{path}\n" for path in sorted(kept | set(map(Path, read_lines(inputs))))), inputs)
 
 
-def packages_read(inputs: Path) -> set[str]:
-    """The names of the crates whose files the earlier builds noted: the checkout's own, and siblings by path."""
-    found = set()
-    for noted in map(Path, read_lines(inputs)):
-        for manifest in (place / "Cargo.toml" for place in (noted, *noted.parents)):
-            if manifest.is_file() and (name := re.search(r'^name *= *"([^"]+)"', manifest.read_text("utf-8"), re.M)):
-                found.add(name[1])
-                break
-    return found
+def packages_of(directory: Path, inputs: Path) -> set[str]:
+    """The names of all crates in a checkout, and of the siblings by path that earlier builds read."""
+    manifests = (path.read_text("utf-8") for path in _covered(directory, inputs)[1] if path.name == "Cargo.toml")
+    return {found[1] for text in manifests if (found := re.search(r'^name *= *"([^"]+)"', text, re.MULTILINE))}
 
 
 def read_lines(path: Path) -> list[str]:

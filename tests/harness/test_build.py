@@ -94,10 +94,11 @@ def test_no_crate_of_a_checkout_counts_as_unchanged_by_its_times(put: Cargo, tmp
     put("error: known: $(cd $CARGO_BUILD_BUILD_DIR && ls -d */.fingerprint/* x86/*/.fingerprint/* | tr '\\n' ' ').")
     target = tmp_path / "cache" / "target" / "candle-0.11"
     for place in ("release", "x86/release"):
-        for name in ("candle-mi-0a1b", "kernel-2c3d", "half-4e5f"):
+        for name in ("candle-mi-0a1b", "kernel-2c3d", "inner-3d4e", "half-4e5f"):
             (target / place / ".fingerprint" / name).mkdir(parents=True)
-    touch(tmp_path / "kernel" / "Cargo.toml", '[package]\nname = "kernel"\n')
     candidate = parse_candidate(f"path:{write_crate(tmp_path / 'crate')}")
+    touch(tmp_path / "kernel" / "Cargo.toml", '[package]\nname = "kernel"\n')
+    touch(tmp_path / "crate" / "inner" / "Cargo.toml", '[package]\nname = "inner"\n')
     touch(planning.inputs_of(candidate, tmp_path / "cache"), f"{tmp_path / 'kernel' / 'src' / 'lib.rs'}\n")
     told = str(fails(candidate.spec, tmp_path / "cache"))
     assert "known: release/.fingerprint/half-4e5f x86/release/.fingerprint/half-4e5f ." in told
