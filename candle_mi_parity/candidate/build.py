@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from candle_mi_parity.candidate.cargo import Ran, condense, run_cargo
-from candle_mi_parity.candidate.checkout import configuration, note_inputs
+from candle_mi_parity.candidate.checkout import configuration, note_inputs, packages_of, written_since
 from candle_mi_parity.candidate.parts import PARTS, broken_parts
 from candle_mi_parity.candidate.plan import (
     DOWNLOADER,
@@ -120,7 +121,12 @@ def _build_once(
         log(f"building the emitter for {candidate.label} on candle {plan.candle}")
         inputs = inputs_of(candidate, cache)
         known = inputs.read_bytes() if inputs.is_file() else b""
+        started = time.time_ns()
         made, ran, missing = _without_broken_parts(candidate, plan, cache, log, features)
+        if candidate.kind == "path" and written_since(Path(candidate.target), inputs, started):
+            # An edit that was taken back is not in the digest. Once only: a build script may write each time.
+            log("a file of the checkout was written while it was built; it is built once more")
+            made, ran, missing = _without_broken_parts(candidate, plan, cache, log, features)
         if candidate.kind == "path":
             note_inputs(made.with_suffix(".d"), ran, cache / "crates", inputs)
             digest = plan_of(candidate, cache).tree_digest
@@ -250,6 +256,8 @@ def _cargo_build(
     environment = {
         **os.environ,
         "CARGO_TARGET_DIR": str(target.absolute()),
+        # The fingerprints are here, whatever the configuration says.
+        "CARGO_BUILD_BUILD_DIR": str(target.absolute()),
         # Incremental for the edit-and-run loop of a maintainer only, whatever the user's environment says.
         "CARGO_INCREMENTAL": "1" if candidate.kind == "path" else "0",
         "PARITY_TREE_DIGEST": plan.tree_digest or "",
@@ -257,7 +265,8 @@ def _cargo_build(
     }
     _force_rebuild(target, "parity-emitter")
     if candidate.kind == "path":
-        _force_rebuild(target, "candle-mi")
+        for package in packages_of(Path(candidate.target), inputs_of(candidate, cache)):
+            _force_rebuild(target, package)
     # A cross-compilation target would move the binary.
     environment.pop("CARGO_BUILD_TARGET", None)
     full_log = crate / "build.log"
@@ -300,8 +309,9 @@ def _force_rebuild(target: Path, package: str) -> None:
 
     Otherwise a file that was restored with an old time, for instance by ``rsync``, would count as unchanged.
     """
-    for fingerprint in (target / "release" / ".fingerprint").glob(f"{package}-*"):
-        shutil.rmtree(fingerprint)
+    for release in ("release", "*/release"):  # the second with `build.target` in a configuration
+        for fingerprint in target.glob(f"{release}/.fingerprint/{package}-*"):
+            shutil.rmtree(fingerprint)
 
 
 def _install(made: Path, binary: Path) -> None:

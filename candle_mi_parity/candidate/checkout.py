@@ -27,16 +27,28 @@ def tree_digest(directory: Path, inputs: Path) -> str:
 
     :param inputs: the file in which the earlier builds of this checkout noted what they read; it need not exist.
     """
-    root = directory.expanduser().resolve()
-    files = set(_files(root, {".rs", ".toml"}))
-    for noted in map(Path, read_lines(inputs)):
-        files |= set(_files(noted)) if noted.is_dir() else {noted}
-    files |= {file for place in {root, *(path.parent for path in files)} for file in _above(place)}
+    root, files = _covered(directory, inputs)
     digest = hashlib.sha256()
     for name, path in sorted((Path(os.path.relpath(path, root)).as_posix(), path) for path in files):
         content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "absent"
         digest.update(f"{name}:{content}\n".encode())
     return digest.hexdigest()
+
+
+def written_since(directory: Path, inputs: Path, time: int) -> bool:
+    """Whether one of the same files was written after ``time``, in ns, whatever it holds now."""
+    _, files = _covered(directory, inputs)
+    return any(path.stat().st_ctime_ns > time for path in files if path.is_file())
+
+
+def _covered(directory: Path, inputs: Path) -> tuple[Path, set[Path]]:
+    """The root of a checkout, and the files of which :func:`tree_digest` is the digest."""
+    root = directory.expanduser().resolve()
+    files = set(_files(root, {".rs", ".toml"}))
+    for noted in map(Path, read_lines(inputs)):
+        files |= set(_files(noted)) if noted.is_dir() else {noted}
+    files |= {file for place in {root, *(path.parent for path in files)} for file in _above(place)}
+    return root, files
 
 
 def note_inputs(dep_info: Path, ran: Ran, apart: Path, inputs: Path) -> None:
@@ -58,6 +70,12 @@ def note_inputs(dep_info: Path, ran: Ran, apart: Path, inputs: Path) -> None:
     }
     kept = {path for path in read if not path.resolve().is_relative_to(apart.resolve())}
     write_text("".join(f"{path}\n" for path in sorted(kept | set(map(Path, read_lines(inputs))))), inputs)
+
+
+def packages_of(directory: Path, inputs: Path) -> set[str]:
+    """The names of all crates in a checkout, and of the siblings by path that earlier builds read."""
+    manifests = (path.read_text("utf-8") for path in _covered(directory, inputs)[1] if path.name == "Cargo.toml")
+    return {found[1] for text in manifests if (found := re.search(r'^name *= *"([^"]+)"', text, re.MULTILINE))}
 
 
 def read_lines(path: Path) -> list[str]:

@@ -177,7 +177,9 @@ class EmitterProcess:
             kind, told = str(reply.get("kind", "protocol")), str(reply.get("error", "no reason given"))
             # Why a part was left out of the build is known only here.
             why = next((error for part, error in self._missing.items() if f"`{part}`" in told), "")
-            raise EmitterError(kind, f"{told}: {why}" if kind == "not-built" and why else told)
+            if kind == "not-built" and why:
+                told += f", which does not compile against this candle-mi: emitter/{why}"
+            raise EmitterError(kind, told)
         # The trace of an earlier run must not pass for this one.
         after = _stamp(out)
         named = Path(str(reply.get("trace")))

@@ -41,6 +41,7 @@ class Section:
     :ivar results: one for each; a single one if nothing was answered.
     :ivar skipped: why nothing was judged; empty if it was.
     :ivar left_out: what could not be judged → reason and remedy.
+    :ivar asked_for: whether this part was named, so that leaving anything out is no answer.
     :ivar of_tensors: whether the noun stands for the tensors of a result, as a forward of a case does.
     """
 
@@ -49,11 +50,21 @@ class Section:
     skipped: str = ""
     left_out: dict[str, str] = field(default_factory=dict)
     of_tensors: bool = False
+    asked_for: bool = False
 
     @property
     def new(self) -> list[CaseResult]:
         """Results that neither agree nor are known to differ."""
         return [case for case in self.results if case.status not in _RIGHT_AND_KNOWN]
+
+    @property
+    def failing(self) -> list[CaseResult]:
+        return [case for case in self.results if case.status is Status.FAIL]
+
+    @property
+    def not_judged(self) -> str:
+        """``7 tokenizers could not be judged``, for a fault that may be the suite's; empty where all were."""
+        return _count(len(self.new) - len(self.failing), self.noun, "could not be judged", "could not be judged")
 
     @property
     def agree(self) -> str:
@@ -62,7 +73,7 @@ class Section:
             agree, every = (sum(getattr(case, name) for case in self.results) for name in ("compared", "expected"))
         else:
             agree, every = sum(1 for case in self.results if case.status is Status.PASS), len(self.results)
-        return f"{agree} of {_many(every, self.noun)} agree" if self.results else ""
+        return f"{agree} of {every} {self.noun}s agree" if self.results else ""
 
     def line(self) -> str:
         """``75 of 100 direct calls agree, 25 do not for 8 known causes``, what is new, and what is left out."""
@@ -73,7 +84,10 @@ class Section:
         if known:
             text += f", {len(known)} do{'es' * (len(known) == 1)} not for {_many(len(_ids(known)), 'known cause')}"
         text += f", and new: {few([case.id for case in self.new], 3)}" if self.new else ""
-        return text + "".join(f"; {name} was not asked: {reason}" for name, reason in self.left_out.items())
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            reasons.setdefault(reason, []).append(name)
+        return text + "".join(f"; not asked: {', '.join(names)}: {reason}" for reason, names in reasons.items())
 
 
 _RIGHT_AND_KNOWN = (Status.PASS, Status.KNOWN)
@@ -128,6 +142,12 @@ class RunResult:
         """The same, and the other forwards of the cases."""
         return [*self.cases, *(one for part in self.sections.values() for one in part.results)]
 
+    @property
+    def not_run(self) -> dict[str, str]:
+        """What did not run, cases and parts of sections → reason and remedy."""
+        left = {f"{key}/{id}": why for key, part in self.sections.items() for id, why in part.left_out.items()}
+        return self.skipped | left
+
     def count(self, status: Status) -> int:
         return sum(1 for case in self.cases if case.status is status)
 
@@ -161,6 +181,7 @@ class RunResult:
         # A known refusal compares nothing, and is what was expected.
         nothing = not any(case.compared or case.status is Status.KNOWN for case in self.judged)
         short = any(case.compared < case.expected for case in self.cases)
+        short = short or any(part.asked_for and (part.skipped or part.left_out) for part in self.sections.values())
         if nothing or short or Status.UNMEASURED in seen:
             return Verdict.INCONCLUSIVE
         return Verdict.KNOWN if Status.KNOWN in seen else Verdict.PASS
@@ -198,36 +219,45 @@ class RunResult:
             _count(unknown[Outcome.DIVERGES], "new case", "differs", "differ"),
             _count(unknown[Outcome.REFUSED], "new case", "is refused", "are refused"),
             _count(unknown[Outcome.CRASHED], "new case", "crashes", "crash"),
-            *(_count(len(part.new), f"new {part.noun}", "differs", "differ") for part in self.sections.values()),
+            *(_count(len(part.failing), f"new {part.noun}", "differs", "differ") for part in self.sections.values()),
         ]
         tally = self.tally()
         unmeasured = f"{tally['not measured']} could not be measured" if tally["not measured"] else ""
         rest = [f"{tally['agree']} of {len(self.cases)} cases agree" if self.cases else "", unmeasured]
-        rest += [part.agree for part in self.sections.values()]
-        words = "Not everywhere" if any(parts) else "As far as measured" if unmeasured else "Yes"
+        rest += [text for part in self.sections.values() for text in (part.agree, part.not_judged)]
+        lost = unmeasured or any(part.not_judged for part in self.sections.values())
+        words = "Not everywhere" if any(parts) else "As far as measured" if lost else "Yes"
         return f"{words}: {'; '.join(', '.join(filter(None, group)) for group in (parts, rest) if any(group))}."
 
     def is_new(self) -> str:
         """Is anything new since the baseline? One sentence."""
         if self.fault:
             return f"Unknown: {self.fault}."
+        if not self.judged:
+            return "Unknown: no case was judged."
         since = f" since {self.baseline}" if self.baseline else ""
         old, gone = f"of {self.baseline}", f"gone ({', '.join(self.gone)})"
         parts = [
             _count(self.count(Status.FAIL), "case", "fails", "fail"),
             _count(self.count(Status.ERROR), "case", "could not be judged", "could not be judged"),
-            *(_count(len(part.new), part.noun, "fails", "fail") for part in self.sections.values()),
+            *(_count(len(part.failing), part.noun, "fails", "fail") for part in self.sections.values()),
+            *(part.not_judged for part in self.sections.values()),
             _count(len(self.stale), "explanation", "no longer holds", "no longer hold"),
             _count(len(self.gone), "known divergence", f"{old} is {gone}", f"{old} are {gone}"),
         ]
         answer = f"New{since}: {'; '.join(filter(None, parts))}" if any(parts) else f"Nothing new{since}"
         answer += f"; {self.known_before}" if self.known_before else ""
+        if self.identity and not self.baseline:
+            answer += "; nothing was expected, since no release that is known is as old"
         strict = self.strict and any(case.status is Status.KNOWN for case in self.judged)
         return answer + (", but --strict lets no known divergence pass." if strict else ".")
 
     def line(self) -> str:
         """The verdict, the cases by outcome, what is new, and how much was compared."""
         cases = ", ".join(f"{count} {name}" for name, count in self.tally().items() if count) or "no case"
+        for part in self.sections.values():
+            left = f"{_many(len(part.left_out), part.noun)} not asked" if part.left_out else ""
+            cases += "".join(f"; {text}" for text in ("" if self.cases else part.agree, left) if text)
         tensors = sum(case.compared for case in self.cases)
         noisy = sum(case.unmeasured for case in self.cases)
         size = f"{tensors} tensors compared" + (f", {noisy} too noisy to judge" if noisy else "")

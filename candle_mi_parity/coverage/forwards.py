@@ -8,7 +8,7 @@ the trace. Only digests travel, and the values of logits that differ.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,8 @@ from candle_mi_parity.trace.trace import Digest, Header, Part, TensorEntry, Tens
 
 REQUESTS = 10
 """A case is asked again at the end, when the process has answered at least this number of requests."""
+MOST = 6
+"""Largest number of failing cases that are asked alone."""
 LARGE, LONG = 64 << 20, 256
 """Bytes of weights, and tokens of a prompt, from which on a case has few forwards, because each takes long."""
 
@@ -194,23 +196,46 @@ def judge_forwards(source: Source, cases: list[Case], spec: str, out: Path, whol
         case = made.subject.case
         again = command("run", "--candidate", spec, "--cases", case.id)
         blank = CaseResult(f"forwards/{case.id}", case.family, made.subject.digest, Status.PASS, again)
-        result = results.setdefault(case.id, blank)
-        try:
-            found = judge(made, forwards, ask(source.emitter, made, forwards, out))
-        except EmitterError as error:
-            _fail(result, f"{case.id} in a new process: {error}", failure_of(error))
-            result.expected += len(forwards)
-        except TraceError as error:
-            _fail(result, str(error), Failure.INPUT)
-            result.expected += len(forwards)
-        else:
-            result.tensors += found
-            result.expected += len(found)
-            for tensor in found:
-                if tensor.status is Status.FAIL:
-                    _fail(result, tensor.detail)
+        _make(source.emitter, made, forwards, out, results.setdefault(case.id, blank))
+    _tell_state(source, asked, results, spec, out)
     made_of = [results[case.id] for case in cases if case.id in results]
     return Section("other forward", made_of, of_tensors=True)
+
+
+def _make(emitter: EmitterProcess, made: Made, forwards: list[Forward], out: Path, result: CaseResult) -> None:
+    """Have the forwards made, and add what they give to the result of their case."""
+    try:
+        found = judge(made, forwards, ask(emitter, made, forwards, out))
+    except EmitterError as error:
+        _fail(result, f"{made.subject.case.id} in a new process: {error}", failure_of(error))
+        result.expected += len(forwards)
+    except TraceError as error:
+        _fail(result, str(error), Failure.INPUT)
+        result.expected += len(forwards)
+    else:
+        result.tensors += found
+        result.expected += len(found)
+        for tensor in found:
+            if tensor.status is Status.FAIL:
+                _fail(result, tensor.detail)
+
+
+def _tell_state(
+    source: LiveSource, asked: list[tuple[Made, list[Forward]]], results: dict[str, CaseResult], spec: str, out: Path
+) -> None:
+    """Ask the first failing cases once more, each alone in a new process: a fault of state is told as such."""
+    failing: dict[str, tuple[Made, list[Forward]]] = {}
+    for made, forwards in asked:
+        if results[made.subject.case.id].status is Status.FAIL:
+            failing.setdefault(made.subject.case.id, (made, forwards))
+    for id, (made, forwards) in list(failing.items())[:MOST]:
+        result = results[id]
+        alone = replace(result, status=Status.PASS, tensors=[])
+        source.emitter.restart()
+        _make(source.emitter, made, forwards, out, alone)
+        if alone.status is Status.PASS:
+            result.notes.append("only after other requests in one process: alone in a new one all its forwards agree")
+            result.reproduce = command("run", "--candidate", spec, "--only", "traces")
 
 
 def _fail(result: CaseResult, error: str, failure: Failure | None = None) -> None:

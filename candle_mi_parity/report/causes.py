@@ -108,14 +108,15 @@ def failures(result: RunResult) -> list[str]:
     lines = []
     others = {case.id for case in result.results} - {case.id for case in result.judged}
     for status in (Status.FAIL, Status.ERROR, Status.UNMEASURED):
-        groups: dict[str, list[str]] = {}
+        groups: dict[str, list[CaseResult]] = {}
         for case in result.results:
             if case.status is status:
-                groups.setdefault(_where(case), []).append(case.id)
-        parts = [
-            f"{names[0]} {where}" if len(names) == 1 else f"{len(names)} {where} ({few(names, 3)})"
-            for where, names in sorted(groups.items(), key=lambda group: (group[1][0] in others, -len(group[1])))
-        ]
+                key = _where(case) if case.new_at else re.sub(r"\d+", "N", _where(case))
+                groups.setdefault(key, []).append(case)
+        parts = []
+        for cases in sorted(groups.values(), key=lambda group: (group[0].id in others, -len(group))):
+            names, where = [case.id for case in cases], _where(cases[0])
+            parts.append(f"{names[0]} {where}" if len(names) == 1 else f"{len(names)} {where} ({few(names, 3)})")
         if parts:
             lines.append(
                 f"{status.value}: {'; '.join(parts[:MOST])}"
@@ -127,9 +128,10 @@ def failures(result: RunResult) -> list[str]:
 def _where(case: CaseResult) -> str:
     if case.new_at:
         known = ", beside what is known" if case.beyond_known else ""
-        return f"first at {case.new_at}{known}"
+        state = ", only after other cases" if any("only after other cases" in note for note in case.notes) else ""
+        return f"first at {case.new_at}{known}{state}"
     error = case.error.replace(case.id, "…") if "/" in case.id else case.error
-    return one_line(re.sub(r"\d+", "N", error), 80) or "without a reason"
+    return one_line(error, 160) or "without a reason"
 
 
 def _key(case: CaseResult) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ def junit(result: RunResult) -> str:
     for name, value in {**answers, "baseline": result.baseline, **result.versions, **result.identity}.items():
         suite.add_property(name, printable(str(value)))
     suite.add_testcases([_test_case(case, result.strict) for case in result.results])
-    for name, reason in result.skipped.items():
+    for name, reason in result.not_run.items():
         suite.add_testcase(_with(TestCase(one_line(name), one_line(name.split("/")[0])), Skipped(printable(reason))))
     for line in result.stale:
         suite.add_testcase(_with(TestCase(one_line(line), "explanations"), Failure(printable(line), "stale")))
@@ -68,7 +68,7 @@ def _with(test: TestCase, outcome: Skipped | Failure | Error, text: str = "") ->
 def summary(result: RunResult) -> str:
     """Markdown: both answers, the number of cases by outcome, causes, and what did not run."""
     reasons: defaultdict[str, list[str]] = defaultdict(list)
-    for name, reason in result.skipped.items():
+    for name, reason in result.not_run.items():
         reasons[re.sub(re.escape(name), "ID", reason)].append(name)
     return (
         templates(html=False)

@@ -18,6 +18,7 @@ MOST = 6
 SECONDS = 20.0
 BEFORE = (1, 8, 64)
 """Numbers of earlier cases that are tried, in a fresh process each; then all of them."""
+NOT_TRIED = "was not judged alone, for want of time: it too may pass there, as others of this run do"
 
 JudgeOn = Callable[[Case, Source], Judgement]
 
@@ -26,6 +27,8 @@ def tell_state(judgements: list[Judgement], cases: list[Case], source: Source, j
     """Judge the first failing case of each cause again; where it passes, say what it depends on.
 
     The verdict stays: a result that depends on earlier requests is wrong. No explanation is sought for it.
+
+    Where there is no time to try a cause, and another is one of state, a note says so.
 
     :param cases: the cases of the judgements.
     """
@@ -37,21 +40,25 @@ def tell_state(judgements: list[Judgement], cases: list[Case], source: Source, j
         found = judgement.result
         if found.status is Status.FAIL or found.outcome.value == "crashed":
             causes[f"{found.family} {found.new_at or found.error}"].append(place)
-    for places in list(causes.values())[:MOST]:
-        if time.monotonic() > end:
-            return
+    state = False
+    for number, places in enumerate(causes.values()):
+        if number >= MOST or time.monotonic() > end:
+            for place in places if state else ():
+                judgements[place].result.notes.append(NOT_TRIED)
+            continue
         first = cases[places[0]]
         with source.fresh() as alone:
             again = judge(first, alone).result
         if again.status not in (Status.PASS, Status.KNOWN):
             continue
         before = [case for name in source.asked_before(first.id) for case in cases if case.id == name]
+        state = True
         told, needed = _told(first, before, source, judge, end)
         for place in places:
             result = judgements[place].result
             result.notes.append(told if place == places[0] else f"as {first.id}: {told}")
             judgements[place] = replace(judgements[place], evidence=None)
-        _reproduce(judgements[places[0]].result, needed, spec)
+            _reproduce(result, [*needed, first] if needed else [], spec)
 
 
 def _told(case: Case, before: list[Case], source: LiveSource, judge: JudgeOn, end: float) -> tuple[str, list[Case]]:
@@ -70,7 +77,8 @@ def _told(case: Case, before: list[Case], source: LiveSource, judge: JudgeOn, en
     return "it passes alone in a fresh process, and passed too after the same cases: see `run --repeat`", []
 
 
-def _reproduce(result: CaseResult, earlier: list[Case], spec: str) -> None:
-    if earlier:
-        result.reproduce = command("run", *(case.id for case in earlier), result.id, "--candidate", spec)
+def _reproduce(result: CaseResult, cases: list[Case], spec: str) -> None:
+    """Set the command that shows the cause; all its cases have the one that was tried, since each may pass alone."""
+    if cases:
+        result.reproduce = command("run", *(case.id for case in cases), "--candidate", spec)
         result.shrink = ""

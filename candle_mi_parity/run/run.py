@@ -24,6 +24,7 @@ from candle_mi_parity.errors import HubError, ParityError
 from candle_mi_parity.judge.case import Judgement, Progress, judge_case, status_of
 from candle_mi_parity.judge.explain import explain_new, hold_table
 from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.models.tokenizers import load_tokenizers
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.run.alone import tell_state
 from candle_mi_parity.run.options import RunOptions
@@ -112,7 +113,8 @@ def run_cases(
 
 def _held(options: RunOptions) -> tuple[Explanations, ExpectedDivergences | None]:
     """The explanations that the options choose, and the file of expected divergences."""
-    expected = load_expected(options.known, load_known_calls().known) if options.known else None
+    others = [*load_known_calls().known, *load_tokenizers().known]
+    expected = load_expected(options.known, others) if options.known else None
     return held_to(load_explanations(), options.baseline, expected), expected
 
 

@@ -21,10 +21,15 @@ from candle_mi_parity.coverage.calls_judge import (
 )
 from candle_mi_parity.coverage.forwards import judge_forwards
 from candle_mi_parity.coverage.tokens_judge import judge_tokenizer, judge_tokens, reference
-from candle_mi_parity.errors import HubError, ParityError
+from candle_mi_parity.errors import HubError, ModelError, ParityError
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.resolve import model_directory
-from candle_mi_parity.models.tokenizers import load_tokenizers, tokenizer_directory
+from candle_mi_parity.models.tokenizers import (
+    KnownTokenizer,
+    TokenizerTable,
+    load_tokenizers,
+    tokenizer_directory,
+)
 from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.spec.cases import Case, load_cases
 from candle_mi_parity.spec.expected import ExpectedDivergences, listed_as
@@ -65,7 +70,7 @@ def judge_sections(
     if "tokens" in parts:
         progress.note("tokenizers")
         result.sections["tokens"] = judge_tokenizers(
-            source, release, options.candidate, options.cache, out / "tokens"
+            source, release, options.candidate, options.cache, out / "tokens", expected
         )
         result.known |= {row.id: row for row in load_tokenizers().known}
     if "auto-config" in parts:
@@ -73,6 +78,8 @@ def judge_sections(
         result.sections["auto-config"] = judge_classes(
             source, release, options.candidate, options.cache, out / "auto-config"
         )
+    for part in set(options.only) & set(result.sections):
+        result.sections[part] = replace(result.sections[part], asked_for=True)
 
 
 def expected_calls(cache: Path, release: str, expected: ExpectedDivergences | None) -> Expectations:
@@ -91,10 +98,13 @@ def take_calls(judged: JudgedCalls, held_to: Expectations, source: Source, resul
         report_outdated(judged, held_to, source.identity, result)
 
 
-def judge_tokenizers(source: Source, release: str, spec: str, cache: Path, out: Path) -> Section:
+def judge_tokenizers(
+    source: Source, release: str, spec: str, cache: Path, out: Path, expected: ExpectedDivergences | None = None
+) -> Section:
     """The tokenizer of SmolLM2, and for a build those of ``fixtures/tokenizers.toml``.
 
     :param release: whose known causes are expected.
+    :param expected: the causes that are expected instead.
     """
     again = command("run", "--only", "tokens", "--candidate", spec)
     smollm2 = model_directory(next(case.model for case in load_cases() if case.id == "smollm2/hub"), cache)
@@ -110,17 +120,31 @@ def judge_tokenizers(source: Source, release: str, spec: str, cache: Path, out: 
     if not isinstance(source, LiveSource):
         return replace(section, skipped=NOT_BUILT)
     table = load_tokenizers()
-    known = {name: row for row in table.known if release in row.releases for name in row.tokenizers}
+    known = known_tokenizers(table, release, expected)
     section.results.append(judge_tokenizer("smollm2", smollm2, source, None, cache, out / "smollm2.json", again))
+    unreachable = ""
     for row in table.tokenizer:
         try:
-            directory = tokenizer_directory(row, cache)
-        except HubError as error:
-            section.left_out[row.name] = str(error)
+            directory = tokenizer_directory(row, cache, unreachable)
+        except HubError as error:  # one download that fails or hangs is enough
+            section.left_out[row.name] = unreachable = str(error)
+            continue
+        except ModelError as error:
+            section.results.append(
+                CaseResult(f"tokens/{row.name}", "tokens", "", Status.ERROR, again, error=str(error))
+            )
             continue
         path = out / f"{row.name}.json"
         section.results.append(judge_tokenizer(row.name, directory, source, known.get(row.name), cache, path, again))
     return section
+
+
+def known_tokenizers(
+    table: TokenizerTable, release: str, expected: ExpectedDivergences | None
+) -> dict[str, KnownTokenizer]:
+    """Name of a tokenizer → the cause that is expected of it."""
+    rows = [row for row in table.known if (row.id in expected.expected if expected else release in row.releases)]
+    return {name: row for row in rows for name in row.tokenizers}
 
 
 def judge_classes(source: Source, release: str, spec: str, cache: Path, out: Path) -> Section:

@@ -217,7 +217,7 @@ def read_toml(path: Path, model: type[M], fault: type[ParityError]) -> M:
         first = error.errors()[0]
         where = one_line(".".join(str(part) for part in first["loc"]))
         raise fault(f"{path}: {where}: {one_line(first['msg'])}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, ParityError) as error:
         raise fault(f"{path}: {one_line(str(error))}") from error
 
 

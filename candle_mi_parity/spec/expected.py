@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from pydantic import ValidationError
+
 from candle_mi_parity.errors import ExplanationError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.spec.cases import TableRow, read_toml
@@ -18,8 +20,8 @@ C = TypeVar("C", bound=Cause)
 class ExpectedDivergences(TableRow):
     """A file of expected divergences, ``--known FILE``.
 
-    :ivar expected: ids of the suite's tables, of cases (``CMI006``) and of direct calls (``CMI103``): the candidate
-        diverges in these and in nothing else.
+    :ivar expected: ids of the suite's tables, of cases (``CMI006``), direct calls (``CMI103``) and tokenizers
+        (``CMI201``): the candidate diverges in these and in nothing else.
     :ivar explanation: further explanations of its own, as in ``fixtures/explanations.toml``.
     """
 
@@ -28,18 +30,23 @@ class ExpectedDivergences(TableRow):
     explanation: list[Explanation] = []
 
 
-def load_expected(path: Path, calls: Iterable[Cause]) -> ExpectedDivergences:
+def load_expected(path: Path, others: Iterable[Cause]) -> ExpectedDivergences:
     """Read a file of expected divergences.
 
-    :param calls: the known causes of direct calls.
-    :raises ExplanationError: the file is absent or malformed, or expects an id that no table has.
+    :param others: the known causes of direct calls and of tokenizers.
+    :raises ExplanationError: the file is absent or malformed, expects an id that no table has, or has a row
+        with an id or a name that is given already.
     """
     found = read_toml(path, ExpectedDivergences, ExplanationError)
-    known = [row.id for row in (*load_explanations().explanation, *calls)]
+    known = [row.id for row in (*load_explanations().explanation, *others)]
     for id in found.expected:
         if id not in known:
             near = ", ".join(difflib.get_close_matches(id, known, 3)) or "none"
             raise ExplanationError(f"{path}: no explanation has the id {one_line(id)}; like it: {near}")
+    try:
+        Explanations(format=1, explanation=[*load_explanations().explanation, *found.explanation])
+    except ValidationError as error:
+        raise ExplanationError(f"{path}: beside this suite's rows: {one_line(error.errors()[0]['msg'])}") from error
     return found
 
 

@@ -10,6 +10,7 @@ import pytest
 from candle_mi_parity.candidate.sources import LiveSource, Source
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.judge.case import Judgement
+from candle_mi_parity.run import alone
 from candle_mi_parity.run.alone import tell_state
 from candle_mi_parity.spec.cases import Case, load_cases
 from tests.support.results import case as result
@@ -56,6 +57,27 @@ def test_the_fewest_earlier_cases_are_named_and_in_the_command(place: int, count
     assert found.notes == [f"only after other cases in one process: it passes alone, and fails after {others}"]
     words = found.reproduce.split()
     assert words[words.index("run") + 1 : words.index("--candidate")] == [case.id for case in CASES[-count - 1 :]]
+
+
+def test_all_cases_of_a_cause_have_the_command_that_was_tried() -> None:
+    """Another of them may pass alone, and is the one that the terminal shows if it is smaller."""
+    source = Stateful(CASES[17].id)
+    judgements = [judge(case, source) for case in [*CASES[:18], CASES[-1]]]
+    judgements.append(Judgement(result(f"{CASES[-1].family}/another", Status.FAIL)))
+    tell_state(judgements, [*CASES[:18], CASES[-1], CASES[18]], source, judge, "path:x")
+    first, second = (judgement.result for judgement in judgements[-2:])
+    assert second.reproduce == first.reproduce and f" {CASES[-1].id} --candidate path:x" in second.reproduce
+    assert second.notes == [f"as {CASES[-1].id}: {first.notes[0]}"]
+
+
+def test_what_was_not_tried_beside_a_fault_of_state_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alone, "MOST", 1)
+    for spoiler, told in ((CASES[17].id, [alone.NOT_TRIED]), ("always", [])):
+        source = Stateful(spoiler)
+        judgements = [judge(case, source) for case in [*CASES[:18], CASES[-1]]]
+        judgements.append(Judgement(result("another/family", Status.FAIL)))
+        tell_state(judgements, [*CASES[:18], CASES[-1], CASES[18]], source, judge, "path:x")
+        assert judgements[-1].result.notes == told
 
 
 def test_a_case_that_fails_alone_too_is_no_fault_of_state() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from candle_mi_parity.candidate import build as builder
 from candle_mi_parity.candidate import cargo
 from candle_mi_parity.candidate import plan as planning
-from candle_mi_parity.candidate.checkout import configuration, note_inputs, tree_digest
+from candle_mi_parity.candidate.checkout import configuration, note_inputs, tree_digest, written_since
 from candle_mi_parity.candidate.plan import EMITTER, known_releases, lay_out, plan_of
 from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate
 from candle_mi_parity.trace.trace import CandleMi
@@ -88,6 +89,21 @@ def test_cargo_does_not_rely_on_modification_times(put: Cargo, tmp_path: Path) -
     assert "known: candle-core-2c3d ." in str(fails(checkout, tmp_path / "cache"))
 
 
+def test_no_crate_of_a_checkout_counts_as_unchanged_by_its_times(put: Cargo, tmp_path: Path) -> None:
+    """A sibling crate that is replaced by one with older files, also with `build.target` or `build.build-dir` set."""
+    put("error: known: $(cd $CARGO_BUILD_BUILD_DIR && ls -d */.fingerprint/* x86/*/.fingerprint/* | tr '\\n' ' ').")
+    target = tmp_path / "cache" / "target" / "candle-0.11"
+    for place in ("release", "x86/release"):
+        for name in ("candle-mi-0a1b", "kernel-2c3d", "inner-3d4e", "half-4e5f"):
+            (target / place / ".fingerprint" / name).mkdir(parents=True)
+    candidate = parse_candidate(f"path:{write_crate(tmp_path / 'crate')}")
+    touch(tmp_path / "kernel" / "Cargo.toml", '[package]\nname = "kernel"\n')
+    touch(tmp_path / "crate" / "inner" / "Cargo.toml", '[package]\nname = "inner"\n')
+    touch(planning.inputs_of(candidate, tmp_path / "cache"), f"{tmp_path / 'kernel' / 'src' / 'lib.rs'}\n")
+    told = str(fails(candidate.spec, tmp_path / "cache"))
+    assert "known: release/.fingerprint/half-4e5f x86/release/.fingerprint/half-4e5f ." in told
+
+
 @pytest.mark.parametrize("release", known_releases())
 def test_a_release_is_built_from_its_lock(put: Cargo, tmp_path: Path, release: str) -> None:
     put("error: $*")
@@ -152,6 +168,18 @@ def test_the_digest_of_a_checkout_covers_what_is_compiled(tmp_path: Path, edited
     (root / edited).unlink()
     if edited == "work/candle-mi/src/table.txt":
         assert tree_digest(crate, root / "inputs.txt") != before, "it is gone"
+
+
+def test_an_edit_that_is_taken_back_is_seen(tmp_path: Path) -> None:
+    """A build during such an edit must not be kept under the digest of what the tree holds before and after it."""
+    crate, inputs = watched_crate(tmp_path, tmp_path / "inputs.txt"), tmp_path / "inputs.txt"
+    digest, now = tree_digest(crate, inputs), (tmp_path / "inputs.txt").stat().st_ctime_ns
+    assert not written_since(crate, inputs, now)
+    time.sleep(0.05)
+    touch(tmp_path / "work" / "sibling" / "lib.rs", "// b")
+    touch(tmp_path / "work" / "sibling" / "lib.rs", "// a")
+    os.utime(tmp_path / "work" / "sibling" / "lib.rs", (0, 0))
+    assert tree_digest(crate, inputs) == digest and written_since(crate, inputs, now)
 
 
 def test_a_checkout_that_was_edited_after_its_build_is_told(tmp_path: Path) -> None:

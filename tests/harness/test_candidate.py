@@ -177,7 +177,10 @@ def test_a_part_that_was_not_built_is_refused_with_the_compilers_reason(fake: Fa
     path = fake(f'reply({{"case": "bad", "ok": False, "kind": "not-built", "error": "{told}"}})')
     with EmitterProcess(path, {"calls": "call.rs:1", "sae": "src/sae.rs:9: error: x"}) as emitter:
         error = fails(emitter, ask(tmp_path / "o.json"))
-    assert (error.kind, error.message) == ("not-built", f"{told}: src/sae.rs:9: error: x")
+    assert (error.kind, error.message) == (
+        "not-built",
+        f"{told}, which does not compile against this candle-mi: emitter/src/sae.rs:9: error: x",
+    )
     assert failure_of(error) is Failure.NOT_BUILT and not failure_of(error).crashed
 
 

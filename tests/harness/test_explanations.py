@@ -275,6 +275,7 @@ def judgement(applicable: tuple[str, ...], ids: list[str]) -> Judgement:
     return Judgement(case, applicable=applicable)
 
 
+FAILS = CaseResult("mistral/v5", "mistral", "", Status.FAIL, "")
 ONLY_TWO = Explanations(format=1, explanation=[row for row in TABLE.explanation if row.id in ("CMI001", "CMI006")])
 
 
@@ -288,6 +289,7 @@ ONLY_TWO = Explanations(format=1, explanation=[row for row in TABLE.explanation 
         (CHECKOUT, [judgement(("CMI001", "CMI006"), ["CMI006"])], True, [], {"CMI001"}),
         (CHECKOUT, [judgement(("CMI001",), ["CMI001"]), judgement(("CMI001",), [])], True, [], {}),
         (NEWER, [judgement(("CMI001",), ["CMI001"]), judgement(("CMI006",), [])], True, [], {"CMI006"}),
+        (CHECKOUT, [judgement(("CMI001",), []), Judgement(FAILS, applicable=("CMI001",))], True, [], {}),
     ],
     ids=[
         "needed",
@@ -297,6 +299,7 @@ ONLY_TWO = Explanations(format=1, explanation=[row for row in TABLE.explanation 
         "one of two mended",
         "mended in one case alone",
         "newer release",
+        "right in one case, and another fails",
     ],
 )
 def test_an_explanation_that_no_case_needs_is_stale_in_a_release_and_gone_from_a_checkout(

@@ -197,6 +197,14 @@ def test_a_fault_that_one_forward_sees_is_told_with_its_name(name: str, tmp_path
     assert_tells(found, f"toy/plain {name}: logits differ from those of the ")
 
 
+@pytest.mark.parametrize("name", PLAIN_FAULTS)
+def test_a_fault_that_needs_other_requests_is_told_as_one_of_state(name: str, tmp_path: Path) -> None:
+    (case,) = judged(Toy(PLAIN_FAULTS[name]), tmp_path, made(tmp_path)).new
+    needs_others = name == ALL or name.startswith("at the end")
+    assert any("only after other requests in one process" in note for note in case.notes) is needs_others
+    assert case.reproduce.endswith("--only traces") is needs_others
+
+
 @pytest.mark.parametrize("name", EDIT_FAULTS)
 def test_a_fault_of_an_edit_that_is_not_captured_is_told_with_its_name(name: str, tmp_path: Path) -> None:
     found = judged(Toy(EDIT_FAULTS[name]), tmp_path, made(tmp_path, "toy/edit", ZERO))

@@ -55,7 +55,7 @@ KNOWN | Not everywhere: 1 known cause gives other numbers, 1 is refused; 1 of 3 
 FAIL | Not everywhere: 3 new cases differ; 0 of 3 cases agree. | New: 3 cases fail.
 ERROR | Not everywhere: 1 new case crashes; 0 of 1 cases agree. | New: 1 case could not be judged.
 INCONCLUSIVE | As far as measured: 1 of 2 cases agree, 1 could not be measured. | Nothing new.
-INCONCLUSIVE | Unknown: no case was judged. | Nothing new.
+INCONCLUSIVE | Unknown: no case was judged. | Unknown: no case was judged.
 ERROR | Not everywhere: 1 new case differs; 0 of 1 cases agree. | Unknown: no space left.
 PASS | Yes: 1 of 1 cases agree. | New since 0.2.2: 2 known divergences of 0.2.2 are gone (CMI001, CMI004).
 FAIL | Not everywhere: 1 known cause gives other numbers; 0 of 1 cases agree. | Nothing new, but --strict lets no \

