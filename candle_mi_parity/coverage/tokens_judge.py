@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from candle_mi_parity.compare.verdict import CaseResult, Explained, Status, Tens
 from candle_mi_parity.errors import ParityError, TraceError
 from candle_mi_parity.files.cache import cached, content_key, publish
 from candle_mi_parity.files.digest import digest_files, file_digest
+from candle_mi_parity.files.versions import version
 from candle_mi_parity.judge.case import failure_of
 from candle_mi_parity.models.prepared_case import tokenizer
 from candle_mi_parity.models.tokenizers import FILES, KnownTokenizer

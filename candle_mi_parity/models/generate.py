@@ -10,13 +10,13 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from candle_mi_parity.errors import ModelError
 from candle_mi_parity.files.cache import content_key, publish
+from candle_mi_parity.files.versions import version
 from candle_mi_parity.models.quiet import transformers_runs
 from candle_mi_parity.spec.cases import TinyModel
 from candle_mi_parity.spec.families import family_of

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from candle_mi_parity.errors import CaseTableError, ModelError
 from candle_mi_parity.files.cache import cached
 from candle_mi_parity.files.digest import digest_files, file_digest
 from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.files.versions import version
 from candle_mi_parity.models.checkpoint import model_digest, read_config, weight_files, weight_tensors
 from candle_mi_parity.models.generate import seeded_words
 from candle_mi_parity.models.quiet import transformers_runs

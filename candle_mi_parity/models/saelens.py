@@ -10,20 +10,17 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from candle_mi_parity.errors import NoTruthError, SaeError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.files.untrusted import read_object, require_inside, require_memory
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
-
-if TYPE_CHECKING:
-    import torch
 
 CONFIG = "cfg.json"
 WEIGHTS = ("sae_weights.safetensors", "model.safetensors")
@@ -72,14 +69,12 @@ def read_directory(path: Path, change: Counterfactual = PLAIN) -> tuple[SaelensC
     :raises NoTruthError: an architecture or field is not implemented here.
     """
     require_inside(path, SaeError)
-    import torch
-
     config = _config(path / CONFIG, change)
     tensors = _tensors(path, config)
     scale = tensors.pop("scaling_factor", None)
-    if scale is not None and not bool(torch.allclose(scale, torch.ones_like(scale))):
+    if scale is not None and not np.allclose(scale, 1.0):
         raise SaeError(f"{path}: scaling_factor is not all ones, and SAELens 6 refuses such a file")
-    return config, {name: tensor.double().numpy() for name, tensor in tensors.items()}
+    return config, tensors
 
 
 def own_hook(directory: Path) -> str | None:
@@ -173,16 +168,36 @@ def _before_version_6(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _tensors(path: Path, config: SaelensConfig) -> dict[str, torch.Tensor]:
-    import torch
-
-    weights, dtype = saelens_files(path)[1], getattr(torch, config.dtype)
+def _tensors(path: Path, config: SaelensConfig) -> dict[str, np.ndarray]:
+    """Every tensor as float64 after rounding to the config's format; without torch, which takes seconds to import."""
+    weights = saelens_files(path)[1]
     try:
         _check_sizes(weights, config)
-        with safe_open(weights, framework="pt") as file:
-            return {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
+        file = TensorFile(weights)
+        return {name: rounded(_values(file, name), config.dtype).astype(np.float64) for name in sorted(file.keys())}
     except (OSError, SafetensorError) as error:
         raise SaeError(f"{weights}: not readable safetensors: {one_line(str(error))}") from error
+
+
+def _values(file: TensorFile, name: str) -> np.ndarray:
+    kind, shape = file.kind(name)
+    if kind != "BF16":
+        return file.tensor(name)
+    upper = np.frombuffer(file.raw(name), "<u2").astype(np.uint32) << 16
+    return upper.view(np.float32).reshape(shape)
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values rounded to a format as ``torch.Tensor.to`` rounds them: to nearest even, by way of float32 to a half."""
+    if dtype in ("float32", "float64"):
+        return values.astype(dtype)
+    with np.errstate(over="ignore"):
+        single = values.astype(np.float32)
+        if dtype == "float16":
+            return single.astype(np.float16)
+    bits = single.view(np.uint32).astype(np.uint64)
+    nearest = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return np.where(np.isnan(single), single, nearest)
 
 
 def _check_sizes(weights: Path, config: SaelensConfig) -> None:

@@ -9,12 +9,12 @@ import ast
 import hashlib
 import platform
 from functools import cache
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 from candle_mi_parity.errors import OracleError
 from candle_mi_parity.files.digest import digest_files
+from candle_mi_parity.files.versions import version
 
 PACKAGE = Path(__file__).parents[1]
 MODULES = (

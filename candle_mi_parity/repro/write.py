@@ -9,7 +9,6 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE, UNITS, measure
 from candle_mi_parity.files.escape import one_line, templates
+from candle_mi_parity.files.versions import version
 from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.models.sae import Sae, load_sae, sae_path
 from candle_mi_parity.oracle.compute import SAMPLES

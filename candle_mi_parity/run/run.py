@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 from candle_mi_parity import __version__
@@ -21,6 +20,7 @@ from candle_mi_parity.compare.verdict import CaseResult, Failure, Status
 from candle_mi_parity.coverage.calls_judge import load_known_calls
 from candle_mi_parity.coverage.flat_json import case_of, judge_reference, read_reference
 from candle_mi_parity.errors import HubError, ParityError
+from candle_mi_parity.files.versions import version
 from candle_mi_parity.judge.case import Judgement, Progress, judge_case, status_of
 from candle_mi_parity.judge.explain import explain_new, hold_table
 from candle_mi_parity.models.prepared_case import prepare

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import Source
@@ -24,9 +25,10 @@ from candle_mi_parity.compare.gate import measure
 from candle_mi_parity.compare.verdict import Failure, Status, TensorResult
 from candle_mi_parity.errors import CaseTableError, NoTruthError, ParityError, SaeError
 from candle_mi_parity.files.digest import file_digest
+from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.models.sae import Sae, load_sae
-from candle_mi_parity.models.saelens import WEIGHTS, own_hook
+from candle_mi_parity.models.saelens import WEIGHTS, _values, own_hook, rounded
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.spec.cases import Case, SaeFile, SaelensDirectory
 from candle_mi_parity.spec.edits import Inject
@@ -103,6 +105,19 @@ def test_invalid_files_and_tensors_are_refused(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS[0]).unlink()
     with pytest.raises(SaeError, match="expected cfg"):
         load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("stored", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_weights_are_rounded_as_torch_rounds_them(tmp_path: Path, stored: str, dtype: str) -> None:
+    """Ties of each format, its smallest and largest values, NaN and infinities among them."""
+    edges = [1 + 2.0**-9, 1 + 3 * 2.0**-9, 1 + 2.0**-12, 1 + 2.0**-8 + 2.0**-40, 2.0**-134, 3.4e38, 65519.9, 65520.0]
+    edges += [float("inf"), float("-inf"), float("nan"), 1e-8, 6e-8, -0.0, 3.3895314e38]
+    drawn = torch.randn(4096, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e3
+    values = torch.cat([torch.tensor(edges, dtype=torch.float64), drawn]).to(getattr(torch, stored))
+    save_torch({"x": values}, tmp_path / "x.safetensors")
+    got = rounded(_values(TensorFile(tmp_path / "x.safetensors"), "x"), dtype).astype(np.float64)
+    np.testing.assert_array_equal(got, values.to(getattr(torch, dtype)).double().numpy())
 
 
 def test_a_norm_that_is_not_folded_into_the_decoder_bias_changes_only_the_reconstruction() -> None:
