@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from candle_mi_parity.cli.options import OUT, CasesOption, DeviceOption, OutOption, globs
+from candle_mi_parity.cli.options import OUT, CasesOption, DeviceOption, OnlyOption, OutOption, globs
 
 
 def diff_command(
@@ -14,6 +14,7 @@ def diff_command(
     b: Annotated[str, typer.Argument(help="The candidate after.")],
     patterns: Annotated[list[str] | None, typer.Argument(help="Globs over case ids.")] = None,
     cases: CasesOption = None,
+    only: OnlyOption = None,
     out: OutOption = OUT,
     device: DeviceOption = "cpu",
     device_b: Annotated[str | None, typer.Option(help="Of B, where it is not A's: a GPU against the CPU.")] = None,
@@ -24,19 +25,21 @@ def diff_command(
     from candle_mi_parity.report.terminal import Terminal, one_line_errors, progress_bar
     from candle_mi_parity.report.views import remove
     from candle_mi_parity.run.diff import diff
+    from candle_mi_parity.run.options import RunOptions
     from candle_mi_parity.spec.cases import load_cases, select
     from candle_mi_parity.spec.explanations import load_explanations
     from candle_mi_parity.spec.paths import cache_root
 
     with one_line_errors():
         wanted = globs(patterns, cases)
-        chosen = select(load_cases(), list(wanted))
+        parts = RunOptions(b, wanted, only=tuple(only or ())).parts
+        chosen = select(load_cases(), list(wanted)) if "traces" in parts else []
         remove(out, "diff.html")
         with progress_bar() as bar:
             found = diff(
                 *((a, b), chosen, cache_root(), out / "diff", load_explanations(), Terminal(bar, len(chosen))),
                 devices=(device, device_b or device),
-                calls=not wanted,
+                parts=parts,
             )
         write_text(diff_views.page(found), out / "diff.html")
         diff_views.terminal(found, tables.stdout())

@@ -14,6 +14,7 @@ from candle_mi_parity.cli.options import (
     CasesOption,
     DeviceOption,
     Globs,
+    OnlyOption,
     OutOption,
     globs,
 )
@@ -32,9 +33,7 @@ def run_command(
     strict: Annotated[bool, typer.Option(help="Known divergences fail too.")] = False,
     search: Annotated[float, typer.Option(min=0, help="Seconds for explaining what is new; 0 for no search.")] = 30.0,
     propose: Annotated[bool, typer.Option("--propose", help="Print rows of explanations.toml for it.")] = False,
-    only: Annotated[
-        list[str] | None, typer.Option(help="A part of a run: traces, calls, tokens, auto-config; may be repeated.")
-    ] = None,
+    only: OnlyOption = None,
     baseline: Annotated[str, typer.Option(help="A release whose known divergences are expected.")] = "",
     known: Annotated[Path | None, typer.Option(help="A file of expected divergences instead.")] = None,
     show_known: Annotated[bool, typer.Option("--show-known", help="A line for every known divergence.")] = False,

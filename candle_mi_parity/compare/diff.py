@@ -82,6 +82,7 @@ class CaseDiff:
     :ivar worse: every reason; the change of outcome comes first.
     :ivar partial: one side is stored in part, and the other was restricted to that part.
     :ivar note: what each side computes instead of the truth, if that differs.
+    :ivar outcomes: only the two outcomes are compared, because the sides have no tensors in common.
     """
 
     a: Side
@@ -91,6 +92,7 @@ class CaseDiff:
     better: list[str] = field(default_factory=list)
     partial: bool = False
     note: str = ""
+    outcomes: bool = False
 
     @property
     def id(self) -> str:
@@ -144,7 +146,7 @@ class Diff:
         if any(Outcome.ERROR in (case.a.outcome, case.b.outcome) for case in self.cases):
             return Verdict.ERROR
         changed = any(case.judged and case.a.outcome is not case.b.outcome for case in self.cases)
-        if not changed and not any(case.compared for case in self.cases):
+        if not changed and not any(case.compared or case.outcomes for case in self.cases):
             return Verdict.INCONCLUSIVE
         return Verdict.PASS
 
@@ -183,6 +185,11 @@ def diff_call(a: CaseResult, b: CaseResult, distances: dict[str, Distance]) -> C
         _moved(name, result, others[name], distances.get(name)) for name, result in results.items() if name in others
     ]
     return _concluded(CaseDiff(Side(a, None), Side(b, None), rows))
+
+
+def diff_outcome(a: CaseResult, b: CaseResult) -> CaseDiff:
+    """Compare what two candidates made of the same question, each judged by itself."""
+    return _concluded(CaseDiff(Side(a, None), Side(b, None), outcomes=True))
 
 
 def _concluded(case: CaseDiff) -> CaseDiff:

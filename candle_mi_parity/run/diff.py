@@ -13,10 +13,11 @@ from candle_mi_parity.candidate.spelling import Candidate, CandidateError, parse
 from candle_mi_parity.candidate.store import stored_selection
 from candle_mi_parity.candidate.tokens import TextIds
 from candle_mi_parity.compare.align import align_traces
-from candle_mi_parity.compare.diff import CaseDiff, Diff, Side, diff_call, diff_case
+from candle_mi_parity.compare.diff import CaseDiff, Diff, Side, diff_case, diff_outcome
 from candle_mi_parity.compare.run_result import now
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage.calls_judge import diff_calls, expectations, judge_source
+from candle_mi_parity.coverage.forwards import judge_forwards
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.judge.explain import explain_new
@@ -122,12 +123,12 @@ def diff(
     table: Explanations,
     progress: Progress,
     devices: tuple[str, str] = ("cpu", "cpu"),
-    calls: bool = False,
+    parts: tuple[str, ...] = ("traces",),
 ) -> Diff:
     """Build or read both candidates and compare them.
 
     :param out: directory of the traces.
-    :param calls: whether direct calls are compared too.
+    :param parts: what is asked of both, of :data:`candle_mi_parity.run.options.PARTS`.
     :raises ParityError: a candidate cannot be built or found; a fault of one case is that case's ERROR.
     """
     started, tick = now(), time.monotonic()
@@ -143,8 +144,7 @@ def diff(
         done = [
             diff_one(case, pair, specs, cache, table, progress, max(0.0, end - time.monotonic())) for case in cases
         ]
-        if calls:
-            done += _beside(pair, specs, cache, out, table, progress)
+        done += _beside(pair, specs, cases, parts, cache, out, table, progress)
         one, other = (
             source.identity.model_dump(exclude_none=True) if source.identity else {} for source in pair.sources
         )
@@ -155,22 +155,36 @@ def diff(
 
 
 def _beside(
-    pair: Pair, specs: tuple[str, str], cache: Path, out: Path, table: Explanations, progress: Progress
+    pair: Pair,
+    specs: tuple[str, str],
+    cases: list[Case],
+    parts: tuple[str, ...],
+    cache: Path,
+    out: Path,
+    table: Explanations,
+    progress: Progress,
 ) -> list[CaseDiff]:
-    """Direct calls, tokenizers and generic configs of both sides; what one side was not asked is left out."""
-    progress.note("direct calls")
-    held_to = expectations(cache)
+    """What both sides were asked beside the cases; what one side was not asked is left out."""
     sides = list(zip(pair.sources, specs, (out / "a", out / "b"), strict=True))
-    judged = [judge_source(source, spec, held_to, cache, at / "calls.json") for source, spec, at in sides]
-    done = diff_calls(judged[0], judged[1], held_to)
-    for judge in (judge_tokenizers, judge_classes):
-        found = []
-        for source, spec, at in sides:
-            progress.note(f"{spec}: tokenizers and generic configs")
-            release = table.baseline(source.identity.version) if source.identity else ""
-            found.append({one.id: one for one in judge(source, release, spec, cache, at / judge.__name__).results})
-        done += [diff_call(found[0][name], found[1][name], {}) for name in found[0] if name in found[1]]
-    return done
+    done: list[CaseDiff] = []
+    if "calls" in parts:
+        progress.note("direct calls")
+        held_to = expectations(cache)
+        judged = [judge_source(source, spec, held_to, cache, at / "calls.json") for source, spec, at in sides]
+        done += diff_calls(judged[0], judged[1], held_to)
+    found: list[dict[str, CaseResult]] = []
+    for source, spec, at in sides:
+        progress.note(f"{spec}: other forwards, tokenizers and generic configs")
+        release = table.baseline(source.identity.version) if source.identity else ""
+        results: list[CaseResult] = []
+        if "traces" in parts:
+            results += judge_forwards(source, cases, spec, at / "forwards", whole=False).results
+        if "tokens" in parts:
+            results += judge_tokenizers(source, release, spec, cache, at / "tokens").results
+        if "auto-config" in parts:
+            results += judge_classes(source, release, spec, cache, at / "auto-config").results
+        found.append({result.id: result for result in results})
+    return done + [diff_outcome(one, found[1][name]) for name, one in found[0].items() if name in found[1]]
 
 
 def _versions(devices: tuple[str, str]) -> dict[str, str]:

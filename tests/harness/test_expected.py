@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from candle_mi_parity.compare.diff import Diff, diff_outcome
 from candle_mi_parity.compare.run_result import RunResult, Section, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage.calls_judge import load_known_calls
@@ -195,3 +196,21 @@ def test_a_part_that_was_named_must_be_whole(asked_for: bool, section: Section, 
     result.sections["tokens"] = replace(section, asked_for=asked_for)
     assert result.verdict is verdict
     assert not section.left_out or "not asked: y: no npm" in section.line()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "worse"),
+    [
+        (Status.PASS, Status.PASS, ""),
+        (Status.PASS, Status.FAIL, "agrees → diverges"),
+        (Status.KNOWN, Status.KNOWN, ""),
+        (Status.KNOWN, Status.FAIL, "now it is not explained"),
+    ],
+)
+def test_a_diff_compares_what_was_made_of_the_parts_beside_the_cases(
+    before: Status, after: Status, worse: str
+) -> None:
+    found = diff_outcome(case("tokens/x", before), case("tokens/x", after))
+    assert bool(found.worse) is bool(worse) and worse in "".join(found.worse)
+    verdict = Diff("a", "b", {}, {}, {}, [found]).verdict
+    assert verdict is (Verdict.FAIL if worse else Verdict.PASS)
