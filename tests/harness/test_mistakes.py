@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from candle_mi_parity.errors import HubError
+from candle_mi_parity.models.tokenizers import load_tokenizers, tokenizer_directory
 from candle_mi_parity.spec.cases import load_cases
+from candle_mi_parity.spec.paths import cache_root
 from validation.mistakes import Seen, judge, load_mistakes
 
 MISTAKES = {mistake.id: mistake for mistake in load_mistakes()}
@@ -17,6 +20,12 @@ MISTAKES = {mistake.id: mistake for mistake in load_mistakes()}
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_fails_a_run_and_is_named_in_its_last_lines(tmp_path: Path, name: str) -> None:
     """One that cannot be seen has to pass, so that a check which sees it is noticed."""
+    if "tokens" in MISTAKES[name].only:
+        try:
+            for row in load_tokenizers().tokenizer:
+                tokenizer_directory(row, cache_root())
+        except HubError as error:
+            pytest.skip(str(error))
     seen = judge(MISTAKES[name], tmp_path, everything=False)
     assert seen.as_expected, f"{seen.verdict}\n" + "\n".join(seen.last)
 
