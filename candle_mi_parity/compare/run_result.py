@@ -248,7 +248,7 @@ class RunResult:
         answer = f"New{since}: {'; '.join(filter(None, parts))}" if any(parts) else f"Nothing new{since}"
         answer += f"; {self.known_before}" if self.known_before else ""
         if self.identity and not self.baseline:
-            answer += "; nothing was expected, since no release that is known is as old"
+            answer += "; no explanation was expected to hold: the candidate is older than every known release"
         strict = self.strict and any(case.status is Status.KNOWN for case in self.judged)
         return answer + (", but --strict lets no known divergence pass." if strict else ".")
 

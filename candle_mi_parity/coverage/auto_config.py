@@ -13,21 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from candle_mi_parity.candidate.process import EmitterError
+from candle_mi_parity.candidate.process import EmitterProcess
 from candle_mi_parity.candidate.sources import LiveSource, request, same_candidate
 from candle_mi_parity.compare.compare import check_header, compare
 from candle_mi_parity.compare.verdict import CaseResult, Explained, Status, TensorResult
-from candle_mi_parity.coverage.census_record import STORED, Entry, read_census
-from candle_mi_parity.errors import ParityError
+from candle_mi_parity.coverage.census_record import STORED, Entry, Reader, read_census
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.digest import file_digest
-from candle_mi_parity.judge.case import failure_of
+from candle_mi_parity.judge.case import taking_errors
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.oracle.provenance import library_versions, rules_digest
 from candle_mi_parity.spec.cases import Case, LocalModel
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.paths import FIXTURES
-from candle_mi_parity.trace.trace import Emitted, Trace
+from candle_mi_parity.trace.trace import CandleMi, Emitted, Trace
 from candle_mi_parity.trace.truth import Truth
 
 SECONDS = 60.0
@@ -92,23 +91,37 @@ def _make(model_type: str, cache: Path, out: Path) -> None:
     (out / SUBJECT).write_text(json.dumps(held), encoding="utf-8")
 
 
+def emit_class(
+    emitter: EmitterProcess,
+    identity: CandleMi,
+    subject: PreparedCase,
+    reader: Reader,
+    out: Path,
+    device: str = "cpu",
+    seconds: float = SECONDS,
+) -> Trace:
+    """The hooks of a subject's captures, and the logits, with the config read by one of candle-mi's readers.
+
+    :param seconds: time limit for the answer.
+    :raises EmitterError: candle-mi refuses, or gives no clear answer.
+    :raises TraceError: the trace is invalid or of another candle-mi.
+    """
+    asked = request(subject, "free", Path(), out, device) | {"config": reader, "project": [], "inputs": None}
+    return same_candidate(Trace(emitter.emit(asked, seconds)), identity)
+
+
 def judge_class(record: Entry, source: LiveSource, cache: Path, out: Path, again: str) -> CaseResult:
     """One class: it agrees, or computes just what the release's census recorded, or fails.
 
     :param again: the command that repeats it.
     """
     result = CaseResult(f"auto-config/{record.model_type}", "auto-config", "", Status.ERROR, again)
-    try:
+    with taking_errors(result):
         there = loaded_class(record.model_type, cache)
         subject, result.digest = there.subject, there.subject.digest
         path = out / f"{record.model_type}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        asked = request(subject, "free", Path(), path, source.device) | {
-            "config": "auto",
-            "project": [],
-            "inputs": None,
-        }
-        trace = same_candidate(Trace(source.emitter.emit(asked, SECONDS)), source.identity)
+        trace = emit_class(source.emitter, source.identity, subject, "auto", path, source.device)
         check_header(there.truth, trace, None)
         tensors = compare(there.truth, trace, None, None)
         now = judged(
@@ -118,11 +131,6 @@ def judge_class(record: Entry, source: LiveSource, cache: Path, out: Path, again
             trace,
         )
         _conclude(result, record, now, tensors)
-    except EmitterError as error:
-        result.error, result.failure = str(error), failure_of(error)
-        result.status = Status.FAIL if result.failure.refused else Status.ERROR
-    except ParityError as error:
-        result.error = str(error)
     return result
 
 

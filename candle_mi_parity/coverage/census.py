@@ -23,9 +23,8 @@ import torch
 import transformers
 
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
-from candle_mi_parity.candidate.sources import request, same_candidate
 from candle_mi_parity.compare.compare import check_header, compare
-from candle_mi_parity.coverage.auto_config import judged
+from candle_mi_parity.coverage.auto_config import emit_class, judged
 from candle_mi_parity.coverage.census_models import Tiny, load_table, mapped_classes, tiny_model
 from candle_mi_parity.coverage.census_record import FORMAT, Census, Entry, Reader, count
 from candle_mi_parity.coverage.census_truth import truth_of
@@ -144,8 +143,7 @@ class Question:
         :raises EmitterError: candle-mi refuses, or gives no clear answer.
         """
         out = self.out / f"{subject.model_type}.json"
-        asked = request(subject, "free", Path(), out, "cpu") | {"config": reader, "project": [], "inputs": None}
-        return same_candidate(Trace(self.emitter.emit(asked, self.seconds)), self.identity)
+        return emit_class(self.emitter, self.identity, subject, reader, out, seconds=self.seconds)
 
     def judge(self, entry: Entry, subject: PreparedCase, reader: Reader, truth: Truth) -> Entry:
         captures = [name for name in truth.tensors if name != "logits"]

@@ -6,15 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import LiveSource
 from candle_mi_parity.candidate.tokens import Tokens, load_texts, read_tokens, tokenize
 from candle_mi_parity.compare.verdict import CaseResult, Explained, Status, TensorResult
-from candle_mi_parity.errors import ParityError, TraceError
+from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.cache import cached, content_key, publish
 from candle_mi_parity.files.digest import digest_files, file_digest
 from candle_mi_parity.files.versions import version
-from candle_mi_parity.judge.case import failure_of
+from candle_mi_parity.judge.case import taking_errors
 from candle_mi_parity.models.prepared_case import tokenizer
 from candle_mi_parity.models.tokenizers import FILES, KnownTokenizer
 from candle_mi_parity.oracle.provenance import library_versions
@@ -32,7 +31,7 @@ def judge_tokenizer(
     :param known: the cause that is known of the candidate's release; None if it has to agree.
     """
     result = CaseResult(f"tokens/{name}", "tokens", "", Status.ERROR, again)
-    try:
+    with taking_errors(result):
         result.digest = digest_files([directory / file for file in FILES])
         expected = reference(directory, cache, written=False)  # first: what transformers cannot load is no FAIL
         tokens = _answers(directory, source, cache, out)
@@ -43,11 +42,6 @@ def judge_tokenizer(
         judge_tokens(result, tokens, expected)
         if result.status is Status.FAIL and known is not None:
             _explain(result, tokens, directory, cache, known)
-    except EmitterError as error:
-        result.error, result.failure = str(error), failure_of(error)
-        result.status = Status.FAIL if result.failure.refused else Status.ERROR
-    except ParityError as error:
-        result.error = str(error)
     return result
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -200,6 +202,18 @@ def _ask_without_truth(
         source.trace(subject, "free", replace(truth, meta=truth.meta | asked), inputs)
     result.status, result.failure = Status.UNMEASURED, Failure.INPUT
     result.error = f"candle-mi computes something, but {error}"
+
+
+@contextmanager
+def taking_errors(result: CaseResult) -> Iterator[None]:
+    """Put the error of an answer into its result: a refusal by candle-mi is a FAIL, anything else an ERROR."""
+    try:
+        yield
+    except EmitterError as error:
+        result.error, result.failure = str(error), failure_of(error)
+        result.status = Status.FAIL if result.failure.refused else Status.ERROR
+    except ParityError as error:
+        result.error, result.status = str(error), Status.ERROR
 
 
 def failure_of(error: EmitterError) -> Failure:
