@@ -14,7 +14,9 @@ from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.sources import request
 from candle_mi_parity.candidate.spelling import parse_candidate
+from candle_mi_parity.compare.verdict import Status, TensorResult
 from candle_mi_parity.errors import CaseTableError, OracleError
+from candle_mi_parity.judge.notes import edits_before
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import Case
@@ -167,3 +169,17 @@ def test_an_addition_that_would_make_more_rows_is_refused(emitter: EmitterProces
     asked = request(there.subject, "free", there.inputs, tmp_path / "a.json", "cpu")
     with pytest.raises(EmitterError, match=r"edit\.4.* has shape \[3, 1, 64\]"):
         emitter.emit(asked | {"tokens": there.subject.tokens[:1]}, 60.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "before"),
+    [
+        ("blocks.1.attn.hook_scores", []),
+        ("blocks.1.attn.hook_pattern", ["knockout at blocks.1.attn.hook_scores"]),
+        ("logits", ["knockout at blocks.1.attn.hook_scores", "zero at blocks.1.hook_resid_post"]),
+    ],
+)
+def test_the_edits_before_a_divergence_are_those_whose_hook_lies_before_it(first: str, before: list[str]) -> None:
+    """An edit acts after the tensor at its own hook was captured."""
+    subject = subject_with(knockout(edges=[[5, 2]]), {"kind": "zero", "hook": POST})
+    assert edits_before(TensorResult(first, Status.FAIL), subject) == before

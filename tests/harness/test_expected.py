@@ -214,3 +214,9 @@ def test_a_diff_compares_what_was_made_of_the_parts_beside_the_cases(
     assert bool(found.worse) is bool(worse) and worse in "".join(found.worse)
     verdict = Diff("a", "b", {}, {}, {}, [found]).verdict
     assert verdict is (Verdict.FAIL if worse else Verdict.PASS)
+
+
+def test_a_candidate_older_than_every_known_release_says_that_nothing_was_expected() -> None:
+    result = replace(run_of(case("llama/hub", Status.FAIL)), identity={"version": "0.1.0"})
+    assert "older than every known release" in result.is_new()
+    assert "older" not in replace(result, baseline="0.1.6").is_new()

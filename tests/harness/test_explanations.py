@@ -18,7 +18,7 @@ from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Explained, Outcome, Status, TensorResult
 from candle_mi_parity.errors import ExplanationError
-from candle_mi_parity.judge.case import Judgement, Progress
+from candle_mi_parity.judge.case import Judgement, Progress, judge_case
 from candle_mi_parity.judge.explain import hold_table
 from candle_mi_parity.judge.hypotheses import hypotheses
 from candle_mi_parity.judge.known import Evidence, NotExplained, known_divergence, known_refusal
@@ -31,7 +31,7 @@ from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN, Explanation, Explanations, combined, load_explanations
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import CandleMi
-from tests.support.planting import RELEASE, Arrays, Real, real, rerun, with_arrays
+from tests.support.planting import RELEASE, Arrays, Giving, Real, real, rerun, with_arrays
 
 TABLE = load_explanations()
 NEWER = RELEASE.model_copy(update={"version": "0.3.0"})
@@ -132,6 +132,9 @@ def test_a_fault_on_top_of_a_known_divergence_is_not_excused(fault: str, tmp_pat
     found, why = known(there)
     assert found is None, f"{fault} is excused: {found and found.line()}"
     assert name in why and f"first {first} " in why, why
+    source = Giving(lambda *_: there.emitted)
+    result = judge_case(there.subject.case, source, "x", cache_root(), TABLE, Progress()).result
+    assert (result.status, result.new_at) == (Status.FAIL, first), "the case is named by what is new"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,18 @@
+"""A crate that a checkout of candle-mi may be, in a few files."""
+
+from pathlib import Path
+
+
+def write_crate(root: Path, name: str = "candle-mi", candle: str = "0.11", downloader: str = "0.12.3") -> Path:
+    (root / "src").mkdir(parents=True)
+    (root / "Cargo.toml").write_text(
+        f'[package]\nname = "{name}"\nversion = "9.9.9"\n[dependencies]\ncandle-core = "{candle}"\n'
+        f'hf-fetch-model = {{ version = "{downloader}", features = ["indicatif"] }}\n'
+    )
+    (root / "src" / "lib.rs").write_text("// a")
+    return root
+
+
+def touch(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
