@@ -155,7 +155,10 @@ class LiveSource:
     """An emitter, built or taken from the cache, one process for all cases.
 
     :ivar made: the latest trace of each case's whole forward, by the case's id.
+    :ivar seconds: time limit of one trace.
     """
+
+    seconds = TIMEOUT_SECONDS
 
     def __init__(self, candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None], device: str) -> None:
         built = build(candidate, cache, log, ("cuda",) if device.startswith("cuda") else ())
@@ -200,7 +203,7 @@ class LiveSource:
         out.parent.mkdir(parents=True, exist_ok=True)
         if subject.case.id not in self._asked:
             self._asked.append(subject.case.id)
-        trace = Trace(self.emitter.emit(request(subject, mode, inputs, out, self.device), TIMEOUT_SECONDS))
+        trace = Trace(self.emitter.emit(request(subject, mode, inputs, out, self.device), self.seconds))
         if any(entry.part is not None for entry in trace.entries.values()):
             raise TraceError(f"{trace.path}: an emitter writes whole tensors, and this trace holds parts")
         if trace.header.device != self.device:

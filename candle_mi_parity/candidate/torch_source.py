@@ -37,23 +37,24 @@ class TorchSource:
     """Float32 on one device.
 
     :param device: ``cpu`` or ``cuda``.
+    :ivar models: the models that are loaded, by directory and format.
     """
 
     identity = None
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
-        self._models: dict[tuple[Path, torch.dtype], nn.Module] = {}
+        self.models: dict[tuple[Path, torch.dtype], nn.Module] = {}
         self._saes: dict[Path, TorchSae] = {}
 
     def model(self, directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The model of a directory on the device, loaded once."""
         key = directory, dtype
-        if key not in self._models:
+        if key not in self.models:
             what = f"loading {directory.name}"
             with cuda.explain_out_of_memory(self.device, what, lambda: weight_bytes(directory, dtype.itemsize)):
-                self._models[key] = load_model(directory, dtype, self.device)
-        return self._models[key]
+                self.models[key] = load_model(directory, dtype, self.device)
+        return self.models[key]
 
     def sae(self, file: Path) -> TorchSae:
         """The float32 SAE of a file on the device, loaded once."""
@@ -117,9 +118,13 @@ class TorchSource:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._models.clear()
+    def forget(self) -> None:
+        """Drop the models and SAEs that are loaded."""
+        self.models.clear()
         self._saes.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self.forget()
         gc.collect()
         if self.device != "cpu":
             torch.cuda.empty_cache()

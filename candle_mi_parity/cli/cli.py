@@ -13,6 +13,7 @@ import typer
 
 from candle_mi_parity.cli.check import check_command
 from candle_mi_parity.cli.compare import diff_command, history_command
+from candle_mi_parity.cli.hunt import hunt_command
 from candle_mi_parity.cli.maint import maint
 from candle_mi_parity.cli.repro import repro_command
 from candle_mi_parity.cli.run import list_command, run_command
@@ -25,6 +26,7 @@ app.command("run")(run_command)
 app.command("check")(check_command)
 app.command("diff")(diff_command)
 app.command("repro")(repro_command)
+app.command("hunt")(hunt_command)
 app.command("history")(history_command)
 app.command("list")(list_command)
 app.add_typer(maint, name="maint", help="Maintenance of the suite itself.")

@@ -1,9 +1,18 @@
-"""The result of ``candle-mi-parity hunt``: plain data."""
+"""The result of ``candle-mi-parity hunt``: plain data, from which a hunt is also resumed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from candle_mi_parity.compare.run_result import Verdict
+from candle_mi_parity.errors import TraceError
+from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.files.json_out import plain, write_json
+from candle_mi_parity.files.untrusted import read_json
 
 HUNT_FORMAT = "candle-mi-parity/hunt/1"
 Kind = Literal["forward", "call", "text"]
@@ -18,7 +27,9 @@ class Cause:
     :ivar reason: in which way, as ``values`` or ``panic``.
     :ivar smallest: the smallest input that was found, as a row of its table.
     :ivar explained: what the candidate computes instead; empty if no search found it.
+    :ivar change: the same as a counterfactual.
     :ivar count: number of inputs with this divergence.
+    :ivar genes: the smallest input as the hunt draws it.
     """
 
     kind: Kind
@@ -28,7 +39,9 @@ class Cause:
     detail: str
     smallest: dict[str, Any]
     explained: str = ""
+    change: dict[str, Any] = field(default_factory=dict)
     count: int = 1
+    genes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -49,3 +62,117 @@ class Tally:
     refused: dict[str, int] = field(default_factory=dict)
     no_truth: dict[str, int] = field(default_factory=dict)
     unmeasured: int = 0
+
+    def add(self, other: Tally) -> None:
+        """Add the counts of another tally."""
+        self.tried += other.tried
+        self.agree += other.agree
+        self.unmeasured += other.unmeasured
+        for mine, theirs in (
+            (self.known, other.known),
+            (self.refused, other.refused),
+            (self.no_truth, other.no_truth),
+        ):
+            for key, count in theirs.items():
+                mine[key] = mine.get(key, 0) + count
+
+    @property
+    def judged(self) -> int:
+        """Number of inputs that were compared with a truth, or refused where there is one."""
+        return self.tried - sum(self.no_truth.values())
+
+
+@dataclass
+class Entry:
+    """An entry of the menu: how often it was tried, and whether it ever changed what either side computes."""
+
+    tried: int = 0
+    excites: bool = False
+
+
+@dataclass
+class Branches:
+    """The counters of candle-mi's compiled branches that were reached; ``of`` is 0 without an instrumented build.
+
+    :ivar reached: numbers of the counters.
+    :ivar never: functions of which no counter was reached.
+    """
+
+    of: int = 0
+    reached: list[int] = field(default_factory=list)
+    never: list[str] = field(default_factory=list)
+
+
+@dataclass
+class HuntResult:
+    """A hunt so far.
+
+    :ivar version: of the candle-mi that was asked; empty for the control.
+    :ivar rounds: number of rounds that are complete; a hunt is resumed after the last.
+    :ivar seconds: of all rounds, without builds.
+    :ivar position: the largest ratio of a passing input's positions, in tenths of the gate's 8 → number of inputs.
+    :ivar element: likewise of its elements, in tenths of 32.
+    :ivar faults: exceptions in this suite.
+    :ivar skipped: kinds of input that were not generated, and why.
+    :ivar seen: what has been reached: messages, first divergences, config keys that are read.
+    :ivar corpus: family and genes of the inputs that reached something first.
+    :ivar entries: of the menu.
+    :ivar dull: slot → inputs with it, and those of them that were known, refused or without a truth.
+    """
+
+    candidate: str
+    seed: int
+    families: list[str]
+    version: str = ""
+    format: str = HUNT_FORMAT
+    rounds: int = 0
+    seconds: float = 0.0
+    tallies: dict[Kind, Tally] = field(default_factory=dict)
+    causes: list[Cause] = field(default_factory=list)
+    position: dict[int, int] = field(default_factory=dict)
+    element: dict[int, int] = field(default_factory=dict)
+    faults: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
+    corpus: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    entries: dict[str, Entry] = field(default_factory=dict)
+    dull: dict[str, tuple[int, int]] = field(default_factory=dict)
+    branches: Branches = field(default_factory=Branches)
+    reproduced: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def tried(self) -> int:
+        return sum(tally.tried for tally in self.tallies.values())
+
+    @property
+    def dead(self) -> list[str]:
+        """Entries of the menu that were tried often and never changed what either side computes."""
+        return sorted(name for name, entry in self.entries.items() if entry.tried >= TRIES and not entry.excites)
+
+    @property
+    def verdict(self) -> Verdict:
+        """FAIL where something new was found, ERROR where this suite failed or nothing was judged."""
+        if self.causes:
+            return Verdict.FAIL
+        judged = sum(tally.judged for tally in self.tallies.values())
+        return Verdict.ERROR if self.faults or not judged else Verdict.PASS
+
+    def write(self, path: Path) -> None:
+        """:raises ReportError: the disk is full or read-only."""
+        write_json(plain(asdict(self)), path)
+
+    @staticmethod
+    def read(path: Path) -> HuntResult:
+        """:raises TraceError: the file is no hunt."""
+        try:
+            found = _ADAPTER.validate_python(read_json(path, TraceError))
+        except ValidationError as error:
+            raise TraceError(f"{path}: not a hunt of this version: {one_line(str(error), 200)}") from error
+        if found.format != HUNT_FORMAT:
+            raise TraceError(f"{path}: format is {one_line(found.format)}, expected {HUNT_FORMAT}")
+        return found
+
+
+TRIES = 6
+"""How often an entry of the menu is tried before it counts as dead."""
+_ADAPTER = TypeAdapter(HuntResult)

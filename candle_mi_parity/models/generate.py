@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from candle_mi_parity.errors import ModelError
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.versions import version
 from candle_mi_parity.models.quiet import transformers_runs
-from candle_mi_parity.spec.cases import TinyModel
+from candle_mi_parity.models.unusual import varied, write_unusual
+from candle_mi_parity.spec.cases import Layout, Statistic, TinyModel
 from candle_mi_parity.spec.families import family_of
 from candle_mi_parity.spec.paths import FIXTURES
 
@@ -39,13 +40,36 @@ def tiny_config(model: TinyModel) -> dict[str, object]:
     return {key: value for key, value in config.items() if key not in model.absent}
 
 
-def generated_model(config: dict[str, object], dialect: str, cache: Path, shards: int = 1, seed: int = 0) -> Path:
+def generated_model(
+    config: dict[str, object],
+    dialect: str,
+    cache: Path,
+    shards: int = 1,
+    seed: int = 0,
+    statistics: Sequence[Statistic] = (),
+    layout: Sequence[Layout] = (),
+) -> Path:
     """The directory of a generated model, which is made on first use.
 
     :param config: in the hub's dialect; with dialect ``v5`` it is written as the installed transformers saves it.
+    :raises ModelError: a statistic or a layout concerns no tensor of the model.
     """
-    key = content_key("tiny", GENERATOR, config, dialect, shards, dialect_key(dialect), *([seed] if seed else []))
-    return publish(cache / "models" / key, lambda out: _generate(config, dialect, shards, seed, out))
+    path = cache / "models" / model_key(config, dialect, shards, seed, statistics, layout)
+    return publish(path, lambda out: _generate(config, dialect, shards, seed, statistics, layout, out))
+
+
+def model_key(
+    config: dict[str, object],
+    dialect: str,
+    shards: int = 1,
+    seed: int = 0,
+    statistics: Sequence[Statistic] = (),
+    layout: Sequence[Layout] = (),
+) -> str:
+    """The name of a generated model's directory in the cache."""
+    unusual = [[*statistics], [*layout]] if statistics or layout else []
+    plain = ("tiny", GENERATOR, config, dialect, shards, dialect_key(dialect))
+    return content_key(*plain, *([seed] if seed or unusual else []), *unusual)
 
 
 def dialect_key(dialect: str) -> str:
@@ -53,7 +77,15 @@ def dialect_key(dialect: str) -> str:
     return "" if dialect == "hub" else f"saved by {version('transformers')}, which is not in the file"
 
 
-def _generate(hub: dict[str, object], dialect: str, shards: int, seed: int, out: Path) -> None:
+def _generate(
+    hub: dict[str, object],
+    dialect: str,
+    shards: int,
+    seed: int,
+    statistics: Sequence[Statistic],
+    layout: Sequence[Layout],
+    out: Path,
+) -> None:
     """The tensors that transformers expects for the config, filled by :func:`tensor_chunks`."""
     import torch
     import transformers
@@ -67,6 +99,10 @@ def _generate(hub: dict[str, object], dialect: str, shards: int, seed: int, out:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight")
+    if statistics or layout:
+        arrays = {name: tensor_values(name, shape, offset, seed) for name, shape in shapes.items()}
+        write_unusual(varied(arrays, offset, statistics), layout, shards, out)
+        return
     chunks = partial(tensor_chunks, norm_offset=offset, seed=seed)
     if shards == 1:
         write_safetensors(out / "model.safetensors", shapes, chunks)
@@ -117,9 +153,9 @@ def tensor_chunks(name: str, shape: tuple[int, ...], norm_offset: int, seed: int
         yield values.astype(np.float32)
 
 
-def tensor_values(name: str, shape: tuple[int, ...], norm_offset: int) -> np.ndarray:
+def tensor_values(name: str, shape: tuple[int, ...], norm_offset: int, seed: int = 0) -> np.ndarray:
     """As :func:`tensor_chunks`, in one array."""
-    return np.concatenate([*tensor_chunks(name, shape, norm_offset)]).reshape(shape)
+    return np.concatenate([*tensor_chunks(name, shape, norm_offset, seed)]).reshape(shape)
 
 
 def seeded_words(name: str, count: int) -> np.ndarray:

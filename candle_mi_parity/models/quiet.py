@@ -17,12 +17,14 @@ def quiet() -> Iterator[None]:
     import transformers
 
     level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.ERROR)
+    if level != logging.ERROR:  # each setting clears the cache of every logger, which takes a millisecond
+        transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(level)
+        if level != logging.ERROR:
+            transformers.logging.set_verbosity(level)
 
 
 @contextmanager

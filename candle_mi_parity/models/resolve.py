@@ -23,7 +23,9 @@ def model_directory(model: Model, cache: Path) -> Path:
     :raises HubError: the download fails.
     """
     if isinstance(model, TinyModel):
-        directory = generated_model(tiny_config(model), model.dialect, cache, model.shards, model.seed)
+        config = tiny_config(model)
+        unusual = model.weights, model.layout
+        directory = generated_model(config, model.dialect, cache, model.shards, model.seed, *unusual)
     elif isinstance(model, PackageModel):
         from candle_mi_parity.models import smollm2
 

@@ -15,7 +15,7 @@ from candle_mi_parity.files.npz import read_npz
 from candle_mi_parity.models.checkpoint import local_path
 from candle_mi_parity.models.generate import tensor_values
 from candle_mi_parity.models.saelens import CONFIG, WEIGHTS, Normalization, read_directory, saelens_files
-from candle_mi_parity.spec.cases import SaeFile, SaelensDirectory, ScopeSae
+from candle_mi_parity.spec.cases import SaeFile, SaelensDirectory, SaeStatistic, ScopeSae
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual, Variant
 from candle_mi_parity.spec.paths import FIXTURES
 
@@ -105,6 +105,8 @@ def _generate(sae: SaelensDirectory, width: int, out: Path) -> None:
         "b_enc": tensor_values("sae.b_enc.bias", (sae.d_sae,), 0),
         "b_dec": 3 * tensor_values("sae.b_dec.bias", (width,), 0),
     }
+    for statistic in sae.statistics:
+        _vary(arrays, statistic)
     if sae.cfg.get("architecture") == "gated":
         bias = arrays.pop("b_enc")
         arrays |= {"b_gate": bias, "b_mag": bias + 0.1, "r_mag": tensor_values("sae.r_mag.bias", (sae.d_sae,), 0)}
@@ -121,6 +123,20 @@ def _generate(sae: SaelensDirectory, width: int, out: Path) -> None:
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(dtype) for name, array in arrays.items()}
     save_file(tensors, out / WEIGHTS[0])
     (out / CONFIG).write_text(json.dumps({"d_in": width, "d_sae": sae.d_sae, **sae.cfg}, indent=2) + "\n")
+
+
+def _vary(arrays: dict[str, np.ndarray], statistic: SaeStatistic) -> None:
+    """Give the weights an unusual statistic, in place."""
+    if statistic is SaeStatistic.DEAD:
+        arrays["W_enc"] = np.where(np.arange(arrays["W_enc"].shape[1]) % 2, 0, arrays["W_enc"])
+        arrays["b_enc"] = np.where(np.arange(arrays["b_enc"].size) % 2, -1, arrays["b_enc"])
+    elif statistic is SaeStatistic.TWINS:
+        arrays["W_enc"] = np.repeat(arrays["W_enc"][:, ::2], 2, axis=1)[:, : arrays["W_enc"].shape[1]]
+        arrays["b_enc"] = np.repeat(arrays["b_enc"][::2], 2)[: arrays["b_enc"].size]
+    elif statistic is SaeStatistic.DECODER_LARGE:
+        arrays["W_dec"] = 32 * arrays["W_dec"]
+    else:
+        arrays |= {"b_enc": 32 * arrays["b_enc"], "b_dec": 32 * arrays["b_dec"]}
 
 
 def _generate_scope(sae: ScopeSae, width: int, out: Path) -> None:

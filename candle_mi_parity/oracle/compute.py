@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ Given = Mapping[str, np.ndarray]
 
 Then = Callable[[Captured], Captured]
 Run = Callable[[nn.Module, torch.Tensor, Edits], Recorder]
+R = TypeVar("R")
 
 
 class Computation:
@@ -88,8 +90,11 @@ class Computation:
         return changed
 
     def drawn(self) -> dict[str, np.ndarray]:
-        """The random tensors of the case's edits, float32."""
-        return interventions.drawn_tensors(self._subject, self.model)
+        """The random tensors of the case's edits, float32.
+
+        :raises ModelError: transformers cannot run the model.
+        """
+        return self._or_refused(lambda: interventions.drawn_tensors(self._subject, self.model))
 
     def truth(self, mode: Mode, given: Given, samples: int = SAMPLES) -> Truth:
         """The truth of a mode.
@@ -100,8 +105,12 @@ class Computation:
         :raises OracleError: an operation without a noise rule, or a truth that is not finite.
         :raises ModelError: transformers cannot run the model.
         """
+        return self._or_refused(lambda: self._truth(mode, given, samples))
+
+    def _or_refused(self, compute: Callable[[], R]) -> R:
+        """:raises ModelError: the computation failed, and transformers alone cannot run the model either."""
         try:
-            return self._truth(mode, given, samples)
+            return compute()
         except ParityError:
             raise
         except Exception:

@@ -153,7 +153,7 @@ def load_model(
     attention = attention or our_attention()
     config = model_config(directory, attention)
     try:
-        with torch_state(dtype), _mode_for(dtype), quiet():
+        with torch_state(dtype), mode_for(dtype), quiet():
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 directory,
                 config=config,
@@ -201,6 +201,8 @@ def model_config(directory: Path, attention: str) -> Any:
     with transformers_runs(directory):
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         config._attn_implementation = attention
+        # A training option with which the embedding's output requires a gradient.
+        config.gradient_checkpointing = False
         transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         return config
 
@@ -237,7 +239,7 @@ def ignored_tensors(model: nn.Module) -> list[str]:
     return list(getattr(model, _IGNORED))
 
 
-def _mode_for(dtype: torch.dtype) -> AbstractContextManager[object]:
+def mode_for(dtype: torch.dtype) -> AbstractContextManager[object]:
     return Float64() if dtype == torch.float64 else nullcontext()  # type: ignore[no-untyped-call]
 
 

@@ -73,6 +73,8 @@ def edits_of(subject: PreparedCase, drawn: Captured, counterfactual: Counterfact
     :param counterfactual: changes of edits and their arithmetic.
     """
     changes: dict[str, list[Change]] = {}
+    if not subject.case.edits:
+        return changes
     n_heads = int(str(read_config(subject.model_dir)["num_attention_heads"]))
     for index, row in enumerate(subject.case.edits):
         edit = counterfactual.edit_at(index, row)

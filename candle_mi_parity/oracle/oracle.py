@@ -36,26 +36,32 @@ class Oracle:
 
     :param device: of the candidate, which decides the noise; the truth is always computed on the CPU.
     :param change: a counterfactual.
+    :param filed: whether truths are kept in the cache, and not in memory alone.
     """
 
     def __init__(
-        self, subject: PreparedCase, cache: Path, device: str = "cpu", change: Counterfactual = PLAIN
+        self,
+        subject: PreparedCase,
+        cache: Path,
+        device: str = "cpu",
+        change: Counterfactual = PLAIN,
+        filed: bool = True,
     ) -> None:
         self.subject, self.change = subject, change
         self.arithmetic = Arithmetic(UNITS[subject.case.dtype], ACCUMULATION[device.partition(":")[0]])
         self.key = truth_key(subject, self.arithmetic, change)
-        self._cache, self._device = cache, device
+        self._cache, self._device, self._filed = cache, device, filed
         self._directory = cache / "truth" / self.key
         self._truths: dict[Mode, Truth] = {}
 
     @cached_property
     def plain(self) -> Oracle:
         """The oracle of the same case with nothing changed."""
-        return self if self.change == PLAIN else Oracle(self.subject, self._cache, self._device)
+        return self if self.change == PLAIN else Oracle(self.subject, self._cache, self._device, filed=self._filed)
 
     def under(self, change: Counterfactual) -> Oracle:
         """The oracle of a counterfactual of the same case."""
-        oracle = Oracle(self.subject, self._cache, self._device, change)
+        oracle = Oracle(self.subject, self._cache, self._device, change, self._filed)
         oracle.__dict__["plain"] = self.plain
         return oracle
 
@@ -81,9 +87,14 @@ class Oracle:
         if mode == "forced" and self.subject.case.edits:
             raise OracleError(f"{self.subject.case.id}: a case with edits has no teacher-forced truth")
 
-        def compute(out: Path) -> None:
-            self._signed(self.computation.truth(mode, self._given(mode))).save(out / "truth.safetensors")
+        def computed() -> Truth:
+            return self._signed(self.computation.truth(mode, self._given(mode)))
 
+        def compute(out: Path) -> None:
+            computed().save(out / "truth.safetensors")
+
+        if mode not in self._truths and not self._filed:
+            self._truths[mode] = computed()
         if mode not in self._truths:
             path = publish(self._directory / mode, compute) / "truth.safetensors"
             self._truths[mode] = Truth.load(path)
@@ -92,6 +103,11 @@ class Oracle:
     def values(self) -> Truth:
         """The truth's values with a noise of 0, not cached."""
         return self.computation.truth("free", self._given("free"), samples=0)
+
+    def without_noise(self) -> Truth:
+        """The truth's values with a noise of 0, in place of the truth of this oracle, which is not kept."""
+        self._truths["free"] = self._signed(self.values())
+        return self._truths["free"]
 
     def inputs(self, mode: Mode) -> Path:
         """A safetensors file of float32 inputs from the plain truth, which both sides are given.

@@ -15,6 +15,7 @@ softmax over N terms                u·sqrt(2/3)·\\|o\\| each, and one common f
 add, sub, mul, div, pow, …          u/sqrt(3)·\\|o\\|               the deviation of a uniform error in ±u
 exp, silu, gelu, tanh, rsqrt, …     2u/sqrt(3)·\\|o\\|
 layer norm over N terms             mean, variance, rsqrt and affine, each by its rule above
+each of these in float16, o ≠ 0     and 2⁻²⁵/sqrt(3), for the subnormal numbers below 2⁻¹⁴
 views, copies, gathers              exact
 ==================================  =====================================================================
 
@@ -42,6 +43,9 @@ from candle_mi_parity.oracle.torch_state import torch_state
 
 _ONE = 1 / math.sqrt(3)
 """Standard deviation of one rounding in units of the roundoff: a uniform error in ±1."""
+_SUBNORMAL = {2.0**-11: 2.0**-25 * _ONE}
+"""Unit roundoff → deviation of one rounding below the format's normal range, where its spacing is constant. Only
+float16's range, whose spacing there is 2⁻²⁴, is reached by a model; the gate's floor covers float32's."""
 
 _UNIT_OF = "_candle_mi_parity_unit"
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -337,7 +341,7 @@ class RoundingNoise(_NamingMatmuls):  # type: ignore[no-untyped-call]
             variance = (self._scales.replay(self._calls.next(), out) * accumulated).addcmul_(
                 out, out, value=unit**2 / 3
             )
-            return out.addcmul_(variance.sqrt_(), self._pool.draw(out))
+            return self._subnormal(out.addcmul_(variance.sqrt_(), self._pool.draw(out)), unit)
         if name == "_softmax":
             row = out.select(args[1], 0).unsqueeze(args[1])
             common = self._pool.draw(row) * (math.sqrt(out.shape[args[1]]) / 3)
@@ -357,8 +361,14 @@ class RoundingNoise(_NamingMatmuls):  # type: ignore[no-untyped-call]
         """``out·(1 + unit·(size·N(0,1) + common))``, in place: nothing else refers to a dispatch result yet."""
         noise = self._pool.draw(out)
         if common is None:
-            return out.addcmul_(out, noise, value=unit * size)
-        return out.addcmul_(out, noise * size + common, value=unit)
+            return self._subnormal(out.addcmul_(out, noise, value=unit * size), unit)
+        return self._subnormal(out.addcmul_(out, noise * size + common, value=unit), unit)
+
+    def _subnormal(self, out: torch.Tensor, unit: float) -> torch.Tensor:
+        """The rounding of numbers below the normal range of a format, in place; an exact 0 stays."""
+        if (deviation := _SUBNORMAL.get(unit)) is None:
+            return out
+        return out.addcmul_(self._pool.draw(out), (out != 0).to(out.dtype), value=deviation)
 
     def _layer_norm(self, args: Any, unit: float) -> torch.Tensor:
         """LayerNorm in its float32 steps, each with its own rounding.

@@ -7,6 +7,7 @@ import fnmatch
 import re
 import tomllib
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -45,11 +46,58 @@ Setting = Scalar | list[int] | list[float] | list[str] | dict[str, Scalar | list
 """A value of ``config.json`` that TOML can express."""
 
 
+class Statistic(StrEnum):
+    """What is unusual about the weights of a generated model; an effective norm weight includes the added 1."""
+
+    EMBEDDING_MEAN = "embedding-mean"
+    """4 is added to the embedding."""
+    EMBEDDING_TINY = "embedding-tiny"
+    """The embedding is multiplied by 1/1024, so that a norm's eps matters."""
+    EMBEDDING_HUGE = "embedding-huge"
+    """The embedding is multiplied by 1024."""
+    EMBEDDING_EQUAL = "embedding-equal"
+    """Every second row of the embedding equals the row before it."""
+    HEAD_EQUAL = "head-equal"
+    """Every second row of ``lm_head`` equals the row before it, so that logits tie."""
+    NORM_ZERO = "norm-zero"
+    """Every second effective weight of a norm is 0."""
+    NORM_NEGATIVE = "norm-negative"
+    """Every second effective weight of a norm is negative."""
+    NORM_LARGE = "norm-large"
+    """Effective norm weights are multiplied by 32."""
+    BIAS_LARGE = "bias-large"
+    """Biases are multiplied by 32, which makes them as large as activations."""
+    QUERY_LARGE = "query-large"
+    """The query projection is multiplied by 16, which saturates the softmax."""
+    MATRICES_TINY = "matrices-tiny"
+    """All matrices but the embedding are multiplied by 1/1024."""
+    MLP_LARGE = "mlp-large"
+    """The MLP's first projections are multiplied by 16, which saturates the activation function."""
+
+
+class Layout(StrEnum):
+    """What is unusual about the files of a generated model."""
+
+    NO_PREFIX = "no-prefix"
+    """Tensors are named without ``model.``, as a checkpoint of the base model."""
+    STORED_HEAD = "stored-head"
+    """The head is stored with other numbers, although it is tied to the embedding."""
+    EXTRA_TENSORS = "extra-tensors"
+    """There are tensors that the model does not have."""
+    MISSING_NORM = "missing-norm"
+    """The final norm's weight is missing."""
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT64 = "float64"
+
+
 class TinyModel(TableRow):
     """A generated model: its shape is from ``fixtures/<config>``, its weights from a hash of each tensor's name.
 
     :ivar shards: number of safetensors files.
     :ivar seed: another one gives other weights, where two models of the same shape have to differ.
+    :ivar weights: what is unusual about the weights.
+    :ivar layout: what is unusual about the files.
     :ivar change: config keys with another value than in the file.
     :ivar null: config keys that are null, which TOML cannot express.
     :ivar absent: config keys of the file that are left out, so that each library uses its default.
@@ -60,6 +108,8 @@ class TinyModel(TableRow):
     dialect: Literal["hub", "v5"]
     shards: Annotated[int, Field(ge=1, le=1 << 10)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
+    weights: list[Annotated[Statistic, Field(strict=False)]] = []
+    layout: list[Annotated[Layout, Field(strict=False)]] = []
     change: dict[str, Setting] = {}
     null: list[str] = []
     absent: list[str] = []
@@ -127,6 +177,19 @@ class SaeFile(SaePlace):
     revision: str | None = None
 
 
+class SaeStatistic(StrEnum):
+    """What is unusual about the weights of a generated SAE."""
+
+    DEAD = "dead"
+    """Every second feature has an encoder of zeros and a negative bias."""
+    TWINS = "twins"
+    """Every second feature has the encoder and bias of the one before it, so that they tie."""
+    DECODER_LARGE = "decoder-large"
+    """The decoder is multiplied by 32."""
+    BIAS_LARGE = "bias-large"
+    """Both biases are multiplied by 32."""
+
+
 class SaelensDirectory(SaePlace):
     """A generated SAE in the layout of SAELens.
 
@@ -134,6 +197,7 @@ class SaelensDirectory(SaePlace):
     :ivar weights: format of the stored tensors.
     :ivar threshold: smallest θ of a JumpReLU; None stores no threshold.
     :ivar scaling_factor: whether the file has the ``scaling_factor`` of ones that versions 2 and 3 wrote.
+    :ivar statistics: what is unusual about the weights.
     """
 
     d_sae: Annotated[int, Field(ge=1, le=1 << 20)]
@@ -141,6 +205,9 @@ class SaelensDirectory(SaePlace):
     weights: Literal["float32", "float64", "bfloat16"] = "float32"
     threshold: float | None = None
     scaling_factor: bool = False
+    statistics: list[Annotated[SaeStatistic, Field(strict=False)]] = Field(
+        default=[], exclude_if=lambda held: not held
+    )
 
 
 class ScopeSae(SaePlace):

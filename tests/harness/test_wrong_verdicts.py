@@ -177,7 +177,7 @@ def test_a_fault_of_the_suite_is_internal(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("The size of tensor a (20) must match the size of tensor b (10)")
 
-    monkeypatch.setattr(*{"model": (hooks, "_mode_for"), "truth": (compute, "sample")}[place], broken)
+    monkeypatch.setattr(*{"model": (hooks, "mode_for"), "truth": (compute, "sample")}[place], broken)
     found = judged(local(tmp_path / "model"))
     assert found.error.startswith("internal: RuntimeError: The size of tensor a"), found.error
 

@@ -1,0 +1,322 @@
+"""What inputs are drawn from: ``fixtures/hunt.toml``, the config keys that either library reads, and the possible
+weights, files, tokens, formats, SAEs and edits.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from candle_mi_parity.errors import CaseTableError
+from candle_mi_parity.hunt.genes import Genes, entries_of, layers_of
+from candle_mi_parity.spec.cases import Layout, SaeStatistic, Statistic, TableRow, read_toml
+from candle_mi_parity.spec.families import FAMILIES
+from candle_mi_parity.spec.hook_points import hook_names
+from candle_mi_parity.spec.paths import FIXTURES
+
+LENGTHS = ("sliding_window", "original_max_position_embeddings", "max_position_embeddings", "attention_chunk_size")
+"""Config keys that hold a number of tokens, at which behaviour may change."""
+LONGEST = 70
+"""Longest prompt that a boundary asks for."""
+_SUBKEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "ntk": ("factor",),
+    "dynamic": ("factor",),
+    "proportional": ("partial_rotary_factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+    "su": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
+_RARE = 0.12
+"""How often a sub-key of a rotary block is left out, and how often one is added that its type does not need."""
+
+
+class Menu(TableRow):
+    """``fixtures/hunt.toml``."""
+
+    format: Literal[1]
+    skip: list[str]
+    shape: dict[str, list[Any]]
+    values: dict[str, list[Any]]
+    rotary: dict[str, list[Any]]
+    sae: dict[str, list[Any]]
+
+
+def load_menu(path: Path = FIXTURES / "hunt.toml") -> Menu:
+    """:raises CaseTableError: the file is malformed."""
+    return read_toml(path, Menu, CaseTableError)
+
+
+@dataclass
+class Grammar:
+    """Draws inputs of some families.
+
+    :ivar keys: family → config keys that a library reads.
+    :ivar defaults: family → config key → values at which a library takes it as if it were not there.
+    """
+
+    families: list[str]
+    keys: Mapping[str, set[str]]
+    defaults: Mapping[str, Mapping[str, list[Any]]] = field(default_factory=dict)
+    menu: Menu = field(default_factory=load_menu)
+
+    def draw(
+        self, rng: random.Random, corpus: list[tuple[str, Genes]], tired: Mapping[str, float], dead: Set[str]
+    ) -> tuple[str, Genes]:
+        """A family and the genes of one input.
+
+        :param corpus: inputs that reached something new; four in ten inputs start from one of them.
+        :param tired: slot → how rarely it is to be drawn, between 0 and 1.
+        :param dead: entries of the menu that change nothing; they are drawn rarely.
+        """
+        genes: Genes = {}
+        if corpus and rng.random() < 0.4:
+            family, parent = rng.choice(corpus)
+            genes = {slot: value for slot, value in parent.items() if rng.random() < 0.7}
+            count = rng.choice([0, 1, 1, 2])
+        else:
+            family = rng.choice(self.families)
+            count = rng.choice([1, 2, 2, 3, 3, 4])
+        for _ in range(count):
+            more = self._added(rng, family, genes, tired)
+            if dead and rng.random() < 0.9 and entries_of(more).keys() <= dead:
+                more = self._added(rng, family, genes, tired)
+            genes |= more
+        self._tokens(rng, family, genes)
+        return family, genes
+
+    def _added(self, rng: random.Random, family: str, genes: Genes, tired: Mapping[str, float]) -> Genes:
+        """Genes to add to those that an input has."""
+        kind = rng.choices(("config", "weights", "layout", "dtype", "sae", "edit"), (64, 10, 4, 4, 10, 8))[0]
+        if kind == "config":
+            slot, value = self._config(rng, family, tired)
+            return {slot: value}
+        if kind == "weights":
+            return _statistic(rng, family, genes)
+        if kind == "layout":
+            return _layout(rng, family)
+        if kind == "dtype":
+            return {"dtype": rng.choice(["bfloat16", "float16"])}
+        return self._sae(rng, genes) if kind == "sae" else _edit(rng, genes)
+
+    def _config(self, rng: random.Random, family: str, tired: Mapping[str, float]) -> tuple[str, list[Any]]:
+        base = base_config(family)
+        listed = sorted((self.keys[family] | self.menu.values.keys() | self.menu.shape.keys()) - {*self.menu.skip})
+        weights = [
+            (3.0 if key in self.menu.values else 1.0) * (1 - tired.get(f"config.{key}", 0.0)) for key in listed
+        ]
+        key = rng.choices(listed, weights)[0]
+        choices: list[list[Any]] = [["null"], *([["absent"]] if key in base else [])]
+        own = [*self.menu.values.get(key, []), *self.menu.shape.get(key, [])]
+        own += self.defaults.get(family, {}).get(key, []) or ([] if own else [base.get(key)])
+        values = [value for value in own if value is not None] or [True, 2, 0.5, "gelu"]
+        choices += [["set", value] for value in values]
+        chosen = list(rng.choice(choices))
+        if chosen == ["set", "block"]:
+            chosen = ["set", self._rotary(rng, family)]
+        elif chosen == ["set", "layers"]:
+            types = ["full_attention", "sliding_attention"]
+            chosen = ["set", [rng.choice(types), rng.choice(types)]]
+        elif chosen[0] == "set" and rng.random() < _RARE:
+            chosen = ["set", other_type(rng, chosen[1])]
+        return f"config.{key}", chosen
+
+    def _rotary(self, rng: random.Random, family: str) -> dict[str, Any]:
+        menu = self.menu.rotary
+        kind = rng.choice(menu["types"])
+        block: dict[str, Any] = {"rope_type" if rng.random() < 0.7 else "type": kind}
+        if rng.random() < 0.5:
+            block["rope_theta"] = rng.choice(menu["rope_theta"])
+        spare = [key for key in menu if key not in ("types", "rope_theta")]
+        keys = [*_SUBKEYS[kind], *(key for key in spare if rng.random() < _RARE / 2)]
+        half = head_dim(family) // 2
+        for key in keys:
+            if key in ("short_factor", "long_factor"):
+                step = 0.1 if key == "short_factor" else 0.5
+                block[key] = [1.0 + step * place for place in range(half)]
+            else:
+                block[key] = rng.choice(menu[key])
+        return {key: value for key, value in block.items() if rng.random() > _RARE}
+
+    def _sae(self, rng: random.Random, genes: Genes) -> Genes:
+        if "sae.npz" in genes or rng.random() < 0.1:
+            return {"sae.npz": rng.choice([1e-6, 0.1, 1.0, 100.0])}
+        more: Genes = {}
+        for _ in range(rng.choice([1, 2, 3])):
+            kind = rng.choices(
+                ("cfg", "threshold", "weights", "statistics", "point", "scaling"), (60, 10, 8, 14, 5, 3)
+            )[0]
+            if kind == "cfg":
+                key = rng.choice([*self.menu.sae])
+                absent = rng.random() < 0.2
+                more[f"sae.cfg.{key}"] = ["absent"] if absent else ["set", rng.choice(self.menu.sae[key])]
+                if more[f"sae.cfg.{key}"] == ["set", "topk"] and rng.random() < 0.8:
+                    more["sae.cfg.activation_fn_kwargs"] = ["set", {"k": rng.choice([1, 4, 31, 32])}]
+            elif kind == "threshold":
+                more["sae.threshold"] = rng.choice([-2.0, -0.5, 0.0, 1e-30, 0.25, 4.0])
+                more["sae.cfg.architecture"] = ["set", "jumprelu"]
+            elif kind == "weights":
+                more["sae.weights"] = rng.choice(["float64", "bfloat16"])
+            elif kind == "statistics":
+                more[f"sae.statistics.{rng.choice([*SaeStatistic])}"] = True
+            elif kind == "point":
+                more["sae.point"] = rng.choice(["hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out"])
+            else:
+                more["sae.scaling_factor"] = True
+        return more
+
+    def _tokens(self, rng: random.Random, family: str, genes: Genes) -> None:
+        """Mostly a short prompt; where the config has a length, often one at, below or above it."""
+        if "tokens" in genes and rng.random() < 0.5:
+            return
+        lengths = [length for length in lengths_of(family, genes) if 1 <= length <= LONGEST - 2]
+        count = rng.choice([1, 2, 3, 5, 6, 8, 9])
+        if lengths and rng.random() < 0.7:
+            count = max(1, rng.choice(lengths) + rng.choice([-1, 0, 1, 2]))
+        kind = rng.random()
+        edited = any(slot.startswith("edit.") for slot in genes)
+        if edited:
+            places = [place for slot, edit in genes.items() if slot.startswith("edit.") for place in _places(edit)]
+            count = max([count, *(place + 1 for place in places)])
+        if kind < 0.08 and not edited:
+            genes["tokens"] = {"random": count, "batch": rng.choice([2, 3])}
+        elif kind < 0.14:
+            genes["tokens"] = [rng.choice([0, 1, 2])] * count
+        else:
+            genes["tokens"] = {"random": count} | ({"seed": rng.randrange(4)} if rng.random() < 0.3 else {})
+
+
+@cache
+def _base_text(family: str) -> str:
+    return (FIXTURES / f"models/{family}.json").read_text(encoding="utf-8")
+
+
+def base_config(family: str) -> dict[str, Any]:
+    """The config of ``fixtures/models`` that a family's inputs start from."""
+    found: dict[str, Any] = json.loads(_base_text(family))
+    return found
+
+
+def head_dim(family: str) -> int:
+    """Width of a head of the plain config."""
+    config = base_config(family)
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def other_type(rng: random.Random, value: Any) -> Any:
+    """The same value in another JSON type."""
+    if isinstance(value, bool):
+        return rng.choice([int(value), str(value).lower()])
+    if isinstance(value, int):
+        return rng.choice([float(value), str(value)])
+    if isinstance(value, float):
+        return rng.choice([int(value) if value == int(value) else value, str(value)])
+    return value
+
+
+def lengths_of(family: str, genes: Genes) -> list[int]:
+    """The numbers of tokens in an input's config, also those in a rotary block."""
+    config = base_config(family)
+    for slot, value in genes.items():
+        if slot.startswith("config."):
+            config[slot.removeprefix("config.")] = value[1] if value[0] == "set" else None
+    blocks = [config, *(held for held in config.values() if isinstance(held, dict))]
+    found = {block.get(key) for block in blocks for key in LENGTHS}
+    return sorted(length for length in found if type(length) is int)
+
+
+def _statistic(rng: random.Random, family: str, genes: Genes) -> Genes:
+    """A statistic of weights that the family's plain config has."""
+    config = base_config(family)
+    possible = [*Statistic]
+    if config["tie_word_embeddings"] and genes.get("config.tie_word_embeddings") != ["set", False]:
+        possible.remove(Statistic.HEAD_EQUAL)
+    if family not in ("qwen2", "starcoder2") and genes.get("config.attention_bias") != ["set", True]:
+        possible.remove(Statistic.BIAS_LARGE)
+    return {f"weights.{rng.choice(possible)}": True}
+
+
+def _layout(rng: random.Random, family: str) -> Genes:
+    if rng.random() < 0.3:
+        return {"shards": rng.choice([2, 3])}
+    possible = [*Layout]
+    if not base_config(family)["tie_word_embeddings"]:
+        possible.remove(Layout.STORED_HEAD)
+    return {f"layout.{rng.choice(possible)}": True}
+
+
+def _edit(rng: random.Random, genes: Genes) -> Genes:
+    """An edit in a layer that the input has."""
+    layers = layers_of(genes)
+    hook = rng.choice(hook_names(layers))
+    count = sum(slot.startswith("edit.") for slot in genes)
+    wide = ".attn." not in hook
+    kinds = ["replace", "add", "scale", "zero"]
+    kinds += ["patch_at", "patch_at"] if wide else []
+    kinds += ["knockout"] * 4 if hook.endswith("hook_scores") else []
+    kinds += ["steer"] * 4 if hook.endswith("hook_pattern") else []
+    kind = rng.choice(kinds)
+    edit: dict[str, Any] = {"kind": kind, "hook": hook}
+    if kind in ("replace", "add", "patch_at"):
+        edit |= {"seed": rng.randrange(3), "size": rng.choice([0.1, 1.0, 10.0])}
+        shapes = {
+            "add": ["[d]", "[1, d]", "[1, 1, d]", "[1, T, d]", "[B, 1, d]"],
+            "patch_at": ["[1, 1, d]", "[B, 1, d]"],
+        }
+        if wide and kind in shapes and rng.random() < 0.5:
+            edit["shape"] = rng.choice(shapes[kind])
+    if kind == "patch_at":
+        edit["position"] = rng.choice([0, 1, 2, 5])
+    if kind == "scale":
+        edit["factor"] = rng.choice([0.0, 0.5, -1.0, 2.0])
+    if kind in ("knockout", "steer"):
+        edit["spec"] = _spec(rng, layers)
+    if kind == "steer":
+        edit |= {"how": rng.choice(["scale", "set_value"]), "value": rng.choice([0.0, 0.25, 1.0, 3.0])}
+    return {f"edit.{count}": edit}
+
+
+def _spec(rng: random.Random, layers: int) -> dict[str, Any]:
+    spec: dict[str, Any] = {}
+    if rng.random() < 0.3:
+        first = rng.randrange(layers)
+        spec["layers"] = [first, rng.randrange(first, layers)]
+    if rng.random() < 0.4:
+        spec["heads"] = sorted(rng.sample(range(4), rng.choice([1, 2])))
+    query = rng.choice([1, 2, 3, 4])
+    which = rng.choice(["edges", "edges", "from_to", "to_positions", "from_positions"])
+    if which == "edges":
+        spec["edges"] = [[query, rng.randrange(query)] for _ in range(rng.choice([1, 1, 2]))]
+    elif which == "from_to":
+        spec["from_to"] = [{"query": query, "keys": sorted({0, rng.randrange(query)})}]
+    else:
+        spec[which] = [query]
+    return spec
+
+
+def _places(edit: Mapping[str, Any]) -> list[int]:
+    """The positions that an edit names."""
+    spec = edit.get("spec", {})
+    places = [edit.get("position", 0), *spec.get("from_positions", []), *spec.get("to_positions", [])]
+    places += [place for edge in spec.get("edges", []) for place in edge]
+    return places + [place for fan in spec.get("from_to", []) for place in (fan["query"], *fan["keys"])]
+
+
+def all_families(glob: str) -> list[str]:
+    """The families whose name matches a glob.
+
+    :raises CaseTableError: there is none.
+    """
+    import fnmatch
+
+    found = [name for name in FAMILIES if fnmatch.fnmatchcase(name, glob)]
+    if not found:
+        raise CaseTableError(f"no family matches {glob!r}; there are {', '.join(FAMILIES)}")
+    return found

@@ -1,0 +1,236 @@
+"""The hunt: rounds of inputs, drawn from what earlier rounds reached, judged by several processes at once.
+
+A round is drawn whole from the state after the round before, so that a seed gives the same inputs whatever the number
+of processes. Time decides only how many rounds there are, and how long explanations are searched for.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from candle_mi_parity.compare.hunt_result import TRIES, Cause, Entry, HuntResult, Tally
+from candle_mi_parity.hunt import worker
+from candle_mi_parity.hunt.bench import Answer, Found, point_of
+from candle_mi_parity.hunt.genes import Genes, entries_of
+from candle_mi_parity.hunt.grammar import Grammar
+from candle_mi_parity.hunt.worker import Input, Report
+from candle_mi_parity.spec.counterfactual import Counterfactual
+from candle_mi_parity.spec.explanations import Explanations
+
+ROUND = 96
+"""Inputs of a round."""
+CHUNK = 8
+"""Inputs that a process takes at once."""
+LARGEST_CORPUS = 400
+READ_EVERY = 24
+"""Of so many inputs, one is loaded again to record the config keys that transformers reads."""
+
+
+@dataclass
+class Limits:
+    """When a hunt ends: after a number of seconds or of inputs, whichever comes first; None for no such limit.
+
+    :ivar search: seconds for the explanation of one cause.
+    """
+
+    seconds: float | None = None
+    inputs: int | None = None
+    search: float = 15.0
+
+    def reached(self, result: HuntResult, started_with: tuple[float, int]) -> bool:
+        """:param started_with: seconds and inputs of the result when this command began."""
+        seconds, inputs = started_with
+        late = self.seconds is not None and result.seconds - seconds >= self.seconds
+        return late or (self.inputs is not None and result.tried - inputs >= self.inputs)
+
+
+@dataclass
+class Hunt:
+    """A hunt in progress.
+
+    :ivar tell: called after each round.
+    """
+
+    result: HuntResult
+    grammar: Grammar
+    table: Explanations
+    cache: Path
+    limits: Limits
+    tell: Callable[[HuntResult], None]
+    processes: int = field(default_factory=lambda: os.cpu_count() or 1)
+    _pool: ProcessPoolExecutor | None = None
+
+    def run(self) -> HuntResult:
+        """Rounds until a limit is reached."""
+        begun = self.result.seconds, self.result.tried
+        try:
+            while not self.limits.reached(self.result, begun):
+                started = time.monotonic()
+                self._round()
+                self.result.rounds += 1
+                self.result.seconds += time.monotonic() - started
+                self.tell(self.result)
+        finally:
+            self._close()
+        return self.result
+
+    def _round(self) -> None:
+        inputs = self._drawn()
+        reports = self._judged(inputs)
+        for report in reports:
+            self._count(report)
+        self._close_in([report for report in reports if report.answer.kind in ("new", "broken")])
+
+    def _drawn(self) -> list[Input]:
+        """The inputs of the next round."""
+        result = self.result
+        tired = {slot: min(0.95, dull / tried) for slot, (tried, dull) in result.dull.items() if tried >= 5}
+        dead, inputs = set(result.dead), []
+        asked: dict[str, int] = {}
+        for place in range(ROUND):
+            rng = random.Random(f"{result.seed}:{result.rounds}:{place}")
+            family, genes = self.grammar.draw(rng, result.corpus, tired, dead)
+            ask = self._to_ask(genes, asked)
+            inputs.append(Input(family, genes, tuple(ask), place % READ_EVERY == 0))
+        return inputs
+
+    def _to_ask(self, genes: Genes, asked: dict[str, int]) -> list[str]:
+        """The entries of one slot of which it is not known whether they change anything.
+
+        :param asked: entry → how often it is tried in this round already.
+        """
+        ask: dict[str, list[str]] = {}
+        for name, slot in entries_of(genes).items():
+            entry = self.result.entries.setdefault(name, Entry())
+            if not entry.excites and entry.tried + asked.get(name, 0) < TRIES:
+                ask.setdefault(slot, []).append(name)
+        first = next(iter(ask.values()), [])
+        for name in first:
+            asked[name] = asked.get(name, 0) + 1
+        return first
+
+    def _judged(self, inputs: list[Input]) -> list[Report]:
+        found = self._found()
+        chunks = [inputs[start : start + CHUNK] for start in range(0, len(inputs), CHUNK)]
+        waiting = [self._submit(worker.judge_all, chunk, found) for chunk in chunks]
+        reports: list[Report] = []
+        for chunk, future in zip(chunks, waiting, strict=True):
+            try:
+                reports += future.result()
+            except BrokenProcessPool:
+                self._close()
+                reports += [self._alone(one, found) for one in chunk]
+        return reports
+
+    def _alone(self, one: Input, found: Sequence[Found]) -> Report:
+        """One input of a chunk during which a process of this suite died."""
+        try:
+            reports: list[Report] = self._submit(worker.judge_all, [one], found).result()
+            return reports[0]
+        except BrokenProcessPool:
+            self._close()
+            return Report(one, Answer("fault", detail="the process of this suite died"))
+
+    def _count(self, report: Report) -> None:
+        """Add a report to the result."""
+        result, answer, genes = self.result, report.answer, report.input.genes
+        tally = result.tallies.setdefault("forward", Tally())
+        tally.tried += 1
+        if answer.kind == "agree":
+            tally.agree += 1
+            for spread, value in ((result.position, answer.position / 8), (result.element, answer.element / 32)):
+                tenth = min(int(value * 10), 9)
+                spread[tenth] = spread.get(tenth, 0) + 1
+        elif answer.kind == "unmeasured":
+            tally.unmeasured += 1
+        elif answer.kind == "fault":
+            result.faults[answer.detail] = result.faults.get(answer.detail, 0) + 1
+        for kind, counts in (("known", tally.known), ("refused", tally.refused), ("no-truth", tally.no_truth)):
+            if answer.kind == kind:
+                counts[answer.key] = counts.get(answer.key, 0) + 1
+        for name in report.input.ask:
+            result.entries[name].tried += 1
+            result.entries[name].excites |= name in report.excites
+        dull = answer.kind in ("known", "refused", "no-truth")
+        for slot in genes:
+            tried, old = result.dull.get(slot, (0, 0))
+            result.dull[slot] = (tried + 1, old + dull)
+        self._remember(report)
+
+    def _remember(self, report: Report) -> None:
+        """Keep an input that reached something first, and the keys that are read."""
+        result, answer, family = self.result, report.answer, report.input.family
+        features = [f"{family} reads {key}" for key in report.keys]
+        self.grammar.keys[family].update(key for key in report.keys if "." not in key)
+        if answer.kind in ("known", "refused", "no-truth"):
+            features.append(f"{answer.kind}: {answer.key}")
+        if answer.kind in ("new", "broken", "fault"):
+            features.append(" ".join((family, *answer.signature)))
+        if any(feature not in result.seen for feature in features) and len(result.corpus) < LARGEST_CORPUS:
+            result.corpus.append((family, report.input.genes))
+        for feature in features:
+            result.seen[feature] = result.seen.get(feature, 0) + 1
+
+    def _close_in(self, reports: list[Report]) -> None:
+        """Shrink and explain what is new, and count what is not."""
+        left = []
+        for report in reports:
+            if report.answer.key:
+                self.result.causes[int(report.answer.key)].count += 1
+            elif (cause := self._alike(report)) is not None:
+                cause.count += 1
+            else:
+                left.append(report)
+        while left:
+            first, *left = left
+            found = self._found()
+            one = first.input
+            future = self._submit(worker.close_in, one.family, one.genes, first.answer, found, self.limits.search)
+            self.result.causes.append(future.result())
+            if not left:
+                return
+            again = self._judged([Input(report.input.family, report.input.genes) for report in left])
+            self._close_in([report for report in again if report.answer.kind in ("new", "broken")])
+            return
+
+    def _alike(self, report: Report) -> Cause | None:
+        """A cause without an explanation, of the same divergence, whose slots are among those of an input."""
+        for cause in self.result.causes:
+            same = Answer("new", first=cause.first, reason=cause.reason).signature[1:] == report.answer.signature[1:]
+            slots = set(cause.genes) - {"tokens"} <= set(report.input.genes)
+            if not cause.change and cause.what == report.input.family and same and slots:
+                return cause
+        return None
+
+    def _found(self) -> list[Found]:
+        return [
+            Found(number, Counterfactual.model_validate(cause.change), point_of(cause.first))
+            for number, cause in enumerate(self.result.causes)
+            if cause.change
+        ]
+
+    def _submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        if self._pool is None:
+            for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+                os.environ.setdefault(name, "1")  # each process computes with one thread
+            self._pool = ProcessPoolExecutor(
+                self.processes,
+                multiprocessing.get_context("spawn"),
+                worker.start,
+                (self.result.candidate, self.cache, self.table),
+            )
+        return self._pool.submit(work, *arguments)
+
+    def _close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None

@@ -1,0 +1,110 @@
+"""The smallest genes with the same divergence, and what the candidate computes instead."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from candle_mi_parity.compare.hunt_result import Cause
+from candle_mi_parity.errors import ParityError
+from candle_mi_parity.hunt.bench import Answer, Bench, Found
+from candle_mi_parity.hunt.genes import PLAIN_TOKENS, Genes, case_of
+from candle_mi_parity.judge.known import known_divergence
+from candle_mi_parity.judge.search import search
+from candle_mi_parity.spec.explanations import Explanations
+
+MOST = 120
+"""Largest number of inputs that are judged to shrink one."""
+LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12)
+
+
+def smallest(judge: Callable[[Genes], Answer], genes: Genes, answer: Answer) -> tuple[Genes, Answer]:
+    """The smallest genes that are judged as ``genes`` were, each step keeping the signature, and their answer."""
+    left = MOST
+    changed = True
+    while changed:
+        changed = False
+        for fewer in _fewer(genes):
+            if left <= 0:
+                return genes, answer
+            left -= 1
+            found = judge(fewer)
+            if found.signature == answer.signature and found.key == answer.key:
+                genes, answer, changed = fewer, found, True
+                break
+    return genes, answer
+
+
+def _fewer(genes: Genes) -> Iterator[Genes]:
+    """Smaller genes: without one, with a smaller block, with fewer tokens."""
+    for slot in genes:
+        if slot != "tokens":
+            yield {name: value for name, value in genes.items() if name != slot}
+    for slot, value in genes.items():
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[1], dict):
+            for key in value[1]:
+                yield genes | {slot: ["set", {name: held for name, held in value[1].items() if name != key}]}
+    yield from _fewer_tokens(genes)
+
+
+def _fewer_tokens(genes: Genes) -> Iterator[Genes]:
+    tokens = genes.get("tokens", PLAIN_TOKENS)
+    if isinstance(tokens, list):
+        yield genes | {"tokens": {"random": len(tokens)}}
+        return
+    if "batch" in tokens or "seed" in tokens:
+        yield genes | {"tokens": {"random": tokens["random"]}}
+    count = tokens["random"]
+    for fewer in dict.fromkeys((*(n for n in LENGTHS if n < count), count - 1)):
+        if fewer >= 1:
+            yield genes | {"tokens": tokens | {"random": fewer}}
+
+
+def cause_of(
+    bench: Bench,
+    family: str,
+    genes: Genes,
+    answer: Answer,
+    found: Sequence[Found],
+    table: Explanations,
+    cache: Path,
+    seconds: float,
+) -> Cause:
+    """Shrink a new divergence and search its explanation.
+
+    :param seconds: time limit of the search.
+    """
+    genes, answer = smallest(lambda fewer: bench.judge(family, fewer, found), genes, answer)
+    row = case_of(family, genes).model_dump(mode="json", exclude_defaults=True, exclude={"unmeasured", "stored"})
+    cause = Cause("forward", family, answer.first, answer.reason, answer.detail, row, genes=genes)
+    if answer.kind == "new" and answer.reason != "overlap" and seconds > 0:
+        with bench.cleared():
+            _explain(cause, bench, family, genes, table, cache, seconds)
+    return cause
+
+
+def _explain(
+    cause: Cause, bench: Bench, family: str, genes: Genes, table: Explanations, cache: Path, seconds: float
+) -> None:
+    """Record what the candidate computes instead, if the search finds it."""
+    try:
+        result, evidence = bench.evidence(family, genes)
+        if bench.source.identity is not None:
+            known = known_divergence(evidence, table, bench.source.identity)
+            result.unexplained = getattr(known, "why", "")
+        search(result, evidence, table, cache, [], seconds)
+    except ParityError as error:
+        cause.detail = f"{cause.detail}; no search: {error}"
+        return
+    if result.explained is None:
+        cause.detail = f"{cause.detail}; {result.unexplained}"
+    else:
+        cause.explained = result.explained.change
+        cause.change = _counterfactual(result.explained.key)
+
+
+def _counterfactual(key: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(key) if key else {}
+    return found

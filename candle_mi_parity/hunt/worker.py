@@ -1,0 +1,115 @@
+"""What a process of a hunt does: judge inputs, look for what their menu entries change, shrink what is new."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from candle_mi_parity.candidate.sources import LiveSource, open_source
+from candle_mi_parity.candidate.spelling import parse_candidate
+from candle_mi_parity.compare.hunt_result import Cause
+from candle_mi_parity.hunt.bench import SECONDS, Answer, Bench, Found
+from candle_mi_parity.hunt.genes import Genes, case_of, entries_of
+from candle_mi_parity.hunt.shrink import cause_of
+from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.oracle.fields_read import fields_read
+from candle_mi_parity.spec.explanations import Explanations
+
+_MEMORY = Path("/dev/shm")
+"""A file system in memory, where writing an input's files takes no time; the usual place where there is none."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input to judge.
+
+    :ivar ask: entries of the menu, all in one slot, of which it is not known whether they change anything.
+    :ivar read: whether to record the config keys that transformers reads.
+    """
+
+    family: str
+    genes: Genes
+    ask: tuple[str, ...] = ()
+    read: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """An input judged.
+
+    :ivar excites: the entries of ``ask`` that change what either side computes.
+    :ivar keys: config keys that transformers read.
+    """
+
+    input: Input
+    answer: Answer
+    excites: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+
+
+@dataclass
+class Worker:
+    """The state of one process."""
+
+    bench: Bench
+    table: Explanations
+    cache: Path
+    scratch: tempfile.TemporaryDirectory[str]
+
+
+_worker: Worker | None = None
+
+
+def start(candidate: str, cache: Path, table: Explanations) -> None:
+    """Open the candidate in this process, which computes with one thread."""
+    import torch
+    import transformers
+
+    global _worker
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    scratch = tempfile.TemporaryDirectory(prefix="parity-hunt-", dir=_MEMORY if _MEMORY.is_dir() else None)
+    source = open_source(parse_candidate(candidate), cache, Path(scratch.name) / "traces", lambda line: None)
+    if isinstance(source, LiveSource):
+        source.seconds = SECONDS
+    _worker = Worker(Bench(source, table, Path(scratch.name) / "inputs"), table, cache, scratch)
+
+
+def worker() -> Worker:
+    assert _worker is not None, "the process was started without `start`"
+    return _worker
+
+
+def judge_all(inputs: Sequence[Input], found: Sequence[Found]) -> list[Report]:
+    """Judge inputs one by one."""
+    return [_report(one, found) for one in inputs]
+
+
+def _report(one: Input, found: Sequence[Found]) -> Report:
+    bench = worker().bench
+    answer = bench.judge(one.family, one.genes, found)
+    excites: tuple[str, ...] = ()
+    if one.ask:
+        slot = entries_of(one.genes)[one.ask[0]]
+        without = bench.numbers(one.family, {name: value for name, value in one.genes.items() if name != slot})
+        if without != (answer.digest or answer.key):
+            excites = one.ask
+    return Report(one, answer, excites, _keys(one) if one.read else ())
+
+
+def _keys(one: Input) -> tuple[str, ...]:
+    """The config keys that transformers reads for an input; none where it refuses it."""
+    with worker().bench.cleared():
+        try:
+            directory = model_directory(case_of(one.family, one.genes).model, worker().bench.scratch)
+            return tuple(sorted(fields_read(directory)))
+        except Exception:  # a config that transformers refuses in any way has been counted already
+            return ()
+
+
+def close_in(family: str, genes: Genes, answer: Answer, found: Sequence[Found], seconds: float) -> Cause:
+    """Shrink and explain a new divergence."""
+    own = worker()
+    return cause_of(own.bench, family, genes, answer, found, own.table, own.cache, seconds)
