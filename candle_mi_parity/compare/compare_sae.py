@@ -51,7 +51,7 @@ def decisions(sae: SaeTruth) -> Decisions:
     order = np.argsort(-pre, axis=-1, kind="stable")
     width = pre.shape[-1]
     k = np.full((*pre.shape[:-1], 1), min(sae.k, width))
-    if not sae.relu:
+    if not sae.relu and sae.k < width:
         k = k - (np.take_along_axis(pre, np.take_along_axis(order, k - 1, -1), -1) < 0)
     kept = np.zeros(pre.shape, bool)
     np.put_along_axis(kept, order, np.arange(width) < k, -1)

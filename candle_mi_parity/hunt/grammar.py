@@ -279,7 +279,8 @@ def _edit(rng: random.Random, genes: Genes) -> Genes:
     if kind in ("knockout", "steer"):
         edit["spec"] = _spec(rng, layers)
     if kind == "steer":
-        edit |= {"how": rng.choice(["scale", "set_value"]), "value": rng.choice([0.0, 0.25, 1.0, 3.0])}
+        how = rng.choice(["scale", "set_value"])  # candle-mi refuses to set a weight above 1
+        edit |= {"how": how, "value": rng.choice([0.0, 0.25, 1.0, *([3.0] if how == "scale" else [])])}
     return {f"edit.{count}": edit}
 
 

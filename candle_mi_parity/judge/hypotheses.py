@@ -112,6 +112,10 @@ def _of_config(config: dict[str, Any], fields: list[str]) -> Iterator[Counterfac
             yield Counterfactual(config_set={key: not found})
         elif isinstance(found, int) and key in config:
             yield from (Counterfactual(config_add={key: step}) for step in (1, -1, 2))
+    block = config.get("rope_scaling") or config.get(ROTARY)
+    for key in sorted(block.keys() & config.keys()) if isinstance(block, dict) else ():
+        yield Counterfactual(config_copy={f"block.{key}": key})
+        yield Counterfactual(config_copy={key: f"block.{key}"})
     for block in ("rope_scaling", "layer_types"):
         if config.get(block) is not None:
             yield Counterfactual(config_drop=[block])

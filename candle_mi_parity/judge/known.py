@@ -24,7 +24,7 @@ from candle_mi_parity.files.untrusted import read_json
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.models.sae import load_sae
-from candle_mi_parity.models.saelens import CONFIG, saelens_files
+from candle_mi_parity.models.saelens import CONFIG, saelens_files, stored_values
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.conditions import Facts
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
@@ -52,7 +52,7 @@ def facts_about(
         file = TensorFile(saelens_files(sae_file)[1])
         names = file.keys()
         weights = _FORMATS.get(file.kind("W_enc")[0], "") if "W_enc" in names else ""
-        threshold = float(file.tensor("threshold").min()) if "threshold" in names and weights != "bfloat16" else None
+        threshold = float(stored_values(file, "threshold").min()) if "threshold" in names else None
     return Facts(config, tokens, dtype, sae, weights, threshold, edits)
 
 
@@ -135,8 +135,12 @@ def explained(evidence: Evidence, change: Counterfactual, rows: list[Explanation
     )
 
 
+LESS_PRECISE = 4.0
+"""A counterfactual whose rounding noise is larger by this factor in some tensor computes less precisely."""
+
+
 def differ(one: Truth, other: Truth, unit: float) -> bool:
-    """Whether two truths of a case differ by more than rounding in any tensor or mask."""
+    """Whether two truths of a case differ by more than rounding in any tensor or mask, or in the size of rounding."""
     for name, expected in one.tensors.items():
         counter = other.tensors.get(name)
         if counter is None or counter.shape != expected.shape:
@@ -147,6 +151,8 @@ def differ(one: Truth, other: Truth, unit: float) -> bool:
             and also is not None
             and (np.broadcast_to(mask, value.shape) != np.broadcast_to(also, value.shape)).any()
         ):
+            return True
+        if np.linalg.norm(counter.noise) > LESS_PRECISE * np.linalg.norm(expected.noise):
             return True
         both = None if mask is None else np.broadcast_to(mask, value.shape)
         if not measure(counter.value - value, value, expected.noise, both, unit=unit).passes():

@@ -174,12 +174,15 @@ def _tensors(path: Path, config: SaelensConfig) -> dict[str, np.ndarray]:
     try:
         _check_sizes(weights, config)
         file = TensorFile(weights)
-        return {name: rounded(_values(file, name), config.dtype).astype(np.float64) for name in sorted(file.keys())}
+        return {
+            name: rounded(stored_values(file, name), config.dtype).astype(np.float64) for name in sorted(file.keys())
+        }
     except (OSError, SafetensorError) as error:
         raise SaeError(f"{weights}: not readable safetensors: {one_line(str(error))}") from error
 
 
-def _values(file: TensorFile, name: str) -> np.ndarray:
+def stored_values(file: TensorFile, name: str) -> np.ndarray:
+    """A tensor of a file of weights; bfloat16, which numpy does not have, as float32."""
     kind, shape = file.kind(name)
     if kind != "BF16":
         return file.tensor(name)

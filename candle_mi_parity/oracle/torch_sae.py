@@ -48,6 +48,8 @@ class TorchSae:
         values, indices = torch.sort(pre, dim=-1, descending=True, stable=True)
         if self._relu:
             return chosen.scatter_(-1, indices[..., : self.k], True) & (pre > 0)
+        if self.k >= pre.shape[-1]:
+            return ~chosen
         chosen.scatter_(-1, indices[..., : self.k - 1], True)
         last = slice(self.k - 1, self.k)
         return chosen.scatter_(-1, indices[..., last], values[..., last] >= 0)

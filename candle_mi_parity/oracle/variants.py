@@ -22,7 +22,9 @@ def apply_to_model(model: Any, change: Counterfactual, dtype: torch.dtype, strea
     for globs, value in ((change.weights_zero, 0.0), (change.weights_one, 1.0)):
         _fill(model, globs, value, streamed)
     if change.has(Variant.RMS_NORM_FOR_LAYER_NORM):
-        _replace_layer_norms(model)
+        _replace_layer_norms(model, RmsNorm)
+    elif change.has(Variant.LAYER_NORM_IN_ONE_PASS):
+        _replace_layer_norms(model, OnePassLayerNorm)
     if change.has(Variant.ROTARY_IN_MODEL_DTYPE):
         model.model.rotary_emb = RoundedRotary(model.model.rotary_emb, dtype)
 
@@ -51,13 +53,29 @@ class RmsNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self._eps) * self.weight
 
 
-def _replace_layer_norms(model: nn.Module) -> None:
+class OnePassLayerNorm(nn.Module):
+    """A LayerNorm whose variance is mean(x²) − mean(x)², which cancels where the mean is large: its rounding noise is
+    larger, its exact value the same."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self._eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        single = x.float()  # as candle, which sums in float32 in every format
+        mean = single.mean(-1, keepdim=True)
+        variance = single.square().mean(-1, keepdim=True) - mean.square()
+        out = (single - mean) * torch.rsqrt(variance + self._eps) * self.weight.float()
+        return (out if self.bias is None else out + self.bias.float()).to(x.dtype)
+
+
+def _replace_layer_norms(model: nn.Module, norm_class: type[RmsNorm] | type[OnePassLayerNorm]) -> None:
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
     if not found:
         raise OracleError("the model has no LayerNorm")
     for name, module in found:
         owner, _, key = name.rpartition(".")
-        setattr(model.get_submodule(owner), key, RmsNorm(module))
+        setattr(model.get_submodule(owner), key, norm_class(module))
 
 
 class RoundedRotary(nn.Module):

@@ -2,11 +2,12 @@
 
 A condition is a subject, an operator and a value; a value is JSON or another subject.
 
-Subjects: ``config.KEY``, ``rope.KEY`` (of the rotary embedding, at the top level or in its block), ``sae.KEY`` (of
+Subjects: ``config.KEY``, ``block.KEY`` (of the rotary block that transformers reads: ``rope_scaling``, or else
+``rope_parameters``), ``rope.KEY`` (of the rotary embedding, at the top level or in a block), ``sae.KEY`` (of
 ``cfg.json``), ``edit.KEY``, ``dtype``, ``rope_type``, ``alternating`` (whether every second layer, from the first,
 has the window), ``sae_weights``, ``sae_threshold``, ``tokens``; a dot leads into a block.
 
-Operators: ``absent`` (no such key), ``present`` (there, and not null), ``=``, ``!=``, ``<``, ``>``, ``in``,
+Operators: ``absent`` (no such key), ``null`` (there, and null), ``missing`` (either), ``present`` (neither), ``=``, ``!=``, ``<``, ``>``, ``in``,
 ``not in``, ``other than`` (absent, or not equal). Every other comparison with an absent value is false.
 """
 
@@ -19,8 +20,10 @@ from typing import Any
 
 from candle_mi_parity.errors import ExplanationError
 
-_SUBJECT = r"(?:config|rope|sae|edit)\.[A-Za-z0-9_.]+|dtype|rope_type|alternating|sae_weights|sae_threshold|tokens"
-_CONDITION = re.compile(rf"({_SUBJECT}) (?:(absent|present)|(=|!=|other than|<|>|in|not in) (.+))")
+_SUBJECT = (
+    r"(?:config|block|rope|sae|edit)\.[A-Za-z0-9_.]+|dtype|rope_type|alternating|sae_weights|sae_threshold|tokens"
+)
+_CONDITION = re.compile(rf"({_SUBJECT}) (?:(absent|null|missing|present)|(=|!=|other than|<|>|in|not in) (.+))")
 _NO_KEY = object()
 
 
@@ -51,9 +54,18 @@ class Facts:
     @property
     def rope_type(self) -> str:
         """The kind of rotary scaling in the config, in either spelling; ``default`` for none."""
-        block = self.config.get("rope_scaling") or self.config.get("rope_parameters")
-        found = block if isinstance(block, dict) else {}
-        return str(found.get("rope_type") or found.get("type") or "default")
+        return str(self.block.get("rope_type") or self.block.get("type") or "default")
+
+    @property
+    def block_name(self) -> str:
+        """The key of the rotary block that transformers reads."""
+        return "rope_scaling" if self.config.get("rope_scaling") else "rope_parameters"
+
+    @property
+    def block(self) -> dict[str, Any]:
+        """The rotary block that transformers reads; empty without one."""
+        found = self.config.get(self.block_name)
+        return found if isinstance(found, dict) else {}
 
     @property
     def alternating(self) -> bool | None:
@@ -108,11 +120,11 @@ class Condition:
 
     def holds(self, facts: Facts, edit: dict[str, Any] | None = None) -> bool:
         """:param edit: the intervention to which ``edit.`` subjects refer."""
-        if self.operator == "absent":
-            return look_up(self.subject, facts, edit, _NO_KEY) is _NO_KEY
-        left = look_up(self.subject, facts, edit)
-        if self.operator == "present":
-            return left is not None
+        left = look_up(self.subject, facts, edit, _NO_KEY)
+        if self.operator in ("absent", "null", "missing", "present"):
+            there = "absent" if left is _NO_KEY else "null" if left is None else "present"
+            return self.operator == there or (self.operator == "missing" and there != "present")
+        left = None if left is _NO_KEY else left
         right = look_up(self.other, facts, edit) if self.other else self.value
         if self.operator == "other than":
             return bool(left != right)
@@ -139,7 +151,8 @@ def look_up(subject: str, facts: Facts, edit: dict[str, Any] | None, otherwise: 
     if "." not in subject:
         return getattr(facts, subject)
     root, *path = subject.split(".")
-    found: Any = {"config": facts.config, "rope": facts.rope, "sae": facts.sae, "edit": edit or {}}[root]
+    roots = {"config": facts.config, "block": facts.block, "rope": facts.rope, "sae": facts.sae, "edit": edit or {}}
+    found: Any = roots[root]
     for key in path:
         if not isinstance(found, dict) or key not in found:
             return otherwise

@@ -29,6 +29,8 @@ class Variant(StrEnum):
     """``set_value`` takes the difference from all keys of the row, including masked ones."""
     RMS_NORM_FOR_LAYER_NORM = "rms-norm-for-layer-norm"
     """Every LayerNorm is an RMSNorm: no mean is subtracted and no bias added."""
+    LAYER_NORM_IN_ONE_PASS = "layer-norm-in-one-pass"
+    """The variance of every LayerNorm is mean(x²) − mean(x)², which loses precision where the mean is large."""
     NO_CAUSAL_MASK = "no-causal-mask"
     """Every position attends to every other."""
     KV_HEADS_TILED = "kv-heads-tiled"
@@ -46,6 +48,8 @@ class Counterfactual(TableRow):
         wherever the config has it.
     :ivar config_null: keys of ``config.json`` that are set to null.
     :ivar config_add: keys of ``config.json`` and what is added to their number.
+    :ivar config_copy: keys of ``config.json`` and the key whose value they take, or with which they are left out;
+        ``block.KEY`` is one of the rotary block that transformers reads.
     :ivar config_drop: keys of ``config.json`` that are left out, so that transformers uses its default.
     :ivar weights_zero: globs over parameters that are set to 0.
     :ivar weights_one: globs over parameters that are set to 1, as a norm's weight that is left out.
@@ -57,6 +61,7 @@ class Counterfactual(TableRow):
     config_set: dict[str, Setting] = {}
     config_null: list[str] = []
     config_add: dict[str, int] = {}
+    config_copy: dict[str, str] = {}
     config_drop: list[str] = []
     weights_zero: list[str] = []
     weights_one: list[str] = []
@@ -68,7 +73,7 @@ class Counterfactual(TableRow):
 
     @property
     def changes_config(self) -> bool:
-        return bool(self.config_set or self.config_null or self.config_add or self.config_drop)
+        return bool(self.config_set or self.config_null or self.config_add or self.config_copy or self.config_drop)
 
     def has(self, variant: Variant) -> bool:
         return variant in self.variants
@@ -91,6 +96,7 @@ class Counterfactual(TableRow):
         """What is changed → how; used to find conflicts."""
         found = {f"config.{key}": f"set {value!r}" for key, value in self.config_set.items()}
         found |= {f"config.{key}": f"add {value}" for key, value in self.config_add.items()}
+        found |= {f"config.{key}": f"copy {source}" for key, source in self.config_copy.items()}
         found |= {f"config.{key}": "null" for key in self.config_null} | {
             f"config.{key}": "drop" for key in self.config_drop
         }
@@ -111,6 +117,13 @@ class Counterfactual(TableRow):
             if not isinstance(number, int | float):
                 raise ExplanationError(f"cannot add {amount} to {key}, which is {number!r}")
             changed[key] = number + amount
+        for key, source in self.config_copy.items():
+            target, name = _holder(changed, key)
+            held = _holder(changed, source)
+            if held[1] in held[0]:
+                target[name] = held[0][held[1]]
+            else:
+                target.pop(name, None)
         for key in self.config_drop:
             changed = _without(changed, key)
         return changed | dict.fromkeys(self.config_null)
@@ -129,6 +142,7 @@ class Counterfactual(TableRow):
         parts = [f"{key} = {json.dumps(value)}" for key, value in self.config_set.items()]
         parts += [f"{key} = null" for key in self.config_null]
         parts += [f"{key} {'+' if amount > 0 else '-'} {abs(amount)}" for key, amount in self.config_add.items()]
+        parts += [f"{key} as {source}" for key, source in self.config_copy.items()]
         parts += [f"no {key}" for key in self.config_drop]
         parts += [
             f"{', '.join(names)} {value}"
@@ -152,6 +166,15 @@ class Counterfactual(TableRow):
 
 PLAIN = Counterfactual()
 """The counterfactual without a change."""
+
+
+def _holder(config: Config, key: str) -> tuple[Config, str]:
+    """The object of a config that holds a key, and its name there; ``block.KEY`` is in the rotary block."""
+    block, _, name = key.rpartition(".")
+    if not block:
+        return config, key
+    found = config.get("rope_scaling") or config.get(ROTARY)
+    return (found if isinstance(found, dict) else {}), name
 
 
 def places(config: Config, field: str) -> list[tuple[str, ...]]:

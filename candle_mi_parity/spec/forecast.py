@@ -77,8 +77,9 @@ def _forecast_of(row: Explanation, facts: Facts) -> Forecast:
             root, _, key = subject.partition(".")
             if root == "alternating":
                 root, key, subject = "config", "layer_types", "config.layer_types"
-            if root not in ("config", "rope", "sae"):
+            if root not in ("config", "block", "rope", "sae"):
                 continue
+            key = f"{facts.block_name}.{key}" if root == "block" else key
             if (value := look_up(subject, facts, None)) is not None:
                 keys[key] = "…" if isinstance(value, dict | list) else value
             else:
