@@ -4,9 +4,10 @@
 # candle-mi's generic functions are compiled with it.
 case " $* " in
 *" --crate-name candle_mi "* | *" --crate-name parity_emitter "*)
-    # The counters must lie where the file is mapped, and threads must not lose counts.
+    # The counters must lie where the file is mapped, threads must not lose counts, and the linker must not leave out
+    # the part of a crate that nothing calls.
     set -- "$@" -C instrument-coverage -C llvm-args=-runtime-counter-relocation \
-        -C llvm-args=-instrprof-atomic-counter-update-all
+        -C llvm-args=-instrprof-atomic-counter-update-all -C codegen-units=1
     ;;
 esac
 exec ${PARITY_WRAPPED:+"$PARITY_WRAPPED"} "$@"

@@ -23,8 +23,8 @@ _VERSION = 10
 class Branches:
     """The regions of candle-mi's source that the processes of an emitter have reached.
 
-    After a panic a few regions behind it may count as reached: LLVM takes the count of a branch to be that of the
-    code before it less that of the other branch.
+    After a panic a region behind it may count as reached: LLVM takes the count of a branch without a counter to be
+    that of the code before it less that of the other branch. Restart the emitter before the next reading to avoid it.
 
     :param binary: an emitter that was built with ``counted=True``.
     :param profile: the file of the counters; each process of the emitter starts it anew.
