@@ -1,7 +1,8 @@
 """Building the emitter for a candidate, in a cache keyed by content.
 
 The cache holds ``emitters/<key>/`` (binaries), ``crates/`` (a crate per spelling of a candidate, so that ``path:``
-builds are incremental) and ``target/candle-<series>/`` (cargo's output, shared by all candidates on one candle).
+builds are incremental) and ``target/candle-<series>/`` (cargo's output, shared by all candidates on one candle;
+builds that count branches have ``target/candle-<series>-counted/``, so that neither kind rebuilds for the other).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +25,7 @@ from candle_mi_parity.candidate.cargo import Ran, condense, run_cargo
 from candle_mi_parity.candidate.checkout import configuration, note_inputs, packages_of, written_since
 from candle_mi_parity.candidate.parts import PARTS, broken_parts
 from candle_mi_parity.candidate.plan import (
+    COUNTING,
     DOWNLOADER,
     EMITTER,
     Plan,
@@ -60,11 +63,14 @@ class _StandInError(CandidateError):
     """candle-mi uses a part of its downloader that the stand-in does not have."""
 
 
-def build(candidate: Candidate, cache: Path, log: Progress, features: Sequence[str] = ()) -> BuiltEmitter:
+def build(
+    candidate: Candidate, cache: Path, log: Progress, features: Sequence[str] = (), counted: bool = False
+) -> BuiltEmitter:
     """The emitter for ``candidate``, from the cache or built now, once for all processes.
 
     :param log: called with lines of progress.
     :param features: features of the emitter crate (``cuda``).
+    :param counted: whether candle-mi counts the branches that it takes, see :mod:`branches`.
     :raises CandidateError: one line on why the build failed.
     :raises OutOfReachError: the network or nvcc is missing.
     """
@@ -75,7 +81,9 @@ def build(candidate: Candidate, cache: Path, log: Progress, features: Sequence[s
             f"no nvcc on PATH, which compiles the CUDA kernels of {candidate.label}: install the CUDA toolkit, "
             "or use --device cpu"
         )
-    plan = plan_of(candidate, cache)
+    if counted and sys.platform != "linux":
+        raise CandidateError("the branches that candle-mi takes can be counted on Linux only")
+    plan = replace(plan_of(candidate, cache), counted=counted)
     plain = with_real_downloader(plan)
     compiler = _compiler(candidate, cache)
     if plan != plain and _binary(plain, cache, compiler, features).is_file():
@@ -113,7 +121,8 @@ def _build_once(
     :returns: the digest of the checkout with the files that this build was the first to read; nothing is installed
         if it is not the plan's.
     """
-    lock_file = _target(plan, cache).with_name(f"candle-{plan.candle}.lock")
+    # One lock for both target directories, since the crate of a candidate is laid out in one place.
+    lock_file = cache / "target" / f"candle-{plan.candle}.lock"
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock_file):
         if binary.is_file():
@@ -176,7 +185,7 @@ def crate_of(candidate: Candidate, cache: Path, crate: Path) -> Path:
 
 
 def _target(plan: Plan, cache: Path) -> Path:
-    return cache / "target" / f"candle-{plan.candle}"
+    return cache / "target" / f"candle-{plan.candle}{'-counted' if plan.counted else ''}"
 
 
 def _binary(plan: Plan, cache: Path, compiler: str, features: Sequence[str]) -> Path:
@@ -195,6 +204,8 @@ def _binary(plan: Plan, cache: Path, compiler: str, features: Sequence[str]) -> 
         ("tree", (plan.tree_digest or "").encode()),
         ("revision", (plan.revision or "").encode()),
     ]
+    if plan.counted:
+        parts.append(("counted", COUNTING.read_bytes()))
     for name, content in parts:
         digest.update(f"{name}:{hashlib.sha256(content).hexdigest()}\n".encode())
     return cache / "emitters" / digest.hexdigest()[:32] / "parity-emitter"
@@ -264,6 +275,10 @@ def _cargo_build(
         "PARITY_REVISION": plan.revision or "",
     }
     _force_rebuild(target, "parity-emitter")
+    if plan.counted:
+        # The wrapper ends with the user's own, such as sccache. cargo does not notice when it changes.
+        environment |= {"RUSTC_WRAPPER": str(COUNTING), "PARITY_WRAPPED": os.environ.get("RUSTC_WRAPPER", "")}
+        _force_rebuild(target, "candle-mi")
     if candidate.kind == "path":
         for package in packages_of(Path(candidate.target), inputs_of(candidate, cache)):
             _force_rebuild(target, package)
@@ -331,7 +346,9 @@ def _install(made: Path, binary: Path) -> None:
 def _identity(binary: Path) -> dict[str, object]:
     try:
         command = [str(binary), "--version"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        # A build that counts branches would leave a file of its counters behind.
+        environment = {**os.environ, "LLVM_PROFILE_FILE": os.devnull}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
         return dict(json.loads(done.stdout))
     except (OSError, ValueError, TypeError, subprocess.TimeoutExpired) as error:
         raise CandidateError(f"{binary} --version gave no valid answer: {error}") from error

@@ -21,6 +21,8 @@ from candle_mi_parity.files.atomic import write_text
 
 EMITTER = Path(__file__).parents[2] / "emitter"
 DOWNLOADER = "hf-fetch-model"
+COUNTING = EMITTER / "counting.sh"
+"""The wrapper of rustc for a build that counts branches."""
 
 # The first release on each pair of candle and hf-fetch-model, newest first.
 _DEPENDENCIES = (
@@ -44,6 +46,7 @@ class Plan:
     :ivar locked: whether ``lock`` belongs to this candidate.
     :ivar candle: the series, such as ``0.11``.
     :ivar downloader: the version of the stand-in; ``None`` if the real downloader is built.
+    :ivar counted: whether candle-mi counts the branches that it takes, see :mod:`branches`.
     """
 
     manifest: str
@@ -53,6 +56,7 @@ class Plan:
     downloader: str | None
     tree_digest: str | None
     revision: str | None
+    counted: bool = False
 
 
 def plan_of(candidate: Candidate, cache: Path) -> Plan:

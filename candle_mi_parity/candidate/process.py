@@ -37,13 +37,13 @@ class EmitterError(ParityError):
 class _Pipes:
     """A running emitter, with a thread for each pipe, since reading and writing may block."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], environment: Mapping[str, str]) -> None:
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "RUST_BACKTRACE": "0"},
+            env={**os.environ, "RUST_BACKTRACE": "0", **environment},
             process_group=0,  # Ctrl-C must reach the run only, which ends the emitter
         )
         self.replies: queue.Queue[bytes | None] = queue.Queue()
@@ -108,14 +108,18 @@ class EmitterProcess:
     """An emitter that answers many requests; it is started at first use and again after a failure.
 
     :param missing: parts that are not in the build → their first error.
+    :param environment: variables for the process, beside those of this one.
 
     >>> with EmitterProcess(built.path) as emitter:            # doctest: +SKIP
     ...     trace = emitter.emit(request, timeout=600)
     """
 
-    def __init__(self, binary: Path, missing: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, binary: Path, missing: Mapping[str, str] | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._command = [str(binary)]
         self._missing = missing or {}
+        self._environment = environment or {}
         self._pipes: _Pipes | None = None
         self._newest: _Pipes | None = None  # also while another thread ends it
         self._closed = False
@@ -196,7 +200,7 @@ class EmitterProcess:
                 raise EmitterError("crash", "emitter is not started again: the run has ended")
             if self._pipes is None:
                 try:
-                    self._pipes = self._newest = _Pipes(self._command)
+                    self._pipes = self._newest = _Pipes(self._command, self._environment)
                 except OSError as error:
                     raise EmitterError("crash", f"emitter cannot be started: {error}") from error
             return self._pipes

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,27 @@ def test_cargo_does_not_rely_on_modification_times(put: Cargo, tmp_path: Path) -
     assert "known: candle-core-2c3d candle-mi-0a1b ." in str(fails("0.2.2", tmp_path / "cache"))
     checkout = f"path:{write_crate(tmp_path / 'crate')}"
     assert "known: candle-core-2c3d ." in str(fails(checkout, tmp_path / "cache"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="branches are counted on Linux only: run it there")
+def test_a_build_that_counts_branches_is_apart_from_the_plain_one(
+    put: Cargo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    put("error: $(basename $CARGO_TARGET_DIR) wrapper=$RUSTC_WRAPPER,$PARITY_WRAPPED.")
+    monkeypatch.setenv("RUSTC_WRAPPER", "sccache")
+    said: list[str] = []
+    with pytest.raises(CandidateError, match=r"candle-0\.11-counted wrapper=.*emitter/counting\.sh,sccache\."):
+        builder.build(parse_candidate("0.2.2"), tmp_path / "cache", said.append, counted=True)
+    assert re.search(r"candle-0\.11 wrapper=sccache,\.", str(fails("0.2.2", tmp_path / "cache")))
+    plan = plan_of(parse_candidate("0.2.2"), tmp_path / "cache")
+    plain, counted, cuda = (
+        builder._binary(replace(plan, counted=counted), tmp_path, "rustc", features)
+        for counted, features in ((False, ()), (True, ()), (True, ("cuda",)))
+    )
+    assert len({plain, counted, cuda}) == 3
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(CandidateError, match="on Linux only"):
+        builder.build(parse_candidate("0.2.2"), tmp_path / "cache", said.append, counted=True)
 
 
 def test_no_crate_of_a_checkout_counts_as_unchanged_by_its_times(put: Cargo, tmp_path: Path) -> None:
