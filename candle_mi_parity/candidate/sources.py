@@ -12,6 +12,7 @@ from typing import Protocol, Self
 from pydantic import ValidationError
 
 from candle_mi_parity.candidate import cuda
+from candle_mi_parity.candidate.branches import Branches
 from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.spelling import Candidate, CandidateError, OutOfReachError, stored_index
@@ -81,12 +82,18 @@ class StatelessSource:
 
 
 def open_source(
-    candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None], device: str = "cpu"
+    candidate: Candidate,
+    cache: Path,
+    out: Path,
+    log: Callable[[str], None],
+    device: str = "cpu",
+    counted: bool = False,
 ) -> Source:
     """The source of a candidate, which is built if necessary.
 
     :param device: ``cpu`` or ``cuda:N``; on CUDA the emitter is built with candle's kernels and needs nvcc.
     :param out: the directory for the traces of an emitter.
+    :param counted: whether a build counts which branches of candle-mi are taken.
     :raises CandidateError: it cannot be built, or no traces are stored.
     :raises OutOfReachError: the device, nvcc or the network is missing.
     """
@@ -99,7 +106,7 @@ def open_source(
         return TorchSource(device)
     if candidate.kind == "stored":
         return StoredSource(stored_index(candidate, OUTPUTS))
-    return LiveSource(candidate, cache, out, log, device)
+    return LiveSource(candidate, cache, out, log, device, counted)
 
 
 def refuse_device(candidate: Candidate, device: str) -> None:
@@ -156,12 +163,21 @@ class LiveSource:
 
     :ivar made: the latest trace of each case's whole forward, by the case's id.
     :ivar seconds: time limit of one trace.
+    :ivar branches: which branches of candle-mi were taken; None where the build does not count them.
     """
 
     seconds = TIMEOUT_SECONDS
 
-    def __init__(self, candidate: Candidate, cache: Path, out: Path, log: Callable[[str], None], device: str) -> None:
-        built = build(candidate, cache, log, ("cuda",) if device.startswith("cuda") else ())
+    def __init__(
+        self,
+        candidate: Candidate,
+        cache: Path,
+        out: Path,
+        log: Callable[[str], None],
+        device: str,
+        counted: bool = False,
+    ) -> None:
+        built = build(candidate, cache, log, ("cuda",) if device.startswith("cuda") else (), counted=counted)
         self.device = device
         try:
             self.identity = CandleMi.model_validate(built.identity.get("candle_mi"))
@@ -169,9 +185,17 @@ class LiveSource:
             raise CandidateError(f"{built.path} does not say which candle-mi it holds") from error
         self._out = out.resolve()
         self._built = built
-        self.emitter = EmitterProcess(built.path, built.missing)
+        self.branches: Branches | None = None
+        if counted:
+            self._out.mkdir(parents=True, exist_ok=True)
+            self.branches = Branches(built.path, self._out / "counters.profraw")
+        self.emitter = self._process()
         self._asked: list[str] = []
         self.made: dict[str, Made] = {}
+
+    def _process(self) -> EmitterProcess:
+        environment = self.branches.environment if self.branches is not None else {}
+        return EmitterProcess(self._built.path, self._built.missing, environment)
 
     @property
     def build_key(self) -> str:
@@ -182,7 +206,7 @@ class LiveSource:
         """The same build in a process of its own, which has answered nothing yet."""
         other = copy.copy(self)
         other.emitter, other._asked, other._out = (
-            EmitterProcess(self._built.path, self._built.missing),
+            self._process(),
             [],
             self._out / "alone",
         )

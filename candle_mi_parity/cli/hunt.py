@@ -17,6 +17,7 @@ def hunt_command(
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same inputs.")] = 0,
     families: Annotated[str, typer.Option(help="A glob over the families.")] = "*",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the hunt in --out.")] = False,
+    branches: Annotated[bool, typer.Option(help="Build candle-mi so that its branches are counted.")] = True,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/hunt"),
 ) -> None:
     """Generate inputs and judge them. Exit code 0 nothing new, 1 something new, 2 ERROR."""
@@ -26,7 +27,7 @@ def hunt_command(
     from candle_mi_parity.run.hunt import HuntOptions, hunt
 
     with one_line_errors():
-        options = HuntOptions(candidate, minutes, inputs, seed, families, resume, out)
+        options = HuntOptions(candidate, minutes, inputs, seed, families, resume, branches, out)
         with progress_bar() as bar:
             terminal = Terminal(bar)
             result = hunt(options, terminal.note, lambda found: terminal.note(progress_line(found)))

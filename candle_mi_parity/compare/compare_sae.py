@@ -259,19 +259,15 @@ def judge_sae_scalars(
 
 def _last_position(truth: Truth, trace: Emitted) -> list[TensorResult]:
     sae = truth.sae["sae"]
-    last: dict[str, tuple[np.ndarray, np.ndarray]] = {
-        "sae.encoded_last_norm": (truth.tensors["sae.features"].value, truth.tensors["sae.features"].noise),
-        "sae.decoded_last_norm": (truth.tensors["sae.recon"].value, truth.tensors["sae.recon"].noise),
-        "sae.resid_last_norm": (sae.residual, truth.tensors[truth.meta["sae_hook"]].noise),
-    }
     decided = decisions(sae)
-    positive = decided.active[0, -1] & (sae.pre.value[0, -1] > 0)
-    doubtful, active = int(decided.turns[0, -1].sum()), int(positive.sum())
+    pre = sae.pre.value[0, -1]
+    # Where a negative threshold is kept, a feature that fires may have either sign.
+    either_sign = decided.active[0, -1] & (np.abs(pre) < ELEMENT_GATE * decided.sigma[0, -1])
+    doubtful = int((decided.turns[0, -1] | either_sign).sum())
+    active = int((decided.active[0, -1] & (pre > 0)).sum())
     results = [_judge_count("sae.n_active_last_pos", active, doubtful, trace), _judge_top(truth, trace)]
-    for name, (value, noise) in last.items():
-        # The error of a norm is the error along one unit vector: an average over the elements.
-        size = float(np.sqrt(np.square(noise[0, -1], dtype=np.float64).mean()))
-        result = _judge_scalar(name, float(np.linalg.norm(value[0, -1])), size, trace)
+    for name in ("sae.encoded_last_norm", "sae.decoded_last_norm", "sae.resid_last_norm"):
+        result = _judge_scalar(name, *truth.scalars[name], trace)
         results.append(result if name == "sae.resid_last_norm" else _unless_doubtful(result, sae, -1))
     return results
 

@@ -84,18 +84,38 @@ class Tally:
 
 @dataclass
 class Entry:
-    """An entry of the menu: how often it was tried, and whether it ever changed what either side computes."""
+    """An entry of the menu in one family.
+
+    :ivar tried: number of inputs with it, and ``dull`` of those that were known, refused or without a truth.
+    :ivar asked: how often an input was computed without it too, to see whether it changes anything.
+    :ivar excites: whether it ever changed what either side computes.
+    """
 
     tried: int = 0
+    dull: int = 0
+    asked: int = 0
     excites: bool = False
+
+    @property
+    def dead(self) -> bool:
+        return self.asked >= TRIES and not self.excites
+
+    @property
+    def weight(self) -> float:
+        """How often it is drawn, relative to an entry of which nothing is known."""
+        if self.dead:
+            return 0.05
+        dullness = min(0.95, self.dull / self.tried) if self.tried >= 5 else 0.0
+        return (2.0 if self.excites else 1.0) * (1 - dullness)
 
 
 @dataclass
 class Branches:
-    """The counters of candle-mi's compiled branches that were reached; ``of`` is 0 without an instrumented build.
+    """The regions of candle-mi's source that were reached; ``of`` is 0 without a build that counts them.
 
-    :ivar reached: numbers of the counters.
-    :ivar never: functions of which no counter was reached.
+    :ivar of: number of all regions.
+    :ivar reached: numbers of the regions.
+    :ivar never: functions of which no region was reached.
     """
 
     of: int = 0
@@ -116,8 +136,7 @@ class HuntResult:
     :ivar skipped: kinds of input that were not generated, and why.
     :ivar seen: what has been reached: messages, first divergences, config keys that are read.
     :ivar corpus: family and genes of the inputs that reached something first.
-    :ivar entries: of the menu.
-    :ivar dull: slot → inputs with it, and those of them that were known, refused or without a truth.
+    :ivar entries: ``family: entry of the menu`` → what is known of it.
     """
 
     candidate: str
@@ -136,7 +155,6 @@ class HuntResult:
     seen: dict[str, int] = field(default_factory=dict)
     corpus: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
-    dull: dict[str, tuple[int, int]] = field(default_factory=dict)
     branches: Branches = field(default_factory=Branches)
     reproduced: dict[int, str] = field(default_factory=dict)
 
@@ -146,8 +164,10 @@ class HuntResult:
 
     @property
     def dead(self) -> list[str]:
-        """Entries of the menu that were tried often and never changed what either side computes."""
-        return sorted(name for name, entry in self.entries.items() if entry.tried >= TRIES and not entry.excites)
+        """Entries of the menu that never changed what either side computes, in any family."""
+        names = {name.partition(": ")[2]: False for name, entry in self.entries.items() if entry.dead}
+        alive = {name.partition(": ")[2] for name, entry in self.entries.items() if entry.excites}
+        return sorted(names.keys() - alive)
 
     @property
     def verdict(self) -> Verdict:
@@ -173,6 +193,6 @@ class HuntResult:
         return found
 
 
-TRIES = 6
-"""How often an entry of the menu is tried before it counts as dead."""
+TRIES = 4
+"""How often an entry of the menu is left out of an input of a family before it counts as dead there."""
 _ADAPTER = TypeAdapter(HuntResult)

@@ -104,7 +104,7 @@ def entries_of(genes: Genes) -> dict[str, str]:
             continue
         if slot.startswith("edit."):
             found[f"edit.{value['kind']}@{value['hook'].split('.', 2)[-1]}"] = slot
-        elif isinstance(value, list) and len(value) == 2 and isinstance(value[1], dict):
+        elif isinstance(value, list) and len(value) == 2 and isinstance(value[1], dict) and value[1]:
             found |= {f"{slot}.{key}={json.dumps(held)[:40]}": slot for key, held in value[1].items()}
         elif isinstance(value, list):
             found[f"{slot} {value[0]} {json.dumps(value[1])[:60]}" if len(value) > 1 else f"{slot} {value[0]}"] = slot

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -54,6 +54,10 @@ def load_menu(path: Path = FIXTURES / "hunt.toml") -> Menu:
     return read_toml(path, Menu, CaseTableError)
 
 
+Weight = Callable[[str, str], float]
+"""Family and entry of the menu → how often it is drawn, relative to others."""
+
+
 @dataclass
 class Grammar:
     """Draws inputs of some families.
@@ -66,38 +70,37 @@ class Grammar:
     keys: Mapping[str, set[str]]
     defaults: Mapping[str, Mapping[str, list[Any]]] = field(default_factory=dict)
     menu: Menu = field(default_factory=load_menu)
+    _genes: dict[str, tuple[list[str], list[tuple[str, str, list[Any]]]]] = field(default_factory=dict)
 
-    def draw(
-        self, rng: random.Random, corpus: list[tuple[str, Genes]], tired: Mapping[str, float], dead: Set[str]
-    ) -> tuple[str, Genes]:
+    def draw(self, rng: random.Random, corpus: list[tuple[str, Genes]], weight: Weight) -> tuple[str, Genes]:
         """A family and the genes of one input.
 
-        :param corpus: inputs that reached something new; four in ten inputs start from one of them.
-        :param tired: slot → how rarely it is to be drawn, between 0 and 1.
-        :param dead: entries of the menu that change nothing; they are drawn rarely.
+        :param corpus: inputs that reached something new; three in ten inputs start from one of them.
+        :param weight: of an entry of the menu in a family, by which config keys and their values are drawn.
         """
         genes: Genes = {}
-        if corpus and rng.random() < 0.4:
+        if corpus and rng.random() < 0.3:
             family, parent = rng.choice(corpus)
-            genes = {slot: value for slot, value in parent.items() if rng.random() < 0.7}
+            genes = {slot: value for slot, value in parent.items() if rng.random() < 0.8}
             count = rng.choice([0, 1, 1, 2])
         else:
             family = rng.choice(self.families)
-            count = rng.choice([1, 2, 2, 3, 3, 4])
+            count = rng.choice([1, 2, 3, 3, 3, 4])
         for _ in range(count):
-            more = self._added(rng, family, genes, tired)
-            if dead and rng.random() < 0.9 and entries_of(more).keys() <= dead:
-                more = self._added(rng, family, genes, tired)
-            genes |= more
+            genes |= self._added(rng, family, genes, weight)
         self._tokens(rng, family, genes)
         return family, genes
 
-    def _added(self, rng: random.Random, family: str, genes: Genes, tired: Mapping[str, float]) -> Genes:
+    def _added(self, rng: random.Random, family: str, genes: Genes, weight: Weight) -> Genes:
         """Genes to add to those that an input has."""
-        kind = rng.choices(("config", "weights", "layout", "dtype", "sae", "edit"), (64, 10, 4, 4, 10, 8))[0]
+        kind = rng.choices(
+            ("config", "rotary", "weights", "layout", "dtype", "sae", "edit"), (54, 12, 9, 3, 4, 10, 8)
+        )[0]
         if kind == "config":
-            slot, value = self._config(rng, family, tired)
+            slot, value = self._config(rng, family, weight)
             return {slot: value}
+        if kind == "rotary":
+            return {f"config.{rng.choice(['rope_scaling', 'rope_parameters'])}": ["set", self._rotary(rng, family)]}
         if kind == "weights":
             return _statistic(rng, family, genes)
         if kind == "layout":
@@ -106,27 +109,41 @@ class Grammar:
             return {"dtype": rng.choice(["bfloat16", "float16"])}
         return self._sae(rng, genes) if kind == "sae" else _edit(rng, genes)
 
-    def _config(self, rng: random.Random, family: str, tired: Mapping[str, float]) -> tuple[str, list[Any]]:
-        base = base_config(family)
-        listed = sorted((self.keys[family] | self.menu.values.keys() | self.menu.shape.keys()) - {*self.menu.skip})
-        weights = [
-            (3.0 if key in self.menu.values else 1.0) * (1 - tired.get(f"config.{key}", 0.0)) for key in listed
-        ]
-        key = rng.choices(listed, weights)[0]
-        choices: list[list[Any]] = [["null"], *([["absent"]] if key in base else [])]
-        own = [*self.menu.values.get(key, []), *self.menu.shape.get(key, [])]
-        own += self.defaults.get(family, {}).get(key, []) or ([] if own else [base.get(key)])
-        values = [value for value in own if value is not None] or [True, 2, 0.5, "gelu"]
-        choices += [["set", value] for value in values]
-        chosen = list(rng.choice(choices))
-        if chosen == ["set", "block"]:
-            chosen = ["set", self._rotary(rng, family)]
-        elif chosen == ["set", "layers"]:
+    def _config(self, rng: random.Random, family: str, weight: Weight) -> tuple[str, list[Any]]:
+        genes = self._config_genes(family)
+        weights = [weight(family, name) for name, _, _ in genes]
+        _, slot, value = rng.choices(genes, weights)[0]
+        if value == ["set", "layers"]:
             types = ["full_attention", "sliding_attention"]
-            chosen = ["set", [rng.choice(types), rng.choice(types)]]
-        elif chosen[0] == "set" and rng.random() < _RARE:
-            chosen = ["set", other_type(rng, chosen[1])]
-        return f"config.{key}", chosen
+            return slot, ["set", [rng.choice(types), rng.choice(types)]]
+        if value[0] == "set" and rng.random() < _RARE:
+            return slot, ["set", other_type(rng, value[1])]
+        return slot, list(value)
+
+    def _config_genes(self, family: str) -> list[tuple[str, str, list[Any]]]:
+        """Entry, slot and value of each gene of ``config.json``.
+
+        Of every key that a library reads: the values of the menu, the defaults of both libraries, null, and absent.
+        """
+        keys = sorted(self.keys[family] - {*self.menu.skip})
+        if family not in self._genes or self._genes[family][0] != keys:
+            self._genes[family] = (
+                keys,
+                [
+                    (next(iter(entries_of({slot: value}))), slot, value)
+                    for key in keys
+                    for slot, value in ((f"config.{key}", value) for value in self._values(family, key))
+                ],
+            )
+        return self._genes[family][1]
+
+    def _values(self, family: str, key: str) -> list[list[Any]]:
+        base = base_config(family)
+        listed = [*self.menu.values.get(key, []), *self.menu.shape.get(key, [])]
+        values = [*listed, *([] if key in self.menu.shape else self.defaults.get(family, {}).get(key, []))]
+        values = values or [value for value in (base.get(key),) if value is not None] or [True, 2, 0.5, "gelu"]
+        different = {json.dumps(value): value for value in values}.values()
+        return [["null"], *([["absent"]] if key in base else []), *(["set", value] for value in different)]
 
     def _rotary(self, rng: random.Random, family: str) -> dict[str, Any]:
         menu = self.menu.rotary

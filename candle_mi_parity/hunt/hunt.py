@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class Hunt:
     """A hunt in progress.
 
     :ivar tell: called after each round.
+    :ivar counted: whether candle-mi is built so that its branches are counted.
     """
 
     result: HuntResult
@@ -67,7 +69,13 @@ class Hunt:
     limits: Limits
     tell: Callable[[HuntResult], None]
     processes: int = field(default_factory=lambda: os.cpu_count() or 1)
+    counted: bool = False
     _pool: ProcessPoolExecutor | None = None
+
+    @cached_property
+    def _reached(self) -> set[int]:
+        """Regions of candle-mi's source that an input has reached."""
+        return set(self.result.branches.reached)
 
     def run(self) -> HuntResult:
         """Rounds until a limit is reached."""
@@ -78,6 +86,7 @@ class Hunt:
                 self._round()
                 self.result.rounds += 1
                 self.result.seconds += time.monotonic() - started
+                self.result.branches.reached = sorted(self._reached)
                 self.tell(self.result)
         finally:
             self._close()
@@ -92,30 +101,32 @@ class Hunt:
 
     def _drawn(self) -> list[Input]:
         """The inputs of the next round."""
-        result = self.result
-        tired = {slot: min(0.95, dull / tried) for slot, (tried, dull) in result.dull.items() if tried >= 5}
-        dead, inputs = set(result.dead), []
+        result, inputs = self.result, []
         asked: dict[str, int] = {}
         for place in range(ROUND):
             rng = random.Random(f"{result.seed}:{result.rounds}:{place}")
-            family, genes = self.grammar.draw(rng, result.corpus, tired, dead)
-            ask = self._to_ask(genes, asked)
+            family, genes = self.grammar.draw(rng, result.corpus, self._weight)
+            ask = self._to_ask(family, genes, asked)
             inputs.append(Input(family, genes, tuple(ask), place % READ_EVERY == 0))
         return inputs
 
-    def _to_ask(self, genes: Genes, asked: dict[str, int]) -> list[str]:
+    def _weight(self, family: str, entry: str) -> float:
+        found = self.result.entries.get(f"{family}: {entry}")
+        return 1.0 if found is None else found.weight
+
+    def _to_ask(self, family: str, genes: Genes, asked: dict[str, int]) -> list[str]:
         """The entries of one slot of which it is not known whether they change anything.
 
         :param asked: entry → how often it is tried in this round already.
         """
         ask: dict[str, list[str]] = {}
         for name, slot in entries_of(genes).items():
-            entry = self.result.entries.setdefault(name, Entry())
-            if not entry.excites and entry.tried + asked.get(name, 0) < TRIES:
+            entry = self.result.entries.setdefault(f"{family}: {name}", Entry())
+            if not entry.excites and entry.asked + asked.get(f"{family}: {name}", 0) < TRIES:
                 ask.setdefault(slot, []).append(name)
         first = next(iter(ask.values()), [])
         for name in first:
-            asked[name] = asked.get(name, 0) + 1
+            asked[f"{family}: {name}"] = asked.get(f"{family}: {name}", 0) + 1
         return first
 
     def _judged(self, inputs: list[Input]) -> list[Report]:
@@ -142,7 +153,7 @@ class Hunt:
 
     def _count(self, report: Report) -> None:
         """Add a report to the result."""
-        result, answer, genes = self.result, report.answer, report.input.genes
+        result, answer = self.result, report.answer
         tally = result.tallies.setdefault("forward", Tally())
         tally.tried += 1
         if answer.kind == "agree":
@@ -157,25 +168,27 @@ class Hunt:
         for kind, counts in (("known", tally.known), ("refused", tally.refused), ("no-truth", tally.no_truth)):
             if answer.kind == kind:
                 counts[answer.key] = counts.get(answer.key, 0) + 1
-        for name in report.input.ask:
-            result.entries[name].tried += 1
-            result.entries[name].excites |= name in report.excites
-        dull = answer.kind in ("known", "refused", "no-truth")
-        for slot in genes:
-            tried, old = result.dull.get(slot, (0, 0))
-            result.dull[slot] = (tried + 1, old + dull)
+        for name in entries_of(report.input.genes):
+            entry = result.entries.setdefault(f"{report.input.family}: {name}", Entry())
+            entry.tried += 1
+            entry.dull += answer.kind in ("known", "refused", "no-truth")
+            entry.asked += name in report.input.ask
+            entry.excites |= name in report.excites
         self._remember(report)
 
     def _remember(self, report: Report) -> None:
         """Keep an input that reached something first, and the keys that are read."""
         result, answer, family = self.result, report.answer, report.input.family
         features = [f"{family} reads {key}" for key in report.keys]
+        fresh = set(report.branches) - self._reached
+        self._reached |= fresh
+        features += ["a branch"] * bool(fresh)
         self.grammar.keys[family].update(key for key in report.keys if "." not in key)
         if answer.kind in ("known", "refused", "no-truth"):
             features.append(f"{answer.kind}: {answer.key}")
         if answer.kind in ("new", "broken", "fault"):
             features.append(" ".join((family, *answer.signature)))
-        if any(feature not in result.seen for feature in features) and len(result.corpus) < LARGEST_CORPUS:
+        if (fresh or any(feature not in result.seen for feature in features)) and len(result.corpus) < LARGEST_CORPUS:
             result.corpus.append((family, report.input.genes))
         for feature in features:
             result.seen[feature] = result.seen.get(feature, 0) + 1
@@ -226,7 +239,7 @@ class Hunt:
                 self.processes,
                 multiprocessing.get_context("spawn"),
                 worker.start,
-                (self.result.candidate, self.cache, self.table),
+                (self.result.candidate, self.cache, self.table, self.counted),
             )
         return self._pool.submit(work, *arguments)
 

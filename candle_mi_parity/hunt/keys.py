@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from candle_mi_parity.candidate.source_keys import SourceKeys
 from candle_mi_parity.hunt.grammar import base_config
 from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.oracle.fields_read import cached_fields_read
@@ -19,9 +20,15 @@ def keys_read(family: str, cache: Path) -> set[str]:
     return {key for key in cached_fields_read(directory, family, cache) if "." not in key}
 
 
-def defaults_of(family: str) -> dict[str, list[Any]]:
-    """transformers' default of each key of the family's config class."""
+def defaults_of(family: str, candidate: SourceKeys | None) -> dict[str, list[Any]]:
+    """Key → transformers' default in the family's config class, and the defaults in the candidate's source.
+
+    :param candidate: None for the control.
+    """
     import transformers
 
     plain = transformers.AutoConfig.for_model(family).to_dict()
-    return {key: [value] for key, value in plain.items() if isinstance(value, bool | int | float | str)}
+    found = {key: [value] for key, value in plain.items() if isinstance(value, bool | int | float | str)}
+    for key, values in candidate.config.items() if candidate is not None else ():
+        found.setdefault(key, []).extend(sorted(values, key=repr))
+    return found

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from candle_mi_parity.candidate.sources import LiveSource, open_source
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.hunt_result import Cause
@@ -41,12 +44,14 @@ class Report:
 
     :ivar excites: the entries of ``ask`` that change what either side computes.
     :ivar keys: config keys that transformers read.
+    :ivar branches: regions of candle-mi's source that no earlier input of this process reached.
     """
 
     input: Input
     answer: Answer
     excites: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    branches: tuple[int, ...] = ()
 
 
 @dataclass
@@ -57,13 +62,17 @@ class Worker:
     table: Explanations
     cache: Path
     scratch: tempfile.TemporaryDirectory[str]
+    reached: npt.NDArray[np.bool_] | None = None
 
 
 _worker: Worker | None = None
 
 
-def start(candidate: str, cache: Path, table: Explanations) -> None:
-    """Open the candidate in this process, which computes with one thread."""
+def start(candidate: str, cache: Path, table: Explanations, counted: bool) -> None:
+    """Open the candidate in this process, which computes with one thread.
+
+    :param counted: whether candle-mi's branches are counted.
+    """
     import torch
     import transformers
 
@@ -71,10 +80,13 @@ def start(candidate: str, cache: Path, table: Explanations) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     scratch = tempfile.TemporaryDirectory(prefix="parity-hunt-", dir=_MEMORY if _MEMORY.is_dir() else None)
-    source = open_source(parse_candidate(candidate), cache, Path(scratch.name) / "traces", lambda line: None)
+    source = open_source(parse_candidate(candidate), cache, Path(scratch.name) / "traces", _silent, counted=counted)
     if isinstance(source, LiveSource):
         source.seconds = SECONDS
     _worker = Worker(Bench(source, table, Path(scratch.name) / "inputs"), table, cache, scratch)
+
+
+def _silent(line: str) -> None: ...
 
 
 def worker() -> Worker:
@@ -96,7 +108,16 @@ def _report(one: Input, found: Sequence[Found]) -> Report:
         without = bench.numbers(one.family, {name: value for name, value in one.genes.items() if name != slot})
         if without != (answer.digest or answer.key):
             excites = one.ask
-    return Report(one, answer, excites, _keys(one) if one.read else ())
+    return Report(one, answer, excites, _keys(one) if one.read else (), _branches())
+
+
+def _branches() -> tuple[int, ...]:
+    own = worker()
+    if not isinstance(own.bench.source, LiveSource) or own.bench.source.branches is None:
+        return ()
+    now = own.bench.source.branches.reached()
+    before, own.reached = own.reached, now
+    return tuple(int(region) for region in np.flatnonzero(now if before is None else now & ~before))
 
 
 def _keys(one: Input) -> tuple[str, ...]:

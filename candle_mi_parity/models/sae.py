@@ -27,8 +27,8 @@ class Sae:
     """An SAE, float32: ``W_enc`` [d_in, d_sae], ``W_dec`` [d_sae, d_in], biases, θ or None.
 
     :ivar k: number of features that TopK keeps; None for JumpReLU and ReLU.
-    :ivar relu: whether only positive ones of the k largest fire; False in a counterfactual, in which all of the k fire
-        but the k-th where it is negative and not the last of all.
+    :ivar relu: whether only positive ones of the k largest fire; False in a counterfactual, in which all of the k
+        fire but the k-th where it is negative and not the last of all.
     :ivar centred: whether ``b_dec`` is subtracted from the input.
     :ivar normalize: how the input is normalised; the reconstruction is scaled back.
     :ivar by_decoder_norm: whether pre-activations are multiplied by ‖W_dec row‖ before TopK selects, and features

@@ -224,7 +224,7 @@ def _as_truth(
         if not bool(torch.isfinite(value).all() and torch.isfinite(squares[name]).all()):
             raise OracleError(f"{subject.case.id}: the truth's {name} holds NaN or Inf")
         noise = squares[name].sqrt()
-        if name.endswith("reconstruction_mse"):
+        if name.endswith(("reconstruction_mse", "_last_norm")):
             scalars[name] = (float(value), float(noise))
             continue
         attention = name.endswith(("hook_scores", "hook_pattern"))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch import nn
 
 from candle_mi_parity.errors import SaeError
@@ -100,12 +101,14 @@ class SaeChain:
         features = torch.where(active.repeat(rows, 1, 1), pre, 0.0)
         recon = self._sae.decode(features, resid.float())
         mse = (resid - recon).pow(2).view(rows, -1).mean(-1)
-        return {
-            f"{name}.pre": pre,
-            f"{name}.features": features,
-            f"{name}.recon": recon,
-            f"{name}.reconstruction_mse": mse,
-        }
+        found = {"pre": pre, "features": features, "recon": recon, "reconstruction_mse": mse}
+        if name == "sae":
+            # Both sides compute norms in float64, so that they add no noise; that of the elements may be common to all.
+            with _disable_current_modes():
+                for of, tensor in (("resid", resid), ("encoded", features), ("decoded", recon)):
+                    last = tensor.view(rows, self._batch, *tensor.shape[1:])[:, 0, -1]
+                    found[f"{of}_last_norm"] = last.norm(dim=-1)
+        return {f"{name}.{of}": tensor for of, tensor in found.items()}
 
     def truth(self, name: str, pre: TruthTensor, values: Captured) -> SaeTruth:
         """What the comparison of a chain's features needs besides the tensors."""

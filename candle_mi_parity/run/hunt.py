@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from candle_mi_parity.candidate.sources import open_source
+from candle_mi_parity.candidate import branches as candidate_branches
+from candle_mi_parity.candidate.source_keys import source_keys
+from candle_mi_parity.candidate.sources import LiveSource, open_source
 from candle_mi_parity.candidate.spelling import parse_candidate
-from candle_mi_parity.compare.hunt_result import HuntResult
+from candle_mi_parity.compare.hunt_result import Branches, HuntResult
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.hunt.grammar import Grammar, all_families
 from candle_mi_parity.hunt.hunt import Hunt, Limits
@@ -27,6 +29,7 @@ class HuntOptions:
     :ivar inputs: how many inputs; None for no limit.
     :ivar families: a glob.
     :ivar resume: whether the hunt in ``out`` goes on.
+    :ivar branches: whether candle-mi is built so that its branches are counted, which takes a build of its own.
     """
 
     candidate: str
@@ -35,6 +38,7 @@ class HuntOptions:
     seed: int = 0
     families: str = "*"
     resume: bool = False
+    branches: bool = True
     out: Path = Path("build/hunt")
     cache: Path = field(default_factory=cache_root)
 
@@ -61,15 +65,27 @@ def hunt(options: HuntOptions, log: Callable[[str], None], tell: Callable[[HuntR
     candidate = parse_candidate(options.candidate)
     if candidate.kind == "stored":
         raise CaseTableError(f"{options.candidate} is stored, and cannot be asked about new inputs")
-    with open_source(candidate, options.cache, options.out / "traces", log) as source:
+    counted = candidate.kind != "torch" and options.branches
+    with open_source(candidate, options.cache, options.out / "traces", log, counted=counted) as source:
         result.version = source.identity.version if source.identity is not None else ""
-    log("reading which keys of config.json transformers reads")
-    keys = {family: keys_read(family, options.cache) for family in families}
-    grammar = Grammar(families, keys, {family: defaults_of(family) for family in families})
+        branches = source.branches if isinstance(source, LiveSource) else None
+    log("reading which keys of config.json both libraries read")
+    theirs = source_keys(candidate, options.cache) if result.version else None
+    more = {key for key in theirs.config if "." not in key} if theirs is not None else set()
+    keys = {family: keys_read(family, options.cache) | more for family in families}
+    grammar = Grammar(families, keys, {family: defaults_of(family, theirs) for family in families})
     table = load_explanations() if result.version else NOTHING_KNOWN
 
     def round_ends(found: HuntResult) -> None:
+        if branches is not None:
+            found.branches = Branches(len(branches.regions), found.branches.reached, _never(branches, found))
         found.write(path)
         tell(found)
 
-    return Hunt(result, grammar, table, options.cache, options.limits, round_ends).run()
+    return Hunt(result, grammar, table, options.cache, options.limits, round_ends, counted=counted).run()
+
+
+def _never(branches: candidate_branches.Branches, result: HuntResult) -> list[str]:
+    """The functions of candle-mi of which no region was reached."""
+    entered = {branches.function[branches.regions[number]] for number in result.branches.reached}
+    return sorted(set(branches.function.values()) - entered)

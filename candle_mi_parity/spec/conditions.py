@@ -7,8 +7,9 @@ Subjects: ``config.KEY``, ``block.KEY`` (of the rotary block that transformers r
 ``cfg.json``), ``edit.KEY``, ``dtype``, ``rope_type``, ``alternating`` (whether every second layer, from the first,
 has the window), ``sae_weights``, ``sae_threshold``, ``tokens``; a dot leads into a block.
 
-Operators: ``absent`` (no such key), ``null`` (there, and null), ``missing`` (either), ``present`` (neither), ``=``, ``!=``, ``<``, ``>``, ``in``,
-``not in``, ``other than`` (absent, or not equal). Every other comparison with an absent value is false.
+Operators: ``absent`` (no such key), ``null`` (there, and null), ``missing`` (either), ``present`` (neither), ``=``,
+``!=``, ``<``, ``>``, ``in``, ``not in``, ``other than`` (absent, or not equal). Every other comparison with an absent
+value is false.
 """
 
 from __future__ import annotations

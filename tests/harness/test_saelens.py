@@ -28,7 +28,7 @@ from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.models.sae import Sae, load_sae
-from candle_mi_parity.models.saelens import WEIGHTS, _values, own_hook, rounded
+from candle_mi_parity.models.saelens import WEIGHTS, own_hook, rounded, stored_values
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.spec.cases import Case, SaeFile, SaelensDirectory
 from candle_mi_parity.spec.edits import Inject
@@ -116,7 +116,7 @@ def test_weights_are_rounded_as_torch_rounds_them(tmp_path: Path, stored: str, d
     drawn = torch.randn(4096, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e3
     values = torch.cat([torch.tensor(edges, dtype=torch.float64), drawn]).to(getattr(torch, stored))
     save_torch({"x": values}, tmp_path / "x.safetensors")
-    got = rounded(_values(TensorFile(tmp_path / "x.safetensors"), "x"), dtype).astype(np.float64)
+    got = rounded(stored_values(TensorFile(tmp_path / "x.safetensors"), "x"), dtype).astype(np.float64)
     np.testing.assert_array_equal(got, values.to(getattr(torch, dtype)).double().numpy())
 
 
