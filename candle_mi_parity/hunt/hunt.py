@@ -11,9 +11,9 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,21 @@ class Limits:
         return late or (self.inputs is not None and result.tried - inputs >= self.inputs)
 
 
+def processes(hunt: Hunt) -> Executor:
+    """A process for each core, each with a candidate of its own and one thread."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    what = hunt.result.candidate, hunt.cache, hunt.table, hunt.counted
+    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), worker.start, what)
+
+
 @dataclass
 class Hunt:
     """A hunt in progress.
 
     :ivar tell: called after each round.
     :ivar counted: whether candle-mi is built so that its branches are counted.
+    :ivar start: what starts the processes; again after one died.
     """
 
     result: HuntResult
@@ -68,9 +77,15 @@ class Hunt:
     cache: Path
     limits: Limits
     tell: Callable[[HuntResult], None]
-    processes: int = field(default_factory=lambda: os.cpu_count() or 1)
     counted: bool = False
-    _pool: ProcessPoolExecutor | None = None
+    start: Callable[[Hunt], Executor] = processes
+    _pool: Executor | None = None
+
+    def __post_init__(self) -> None:
+        for feature in self.result.seen:  # of a hunt that goes on
+            family, reads, key = feature.partition(" reads ")
+            if reads and "." not in key:
+                self.grammar.keys[family].add(key)
 
     @cached_property
     def _reached(self) -> set[int]:
@@ -233,14 +248,7 @@ class Hunt:
 
     def _submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         if self._pool is None:
-            for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-                os.environ.setdefault(name, "1")  # each process computes with one thread
-            self._pool = ProcessPoolExecutor(
-                self.processes,
-                multiprocessing.get_context("spawn"),
-                worker.start,
-                (self.result.candidate, self.cache, self.table, self.counted),
-            )
+            self._pool = self.start(self)
         return self._pool.submit(work, *arguments)
 
     def _close(self) -> None:

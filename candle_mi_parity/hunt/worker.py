@@ -113,9 +113,10 @@ def _report(one: Input, found: Sequence[Found]) -> Report:
 
 def _branches() -> tuple[int, ...]:
     own = worker()
-    if not isinstance(own.bench.source, LiveSource) or own.bench.source.branches is None:
-        return ()
-    now = own.bench.source.branches.reached()
+    source = own.bench.source
+    if not isinstance(source, LiveSource) or source.branches is None or not source.made:
+        return ()  # nothing is counted, or the candidate has not been asked yet
+    now = source.branches.reached()
     before, own.reached = own.reached, now
     return tuple(int(region) for region in np.flatnonzero(now if before is None else now & ~before))
 

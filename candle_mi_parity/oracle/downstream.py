@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from candle_mi_parity.errors import SaeError
 from candle_mi_parity.models.checkpoint import read_config
@@ -103,7 +103,7 @@ class SaeChain:
         mse = (resid - recon).pow(2).view(rows, -1).mean(-1)
         found = {"pre": pre, "features": features, "recon": recon, "reconstruction_mse": mse}
         if name == "sae":
-            # Both sides compute norms in float64, so that they add no noise; that of the elements may be common to all.
+            # Both sides compute norms in float64, which adds no noise; that of the elements may be common to all.
             with _disable_current_modes():
                 for of, tensor in (("resid", resid), ("encoded", features), ("decoded", recon)):
                     last = tensor.view(rows, self._batch, *tensor.shape[1:])[:, 0, -1]
