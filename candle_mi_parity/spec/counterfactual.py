@@ -49,7 +49,7 @@ class Counterfactual(TableRow):
     :ivar config_null: keys of ``config.json`` that are set to null.
     :ivar config_add: keys of ``config.json`` and what is added to their number.
     :ivar config_copy: keys of ``config.json`` and the key whose value they take, or with which they are left out;
-        ``block.KEY`` is one of the rotary block that transformers reads.
+        ``block.KEY`` is one of the rotary block that transformers reads, ``rope.KEY`` too, or else at the top level.
     :ivar config_drop: keys of ``config.json`` that are left out, so that transformers uses its default.
     :ivar weights_zero: globs over parameters that are set to 0.
     :ivar weights_one: globs over parameters that are set to 1, as a norm's weight that is left out.
@@ -169,12 +169,11 @@ PLAIN = Counterfactual()
 
 
 def _holder(config: Config, key: str) -> tuple[Config, str]:
-    """The object of a config that holds a key, and its name there; ``block.KEY`` is in the rotary block."""
-    block, _, name = key.rpartition(".")
-    if not block:
-        return config, key
+    """The object of a config that holds a key, and its name there; see ``config_copy``."""
+    root, _, name = key.rpartition(".")
     found = config.get("rope_scaling") or config.get(ROTARY)
-    return (found if isinstance(found, dict) else {}), name
+    block = found if isinstance(found, dict) else {}
+    return (config if not root or (root == "rope" and name not in block) else block), name
 
 
 def places(config: Config, field: str) -> list[tuple[str, ...]]:
