@@ -48,7 +48,10 @@ class InputTensor(TableRow):
 
 
 class SaeRow(TableRow):
-    """An SAE in SAELens' layout, with identity weights, or with normal numbers if there is a ``seed``."""
+    """An SAE in SAELens' layout, with identity weights, or with normal numbers if there is a ``seed``.
+
+    :ivar tensors: values of weights that are neither.
+    """
 
     architecture: Literal["standard", "jumprelu", "topk"]
     width: int
@@ -56,6 +59,7 @@ class SaeRow(TableRow):
     k: int = 0
     threshold: list[float] = Field(default_factory=list)
     seed: int | None = None
+    tensors: dict[str, Any] = Field(default_factory=dict, exclude_if=lambda tensors: not tensors)
 
     def weights(self) -> dict[str, np.ndarray]:
         """float32: ``W_enc`` [d_in, d_sae], ``W_dec`` [d_sae, d_in], ``b_enc``, ``b_dec``, ``threshold``."""
@@ -69,11 +73,12 @@ class SaeRow(TableRow):
             arrays |= {"b_enc": draw(self.features), "b_dec": draw(self.width)}
         if self.threshold:
             arrays["threshold"] = np.asarray(self.threshold)
+        arrays |= {name: np.asarray(values) for name, values in self.tensors.items()}
         return {name: array.astype(np.float32) for name, array in arrays.items()}
 
     def write(self, directory: Path) -> None:
         """Write ``cfg.json`` and ``sae_weights.safetensors``."""
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
         config: dict[str, object] = {"d_in": self.width, "d_sae": self.features, "architecture": self.architecture}
         config |= {"dtype": "float32", "apply_b_dec_to_input": False, "hook_name": "blocks.0.hook_resid_post"}
         if self.k:
@@ -135,13 +140,26 @@ class CallTable(TableRow):
 
     def lay_out(self, cache: Path) -> Path:
         """The directory with ``inputs.safetensors`` and a directory for each SAE; written once."""
+        return publish(cache / "calls" / content_key(LAYOUT, self.digest()), self.write)
 
-        def make(out: Path) -> None:
-            save_file(self.arrays(), out / "inputs.safetensors")
-            for name, row in self.saes.items():
-                row.write(out / name)
+    def write(self, out: Path) -> None:
+        """Write ``inputs.safetensors`` and a directory for each SAE."""
+        save_file(self.arrays(), out / "inputs.safetensors")
+        for name, row in self.saes.items():
+            row.write(out / name)
 
-        return publish(cache / "calls" / content_key(LAYOUT, self.digest()), make)
+    def request(self, directory: Path, out: Path) -> dict[str, object]:
+        """The emitter's request for all calls.
+
+        :param directory: where the inputs were written.
+        """
+        return {
+            "format": "candle-mi-parity/call/1",
+            "case": {"id": "calls", "digest": self.digest()},
+            "inputs": str(directory / "inputs.safetensors"),
+            "calls": [{"id": row.id, "run": _run(row, directory)} for row in self.call],
+            "out": str(out.resolve()),
+        }
 
 
 class Answer(Part):
@@ -204,14 +222,7 @@ def answers(source: Source, table: CallTable, cache: Path, out: Path) -> Calls:
     :raises TraceError: the file is malformed.
     """
     if isinstance(source, LiveSource):
-        directory = table.lay_out(cache)
-        request = {
-            "format": "candle-mi-parity/call/1",
-            "case": {"id": "calls", "digest": table.digest()},
-            "inputs": str(directory / "inputs.safetensors"),
-            "calls": [{"id": row.id, "run": _run(row, directory)} for row in table.call],
-            "out": str(out.resolve()),
-        }
+        request = table.request(table.lay_out(cache), out)
         return read_calls(source.emitter.emit(request, TIMEOUT_SECONDS))
     if not isinstance(source, StoredSource):
         raise NotStoredError("this candidate is not candle-mi, whose functions are called")

@@ -72,6 +72,8 @@ def _compare_result(row: CallRow, name: str, got: np.ndarray, expected: TruthTen
     value, noise = expected.value, expected.noise
     if got.shape != value.shape:
         return _mismatch(name, f"got shape {list(got.shape)}, expected {list(value.shape)}")
+    if value.size == 0:  # as of no tokens; its shape is all there is
+        return TensorResult(name, Status.PASS)
     if row.exact:
         value = value.astype(np.float32).astype(np.float64)
     if row.ties:

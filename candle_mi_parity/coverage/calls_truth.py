@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.models.sae import Sae, load_sae
+from candle_mi_parity.oracle.arithmetic import UNIT
 from candle_mi_parity.oracle.compute import SAMPLES
 from candle_mi_parity.oracle.interventions import scale_steering, set_steering
 from candle_mi_parity.oracle.rounding import MatmulScales, NoisePool, RoundingNoise, Truth64
 from candle_mi_parity.oracle.torch_sae import TorchSae
-from candle_mi_parity.spec.counterfactual import Counterfactual, Variant
+from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual, Variant
 from candle_mi_parity.spec.edits import Attention
 from candle_mi_parity.trace.truth import TruthTensor
 
@@ -30,9 +32,19 @@ def _last(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _kl_divergence(baseline: torch.Tensor, other: torch.Tensor) -> Named:
-    """Σ p·ln(p/q), in nats, over the vocabulary and summed over positions (``F.kl_div``'s ``sum``)."""
-    p, q = torch.softmax(baseline, -1), torch.softmax(other, -1)
-    return {"value": (p * torch.log(p / q)).sum()}
+    """Σ p·ln(p/q), in nats, over the vocabulary and summed over positions (``F.kl_div``'s ``sum``).
+
+    A term with p = 0 is 0, as in ``torch.distributions.kl_divergence`` of two ``Categorical``.
+    """
+    p = torch.softmax(baseline, -1)
+    terms = p * (_log_softmax(baseline) - _log_softmax(other))
+    return {"value": torch.where(p == 0, 0.0, terms).sum()}
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """``torch.log_softmax``, for which there is no noise rule, in operations that have one."""
+    shifted = logits - logits.max(-1, keepdim=True).values
+    return shifted - torch.exp(shifted).sum(-1, keepdim=True).log()
 
 
 def _logit_diff(baseline: torch.Tensor, ablated: torch.Tensor, token: int) -> Named:
@@ -87,12 +99,20 @@ def _causal(seq_len: int) -> Named:
 
 
 def _position_delta(direction: torch.Tensor, position: int, seq_len: int) -> Named:
+    """:raises IndexError: there is no such position."""
+    if position >= seq_len:
+        raise IndexError(f"position {position} is out of range for {seq_len} positions")
     rows = [direction if at == position else torch.zeros_like(direction) for at in range(seq_len)]
     return {"value": torch.stack(rows)[None]}
 
 
 def _gram(matrix: torch.Tensor, k: int, iterations: int) -> Named:
-    """Scatter matrix [d, d] of the centred rows; :func:`_eigen` runs outside the mode, which has no rule for eigh."""
+    """Scatter matrix [d, d] of the centred rows; :func:`_eigen` runs outside the mode, which has no rule for eigh.
+
+    :raises ValueError: more components than ``torch.pca_lowrank`` gives.
+    """
+    if k > min(matrix.shape):
+        raise ValueError(f"k={k} must not be greater than min(n_samples, n_features)={min(matrix.shape)}")
     centred = matrix - matrix.mean(0, keepdim=True)
     return {"gram": centred.t().contiguous() @ centred}
 
@@ -116,15 +136,23 @@ def _sae_call(sae: TorchSae, fn: str, args: dict[str, Any]) -> Named:
     x: torch.Tensor = args["x"]
     rows = x.reshape(-1, x.shape[-1])  # a matrix, for which the products have a noise rule
     if fn == "decode":
-        return {"value": sae.decode(rows).reshape(*x.shape[:-1], -1)}
+        return {"value": _shaped_as(x, sae.decode(rows))}
     features = sae.encode(rows)
+    if not args["finite"]:  # NaN stays NaN, as in torch.relu
+        pre = sae.pre_activations(rows)
+        features = torch.where(pre.isnan(), pre, features)
     if fn == "encode_sparse":
-        return {"features": features.reshape(*x.shape[:-1], -1)}
+        return {"features": _shaped_as(x, features)}
     if fn in ("encode", "encode_with_strategy"):
-        return {"value": features.reshape(*x.shape[:-1], -1)}
+        return {"value": _shaped_as(x, features)}
     recon = sae.decode(features)
     error = rows - recon
-    return {"value": recon.reshape(x.shape) if fn == "reconstruct" else (error * error).mean()}
+    return {"value": _shaped_as(x, recon) if fn == "reconstruct" else (error * error).mean()}
+
+
+def _shaped_as(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[n, width] → [..., width] with the leading axes of ``x``."""
+    return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
 MEASURES: dict[str, Callable[..., Named]] = {
@@ -152,7 +180,7 @@ def _first(logits: torch.Tensor) -> torch.Tensor:
 
 def _terms_left_out(baseline: torch.Tensor, other: torch.Tensor) -> Named:
     p, q = torch.softmax(baseline, -1), torch.softmax(other, -1)
-    return {"value": torch.where((p > 1e-10) & (q > 1e-10), p * torch.log(p / q), 0.0).sum()}
+    return {"value": torch.where((p <= 1e-10) | (q <= 1e-10), 0.0, p * torch.log(p / q)).sum()}
 
 
 class LooseTopK(TorchSae):
@@ -164,8 +192,8 @@ class LooseTopK(TorchSae):
     :param relu: whether ReLU follows.
     """
 
-    def __init__(self, sae: Sae, epsilon: float, relu: bool) -> None:
-        super().__init__(sae)
+    def __init__(self, sae: Sae, epsilon: float, relu: bool, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__(sae, dtype=dtype)
         self._epsilon, self._positive_only = epsilon, relu
 
     def active(self, pre: torch.Tensor) -> torch.Tensor:
@@ -190,29 +218,62 @@ WRONG: dict[Formula, tuple[str, Callable[..., Named]]] = {
     Formula.LAST_OF_EQUAL: ("sample_token", lambda logits: {
         "token": torch.nonzero(logits == logits.max())[-1, 0].double()}),
 }  # fmt: skip
+SAE_FORMULAS = frozenset({Formula.TOPK_WITHOUT_RELU, Formula.TIES_WITHIN_EPSILON, Formula.NEGATIVE_THRESHOLD_KEPT})
+"""Those of an SAE's activation; several may apply to one call."""
 _KEPT = Counterfactual(variants=[Variant.NEGATIVE_THRESHOLD_KEPT])
-WRONG_SAES: dict[Formula, Callable[[Path], TorchSae]] = {
-    Formula.TOPK_WITHOUT_RELU: lambda path: LooseTopK(load_sae(path), 0.0, relu=False),
-    Formula.TIES_WITHIN_EPSILON: lambda path: LooseTopK(load_sae(path), 2.0**-23, relu=True),
-    Formula.NEGATIVE_THRESHOLD_KEPT: lambda path: TorchSae(load_sae(path, _KEPT)),
-}
 
 
-def _computation(row: CallRow, formula: Formula | None, table: CallTable, cache: Path) -> Callable[[], Named]:
-    """:raises CaseTableError: the function has no reference, or not this formula."""
-    arrays = table.arrays()
+def torch_sae(path: Path, formulas: Collection[Formula] = (), dtype: torch.dtype = torch.float64) -> TorchSae:
+    """An SAE, whose activation may be a known wrong one."""
+    sae = load_sae(path, _KEPT if Formula.NEGATIVE_THRESHOLD_KEPT in formulas else PLAIN)
+    if sae.k is None or not {Formula.TOPK_WITHOUT_RELU, Formula.TIES_WITHIN_EPSILON} & set(formulas):
+        return TorchSae(sae, dtype=dtype)
+    epsilon = 2.0**-23 if Formula.TIES_WITHIN_EPSILON in formulas else 0.0
+    return LooseTopK(sae, epsilon, Formula.TOPK_WITHOUT_RELU not in formulas, dtype)
+
+
+def computation(
+    row: CallRow,
+    arrays: dict[str, np.ndarray],
+    directory: Path,
+    formulas: Collection[Formula] = (),
+    dtype: torch.dtype = torch.float64,
+) -> Callable[[], Named]:
+    """The function of a call with its arguments; :func:`finish` makes results of what it returns.
+
+    :param directory: where the SAEs were written.
+    :param formulas: known wrong formulas; none for the truth.
+    :raises CaseTableError: the function has no reference, or not these formulas.
+    """
     args: dict[str, Any] = {
-        key: torch.from_numpy(arrays[value]).double() if isinstance(value, str) and value in arrays else value
+        key: torch.from_numpy(arrays[value]).to(dtype) if isinstance(value, str) and value in arrays else value
         for key, value in row.args.items()
     }
-    if row.sae is not None and row.fn in SAE_FUNCTIONS and (formula is None or formula in WRONG_SAES):
-        path = table.lay_out(cache) / row.sae
-        sae = TorchSae(load_sae(path)) if formula is None else WRONG_SAES[formula](path)
+    if row.sae is not None and row.fn in SAE_FUNCTIONS and SAE_FORMULAS.issuperset(formulas):
+        sae = torch_sae(directory / row.sae, formulas, dtype)
+        args["finite"] = all(np.isfinite(array).all() for array in arrays.values())
         return lambda: _sae_call(sae, row.fn, args)
-    fn, compute = (row.fn, MEASURES.get(row.fn)) if formula is None else WRONG.get(formula, ("", None))
-    if compute is None or fn != row.fn:
-        raise CaseTableError(f"{row.id}: {row.fn} has no {f'formula {formula}' if formula else 'reference'}")
+    found = [WRONG.get(formula, ("", None)) for formula in formulas] or [(row.fn, MEASURES.get(row.fn))]
+    if len(found) > 1 or found[0][0] != row.fn or found[0][1] is None:
+        wanted = f"formula {', '.join(formulas)}" if formulas else "reference"
+        raise CaseTableError(f"{row.id}: {row.fn} has no {wanted}")
+    compute = found[0][1]
     return lambda: compute(**args)
+
+
+def finish(row: CallRow, values: Named, pool: NoisePool | None = None) -> Named:
+    """The results; what is computed here has no noise rule and runs outside the modes.
+
+    :param pool: of a sample. A float32 eigensolver's error is that of a matrix which is off by a few roundings of its
+        norm, not of each element (Golub and Van Loan, Matrix Computations, 4th ed., §8.2.1).
+    """
+    if row.fn != "pca_top_k":
+        return values
+    if pool is not None:
+        noise = pool.draw(values["gram"])
+        size = UNIT * values["gram"].norm()
+        values = {"gram": values["gram"] + (noise + noise.t()) * (size / 2)}
+    return _eigen(values, cast(int, row.args["k"]))
 
 
 def truth_of(row: CallRow, table: CallTable, cache: Path, formula: Formula | None = None) -> dict[str, TruthTensor]:
@@ -222,21 +283,18 @@ def truth_of(row: CallRow, table: CallTable, cache: Path, formula: Formula | Non
     :param formula: a known wrong formula; None for the truth.
     :raises CaseTableError: the function has no reference, or not this formula.
     """
-    once = _computation(row, formula, table, cache)
-
-    def finish(values: Named) -> Named:
-        return _eigen(values, cast(int, row.args["k"])) if row.fn == "pca_top_k" else values
-
+    directory = table.lay_out(cache)
+    once = computation(row, table.arrays(), directory, () if formula is None else (formula,))
     scales = MatmulScales()
     with Truth64(scales):
         inner = once()
-    values = finish(inner)
+    values = finish(row, inner)
     squares = {name: torch.zeros_like(value) for name, value in values.items()}
     if not row.exact:
         pool = NoisePool(zlib.crc32(row.id.encode()))
         for _ in range(SAMPLES):
             with RoundingNoise(pool, scales):
                 inner = once()
-            for name, value in finish(inner).items():
+            for name, value in finish(row, inner, pool).items():
                 squares[name] += (value - values[name]) ** 2 / SAMPLES
     return {name: TruthTensor(value.numpy(), squares[name].sqrt().numpy()) for name, value in values.items()}

@@ -1,0 +1,152 @@
+"""What PyTorch gives for a generated call: values with noise, an exception, or nothing that a candidate must give."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+
+from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
+from candle_mi_parity.coverage.calls_truth import Named, computation, finish, torch_sae
+from candle_mi_parity.errors import OracleError
+from candle_mi_parity.compare.gate import ELEMENT_GATE, UNIT
+from candle_mi_parity.hunt.float32_range import RangeNoise, RangeTruth
+from candle_mi_parity.oracle.compute import SAMPLES
+from candle_mi_parity.oracle.rounding import MatmulScales, NoisePool
+from candle_mi_parity.trace.truth import TruthTensor
+
+Truths = dict[str, TruthTensor]
+OVERFLOW = "a number exceeds float32's largest"
+_LOGITS = ("kl_divergence", "logit_diff", "top_changed_tokens", "extract_token_prob", "sample_token")
+_SEPARATED = 0.9
+"""Power iteration tells two eigenvalues apart whose ratio is at most this: 0.9^400 of the other component is left."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a call should do.
+
+    :ivar row: the call, with what the comparison has to know of it.
+    :ivar values: empty if there are none.
+    :ivar free: results whose values are undefined, and which have to be finite.
+    :ivar raises: PyTorch's message; the candidate has to refuse.
+    :ivar unknown: why nothing is expected.
+    """
+
+    row: CallRow
+    values: Truths = field(default_factory=dict)
+    free: tuple[str, ...] = ()
+    raises: str = ""
+    unknown: str = ""
+
+
+def expected(table: CallTable, directory: Path, formulas: Collection[Formula] = (), noisy: bool = True) -> Expected:
+    """What PyTorch gives for the table's only call.
+
+    :param directory: where the inputs were written.
+    :param formulas: known wrong formulas that are computed instead.
+    :param noisy: whether the noise is sampled. What passes without it passes with it, and that takes a tenth of the
+        time.
+    """
+    (row,) = table.call
+    arrays = table.arrays()
+    if row.fn in _LOGITS and any(array.shape[-1] == 0 for array in arrays.values()) and row.fn != "sample_token":
+        return Expected(row, unknown="there is no distribution over no tokens")
+    try:
+        once = computation(row, arrays, directory, formulas)
+        sampled = noisy and not row.exact and all(array.size for array in arrays.values())
+        values, overflows = _with_noise(row, once, sampled)
+        if overflows:
+            return Expected(row, unknown=OVERFLOW)
+        if row.fn == "pca_top_k":
+            return _pca(row, values, arrays[cast(str, row.args["matrix"])])
+        if noisy and row.sae is not None and row.fn not in ("decode", "decoder_vector"):
+            return _at_decisions(row, values, arrays["x"], directory, formulas)
+        if row.fn == "apply_steering" and any(np.isnan(each.value).any() for each in values.values()):
+            return Expected(row, unknown="a row of weights that sums to 0 or NaN has no normal form")
+        return Expected(row, values)
+    except (IndexError, RuntimeError, ValueError) as error:
+        return Expected(row, raises=(str(error) or type(error).__name__).splitlines()[0])
+
+
+def _with_noise(row: CallRow, once: Callable[[], Named], sampled: bool) -> tuple[Truths, bool]:
+    """Values with the rms of their samples' deviations, and whether float32's range is left.
+
+    :param sampled: whether there are samples; otherwise the noise is 0.
+    """
+    scales = MatmulScales()
+    with RangeTruth(scales) as truth:
+        inner = once()
+    values = finish(row, inner)
+    squares = {name: torch.zeros_like(value) for name, value in values.items()}
+    if sampled and not truth.overflows:
+        pool = NoisePool(zlib.crc32(row.id.encode()))
+        for _ in range(SAMPLES):
+            with RangeNoise(pool, scales):
+                inner = once()
+            for name, value in finish(row, inner, pool).items():
+                squares[name] += torch.where(values[name].isfinite(), (value - values[name]) ** 2, 0.0) / SAMPLES
+    for name, square in squares.items():
+        if not square.isfinite().all():
+            raise OracleError(f"{row.fn}: the noise of {name} is not finite")
+    noise = {name: square.sqrt().numpy() for name, square in squares.items()}
+    return {name: TruthTensor(value.numpy(), noise[name]) for name, value in values.items()}, truth.overflows
+
+
+def _pca(row: CallRow, values: Truths, matrix: np.ndarray) -> Expected:
+    """As ``torch.pca_lowrank``, whose components are finite also where no variance is left."""
+    k = cast(int, row.args["k"])
+    centred = matrix.astype(np.float64) - matrix.mean(0, dtype=np.float64)
+    lambdas = np.zeros(k + 1)
+    found = np.linalg.svd(centred, compute_uv=False)[: k + 1] ** 2
+    lambdas[: found.size] = found
+    following, leading = lambdas[1:], lambdas[:-1]
+    none_left = leading <= 1e-6 * lambdas[0]
+    equal = following >= (1 - UNIT) * leading
+    if not (none_left | equal | (following <= _SEPARATED * leading)).all():
+        return Expected(row, unknown="eigenvalues that power iteration does not tell apart")
+    if not (none_left | equal).any():
+        return Expected(row, values)
+    # Variances that are all 0 have no ratio.
+    known = ("eigenvalues",) if lambdas[0] == 0 else ("eigenvalues", "explained")
+    return Expected(row, {name: values[name] for name in known}, ("components",))
+
+
+def _at_decisions(
+    row: CallRow, values: Truths, x: np.ndarray, directory: Path, formulas: Collection[Formula]
+) -> Expected:
+    """Whether rounding or the order of equal features may decide which of them fire."""
+    assert row.sae is not None
+    sae = torch_sae(directory / row.sae, formulas)
+    if sae.k is None and sae.threshold is None or not x.size:
+        return Expected(row, values)
+    rows = torch.from_numpy(x).double().reshape(-1, x.shape[-1])
+    found, _ = _with_noise(row, lambda: {"pre": sae.pre_activations(rows)}, not row.exact)
+    pre, slack = found["pre"].value, ELEMENT_GATE * (found["pre"].noise + UNIT * np.abs(found["pre"].value))
+    if sae.threshold is not None:
+        near = np.abs(pre - sae.threshold.numpy()) <= slack
+        close = bool(near.any()) and not row.exact
+        return Expected(row, unknown="a feature lies within rounding of its threshold") if close else Expected(row, values)
+    assert sae.k is not None
+    if np.isnan(pre).any():
+        return Expected(row, unknown="which NaN are among the k largest is not specified")
+    if sae.k >= pre.shape[-1]:
+        return Expected(row, values)
+    order = np.argsort(-pre, -1, kind="stable")
+    ranked, slacks = np.take_along_axis(pre, order, -1), np.take_along_axis(slack, order, -1)
+    last, next_one = ranked[:, sae.k - 1], ranked[:, sae.k]
+    if row.exact:
+        tied = bool(((last == next_one) & (last > 0)).any())
+        if tied and row.fn == "encode_sparse":
+            return Expected(row, unknown="which of equal features are among the k largest is not specified")
+        return Expected(row.model_copy(update={"ties": tied}), values)
+    # Of negative ones ReLU keeps none; a known wrong formula may keep them.
+    near = (last - next_one <= slacks[:, sae.k - 1] + slacks[:, sae.k]) & ((last > -slacks[:, sae.k - 1]) | bool(formulas))
+    if near.any():
+        return Expected(row, unknown="the k-th and the next feature are equal within rounding")
+    return Expected(row, values)
