@@ -88,22 +88,38 @@ class SaeRow(TableRow):
 
 
 class Formula(StrEnum):
-    """A known wrong formula; :mod:`calls_truth` computes it."""
+    """A known wrong formula; :mod:`calls_wrong` computes it."""
 
     FIRST_POSITION = "first-position"
-    """Logits of the first position instead of the last."""
+    """Logits of the first position instead of the last; of a later one if the token is beyond the vocabulary."""
     POSITIONS_FLATTENED = "positions-flattened"
     """All positions are ranked together; the token is position × vocab + token."""
     TERMS_LEFT_OUT = "terms-below-1e-10-left-out"
     """Terms of a KL divergence with p or q of at most 1e-10 are 0."""
+    NAN_TERMS_LEFT_OUT = "nan-terms-left-out"
+    """Terms of a KL divergence with p or q NaN are 0."""
+    CUT_TO_THE_SHORTER = "cut-to-the-shorter"
+    """A KL divergence pairs the elements of both tensors in order, as many as the shorter has."""
     LAST_OF_EQUAL = "last-of-equal"
-    """argmax returns the last of equal values."""
+    """argmax returns the last of equal values, and a NaN equals every value that it is compared with."""
     TOPK_WITHOUT_RELU = "topk-without-relu"
     """TopK keeps negative values among the k largest; a negative k-th value becomes 0 if k is below d_sae."""
     TIES_WITHIN_EPSILON = "ties-within-epsilon"
     """Values within float32's epsilon of the k-th largest are tied with it; of more than k the last are dropped."""
     NEGATIVE_THRESHOLD_KEPT = "negative-threshold-kept"
     """A JumpReLU feature with a negative threshold fires with a negative value."""
+    NAN_IS_ZERO = "nan-is-zero"
+    """A feature that is NaN is 0."""
+    OUT_OF_RANGE_IGNORED = "out-of-range-ignored"
+    """Positions out of range are left out; a mean over none is 0."""
+    OVER_ALL_COLUMNS = "over-all-columns"
+    """Set weights take their difference from all other columns, also those of weight 0."""
+    EDGES_REPEATED = "edges-repeated"
+    """An edge that is given twice is scaled twice, and counts twice in what is set."""
+    SMALL_SUMS_KEPT = "small-sums-kept"
+    """A row that sums to at most 1e-10 is not normalised."""
+    NORM_OUT_OF_RANGE = "norm-out-of-range"
+    """From the first eigenvalue on whose square float32 has no number for, PCA gives NaN, or 0 of no variance."""
 
 
 class CallRow(TableRow):
@@ -112,6 +128,7 @@ class CallRow(TableRow):
     :ivar args: the function's arguments; the name of a tensor of the table stands for that tensor.
     :ivar exact: the result must be bitwise equal to the truth in float32.
     :ivar ties: any of equal features may be kept, but as many as in the truth and with the same values.
+    :ivar raises: PyTorch raises, so that any result is wrong, and a refusal is right.
     """
 
     id: str
@@ -120,6 +137,7 @@ class CallRow(TableRow):
     sae: str | None = None
     exact: bool = False
     ties: bool = False
+    raises: bool = Field(default=False, exclude_if=lambda raises: not raises)
 
 
 class CallTable(TableRow):

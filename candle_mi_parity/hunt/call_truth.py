@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -11,18 +10,14 @@ from typing import cast
 import numpy as np
 import torch
 
-from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
-from candle_mi_parity.coverage.calls_truth import Named, computation, finish, torch_sae
-from candle_mi_parity.errors import OracleError
 from candle_mi_parity.compare.gate import ELEMENT_GATE, UNIT
-from candle_mi_parity.hunt.float32_range import RangeNoise, RangeTruth
-from candle_mi_parity.oracle.compute import SAMPLES
-from candle_mi_parity.oracle.rounding import MatmulScales, NoisePool
+from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
+from candle_mi_parity.coverage.calls_truth import REFUSALS, check_refusal, computation, with_noise
+from candle_mi_parity.coverage.calls_wrong import torch_sae
 from candle_mi_parity.trace.truth import TruthTensor
 
 Truths = dict[str, TruthTensor]
 OVERFLOW = "a number exceeds float32's largest"
-_LOGITS = ("kl_divergence", "logit_diff", "top_changed_tokens", "extract_token_prob", "sample_token")
 _SEPARATED = 0.9
 """Power iteration tells two eigenvalues apart whose ratio is at most this: 0.9^400 of the other component is left."""
 
@@ -55,47 +50,22 @@ def expected(table: CallTable, directory: Path, formulas: Collection[Formula] = 
     """
     (row,) = table.call
     arrays = table.arrays()
-    if row.fn in _LOGITS and any(array.shape[-1] == 0 for array in arrays.values()) and row.fn != "sample_token":
-        return Expected(row, unknown="there is no distribution over no tokens")
     try:
         once = computation(row, arrays, directory, formulas)
         sampled = noisy and not row.exact and all(array.size for array in arrays.values())
-        values, overflows = _with_noise(row, once, sampled)
+        values, overflows = with_noise(row, once, sampled, formulas)
         if overflows:
             return Expected(row, unknown=OVERFLOW)
-        if row.fn == "pca_top_k":
+        if row.fn == "pca_top_k" and not formulas:
             return _pca(row, values, arrays[cast(str, row.args["matrix"])])
         if noisy and row.sae is not None and row.fn not in ("decode", "decoder_vector"):
             return _at_decisions(row, values, arrays["x"], directory, formulas)
         if row.fn == "apply_steering" and any(np.isnan(each.value).any() for each in values.values()):
             return Expected(row, unknown="a row of weights that sums to 0 or NaN has no normal form")
         return Expected(row, values)
-    except (IndexError, RuntimeError, ValueError) as error:
+    except REFUSALS as error:
+        check_refusal(error)
         return Expected(row, raises=(str(error) or type(error).__name__).splitlines()[0])
-
-
-def _with_noise(row: CallRow, once: Callable[[], Named], sampled: bool) -> tuple[Truths, bool]:
-    """Values with the rms of their samples' deviations, and whether float32's range is left.
-
-    :param sampled: whether there are samples; otherwise the noise is 0.
-    """
-    scales = MatmulScales()
-    with RangeTruth(scales) as truth:
-        inner = once()
-    values = finish(row, inner)
-    squares = {name: torch.zeros_like(value) for name, value in values.items()}
-    if sampled and not truth.overflows:
-        pool = NoisePool(zlib.crc32(row.id.encode()))
-        for _ in range(SAMPLES):
-            with RangeNoise(pool, scales):
-                inner = once()
-            for name, value in finish(row, inner, pool).items():
-                squares[name] += torch.where(values[name].isfinite(), (value - values[name]) ** 2, 0.0) / SAMPLES
-    for name, square in squares.items():
-        if not square.isfinite().all():
-            raise OracleError(f"{row.fn}: the noise of {name} is not finite")
-    noise = {name: square.sqrt().numpy() for name, square in squares.items()}
-    return {name: TruthTensor(value.numpy(), noise[name]) for name, value in values.items()}, truth.overflows
 
 
 def _pca(row: CallRow, values: Truths, matrix: np.ndarray) -> Expected:
@@ -123,15 +93,19 @@ def _at_decisions(
     """Whether rounding or the order of equal features may decide which of them fire."""
     assert row.sae is not None
     sae = torch_sae(directory / row.sae, formulas)
-    if sae.k is None and sae.threshold is None or not x.size:
+    if (sae.k is None and sae.threshold is None) or not x.size:
         return Expected(row, values)
     rows = torch.from_numpy(x).double().reshape(-1, x.shape[-1])
-    found, _ = _with_noise(row, lambda: {"pre": sae.pre_activations(rows)}, not row.exact)
+    found, _ = with_noise(row, lambda: {"pre": sae.pre_activations(rows)}, not row.exact)
     pre, slack = found["pre"].value, ELEMENT_GATE * (found["pre"].noise + UNIT * np.abs(found["pre"].value))
     if sae.threshold is not None:
         near = np.abs(pre - sae.threshold.numpy()) <= slack
         close = bool(near.any()) and not row.exact
-        return Expected(row, unknown="a feature lies within rounding of its threshold") if close else Expected(row, values)
+        return (
+            Expected(row, unknown="a feature lies within rounding of its threshold")
+            if close
+            else Expected(row, values)
+        )
     assert sae.k is not None
     if np.isnan(pre).any():
         return Expected(row, unknown="which NaN are among the k largest is not specified")
@@ -146,7 +120,9 @@ def _at_decisions(
             return Expected(row, unknown="which of equal features are among the k largest is not specified")
         return Expected(row.model_copy(update={"ties": tied}), values)
     # Of negative ones ReLU keeps none; a known wrong formula may keep them.
-    near = (last - next_one <= slacks[:, sae.k - 1] + slacks[:, sae.k]) & ((last > -slacks[:, sae.k - 1]) | bool(formulas))
+    near = (last - next_one <= slacks[:, sae.k - 1] + slacks[:, sae.k]) & (
+        (last > -slacks[:, sae.k - 1]) | bool(formulas)
+    )
     if near.any():
         return Expected(row, unknown="the k-th and the next feature are equal within rounding")
     return Expected(row, values)

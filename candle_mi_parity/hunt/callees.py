@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,14 +13,14 @@ from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import LiveSource
 from candle_mi_parity.coverage.calls import TIMEOUT_SECONDS, Answer, Answered, CallRow, CallTable, read_calls
 from candle_mi_parity.coverage.calls_compare import Results, answer_of
-from candle_mi_parity.coverage.calls_truth import Named, computation, finish
+from candle_mi_parity.coverage.calls_judge import PANICKED
+from candle_mi_parity.coverage.calls_measures import Named
+from candle_mi_parity.coverage.calls_truth import REFUSALS, computation, finish
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.json_out import plain
 from candle_mi_parity.trace.truth import TruthTensor
 
 _FAULTS_OF_OURS = ("request", "protocol", "io")
-PANICKED = "panicked"
-"""The emitter's message for a call that panicked."""
 
 
 class Callee(Protocol):
@@ -57,14 +57,14 @@ class Emitted:
 
 
 class TorchCallee:
-    """The functions of :mod:`candle_mi_parity.coverage.calls_truth` in float32, without the float64 mode and its noise."""
+    """The functions of :mod:`candle_mi_parity.coverage.calls_truth` in float32, without float64 or noise."""
 
     def answer(self, table: CallTable, directory: Path) -> Answered:
         (row,) = table.call
         try:
             once = computation(row, table.arrays(), directory, dtype=torch.float32)
             values = finish(row, once())
-        except (IndexError, RuntimeError, ValueError) as error:
+        except REFUSALS as error:
             return refused(str(error) or type(error).__name__)
         return answered(_results(row, values))
 

@@ -19,11 +19,11 @@ from candle_mi_parity.compare.hunt_result import Cause, Tally
 from candle_mi_parity.compare.verdict import Status, TensorResult
 from candle_mi_parity.coverage.calls import Answered, CallRow, CallTable, Formula, load_calls
 from candle_mi_parity.coverage.calls_compare import Results, compare_call
-from candle_mi_parity.coverage.calls_judge import KnownCall, KnownCalls, load_known_calls
-from candle_mi_parity.coverage.calls_truth import SAE_FORMULAS
+from candle_mi_parity.coverage.calls_judge import PANICKED, KnownCall, KnownCalls, load_known_calls
+from candle_mi_parity.coverage.calls_wrong import SAE_FORMULAS
 from candle_mi_parity.hunt.call_inputs import GENERATED
 from candle_mi_parity.hunt.call_truth import Expected, Truths, expected
-from candle_mi_parity.hunt.callees import PANICKED, Callee, write_inputs
+from candle_mi_parity.hunt.callees import Callee, write_inputs
 from candle_mi_parity.spec.explanations import baseline
 from candle_mi_parity.trace.truth import TruthTensor
 
@@ -67,13 +67,11 @@ class KnownOf:
         return found
 
     def together(self, fn: str) -> Iterator[dict[str, Formula]]:
-        """Id → wrong formula: one, or several of an SAE's activation, fewest first."""
+        """Id → wrong formula: one or several, fewest first."""
         rows = {row.id: row.formula for row in self.of.get(fn, {}).values() if row.formula is not None}
         for count in range(1, len(rows) + 1):
             for some in combinations(rows, count):
-                chosen = {id: rows[id] for id in some}
-                if count == 1 or SAE_FORMULAS.issuperset(chosen.values()):
-                    yield chosen
+                yield {id: rows[id] for id in some}
 
     def refusal(self, fn: str, message: str) -> str | None:
         """The id of the row that has the message."""
@@ -143,19 +141,22 @@ def _under(table: CallTable, directory: Path, formulas: dict[str, Formula], got:
         if under.unknown:
             return Judged("no_truth", f"with a known formula: {without_numbers(under.unknown)}")
         # A formula determines which of equal features are kept.
-        status = {each.status for each in compare(replace(under, row=under.row.model_copy(update={"ties": False})), got)}
+        status = {
+            each.status for each in compare(replace(under, row=under.row.model_copy(update={"ties": False})), got)
+        }
         if status == {Status.PASS}:
             return Judged("known", ids=tuple(formulas))
     return None if Status.FAIL in status else Judged("unmeasured")
 
 
 def _refusal(row: CallRow, message: str, wanted: Expected, known: KnownOf) -> Judged:
-    if message.startswith(PANICKED):
-        return Judged("cause", message, CALL, "panic")
-    if wanted.raises or wanted.unknown:
+    panicked = message.startswith(PANICKED)
+    if (wanted.raises or wanted.unknown) and not panicked:
         return Judged("refused", without_numbers(message))
     if (id := known.refusal(row.fn, message)) is not None:
         return Judged("known", ids=(id,))
+    if panicked:
+        return Judged("cause", message, CALL, "panic")
     return Judged("cause", f"refuses: {message}", CALL, f"refused: {without_numbers(message)}")
 
 
@@ -175,18 +176,14 @@ def compare(wanted: Expected, got: Results) -> list[TensorResult]:
             for name in wanted.free
         ]
         return [*compare(Expected(_plain(row), truth), {name: got[name] for name in truth}), *free]
-    if all(np.isfinite(each.value).all() for each in truth.values()) or row.exact and row.fn in _MASKS:
-        return compare_call(row, got, truth)
-    if row.fn == "encode_sparse":
+    finite = all(np.isfinite(each.value).all() for each in truth.values())
+    if row.fn == "encode_sparse" and not finite:
         lost = not np.isnan(got.get("values", np.zeros(0))).any()
         status = Status.FAIL if lost and np.isnan(truth["features"].value).any() else Status.PASS
         return [TensorResult("values", status, "nonfinite", detail="no value is NaN, and features are")]
-    if row.fn == "top_changed_tokens" and "tokens" in got:
+    if row.fn == "top_changed_tokens" and not finite and "tokens" in got:
         return _any_order(row, got, truth)
-    return _finite_and_not(row, got, truth)
-
-
-_MASKS = ("create_knockout_mask", "create_causal_mask")
+    return compare_call(row, got, truth)
 
 
 def _plain(row: CallRow) -> CallRow:
@@ -202,20 +199,7 @@ def _any_order(row: CallRow, got: Results, truth: Truths) -> list[TensorResult]:
         return [TensorResult("tokens", Status.FAIL, "values", detail=f"got tokens {tokens.tolist()} of {size}")]
     at = tokens.astype(int)
     chosen = {name: TruthTensor(each.value[at], each.noise[at]) for name, each in truth.items()}
-    return _finite_and_not(_plain(row), {name: got[name] for name in truth}, chosen)
-
-
-def _finite_and_not(row: CallRow, got: Results, truth: Truths) -> list[TensorResult]:
-    if list(got) != list(truth) or any(got[name].shape != truth[name].shape for name in truth):
-        return compare_call(row, got, truth)
-    finite, wanted, wrong = {}, {}, []
-    for name, each in truth.items():
-        special = ~np.isfinite(each.value)
-        if not np.array_equal(got[name][special], each.value[special], equal_nan=True):
-            wrong.append(TensorResult(name, Status.FAIL, "nonfinite"))
-        finite[name] = np.where(special, 0.0, got[name])
-        wanted[name] = TruthTensor(np.where(special, 0.0, each.value), np.where(special, 0.0, each.noise))
-    return [*wrong, *compare_call(row, finite, wanted)]
+    return compare_call(_plain(row), {name: got[name] for name in truth}, chosen)
 
 
 _NONFINITE = ("NaN in an input", "an infinite input")
@@ -253,12 +237,18 @@ class _Hunt:
         while self.tally.tried < end:
             before = self.tally.tried
             wanted: list[Signature] = []
+            verdicts: dict[str, Judged] = {}  # a candidate that draws random numbers may answer otherwise next time
 
-            def diverges(table: CallTable, wanted: list[Signature] = wanted) -> bool:
+            def diverges(
+                table: CallTable, wanted: list[Signature] = wanted, verdicts: dict[str, Judged] = verdicts
+            ) -> bool:
+                if not wanted and self.tally.tried >= end:
+                    return False
+                if (found := verdicts.get(key := table.model_dump_json())) is None:
+                    found = verdicts[key] = self.judge(table)
                 if wanted:  # shrinking
-                    found = self.judge(table)
                     return found.what == "cause" and self._signature(what, table, found) == wanted[0]
-                if self.tally.tried >= end or (new := self._count(what, table)) is None:
+                if (new := self._count(what, table, found)) is None:
                     return False
                 wanted.append(new)
                 return True
@@ -273,17 +263,16 @@ class _Hunt:
                 )  # fmt: skip
             except NoSuchExample:
                 return
-            self._report(wanted[0], smallest)
+            self._report(wanted[0], smallest, verdicts[smallest.model_dump_json()])
 
     def _signature(self, what: str, table: CallTable, found: Judged) -> Signature:
         # Whether a call is refused rarely depends on its numbers.
         special = class_of(table) if found.first != CALL else ""
         return what, found.first, ", ".join(part for part in (found.reason, special) if part)
 
-    def _count(self, what: str, table: CallTable) -> Signature | None:
-        """Judge and count a call; the signature of a new cause."""
+    def _count(self, what: str, table: CallTable, found: Judged) -> Signature | None:
+        """Count a call; the signature of a new cause."""
         self.tally.tried += 1
-        found = self.judge(table)
         if found.what == "cause":
             signature = self._signature(what, table, found)
             if (cause := self._counted.get(signature)) is None:
@@ -297,8 +286,7 @@ class _Hunt:
                 group[key] = group.get(key, 0) + 1
         return None
 
-    def _report(self, signature: Signature, smallest: CallTable) -> None:
-        found = self.judge(smallest)
+    def _report(self, signature: Signature, smallest: CallTable, found: Judged) -> None:
         row = smallest.model_dump(mode="json", exclude_defaults=True)
         self.causes.append(Cause("call", *signature, found.why, row))
         self._counted[signature] = self.causes[-1]

@@ -31,9 +31,47 @@ BATCH = 500
 _SPACES = " \t\n\r\v\f\x1c\x85\u00a0\u1680\u2003\u2028\u2029\u202f\u205f\u3000\u200b\u2060\ufeff"
 _WORDS = (
     *("don't", "I'M", "we'll", "naïve", "Ångström", "ﬁn", "ǅ", "ß", "İstanbul", "Straße"),
-    *("日本語", "한국어", "中文字符", "ไทย", "हिन्दी", "العربية", "עברית", "Ελληνικά", "кириллица", "ქართული", "𝔘𝔫𝔦", "𐎠𐏃"),
-    *("👩‍👩‍👧‍👦", "🏳️‍🌈", "🇫🇷🇩🇪", "👍🏽", "☃️", "1️⃣", "e\u0301", "a\u0308\u0323", "\u1100\u1161\u11a8", "Z\u0351\u036b\u0343"),
-    *("▁", "Ġ", "Ċ", "##", "</w>", "<0x41>", "<0xE2>", "\\n", "%20", "&amp;", "http://a.b/c?d=e#f", "snake_case", "x**2"),
+    *(
+        "日本語",
+        "한국어",
+        "中文字符",
+        "ไทย",
+        "हिन्दी",
+        "العربية",
+        "עברית",
+        "Ελληνικά",
+        "кириллица",
+        "ქართული",
+        "𝔘𝔫𝔦",
+        "𐎠𐏃",
+    ),
+    *(
+        "👩‍👩‍👧‍👦",
+        "🏳️‍🌈",
+        "🇫🇷🇩🇪",
+        "👍🏽",
+        "☃️",
+        "1️⃣",
+        "e\u0301",
+        "a\u0308\u0323",
+        "\u1100\u1161\u11a8",
+        "Z\u0351\u036b\u0343",
+    ),
+    *(
+        "▁",
+        "Ġ",
+        "Ċ",
+        "##",
+        "</w>",
+        "<0x41>",
+        "<0xE2>",
+        "\\n",
+        "%20",
+        "&amp;",
+        "http://a.b/c?d=e#f",
+        "snake_case",
+        "x**2",
+    ),
 )
 _DIGITS = "0123456789٣५߄９½²Ⅷ.,-+eE_"
 
@@ -55,11 +93,19 @@ def texts(specials: list[str]) -> SearchStrategy[str]:
         st.text(_SPACES, min_size=1, max_size=6),
         st.text(_DIGITS, min_size=1, max_size=12),
         st.sampled_from(_WORDS),
-        st.builds(lambda word, count: word * count, st.sampled_from(["a", "é", "漢", " ", "\n", "=", "0"]), st.integers(2, 300)),
+        st.builds(
+            lambda word, count: word * count,
+            st.sampled_from(["a", "é", "漢", " ", "\n", "=", "0"]),
+            st.integers(2, 300),
+        ),
     ]
     if specials:
         token = st.sampled_from(specials)
-        pieces += [token, token.map(lambda one: one[:-1]), st.builds(lambda one, by: one + by, token, st.sampled_from(_SPACES))]
+        pieces += [
+            token,
+            token.map(lambda one: one[:-1]),
+            st.builds(lambda one, by: one + by, token, st.sampled_from(_SPACES)),
+        ]
     return st.lists(st.one_of(pieces), max_size=6).map("".join)
 
 
@@ -124,7 +170,8 @@ class _Hunt:
 
         :raises TraceError: not as many answers as texts.
         """
-        got, right, found = self.ask(batch), tokenised(self.reference, batch), []
+        got, right = self.ask(batch), tokenised(self.reference, batch)
+        found: list[tuple[Signature | None, str, bool]] = []
         if any(len(got[kind]) != len(batch) for kind in KINDS):
             raise TraceError(f"{self.name}: {len(got[KINDS[0]])} texts were answered, expected {len(batch)}")
         for place, text in enumerate(batch):

@@ -14,6 +14,7 @@ from candle_mi_parity.hunt.callees import TorchCallee, answered, refused
 from candle_mi_parity.hunt.calls import KnownOf, hunt_calls
 
 KNOWN = KnownOf.release("0.2.2")
+NOTHING = KnownOf()
 
 
 class Fake(TorchCallee):
@@ -38,7 +39,7 @@ def by_formula(formula: Formula) -> Callable[[CallTable, Path, Answered], Answer
 
 
 def hunt(
-    callee: TorchCallee, functions: str, tmp_path: Path, known: KnownOf = KnownOf(), examples: int = 60
+    callee: TorchCallee, functions: str, tmp_path: Path, known: KnownOf = NOTHING, examples: int = 60
 ) -> tuple[Tally, list[Cause]]:
     return hunt_calls(callee, "", 7, examples, tmp_path, known=known, functions=functions)
 
@@ -107,7 +108,7 @@ def test_what_is_already_known_is_only_counted(tmp_path: Path) -> None:
     callee = Fake(by_formula(Formula.LAST_OF_EQUAL))
     _, found = hunt(callee, "sample_token", tmp_path)
     before = found[0].count
-    _, causes = hunt_calls(callee, "", 8, 60, tmp_path, found, KnownOf(), "sample_token")
+    _, causes = hunt_calls(callee, "", 8, 60, tmp_path, found, NOTHING, "sample_token")
     assert not causes
     assert found[0].count > before
 

@@ -1,7 +1,7 @@
 """The passes of the truth for numbers of any size: what float32's range does to them.
 
-:mod:`candle_mi_parity.oracle.rounding` computes in float64 and knows float32's precision, but not its range. The numbers of
-a model stay far inside it; generated ones do not. Three things change:
+:mod:`candle_mi_parity.oracle.rounding` computes in float64 and knows float32's precision, but not its range. The
+numbers of a model stay far inside it; generated ones do not. Three things change:
 
 * the squares of a matmul's terms are summed in float64, since those of 1e20 or 1e-25 leave float32's range;
 * a finite result beyond float32's largest number is reported: float32 has an infinity there, and what follows is not
@@ -41,7 +41,7 @@ class RangeTruth(Truth64):  # type: ignore[no-untyped-call]
             product = torch.mm if left.dim() == 2 else torch.bmm
             self._scales.record(self._calls.next(), product(left.square(), right.square()))
             self._check(product(left.abs(), right.abs()))
-        elif name == "sum":
+        elif name == "sum" and args[0].dtype.is_floating_point:
             self._check(args[0].abs().sum())
         if isinstance(out, torch.Tensor) and out.dtype.is_floating_point:
             self._check(out)
