@@ -126,7 +126,8 @@ def finish(row: CallRow, values: Named, formulas: Formulas = (), pool: NoisePool
     """The results; what is computed here has no noise rule and runs outside the modes.
 
     :param pool: of a sample. A float32 eigensolver's error is that of a matrix which is off by a few roundings of its
-        norm, not of each element (Golub and Van Loan, Matrix Computations, 4th ed., §8.2.1).
+        norm, not of each element (Golub and Van Loan, Matrix Computations, 4th ed., §8.2.1); an eigenvalue and its
+        ratio are rounded, too.
     """
     if row.fn != "pca_top_k":
         return values
@@ -135,6 +136,8 @@ def finish(row: CallRow, values: Named, formulas: Formulas = (), pool: NoisePool
         size = UNIT * values["gram"].norm()
         values = {"gram": values["gram"] + (noise + noise.t()) * (size / 2)}
     found = eigen(values, cast(int, row.args["k"]))
+    if pool is not None:
+        found |= {name: found[name] * (1 + UNIT * pool.draw(found[name])) for name in ("eigenvalues", "explained")}
     return norm_out_of_range(found) if Formula.NORM_OUT_OF_RANGE in formulas else found
 
 
