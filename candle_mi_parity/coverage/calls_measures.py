@@ -27,11 +27,11 @@ def _kl_divergence(baseline: torch.Tensor, other: torch.Tensor) -> Named:
     if baseline.shape[-1] == other.shape[-1] == 0:
         return {"value": baseline.sum()}
     p = torch.softmax(baseline, -1)
-    terms = p * (_log_softmax(baseline) - _log_softmax(other))
+    terms = p * (log_softmax(baseline) - log_softmax(other))
     return {"value": torch.where(p == 0, 0.0, terms).sum()}
 
 
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     """``torch.log_softmax``, for which there is no noise rule, in operations that have one."""
     shifted = logits - logits.max(-1, keepdim=True).values
     return shifted - torch.exp(shifted).sum(-1, keepdim=True).log()

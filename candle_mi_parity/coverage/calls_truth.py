@@ -116,8 +116,10 @@ def with_noise(
                 inner = once()
             for name, value in finish(row, inner, formulas, pool).items():
                 squares[name] += torch.where(values[name].isfinite(), (value - values[name]) ** 2, 0.0) / SAMPLES
-    if broken := [name for name, square in squares.items() if not square.isfinite().all()]:
-        raise OracleError(f"{row.fn}: the noise of {broken[0]} is not finite")
+    if not formulas and any(not square.isfinite().all() for square in squares.values()):
+        raise OracleError(f"{row.fn}: the noise of a finite number is not finite")
+    # A sample of a wrong formula may give NaN where the formula does not: nothing can be said of that number.
+    squares = {name: square.nan_to_num(torch.inf, torch.inf) for name, square in squares.items()}
     noise = {name: square.sqrt().numpy() for name, square in squares.items()}
     return {name: TruthTensor(value.numpy(), noise[name]) for name, value in values.items()}, truth.overflows
 

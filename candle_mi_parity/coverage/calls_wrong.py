@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from candle_mi_parity.coverage.calls import Formula
-from candle_mi_parity.coverage.calls_measures import Named, changes, gram, knockout
+from candle_mi_parity.coverage.calls_measures import Named, changes, gram, knockout, log_softmax
 from candle_mi_parity.models.sae import Sae, load_sae
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual, Variant
@@ -21,15 +21,16 @@ Formulas = Collection[Formula]
 
 def _wrong_kl(formulas: Formulas, baseline: torch.Tensor, other: torch.Tensor) -> Named:
     p, q = torch.softmax(baseline, -1), torch.softmax(other, -1)
+    log_p, log_q = log_softmax(baseline), log_softmax(other)
     if Formula.CUT_TO_THE_SHORTER in formulas:
         size = min(p.numel(), q.numel())
-        p, q = p.reshape(-1)[:size], q.reshape(-1)[:size]
+        p, q, log_p, log_q = (each.reshape(-1)[:size] for each in (p, q, log_p, log_q))
     left_out = torch.zeros_like(p, dtype=torch.bool)
     if Formula.TERMS_LEFT_OUT in formulas:
         left_out |= (p <= 1e-10) | (q <= 1e-10)
     if Formula.NAN_TERMS_LEFT_OUT in formulas:
         left_out |= p.isnan() | q.isnan()
-    return {"value": torch.where(left_out, 0.0, p * torch.log(p / q)).sum()}
+    return {"value": torch.where(left_out, 0.0, p * (log_p - log_q)).sum()}
 
 
 def _flat_diff(_: Formulas, baseline: torch.Tensor, ablated: torch.Tensor, token: int) -> Named:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
@@ -109,11 +110,11 @@ def texts(specials: list[str]) -> SearchStrategy[str]:
     return st.lists(st.one_of(pieces), max_size=6).map("".join)
 
 
-def generated(strategy: SearchStrategy[str], examples: int, number: int) -> list[str]:
+def generated(strategy: SearchStrategy[str], examples: int, seed: int) -> list[str]:
     """Texts of a strategy, the same for the same seed."""
     found: list[str] = []
 
-    @seed(number)
+    @seeded(seed)
     @settings(
         max_examples=examples, database=None, deadline=None, phases=(Phase.generate,),
         suppress_health_check=list(HealthCheck),
@@ -234,7 +235,7 @@ def hunt_texts(
     name: str,
     directory: Path,
     version: str,
-    number: int,
+    seed: int,
     examples: int,
     already: Collection[Cause] = (),
 ) -> tuple[Tally, list[Cause]]:
@@ -244,7 +245,6 @@ def hunt_texts(
     :param name: of the tokenizer in ``fixtures/tokenizers.toml``.
     :param directory: holds ``tokenizer.json`` and ``tokenizer_config.json``.
     :param version: the release whose known causes are subtracted; empty for none.
-    :param number: the seed.
     :param examples: number of texts, without those that shrinking tries.
     :param already: causes that were found earlier, whose ``count`` grows.
     :raises ModelError: transformers cannot load the tokenizer.
@@ -253,7 +253,7 @@ def hunt_texts(
     specials = special_tokens(directory)
     earlier = {(cause.first, cause.reason): cause for cause in already if cause.what == name}
     hunt = _Hunt(ask, name, reference, written, known_of(name, version), specials, earlier)
-    wanted = generated(texts(specials), examples, number)
+    wanted = generated(texts(specials), examples, seed)
     for start in range(0, len(wanted), BATCH):
         hunt.run(wanted[start : start + BATCH])
     return hunt.tally, hunt.causes
