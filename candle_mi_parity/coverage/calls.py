@@ -110,6 +110,8 @@ class Formula(StrEnum):
     """A JumpReLU feature with a negative threshold fires with a negative value."""
     NAN_IS_ZERO = "nan-is-zero"
     """A feature that is NaN is 0."""
+    TIMES_MASK = "times-mask"
+    """A JumpReLU feature is its pre-activation times 0 where it does not fire: NaN of -inf."""
     OUT_OF_RANGE_IGNORED = "out-of-range-ignored"
     """Positions out of range are left out; a mean over none is 0."""
     OVER_ALL_COLUMNS = "over-all-columns"

@@ -132,15 +132,26 @@ WRONG: dict[str, tuple[frozenset[Formula], Callable[..., Named]]] = {
 }  # fmt: skip
 """Function → its wrong formulas, which may apply together, and what computes them."""
 SAE_FORMULAS = frozenset(
-    {Formula.TOPK_WITHOUT_RELU, Formula.TIES_WITHIN_EPSILON, Formula.NEGATIVE_THRESHOLD_KEPT, Formula.NAN_IS_ZERO}
+    {Formula.TOPK_WITHOUT_RELU, Formula.TIES_WITHIN_EPSILON, Formula.NEGATIVE_THRESHOLD_KEPT}
+    | {Formula.NAN_IS_ZERO, Formula.TIMES_MASK}
 )
 """Those of an SAE's activation; several may apply to one call."""
 _KEPT = Counterfactual(variants=[Variant.NEGATIVE_THRESHOLD_KEPT])
 
 
+class MaskedJumpReLU(TorchSae):
+    """JumpReLU as a product with the mask, which is NaN for an infinite value that does not fire."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        pre = self.pre_activations(x)
+        return pre * self.active(pre).to(pre.dtype)
+
+
 def torch_sae(path: Path, formulas: Collection[Formula] = (), dtype: torch.dtype = torch.float64) -> TorchSae:
     """An SAE, whose activation may be a known wrong one."""
     sae = load_sae(path, _KEPT if Formula.NEGATIVE_THRESHOLD_KEPT in formulas else PLAIN)
+    if sae.threshold is not None and Formula.TIMES_MASK in formulas:
+        return MaskedJumpReLU(sae, dtype=dtype)
     if sae.k is None or not {Formula.TOPK_WITHOUT_RELU, Formula.TIES_WITHIN_EPSILON} & set(formulas):
         return TorchSae(sae, dtype=dtype)
     epsilon = 2.0**-23 if Formula.TIES_WITHIN_EPSILON in formulas else 0.0
@@ -154,9 +165,9 @@ def norm_out_of_range(found: Named) -> Named:
     """
     squares, largest = found["eigenvalues"].float().square(), found["eigenvalues"][:1]
     lost = ((squares == 0) | squares.isinf() | (found["eigenvalues"] <= 1e-6 * largest)).cumsum(0) > 0
-    explained = found["explained"] if (largest.float() > 0).all() else torch.zeros_like(found["explained"])
+    ratio = torch.nan if (largest.float() > 0).all() else 0.0
     return {
         "components": torch.where(lost[:, None], torch.nan, found["components"]),
         "eigenvalues": torch.where(lost, torch.nan, found["eigenvalues"]),
-        "explained": torch.where(lost & (explained > 0), torch.nan, explained),
+        "explained": torch.where(lost, ratio, found["explained"]),
     }

@@ -21,6 +21,10 @@ OVERFLOW = "a number exceeds float32's largest"
 _SEPARATED = 0.9
 """Power iteration tells two eigenvalues apart whose ratio is at most this: 0.9^400 of the other component is left."""
 
+_DEFLATED = 4.0
+"""What is left of a matrix of which a component is subtracted has an error of u times the first eigenvalue, and a
+component of a much smaller one is lost in it."""
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -78,6 +82,8 @@ def _pca(row: CallRow, values: Truths, matrix: np.ndarray) -> Expected:
     following, leading = lambdas[1:], lambdas[:-1]
     none_left = leading <= 1e-6 * lambdas[0]
     equal = following >= (1 - UNIT) * leading
+    if ((lambdas[0] > _DEFLATED * leading) & ~none_left).any():
+        return Expected(row, unknown="a component of which deflation loses digits")
     if not (none_left | equal | (following <= _SEPARATED * leading)).all():
         return Expected(row, unknown="eigenvalues that power iteration does not tell apart")
     if not (none_left | equal).any():
