@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from candle_mi_parity.candidate.sources import LiveSource, open_source
+from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.hunt_result import Cause, Tally
 from candle_mi_parity.coverage.calls import Answered, CallTable, Formula
 from candle_mi_parity.coverage.calls_truth import computation
 from candle_mi_parity.hunt.call_inputs import GENERATED
-from candle_mi_parity.hunt.callees import TorchCallee, answered, refused
+from candle_mi_parity.hunt.callees import Emitted, TorchCallee, answered, refused
 from candle_mi_parity.hunt.calls import KnownOf, hunt_calls
+from candle_mi_parity.spec.paths import cache_root
 
 KNOWN = KnownOf.release("0.2.2")
 NOTHING = KnownOf()
@@ -55,6 +58,17 @@ def test_pytorch_in_float32_agrees_with_itself_in_many_calls(tmp_path: Path) -> 
     tally, causes = hunt(TorchCallee(), "*", tmp_path, examples=5000)
     assert not causes
     assert tally.unmeasured < 50
+
+
+@pytest.mark.rust
+@pytest.mark.thorough
+def test_nothing_new_is_found_in_the_newest_release(tmp_path: Path) -> None:
+    source = open_source(parse_candidate("0.2.2"), cache_root(), tmp_path, print)
+    assert isinstance(source, LiveSource)
+    with source:
+        tally, causes = hunt_calls(Emitted(source, tmp_path / "calls.json"), "0.2.2", 1, 2000, tmp_path)
+    assert not causes
+    assert {"CMI101", "CMI104", "CMI112", "CMI113", "CMI117", "CMI119"} <= set(tally.known)
 
 
 def test_the_last_of_equal_logits_is_found(tmp_path: Path) -> None:
