@@ -21,8 +21,8 @@ OVERFLOW = "a number exceeds float32's largest"
 _SEPARATED = 0.9
 """Power iteration tells two eigenvalues apart whose ratio is at most this: 0.9^400 of the other component is left."""
 _DEFLATED = 4.0
-"""What is left of a matrix of which a component was subtracted has an error of the size of u times the first eigenvalue.
-How many digits of a component this costs depends on a random start: see ``docs/findings.md``."""
+"""What is left of a matrix after a component is subtracted has an error of the size of u times the first eigenvalue. How
+many digits of the next component this costs depends on a random start: see ``docs/findings.md``."""
 
 
 @dataclass(frozen=True)
