@@ -26,9 +26,19 @@ def _kl_divergence(baseline: torch.Tensor, other: torch.Tensor) -> Named:
     """
     if baseline.shape[-1] == other.shape[-1] == 0:
         return {"value": baseline.sum()}
-    p = torch.softmax(baseline, -1)
+    p = softmax(baseline)
     terms = p * (log_softmax(baseline) - log_softmax(other))
     return {"value": torch.where(p == 0, 0.0, terms).sum()}
+
+
+def softmax(logits: torch.Tensor) -> torch.Tensor:
+    """``torch.softmax`` over the last axis, in steps.
+
+    The noise rule of the whole leaves out how the difference to the maximum is rounded, which for a small probability
+    is most of its error.
+    """
+    weights = torch.exp(logits - logits.max(-1, keepdim=True).values)
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -43,7 +53,7 @@ def _logit_diff(baseline: torch.Tensor, ablated: torch.Tensor, token: int) -> Na
 
 def _top_changed(baseline: torch.Tensor, ablated: torch.Tensor, k: int) -> Named:
     """For every token; the comparison takes the k largest changes."""
-    return changes(torch.softmax(_last(baseline), -1), torch.softmax(_last(ablated), -1))
+    return changes(softmax(_last(baseline)), softmax(_last(ablated)))
 
 
 def changes(p: torch.Tensor, q: torch.Tensor) -> Named:
@@ -56,7 +66,7 @@ def _attention(attention: torch.Tensor, **args: Any) -> Named:
 
 
 def _token_prob(logits: torch.Tensor, token: int) -> Named:
-    return {"value": torch.softmax(_last(logits), -1)[token]}
+    return {"value": softmax(_last(logits))[token]}
 
 
 def _sample(logits: torch.Tensor) -> Named:

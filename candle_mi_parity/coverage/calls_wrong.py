@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from candle_mi_parity.coverage.calls import Formula
-from candle_mi_parity.coverage.calls_measures import Named, changes, gram, knockout, log_softmax
+from candle_mi_parity.coverage.calls_measures import Named, changes, gram, knockout, log_softmax, softmax
 from candle_mi_parity.models.sae import Sae, load_sae
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual, Variant
@@ -20,7 +20,7 @@ Formulas = Collection[Formula]
 
 
 def _wrong_kl(formulas: Formulas, baseline: torch.Tensor, other: torch.Tensor) -> Named:
-    p, q = torch.softmax(baseline, -1), torch.softmax(other, -1)
+    p, q = softmax(baseline), softmax(other)
     log_p, log_q = log_softmax(baseline), log_softmax(other)
     if Formula.CUT_TO_THE_SHORTER in formulas:
         size = min(p.numel(), q.numel())
@@ -38,7 +38,7 @@ def _flat_diff(_: Formulas, baseline: torch.Tensor, ablated: torch.Tensor, token
 
 
 def _flat_changes(_: Formulas, baseline: torch.Tensor, ablated: torch.Tensor, k: int) -> Named:
-    return changes(torch.softmax(baseline, -1).reshape(-1), torch.softmax(ablated, -1).reshape(-1))
+    return changes(softmax(baseline).reshape(-1), softmax(ablated).reshape(-1))
 
 
 def _last_of_equal(_: Formulas, logits: torch.Tensor) -> Named:

@@ -12,6 +12,7 @@ import torch
 
 from candle_mi_parity.compare.gate import ELEMENT_GATE, UNIT
 from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
+from candle_mi_parity.coverage.calls_range import SMALLEST_NORMAL
 from candle_mi_parity.coverage.calls_truth import REFUSALS, check_refusal, computation, with_noise
 from candle_mi_parity.coverage.calls_wrong import torch_sae
 from candle_mi_parity.trace.truth import TruthTensor
@@ -21,8 +22,8 @@ OVERFLOW = "a number exceeds float32's largest"
 _SEPARATED = 0.9
 """Power iteration tells two eigenvalues apart whose ratio is at most this: 0.9^400 of the other component is left."""
 _DEFLATED = 4.0
-"""What is left of a matrix after a component is subtracted has an error of the size of u times the first eigenvalue. How
-many digits of the next component this costs depends on a random start: see ``docs/findings.md``."""
+"""What is left of a matrix after a component is subtracted has an error of the size of u times the first eigenvalue.
+How many digits of the next component this costs depends on a random start: see ``docs/findings.md``."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ def _pca(row: CallRow, values: Truths, matrix: np.ndarray) -> Expected:
     lambdas = np.zeros(k + 1)
     found = np.linalg.svd(centred, compute_uv=False)[: k + 1] ** 2
     lambdas[: found.size] = found
+    if lambdas[0] < SMALLEST_NORMAL:  # in float32 there is no variance, and no ratio
+        return Expected(row, {"eigenvalues": values["eigenvalues"]}, ("components",))
     following, leading = lambdas[1:], lambdas[:-1]
     none_left = leading <= 1e-6 * lambdas[0]
     equal = following >= (1 - UNIT) * leading
@@ -87,9 +90,7 @@ def _pca(row: CallRow, values: Truths, matrix: np.ndarray) -> Expected:
         return Expected(row, unknown="eigenvalues that power iteration does not tell apart")
     if not (none_left | equal).any():
         return Expected(row, values)
-    # Variances that are all 0 have no ratio.
-    known = ("eigenvalues",) if lambdas[0] == 0 else ("eigenvalues", "explained")
-    return Expected(row, {name: values[name] for name in known}, ("components",))
+    return Expected(row, {name: values[name] for name in ("eigenvalues", "explained")}, ("components",))
 
 
 def _at_decisions(
