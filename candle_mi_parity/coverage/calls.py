@@ -48,7 +48,10 @@ class InputTensor(TableRow):
 
 
 class SaeRow(TableRow):
-    """An SAE in SAELens' layout, with identity weights, or with normal numbers if there is a ``seed``."""
+    """An SAE in SAELens' layout, with identity weights, or with normal numbers if there is a ``seed``.
+
+    :ivar tensors: values of weights that are neither.
+    """
 
     architecture: Literal["standard", "jumprelu", "topk"]
     width: int
@@ -56,6 +59,7 @@ class SaeRow(TableRow):
     k: int = 0
     threshold: list[float] = Field(default_factory=list)
     seed: int | None = None
+    tensors: dict[str, Any] = Field(default_factory=dict, exclude_if=lambda tensors: not tensors)
 
     def weights(self) -> dict[str, np.ndarray]:
         """float32: ``W_enc`` [d_in, d_sae], ``W_dec`` [d_sae, d_in], ``b_enc``, ``b_dec``, ``threshold``."""
@@ -69,11 +73,12 @@ class SaeRow(TableRow):
             arrays |= {"b_enc": draw(self.features), "b_dec": draw(self.width)}
         if self.threshold:
             arrays["threshold"] = np.asarray(self.threshold)
+        arrays |= {name: np.asarray(values) for name, values in self.tensors.items()}
         return {name: array.astype(np.float32) for name, array in arrays.items()}
 
     def write(self, directory: Path) -> None:
         """Write ``cfg.json`` and ``sae_weights.safetensors``."""
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
         config: dict[str, object] = {"d_in": self.width, "d_sae": self.features, "architecture": self.architecture}
         config |= {"dtype": "float32", "apply_b_dec_to_input": False, "hook_name": "blocks.0.hook_resid_post"}
         if self.k:
@@ -83,22 +88,40 @@ class SaeRow(TableRow):
 
 
 class Formula(StrEnum):
-    """A known wrong formula; :mod:`calls_truth` computes it."""
+    """A known wrong formula; :mod:`calls_wrong` computes it."""
 
     FIRST_POSITION = "first-position"
-    """Logits of the first position instead of the last."""
+    """Logits of the first position instead of the last; of a later one if the token is beyond the vocabulary."""
     POSITIONS_FLATTENED = "positions-flattened"
     """All positions are ranked together; the token is position × vocab + token."""
     TERMS_LEFT_OUT = "terms-below-1e-10-left-out"
     """Terms of a KL divergence with p or q of at most 1e-10 are 0."""
+    NAN_TERMS_LEFT_OUT = "nan-terms-left-out"
+    """Terms of a KL divergence with p or q NaN are 0."""
+    CUT_TO_THE_SHORTER = "cut-to-the-shorter"
+    """A KL divergence pairs the elements of both tensors in order, as many as the shorter has."""
     LAST_OF_EQUAL = "last-of-equal"
-    """argmax returns the last of equal values."""
+    """argmax returns the last of equal values, and a NaN equals every value that it is compared with."""
     TOPK_WITHOUT_RELU = "topk-without-relu"
     """TopK keeps negative values among the k largest; a negative k-th value becomes 0 if k is below d_sae."""
     TIES_WITHIN_EPSILON = "ties-within-epsilon"
     """Values within float32's epsilon of the k-th largest are tied with it; of more than k the last are dropped."""
     NEGATIVE_THRESHOLD_KEPT = "negative-threshold-kept"
     """A JumpReLU feature with a negative threshold fires with a negative value."""
+    NAN_IS_ZERO = "nan-is-zero"
+    """A feature that is NaN is 0."""
+    TIMES_MASK = "times-mask"
+    """A JumpReLU feature is its pre-activation times 0 where it does not fire: NaN of -inf."""
+    OUT_OF_RANGE_IGNORED = "out-of-range-ignored"
+    """Positions out of range are left out; a mean over none is 0."""
+    OVER_ALL_COLUMNS = "over-all-columns"
+    """Set weights take their difference from all other columns, also those of weight 0."""
+    EDGES_REPEATED = "edges-repeated"
+    """An edge that is given twice is scaled twice, and counts twice in what is set."""
+    SMALL_SUMS_KEPT = "small-sums-kept"
+    """A row that sums to at most 1e-10 is not normalised."""
+    NORM_OUT_OF_RANGE = "norm-out-of-range"
+    """From the first eigenvalue on whose square float32 has no number for, PCA gives NaN, or 0 of no variance."""
 
 
 class CallRow(TableRow):
@@ -107,6 +130,7 @@ class CallRow(TableRow):
     :ivar args: the function's arguments; the name of a tensor of the table stands for that tensor.
     :ivar exact: the result must be bitwise equal to the truth in float32.
     :ivar ties: any of equal features may be kept, but as many as in the truth and with the same values.
+    :ivar raises: PyTorch raises, so that any result is wrong, and a refusal is right.
     """
 
     id: str
@@ -115,6 +139,7 @@ class CallRow(TableRow):
     sae: str | None = None
     exact: bool = False
     ties: bool = False
+    raises: bool = Field(default=False, exclude_if=lambda raises: not raises)
 
 
 class CallTable(TableRow):
@@ -135,13 +160,26 @@ class CallTable(TableRow):
 
     def lay_out(self, cache: Path) -> Path:
         """The directory with ``inputs.safetensors`` and a directory for each SAE; written once."""
+        return publish(cache / "calls" / content_key(LAYOUT, self.digest()), self.write)
 
-        def make(out: Path) -> None:
-            save_file(self.arrays(), out / "inputs.safetensors")
-            for name, row in self.saes.items():
-                row.write(out / name)
+    def write(self, out: Path) -> None:
+        """Write ``inputs.safetensors`` and a directory for each SAE."""
+        save_file(self.arrays(), out / "inputs.safetensors")
+        for name, row in self.saes.items():
+            row.write(out / name)
 
-        return publish(cache / "calls" / content_key(LAYOUT, self.digest()), make)
+    def request(self, directory: Path, out: Path) -> dict[str, object]:
+        """The emitter's request for all calls.
+
+        :param directory: where the inputs were written.
+        """
+        return {
+            "format": "candle-mi-parity/call/1",
+            "case": {"id": "calls", "digest": self.digest()},
+            "inputs": str(directory / "inputs.safetensors"),
+            "calls": [{"id": row.id, "run": _run(row, directory)} for row in self.call],
+            "out": str(out.resolve()),
+        }
 
 
 class Answer(Part):
@@ -204,14 +242,7 @@ def answers(source: Source, table: CallTable, cache: Path, out: Path) -> Calls:
     :raises TraceError: the file is malformed.
     """
     if isinstance(source, LiveSource):
-        directory = table.lay_out(cache)
-        request = {
-            "format": "candle-mi-parity/call/1",
-            "case": {"id": "calls", "digest": table.digest()},
-            "inputs": str(directory / "inputs.safetensors"),
-            "calls": [{"id": row.id, "run": _run(row, directory)} for row in table.call],
-            "out": str(out.resolve()),
-        }
+        request = table.request(table.lay_out(cache), out)
         return read_calls(source.emitter.emit(request, TIMEOUT_SECONDS))
     if not isinstance(source, StoredSource):
         raise NotStoredError("this candidate is not candle-mi, whose functions are called")

@@ -34,6 +34,8 @@ from candle_mi_parity.trace.trace import CandleMi
 from candle_mi_parity.trace.truth import TruthTensor
 
 CALL = "direct call"
+PANICKED = "panicked"
+"""The emitter's message for a call that panicked, which is never right."""
 TruthKey = tuple[str, Formula | None]
 """A call, and the wrong formula; None for the truth."""
 
@@ -136,7 +138,11 @@ def expectations(cache: Path, known: KnownCalls | None = None) -> Expectations:
     truths = _truths(table, asked, cache)
     for row, call in matches:
         right, wrong = truths[call, None], truths[call, row.formula]
-        if row.formula and _status(compare_call(rows[call], answer_of(rows[call], wrong), right)) is not Status.FAIL:
+        if (
+            row.formula
+            and not rows[call].raises
+            and _status(compare_call(rows[call], answer_of(rows[call], wrong), right)) is not Status.FAIL
+        ):
             raise ExplanationError(f"{row.id} explains nothing: {row.formula} gives the right value of {call}")
     return Expectations(table, matches, truths)
 
@@ -245,6 +251,8 @@ def judge_calls(calls: Calls, held_to: Expectations, again: str = "") -> JudgedC
         if answer.outcome == "results":
             arrays[row.id] = {each.name: each.array() for each in answer.results}
             _judge_values(result, row, arrays[row.id], held_to, cause)
+        elif row.raises and answer.outcome == "error" and answer.error != PANICKED:
+            result.status = Status.PASS
         else:
             absent = f"candle-mi {calls.candle_mi.version} has no {row.fn}"
             _judge_refusal(result, absent if answer.outcome == "absent" else answer.error or "", cause)
@@ -255,7 +263,11 @@ def judge_calls(calls: Calls, held_to: Expectations, again: str = "") -> JudgedC
 def _judge_values(
     result: CaseResult, row: CallRow, got: Results, held_to: Expectations, cause: KnownCall | None
 ) -> None:
-    result.tensors = compare_call(row, got, held_to.truths[row.id, None])
+    if row.raises:
+        detail = "PyTorch raises, and there are results"
+        result.tensors = [TensorResult("results", Status.FAIL, "values", detail=detail)]
+    else:
+        result.tensors = compare_call(row, got, held_to.truths[row.id, None])
     result.expected, result.status = len(result.tensors), _status(result.tensors)
     if result.status is not Status.FAIL or cause is None:
         return

@@ -1,113 +1,25 @@
-"""The truth of each function of ``fixtures/calls.toml``, and the known wrong formulas, in float64 with noise."""
+"""The truth of each function of ``fixtures/calls.toml``, or of a known wrong formula, in float64 with noise."""
 
 from __future__ import annotations
 
-import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
-from candle_mi_parity.errors import CaseTableError
-from candle_mi_parity.models.sae import Sae, load_sae
+from candle_mi_parity.coverage.calls_measures import MEASURES, Named, eigen
+from candle_mi_parity.coverage.calls_range import RangeNoise, RangeTruth
+from candle_mi_parity.coverage.calls_wrong import SAE_FORMULAS, WRONG, Formulas, norm_out_of_range, torch_sae
+from candle_mi_parity.errors import CaseTableError, OracleError
+from candle_mi_parity.oracle.arithmetic import UNIT
 from candle_mi_parity.oracle.compute import SAMPLES
-from candle_mi_parity.oracle.interventions import scale_steering, set_steering
-from candle_mi_parity.oracle.rounding import MatmulScales, NoisePool, RoundingNoise, Truth64
+from candle_mi_parity.oracle.rounding import MatmulScales, NoisePool
 from candle_mi_parity.oracle.torch_sae import TorchSae
-from candle_mi_parity.spec.counterfactual import Counterfactual, Variant
-from candle_mi_parity.spec.edits import Attention
 from candle_mi_parity.trace.truth import TruthTensor
-
-Named = dict[str, torch.Tensor]
-
-
-def _last(logits: torch.Tensor) -> torch.Tensor:
-    """[vocab], [seq, vocab] or [1, seq, vocab] → [vocab] of the last position."""
-    return logits.reshape(-1, logits.shape[-1])[-1]
-
-
-def _kl_divergence(baseline: torch.Tensor, other: torch.Tensor) -> Named:
-    """Σ p·ln(p/q), in nats, over the vocabulary and summed over positions (``F.kl_div``'s ``sum``)."""
-    p, q = torch.softmax(baseline, -1), torch.softmax(other, -1)
-    return {"value": (p * torch.log(p / q)).sum()}
-
-
-def _logit_diff(baseline: torch.Tensor, ablated: torch.Tensor, token: int) -> Named:
-    return {"value": _last(baseline)[token] - _last(ablated)[token]}
-
-
-def _top_changed(baseline: torch.Tensor, ablated: torch.Tensor, k: int) -> Named:
-    """For every token; the comparison takes the k largest changes."""
-    return _changes(torch.softmax(_last(baseline), -1), torch.softmax(_last(ablated), -1))
-
-
-def _changes(p: torch.Tensor, q: torch.Tensor) -> Named:
-    return {"baseline": p, "ablated": q, "change": (p - q).abs()}
-
-
-def _attention(attention: torch.Tensor, **args: Any) -> Named:
-    """Mean over batch, heads and targets of the weight from one position."""
-    return {"value": attention[:, :, args["from"], args["targets"]].mean()}
-
-
-def _token_prob(logits: torch.Tensor, token: int) -> Named:
-    return {"value": torch.softmax(_last(logits), -1)[token]}
-
-
-def _sample(logits: torch.Tensor) -> Named:
-    return {"token": torch.argmax(logits).double()}
-
-
-def _knockout(edges: list[list[int]], n_heads: int, seq_len: int, heads: list[int] | None = None) -> Named:
-    cut = torch.from_numpy(Attention(heads=heads, edges=edges).chosen(n_heads, seq_len))[None]
-    return {"value": torch.zeros(cut.shape, dtype=torch.float64).masked_fill(cut, -math.inf)}
-
-
-def _steering(
-    attention: torch.Tensor,
-    edges: list[list[int]],
-    heads: list[int] | None = None,
-    scale: float | None = None,
-    set_value: float | None = None,
-) -> Named:
-    """As the ``steer`` edit of a case changes the pattern."""
-    chosen = Attention(heads=heads, edges=edges).chosen(attention.shape[1], attention.shape[2])
-    if scale is not None:
-        return {"value": scale_steering(chosen, scale)(attention)}
-    assert set_value is not None
-    return {"value": set_steering(chosen, set_value)(attention)}
-
-
-def _causal(seq_len: int) -> Named:
-    above = torch.ones(seq_len, seq_len, dtype=torch.bool).triu(1)
-    return {"value": torch.zeros(1, 1, seq_len, seq_len, dtype=torch.float64).masked_fill(above, -math.inf)}
-
-
-def _position_delta(direction: torch.Tensor, position: int, seq_len: int) -> Named:
-    rows = [direction if at == position else torch.zeros_like(direction) for at in range(seq_len)]
-    return {"value": torch.stack(rows)[None]}
-
-
-def _gram(matrix: torch.Tensor, k: int, iterations: int) -> Named:
-    """Scatter matrix [d, d] of the centred rows; :func:`_eigen` runs outside the mode, which has no rule for eigh."""
-    centred = matrix - matrix.mean(0, keepdim=True)
-    return {"gram": centred.t().contiguous() @ centred}
-
-
-def _eigen(values: Named, k: int) -> Named:
-    lambdas, vectors = torch.linalg.eigh(values["gram"])
-    components = vectors.flip(-1).t()[:k]
-    lambdas = lambdas.flip(-1)
-    # Either sign of a component is right; the largest entry is made positive.
-    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
-    return {
-        "components": components * largest.sign(),
-        "eigenvalues": lambdas[:k],
-        "explained": lambdas[:k] / lambdas.sum(),
-    }
 
 
 def _sae_call(sae: TorchSae, fn: str, args: dict[str, Any]) -> Named:
@@ -116,127 +28,140 @@ def _sae_call(sae: TorchSae, fn: str, args: dict[str, Any]) -> Named:
     x: torch.Tensor = args["x"]
     rows = x.reshape(-1, x.shape[-1])  # a matrix, for which the products have a noise rule
     if fn == "decode":
-        return {"value": sae.decode(rows).reshape(*x.shape[:-1], -1)}
+        return {"value": _shaped_as(x, sae.decode(rows))}
     features = sae.encode(rows)
+    if args["nan_stays"]:  # as in torch.relu
+        pre = sae.pre_activations(rows)
+        features = torch.where(pre.isnan(), pre, features)
     if fn == "encode_sparse":
-        return {"features": features.reshape(*x.shape[:-1], -1)}
+        return {"features": _shaped_as(x, features)}
     if fn in ("encode", "encode_with_strategy"):
-        return {"value": features.reshape(*x.shape[:-1], -1)}
+        return {"value": _shaped_as(x, features)}
     recon = sae.decode(features)
     error = rows - recon
-    return {"value": recon.reshape(x.shape) if fn == "reconstruct" else (error * error).mean()}
+    return {"value": _shaped_as(x, recon) if fn == "reconstruct" else (error * error).mean()}
 
 
-MEASURES: dict[str, Callable[..., Named]] = {
-    "kl_divergence": _kl_divergence,
-    "logit_diff": _logit_diff,
-    "top_changed_tokens": _top_changed,
-    "measure_attention_to_targets": _attention,
-    "extract_token_prob": _token_prob,
-    "sample_token": _sample,
-    "pca_top_k": _gram,
-    "create_knockout_mask": _knockout,
-    "apply_steering": _steering,
-    "create_causal_mask": _causal,
-    "position_delta": _position_delta,
-}
+def _shaped_as(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[n, width] → [..., width] with the leading axes of ``x``."""
+    return rows.reshape(*x.shape[:-1], rows.shape[-1])
+
+
 SAE_FUNCTIONS = frozenset(
     {"encode", "encode_with_strategy", "encode_sparse", "decode", "reconstruct", "reconstruction_error"}
     | {"decoder_vector"}
 )
 
 
-def _first(logits: torch.Tensor) -> torch.Tensor:
-    return logits.reshape(-1, logits.shape[-1])[0]
+REFUSALS = (IndexError, RuntimeError, ValueError)
+"""What torch and numpy raise for arguments that they do not take."""
 
 
-def _terms_left_out(baseline: torch.Tensor, other: torch.Tensor) -> Named:
-    p, q = torch.softmax(baseline, -1), torch.softmax(other, -1)
-    return {"value": torch.where((p > 1e-10) & (q > 1e-10), p * torch.log(p / q), 0.0).sum()}
+def check_refusal(error: Exception) -> None:
+    """:raises OracleError: an operation is missing, which is a fault of the reference."""
+    if isinstance(error, NotImplementedError | RecursionError):
+        raise OracleError(f"the reference fails: {error}") from error
 
 
-class LooseTopK(TorchSae):
-    """TopK as ``topk_cpu`` of candle-mi 0.2.2 computes it (``src/sae/mod.rs``).
+def computation(
+    row: CallRow,
+    arrays: dict[str, np.ndarray],
+    directory: Path,
+    formulas: Collection[Formula] = (),
+    dtype: torch.dtype = torch.float64,
+) -> Callable[[], Named]:
+    """The function of a call with its arguments; :func:`finish` makes results of what it returns.
 
-    Values below the k-th largest become 0. If more than k are then at or above it (zeros are, if it is negative),
-    those within ``epsilon`` of it are dropped from the end. If k is d_sae, all are kept.
-
-    :param relu: whether ReLU follows.
+    :param directory: where the SAEs were written.
+    :param formulas: known wrong formulas; none for the truth.
+    :raises CaseTableError: the function has no reference, or not these formulas.
     """
-
-    def __init__(self, sae: Sae, epsilon: float, relu: bool) -> None:
-        super().__init__(sae)
-        self._epsilon, self._positive_only = epsilon, relu
-
-    def active(self, pre: torch.Tensor) -> torch.Tensor:
-        assert self.k is not None
-        fires = torch.ones_like(pre, dtype=torch.bool)
-        if self.k < pre.shape[-1]:
-            kth = torch.sort(pre, dim=-1, descending=True).values[..., self.k - 1 : self.k]
-            fires = pre >= kth
-            kept = torch.where(fires, pre, 0.0)
-            excess = (kept >= kth).sum(-1, keepdim=True) - self.k
-            tied = (kept - kth).abs() <= self._epsilon
-            fires = fires & ~(tied & (tied.flip(-1).cumsum(-1).flip(-1) <= excess))
-        return fires & (pre > 0) if self._positive_only else fires
-
-
-WRONG: dict[Formula, tuple[str, Callable[..., Named]]] = {
-    Formula.FIRST_POSITION: ("logit_diff", lambda baseline, ablated, token: _logit_diff(
-        _first(baseline), _first(ablated), token)),
-    Formula.POSITIONS_FLATTENED: ("top_changed_tokens", lambda baseline, ablated, k: _changes(
-        torch.softmax(baseline, -1).reshape(-1), torch.softmax(ablated, -1).reshape(-1))),
-    Formula.TERMS_LEFT_OUT: ("kl_divergence", _terms_left_out),
-    Formula.LAST_OF_EQUAL: ("sample_token", lambda logits: {
-        "token": torch.nonzero(logits == logits.max())[-1, 0].double()}),
-}  # fmt: skip
-_KEPT = Counterfactual(variants=[Variant.NEGATIVE_THRESHOLD_KEPT])
-WRONG_SAES: dict[Formula, Callable[[Path], TorchSae]] = {
-    Formula.TOPK_WITHOUT_RELU: lambda path: LooseTopK(load_sae(path), 0.0, relu=False),
-    Formula.TIES_WITHIN_EPSILON: lambda path: LooseTopK(load_sae(path), 2.0**-23, relu=True),
-    Formula.NEGATIVE_THRESHOLD_KEPT: lambda path: TorchSae(load_sae(path, _KEPT)),
-}
-
-
-def _computation(row: CallRow, formula: Formula | None, table: CallTable, cache: Path) -> Callable[[], Named]:
-    """:raises CaseTableError: the function has no reference, or not this formula."""
-    arrays = table.arrays()
     args: dict[str, Any] = {
-        key: torch.from_numpy(arrays[value]).double() if isinstance(value, str) and value in arrays else value
+        key: torch.from_numpy(arrays[value]).to(dtype) if isinstance(value, str) and value in arrays else value
         for key, value in row.args.items()
     }
-    if row.sae is not None and row.fn in SAE_FUNCTIONS and (formula is None or formula in WRONG_SAES):
-        path = table.lay_out(cache) / row.sae
-        sae = TorchSae(load_sae(path)) if formula is None else WRONG_SAES[formula](path)
+    if row.sae is not None and row.fn in SAE_FUNCTIONS and SAE_FORMULAS.issuperset(formulas):
+        sae = torch_sae(directory / row.sae, formulas, dtype)
+        finite = all(np.isfinite(array).all() for array in arrays.values())
+        args["nan_stays"] = not finite and Formula.NAN_IS_ZERO not in formulas
         return lambda: _sae_call(sae, row.fn, args)
-    fn, compute = (row.fn, MEASURES.get(row.fn)) if formula is None else WRONG.get(formula, ("", None))
-    if compute is None or fn != row.fn:
-        raise CaseTableError(f"{row.id}: {row.fn} has no {f'formula {formula}' if formula else 'reference'}")
+    allowed, wrong = WRONG.get(row.fn, (frozenset(), None))
+    compute = MEASURES.get(row.fn)
+    if compute is None or not allowed.issuperset(formulas):
+        wanted = f"formula {', '.join(formulas)}" if formulas else "reference"
+        raise CaseTableError(f"{row.id}: {row.fn} has no {wanted}")
+    if formulas and wrong is not None:
+        return lambda: wrong(formulas, **args)
     return lambda: compute(**args)
 
 
+def with_noise(
+    row: CallRow, once: Callable[[], Named], sampled: bool, formulas: Formulas = ()
+) -> tuple[dict[str, TruthTensor], bool]:
+    """Results with the rms of 16 samples of float32 rounding as noise, and whether float32's range is left.
+
+    :param once: see :func:`computation`.
+    :param sampled: whether there are samples; otherwise the noise is 0.
+    :raises OracleError: the noise of a finite number is not finite.
+    """
+    scales = MatmulScales()
+    with RangeTruth(scales) as truth:
+        inner = once()
+    values = finish(row, inner, formulas)
+    squares = {name: torch.zeros_like(value) for name, value in values.items()}
+    if sampled and not truth.overflows:
+        pool = NoisePool(zlib.crc32(row.id.encode()))
+        for _ in range(SAMPLES):
+            with RangeNoise(pool, scales):
+                inner = once()
+            for name, value in finish(row, inner, formulas, pool).items():
+                squares[name] += torch.where(values[name].isfinite(), (value - values[name]) ** 2, 0.0) / SAMPLES
+    if not formulas and any(not square.isfinite().all() for square in squares.values()):
+        raise OracleError(f"{row.fn}: the noise of a finite number is not finite")
+    # A sample of a wrong formula may give NaN where the formula does not: nothing can be said of that number.
+    squares = {name: square.nan_to_num(torch.inf, torch.inf) for name, square in squares.items()}
+    noise = {name: square.sqrt().numpy() for name, square in squares.items()}
+    return {name: TruthTensor(value.numpy(), noise[name]) for name, value in values.items()}, truth.overflows
+
+
+def finish(row: CallRow, values: Named, formulas: Formulas = (), pool: NoisePool | None = None) -> Named:
+    """The results; what is computed here has no noise rule and runs outside the modes.
+
+    :param pool: of a sample. A float32 eigensolver's error is that of a matrix which is off by a few roundings of its
+        norm, not of each element (Golub and Van Loan, Matrix Computations, 4th ed., §8.2.1); an eigenvalue and its
+        ratio are rounded, too.
+    """
+    if row.fn != "pca_top_k":
+        return values
+    if pool is not None:
+        noise = pool.draw(values["gram"])
+        size = UNIT * values["gram"].norm()
+        values = {"gram": values["gram"] + (noise + noise.t()) * (size / 2)}
+    found = eigen(values, cast(int, row.args["k"]))
+    if pool is not None:
+        found |= {name: found[name] * (1 + UNIT * pool.draw(found[name])) for name in ("eigenvalues", "explained")}
+    return norm_out_of_range(found) if Formula.NORM_OUT_OF_RANGE in formulas else found
+
+
 def truth_of(row: CallRow, table: CallTable, cache: Path, formula: Formula | None = None) -> dict[str, TruthTensor]:
-    """The expected results of a call, with the rms of 16 samples of float32 rounding as noise.
+    """The expected results of a call; none if PyTorch raises, which the row then says.
 
     :param cache: where the SAEs are written.
     :param formula: a known wrong formula; None for the truth.
-    :raises CaseTableError: the function has no reference, or not this formula.
+    :raises CaseTableError: the function has no reference, or not this formula; the row is wrong on whether PyTorch
+        raises; a number leaves float32's range.
     """
-    once = _computation(row, formula, table, cache)
-
-    def finish(values: Named) -> Named:
-        return _eigen(values, cast(int, row.args["k"])) if row.fn == "pca_top_k" else values
-
-    scales = MatmulScales()
-    with Truth64(scales):
-        inner = once()
-    values = finish(inner)
-    squares = {name: torch.zeros_like(value) for name, value in values.items()}
-    if not row.exact:
-        pool = NoisePool(zlib.crc32(row.id.encode()))
-        for _ in range(SAMPLES):
-            with RoundingNoise(pool, scales):
-                inner = once()
-            for name, value in finish(inner).items():
-                squares[name] += (value - values[name]) ** 2 / SAMPLES
-    return {name: TruthTensor(value.numpy(), squares[name].sqrt().numpy()) for name, value in values.items()}
+    formulas = () if formula is None else (formula,)
+    try:
+        once = computation(row, table.arrays(), table.lay_out(cache), formulas)
+        values, overflows = with_noise(row, once, not row.exact, formulas)
+    except REFUSALS as error:
+        check_refusal(error)
+        if row.raises and formula is None:
+            return {}
+        raise CaseTableError(f"{row.id}: PyTorch raises {error}") from error
+    if overflows or (row.raises and formula is None):
+        raise CaseTableError(
+            f"{row.id}: {'a number leaves the range of float32' if overflows else 'PyTorch does not raise'}"
+        )
+    return values

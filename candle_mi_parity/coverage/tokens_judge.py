@@ -113,16 +113,28 @@ def reference(directory: Path, cache: Path, written: bool) -> Answers:
 
 
 def _compute(directory: Path, written: bool) -> Answers:
-    if written:
-        import transformers
+    return tokenised(load_reference(directory, written), load_texts())
 
-        fast: Any = transformers.PreTrainedTokenizerFast
-        one = fast(tokenizer_file=str(directory / "tokenizer.json"))
-    else:
-        one = tokenizer(directory)
-    ids = [one(text)["input_ids"] for text in load_texts()]
+
+def load_reference(directory: Path, written: bool) -> Any:
+    """transformers' tokenizer.
+
+    :param written: of ``tokenizer.json`` as it is written, in place of the class that the config names.
+    :raises ModelError: transformers cannot load it.
+    """
+    if not written:
+        return tokenizer(directory)
+    import transformers
+
+    fast: Any = transformers.PreTrainedTokenizerFast
+    return fast(tokenizer_file=str(directory / "tokenizer.json"))
+
+
+def tokenised(one: Any, texts: list[str]) -> Answers:
+    """The answers of one of transformers' tokenizers."""
+    ids = [one(text)["input_ids"] for text in texts]
     return {
         "encode": ids,
-        "encode_raw": [one(text, add_special_tokens=False)["input_ids"] for text in load_texts()],
+        "encode_raw": [one(text, add_special_tokens=False)["input_ids"] for text in texts],
         "decode": [one.decode(row, clean_up_tokenization_spaces=False) for row in ids],
     }
