@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -196,6 +196,11 @@ class LiveSource:
     def _process(self) -> EmitterProcess:
         environment = self.branches.environment if self.branches is not None else {}
         return EmitterProcess(self._built.path, self._built.missing, environment)
+
+    @property
+    def missing(self) -> Mapping[str, str]:
+        """Parts of the emitter that do not compile against the candidate, and their first error."""
+        return self._built.missing
 
     @property
     def build_key(self) -> str:

@@ -165,9 +165,9 @@ class HuntResult:
     @property
     def dead(self) -> list[str]:
         """Entries of the menu that never changed what either side computes, in any family."""
-        names = {name.partition(": ")[2]: False for name, entry in self.entries.items() if entry.dead}
-        alive = {name.partition(": ")[2] for name, entry in self.entries.items() if entry.excites}
-        return sorted(names.keys() - alive)
+        names = {name.partition(": ")[2] for name in self.entries}
+        open_ones = {name.partition(": ")[2] for name, entry in self.entries.items() if not entry.dead}
+        return sorted(names - open_ones)
 
     @property
     def verdict(self) -> Verdict:

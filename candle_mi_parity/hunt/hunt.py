@@ -23,7 +23,7 @@ from candle_mi_parity.hunt import worker
 from candle_mi_parity.hunt.bench import Answer, Found, point_of
 from candle_mi_parity.hunt.genes import Genes, entries_of
 from candle_mi_parity.hunt.grammar import Grammar
-from candle_mi_parity.hunt.worker import Input, Report
+from candle_mi_parity.hunt.worker import Input, Report, Search, Searched
 from candle_mi_parity.spec.counterfactual import Counterfactual
 from candle_mi_parity.spec.explanations import Explanations
 
@@ -31,6 +31,10 @@ ROUND = 96
 """Inputs of a round."""
 CHUNK = 8
 """Inputs that a process takes at once."""
+CALLS_EVERY, CALLS = 4, 150
+"""Direct calls are generated in every fourth round, and how many."""
+TEXTS_EVERY, TEXTS = 12, 1000
+"""Texts are generated in every twelfth round, for one tokenizer after the other, and how many."""
 LARGEST_CORPUS = 400
 READ_EVERY = 24
 """Of so many inputs, one is loaded again to record the config keys that transformers reads."""
@@ -68,6 +72,8 @@ class Hunt:
 
     :ivar tell: called after each round.
     :ivar counted: whether candle-mi is built so that its branches are counted.
+    :ivar calls: whether direct calls are generated too.
+    :ivar tokenizers: names and directories of those for which texts are generated.
     :ivar start: what starts the processes; again after one died.
     """
 
@@ -78,6 +84,8 @@ class Hunt:
     limits: Limits
     tell: Callable[[HuntResult], None]
     counted: bool = False
+    calls: bool = False
+    tokenizers: Sequence[tuple[str, Path]] = ()
     start: Callable[[Hunt], Executor] = processes
     _pool: Executor | None = None
 
@@ -109,10 +117,42 @@ class Hunt:
 
     def _round(self) -> None:
         inputs = self._drawn()
+        others = [(search, self._submit(worker.searched, search)) for search in self._searches()]
         reports = self._judged(inputs)
         for report in reports:
             self._count(report)
+        for search, future in others:
+            self._take(search, future)
         self._close_in([report for report in reports if report.answer.kind in ("new", "broken")])
+
+    def _searches(self) -> list[Search]:
+        """The direct calls and texts of the next round."""
+        result, searches = self.result, []
+        seed = random.Random(f"{result.seed}:{result.rounds}:others").getrandbits(32)
+        if self.calls and result.rounds % CALLS_EVERY == 0:
+            already = [cause for cause in result.causes if cause.kind == "call"]
+            searches.append(Search(result.version, seed, CALLS, already))
+        if self.tokenizers and result.rounds % TEXTS_EVERY == TEXTS_EVERY - 1:
+            tokenizer = self.tokenizers[result.rounds // TEXTS_EVERY % len(self.tokenizers)]
+            already = [cause for cause in result.causes if cause.kind == "text"]
+            searches.append(Search(result.version, seed, TEXTS, already, tokenizer))
+        return searches
+
+    def _take(self, search: Search, future: Future[Searched]) -> None:
+        """Add what a search in calls or texts gave."""
+        try:
+            found = future.result()
+        except BrokenProcessPool:
+            self._close()
+            found = Searched(Tally(), [], search.already, f"the process of this suite died ({search.kind})")
+        result = self.result
+        if found.fault:
+            result.faults[found.fault] = result.faults.get(found.fault, 0) + 1
+        result.tallies.setdefault(search.kind, Tally()).add(found.tally)
+        counts = iter(found.already)
+        result.causes = [next(counts) if cause.kind == search.kind else cause for cause in result.causes]
+        result.causes += found.causes
+        self._reached |= set(found.branches)
 
     def _drawn(self) -> list[Input]:
         """The inputs of the next round."""

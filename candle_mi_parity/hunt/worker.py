@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from candle_mi_parity.candidate.sources import LiveSource, open_source
 from candle_mi_parity.candidate.spelling import parse_candidate
-from candle_mi_parity.compare.hunt_result import Cause
+from candle_mi_parity.compare.hunt_result import Cause, Kind, Tally
+from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.hunt.bench import SECONDS, Answer, Bench, Found
 from candle_mi_parity.hunt.genes import Genes, case_of, entries_of
 from candle_mi_parity.hunt.shrink import cause_of
@@ -108,10 +109,11 @@ def _report(one: Input, found: Sequence[Found]) -> Report:
         without = bench.numbers(one.family, {name: value for name, value in one.genes.items() if name != slot})
         if without != (answer.digest or answer.key):
             excites = one.ask
-    return Report(one, answer, excites, _keys(one) if one.read else (), _branches())
+    return Report(one, answer, excites, _keys(one) if one.read else (), fresh_branches())
 
 
-def _branches() -> tuple[int, ...]:
+def fresh_branches() -> tuple[int, ...]:
+    """The regions of candle-mi's source that were reached since the last call."""
     own = worker()
     source = own.bench.source
     if not isinstance(source, LiveSource) or source.branches is None or not source.made:
@@ -135,3 +137,65 @@ def close_in(family: str, genes: Genes, answer: Answer, found: Sequence[Found], 
     """Shrink and explain a new divergence."""
     own = worker()
     return cause_of(own.bench, family, genes, answer, found, own.table, own.cache, seconds)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A part of a hunt in direct calls or in texts.
+
+    :ivar version: the release whose known causes are subtracted; empty for none.
+    :ivar seed: of this part.
+    :ivar examples: number of inputs.
+    :ivar already: causes of the kind that were found earlier.
+    :ivar tokenizer: its name and directory; None for direct calls.
+    """
+
+    version: str
+    seed: int
+    examples: int
+    already: list[Cause]
+    tokenizer: tuple[str, Path] | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return "call" if self.tokenizer is None else "text"
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a :class:`Search` gave.
+
+    :ivar already: the earlier causes with their new counts.
+    :ivar branches: see :class:`Report`.
+    """
+
+    tally: Tally
+    causes: list[Cause]
+    already: list[Cause]
+    fault: str = ""
+    branches: tuple[int, ...] = ()
+
+
+def searched(search: Search) -> Searched:
+    """Hunt in direct calls or in the texts of one tokenizer; never raises."""
+    try:
+        tally, causes = _search(search)
+    except Exception as error:
+        return Searched(Tally(), [], search.already, f"{type(error).__name__}: {one_line(str(error), 300)}")
+    return Searched(tally, causes, search.already, branches=fresh_branches())
+
+
+def _search(search: Search) -> tuple[Tally, list[Cause]]:
+    # Imported here, because hypothesis takes a second.
+    from candle_mi_parity.hunt.callees import Emitted, TorchCallee
+    from candle_mi_parity.hunt.calls import hunt_calls
+    from candle_mi_parity.hunt.texts import emitted, hunt_texts
+
+    source, scratch = worker().bench.source, Path(worker().scratch.name)
+    if search.tokenizer is None:
+        callee = Emitted(source, scratch / "calls.json") if isinstance(source, LiveSource) else TorchCallee()
+        return hunt_calls(callee, search.version, search.seed, search.examples, scratch, search.already)
+    assert isinstance(source, LiveSource), "only candle-mi has a tokenizer of its own"
+    name, directory = search.tokenizer
+    ask = emitted(source, directory, scratch / "tokens.json")
+    return hunt_texts(ask, name, directory, search.version, search.seed, search.examples, search.already)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from candle_mi_parity.candidate import branches as candidate_branches
 from candle_mi_parity.candidate.source_keys import source_keys
-from candle_mi_parity.candidate.sources import LiveSource, open_source
-from candle_mi_parity.candidate.spelling import parse_candidate
+from candle_mi_parity.candidate.sources import LiveSource, Source, open_source
+from candle_mi_parity.candidate.spelling import Candidate, parse_candidate
 from candle_mi_parity.compare.hunt_result import Branches, HuntResult
-from candle_mi_parity.errors import CaseTableError
+from candle_mi_parity.errors import CaseTableError, HubError
 from candle_mi_parity.hunt.grammar import Grammar, all_families
 from candle_mi_parity.hunt.hunt import Hunt, Limits
 from candle_mi_parity.hunt.keys import defaults_of, keys_read
+from candle_mi_parity.models.tokenizers import load_tokenizers, tokenizer_directory
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN, load_explanations
 from candle_mi_parity.spec.paths import cache_root
 
@@ -68,13 +69,9 @@ def hunt(options: HuntOptions, log: Callable[[str], None], tell: Callable[[HuntR
     counted = candidate.kind != "torch" and options.branches
     with open_source(candidate, options.cache, options.out / "traces", log, counted=counted) as source:
         result.version = source.identity.version if source.identity is not None else ""
-        branches = source.branches if isinstance(source, LiveSource) else None
-    log("reading which keys of config.json both libraries read")
-    theirs = source_keys(candidate, options.cache) if result.version else None
-    more = {key for key in theirs.config if "." not in key} if theirs is not None else set()
-    keys = {family: keys_read(family, options.cache) | more for family in families}
-    grammar = Grammar(families, keys, {family: defaults_of(family, theirs) for family in families})
-    table = load_explanations() if result.version else NOTHING_KNOWN
+    parts = _parts(source, options.cache)
+    result.skipped = parts.skipped
+    branches = source.branches if isinstance(source, LiveSource) else None
 
     def round_ends(found: HuntResult) -> None:
         if branches is not None:
@@ -82,7 +79,51 @@ def hunt(options: HuntOptions, log: Callable[[str], None], tell: Callable[[HuntR
         found.write(path)
         tell(found)
 
-    return Hunt(result, grammar, table, options.cache, options.limits, round_ends, counted=counted).run()
+    log("reading which keys of config.json both libraries read")
+    grammar = _grammar(candidate, families, options.cache)
+    table = load_explanations() if result.version else NOTHING_KNOWN
+    setting = (table, options.cache, options.limits, round_ends, counted, parts.calls, parts.tokenizers)
+    return Hunt(result, grammar, *setting).run()
+
+
+@dataclass
+class Parts:
+    """What is generated beside forwards.
+
+    :ivar skipped: kind of input → why it is not generated.
+    """
+
+    calls: bool = True
+    tokenizers: list[tuple[str, Path]] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def _parts(source: Source, cache: Path) -> Parts:
+    """The kinds of input that a candidate can be asked about."""
+    parts = Parts()
+    if not isinstance(source, LiveSource):
+        parts.skipped["text"] = "the control has no tokenizer of its own"
+        return parts
+    if "calls" in source.missing:
+        parts.calls, parts.skipped["call"] = False, source.missing["calls"]
+    if "tokens" in source.missing:
+        parts.skipped["text"] = source.missing["tokens"]
+        return parts
+    unreachable = ""
+    for row in load_tokenizers().tokenizer:
+        try:
+            parts.tokenizers.append((row.name, tokenizer_directory(row, cache, unreachable)))
+        except HubError as error:
+            unreachable = parts.skipped[f"text ({row.name})"] = str(error)
+    return parts
+
+
+def _grammar(candidate: Candidate, families: list[str], cache: Path) -> Grammar:
+    """Of the config keys that transformers and the candidate read."""
+    theirs = source_keys(candidate, cache) if candidate.kind != "torch" else None
+    more = {key for key in theirs.config if "." not in key} if theirs is not None else set()
+    keys = {family: keys_read(family, cache) | more for family in families}
+    return Grammar(families, keys, {family: defaults_of(family, theirs) for family in families})
 
 
 def _never(branches: candidate_branches.Branches, result: HuntResult) -> list[str]:
