@@ -8,6 +8,7 @@ from typing import Any
 from candle_mi_parity.candidate.source_keys import SourceKeys
 from candle_mi_parity.hunt.grammar import base_config
 from candle_mi_parity.models.generate import generated_model
+from candle_mi_parity.models.quiet import quiet
 from candle_mi_parity.oracle.fields_read import cached_fields_read
 
 
@@ -27,7 +28,8 @@ def defaults_of(family: str, candidate: SourceKeys | None) -> dict[str, list[Any
     """
     import transformers
 
-    plain = transformers.AutoConfig.for_model(family).to_dict()
+    with quiet():
+        plain = transformers.AutoConfig.for_model(family).to_dict()
     found = {key: [value] for key, value in plain.items() if isinstance(value, bool | int | float | str)}
     for key, values in candidate.config.items() if candidate is not None else ():
         found.setdefault(key, []).extend(sorted(values, key=repr))
