@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.process import EmitterError
@@ -75,6 +76,11 @@ def biases(block: str, *names: str) -> dict[str, float]:
     return {f"{block}.{name}_proj.bias": 0.0 for name in names}
 
 
+def block(kind: str, theta: float, **more: float) -> dict[str, Any]:
+    """A config with this rotary block."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **more}}
+
+
 NESTED = {"rope_theta": 10000.0, "rope_parameters": None}
 ALTERNATING = ["sliding_attention", "full_attention"]
 PATTERN = "blocks.0.attn.hook_pattern"
@@ -92,6 +98,12 @@ HONEST: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
     "CMI015": ("llama/activation", {"hidden_act": "silu"}, {}),
     "CMI018": ("gemma2/gelu", {"hidden_activation": "gelu_pytorch_tanh"}, {}),
     "CMI019": ("llama/mlp-bias", {}, biases("mlp", "gate", "up", "down")),
+    "CMI037": ("mistral/rope-theta-twice", block("default", 1e6), {}),
+    "CMI038": ("llama/rope-scaling-null", block("default", 5e5), {}),
+    "CMI039": ("llama/rope-original-length-twice", {"original_max_position_embeddings": 64}, {}),
+    "CMI040": ("gemma/rope-original-length-absent", {"original_max_position_embeddings": 8192}, {}),
+    "CMI041": ("qwen2/attention-bias-false", {}, biases("self_attn", *"qkv")),
+    "CMI044": ("mistral/rope-longrope-no-length", {"max_position_embeddings": 64}, {}),
 }
 """Explanation → its case, and the config and weights under which float32 does what candle-mi does."""
 
@@ -111,6 +123,12 @@ ON_TOP: dict[str, tuple[str, dict[str, Any], dict[str, float], str]] = {
     "eps 2e-5": ("CMI013", {"rms_norm_eps": 2e-5}, {}, "blocks.0.attn.hook_q"),
     "relu for silu": ("CMI015", {"hidden_act": "relu"}, {}, "blocks.0.mlp.hook_post"),
     "silu for the tanh gelu": ("CMI018", {"hidden_activation": "silu"}, {}, "blocks.0.mlp.hook_post"),
+    "a third theta": ("CMI037", block("default", 2e4), {}, "blocks.0.attn.hook_scores"),
+    "half of a factor": ("CMI038", block("linear", 5e5, factor=2.0), {}, "blocks.0.attn.hook_scores"),
+    "a third length": ("CMI039", {"original_max_position_embeddings": 16}, {}, "blocks.0.attn.hook_scores"),
+    "another default": ("CMI040", {"original_max_position_embeddings": 16}, {}, "blocks.0.attn.hook_scores"),
+    "two biases of three": ("CMI041", {}, biases("self_attn", *"qk"), "blocks.0.attn.hook_v"),
+    "another length": ("CMI044", {"max_position_embeddings": 1000}, {}, "blocks.0.attn.hook_scores"),
     "one bias of three is added": ("CMI019", {}, biases("mlp", "gate", "up"), "blocks.0.mlp.hook_post"),
 }
 """Fault on top → the explanation, what the candidate is instead, and the first tensor that differs under it."""
@@ -260,6 +278,9 @@ def test_conditions() -> None:
     assert holds("tokens > config.sliding_window", "config.flag = true", 'dtype = "float32"')
     assert holds("config.missing absent", "config.rope_parameters.rope_theta != 10000", "rope.rope_theta = 500000")
     assert not holds("config.none absent") and not holds("config.none present"), "null is a value of its own"
+    assert holds("config.none null", "config.none missing", "config.missing missing", "config.flag present")
+    assert not holds("config.missing null") and not holds("config.flag missing")
+    assert holds("block.rope_theta = 500000", "block.factor absent"), "of the block that transformers reads"
     assert holds("config.missing other than 1", "config.flag other than 1e6") and holds("alternating = true")
     assert not holds("config.sliding_window other than 8") and not holds("alternating = false")
     assert not holds("config.missing != 10000"), "a comparison with an absent value is false"
@@ -353,6 +374,11 @@ def test_a_nested_config_key_is_changed_where_it_is() -> None:
     assert dropped.changed_config({"rope_scaling": {"type": "linear"}, "rope_theta": 2.0}) == {"rope_theta": 2.0}
     yarn = rope | {"rope_type": "yarn", "factor": 4}
     assert dropped.changed_config({"rope_parameters": yarn}) == {"rope_parameters": rope}
+    copied = Counterfactual(config_copy={"block.rope_theta": "rope_theta", "x": "rope.x"})
+    both = {"rope_theta": 3.0, "x": 1, "rope_scaling": None, "rope_parameters": rope}
+    assert copied.changed_config(both) == both | {"rope_parameters": rope | {"rope_theta": 3.0}}
+    assert "rope_theta" not in copied.changed_config({"rope_parameters": rope})["rope_parameters"]
+    assert copied.changed_config({"rope_scaling": {"x": 2}})["x"] == 2
     with pytest.raises(ExplanationError, match="cannot add 1 to sliding_window, which is None"):
         Counterfactual(config_add={"sliding_window": 1}).changed_config({"sliding_window": None})
 
@@ -379,3 +405,22 @@ def test_every_hypothesis_of_a_case_changes_something_and_is_tried_once() -> Non
     assert len(set(keys)) == len(keys) > 60 and PLAIN.key() not in keys
     assert ideas[0].rows, "listed explanations come first"
     assert Search(evidence(there), "blocks.0.attn.hook_scores", 0.0).run(ideas) is None, "no time is left"
+
+
+@pytest.mark.parametrize(("digits", "known_as"), [(None, "CMI042"), (0.02, "")])
+def test_a_layer_norm_in_one_pass_is_explained_and_a_wrong_one_is_not(
+    digits: float | None, known_as: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, mean(x²) − mean(x)² rounds by more than a LayerNorm does, and a wrong variance is further off."""
+    there = real("starcoder2/embedding-mean")
+
+    def one_pass(x: torch.Tensor, shape: Any, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+        mean = x.mean(-1, keepdim=True)
+        variance = (x.square().mean(-1, keepdim=True) - mean.square()) * (1 if digits is None else 1 + digits)
+        return (x - mean) * torch.rsqrt(variance + eps) * weight + bias
+
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", one_pass)
+    arrays = rerun(there, there.subject.model_dir)
+    monkeypatch.undo()
+    found, why = known(there, arrays)
+    assert (found.ids if found is not None else why) == [known_as] if known_as else "differ" in why
