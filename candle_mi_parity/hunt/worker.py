@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,7 @@ def start(candidate: str, cache: Path, table: Explanations, counted: bool) -> No
 
     global _worker
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # an input may overflow, and is judged; the lines would be all that is seen
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     scratch = tempfile.TemporaryDirectory(prefix="parity-hunt-", dir=_MEMORY if _MEMORY.is_dir() else None)
     source = open_source(parse_candidate(candidate), cache, Path(scratch.name) / "traces", _silent, counted=counted)
