@@ -52,7 +52,9 @@ def decisions(sae: SaeTruth) -> Decisions:
     width = pre.shape[-1]
     k = np.full((*pre.shape[:-1], 1), min(sae.k, width))
     if not sae.relu and sae.k < width:
-        k = k - (np.take_along_axis(pre, np.take_along_axis(order, k - 1, -1), -1) < 0)
+        kth = np.take_along_axis(pre, np.take_along_axis(order, k - 1, -1), -1)
+        ties, above = (pre == kth).sum(-1, keepdims=True), (pre >= kth).sum(-1, keepdims=True)
+        k = np.where(kth < 0, above - np.minimum(ties, width - sae.k), k)  # see torch_sae
     kept = np.zeros(pre.shape, bool)
     np.put_along_axis(kept, order, np.arange(width) < k, -1)
     least = np.take_along_axis(order, np.maximum(k - 1, 0), -1)

@@ -28,6 +28,7 @@ from candle_mi_parity.models.saelens import CONFIG, saelens_files, stored_values
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.conditions import Facts
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
+from candle_mi_parity.spec.edits import Edit, Steer
 from candle_mi_parity.spec.explanations import Explanation, Explanations, combined
 from candle_mi_parity.trace.trace import CandleMi, Emitted
 from candle_mi_parity.trace.truth import Truth
@@ -38,8 +39,13 @@ _FORMATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloa
 def facts_of(subject: PreparedCase) -> Facts:
     """The facts of a case that conditions refer to."""
     case = subject.case
-    edits = [edit.model_dump() for edit in case.edits]
+    edits = [_edit_facts(edit) for edit in case.edits]
     return facts_about(read_config(subject.model_dir), subject.sae_file, len(subject.tokens[0]), case.dtype, edits)
+
+
+def _edit_facts(edit: Edit) -> dict[str, Any]:
+    """An edit's row, and for steering whether it ``repeats`` an edge."""
+    return edit.model_dump() | ({"repeats": edit.spec.repeats} if isinstance(edit, Steer) else {})
 
 
 def facts_about(

@@ -81,22 +81,23 @@ def edits_of(subject: PreparedCase, drawn: Captured, counterfactual: Counterfact
         if isinstance(edit, Knockout | Steer) and not edit.spec.applies_at(edit.hook):
             continue
         if edit is not None:
-            all_columns = counterfactual.has(Variant.STEERING_OVER_ALL_COLUMNS)
-            change = _change(edit, drawn.get(tensor_key(index)), subject, n_heads, all_columns)
+            change = _change(edit, drawn.get(tensor_key(index)), subject, n_heads, counterfactual)
             changes.setdefault(edit.hook, []).append(change)
     return changes
 
 
 def _change(
-    edit: Edit, drawn: torch.Tensor | None, subject: PreparedCase, n_heads: int, all_columns: bool = False
+    edit: Edit, drawn: torch.Tensor | None, subject: PreparedCase, n_heads: int, counterfactual: Counterfactual
 ) -> Change:
     if isinstance(edit, Knockout):
         return _knockout(edit.spec.chosen(n_heads, len(subject.tokens[0])))
     if isinstance(edit, Steer):
-        chosen = edit.spec.chosen(n_heads, len(subject.tokens[0]))
+        times = edit.spec.times(n_heads, len(subject.tokens[0]))
+        if not counterfactual.has(Variant.STEERING_OF_REPEATED_EDGES):
+            times = np.minimum(times, 1)
         if edit.how == "scale":
-            return scale_steering(chosen, edit.value)
-        return set_steering(chosen, edit.value, all_columns)
+            return scale_steering(times, edit.value)
+        return set_steering(times, edit.value, counterfactual.has(Variant.STEERING_OVER_ALL_COLUMNS))
     if isinstance(edit, Scale):
         return lambda tensor: _finite_only(tensor, tensor * edit.factor)
     if isinstance(edit, Zero):
@@ -130,30 +131,36 @@ def _knockout(chosen: np.ndarray) -> Change:
     return lambda scores: scores.masked_fill(torch.from_numpy(chosen).to(scores.device), -torch.inf)
 
 
-def scale_steering(chosen: np.ndarray, factor: float) -> Change:
-    """Multiply chosen weights by ``factor`` and normalise their rows."""
+def scale_steering(times: np.ndarray, factor: float) -> Change:
+    """Multiply chosen weights by ``factor`` and normalise their rows.
+
+    :param times: how often each weight is chosen, [H, T, T]; more than once only in a counterfactual.
+    """
+    factors = factor ** times.astype(np.float64)
 
     def change(pattern: torch.Tensor) -> torch.Tensor:
-        selected = torch.from_numpy(chosen).to(pattern.device)
-        scaled = torch.where(selected, pattern * factor, pattern)
+        selected = torch.from_numpy(times > 0).to(pattern.device)
+        scaled = torch.where(selected, pattern * torch.from_numpy(factors).to(pattern), pattern)
         return torch.where(selected.any(-1, keepdim=True), scaled / scaled.sum(-1, keepdim=True), pattern)
 
     return change
 
 
-def set_steering(chosen: np.ndarray, value: float, all_columns: bool = False) -> Change:
+def set_steering(times: np.ndarray, value: float, all_columns: bool = False) -> Change:
     """Set chosen weights to ``value``, take the difference in equal shares from the row's others, and normalise.
 
     The other weights are those of keys that the query attends to; they are clamped at 0.
 
+    :param times: see :func:`scale_steering`; the difference is taken as often.
     :param all_columns: for a counterfactual, whether future keys have a share too.
     """
 
     def change(pattern: torch.Tensor) -> torch.Tensor:
-        selected = torch.from_numpy(chosen).to(pattern.device)
+        selected = torch.from_numpy(times > 0).to(pattern.device)
         others = (pattern != 0) & ~selected if not all_columns else (~selected).expand_as(pattern)
-        gained = value * torch.from_numpy(chosen.sum(-1, keepdims=True)).to(pattern)
-        gained = gained - torch.where(selected, pattern, 0.0).sum(-1, keepdim=True)
+        gained = value * torch.from_numpy(times.sum(-1, keepdims=True)).to(pattern)
+        weighted = torch.where(selected, pattern, 0.0) * torch.from_numpy(times).to(pattern)
+        gained = gained - weighted.sum(-1, keepdim=True)
         share = gained / others.to(pattern.dtype).sum(-1, keepdim=True).clamp_min(1)
         moved = torch.where(others, (pattern - share).clamp_min(0), 0.0)
         moved = torch.where(selected, value, moved)

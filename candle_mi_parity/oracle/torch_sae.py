@@ -50,9 +50,11 @@ class TorchSae:
             return chosen.scatter_(-1, indices[..., : self.k], True) & (pre > 0)
         if self.k >= pre.shape[-1]:
             return ~chosen
-        chosen.scatter_(-1, indices[..., : self.k - 1], True)
-        last = slice(self.k - 1, self.k)
-        return chosen.scatter_(-1, indices[..., last], values[..., last] >= 0)
+        kth = values[..., self.k - 1 : self.k]
+        tied, kept = pre == kth, chosen.scatter_(-1, indices[..., : self.k], True)
+        # The zeros of those that are left out count too where the k-th is negative: ties are dropped from the end.
+        dropped = tied & (tied.flip(-1).cumsum(-1).flip(-1) <= pre.shape[-1] - self.k)
+        return torch.where(kth < 0, (pre >= kth) & ~dropped, kept)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [..., d_in] → features [..., d_sae]."""

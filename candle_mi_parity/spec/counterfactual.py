@@ -27,6 +27,8 @@ class Variant(StrEnum):
     """The score of a knocked-out edge passes through the softcap, which turns -inf into -softcap."""
     STEERING_OVER_ALL_COLUMNS = "steering-over-all-columns"
     """``set_value`` takes the difference from all keys of the row, including masked ones."""
+    STEERING_OF_REPEATED_EDGES = "steering-of-repeated-edges"
+    """An attention edge that is given twice is steered twice."""
     RMS_NORM_FOR_LAYER_NORM = "rms-norm-for-layer-norm"
     """Every LayerNorm is an RMSNorm: no mean is subtracted and no bias added."""
     LAYER_NORM_IN_ONE_PASS = "layer-norm-in-one-pass"

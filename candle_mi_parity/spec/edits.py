@@ -154,15 +154,28 @@ class Attention(BaseModel):
 
     def chosen(self, n_heads: int, width: int) -> np.ndarray:
         """The selected entries, boolean [H, T, T]: query × key."""
-        pairs = np.zeros((width, width), bool)
+        return self.times(n_heads, width) > 0
+
+    def times(self, n_heads: int, width: int) -> np.ndarray:
+        """How often each entry is selected, [H, T, T]."""
+        pairs = np.zeros((width, width), int)
         for query, key in self.edges:
-            pairs[query, key] = True
-        pairs[self.from_positions] = True
-        pairs[:, self.to_positions] = True
+            pairs[query, key] += 1
+        for query in self.from_positions:
+            pairs[query] += 1
+        for key in self.to_positions:
+            pairs[:, key] += 1
         for fan in self.from_to:
-            pairs[fan.query, fan.keys] = True
+            for key in fan.keys:
+                pairs[fan.query, key] += 1
         heads = np.isin(np.arange(n_heads), range(n_heads) if self.heads is None else self.heads)
-        return heads[:, None, None] & pairs
+        return np.where(heads[:, None, None], pairs, 0)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether an entry is selected more than once."""
+        width = max(self.positions(), default=0) + 1
+        return bool((self.times(1 + max(self.heads or [0]), width) > 1).any())
 
 
 class Knockout(_Edit):
