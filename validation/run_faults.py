@@ -174,7 +174,7 @@ def injection_of_encoder(run: Running) -> None:
 @fault()
 def steering_unnormalised(run: Running) -> None:
     def scaled(chosen: Any, factor: float) -> Callable[[Tensor], Tensor]:
-        return lambda pattern: torch.where(torch.from_numpy(chosen), pattern * factor, pattern)
+        return lambda pattern: torch.where(torch.from_numpy(chosen > 0), pattern * factor, pattern)
 
     run.patch(interventions, "scale_steering", scaled)
 

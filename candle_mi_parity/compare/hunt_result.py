@@ -86,7 +86,7 @@ class Tally:
 class Entry:
     """An entry of the menu in one family.
 
-    :ivar tried: number of inputs with it, and ``dull`` of those that were known, refused or without a truth.
+    :ivar tried: number of inputs with it, and ``dull`` of those that were refused or without a truth.
     :ivar asked: how often an input was computed without it too, to see whether it changes anything.
     :ivar excites: whether it ever changed what either side computes.
     """
@@ -136,6 +136,7 @@ class HuntResult:
     :ivar skipped: kinds of input that were not generated, and why.
     :ivar seen: what has been reached: messages, first divergences, config keys that are read.
     :ivar corpus: family and genes of the inputs that reached something first.
+    :ivar pairs: digests of the pairs of config entries that were drawn, with the length of the prompt.
     :ivar entries: ``family: entry of the menu`` → what is known of it.
     """
 
@@ -155,6 +156,7 @@ class HuntResult:
     seen: dict[str, int] = field(default_factory=dict)
     corpus: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
+    pairs: list[str] = field(default_factory=list)
     branches: Branches = field(default_factory=Branches)
     reproduced: dict[int, str] = field(default_factory=dict)
 

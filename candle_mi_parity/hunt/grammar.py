@@ -4,6 +4,7 @@ weights, files, tokens, formats, SAEs and edits.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping
@@ -34,6 +35,8 @@ _SUBKEYS: dict[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
     "su": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
+PAIR_TRIES = 12
+"""Pairs that are drawn to find one that was not drawn before."""
 _RARE = 0.12
 """How often a sub-key of a rotary block is left out, and how often one is added that its type does not need."""
 
@@ -72,14 +75,22 @@ class Grammar:
     menu: Menu = field(default_factory=load_menu)
     _genes: dict[str, tuple[list[str], list[tuple[str, str, list[Any]]]]] = field(default_factory=dict)
 
-    def draw(self, rng: random.Random, corpus: list[tuple[str, Genes]], weight: Weight) -> tuple[str, Genes]:
+    def draw(
+        self, rng: random.Random, corpus: list[tuple[str, Genes]], weight: Weight, pairs: set[str]
+    ) -> tuple[str, Genes]:
         """A family and the genes of one input.
 
-        :param corpus: inputs that reached something new; three in ten inputs start from one of them.
+        Half of the inputs are pairs of config entries with a prompt at a length of the config, each pair once; a
+        quarter starts from what reached something new; the others are free combinations.
+
+        :param corpus: inputs that reached something new.
         :param weight: of an entry of the menu in a family, by which config keys and their values are drawn.
+        :param pairs: digests of the pairs that were drawn before, to which this one is added.
         """
-        genes: Genes = {}
-        if corpus and rng.random() < 0.3:
+        chance, genes = rng.random(), Genes()
+        if chance < 0.5:
+            return self._pair(rng, weight, pairs)
+        if corpus and chance < 0.75:
             family, parent = rng.choice(corpus)
             genes = {slot: value for slot, value in parent.items() if rng.random() < 0.8}
             count = rng.choice([0, 1, 1, 2])
@@ -89,6 +100,28 @@ class Grammar:
         for _ in range(count):
             genes |= self._added(rng, family, genes, weight)
         self._tokens(rng, family, genes)
+        return family, genes
+
+    def _pair(self, rng: random.Random, weight: Weight, pairs: set[str]) -> tuple[str, Genes]:
+        """Two config entries that were not drawn together before at this place of the prompt."""
+        family, genes = "", Genes()
+        for _ in range(PAIR_TRIES):
+            family = rng.choice(self.families)
+            (one, slot, value), (other, slot2, value2) = rng.choices(
+                listed := self._config_genes(family), [weight(family, name) for name, _, _ in listed], k=2
+            )
+            if slot == slot2:
+                continue
+            genes = {slot: self._expanded(rng, value), slot2: self._expanded(rng, value2)}
+            lengths = [length for length in lengths_of(family, genes) if 1 <= length <= LONGEST]
+            own = [length for length in lengths if length not in lengths_of(family, {})]
+            count = max(1, rng.choice(own) + rng.choice([-1, 0, 1])) if own else rng.choice([2, 6])
+            genes["tokens"] = {"random": count}
+            key = f"{family}|{'|'.join(sorted((one, other)))}|{count if own else ''}"
+            digest = hashlib.blake2b(key.encode(), digest_size=5).hexdigest()
+            if digest not in pairs:
+                pairs.add(digest)
+                break
         return family, genes
 
     def _added(self, rng: random.Random, family: str, genes: Genes, weight: Weight) -> Genes:
@@ -113,12 +146,16 @@ class Grammar:
         genes = self._config_genes(family)
         weights = [weight(family, name) for name, _, _ in genes]
         _, slot, value = rng.choices(genes, weights)[0]
+        return slot, self._expanded(rng, value)
+
+    def _expanded(self, rng: random.Random, value: list[Any]) -> list[Any]:
+        """A value as it is written, now and then in another JSON type."""
         if value == ["set", "layers"]:
             types = ["full_attention", "sliding_attention"]
-            return slot, ["set", [rng.choice(types), rng.choice(types)]]
+            return ["set", [rng.choice(types), rng.choice(types)]]
         if value[0] == "set" and rng.random() < _RARE:
-            return slot, ["set", other_type(rng, value[1])]
-        return slot, list(value)
+            return ["set", other_type(rng, value[1])]
+        return list(value)
 
     def _config_genes(self, family: str) -> list[tuple[str, str, list[Any]]]:
         """Entry, slot and value of each gene of ``config.json``.

@@ -96,6 +96,11 @@ class Hunt:
                 self.grammar.keys[family].add(key)
 
     @cached_property
+    def _pairs(self) -> set[str]:
+        """Digests of the pairs of entries that were drawn."""
+        return set(self.result.pairs)
+
+    @cached_property
     def _reached(self) -> set[int]:
         """Regions of candle-mi's source that an input has reached."""
         return set(self.result.branches.reached)
@@ -110,6 +115,7 @@ class Hunt:
                 self.result.rounds += 1
                 self.result.seconds += time.monotonic() - started
                 self.result.branches.reached = sorted(self._reached)
+                self.result.pairs = sorted(self._pairs)
                 self.tell(self.result)
         finally:
             self._close()
@@ -160,7 +166,7 @@ class Hunt:
         asked: dict[str, int] = {}
         for place in range(ROUND):
             rng = random.Random(f"{result.seed}:{result.rounds}:{place}")
-            family, genes = self.grammar.draw(rng, result.corpus, self._weight)
+            family, genes = self.grammar.draw(rng, result.corpus, self._weight, self._pairs)
             ask = self._to_ask(family, genes, asked)
             inputs.append(Input(family, genes, tuple(ask), place % READ_EVERY == 0))
         return inputs
@@ -226,7 +232,7 @@ class Hunt:
         for name in entries_of(report.input.genes):
             entry = result.entries.setdefault(f"{report.input.family}: {name}", Entry())
             entry.tried += 1
-            entry.dull += answer.kind in ("known", "refused", "no-truth")
+            entry.dull += answer.kind in ("refused", "no-truth")
             entry.asked += name in report.input.ask
             entry.excites |= name in report.excites
         self._remember(report)

@@ -1,6 +1,7 @@
 """The hunt: inputs are drawn, judged, shrunk, explained and counted as they should be, and faults are found."""
 
 import json
+import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -197,7 +198,7 @@ def test_a_seed_draws_the_same_inputs_and_another_seed_others() -> None:
     grammar = Grammar(all_families("*"), KEYS)
 
     def drawn(seed: int) -> list[tuple[str, Genes]]:
-        return [grammar.draw(random.Random(f"{seed}:{i}"), [], lambda family, entry: 1.0) for i in range(50)]
+        return [grammar.draw(random.Random(f"{seed}:{i}"), [], lambda family, entry: 1.0, set()) for i in range(50)]
 
     assert drawn(0) == drawn(0) != drawn(1)
     assert {family for family, _ in drawn(0)} == set(FAMILIES)
@@ -207,7 +208,7 @@ def test_what_is_drawn_is_a_case_or_does_not_fit_together() -> None:
     grammar = Grammar(all_families("*"), KEYS)
     cases, failed = [], []
     for place in range(400):
-        family, genes = grammar.draw(random.Random(place), [], lambda family, entry: 1.0)
+        family, genes = grammar.draw(random.Random(place), [], lambda family, entry: 1.0, set())
         assert json.loads(json.dumps(genes)) == genes
         try:
             cases.append(case_of(family, genes))
@@ -223,10 +224,24 @@ def test_an_entry_that_changes_nothing_is_hardly_drawn() -> None:
 
     def share(weight: float) -> float:
         weigh = lambda family, name: weight if name == dead else 1.0  # noqa: E731
-        drawn = [grammar.draw(random.Random(place), [], weigh)[1] for place in range(400)]
+        drawn = [grammar.draw(random.Random(place), [], weigh, set())[1] for place in range(400)]
         return len([genes for genes in drawn if genes.get("config.rope_theta") == ["set", 10.0]]) / 400
 
     assert share(0.0) == 0.0 < share(1.0)
+
+
+def test_pairs_of_entries_are_drawn_once_at_each_place_of_the_prompt() -> None:
+    grammar, pairs = Grammar(["mistral"], {"mistral": {"sliding_window", "rms_norm_eps"}}), set[str]()
+    drawn = [grammar.draw(random.Random(place), [], lambda family, entry: 1.0, pairs)[1] for place in range(2000)]
+    both = [genes for genes in drawn if set(genes) == {"config.sliding_window", "config.rms_norm_eps", "tokens"}]
+    lengths = {
+        genes["tokens"]["random"]
+        for genes in both
+        if genes["config.sliding_window"] == ["set", 4] and genes["config.rms_norm_eps"] == ["set", 0.01]
+    }
+    assert {3, 4, 5} <= lengths, "at the window, below and above it"
+    values = (len(grammar._values("mistral", key)) for key in ("sliding_window", "rms_norm_eps"))
+    assert len(pairs) >= math.prod(values), "every pair of values"
 
 
 def test_prompts_end_at_the_lengths_of_the_config() -> None:
