@@ -132,6 +132,8 @@ class HuntResult:
     :ivar seconds: of all rounds, without builds.
     :ivar position: the largest ratio of a passing input's positions, in tenths of the gate's 8 → number of inputs.
     :ivar element: likewise of its elements, in tenths of 32.
+    :ivar nearest: the :data:`NEAREST` passing inputs nearest to the gate: the larger of both ratios as a part of its
+        gate, family, genes.
     :ivar faults: exceptions in this suite.
     :ivar skipped: kinds of input that were not generated, and why.
     :ivar seen: what has been reached: messages, first divergences, config keys that are read.
@@ -151,6 +153,7 @@ class HuntResult:
     causes: list[Cause] = field(default_factory=list)
     position: dict[int, int] = field(default_factory=dict)
     element: dict[int, int] = field(default_factory=dict)
+    nearest: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)
     faults: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
@@ -195,6 +198,7 @@ class HuntResult:
         return found
 
 
+NEAREST = 8
 TRIES = 4
 """How often an entry of the menu is left out of an input of a family before it counts as dead there."""
 _ADAPTER = TypeAdapter(HuntResult)

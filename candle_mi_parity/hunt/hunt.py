@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from candle_mi_parity.compare.hunt_result import TRIES, Cause, Entry, HuntResult, Tally
+from candle_mi_parity.compare.hunt_result import NEAREST, TRIES, Cause, Entry, HuntResult, Tally
 from candle_mi_parity.hunt import worker
 from candle_mi_parity.hunt.bench import Answer, Found, point_of
 from candle_mi_parity.hunt.genes import Genes, entries_of
@@ -222,6 +222,8 @@ class Hunt:
             for spread, value in ((result.position, answer.position / 8), (result.element, answer.element / 32)):
                 tenth = min(int(value * 10), 9)
                 spread[tenth] = spread.get(tenth, 0) + 1
+            near = (max(answer.position / 8, answer.element / 32), report.input.family, report.input.genes)
+            result.nearest = sorted([*result.nearest, near], key=lambda one: -one[0])[:NEAREST]
         elif answer.kind == "unmeasured":
             tally.unmeasured += 1
         elif answer.kind == "fault":
