@@ -7,9 +7,9 @@ Subjects: ``config.KEY``, ``block.KEY`` (of the rotary block that transformers r
 ``cfg.json``), ``edit.KEY``, ``dtype``, ``rope_type``, ``alternating`` (whether every second layer, from the first,
 has the window), ``sae_weights``, ``sae_threshold``, ``tokens``; a dot leads into a block.
 
-Operators: ``absent`` (no such key), ``null`` (there, and null), ``missing`` (either), ``present`` (neither), ``=``,
-``!=``, ``<``, ``>``, ``in``, ``not in``, ``other than`` (absent, or not equal). Every other comparison with an absent
-value is false.
+Operators: ``absent`` (no such key), ``null`` (there, and null), ``present`` (there, and not null), ``number``,
+``no number`` (absent, null, or of another JSON type), ``=``, ``!=``, ``<``, ``>``, ``in``, ``not in``, ``other than``
+(absent, or not equal). Every other comparison with an absent value is false.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from candle_mi_parity.errors import ExplanationError
 _SUBJECT = (
     r"(?:config|block|rope|sae|edit)\.[A-Za-z0-9_.]+|dtype|rope_type|alternating|sae_weights|sae_threshold|tokens"
 )
-_CONDITION = re.compile(rf"({_SUBJECT}) (?:(absent|null|missing|present)|(=|!=|other than|<|>|in|not in) (.+))")
+_CONDITION = re.compile(rf"({_SUBJECT}) (?:(absent|null|present|number|no number)|(=|!=|other than|<|>|in|not in) (.+))")
 _NO_KEY = object()
 
 
@@ -122,9 +122,10 @@ class Condition:
     def holds(self, facts: Facts, edit: dict[str, Any] | None = None) -> bool:
         """:param edit: the intervention to which ``edit.`` subjects refer."""
         left = look_up(self.subject, facts, edit, _NO_KEY)
-        if self.operator in ("absent", "null", "missing", "present"):
-            there = "absent" if left is _NO_KEY else "null" if left is None else "present"
-            return self.operator == there or (self.operator == "missing" and there != "present")
+        if self.operator in ("number", "no number"):
+            return _is_number(left) == (self.operator == "number")
+        if self.operator in ("absent", "null", "present"):
+            return self.operator == ("absent" if left is _NO_KEY else "null" if left is None else "present")
         left = None if left is _NO_KEY else left
         right = look_up(self.other, facts, edit) if self.other else self.value
         if self.operator == "other than":

@@ -278,8 +278,9 @@ def test_conditions() -> None:
     assert holds("tokens > config.sliding_window", "config.flag = true", 'dtype = "float32"')
     assert holds("config.missing absent", "config.rope_parameters.rope_theta != 10000", "rope.rope_theta = 500000")
     assert not holds("config.none absent") and not holds("config.none present"), "null is a value of its own"
-    assert holds("config.none null", "config.none missing", "config.missing missing", "config.flag present")
-    assert not holds("config.missing null") and not holds("config.flag missing")
+    assert holds("config.none null", "config.none no number", "config.missing no number", "config.flag no number")
+    assert holds("config.sliding_window number") and not holds("config.none number")
+    assert not holds("config.missing null") and not holds("config.sliding_window no number")
     assert holds("block.rope_theta = 500000", "block.factor absent"), "of the block that transformers reads"
     assert holds("config.missing other than 1", "config.flag other than 1e6") and holds("alternating = true")
     assert not holds("config.sliding_window other than 8") and not holds("alternating = false")
