@@ -24,7 +24,9 @@ from candle_mi_parity.errors import ExplanationError
 _SUBJECT = (
     r"(?:config|block|rope|sae|edit)\.[A-Za-z0-9_.]+|dtype|rope_type|alternating|sae_weights|sae_threshold|tokens"
 )
-_CONDITION = re.compile(rf"({_SUBJECT}) (?:(absent|null|present|number|no number)|(=|!=|other than|<|>|in|not in) (.+))")
+_CONDITION = re.compile(
+    rf"({_SUBJECT}) (?:(absent|null|present|number|no number)|(=|!=|other than|<|>|in|not in) (.+))"
+)
 _NO_KEY = object()
 
 
