@@ -8,11 +8,13 @@ from typing import get_args
 import pytest
 
 from candle_mi_parity.compare.compare import compare
+from candle_mi_parity.compare.hunt_result import Cause, HuntResult
 from tests.support.planting import CASES, real
 from validation.array_changes import AMONG, ONE
 from validation.catalogue import NOWHERE, CatalogueError, Fault, Kind, load_faults
 from validation.disturb import FUNCTIONS, Running, directly, output
 from validation.faults import Detection, PlantedSource, detect, twin_problem
+from validation.hunted import FAULT, is_the_fault
 from validation.mistakes import load_mistakes
 from validation.plant import REGISTERED, emitted
 from validation.source_faults import check_anchors, edited, released_crate
@@ -65,7 +67,19 @@ def test_the_catalogue_covers_every_kind_and_uses_everything() -> None:
 @pytest.mark.rust
 def test_every_anchor_in_candle_mi_is_there_exactly_once() -> None:
     sources = [fault.source for fault in FAULTS.values() if fault.source]
-    check_anchors([*sources, *(mistake.edit for mistake in load_mistakes())], released_crate())
+    check_anchors([*sources, *(mistake.edit for mistake in load_mistakes()), FAULT], released_crate())
+
+
+def test_only_a_cause_with_both_keys_is_the_fault_that_a_hunt_must_find() -> None:
+    def result(first: str, *keys: str) -> HuntResult:
+        cause = Cause(
+            "forward", "mistral", first, "values", "", {}, genes={f"config.{key}": ["null"] for key in keys}
+        )
+        return HuntResult("path:x", 0, ["mistral"], causes=[cause])
+
+    assert is_the_fault(result("logits", "sliding_window", "rope_theta"))
+    assert not is_the_fault(result("logits", "sliding_window"))
+    assert not is_the_fault(result("hook_embed", "sliding_window", "rope_theta"))
 
 
 def test_a_dead_a_doubled_and_an_idle_anchor_are_errors() -> None:
