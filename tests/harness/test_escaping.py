@@ -16,7 +16,7 @@ from tests.support.results import HOSTILE, a_history, a_report, checked, differi
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
 TEXTS = """slug case command version title model_type torch transformers tensor dtype candle_dtype heads element_gate
-position_gate samples imports watched module value extra lines settings"""
+position_gate samples imports watched module value extra lines settings unusual"""
 WORST = Worst.of([0], 1.0, 2.0, 0.5, 2.0)
 OTHERS: dict[str, Any] = {
     "edits": [], "in_attention": [], "tokens": [1], "shape": [1, 1], "differing": [(HOSTILE, HOSTILE, HOSTILE)],
