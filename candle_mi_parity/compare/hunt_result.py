@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from candle_mi_parity.compare.run_result import Verdict
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.escape import one_line
-from candle_mi_parity.files.json_out import plain, write_json
+from candle_mi_parity.files.json_out import plain, unplain, write_json
 from candle_mi_parity.files.untrusted import read_json
 
 HUNT_FORMAT = "candle-mi-parity/hunt/1"
@@ -30,6 +30,8 @@ class Cause:
     :ivar change: the same as a counterfactual.
     :ivar count: number of inputs with this divergence.
     :ivar genes: the smallest input as the hunt draws it.
+    :ivar proposed: the row of ``fixtures/explanations.toml`` that ``change`` would be, to be completed by hand.
+    :ivar folder: the reproduction, below the directory of ``hunt.json``; or ``no_folder``, why there is none.
     """
 
     kind: Kind
@@ -42,6 +44,9 @@ class Cause:
     change: dict[str, Any] = field(default_factory=dict)
     count: int = 1
     genes: dict[str, Any] = field(default_factory=dict)
+    proposed: str = ""
+    folder: str = ""
+    no_folder: str = ""
 
 
 @dataclass
@@ -128,6 +133,7 @@ class HuntResult:
     """A hunt so far.
 
     :ivar version: of the candle-mi that was asked; empty for the control.
+    :ivar command: what was typed, without limits.
     :ivar rounds: number of rounds that are complete; a hunt is resumed after the last.
     :ivar seconds: of all rounds, without builds.
     :ivar position: the largest ratio of a passing input's positions, in tenths of the gate's 8 → number of inputs.
@@ -146,6 +152,7 @@ class HuntResult:
     seed: int
     families: list[str]
     version: str = ""
+    command: str = ""
     format: str = HUNT_FORMAT
     rounds: int = 0
     seconds: float = 0.0
@@ -161,7 +168,6 @@ class HuntResult:
     entries: dict[str, Entry] = field(default_factory=dict)
     pairs: list[str] = field(default_factory=list)
     branches: Branches = field(default_factory=Branches)
-    reproduced: dict[int, str] = field(default_factory=dict)
 
     @property
     def tried(self) -> int:
@@ -195,6 +201,9 @@ class HuntResult:
             raise TraceError(f"{path}: not a hunt of this version: {one_line(str(error), 200)}") from error
         if found.format != HUNT_FORMAT:
             raise TraceError(f"{path}: format is {one_line(found.format)}, expected {HUNT_FORMAT}")
+        for cause in found.causes:
+            if cause.kind == "call":  # of which NaN and infinities are values
+                cause.smallest = unplain(cause.smallest)
         return found
 
 

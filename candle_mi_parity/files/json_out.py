@@ -26,6 +26,15 @@ def plain(value: Any) -> Any:
     return value
 
 
+def unplain(value: Any) -> Any:
+    """The inverse of :func:`plain`, for values in which no text is the name of such a number."""
+    if isinstance(value, dict):
+        return {key: unplain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [unplain(item) for item in value]
+    return float(value) if value in ("inf", "-inf", "nan") else value
+
+
 def write_json(data: Any, path: Path) -> None:
     """Write JSON atomically.
 

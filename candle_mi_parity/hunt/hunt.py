@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +36,7 @@ CALLS_EVERY, CALLS = 4, 150
 TEXTS_EVERY, TEXTS = 12, 1000
 """Texts are generated in every twelfth round, for one tokenizer after the other, and how many."""
 LARGEST_CORPUS = 400
+NOTE_SECONDS = 10.0
 READ_EVERY = 24
 """Of so many inputs, one is loaded again to record the config keys that transformers reads."""
 
@@ -74,6 +75,7 @@ class Hunt:
     :ivar counted: whether candle-mi is built so that its branches are counted.
     :ivar calls: whether direct calls are generated too.
     :ivar tokenizers: names and directories of those for which texts are generated.
+    :ivar note: called with what is being done, at least every :data:`NOTE_SECONDS` during a round.
     :ivar start: what starts the processes; again after one died.
     """
 
@@ -87,6 +89,7 @@ class Hunt:
     calls: bool = False
     tokenizers: Sequence[tuple[str, Path]] = ()
     start: Callable[[Hunt], Executor] = processes
+    note: Callable[[str], None] = lambda line: None
     _pool: Executor | None = None
 
     def __post_init__(self) -> None:
@@ -147,7 +150,7 @@ class Hunt:
     def _take(self, search: Search, future: Future[Searched]) -> None:
         """Add what a search in calls or texts gave."""
         try:
-            found = future.result()
+            found: Searched = self._done(future, "judging direct calls" if search.kind == "call" else "judging texts")
         except BrokenProcessPool:
             self._close()
             found = Searched(Tally(), [], search.already, f"the process of this suite died ({search.kind})")
@@ -197,7 +200,7 @@ class Hunt:
         reports: list[Report] = []
         for chunk, future in zip(chunks, waiting, strict=True):
             try:
-                reports += future.result()
+                reports += self._done(future, f"judging round {self.result.rounds + 1}")
             except BrokenProcessPool:
                 self._close()
                 reports += [self._alone(one, found) for one in chunk]
@@ -206,7 +209,7 @@ class Hunt:
     def _alone(self, one: Input, found: Sequence[Found]) -> Report:
         """One input of a chunk during which a process of this suite died."""
         try:
-            reports: list[Report] = self._submit(worker.judge_all, [one], found).result()
+            reports: list[Report] = self._done(self._submit(worker.judge_all, [one], found), "an input alone")
             return reports[0]
         except BrokenProcessPool:
             self._close()
@@ -271,7 +274,8 @@ class Hunt:
             found = self._found()
             one = first.input
             future = self._submit(worker.close_in, one.family, one.genes, first.answer, found, self.limits.search)
-            self.result.causes.append(future.result())
+            doing = f"shrinking and explaining what differs in {one.family} at {first.answer.first}"
+            self.result.causes.append(self._done(future, doing))
             if not left:
                 return
             again = self._judged([Input(report.input.family, report.input.genes) for report in left])
@@ -298,6 +302,14 @@ class Hunt:
         if self._pool is None:
             self._pool = self.start(self)
         return self._pool.submit(work, *arguments)
+
+    def _done(self, future: Future[Any], doing: str) -> Any:
+        """A result, with notes while it is awaited."""
+        line = f"{self.result.tried} inputs, {len(self.result.causes)} causes that are new; {doing}"
+        self.note(line)
+        while not wait([future], NOTE_SECONDS).done:
+            self.note(line)
+        return future.result()
 
     def _close(self) -> None:
         if self._pool is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from candle_mi_parity.compare.hunt_result import Cause
 from candle_mi_parity.errors import ParityError
@@ -13,7 +12,8 @@ from candle_mi_parity.hunt.bench import Answer, Bench, Found
 from candle_mi_parity.hunt.genes import PLAIN_TOKENS, Genes, case_of
 from candle_mi_parity.judge.known import known_divergence
 from candle_mi_parity.judge.search import search
-from candle_mi_parity.spec.explanations import Explanations
+from candle_mi_parity.spec.counterfactual import Counterfactual
+from candle_mi_parity.spec.explanations import Explanations, proposed
 
 MOST = 120
 """Largest number of inputs that are judged to shrink one."""
@@ -102,9 +102,7 @@ def _explain(
         cause.detail = f"{cause.detail}; {result.unexplained}"
     else:
         cause.explained = result.explained.change
-        cause.change = _counterfactual(result.explained.key)
-
-
-def _counterfactual(key: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(key) if key else {}
-    return found
+        if key := result.explained.key:
+            cause.change = json.loads(key)
+            release = bench.source.identity.version if bench.source.identity is not None else ""
+            cause.proposed = proposed(Counterfactual.model_validate_json(key), family, release, table)

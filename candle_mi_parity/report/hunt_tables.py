@@ -1,18 +1,18 @@
-"""What a hunt prints."""
+"""What a hunt prints: the counts and what is new. Everything else is on its page."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from candle_mi_parity.compare.hunt_result import Cause, HuntResult
-from candle_mi_parity.files.escape import cell, printable
+from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.report.hunt_page import PAGE, instead, kinds_shown, largest
+
+MOST_CAUSES, MOST_MESSAGES, MOST_FAULTS = 15, 5, 3
 
 
 def progress_line(result: HuntResult) -> str:
@@ -22,49 +22,38 @@ def progress_line(result: HuntResult) -> str:
 
 
 def hunt_tables(result: HuntResult, console: Console, out: Path) -> None:
-    """Print the counts, what is new, what the menu never excited, and the verdict last."""
-    for kind, tally in result.tallies.items():
-        known = sum(tally.known.values())
-        refused, no_truth = sum(tally.refused.values()), sum(tally.no_truth.values())
-        console.print(
-            f"{kind}: {tally.tried} inputs; {tally.agree} agree, {known} known, {refused} refused by candle-mi, "
-            f"{no_truth} without a truth, {tally.unmeasured} too noisy to judge",
-            highlight=False,
-        )
-        console.print(_counts(f"Refused by candle-mi ({kind})", tally.refused), end="")
-        console.print(_counts(f"Without a truth ({kind})", tally.no_truth, 8), end="")
-        console.print(_counts(f"Known ({kind})", tally.known), end="")
-    for message, count in result.faults.items():
-        console.print(Text(printable(f"a fault of this suite, {count} times: {message}"), "bold red"))
-    for what, why in result.skipped.items():
-        console.print(Text(printable(f"{what} skipped: {why}"), "yellow"))
+    """Print the counts, the most frequent refusals, what is new, and the verdict last: about 40 lines at most."""
+
+    def show(lines: Sequence[str], style: str = "", most: int | None = None) -> None:
+        for line in lines[:most]:
+            console.print(Text(one_line(line, 400), style), soft_wrap=True)
+        if most is not None and len(lines) > most:
+            console.print(Text(f"  and {len(lines) - most} more, in {out / PAGE}", style), soft_wrap=True)
+
+    for kind in kinds_shown(result):
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in kind.outcomes.items())
+        show([f"{kind.title}: {kind.tried} inputs: {counts}"])
+    refused = {text: count for tally in result.tallies.values() for text, count in tally.refused.items()}
+    show([f"refused {count} times: {text}" for text, count in largest(refused)], "dim", MOST_MESSAGES)
+    if result.branches.of:
+        never = len(result.branches.never)
+        reached = f"{len(result.branches.reached)} of {result.branches.of}"
+        show([f"{reached} regions of candle-mi's source were reached; {never} functions were never entered"])
     if result.dead:
-        console.print(Text(printable(f"changed nothing on either side: {'; '.join(result.dead)}"), "yellow"))
-    for number, cause in enumerate(result.causes, 1):
-        console.print(Text(printable(f"{number}. {cause_line(cause)}"), "bold red"), soft_wrap=True)
-        console.print(Text(printable(f"   {json.dumps(cause.smallest)}")), soft_wrap=True)
-    console.print(
-        f"{result.verdict.value}: {progress_line(result)}; {result.seconds:.0f} s, seed {result.seed}, in {out}",
-        highlight=False,
-    )
+        show([f"{len(result.dead)} entries of the menu changed nothing on either side"], "yellow")
+    show([f"skipped: {what}: {why}" for what, why in result.skipped.items()], "yellow", MOST_FAULTS)
+    faults = [f"a fault of this suite, {count} times: {text}" for text, count in largest(result.faults)]
+    show(faults, "bold red", MOST_FAULTS)
+    causes = [f"{place}. {cause_line(cause)}" for place, cause in enumerate(result.causes, 1)]
+    show(causes, "bold red", MOST_CAUSES)
+    show([f"page: {out / PAGE}"])
+    show([f"{result.verdict.value}: {progress_line(result)}; {result.seconds:.0f} s, seed {result.seed}"], "bold")
 
 
 def cause_line(cause: Cause) -> str:
     """A cause in one line."""
-    said = f"computes PyTorch's numbers with {cause.explained}" if cause.explained else cause.detail
-    return f"{cause.what}: {cause.first} ({cause.reason}), {cause.count} inputs: {said}"
-
-
-def _counts(title: str, counts: Mapping[str, int], most: int = 30) -> Table | str:
-    """The largest counts; empty without any."""
-    if not counts:
-        return ""
-    table = Table(title=title, box=box.SIMPLE, show_header=False, title_justify="left")
-    table.add_column(justify="right")
-    table.add_column(overflow="fold")
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
-    for message, count in ordered[:most]:
-        table.add_row(str(count), cell(message))
-    if len(ordered) > most:
-        table.add_row(str(sum(count for _, count in ordered[most:])), f"others, of {len(ordered) - most} kinds")
-    return table
+    said = instead(cause) or cause.detail
+    inputs = f"{cause.count} input{'s' * (cause.count != 1)}"
+    return f"{cause.what}: {cause.first} ({cause.reason}), {inputs}: {said}" + (
+        f"; see {cause.folder}" if cause.folder else ""
+    )

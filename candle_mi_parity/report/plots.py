@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -135,5 +135,37 @@ def heatmap(diagnosis: Diagnosis) -> Markup:
             positions=[(100 * (row + 0.5) / rows, diagnosis.rows[row]) for row in range(0, rows, stride)],
             steps=sorted(steps.items()),
             diagnosis=diagnosis,
+        )
+    )
+
+
+def histogram(counts: Mapping[int, int], gate: float, label: str) -> Markup:
+    """Numbers of inputs by the tenths of a gate that their largest ratio reaches, on a log scale.
+
+    :param counts: tenth of the gate, 0 to 9 → number of inputs.
+    """
+    decades = max(1, math.ceil(math.log10(max([1, *counts.values()]))))
+
+    def y(count: int) -> float:
+        # One input is a tenth of a decade high, so that it is seen.
+        return round(HEIGHT * (1 - (math.log10(count) + 0.1) / (decades + 0.1)), 1)
+
+    return Markup(
+        rendered(
+            "bars.svg.j2",
+            height=HEIGHT,
+            label=label,
+            width=9,
+            ticks=[(y(10**decade), f"1e{decade}") for decade in range(0, decades + 1, math.ceil(decades / 5))],
+            bars=[
+                (
+                    10 * tenth + 0.5,
+                    y(count),
+                    f"{count} inputs from {tenth * gate / 10:g} to {(tenth + 1) * gate / 10:g}",
+                )
+                for tenth, count in sorted(counts.items())
+                if count > 0
+            ],
+            edges=[(20 * edge, number(edge * gate / 5)) for edge in range(6)],
         )
     )

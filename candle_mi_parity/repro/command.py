@@ -88,8 +88,9 @@ def repro(
                 if pattern == case.id:
                     raise
                 continue
-            origin = Origin(candidate, source.identity.version, sentence)
-            found.append(ReproducedCase(reproduction, write_folder(reproduction, origin, needed, out)))
+            again = f"candle-mi-parity repro {case.id} --candidate {candidate}"
+            origin = Origin(source.identity.version, again, sentence)
+            found.append(ReproducedCase(reproduction, write_folder(reproduction, origin, needed, out / case.id)))
     if not found:
         raise AgreesError(f"no case of {pattern or 'the default lane'} diverges; there is nothing to reproduce")
     tests = [line.folder / "tests" / f"{slug(line.reproduction.original.id)}.rs" for line in found]

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from candle_mi_parity.repro.shrink import Input, Pair, Step
-from candle_mi_parity.spec.cases import SaelensDirectory
+from candle_mi_parity.spec.cases import Layout, SaelensDirectory, SaeStatistic, Statistic
 from candle_mi_parity.spec.edits import Edit, Inject, Knockout, Steer
 
 Change = Callable[..., Input]
@@ -151,6 +151,25 @@ def _heads(pair: Pair) -> Iterator[tuple[str, Pair]]:
             yield f"{ours} heads, {theirs} for keys", pair.both(fewer)
 
 
+def _usual(oddity: Statistic | Layout | SaeStatistic) -> Step:
+    """Without a statistic of the weights or of the SAE's, or a layout of the files."""
+
+    def step(pair: Pair) -> Iterator[tuple[str, Pair]]:
+        case = pair.case
+        if oddity in (*case.weights, *case.layout, *(case.sae.statistics if case.sae else ())):
+            yield f"without {oddity}", pair.both(partial(_without_oddity, oddity=oddity))
+
+    return step
+
+
+def _without_oddity(side: Input, oddity: Statistic | Layout | SaeStatistic) -> Input:
+    sae = side.sae
+    if sae is not None:
+        sae = sae.model_copy(update={"statistics": [held for held in sae.statistics if held is not oddity]})
+    weights = tuple(held for held in side.weights if held is not oddity)
+    return replace(side, sae=sae, weights=weights, layout=tuple(held for held in side.layout if held is not oddity))
+
+
 def _settings(pair: Pair) -> Iterator[tuple[str, Pair]]:
     """Smaller integers among the differing config keys, such as a window's length; in the case only."""
     for key in pair.differing:
@@ -165,6 +184,8 @@ _POSITIONS = frozenset({"position", "edges", "from_positions", "to_positions", "
 
 STEPS: tuple[Step, ...] = (
     _fewer_edits,
+    *map(_usual, (*Statistic, *Layout, *SaeStatistic)),
+    _sizes("{} files of weights", (1,), lambda side: side.shards, lambda side, size: replace(side, shards=size)),
     _key_sizes("num_hidden_layers", range(1, 1000), "{} layers", _on_layers),
     _key_sizes("intermediate_size", (2, 4, 8, 16)),
     _key_sizes("vocab_size", (8, 16, 32), "vocabulary of {}", _on_vocabulary),

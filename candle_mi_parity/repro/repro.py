@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from candle_mi_parity.candidate.sources import Source
-from candle_mi_parity.compare.verdict import Status, TensorResult
+from candle_mi_parity.compare.verdict import Explained, Status, TensorResult
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.judge.case import Progress, judge_mode
-from candle_mi_parity.judge.known import facts_of
+from candle_mi_parity.judge.known import Evidence, facts_of, known_divergence
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
@@ -49,13 +49,22 @@ class Reproduction:
     first: TensorResult
 
 
-def judge_input(tried: Input, source: Source, scratch: Path) -> tuple[PreparedCase, Truth, TensorResult | None]:
-    """An input that no case table has, its truth and its first divergence.
+def model_of(tried: Input, scratch: Path) -> Path:
+    """The directory of an input's model.
+
+    :raises ModelError: a statistic or a layout concerns no tensor of the model.
+    """
+    config, unusual = dict(tried.config), (tried.weights, tried.layout)
+    return generated_model(config, "hub", scratch, tried.shards, tried.seed, *unusual)
+
+
+def judge_input(tried: Input, source: Source, scratch: Path) -> tuple[Evidence, TensorResult | None]:
+    """Judge an input that no case table has; also its first divergence.
 
     :param scratch: where models and truths go.
     :raises Exception: whatever transformers, the oracle or the emitter raises for such an input.
     """
-    directory = generated_model(dict(tried.config), "hub", scratch)
+    directory = model_of(tried, scratch)
     case = Case(
         id="repro/tried",
         model=LocalModel(source="local", path=str(directory)),
@@ -63,11 +72,10 @@ def judge_input(tried: Input, source: Source, scratch: Path) -> tuple[PreparedCa
         dtype=tried.dtype,
         sae=tried.sae,
         edits=list(tried.edits),
+        unmeasured=["*"],
     )
-    subject = prepare(case, scratch)
-    oracle = Oracle(subject, scratch, source.device)
-    results = judge_mode(oracle, source, "free", Progress()).tensors
-    return subject, oracle.truth(), _first(results)
+    judged = judge_mode(Oracle(prepare(case, scratch), scratch, source.device), source, "free", Progress())
+    return judged.evidence, _first(judged.tensors)
 
 
 def known_of(subject: PreparedCase, source: Source) -> list[Explanation]:
@@ -78,11 +86,15 @@ def known_of(subject: PreparedCase, source: Source) -> list[Explanation]:
     return table.applicable(facts_of(subject), table.baseline(source.identity.version))
 
 
-def reproduce(case: Case, source: Source, cache: Path, tell: Callable[[str], None]) -> Reproduction:
+def reproduce(
+    case: Case, source: Source, cache: Path, tell: Callable[[str], None], new: bool = False
+) -> Reproduction:
     """Judge a case and shrink its divergence.
 
+    :param new: whether the divergence is in no explanation, so that a known one must not take its place.
     :raises AgreesError: nothing diverges.
-    :raises ReproError: a generated model with its config does not diverge in the same way.
+    :raises ReproError: a generated model with its config does not diverge in the same way, or there is no Rust code
+        for what the smallest input needs.
     :raises ParityError: the case cannot be judged, for example because candle-mi refuses it.
     """
     _check_edits(case)
@@ -96,10 +108,10 @@ def reproduce(case: Case, source: Source, cache: Path, tell: Callable[[str], Non
     with tempfile.TemporaryDirectory(prefix="parity-repro-") as scratch:
 
         def first_divergence(tried: Input) -> Divergence | None:
-            smaller, _, first = judge_input(tried, source, Path(scratch))
+            smaller, first = judge_input(tried, source, Path(scratch))
             if first is None:
                 return None
-            others = {row.id for row in known_of(smaller, source)} - known
+            others = {row.id for row in known_of(smaller.subject, source)} - known
             return Divergence.at(first.name, ", ".join(sorted(others)) or first.reason)
 
         shrinker = Shrinker(first_divergence, wanted, STEPS, lambda line: tell(f"{case.id}: {line}"))
@@ -111,15 +123,32 @@ def reproduce(case: Case, source: Source, cache: Path, tell: Callable[[str], Non
         if isinstance(sae, ScopeSae):
             raise ReproError(f"{case.id}: an SAE in Gemma Scope's layout cannot be shrunk")
         start = Input(read_config(subject.model_dir), tuple(subject.tokens[0]), case.dtype, sae, tuple(case.edits))
+        if isinstance(model := case.model, TinyModel):
+            unusual = tuple(model.weights), tuple(model.layout)
+            start = replace(start, weights=unusual[0], layout=unusual[1], shards=model.shards, seed=model.seed)
         if isinstance(case.model, PackageModel):
             start = _small(start)
         pair = next((pair for pair in _pairs(case, start, cache) if shrinker.holds(pair)), None)
         if pair is None:
             raise ReproError(f"{case.id}: a generated model with its config does not diverge at {first.name}")
         pair = shrinker.shrink(pair)
-        subject, truth, first = judge_input(pair.case, source, Path(scratch))
+        evidence, first = judge_input(pair.case, source, Path(scratch))
         assert first is not None
-    return Reproduction(case, pair, subject, truth, first)
+        if pair.case.shards > 1:
+            raise ReproError(f"{case.id}: it needs several files of weights, and the Rust test loads one")
+        if new and (ids := _known_ids(evidence, source)):
+            raise ReproError(f"{case.id}: made smaller, it is the known divergence {', '.join(ids)}")
+        return Reproduction(case, pair, evidence.subject, evidence.oracle.truth(), first)
+
+
+def _known_ids(evidence: Evidence, source: Source) -> list[str]:
+    """The explanations of a divergence; none if it is new."""
+    if source.identity is None:
+        return []
+    table = load_explanations()
+    evidence = replace(evidence, release=table.baseline(source.identity.version))
+    found = known_divergence(evidence, table, source.identity)
+    return found.ids if isinstance(found, Explained) else []
 
 
 def _check_edits(case: Case) -> None:
@@ -137,17 +166,20 @@ def _first(results: list[TensorResult]) -> TensorResult | None:
 def _pairs(case: Case, start: Input, cache: Path) -> list[Pair]:
     """The case with each possible control, the likeliest first; without a control as a last resort."""
     controls = []
+    usual = replace(start, weights=(), layout=(), shards=1)
     if (plain := _plain_config(case, cache)) is not None:
         shape = {key: start.config[key] for key in SHAPE if key in start.config}
         config = {key: value for key, value in plain.items() if key not in SHAPE} | shape
-        controls.append(replace(start, config=config))
+        controls += [replace(usual, config=config), replace(start, config=config)]
+    controls.append(usual)
     if start.dtype != "float32":
         controls.append(replace(start, dtype="float32"))
     if start.edits:
         controls.append(replace(start, edits=()))
     if start.sae is not None and not start.edits:
         controls.append(replace(start, sae=_plain_sae(start.sae)))
-    return [Pair(start, control) for control in controls if control != start] + [Pair(start, None)]
+    different = [control for place, control in enumerate(controls) if control not in [start, *controls[:place]]]
+    return [*(Pair(start, control) for control in different), Pair(start, None)]
 
 
 _OFF = {

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from candle_mi_parity.spec.cases import SaelensDirectory
+from candle_mi_parity.spec.cases import Layout, SaelensDirectory, Statistic
 from candle_mi_parity.spec.edits import Edit
 
 Config = dict[str, Any]
@@ -37,6 +37,7 @@ class Input:
     :ivar config: ``config.json``; the weights are generated from it.
     :ivar tokens: one row of ids.
     :ivar sae: a generated SAE, as wide as the model.
+    :ivar weights: what is unusual about the weights; ``layout``, ``shards`` and ``seed`` as in :class:`TinyModel`.
     """
 
     config: Config
@@ -44,6 +45,16 @@ class Input:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     sae: SaelensDirectory | None = None
     edits: tuple[Edit, ...] = ()
+    weights: tuple[Statistic, ...] = ()
+    layout: tuple[Layout, ...] = ()
+    shards: int = 1
+    seed: int = 0
+
+    @property
+    def unusual(self) -> list[str]:
+        """What is unusual about the weights and their files."""
+        files = [f"{self.shards} files"] if self.shards > 1 else []
+        return [*self.weights, *self.layout, *files]
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,11 @@ import numpy as np
 from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE, UNITS, measure
 from candle_mi_parity.files.escape import one_line, templates
 from candle_mi_parity.files.versions import version
-from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.models.sae import Sae, load_sae, sae_path
 from candle_mi_parity.oracle.compute import SAMPLES
 from candle_mi_parity.repro.crate import Dependencies, write_crate
 from candle_mi_parity.repro.probe import place
-from candle_mi_parity.repro.repro import Reproduction
+from candle_mi_parity.repro.repro import Reproduction, model_of
 
 FORMAT = "candle-mi-parity/expected/1"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -38,13 +37,13 @@ IMPORTS = {
 class Origin:
     """The candidate that diverges.
 
-    :ivar candidate: as the user spelt it.
     :ivar version: its candle-mi version.
+    :ivar command: what shows the divergence and writes the folder again.
     :ivar known: what is known of the divergence; empty if nothing is.
     """
 
-    candidate: str
     version: str
+    command: str
     known: str
 
 
@@ -53,17 +52,17 @@ def slug(case_id: str) -> str:
     return "parity_" + re.sub(r"[^a-z0-9]+", "_", case_id.lower())
 
 
-def write_folder(reproduction: Reproduction, origin: Origin, dependencies: Dependencies, out: Path) -> Path:
-    """Write ``out/<case>/``, replacing an older one.
+def write_folder(reproduction: Reproduction, origin: Origin, dependencies: Dependencies, folder: Path) -> Path:
+    """Write the folder, replacing an older one.
 
     :returns: the folder.
     """
-    folder, name = out / reproduction.original.id, slug(reproduction.original.id)
+    name = slug(reproduction.original.id)
     shutil.rmtree(folder, ignore_errors=True)
     data = folder / "tests" / name
     data.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="parity-repro-") as scratch:
-        shutil.copytree(generated_model(reproduction.pair.case.config, "hub", Path(scratch)), data / "model")
+        shutil.copytree(model_of(reproduction.pair.case, Path(scratch)), data / "model")
         if (sae := reproduction.pair.case.sae) is not None:
             made = sae_path(sae, reproduction.pair.case.config["hidden_size"], Path(scratch))
             shutil.copytree(made, data / "sae")
@@ -128,7 +127,7 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
     return {
         "slug": slug(reproduction.original.id),
         "case": one_line(reproduction.original.id),
-        "command": one_line(f"candle-mi-parity repro {reproduction.original.id} --candidate {origin.candidate}"),
+        "command": one_line(origin.command),
         "version": origin.version,
         "title": one_line(origin.known) or f"`{first.name}` differs from PyTorch",
         "model_type": reproduction.subject.model_type,
@@ -141,6 +140,7 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
         "candle_dtype": DTYPES[case.dtype],
         "tokens": list(case.tokens),
         "config": config,
+        "unusual": ", ".join(case.unusual),
         "heads": heads,
         "differing": _differing(reproduction),
         "element_gate": ELEMENT_GATE,
@@ -169,6 +169,9 @@ def _differing(reproduction: Reproduction) -> list[tuple[str, str, str]]:
     rows = [_row(key, case.config, control.config) for key in reproduction.pair.differing]
     if case.dtype != control.dtype:
         rows.append(("(the model's format)", case.dtype, control.dtype))
+    if case.unusual != control.unusual:
+        unusual, usual = (", ".join(side.unusual) or "usual" for side in (case, control))
+        rows.append(("(weights and their files)", unusual, usual))
     if case.sae is not None and control.sae is not None:
         ours, theirs = ({**sae.cfg, "least threshold": sae.threshold} for sae in (case.sae, control.sae))
         keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +14,14 @@ from candle_mi_parity.candidate.source_keys import source_keys
 from candle_mi_parity.candidate.sources import LiveSource, Source, open_source
 from candle_mi_parity.candidate.spelling import Candidate, parse_candidate
 from candle_mi_parity.compare.hunt_result import Branches, HuntResult
-from candle_mi_parity.errors import CaseTableError, HubError
+from candle_mi_parity.errors import CaseTableError, HubError, Stopped
 from candle_mi_parity.hunt.grammar import Grammar, all_families
 from candle_mi_parity.hunt.hunt import Hunt, Limits
 from candle_mi_parity.hunt.keys import defaults_of, keys_read
 from candle_mi_parity.models.tokenizers import load_tokenizers, tokenizer_directory
+from candle_mi_parity.report.hunt_page import PAGE
+from candle_mi_parity.report.views import remove
+from candle_mi_parity.run.hunt_files import CAUSES, JSON, reproduce_causes, write
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN, load_explanations
 from candle_mi_parity.spec.paths import cache_root
 
@@ -44,21 +50,29 @@ class HuntOptions:
     cache: Path = field(default_factory=cache_root)
 
     @property
+    def command(self) -> str:
+        """What starts this hunt, without limits; with ``--resume`` it goes on."""
+        words = ["candle-mi-parity", "hunt", "--candidate", self.candidate, "--seed", str(self.seed)]
+        words += ["--families", self.families] if self.families != "*" else []
+        words += [] if self.branches else ["--no-branches"]
+        return shlex.join([*words, "--out", str(self.out)])
+
+    @property
     def limits(self) -> Limits:
         minutes = MINUTES if self.minutes is None and self.inputs is None else self.minutes
         return Limits(None if minutes is None else 60 * minutes, self.inputs)
 
 
 def hunt(options: HuntOptions, log: Callable[[str], None], tell: Callable[[HuntResult], None]) -> HuntResult:
-    """Hunt, and write ``hunt.json`` after every round.
+    """Hunt, write ``hunt.json`` and ``hunt.html`` after every round, and in the end the folder of each new cause.
 
     :param log: called with a line on what is being set up.
     :param tell: called after every round.
     :raises ParityError: the candidate cannot be built, or the hunt to resume is of another kind.
     """
     families = all_families(options.families)
-    path = options.out / "hunt.json"
-    result = HuntResult(options.candidate, options.seed, families)
+    path = options.out / JSON
+    result = HuntResult(options.candidate, options.seed, families, command=options.command)
     if options.resume:
         result = HuntResult.read(path)
         if (result.candidate, result.families) != (options.candidate, families):
@@ -76,14 +90,26 @@ def hunt(options: HuntOptions, log: Callable[[str], None], tell: Callable[[HuntR
     def round_ends(found: HuntResult) -> None:
         if branches is not None:
             found.branches = Branches(len(branches.regions), found.branches.reached, _never(branches, found))
-        found.write(path)
+        write(found, options.out)
         tell(found)
 
     log("reading which keys of config.json both libraries read")
     grammar = _grammar(candidate, families, options.cache)
     table = load_explanations() if result.version else NOTHING_KNOWN
     setting = (table, options.cache, options.limits, round_ends, counted, parts.calls, parts.tokenizers)
-    return Hunt(result, grammar, *setting).run()
+    if not options.resume:
+        remove(options.out, JSON, PAGE)
+        shutil.rmtree(options.out / CAUSES, ignore_errors=True)
+    try:
+        result = Hunt(result, grammar, *setting, note=log).run()
+    except Stopped as stopped:
+        # What terminates a process kills it soon after; a person who pressed Ctrl-C can press it again.
+        if str(stopped) == signal.SIGINT.name and path.is_file():
+            # The round that was interrupted does not count.
+            reproduce_causes(HuntResult.read(path), options.out, options.cache, log)
+        raise
+    reproduce_causes(result, options.out, options.cache, log)
+    return result
 
 
 @dataclass

@@ -6,7 +6,6 @@ candle-mi's numbers, or the message with which candle-mi refuses.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
@@ -17,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from candle_mi_parity.errors import ExplanationError
+from candle_mi_parity.files.toml_out import toml_rows
 from candle_mi_parity.spec.cases import TableRow, read_toml
 from candle_mi_parity.spec.conditions import Condition, Facts, all_hold
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
@@ -192,20 +192,7 @@ def proposed(explained_by: Counterfactual | Refusal, family: str, release: str, 
     fields |= {"families": [family], "when": []}
     fields |= {key: value.model_dump(exclude_defaults=True, mode="json") for key, value in answer.items()}
     fields |= {"releases": [release], "remedy": ""}
-    return "[[explanation]]\n" + "\n".join(f"{key} = {_toml(value)}" for key, value in fields.items()) + "\n"
-
-
-def _toml(value: object) -> str:
-    """A value in TOML, on one line."""
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value)
-
-
-def _toml_key(key: object) -> str:
-    return str(key) if re.fullmatch(r"[A-Za-z0-9_-]+", str(key)) else json.dumps(str(key))
+    return toml_rows({"explanation": [fields]})
 
 
 def numbers(version: str) -> tuple[int, ...]:

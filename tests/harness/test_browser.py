@@ -14,8 +14,8 @@ from typing import Any, Literal
 import pytest
 from playwright.sync_api import Browser, Dialog, Page, sync_playwright
 
-from candle_mi_parity.report import check_page, diff_views, history, page
-from tests.support.results import a_history, a_report, checked, differing
+from candle_mi_parity.report import check_page, diff_views, history, hunt_page, page
+from tests.support.results import a_history, a_hunt, a_report, checked, differing
 
 # One browser for all tests of this file.
 pytestmark = pytest.mark.xdist_group("browser")
@@ -48,6 +48,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "diff": diff_views.page(differing()),
         "history": history.page(a_history()),
         "check": check_page.page(checked()),
+        "hunt": hunt_page.hunt_page(a_hunt()),
     }
     for name, text in texts.items():
         (directory / f"{name}.html").write_text(text, encoding="utf-8")
@@ -127,7 +128,7 @@ CHECKS: dict[str, Callable[[Browser, Path], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["report", "diff", "history", "check"])
+@pytest.mark.parametrize("name", ["report", "diff", "history", "check", "hunt"])
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_page_is_fit_for_its_readers(browser: Browser, pages: dict[str, Path], check: str, name: str) -> None:
     faults = CHECKS[check](browser, pages[name])

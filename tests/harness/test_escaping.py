@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +11,13 @@ import pytest
 
 from candle_mi_parity.compare.verdict import Status, TensorResult, Worst
 from candle_mi_parity.files.escape import one_line, printable, templates
-from candle_mi_parity.report import check_page, diff_views, history, page, tables, views_ci
+from candle_mi_parity.report import check_page, diff_views, history, hunt_page, hunt_tables, page, tables, views_ci
 from candle_mi_parity.repro.write import code_cell
-from tests.support.results import HOSTILE, a_history, a_report, checked, differing, shown
+from tests.support.results import HOSTILE, a_history, a_hunt, a_report, checked, differing, shown
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
 TEXTS = """slug case command version title model_type torch transformers tensor dtype candle_dtype heads element_gate
-position_gate samples imports watched module value extra lines settings"""
+position_gate samples imports watched module value extra lines settings unusual"""
 WORST = Worst.of([0], 1.0, 2.0, 0.5, 2.0)
 OTHERS: dict[str, Any] = {
     "edits": [], "in_attention": [], "tokens": [1], "shape": [1, 1], "differing": [(HOSTILE, HOSTILE, HOSTILE)],
@@ -38,11 +39,13 @@ PAGES: dict[str, Callable[[], str]] = {
     "diff.html": lambda: diff_views.page(differing()),
     "history.html": lambda: history.page(a_history()),
     "check.html": lambda: check_page.page(checked()),
+    "hunt.html": lambda: hunt_page.hunt_page(a_hunt()),
 }
 VIEWS: dict[str, Callable[[], str]] = {
     **PAGES,
     "terminal of run": lambda: shown(partial(tables.run_tables, a_report()), 200),
     "terminal of diff": lambda: shown(partial(diff_views.terminal, differing()), 200),
+    "terminal of hunt": lambda: shown(lambda console: hunt_tables.hunt_tables(a_hunt(), console, Path("out")), 200),
     "junit.xml": lambda: views_ci.junit(a_report()),
     "summary.md": lambda: views_ci.summary(a_report()),
     "annotations": lambda: "\n".join(views_ci.workflow_commands(a_report())),
@@ -51,9 +54,9 @@ VIEWS: dict[str, Callable[[], str]] = {
 
 
 HARMFUL = re.compile(
-    r'<(?:script|iframe|object|embed|link|base)\b|<[^>]*\s(?:on\w+|srcdoc)=|\b(?:href|src|action)="(?!#|data:image/png;base64,)'
+    r'<(?:script|iframe|object|embed|link|base)\b|<[^>]*\s(?:on\w+|srcdoc)=|\b(?:href|src|action)="(?!#|data:image/png;base64,|causes/\d+/ISSUE\.md")'
 )
-"""Tags that execute or load something, handlers, and addresses outside the page."""
+"""Tags that execute or load something, handlers, and addresses outside the page and its reproductions."""
 
 
 def harm_in(name: str, text: str) -> list[str]:

@@ -4,8 +4,9 @@ import json
 import math
 import random
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.hunt_result import Cause, Entry, HuntResult, Tally
 from candle_mi_parity.compare.run_result import Verdict
-from candle_mi_parity.errors import CaseTableError, ModelError, TraceError
+from candle_mi_parity.errors import CaseTableError, ModelError, Stopped, TraceError
 from candle_mi_parity.hunt import worker
 from candle_mi_parity.hunt.bench import Answer, Bench, Found, message
 from candle_mi_parity.hunt.genes import Genes, case_of, entries_of
@@ -31,6 +33,9 @@ from candle_mi_parity.models.generate import generated_model, tensor_values
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.oracle.built import built_model
 from candle_mi_parity.oracle.hooks import load_model
+from candle_mi_parity.repro.crate import Dependencies
+from candle_mi_parity.run.hunt import HuntOptions, hunt
+from candle_mi_parity.run.hunt_files import reproduce_causes
 from candle_mi_parity.spec.cases import Layout, Statistic, TinyModel
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from candle_mi_parity.spec.families import FAMILIES, family_of
@@ -376,6 +381,29 @@ def test_an_input_on_which_this_suite_dies_is_a_fault(monkeypatch: pytest.Monkey
     assert result.verdict is Verdict.ERROR and result.tried == 384
 
 
+def test_a_long_round_says_what_is_being_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The judgement of inputs and the search of one cause may each take minutes."""
+    notes: list[str] = []
+
+    def answer(family: str, genes: Genes) -> Answer:
+        time.sleep(0.002)
+        return new_where("config.hidden_act", RELU)(family, genes)
+
+    monkeypatch.setattr("candle_mi_parity.hunt.hunt.NOTE_SECONDS", 0.005)
+    own = Worker(Imagined(tmp_path, answer), NOTHING_KNOWN, tmp_path, tempfile.TemporaryDirectory())
+    monkeypatch.setattr(worker, "_worker", own)
+    monkeypatch.setattr(worker, "_keys", lambda one: ())
+    grammar, limits = Grammar(["mistral"], {"mistral": set(KEYS["mistral"])}), Limits(inputs=384, search=0.0)
+    result = HuntResult("torch", 3, ["mistral"])
+    start = lambda hunt: ThreadPoolExecutor(1)  # noqa: E731
+    Hunt(result, grammar, NOTHING_KNOWN, tmp_path, limits, lambda found: None, start=start, note=notes.append).run()
+    assert sum(note.endswith("judging round 1") for note in notes) > 12, "more than one for each chunk"
+    searching = [
+        note for note in notes if note.endswith("shrinking and explaining what differs in mistral at logits")
+    ]
+    assert len(searching) > len(result.causes) == 1
+
+
 def test_what_was_reached_first_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def answer(family: str, genes: Genes) -> Answer:
         return Answer("refused", "no relu") if genes.get("config.hidden_act") == RELU else Answer("agree")
@@ -410,6 +438,93 @@ def test_a_file_that_is_no_hunt_is_refused(tmp_path: Path) -> None:
         (tmp_path / "hunt.json").write_text(json.dumps(held | change))
         with pytest.raises(TraceError, match=r"hunt\.json"):
             HuntResult.read(tmp_path / "hunt.json")
+
+
+# --- The end of a hunt
+
+
+def with_a_mean(subject: PreparedCase, arrays: dict[str, np.ndarray]) -> None:
+    arrays["logits"] *= 1.01 if arrays["hook_embed"].mean() > 2 else 1
+
+
+def causes_of(monkeypatch: pytest.MonkeyPatch, directory: Path, fault: Fault, causes: list[Cause]) -> HuntResult:
+    """The result whose causes were reproduced from a faulty control that passes for candle-mi 0.2.2."""
+    crate = Dependencies("", "", None, b"", directory)
+    monkeypatch.setattr("candle_mi_parity.run.hunt_files.open_source", lambda *arguments: Faulty(fault))
+    monkeypatch.setattr("candle_mi_parity.run.hunt_files.dependencies", lambda *arguments: crate)
+    result = HuntResult("0.2.2", 0, ["llama"], "0.2.2", causes=causes)
+    result.tallies["forward"] = Tally(tried=3)
+    reproduce_causes(result, directory / "out", directory / "cache", lambda line: None)
+    assert HuntResult.read(directory / "out" / "hunt.json") == result
+    return result
+
+
+def test_a_cause_names_its_reproduction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    there = bench(tmp_path, with_a_mean)
+    genes: Genes = {"weights.embedding-mean": True, "tokens": {"random": 2}}
+    cause = cause_of(there, "llama", genes, there.judge("llama", genes), [], NOTHING_KNOWN, tmp_path, 0.0)
+    result = causes_of(monkeypatch, tmp_path, with_a_mean, [replace(cause), replace(cause, first="hook_embed")])
+    assert [each.folder for each in result.causes] == ["causes/1", ""]
+    assert result.causes[1].no_folder == "another divergence comes first, at logits"
+    [model] = (tmp_path / "out" / "causes" / "1" / "tests").glob("*/model/model.safetensors")
+    assert load_file(model)["model.embed_tokens.weight"].mean() > 2
+    assert 'href="causes/1/ISSUE.md"' in (tmp_path / "out" / "hunt.html").read_text()
+    assert not (tmp_path / "out" / "causes" / "2").exists()
+
+
+def test_a_cause_without_a_reproduction_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def row(**fields: Any) -> dict[str, Any]:
+        return case_of("llama", fields.pop("genes", {})).model_dump(mode="json", exclude={"unmeasured"}) | fields
+
+    def fault(subject: PreparedCase, arrays: dict[str, np.ndarray]) -> None:
+        if len(subject.tokens[0]) == 3:
+            raise ZeroDivisionError("planted")
+        arrays["sae.features" if "sae.features" in arrays else "logits"] *= 1.01
+
+    add = {"kind": "add", "hook": "blocks.0.attn.hook_q", "seed": 0}
+    expected = {
+        "a Rust test is written for forward passes only": Cause("call", "f", "result", "values", "", {}),
+        "the candidate ended with a panic": Cause("forward", "llama", "panic", "panic", "", row()),
+        "SAE in Gemma Scope's layout": Cause("forward", "llama", "sae.features", "values", "",
+                                             row(genes={"sae.npz": 0.25})),
+        "no Rust test is written for add": Cause("forward", "llama", "logits", "values", "", row(edits=[add])),
+        "a fault of this suite: ZeroDivisionError: planted": Cause("forward", "llama", "logits", "values", "",
+                                                                  row(tokens={"random": 3})),
+    }  # fmt: skip
+    late = [Cause("forward", "llama", "logits", "values", "", row()) for _ in range(3)]
+    monkeypatch.setattr("candle_mi_parity.run.hunt_files.MOST_FOLDERS", 3)
+    result = causes_of(monkeypatch, tmp_path, fault, [*expected.values(), *late])
+    for reason, cause in expected.items():
+        assert reason in cause.no_folder and not cause.folder
+    assert all(cause.no_folder.startswith("only 3 causes are reproduced") for cause in late)
+    assert not (tmp_path / "out" / "causes").exists()
+    assert all(cause.no_folder for cause in result.causes)
+
+
+@pytest.mark.parametrize(("name", "reproduces"), [("SIGINT", True), ("SIGTERM", False)])
+def test_a_hunt_that_is_stopped_leaves_its_last_whole_round(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, reproduces: bool
+) -> None:
+    def run(hunt: Hunt) -> HuntResult:
+        hunt.result.causes.append(Cause("call", "f", "result", "values", "", {}))
+        hunt.result.tallies["forward"] = Tally(tried=96)
+        hunt.tell(hunt.result)
+        hunt.result.tallies["forward"].tried += 40
+        raise Stopped(name)
+
+    for old in ("hunt.json", "hunt.html", "causes/1/ISSUE.md"):
+        (tmp_path / "out" / old).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / old).write_text("of another hunt")
+    monkeypatch.setattr(Hunt, "run", run)
+    options = HuntOptions("torch", families="llama", out=tmp_path / "out")
+    with pytest.raises(Stopped):
+        hunt(options, lambda line: None, lambda found: None)
+    found = HuntResult.read(tmp_path / "out" / "hunt.json")
+    assert found.tried == 96 and bool(found.causes[0].no_folder) == reproduces
+    page = (tmp_path / "out" / "hunt.html").read_text()
+    assert "96 tried" in page and page.endswith("</html>")
+    assert f"candle-mi-parity hunt --candidate torch --seed 0 --families llama --out {tmp_path}/out --resume" in page
+    assert not (tmp_path / "out" / "causes").exists()
 
 
 def test_the_entries_of_an_input() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import tomllib
 from functools import partial
 from html import unescape
 from pathlib import Path
@@ -13,18 +14,34 @@ import pytest
 
 from candle_mi_parity.compare.diagnose_sae import summarize_saes
 from candle_mi_parity.compare.gate import ELEMENT_GATE
+from candle_mi_parity.compare.hunt_result import HuntResult
 from candle_mi_parity.compare.run_result import FORWARDS, RunResult, Section
 from candle_mi_parity.compare.suspects import SUSPECTS, suspect
 from candle_mi_parity.compare.verdict import Diagnosis, Explained, Status
+from candle_mi_parity.files.escape import printable
 from candle_mi_parity.files.json_out import write_text
-from candle_mi_parity.report import page, tables
-from candle_mi_parity.report.plots import PlotLine, Point, heatmap, ratio_plot
+from candle_mi_parity.files.toml_out import toml_rows
+from candle_mi_parity.report import hunt_page, hunt_tables, page, tables
+from candle_mi_parity.report.plots import PlotLine, Point, heatmap, histogram, ratio_plot
 from candle_mi_parity.report.report_model import REPORT, document, json_schema
+from candle_mi_parity.spec.cases import Table
 from candle_mi_parity.spec.hook_points import hook_names
 from candle_mi_parity.spec.paths import ROOT
 from candle_mi_parity.trace.trace import Trace
 from tests.support.planting import real, write
-from tests.support.results import case, changed, everything, refused, run_of, sae_view, shown, tensor
+from tests.support.results import (
+    HOSTILE,
+    LONG,
+    a_hunt,
+    case,
+    changed,
+    everything,
+    refused,
+    run_of,
+    sae_view,
+    shown,
+    tensor,
+)
 
 FAMILY = [case(f"gemma2/{name}", Status.FAIL) for name in ("hub", "v5", "window")]
 
@@ -212,6 +229,63 @@ def test_a_flip_that_is_planted_is_listed_with_its_margin(tmp_path: Path) -> Non
     assert found.flips[0].over_noise > 32 and found.flips[0].got == 0.0
     best = honest.top[0]
     assert best.expected and best.got and best.expected[0] == best.got[0]
+
+
+def test_the_page_of_a_hunt_shows_its_figures_its_causes_and_what_it_did_not_reach() -> None:
+    result = a_hunt()
+    html = hunt_page.hunt_page(result)
+    text = text_of(html)
+    assert re.findall(r"<h1>(.*?)</h1>", html) == ["FAIL"] and '<header class="FAIL">' in html
+    assert "3 divergences that no explanation covers, in 2998 inputs that were judged." in text
+    assert "3010 tried, 2998 judged" in text and "48.9 inputs a second" in text and LONG + " --resume" in text
+    refused = sum(result.tallies["forward"].refused.values())
+    assert f"1000 11 7 {refused} 12 5" in text, "agree, known, new, refused, without a truth, too noisy"
+    assert "The candidate computes PyTorch's numbers with" in text and 'href="causes/1/ISSUE.md"' in html
+    assert "321 of 1000 regions" in text and "never entered: 2" in text
+    assert "changed nothing on either side: 3 of 4" in text
+    plots = re.findall(r'(?s)<svg class="bars".*?</svg>', html)
+    titles = [re.findall(r"<title>(.*?)</title>", plot) for plot in plots]
+    assert titles == [["900 inputs from 0 to 0.8", "60 inputs from 0.8 to 1.6", "1 inputs from 4 to 4.8"],
+                      ["959 inputs from 0 to 3.2", "2 inputs from 3.2 to 6.4"]]  # fmt: skip
+
+
+def test_the_smallest_inputs_on_the_page_can_be_copied_into_their_tables(tmp_path: Path) -> None:
+    result = a_hunt()
+    result.write(tmp_path / "hunt.json")
+    for held in (result, HuntResult.read(tmp_path / "hunt.json")):
+        html = hunt_page.hunt_page(held)
+        row, _, call, text = (unescape(part) for part in re.findall(r'(?s)<pre class="copy">(.*?)</pre>', html))
+        assert tomllib.loads(row) == {"case": [result.causes[0].smallest]}
+        Table.model_validate({"format": 1, **tomllib.loads(row)})
+        assert tomllib.loads(call) == result.causes[1].smallest
+        assert json.loads(text) == HOSTILE
+        assert "The candidate answers as the file as it is written." in text_of(html)
+
+
+@pytest.mark.parametrize(
+    "value", [HOSTILE, "\x7f\\\"'\n\U0001f600", 1e-5, -math.inf, True, 10**20, [], {}, {"a b": [{"c": "d"}]}]
+)
+def test_a_row_of_toml_is_read_as_it_was_written(value: object) -> None:
+    text = toml_rows({"row": [{"key": value, "absent": None}, {"b": 1}], "table": {"key": value}})
+    assert tomllib.loads(text) == {"row": [{"key": value}, {"b": 1}], "table": {"key": value}}
+    assert text == printable(text)
+
+
+def test_a_bar_is_as_high_as_its_count_on_a_log_scale() -> None:
+    plot = histogram({0: 1000, 3: 10, 4: 1, 9: 0}, 8.0, "x")
+    heights = [float(height) for height in re.findall(r'<rect [^>]* height="([\d.]+)"', plot)]
+    assert heights == pytest.approx([150, 150 * 1.1 / 3.1, 150 * 0.1 / 3.1], abs=0.1)
+
+
+def test_the_terminal_of_a_hunt_is_short_and_its_verdict_last() -> None:
+    result = a_hunt()
+    result.causes *= 100
+    result.faults = {f"fault {number}": 1 for number in range(50)}
+    lines = shown(lambda console: hunt_tables.hunt_tables(result, console, Path("out"))).splitlines()
+    assert len(lines) <= 40
+    assert lines[-1].startswith("FAIL: 3010 inputs") and lines[-2] == "page: out/hunt.html"
+    assert "refused 59 times: refusal 59" in lines and "  and 285 more, in out/hunt.html" in lines
+    assert "3 entries of the menu changed nothing on either side" in lines
 
 
 def test_the_report_is_what_its_schema_says_and_the_schema_is_in_the_repository() -> None:

@@ -5,19 +5,30 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 from candle_mi_parity.candidate.spelling import Candidate, parse_candidate
+from candle_mi_parity.candidate.torch_source import TorchSource
+from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.repro.command import repro
+from candle_mi_parity.repro.crate import Dependencies
 from candle_mi_parity.repro.prove import TestOutcome, prove, read_outcomes
 from candle_mi_parity.repro.reductions import STEPS
+from candle_mi_parity.repro.repro import Reproduction, ReproError, reproduce
 from candle_mi_parity.repro.shrink import Divergence, FirstDivergence, Input, Pair, Shrinker
-from candle_mi_parity.spec.cases import SaelensDirectory
+from candle_mi_parity.repro.write import Origin, write_folder
+from candle_mi_parity.spec.cases import Case, Layout, SaelensDirectory, SaeStatistic, Statistic
 from candle_mi_parity.spec.edits import Attention, Inject, Knockout
+from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.trace import InMemory
+from candle_mi_parity.trace.truth import Truth
 from tests.support.command import command, one_line
 from validation.catalogue import SourceEdit
 from validation.source_faults import edited, released_crate
@@ -101,6 +112,99 @@ def test_edits_and_sae_follow_what_is_cut() -> None:
     assert found.case.sae is not None and found.case.sae.hook == kept.hook
     assert kept.features[0][0] < found.case.sae.d_sae == 2
     assert found.case.sae.cfg.get("k", 2) == 2
+
+
+def test_what_is_unusual_about_the_weights_is_left_out_unless_it_is_needed() -> None:
+    mean, equal = Statistic.EMBEDDING_MEAN, Statistic.EMBEDDING_EQUAL
+    sae = SaelensDirectory(layer=0, d_sae=8, cfg={}, statistics=[SaeStatistic.DEAD, SaeStatistic.TWINS])
+    case = Input(CONFIG, TOKENS, weights=(equal, mean), layout=(Layout.FLOAT16,), shards=3, seed=7, sae=sae)
+    control = replace(case, weights=(equal,))
+
+    def judge(tried: Input) -> Divergence | None:
+        dead = tried.sae is not None and SaeStatistic.DEAD in tried.sae.statistics
+        return WANTED if mean in tried.weights and dead else None
+
+    found = shrunk(judge, Pair(case, control))
+    kept = found.case.sae
+    assert (found.case.weights, found.case.layout, found.case.shards, found.case.seed) == ((mean,), (), 1, 7)
+    assert kept is not None and kept.statistics == [SaeStatistic.DEAD]
+    assert found.control is not None and (found.control.weights, found.control.shards) == ((), 1)
+
+
+# --- With a fault planted in the control
+
+
+class Faulty(TorchSource):
+    """The control, whose logits are wrong for some models.
+
+    :param meets: of ``config.json`` and the mean of the embedding, whether they are.
+    """
+
+    def __init__(self, meets: Callable[[dict[str, Any], float], bool]) -> None:
+        super().__init__()
+        self._meets = meets
+
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
+        made = super().trace(subject, mode, truth, inputs)
+        config = json.loads((subject.model_dir / "config.json").read_text())
+        mean = float(self.model(subject.model_dir).get_parameter("model.embed_tokens.weight").detach().mean())
+        if self._meets(config, mean):
+            made.arrays["logits"] = (made.arrays["logits"][0] * 1.01, None)
+        return made
+
+
+def planted(model: dict[str, Any], meets: Callable[[dict[str, Any], float], bool], out: Path) -> Reproduction:
+    """The reproduction of a planted fault, and its folder."""
+    row = {"source": "tiny", "config": "models/starcoder2.json", "dialect": "hub"} | model
+    case = Case.model_validate({"id": "starcoder2/planted", "model": row, "tokens": {"random": 3}})
+    found = reproduce(case, Faulty(meets), out / "cache", lambda line: None, new=True)
+    crate = Dependencies("", "", None, b"", out)
+    write_folder(found, Origin("0.0.0", "candle-mi-parity hunt", "It is wrong."), crate, out / "folder")
+    return found
+
+
+def written(out: Path) -> tuple[dict[str, Any], float]:
+    """``config.json`` and the mean of the embedding in a folder."""
+    [model] = (out / "folder" / "tests").glob("*/model")
+    embedding = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
+    return json.loads((model / "config.json").read_text()), float(embedding.mean())
+
+
+def test_a_divergence_through_a_statistic_is_reproduced_with_it(tmp_path: Path) -> None:
+    model = {"weights": ["bias-large", "embedding-mean"], "layout": ["float16"], "shards": 2}
+    found = planted(model, lambda config, mean: mean > 2, tmp_path)
+    assert (found.pair.case.unusual, found.first.name) == (["embedding-mean"], "logits")
+    assert found.pair.control is not None and not found.pair.control.unusual and not found.pair.differing
+    config, mean = written(tmp_path)
+    assert mean > 2 and (config["num_hidden_layers"], config["hidden_size"]) == (1, 2)
+    issue = (tmp_path / "folder" / "ISSUE.md").read_text()
+    assert "| `(weights and their files)` | `embedding-mean` | `usual` |" in issue
+    assert "float32, weights: embedding-mean." in issue and "by `candle-mi-parity hunt`." in issue
+
+
+def test_a_divergence_through_two_config_keys_is_reproduced_with_both(tmp_path: Path) -> None:
+    change = {"rope_theta": 100.0, "norm_epsilon": 0.01, "use_bias": False}
+
+    def meets(config: dict[str, Any], mean: float) -> bool:
+        return (config.get("rope_theta"), config.get("norm_epsilon")) == (100.0, 0.01)
+
+    found = planted({"change": change, "weights": ["embedding-tiny"]}, meets, tmp_path)
+    assert sorted(found.pair.differing) == ["norm_epsilon", "rope_theta"] and not found.pair.case.unusual
+    config, _ = written(tmp_path)
+    assert (config["rope_theta"], config["norm_epsilon"]) == (100.0, 0.01)
+
+
+def test_what_needs_several_files_of_weights_has_no_rust_test(tmp_path: Path) -> None:
+    class Sharded(Faulty):
+        def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
+            several = len([*subject.model_dir.glob("*.safetensors")]) > 1
+            self._meets = lambda config, mean: several
+            return super().trace(subject, mode, truth, inputs)
+
+    row = {"source": "tiny", "config": "models/llama.json", "dialect": "hub", "shards": 2}
+    case = Case.model_validate({"id": "llama/planted", "model": row, "tokens": {"random": 2}})
+    with pytest.raises(ReproError, match="several files of weights"):
+        reproduce(case, Sharded(lambda config, mean: False), tmp_path, lambda line: None)
 
 
 LIBTEST = """

@@ -1,5 +1,6 @@
 """Made-up results, one of each status, and names that attack the views."""
 
+import math
 from collections.abc import Callable
 
 from rich.console import Console
@@ -7,6 +8,7 @@ from rich.console import Console
 from candle_mi_parity.compare.align import Distance
 from candle_mi_parity.compare.check_result import CheckResult, Continuation, LensRow, Matters, PromptResult
 from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Side, TensorDiff
+from candle_mi_parity.compare.hunt_result import Branches, Cause, Entry, HuntResult, Tally
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.sae_view import Flip, Ranked, SaeView
 from candle_mi_parity.compare.verdict import CaseResult, Diagnosis, Explained, Failure, Status, TensorResult, Worst
@@ -150,3 +152,35 @@ def a_history() -> History:
     old = run_of(case("llama/v5", Status.KNOWN), hostile, case("gemma/window"))
     new = run_of(case("llama/v5"), hostile, case("gemma/window", Status.ERROR))
     return make_history({"0.1.6": old, "0.1.10": old, "0.1.24": new, "0.2.2": run_of(case("llama/v5"))})
+
+
+def a_hunt() -> HuntResult:
+    """A hunt with a cause with and without an explanation and a folder, and names that attack."""
+    genes = {"config.rope_theta": ["set", 1e4], "weights.embedding-mean": True}
+    model = {"source": "tiny", "config": "models/llama.json", "dialect": "hub", "change": {"rope_theta": 1e4}}
+    model |= {"weights": ["embedding-mean"]}
+    row = {"id": "llama/hunt", "model": model, "tokens": {"random": 1}}
+    known = Cause("forward", "llama", "blocks.0.hook_resid_post", "values", "12 of 8", row, genes=genes)
+    known.explained, known.change, known.count = f"{HOSTILE} {LONG}", {"variants": ["no-causal-mask"]}, 7
+    known.proposed, known.folder = f"[[explanation]]\nsays = '{HOSTILE} {LONG}'\n", "causes/1"
+    other = Cause(
+        "call",
+        HOSTILE,
+        LONG,
+        HOSTILE,
+        HOSTILE,
+        {"call": [{"id": HOSTILE}, {LONG: [1e-5, math.inf]}]},
+        no_folder=HOSTILE,
+    )
+    text = Cause("text", "qwen", "ids", "values", HOSTILE, {"text": HOSTILE}, "the file as it is written")
+    result = HuntResult(HOSTILE, 3, ["llama", "mistral"], "0.2.2", f"candle-mi-parity hunt --families {LONG}")
+    result.rounds, result.seconds, result.causes = 12, 61.5, [known, other, text]
+    refused = {HOSTILE: 40, LONG: 3} | {f"refusal {number}": number for number in range(1, 60)}
+    result.tallies["forward"] = Tally(3000, 1000, {"CMI001": 9, "CMI001 CMI004": 2}, refused, {HOSTILE: 12}, 5)
+    result.tallies["call"] = Tally(10, 9)
+    result.position, result.element = {0: 900, 1: 60, 5: 1}, {0: 959, 1: 2}
+    result.faults, result.skipped = {HOSTILE: 2, LONG: 1}, {"text": HOSTILE}
+    result.entries = {f"llama: {name}": Entry(9, asked=9) for name in (HOSTILE, LONG, "config.rope_theta null")}
+    result.entries["llama: weights.norm-zero"] = Entry(9, asked=1, excites=True)
+    result.branches = Branches(1000, list(range(321)), [HOSTILE, LONG])
+    return result
