@@ -101,7 +101,7 @@ def _of_config(config: dict[str, Any], fields: list[str]) -> Iterator[Counterfac
     for name in fields:
         key = name.removeprefix(f"{ROTARY}.")
         found = _value(config, name)
-        if found is not None:
+        if places(config, name):  # null too
             yield Counterfactual(config_drop=[key])
         for value in DEFAULTS.get(key, []):
             if value is None:

@@ -9,7 +9,8 @@ has the window), ``sae_weights``, ``sae_threshold``, ``tokens``; a dot leads int
 
 Operators: ``absent`` (no such key), ``null`` (there, and null), ``present`` (there, and not null), ``number``,
 ``no number`` (absent, null, or of another JSON type), ``=``, ``!=``, ``<``, ``>``, ``in``, ``not in``, ``other than``
-(absent, or not equal). Every other comparison with an absent value is false.
+(absent, or not equal). A null is ``in`` a list that has it; every other comparison with an absent value or with null
+is false.
 """
 
 from __future__ import annotations
@@ -128,6 +129,8 @@ class Condition:
             return _is_number(left) == (self.operator == "number")
         if self.operator in ("absent", "null", "present"):
             return self.operator == ("absent" if left is _NO_KEY else "null" if left is None else "present")
+        if left is None and self.operator == "in":
+            return None in self.value
         left = None if left is _NO_KEY else left
         right = look_up(self.other, facts, edit) if self.other else self.value
         if self.operator == "other than":

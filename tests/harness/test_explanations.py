@@ -280,6 +280,7 @@ def test_conditions() -> None:
     assert not holds("config.none absent") and not holds("config.none present"), "null is a value of its own"
     assert holds("config.none null", "config.none no number", "config.missing no number", "config.flag no number")
     assert holds("config.sliding_window number") and not holds("config.none number")
+    assert holds("config.none in [1, null]") and not holds("config.missing in [1, null]", "config.none in [1]")
     assert not holds("config.missing null") and not holds("config.sliding_window no number")
     assert holds("block.rope_theta = 500000", "block.factor absent"), "of the block that transformers reads"
     assert holds("config.missing other than 1", "config.flag other than 1e6") and holds("alternating = true")
