@@ -110,7 +110,7 @@ class Entry:
         """How often it is drawn, relative to an entry of which nothing is known."""
         if self.dead:
             return 0.05
-        dullness = min(0.95, self.dull / self.tried) if self.tried >= 5 else 0.0
+        dullness = min(0.95, self.dull / self.tried) if self.tried >= ENOUGH else 0.0
         return (2.0 if self.excites else 1.0) * (1 - dullness)
 
 
@@ -207,6 +207,8 @@ class HuntResult:
         return found
 
 
+ENOUGH = 3
+"""Inputs with an entry from which one learns how often it is dull."""
 NEAREST = 8
 TRIES = 4
 """How often an entry of the menu is left out of an input of a family before it counts as dead there."""

@@ -112,7 +112,7 @@ class Grammar:
             )
             if slot == slot2:
                 continue
-            genes = {slot: self._expanded(rng, value), slot2: self._expanded(rng, value2)}
+            genes = {slot: self._expanded(rng, slot, value), slot2: self._expanded(rng, slot2, value2)}
             lengths = [length for length in lengths_of(family, genes) if 1 <= length <= LONGEST]
             own = [length for length in lengths if length not in lengths_of(family, {})]
             count = max(1, rng.choice(own) + rng.choice([-1, 0, 1])) if own else rng.choice([2, 6])
@@ -146,14 +146,14 @@ class Grammar:
         genes = self._config_genes(family)
         weights = [weight(family, name) for name, _, _ in genes]
         _, slot, value = rng.choices(genes, weights)[0]
-        return slot, self._expanded(rng, value)
+        return slot, self._expanded(rng, slot, value)
 
-    def _expanded(self, rng: random.Random, value: list[Any]) -> list[Any]:
-        """A value as it is written, now and then in another JSON type."""
+    def _expanded(self, rng: random.Random, slot: str, value: list[Any]) -> list[Any]:
+        """A value as it is written, now and then in another JSON type, which transformers refuses of a shape."""
         if value == ["set", "layers"]:
             types = ["full_attention", "sliding_attention"]
             return ["set", [rng.choice(types), rng.choice(types)]]
-        if value[0] == "set" and rng.random() < _RARE:
+        if value[0] == "set" and slot.removeprefix("config.") not in self.menu.shape and rng.random() < _RARE:
             return ["set", other_type(rng, value[1])]
         return list(value)
 

@@ -10,15 +10,15 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from candle_mi_parity.compare.hunt_result import NEAREST, TRIES, Cause, Entry, HuntResult, Tally
+from candle_mi_parity.compare.hunt_result import ENOUGH, NEAREST, TRIES, Cause, Entry, HuntResult, Tally
 from candle_mi_parity.hunt import worker
 from candle_mi_parity.hunt.bench import Answer, Found, point_of
 from candle_mi_parity.hunt.genes import Genes, entries_of
@@ -27,14 +27,14 @@ from candle_mi_parity.hunt.worker import Input, Report, Search, Searched
 from candle_mi_parity.spec.counterfactual import Counterfactual
 from candle_mi_parity.spec.explanations import Explanations
 
-ROUND = 96
+ROUND = 192
 """Inputs of a round."""
-CHUNK = 8
+CHUNK = 6
 """Inputs that a process takes at once."""
-CALLS_EVERY, CALLS = 4, 150
-"""Direct calls are generated in every fourth round, and how many."""
-TEXTS_EVERY, TEXTS = 12, 1000
-"""Texts are generated in every twelfth round, for one tokenizer after the other, and how many."""
+CALLS_EVERY, CALLS = 2, 100
+"""Direct calls are generated in every second round, and how many."""
+TEXTS_EVERY, TEXTS = 6, 1000
+"""Texts are generated in every sixth round, for one tokenizer after the other, and how many."""
 LARGEST_CORPUS = 400
 NOTE_SECONDS = 10.0
 READ_EVERY = 24
@@ -91,6 +91,7 @@ class Hunt:
     start: Callable[[Hunt], Executor] = processes
     note: Callable[[str], None] = lambda line: None
     _pool: Executor | None = None
+    _everywhere: dict[str, Entry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for feature in self.result.seen:  # of a hunt that goes on
@@ -166,6 +167,7 @@ class Hunt:
     def _drawn(self) -> list[Input]:
         """The inputs of the next round."""
         result, inputs = self.result, []
+        self._everywhere = _joined(result.entries)
         asked: dict[str, int] = {}
         for place in range(ROUND):
             rng = random.Random(f"{result.seed}:{result.rounds}:{place}")
@@ -175,8 +177,11 @@ class Hunt:
         return inputs
 
     def _weight(self, family: str, entry: str) -> float:
-        found = self.result.entries.get(f"{family}: {entry}")
-        return 1.0 if found is None else found.weight
+        """How often an entry is drawn; where the family tells little yet, by what the others tell."""
+        found = self.result.entries.get(f"{family}: {entry}", Entry())
+        everywhere = self._everywhere.get(entry, found)
+        hopeless = found.tried < ENOUGH and everywhere.tried >= 2 * ENOUGH and everywhere.dull == everywhere.tried
+        return 0.05 if hopeless else found.weight
 
     def _to_ask(self, family: str, genes: Genes, asked: dict[str, int]) -> list[str]:
         """The entries of one slot of which it is not known whether they change anything.
@@ -315,3 +320,13 @@ class Hunt:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+
+def _joined(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """What is known of each entry of the menu in all families together."""
+    joined: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        held = joined.setdefault(name.partition(": ")[2], Entry())
+        held.tried += entry.tried
+        held.dull += entry.dull
+    return joined

@@ -197,8 +197,10 @@ class NoisePool:
             offset = int(self._rng.integers(self.SIZE))
             pieces.append(self._numbers[offset : offset + count])
             count -= pieces[-1].numel()
+        if not pieces:
+            return torch.zeros_like(like)
         flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return flat.view(like.shape).to(like.device) if pieces else torch.zeros_like(like)
+        return flat.view(like.shape).to(like.device)
 
 
 class MatmulCalls(ModuleTracker):

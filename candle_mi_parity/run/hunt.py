@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from candle_mi_parity.spec.explanations import NOTHING_KNOWN, load_explanations
 from candle_mi_parity.spec.paths import cache_root
 
 MINUTES = 5.0
+WRITE_SECONDS = 10.0
+"""Between two writings of the result, which takes as long as ten inputs."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class HuntOptions:
 
 
 def hunt(options: HuntOptions, log: Callable[[str], None], tell: Callable[[HuntResult], None]) -> HuntResult:
-    """Hunt, write ``hunt.json`` and ``hunt.html`` after every round, and in the end the folder of each new cause.
+    """Hunt, write ``hunt.json`` and ``hunt.html`` now and then, and in the end the folder of each new cause.
 
     :param log: called with a line on what is being set up.
     :param tell: called after every round.
@@ -87,10 +90,15 @@ def hunt(options: HuntOptions, log: Callable[[str], None], tell: Callable[[HuntR
     result.skipped = parts.skipped
     branches = source.branches if isinstance(source, LiveSource) else None
 
+    written = time.monotonic()
+
     def round_ends(found: HuntResult) -> None:
+        nonlocal written
         if branches is not None:
             found.branches = Branches(len(branches.regions), found.branches.reached, _never(branches, found))
-        write(found, options.out)
+        if time.monotonic() - written >= WRITE_SECONDS or found.rounds == 1:
+            write(found, options.out)
+            written = time.monotonic()
         tell(found)
 
     log("reading which keys of config.json both libraries read")
@@ -105,9 +113,10 @@ def hunt(options: HuntOptions, log: Callable[[str], None], tell: Callable[[HuntR
     except Stopped as stopped:
         # What terminates a process kills it soon after; a person who pressed Ctrl-C can press it again.
         if str(stopped) == signal.SIGINT.name and path.is_file():
-            # The round that was interrupted does not count.
+            # What came after the last writing does not count; a hunt that goes on repeats it.
             reproduce_causes(HuntResult.read(path), options.out, options.cache, log)
         raise
+    write(result, options.out)
     reproduce_causes(result, options.out, options.cache, log)
     return result
 

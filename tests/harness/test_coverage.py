@@ -42,7 +42,7 @@ def test_every_fixture_file_belongs_to_something() -> None:
     goldens = {case.id.replace("/", "-") for case in DEFAULT if has_golden(case)}
     used = tiny | saes | {f"goldens/{name}{suffix}" for name in goldens for suffix in (".npz", ".json")}
     tables = {"cases.toml", "explanations.toml", "config_fields.toml", "census.toml", "texts.json"}
-    tables |= {"calls.toml", "known_calls.toml", "tokenizers.toml"}
+    tables |= {"calls.toml", "known_calls.toml", "tokenizers.toml", "hunt.toml"}
     makers = {"saes/README.md", "saes/make_tiny.py"}
     there = {
         str(path.relative_to(FIXTURES)) for path in FIXTURES.rglob("*") if path.is_file() and path.suffix != ".pyc"

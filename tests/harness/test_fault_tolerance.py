@@ -59,7 +59,7 @@ def test_a_trace_that_cannot_be_written_costs_one_case(
     limit.touch()
     wrapper.write_text(WRAPPER.format(limit=limit, trap=trap, emitter=built.path))
     wrapper.chmod(0o755)
-    monkeypatch.setattr(sources, "build", lambda *_: BuiltEmitter(wrapper, built.identity))
+    monkeypatch.setattr(sources, "build", lambda *_, **__: BuiltEmitter(wrapper, built.identity))
     with open_source(parse_candidate(SPEC), cache_root(), traces, print) as source:
         assert expected in error_of(judged(CASE, source))
         assert not [path for path in traces.rglob("*.*") if path.is_file() and path.name[0] != "."]

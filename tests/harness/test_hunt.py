@@ -26,7 +26,7 @@ from candle_mi_parity.hunt import worker
 from candle_mi_parity.hunt.bench import Answer, Bench, Found, message
 from candle_mi_parity.hunt.genes import Genes, case_of, entries_of
 from candle_mi_parity.hunt.grammar import Grammar, all_families, base_config, lengths_of
-from candle_mi_parity.hunt.hunt import Hunt, Limits
+from candle_mi_parity.hunt.hunt import ROUND, Hunt, Limits
 from candle_mi_parity.hunt.shrink import cause_of, smallest
 from candle_mi_parity.hunt.worker import Worker
 from candle_mi_parity.models.generate import generated_model, tensor_values
@@ -320,14 +320,14 @@ def test_float16_loses_numbers_below_its_normal_range(tmp_path: Path) -> None:
 
 def test_a_divergence_is_found_once_and_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     answer = new_where("config.hidden_act", RELU)
-    result = hunted(monkeypatch, tmp_path, answer, 960, HuntResult("torch", 3, ["mistral"]))
+    result = hunted(monkeypatch, tmp_path, answer, 5 * ROUND, HuntResult("torch", 3, ["mistral"]))
     [cause] = result.causes
     assert cause.genes == {"config.hidden_act": RELU, "tokens": {"random": 1}}
     assert (cause.what, cause.first, cause.reason) == ("mistral", "logits", "values")
     assert cause.count > 1, "the others are the same cause"
-    assert result.verdict is Verdict.FAIL and result.tried == 960
+    assert result.verdict is Verdict.FAIL and result.tried == 5 * ROUND
     agree = result.tallies["forward"].agree
-    assert agree + cause.count == 960, "every input is counted once"
+    assert agree + cause.count == 5 * ROUND, "every input is counted once"
     assert sum(result.position.values()) == sum(result.element.values()) == agree
 
 
@@ -338,7 +338,7 @@ def test_two_divergences_are_two_causes(monkeypatch: pytest.MonkeyPatch, tmp_pat
         found = one(family, genes)
         return found if found.kind == "new" else replace(other(family, genes), first="hook_embed")
 
-    result = hunted(monkeypatch, tmp_path, either, 960, HuntResult("torch", 3, ["mistral"]))
+    result = hunted(monkeypatch, tmp_path, either, 5 * ROUND, HuntResult("torch", 3, ["mistral"]))
     assert sorted(cause.first for cause in result.causes) == ["hook_embed", "logits"]
 
 
@@ -346,17 +346,17 @@ def test_a_hunt_goes_on_as_if_it_had_not_stopped(monkeypatch: pytest.MonkeyPatch
     def hunt(result: HuntResult, inputs: int) -> HuntResult:
         return hunted(monkeypatch, tmp_path, new_where("config.hidden_act", RELU), inputs, result)
 
-    whole = hunt(HuntResult("torch", 3, ["mistral", "llama"]), 384)
-    half = hunt(HuntResult("torch", 3, ["mistral", "llama"]), 192)
+    whole = hunt(HuntResult("torch", 3, ["mistral", "llama"]), 2 * ROUND)
+    half = hunt(HuntResult("torch", 3, ["mistral", "llama"]), ROUND)
     half.write(tmp_path / "hunt.json")
-    again = hunt(HuntResult.read(tmp_path / "hunt.json"), 192)
+    again = hunt(HuntResult.read(tmp_path / "hunt.json"), ROUND)
     assert replace(again, seconds=0.0) == replace(whole, seconds=0.0)
-    assert whole.rounds == 4 and whole != half
+    assert whole.rounds == 2 and whole != half
 
 
 def test_an_entry_that_never_changes_anything_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     answer = digest_of("config.rms_norm_eps", "config.rope_theta")
-    result = hunted(monkeypatch, tmp_path, answer, 1920, HuntResult("torch", 0, ["llama"]))
+    result = hunted(monkeypatch, tmp_path, answer, 10 * ROUND, HuntResult("torch", 0, ["llama"]))
     assert "config.sliding_window set 1" in result.dead
     assert not any(name.startswith(("config.rms_norm_eps", "config.rope_theta")) for name in result.dead)
 
@@ -365,7 +365,7 @@ def test_an_entry_that_one_family_reads_is_not_dead(monkeypatch: pytest.MonkeyPa
     def answer(family: str, genes: Genes) -> Answer:
         return Answer("agree", digest=str(genes.get("config.sliding_window")) if family == "mistral" else "")
 
-    result = hunted(monkeypatch, tmp_path, answer, 1920, HuntResult("torch", 0, ["llama", "mistral"]))
+    result = hunted(monkeypatch, tmp_path, answer, 10 * ROUND, HuntResult("torch", 0, ["llama", "mistral"]))
     assert not any("sliding_window" in name for name in result.dead)
     assert any("hidden_act" in name for name in result.dead)
 
@@ -376,9 +376,9 @@ def test_an_input_on_which_this_suite_dies_is_a_fault(monkeypatch: pytest.Monkey
             raise BrokenProcessPool("planted")
         return Answer("agree", digest=str(genes))
 
-    result = hunted(monkeypatch, tmp_path, answer, 384, HuntResult("torch", 3, ["mistral"]))
+    result = hunted(monkeypatch, tmp_path, answer, 2 * ROUND, HuntResult("torch", 3, ["mistral"]))
     assert list(result.faults) == ["the process of this suite died"]
-    assert result.verdict is Verdict.ERROR and result.tried == 384
+    assert result.verdict is Verdict.ERROR and result.tried == 2 * ROUND
 
 
 def test_a_long_round_says_what_is_being_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_what_was_reached_first_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_pat
     def answer(family: str, genes: Genes) -> Answer:
         return Answer("refused", "no relu") if genes.get("config.hidden_act") == RELU else Answer("agree")
 
-    result = hunted(monkeypatch, tmp_path, answer, 384, HuntResult("torch", 1, ["llama"]))
+    result = hunted(monkeypatch, tmp_path, answer, 2 * ROUND, HuntResult("torch", 1, ["llama"]))
     assert set(result.seen) == {"refused: no relu", "llama reads rope_theta", "llama reads use_cache"}
     assert len(result.corpus) == 2, "the keys were read first by one input, the refusal came first from another"
     assert any(name == "llama: config.use_cache null" for name in result.entries), "a key that was read is varied"
@@ -507,7 +507,7 @@ def test_a_hunt_that_is_stopped_leaves_its_last_whole_round(
 ) -> None:
     def run(hunt: Hunt) -> HuntResult:
         hunt.result.causes.append(Cause("call", "f", "result", "values", "", {}))
-        hunt.result.tallies["forward"] = Tally(tried=96)
+        hunt.result.tallies["forward"], hunt.result.rounds = Tally(tried=96), 1
         hunt.tell(hunt.result)
         hunt.result.tallies["forward"].tried += 40
         raise Stopped(name)

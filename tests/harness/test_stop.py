@@ -51,7 +51,7 @@ from candle_mi_parity.candidate.build import BuiltEmitter
 from candle_mi_parity.cli.cli import main
 
 identity = json.loads({identity!r})
-sources.build = lambda *_: BuiltEmitter(Path({emitter!r}), {{"candle_mi": identity}})
+sources.build = lambda *_, **__: BuiltEmitter(Path({emitter!r}), {{"candle_mi": identity}})
 main()
 """
 
