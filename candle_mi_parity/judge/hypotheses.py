@@ -15,7 +15,7 @@ from candle_mi_parity.judge.known import Evidence
 from candle_mi_parity.models.checkpoint import read_config, weight_files
 from candle_mi_parity.models.saelens import CONFIG
 from candle_mi_parity.oracle.fields_read import cached_fields_read
-from candle_mi_parity.spec.counterfactual import ROTARY, Counterfactual, Variant, places
+from candle_mi_parity.spec.counterfactual import ROTARY, Counterfactual, Variant, places, rotary_block
 from candle_mi_parity.spec.edits import Edit, Inject, PatchAt
 from candle_mi_parity.spec.explanations import Explanation, Explanations
 from candle_mi_parity.spec.families import family_of
@@ -112,8 +112,7 @@ def _of_config(config: dict[str, Any], fields: list[str]) -> Iterator[Counterfac
             yield Counterfactual(config_set={key: not found})
         elif isinstance(found, int) and key in config:
             yield from (Counterfactual(config_add={key: step}) for step in (1, -1, 2))
-    block = config.get("rope_scaling") or config.get(ROTARY)
-    for key in sorted(block.keys() & config.keys()) if isinstance(block, dict) else ():
+    for key in sorted(rotary_block(config)[1].keys() & config.keys()):
         yield Counterfactual(config_copy={f"block.{key}": key})
         yield Counterfactual(config_copy={key: f"block.{key}"})
     for block in ("rope_scaling", "layer_types"):

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from candle_mi_parity.errors import ExplanationError
+from candle_mi_parity.spec.counterfactual import rotary_block
 
 _SUBJECT = (
     r"(?:config|block|rope|sae|edit)\.[A-Za-z0-9_.]+|dtype|rope_type|alternating|sae_weights|sae_threshold|tokens"
@@ -63,13 +64,12 @@ class Facts:
     @property
     def block_name(self) -> str:
         """The key of the rotary block that transformers reads."""
-        return "rope_scaling" if self.config.get("rope_scaling") else "rope_parameters"
+        return rotary_block(self.config)[0]
 
     @property
     def block(self) -> dict[str, Any]:
         """The rotary block that transformers reads; empty without one."""
-        found = self.config.get(self.block_name)
-        return found if isinstance(found, dict) else {}
+        return rotary_block(self.config)[1]
 
     @property
     def alternating(self) -> bool | None:

@@ -15,7 +15,6 @@ from candle_mi_parity.spec.edits import Edit
 
 Config = dict[str, Any]
 ROTARY = "rope_parameters"
-_ROTARY_BLOCKS = (ROTARY, "rope_scaling")
 
 
 class Variant(StrEnum):
@@ -173,18 +172,27 @@ PLAIN = Counterfactual()
 def _holder(config: Config, key: str) -> tuple[Config, str]:
     """The object of a config that holds a key, and its name there; see ``config_copy``."""
     root, _, name = key.rpartition(".")
-    found = config.get("rope_scaling") or config.get(ROTARY)
-    block = found if isinstance(found, dict) else {}
+    block = rotary_block(config)[1]
     return (config if not root or (root == "rope" and name not in block) else block), name
 
 
 def places(config: Config, field: str) -> list[tuple[str, ...]]:
-    """The paths of a field in a config; ``rope_parameters.<key>`` may be in a block, at the top level, or in both."""
+    """The paths of a field in a config; ``rope_parameters.<key>`` may be in the block, at the top level, or both."""
     if not field.startswith(f"{ROTARY}."):
         return [(field,)] if field in config else []
     key = field.partition(".")[2]
-    blocks = [(block, key) for block in _ROTARY_BLOCKS if key in (config.get(block) or {})]
-    return [*blocks, *([(key,)] if key in config else [])]
+    name, block = rotary_block(config)
+    return [*([(name, key)] if key in block else []), *([(key,)] if key in config else [])]
+
+
+def rotary_block(config: Config) -> tuple[str, Config]:
+    """The name and content of the rotary block that transformers reads: ``rope_scaling`` or ``rope_parameters``.
+
+    Without one the content is empty, which is not a part of the config.
+    """
+    name = "rope_scaling" if config.get("rope_scaling") else ROTARY
+    found = config.get(name)
+    return name, found if isinstance(found, dict) else {}
 
 
 def with_field(config: Config, field: str, value: object) -> Config:
@@ -202,7 +210,7 @@ def with_field(config: Config, field: str, value: object) -> Config:
 def _field(key: str, config: Config) -> str:
     """The full name of a key, which for the rotary embedding may be in a block."""
     nested = f"{ROTARY}.{key}"
-    return nested if any(key in (config.get(block) or {}) for block in _ROTARY_BLOCKS) else key
+    return nested if key in rotary_block(config)[1] else key
 
 
 def _without(config: Config, key: str) -> Config:
