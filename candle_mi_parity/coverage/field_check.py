@@ -89,7 +89,7 @@ def _rope_types(ledger: FieldLedger, family: str, cases: list[Case], cache: Path
     """Every rope type of transformers needs a case, because it may read fields that no other reads."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # importing it takes seconds
 
-    examples = {rope_type(case, cache): case for case in generated(cases)}
+    examples = {rope_type(case, cache): case for case in generated(cases) if _scales(case)}
     own = {rope_type(case, cache) for case in generated(cases) if case.family == family}
     refused = ledger.refused_ropes.get(family, [])
     base = _base(family, cases)
@@ -104,6 +104,10 @@ def _rope_types(ledger: FieldLedger, family: str, cases: list[Case], cache: Path
         fault = "" if found.outcome == "refused" else f"not refused: {found.outcome}"
         findings.append(FieldFinding(family, field, "refused", None, fault))
     return findings
+
+
+def _scales(case: Case) -> bool:
+    return isinstance(case.model, TinyModel) and "rope_scaling" in case.model.change
 
 
 def _base(family: str, cases: list[Case]) -> Case:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from candle_mi_parity.errors import TraceError
+from candle_mi_parity.trace.formats import round_to_dtype
 from candle_mi_parity.trace.trace import Trace
 from tests.support.planting import Edit, compare_trace, entry, real, write
 
@@ -157,3 +158,13 @@ def test_bfloat16_is_read_exactly_or_refused(path: Path) -> None:
         refused(path, NAME)
     beside.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert "sha256" in refused(path, NAME)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_inputs_of_a_format_are_numbers_of_that_format(dtype: str) -> None:
+    """Also below its normal range; a candidate would otherwise round them once more."""
+    draw = np.random.Generator(np.random.PCG64(0)).standard_normal(4096)
+    for scale in (1.0, 2.0**-10, 2.0**-16, 2.0**-20):
+        rounded = torch.from_numpy(round_to_dtype(draw * scale, dtype))
+        assert torch.equal(rounded.to(getattr(torch, dtype)).float(), rounded), scale
+        assert torch.allclose(rounded.double(), torch.from_numpy(draw * scale), rtol=2.0**-8, atol=2.0**-25)
