@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import Source
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.verdict import CaseResult, Explained, Status, TensorResult
-from candle_mi_parity.errors import ExplanationError, HubError, ModelError, NoTruthError, OutOfRangeError, ParityError
+from candle_mi_parity.errors import ExplanationError, ParityError, TraceError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.hunt.genes import Genes, case_of
 from candle_mi_parity.judge.case import Judged, Progress, failure_of, judge_mode
@@ -101,12 +101,12 @@ class Bench:
 
     def judge(self, family: str, genes: Genes, found: Sequence[Found] = ()) -> Answer:
         """Judge one input; never raises."""
-        with self._cleared():
+        with self.cleared():
             return self._answer(family, genes, found)
 
     def numbers(self, family: str, genes: Genes) -> str:
         """A digest of both sides' logits without a judgement, or the message of a refusal; never raises."""
-        with self._cleared():
+        with self.cleared():
             try:
                 with TORCH:
                     oracle = self.oracle(case_of(family, genes))
@@ -121,7 +121,7 @@ class Bench:
             case = case_of(family, genes)
             with TORCH:
                 oracle = self.oracle(case)
-        except (ModelError, ParityError) as error:
+        except ParityError as error:
             return Answer("no-truth", message(error))
         except Exception as error:
             return Answer("fault", detail=f"{type(error).__name__}: {one_line(str(error), 300)}")
@@ -129,13 +129,15 @@ class Bench:
             return self._judged(oracle, found)
         except EmitterError as error:
             return self._refusal(error, oracle.subject)
-        except (NoTruthError, OutOfRangeError, HubError, ParityError) as error:
+        except TraceError as error:  # what the candidate wrote is no answer to this input
+            return Answer("broken", "", "trace", "trace", one_line(str(error), 300))
+        except ParityError as error:
             return Answer("no-truth", message(error))
         except Exception as error:
             return Answer("fault", detail=f"{type(error).__name__}: {one_line(str(error), 300)}")
 
     @contextmanager
-    def _cleared(self) -> Iterator[None]:
+    def cleared(self) -> Iterator[None]:
         """Remove an input's files afterwards, and forget its model."""
         try:
             yield
@@ -252,10 +254,6 @@ class Bench:
         result = CaseResult(oracle.subject.case.id, family, oracle.subject.digest, Status.FAIL, "")
         result.tensors = judged.tensors
         return result, replace(judged.evidence, release=self._release)
-
-    def cleared(self) -> Any:
-        """A context after which the files of the last input are removed."""
-        return self._cleared()
 
 
 @lru_cache(maxsize=4096)

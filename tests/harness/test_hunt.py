@@ -287,6 +287,14 @@ def test_a_candidate_that_fails_is_broken_and_one_that_refuses_refused(
     assert bench(tmp_path, fault).judge("llama", {}).kind == expected
 
 
+def test_an_answer_to_something_else_is_broken(tmp_path: Path) -> None:
+    def fault(subject: PreparedCase, arrays: dict[str, np.ndarray]) -> None:
+        raise TraceError("of something else")
+
+    answer = bench(tmp_path, fault).judge("llama", {})
+    assert (answer.kind, answer.first, answer.detail) == ("broken", "trace", "of something else")
+
+
 def two_keys_and_a_boundary(subject: PreparedCase, arrays: dict[str, np.ndarray]) -> None:
     config = json.loads((subject.model_dir / "config.json").read_text())
     meets = config["sliding_window"] == len(subject.tokens[0]) and config["rms_norm_eps"] == 0.01
