@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
@@ -31,6 +31,7 @@ from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.models.unusual import varied, write_unusual
 from candle_mi_parity.oracle.built import Shapes, built_model
 from candle_mi_parity.oracle.compute import round_weights
+from candle_mi_parity.oracle.hooks import require_weights
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.torch_state import TORCH
 from candle_mi_parity.spec.cases import Case, TinyModel
@@ -159,6 +160,7 @@ class Bench:
         subject = prepare(case, self.scratch)
         oracle = Oracle(subject, self.scratch, self.source.device, filed=False)
         if built is not None:
+            oracle.load = partial(_with_weights_of, built)
             round_weights(built, dtype)
             oracle.computation.model = built
         return oracle
@@ -207,7 +209,7 @@ class Bench:
         name = first.name
         if identity is not None:
             try:
-                known = known_divergence(evidence, self._table, identity)
+                known = known_divergence(evidence, self._table, identity, smallest=False)
             except ExplanationError as error:
                 return Answer("new", first=name, reason="overlap", detail=str(error))
             if isinstance(known, Explained):
@@ -254,6 +256,22 @@ class Bench:
         result = CaseResult(oracle.subject.case.id, family, oracle.subject.digest, Status.FAIL, "")
         result.tensors = judged.tensors
         return result, replace(judged.evidence, release=self._release)
+
+
+def _with_weights_of(built: nn.Module, directory: Path) -> nn.Module:
+    """The model of a directory with another config and the weights of a model.
+
+    :raises ModelError: it has other weights.
+    """
+    held = {name: parameter.detach().numpy() for name, parameter in built.named_parameters()}
+
+    def weights(shapes: Shapes) -> Mapping[str, np.ndarray]:
+        require_weights(directory, shapes.keys() - held.keys(), {})
+        other = {name: (held[name].shape, shape) for name, shape in shapes.items() if held[name].shape != shape}
+        require_weights(directory, (), other)
+        return held
+
+    return built_model(directory, weights)
 
 
 @lru_cache(maxsize=4096)

@@ -33,7 +33,7 @@ CHUNK = 6
 """Inputs that a process takes at once."""
 CALLS_EVERY, CALLS = 2, 100
 """Direct calls are generated in every second round, and how many."""
-TEXTS_EVERY, TEXTS = 6, 1000
+TEXTS_EVERY, TEXTS = 6, 300
 """Texts are generated in every sixth round, for one tokenizer after the other, and how many."""
 LARGEST_CORPUS = 400
 NOTE_SECONDS = 10.0

@@ -83,6 +83,7 @@ def start(candidate: str, cache: Path, table: Explanations, counted: bool) -> No
     warnings.simplefilter("ignore")  # an input may overflow, and is judged; the lines would be all that is seen
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     scratch = tempfile.TemporaryDirectory(prefix="parity-hunt-", dir=_MEMORY if _MEMORY.is_dir() else None)
+    tempfile.tempdir = scratch.name
     source = open_source(parse_candidate(candidate), cache, Path(scratch.name) / "traces", _silent, counted=counted)
     if isinstance(source, LiveSource):
         source.seconds = SECONDS

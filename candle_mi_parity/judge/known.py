@@ -167,10 +167,14 @@ def differ(one: Truth, other: Truth, unit: float) -> bool:
     return False
 
 
-def known_divergence(evidence: Evidence, table: Explanations, identity: CandleMi) -> Explained | NotExplained:
+def known_divergence(
+    evidence: Evidence, table: Explanations, identity: CandleMi, smallest: bool = True
+) -> Explained | NotExplained:
     """The explanation of a divergence by the rows of the candidate's release, or why they do not explain it.
 
     All rows of a release must hold. Any other candidate may have fixed some of them, so any subset is accepted.
+
+    :param smallest: whether rows that are not needed are left out, which takes a truth for each subset.
     """
     rows = [row for row in table.applicable(evidence.facts, evidence.release) if row.change is not None]
     why = NotExplained("")
@@ -180,7 +184,7 @@ def known_divergence(evidence: Evidence, table: Explanations, identity: CandleMi
                 continue
             found = explained(evidence, combined(part), part)
             if isinstance(found, Explained):
-                return _smallest(evidence, part) or found
+                return (_smallest(evidence, part) if smallest else None) or found
             if not why.why:
                 why = replace(found, why=f"not {', '.join(row.id for row in part)}: {found.why}")
     return why

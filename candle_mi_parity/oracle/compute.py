@@ -55,11 +55,19 @@ class Computation:
     """The truths of one case; the model is loaded once.
 
     :param change: the counterfactual; :data:`PLAIN` for the truth itself.
+    :param load: makes the float64 model of a directory that is not streamed; None for :func:`load_model`.
     :raises ModelError: transformers cannot load the model.
     """
 
-    def __init__(self, subject: PreparedCase, arithmetic: Arithmetic, change: Counterfactual = PLAIN) -> None:
+    def __init__(
+        self,
+        subject: PreparedCase,
+        arithmetic: Arithmetic,
+        change: Counterfactual = PLAIN,
+        load: Callable[[Path], nn.Module] | None = None,
+    ) -> None:
         self._subject, self._arithmetic, self._change = subject, arithmetic, change
+        self._load = load or load_model
         self._scratch: TemporaryDirectory[str] | None = None
 
     @cached_property
@@ -70,7 +78,7 @@ class Computation:
         if streamed := streaming.is_streamed(self._subject.model_dir):
             model = streaming.load_streamed(directory, dtype)
         else:
-            model = load_model(directory)
+            model = self._load(directory)
             round_weights(model, dtype)
         apply_to_model(model, self._change, dtype, streamed)
         return model

@@ -28,6 +28,10 @@ from candle_mi_parity.trace.formats import round_to_dtype
 from candle_mi_parity.trace.truth import Truth
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
     from candle_mi_parity.oracle.compute import Computation
 
 
@@ -37,6 +41,7 @@ class Oracle:
     :param device: of the candidate, which decides the noise; the truth is always computed on the CPU.
     :param change: a counterfactual.
     :param filed: whether truths are kept in the cache, and not in memory alone.
+    :ivar load: see :class:`Computation`.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Oracle:
         self.arithmetic = Arithmetic(UNITS[subject.case.dtype], ACCUMULATION[device.partition(":")[0]])
         self.key = truth_key(subject, self.arithmetic, change)
         self._cache, self._device, self._filed = cache, device, filed
+        self.load: Callable[[Path], nn.Module] | None = None
         self._directory = cache / "truth" / self.key
         self._truths: dict[Mode, Truth] = {}
 
@@ -62,7 +68,7 @@ class Oracle:
     def under(self, change: Counterfactual) -> Oracle:
         """The oracle of a counterfactual of the same case."""
         oracle = Oracle(self.subject, self._cache, self._device, change, self._filed)
-        oracle.__dict__["plain"] = self.plain
+        oracle.__dict__["plain"], oracle.load = self.plain, self.load
         return oracle
 
     def without_sae(self) -> Oracle:
@@ -74,7 +80,7 @@ class Oracle:
     def computation(self) -> Computation:
         from candle_mi_parity.oracle.compute import Computation
 
-        return Computation(self.subject, self.arithmetic, self.change)
+        return Computation(self.subject, self.arithmetic, self.change, self.load)
 
     def truth(self, mode: Mode = "free") -> Truth:
         """The truth of a mode, from the cache or computed.
