@@ -63,6 +63,8 @@ def processes(hunt: Hunt) -> Executor:
     """A process for each core, each with a candidate of its own and one thread."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+    # transformers' messages list sets, and which messages are new decides what is drawn.
+    os.environ["PYTHONHASHSEED"] = "0"
     what = hunt.result.candidate, hunt.cache, hunt.table, hunt.counted
     return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), worker.start, what)
 
