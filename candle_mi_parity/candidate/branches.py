@@ -79,6 +79,26 @@ class Branches:
         self._reached[self._region[np.add.reduceat(terms, self._start) > 0]] = True
         return self._reached.copy()
 
+    def counts(self) -> npt.NDArray[np.int64]:
+        """The counters now.
+
+        :raises BranchError: see :meth:`reached`.
+        """
+        return self._counters()
+
+    def taken(self, before: npt.NDArray[np.int64] | None) -> npt.NDArray[np.bool_]:
+        """Whether each region was reached since the counters were ``before``; None for the start of the process.
+
+        :raises BranchError: see :meth:`reached`.
+        """
+        now = self._counters()
+        if before is not None and (now >= before).all():  # otherwise another process was started
+            now = now - before
+        taken = np.zeros(len(self.regions), bool)
+        terms = np.append(now, 0)[self._counter] * self._factor
+        taken[self._region[np.add.reduceat(terms, self._start) > 0]] = True
+        return taken
+
     def functions(self) -> dict[str, tuple[int, int]]:
         """``file: function`` → number of its regions that were reached when last read, and of all its regions."""
         found: dict[str, list[bool]] = defaultdict(list)

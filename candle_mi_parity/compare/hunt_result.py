@@ -83,8 +83,8 @@ class Tally:
 
     @property
     def judged(self) -> int:
-        """Number of inputs that were compared with a truth, or refused where there is one."""
-        return self.tried - sum(self.no_truth.values())
+        """Number of inputs that agree or diverge as is known; those of new causes are counted there."""
+        return self.agree + sum(self.known.values())
 
 
 @dataclass

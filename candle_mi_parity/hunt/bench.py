@@ -21,7 +21,7 @@ from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import Source
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.verdict import CaseResult, Explained, Status, TensorResult
-from candle_mi_parity.errors import ExplanationError, ParityError, TraceError
+from candle_mi_parity.errors import CaseTableError, ExplanationError, ParityError, TraceError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.hunt.genes import Genes, case_of
 from candle_mi_parity.judge.case import Judged, Progress, failure_of, judge_mode
@@ -120,6 +120,9 @@ class Bench:
     def _answer(self, family: str, genes: Genes, found: Sequence[Found]) -> Answer:
         try:
             case = case_of(family, genes)
+        except CaseTableError as error:
+            return Answer("fault", detail=message(error))
+        try:
             with TORCH:
                 oracle = self.oracle(case)
         except ParityError as error:
@@ -213,7 +216,8 @@ class Bench:
             except ExplanationError as error:
                 return Answer("new", first=name, reason="overlap", detail=str(error))
             if isinstance(known, Explained):
-                return Answer("known", " ".join(known.ids))
+                whole = len(known.ratios) == len({tensor.name for tensor in judged.tensors})
+                return Answer("known" if whole else "unmeasured", " ".join(known.ids))
             name = known.first or name
             here = [one for one in found if one.point == point_of(name)]
             if (cause := self._as_found(evidence, here)) is not None:
@@ -239,7 +243,8 @@ class Bench:
     def _refusal(self, error: EmitterError, subject: PreparedCase) -> Answer:
         failure = failure_of(error)
         if not failure.refused:
-            return Answer("broken", "", failure.value, failure.value, one_line(error.message, 300))
+            reason = f"{failure.value}: {message(error)}"
+            return Answer("broken", "", failure.value, reason, one_line(error.message, 300))
         known, _ = known_refusal(error, subject, self._table, self._release)
         if known is not None:
             return Answer("known", " ".join(known.ids))

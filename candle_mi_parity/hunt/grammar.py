@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from candle_mi_parity.errors import CaseTableError
-from candle_mi_parity.hunt.genes import Genes, entries_of, layers_of
+from candle_mi_parity.hunt.genes import Genes, case_of, entries_of, layers_of
 from candle_mi_parity.spec.cases import Layout, SaeStatistic, Statistic, TableRow, read_toml
 from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.hook_points import hook_names
@@ -78,7 +78,7 @@ class Grammar:
     def draw(
         self, rng: random.Random, corpus: list[tuple[str, Genes]], weight: Weight, pairs: set[str]
     ) -> tuple[str, Genes]:
-        """A family and the genes of one input.
+        """A family and the genes of one input, which fit together.
 
         Half of the inputs are pairs of config entries with a prompt at a length of the config, each pair once; a
         quarter starts from what reached something new; the others are free combinations.
@@ -87,6 +87,17 @@ class Grammar:
         :param weight: of an entry of the menu in a family, by which config keys and their values are drawn.
         :param pairs: digests of the pairs that were drawn before, to which this one is added.
         """
+        while True:
+            family, genes = self._drawn(rng, corpus, weight, pairs)
+            try:
+                case_of(family, genes)
+            except CaseTableError:  # as an edit that is not possible at its hook
+                continue
+            return family, genes
+
+    def _drawn(
+        self, rng: random.Random, corpus: list[tuple[str, Genes]], weight: Weight, pairs: set[str]
+    ) -> tuple[str, Genes]:
         chance, genes = rng.random(), Genes()
         if chance < 0.5:
             return self._pair(rng, weight, pairs)

@@ -135,7 +135,7 @@ class Hunt:
             self._count(report)
         for search, future in others:
             self._take(search, future)
-        self._close_in([report for report in reports if report.answer.kind in ("new", "broken")])
+        self._close_in([report for report in reports if is_new(report.answer)])
 
     def _searches(self) -> list[Search]:
         """The direct calls and texts of the next round."""
@@ -245,7 +245,7 @@ class Hunt:
             entry = result.entries.setdefault(f"{report.input.family}: {name}", Entry())
             entry.tried += 1
             entry.dull += answer.kind in ("refused", "no-truth")
-            entry.asked += name in report.input.ask
+            entry.asked += name in report.input.ask and bool(answer.digest)
             entry.excites |= name in report.excites
         self._remember(report)
 
@@ -268,33 +268,47 @@ class Hunt:
 
     def _close_in(self, reports: list[Report]) -> None:
         """Shrink and explain what is new, and count what is not."""
-        left = []
+        left = self._attributed(reports)
+        if not left:
+            return
+        first, *others = left
+        one, found = first.input, self._found()
+        future = self._submit(worker.close_in, one.family, one.genes, first.answer, found, self.limits.search)
+        doing = f"shrinking and explaining what differs in {one.family} at {first.answer.first}"
+        self.result.causes.append(self._done(future, doing))
+        again = self._judged([Input(report.input.family, report.input.genes) for report in others])
+        self._close_in([report for report in again if is_new(report.answer)])
+
+    def _attributed(self, reports: list[Report]) -> list[Report]:
+        """Count the inputs that have an earlier cause; the others, and what is left of an input without its cause."""
+        left, alike = [], []
         for report in reports:
             if report.answer.key:
                 self.result.causes[int(report.answer.key)].count += 1
             elif (cause := self._alike(report)) is not None:
                 cause.count += 1
+                if set(cause.genes) != {"tokens"}:  # without a gene to leave out, the plain input has the cause
+                    alike.append((report.input, cause))
             else:
                 left.append(report)
-        while left:
-            first, *left = left
-            found = self._found()
-            one = first.input
-            future = self._submit(worker.close_in, one.family, one.genes, first.answer, found, self.limits.search)
-            doing = f"shrinking and explaining what differs in {one.family} at {first.answer.first}"
-            self.result.causes.append(self._done(future, doing))
-            if not left:
-                return
-            again = self._judged([Input(report.input.family, report.input.genes) for report in left])
-            self._close_in([report for report in again if report.answer.kind in ("new", "broken")])
-            return
+        rest = []
+        for one, cause in alike:
+            kept = {slot: value for slot, value in one.genes.items() if slot == "tokens" or slot not in cause.genes}
+            rest.append(Input(one.family, kept))
+        again = [each for each in self._judged(rest) if is_new(each.answer)]
+        return left + (self._attributed(again) if again else [])
 
     def _alike(self, report: Report) -> Cause | None:
-        """A cause without an explanation, of the same divergence, whose slots are among those of an input."""
+        """A cause without an explanation, of the same divergence, whose smallest genes an input has."""
         for cause in self.result.causes:
             same = Answer("new", first=cause.first, reason=cause.reason).signature[1:] == report.answer.signature[1:]
-            slots = set(cause.genes) - {"tokens"} <= set(report.input.genes)
-            if not cause.change and cause.what == report.input.family and same and slots:
+            genes = {slot: value for slot, value in cause.genes.items() if slot != "tokens"}
+            if (
+                not cause.change
+                and cause.what == report.input.family
+                and same
+                and all(report.input.genes.get(slot) == value for slot, value in genes.items())
+            ):
                 return cause
         return None
 
@@ -332,3 +346,8 @@ def _joined(entries: Mapping[str, Entry]) -> dict[str, Entry]:
         held.tried += entry.tried
         held.dull += entry.dull
     return joined
+
+
+def is_new(answer: Answer) -> bool:
+    """Whether an input diverges in a way that nothing known explains, or the candidate fails on it."""
+    return answer.kind in ("new", "broken")

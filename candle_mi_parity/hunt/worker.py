@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from candle_mi_parity.candidate.branches import Branches
 from candle_mi_parity.candidate.sources import LiveSource, open_source
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.hunt_result import Cause, Kind, Tally
@@ -46,7 +47,7 @@ class Report:
 
     :ivar excites: the entries of ``ask`` that change what either side computes.
     :ivar keys: config keys that transformers read.
-    :ivar branches: regions of candle-mi's source that no earlier input of this process reached.
+    :ivar branches: regions of candle-mi's source that the input reached.
     """
 
     input: Input
@@ -64,7 +65,6 @@ class Worker:
     table: Explanations
     cache: Path
     scratch: tempfile.TemporaryDirectory[str]
-    reached: npt.NDArray[np.bool_] | None = None
 
 
 _worker: Worker | None = None
@@ -105,25 +105,32 @@ def judge_all(inputs: Sequence[Input], found: Sequence[Found]) -> list[Report]:
 
 def _report(one: Input, found: Sequence[Found]) -> Report:
     bench = worker().bench
+    before = _counts()
     answer = bench.judge(one.family, one.genes, found)
+    branches = _taken(before)
     excites: tuple[str, ...] = ()
-    if one.ask:
+    if one.ask and answer.digest:
         slot = entries_of(one.genes)[one.ask[0]]
         without = bench.numbers(one.family, {name: value for name, value in one.genes.items() if name != slot})
-        if without != (answer.digest or answer.key):
-            excites = one.ask
-    return Report(one, answer, excites, _keys(one) if one.read else (), fresh_branches())
+        excites = one.ask if without != answer.digest else ()
+    return Report(one, answer, excites, _keys(one) if one.read else (), branches)
 
 
-def fresh_branches() -> tuple[int, ...]:
-    """The regions of candle-mi's source that were reached since the last call."""
-    own = worker()
-    source = own.bench.source
-    if not isinstance(source, LiveSource) or source.branches is None or not source.made:
-        return ()  # nothing is counted, or the candidate has not been asked yet
-    now = source.branches.reached()
-    before, own.reached = own.reached, now
-    return tuple(int(region) for region in np.flatnonzero(now if before is None else now & ~before))
+def _branches() -> Branches | None:
+    """What counts candle-mi's branches; None where nothing does, or the candidate was not asked yet."""
+    source = worker().bench.source
+    return source.branches if isinstance(source, LiveSource) and source.made else None
+
+
+def _counts() -> npt.NDArray[np.int64] | None:
+    counted = _branches()
+    return counted.counts() if counted is not None else None
+
+
+def _taken(before: npt.NDArray[np.int64] | None) -> tuple[int, ...]:
+    """The regions of candle-mi's source that were reached since the counters were read."""
+    counted = _branches()
+    return tuple(np.flatnonzero(counted.taken(before)).tolist()) if counted is not None else ()
 
 
 def _keys(one: Input) -> tuple[str, ...]:
@@ -181,11 +188,12 @@ class Searched:
 
 def searched(search: Search) -> Searched:
     """Hunt in direct calls or in the texts of one tokenizer; never raises."""
+    before = _counts()
     try:
         tally, causes = _search(search)
     except Exception as error:
         return Searched(Tally(), [], search.already, f"{type(error).__name__}: {one_line(str(error), 300)}")
-    return Searched(tally, causes, search.already, branches=fresh_branches())
+    return Searched(tally, causes, search.already, branches=_taken(before))
 
 
 def _search(search: Search) -> tuple[Tally, list[Cause]]:

@@ -84,8 +84,8 @@ def sentence(result: HuntResult) -> str:
 
 
 def judged_inputs(result: HuntResult) -> int:
-    """Number of inputs of all kinds that were compared with a truth, or refused where there is one."""
-    return sum(tally.judged for tally in result.tallies.values())
+    """Number of inputs of all kinds that agree, diverge as is known, or have a new cause."""
+    return sum(tally.judged for tally in result.tallies.values()) + sum(cause.count for cause in result.causes)
 
 
 def figures(result: HuntResult) -> dict[str, str]:

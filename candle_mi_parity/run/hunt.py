@@ -78,8 +78,12 @@ def hunt(options: HuntOptions, log: Callable[[str], None], tell: Callable[[HuntR
     result = HuntResult(options.candidate, options.seed, families, command=options.command)
     if options.resume:
         result = HuntResult.read(path)
-        if (result.candidate, result.families) != (options.candidate, families):
-            raise CaseTableError(f"{path}: of {result.candidate} and {', '.join(result.families)}")
+        held = (result.candidate, result.families, result.seed)
+        if held != (options.candidate, families, options.seed):
+            raise CaseTableError(
+                f"{path} is a hunt of {result.candidate} in {', '.join(result.families)} with seed {result.seed}; "
+                "give the same --candidate, --families and --seed, or hunt anew without --resume"
+            )
     candidate = parse_candidate(options.candidate)
     if candidate.kind == "stored":
         raise CaseTableError(f"{options.candidate} is stored, and cannot be asked about new inputs")

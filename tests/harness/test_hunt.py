@@ -350,6 +350,33 @@ def test_two_divergences_are_two_causes(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert sorted(cause.first for cause in result.causes) == ["hook_embed", "logits"]
 
 
+def test_a_fault_at_the_same_tensor_as_another_is_a_cause_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Other values of a key, and another key: what is left of an input without a cause is judged again."""
+    wrong = {"config.hidden_act": [["set", "gelu"], RELU], "config.rope_theta": [["null"]]}
+
+    def answer(family: str, genes: Genes) -> Answer:
+        meets = any(genes.get(slot) in values for slot, values in wrong.items())
+        return Answer("new", "", "logits", "values", digest="x") if meets else Answer("agree", digest=str(genes))
+
+    result = hunted(monkeypatch, tmp_path, answer, 10 * ROUND, HuntResult("torch", 3, ["mistral"]))
+    found = {(slot, str(value)) for cause in result.causes for slot, value in cause.genes.items() if slot != "tokens"}
+    assert found == {(slot, str(value)) for slot, values in wrong.items() for value in values}
+    assert all(len(cause.genes) == 2 for cause in result.causes), "one gene and the prompt"
+
+
+def test_a_panic_with_another_message_is_a_cause_of_its_own(tmp_path: Path) -> None:
+    def panics(said: str) -> Answer:
+        def fault(subject: PreparedCase, arrays: dict[str, np.ndarray]) -> None:
+            raise EmitterError("panic", said)
+
+        return bench(tmp_path, fault).judge("llama", {})
+
+    one, same, other = (panics(said) for said in ("index 3 of 2", "index 7 of 5", "unwrap on a None"))
+    assert one.signature == same.signature != other.signature
+
+
 def test_a_hunt_goes_on_as_if_it_had_not_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def hunt(result: HuntResult, inputs: int) -> HuntResult:
         return hunted(monkeypatch, tmp_path, new_where("config.hidden_act", RELU), inputs, result)
@@ -371,7 +398,7 @@ def test_an_entry_that_never_changes_anything_is_listed(monkeypatch: pytest.Monk
 
 def test_an_entry_that_one_family_reads_is_not_dead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def answer(family: str, genes: Genes) -> Answer:
-        return Answer("agree", digest=str(genes.get("config.sliding_window")) if family == "mistral" else "")
+        return Answer("agree", digest=str(genes.get("config.sliding_window")) if family == "mistral" else "same")
 
     result = hunted(monkeypatch, tmp_path, answer, 10 * ROUND, HuntResult("torch", 0, ["llama", "mistral"]))
     assert not any("sliding_window" in name for name in result.dead)
@@ -427,10 +454,11 @@ def test_what_was_reached_first_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_pat
     [
         ({}, Verdict.PASS),
         ({"tallies": {"forward": Tally(tried=3, no_truth={"x": 3})}}, Verdict.ERROR),
+        ({"tallies": {"forward": Tally(tried=3, refused={"x": 2}, unmeasured=1)}}, Verdict.ERROR),
         ({"faults": {"x": 1}}, Verdict.ERROR),
         ({"causes": [Cause("forward", "llama", "logits", "values", "", {})]}, Verdict.FAIL),
     ],
-    ids=["agrees", "nothing was judged", "a fault of the suite", "a cause"],
+    ids=["agrees", "nothing was judged", "all was refused or too noisy", "a fault of the suite", "a cause"],
 )
 def test_the_verdict(change: dict[str, Any], expected: Verdict) -> None:
     result = HuntResult("torch", 0, ["llama"], tallies={"forward": Tally(tried=3, agree=3)})
