@@ -8,7 +8,6 @@ Exit code 1 if the hunt does not find it in time.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +55,7 @@ def search(minutes: float, seed: int, directory: Path) -> HuntResult:
         try:
             return hunt(options, lambda line: None, tell)
         except Found:
-            return replace(latest[0])
+            return latest[0]
 
 
 def main(

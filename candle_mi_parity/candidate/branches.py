@@ -75,23 +75,15 @@ class Branches:
 
         :raises BranchError: the file of the counters is missing, damaged or of another build.
         """
-        terms = np.append(self._counters(), 0)[self._counter] * self._factor
-        self._reached[self._region[np.add.reduceat(terms, self._start) > 0]] = True
+        self._reached |= self.taken(None)
         return self._reached.copy()
-
-    def counts(self) -> npt.NDArray[np.int64]:
-        """The counters now.
-
-        :raises BranchError: see :meth:`reached`.
-        """
-        return self._counters()
 
     def taken(self, before: npt.NDArray[np.int64] | None) -> npt.NDArray[np.bool_]:
         """Whether each region was reached since the counters were ``before``; None for the start of the process.
 
         :raises BranchError: see :meth:`reached`.
         """
-        now = self._counters()
+        now = self.counts()
         if before is not None and (now >= before).all():  # otherwise another process was started
             now = now - before
         taken = np.zeros(len(self.regions), bool)
@@ -113,7 +105,11 @@ class Branches:
             name for name, (reached, _) in self.functions().items() if not reached and name.split(": ")[0] in used
         ]
 
-    def _counters(self) -> npt.NDArray[np.int64]:
+    def counts(self) -> npt.NDArray[np.int64]:
+        """The counters now.
+
+        :raises BranchError: see :meth:`reached`.
+        """
         try:
             raw = self.profile.read_bytes()
         except OSError as error:

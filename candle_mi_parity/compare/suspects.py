@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 SUSPECTS = {
     ("hook_embed",): "token embedding and its scale",
     ("attn.hook_q", "attn.hook_k", "attn.hook_v"): "projections, biases, head layout, the norm before attention",
@@ -23,6 +25,11 @@ SUSPECTS = {
 def hook_point(name: str) -> str:
     """``attn.hook_q`` of ``blocks.3.attn.hook_q``."""
     return name.split(".", 2)[-1] if name.startswith("blocks.") else name
+
+
+def in_any_layer(name: str) -> str:
+    """``lens.blocks.*.hook_resid_post`` of ``lens.blocks.3.hook_resid_post``."""
+    return re.sub(r"\bblocks\.\d+\.", "blocks.*.", name)
 
 
 def suspect(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from candle_mi_parity.coverage.calls import Formula
 from candle_mi_parity.coverage.calls_measures import Named, changes, gram, knockout, log_softmax, softmax
 from candle_mi_parity.models.sae import Sae, load_sae
+from candle_mi_parity.oracle.interventions import scale_steering, set_steering
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual, Variant
 from candle_mi_parity.spec.edits import Attention
@@ -70,24 +72,14 @@ def _wrong_steering(
     n_heads, size = attention.shape[1:3]
     if Formula.OUT_OF_RANGE_IGNORED in formulas:
         edges = [edge for edge in edges if max(edge) < size]
-    times = np.zeros((n_heads, size, size), np.int64)
-    for edge in edges:
-        times += Attention(heads=heads, edges=[edge]).chosen(n_heads, size)
-    counts = torch.from_numpy(times if Formula.EDGES_REPEATED in formulas else np.minimum(times, 1)).to(attention)
-    selected = counts > 0
+    times = Attention(heads=heads, edges=edges).times(n_heads, size)
+    if Formula.EDGES_REPEATED not in formulas:
+        times = np.minimum(times, 1)
+    least = 1e-10 if Formula.SMALL_SUMS_KEPT in formulas else -math.inf
     if scale is not None:
-        changed = torch.where(selected, attention * scale**counts, attention)
-    else:
-        assert set_value is not None
-        others = ~selected if Formula.OVER_ALL_COLUMNS in formulas else (attention != 0) & ~selected
-        gained = ((set_value - attention) * counts).sum(-1, keepdim=True)
-        share = gained / others.expand_as(attention).to(attention).sum(-1, keepdim=True).clamp_min(1)
-        changed = torch.where(others, (attention - share).clamp_min(0), 0.0)
-        changed = torch.where(selected, set_value, changed)
-    sums = changed.sum(-1, keepdim=True)
-    kept = sums <= 1e-10 if Formula.SMALL_SUMS_KEPT in formulas else torch.zeros_like(sums, dtype=torch.bool)
-    normal = torch.where(kept, changed, changed / torch.where(kept, 1.0, sums))
-    return {"value": torch.where(selected.any(-1, keepdim=True), normal, attention)}
+        return {"value": scale_steering(times, scale, least)(attention)}
+    assert set_value is not None
+    return {"value": set_steering(times, set_value, Formula.OVER_ALL_COLUMNS in formulas, least)(attention)}
 
 
 class LooseTopK(TorchSae):

@@ -20,6 +20,7 @@ from torch import nn
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import Source
 from candle_mi_parity.candidate.torch_source import TorchSource
+from candle_mi_parity.compare.suspects import in_any_layer
 from candle_mi_parity.compare.verdict import CaseResult, Explained, Status, TensorResult
 from candle_mi_parity.errors import CaseTableError, ExplanationError, ParityError, TraceError
 from candle_mi_parity.files.escape import one_line
@@ -42,7 +43,7 @@ from candle_mi_parity.spec.hook_points import place
 from candle_mi_parity.trace.trace import Emitted
 from candle_mi_parity.trace.truth import Truth
 
-Kind = Literal["agree", "known", "new", "refused", "no-truth", "unmeasured", "broken", "fault"]
+AnswerKind = Literal["agree", "known", "new", "refused", "no-truth", "unmeasured", "broken", "fault"]
 """``broken``: the candidate panicked, crashed or hung. ``fault``: an exception in this suite."""
 SECONDS = 20.0
 """Time limit for one answer of the candidate."""
@@ -58,7 +59,7 @@ class Answer:
     :ivar digest: of both sides' logits; empty without them.
     """
 
-    kind: Kind
+    kind: AnswerKind
     key: str = ""
     first: str = ""
     reason: str = ""
@@ -70,12 +71,7 @@ class Answer:
     @property
     def signature(self) -> tuple[str, str, str]:
         """Two divergences with one signature may have one cause."""
-        return self.kind, point_of(self.first), self.reason
-
-
-def point_of(tensor: str) -> str:
-    """A tensor's name in any layer."""
-    return re.sub(r"\bblocks\.\d+\.", "blocks.*.", tensor)
+        return self.kind, in_any_layer(self.first), self.reason
 
 
 @dataclass(frozen=True)
@@ -201,7 +197,7 @@ class Bench:
         first = next((tensor for tensor in tensors if tensor.status is Status.FAIL), None)
         if first is None:
             noisy = any(tensor.status is Status.UNMEASURED for tensor in tensors)
-            kind: Kind = "unmeasured" if noisy else "agree"
+            kind: AnswerKind = "unmeasured" if noisy else "agree"
             return Answer(kind, position=position, element=element, digest=digest)
         return replace(self._divergence(judged, first, found), digest=digest)
 
@@ -219,7 +215,7 @@ class Bench:
                 whole = len(known.ratios) == len({tensor.name for tensor in judged.tensors})
                 return Answer("known" if whole else "unmeasured", " ".join(known.ids))
             name = known.first or name
-            here = [one for one in found if one.point == point_of(name)]
+            here = [one for one in found if one.point == in_any_layer(name)]
             if (cause := self._as_found(evidence, here)) is not None:
                 return Answer("new", str(cause), name, first.reason, "as another")
         where = place(first.name, first.worst.index) if first.worst else ""
@@ -285,7 +281,7 @@ def _values(name: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
 
 
 def message(error: Exception) -> str:
-    """An error's message without numbers, paths and quoted names, by which inputs are counted."""
+    """An error's message without numbers and paths, by which inputs are counted."""
     text = re.sub(r"(/[\w.+@-]+)+(/config\.json)?", "…", one_line(str(error), 400))
     return re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "N", text)[:200]
 

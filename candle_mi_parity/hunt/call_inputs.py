@@ -44,7 +44,6 @@ NUMBERS: tuple[SearchStrategy[Number], ...] = (
     st.one_of(_WHOLE, st.sampled_from(_SPECIAL)),
 )
 """Kinds of values; a tensor is of one kind, so that its numbers are of sizes that matter to one another."""
-FINITE = NUMBERS[:-1]
 SIZE = st.integers(0, 40).map(lambda at: at // 8 + 1 if at < 40 else 0)
 """1 to 5, seldom 0."""
 INDEX = st.integers(0, 7)

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from candle_mi_parity.compare.hunt_result import ENOUGH, NEAREST, TRIES, Cause, Entry, HuntResult, Tally
+from candle_mi_parity.compare.suspects import in_any_layer
 from candle_mi_parity.hunt import worker
-from candle_mi_parity.hunt.bench import Answer, Found, point_of
+from candle_mi_parity.hunt.bench import Answer, Found
 from candle_mi_parity.hunt.genes import Genes, entries_of
 from candle_mi_parity.hunt.grammar import Grammar
 from candle_mi_parity.hunt.worker import Input, Report, Search, Searched
@@ -314,7 +315,7 @@ class Hunt:
 
     def _found(self) -> list[Found]:
         return [
-            Found(number, Counterfactual.model_validate(cause.change), point_of(cause.first))
+            Found(number, Counterfactual.model_validate(cause.change), in_any_layer(cause.first))
             for number, cause in enumerate(self.result.causes)
             if cause.change
         ]

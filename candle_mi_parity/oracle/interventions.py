@@ -131,28 +131,30 @@ def _knockout(chosen: np.ndarray) -> Change:
     return lambda scores: scores.masked_fill(torch.from_numpy(chosen).to(scores.device), -torch.inf)
 
 
-def scale_steering(times: np.ndarray, factor: float) -> Change:
+def scale_steering(times: np.ndarray, factor: float, least: float = -torch.inf) -> Change:
     """Multiply chosen weights by ``factor`` and normalise their rows.
 
     :param times: how often each weight is chosen, [H, T, T]; more than once only in a counterfactual.
+    :param least: for a counterfactual, a row that sums to no more than this is not normalised.
     """
     factors = factor ** times.astype(np.float64)
 
     def change(pattern: torch.Tensor) -> torch.Tensor:
         selected = torch.from_numpy(times > 0).to(pattern.device)
         scaled = torch.where(selected, pattern * torch.from_numpy(factors).to(pattern), pattern)
-        return torch.where(selected.any(-1, keepdim=True), scaled / scaled.sum(-1, keepdim=True), pattern)
+        return torch.where(selected.any(-1, keepdim=True), _normalised(scaled, least), pattern)
 
     return change
 
 
-def set_steering(times: np.ndarray, value: float, all_columns: bool = False) -> Change:
+def set_steering(times: np.ndarray, value: float, all_columns: bool = False, least: float = -torch.inf) -> Change:
     """Set chosen weights to ``value``, take the difference in equal shares from the row's others, and normalise.
 
     The other weights are those of keys that the query attends to; they are clamped at 0.
 
     :param times: see :func:`scale_steering`; the difference is taken as often.
     :param all_columns: for a counterfactual, whether future keys have a share too.
+    :param least: see :func:`scale_steering`.
     """
 
     def change(pattern: torch.Tensor) -> torch.Tensor:
@@ -164,9 +166,15 @@ def set_steering(times: np.ndarray, value: float, all_columns: bool = False) -> 
         share = gained / others.to(pattern.dtype).sum(-1, keepdim=True).clamp_min(1)
         moved = torch.where(others, (pattern - share).clamp_min(0), 0.0)
         moved = torch.where(selected, value, moved)
-        return torch.where(selected.any(-1, keepdim=True), moved / moved.sum(-1, keepdim=True), pattern)
+        return torch.where(selected.any(-1, keepdim=True), _normalised(moved, least), pattern)
 
     return change
+
+
+def _normalised(weights: torch.Tensor, least: float) -> torch.Tensor:
+    """Rows that sum to 1, but for those that sum to no more than ``least``."""
+    sums = weights.sum(-1, keepdim=True)
+    return weights / torch.where(sums <= least, 1.0, sums)
 
 
 def _injection(edit: Inject, file: Path) -> Change:

@@ -7,11 +7,11 @@ same input without the cause, must agree with PyTorch.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from candle_mi_parity.compare.suspects import in_any_layer
 from candle_mi_parity.spec.cases import Layout, SaelensDirectory, Statistic
 from candle_mi_parity.spec.edits import Edit
 
@@ -69,7 +69,7 @@ class Divergence:
 
     @staticmethod
     def at(tensor: str, reason: str) -> Divergence:
-        return Divergence(re.sub(r"^blocks\.\d+\.", "blocks.*.", tensor), reason)
+        return Divergence(in_any_layer(tensor), reason)
 
 
 FirstDivergence = Callable[[Input], Divergence | None]

@@ -9,11 +9,11 @@ from pathlib import Path
 from candle_mi_parity.candidate.sources import Source, open_source
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.hunt_result import Cause, HuntResult
+from candle_mi_parity.compare.suspects import in_any_layer
 from candle_mi_parity.compare.verdict import Failure
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.json_out import write_text
-from candle_mi_parity.hunt.bench import point_of
 from candle_mi_parity.report.hunt_page import PAGE, hunt_page
 from candle_mi_parity.repro.crate import dependencies
 from candle_mi_parity.repro.repro import Reproduction, ReproError, reproduce
@@ -91,6 +91,6 @@ def _reproduced(cause: Cause, place: int, source: Source, cache: Path, log: Log)
     """
     case = Case.model_validate(cause.smallest | {"id": f"{cause.what}/hunt-{place}"})
     found = reproduce(case, source, cache, log, new=True)
-    if point_of(found.first.name) != point_of(cause.first):
+    if in_any_layer(found.first.name) != in_any_layer(cause.first):
         raise ReproError(f"another divergence comes first, at {found.first.name}")
     return found
