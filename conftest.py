@@ -117,3 +117,14 @@ def _pair(candidate: str, case: Case) -> Any:
     if candidate != NEWEST and not (candidate == "live" and case.id in PLAIN):
         marks.append(pytest.mark.thorough)
     return pytest.param(candidate, case.id, id=f"{candidate}-{case.id}", marks=marks)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread, as in the processes of a hunt."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -4,6 +4,7 @@ The candidates are torch's float32 under another config or with other weights.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,24 +16,23 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.process import EmitterError
+from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Explained, Outcome, Status, TensorResult
-from candle_mi_parity.errors import ExplanationError
 from candle_mi_parity.judge.case import Judgement, Progress, judge_case
 from candle_mi_parity.judge.explain import hold_table
 from candle_mi_parity.judge.hypotheses import hypotheses
-from candle_mi_parity.judge.known import Evidence, NotExplained, known_divergence, known_refusal
+from candle_mi_parity.judge.known import Evidence, NotExplained, facts_of, known_divergence, known_refusal
 from candle_mi_parity.judge.search import Search, search
 from candle_mi_parity.models.checkpoint import read_config, weight_files
 from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.run.run import run
-from candle_mi_parity.spec.conditions import Condition, Facts, all_hold
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
-from candle_mi_parity.spec.explanations import NOTHING_KNOWN, Explanation, Explanations, combined, load_explanations
+from candle_mi_parity.spec.explanations import NOTHING_KNOWN, Explanations, combined, load_explanations
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import CandleMi
-from tests.support.planting import RELEASE, Arrays, Giving, Real, real, rerun, with_arrays
+from tests.support.planting import RELEASE, Arrays, Giving, Real, explanation, real, rerun, with_arrays
 
 TABLE = load_explanations()
 NEWER = RELEASE.model_copy(update={"version": "0.3.0"})
@@ -222,41 +222,6 @@ def test_a_counterfactual_that_changes_no_tensor_explains_nothing() -> None:
     assert isinstance(found, NotExplained) and "it explains nothing" in found.why
 
 
-def explanation(**fields: Any) -> Explanation:
-    given = {"id": "CMI900", "name": "made-up", "says": "A sentence of some length.", "kind": "wrong number"}
-    return Explanation.model_validate(given | {"releases": ["0.2.2"]} | fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"when": ["tokens > 1"]}, "exactly one of"),
-        ({"when": ["tokens > 1"], "change": {}}, "changes nothing"),
-        ({"change": {"config_drop": ["x"]}}, "apply to every case"),
-        ({"when": ["tokens >"], "change": {"config_drop": ["x"]}}, "is not a condition"),
-        ({"when": ["tokens in 3"], "change": {"config_drop": ["x"]}}, "expected a list"),
-        ({"when": ["tokens > x"], "change": {"config_drop": ["x"]}}, "neither JSON nor a subject"),
-        ({"when": ["tokens > 1"], "refuses": {"stage": "model", "message": "x"}}, "does not go with"),
-        ({"when": ["tokens > 1"], "change": {"variants": ["no-such-variant"]}}, "variants"),
-    ],
-)
-def test_a_row_that_is_incomplete_or_contradictory_is_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, ExplanationError), match=message):
-        explanation(**fields)
-
-
-def test_rows_that_contradict_each_other_are_refused() -> None:
-    one, other = (explanation(when=["tokens > 1"], change={"config_set": {"rope_theta": x}}) for x in (1.0, 2.0))
-    with pytest.raises(ExplanationError, match=r"config\.rope_theta in two ways"):
-        combined([one, other])
-    with pytest.raises(ValueError, match="id given twice: CMI900"):
-        Explanations(format=1, explanation=[one, one])
-    held = {"when": ["tokens > 1"], "stored": "no config says it"}
-    rows = [explanation(id=f"CMI90{i}", name=f"held-{i}", **held) for i in range(4)]
-    with pytest.raises(ValueError, match="at most 3"):
-        Explanations(format=1, explanation=rows)
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize("version", ["0.1.6", "0.1.10", "0.1.24", "0.2.2"])
 def test_every_divergence_of_a_release_is_explained_by_a_needed_row(version: str, tmp_path: Path) -> None:
@@ -265,30 +230,6 @@ def test_every_divergence_of_a_release_is_explained_by_a_needed_row(version: str
     other = [case for case in result.cases if case.status is not Status.PASS]
     assert other and all(case.status is Status.KNOWN for case in other)
     assert all(case.explained is not None for case in other if case.outcome is Outcome.DIVERGES)
-
-
-def test_conditions() -> None:
-    config = {"sliding_window": 8, "rope_parameters": {"rope_theta": 5e5}, "flag": True, "none": None}
-    edits = [{"kind": "steer", "how": "scale"}, {"kind": "zero", "how": "set_value"}]
-    facts = Facts(config={**config, "layer_types": ALTERNATING}, tokens=9, edits=edits)
-
-    def holds(*texts: str) -> bool:
-        return all_hold([Condition.parse(text) for text in texts], facts)
-
-    assert holds("tokens > config.sliding_window", "config.flag = true", 'dtype = "float32"')
-    assert holds("config.missing absent", "config.rope_parameters.rope_theta != 10000", "rope.rope_theta = 500000")
-    assert not holds("config.none absent") and not holds("config.none present"), "null is a value of its own"
-    assert holds("config.none null", "config.none no number", "config.missing no number", "config.flag no number")
-    assert holds("config.sliding_window number") and not holds("config.none number")
-    assert holds("config.none in [1, null]") and not holds("config.missing in [1, null]", "config.none in [1]")
-    assert not holds("config.missing null") and not holds("config.sliding_window no number")
-    assert holds("block.rope_theta = 500000", "block.factor absent"), "of the block that transformers reads"
-    assert holds("config.missing other than 1", "config.flag other than 1e6") and holds("alternating = true")
-    assert not holds("config.sliding_window other than 8") and not holds("alternating = false")
-    assert not holds("config.missing != 10000"), "a comparison with an absent value is false"
-    assert not holds("tokens > config.missing") and not holds("config.flag > 0")
-    assert holds('edit.kind = "steer"') and holds('edit.how = "set_value"')
-    assert not holds('edit.kind = "steer"', 'edit.how = "set_value"'), "of one and the same edit"
 
 
 def judgement(applicable: tuple[str, ...], ids: list[str]) -> Judgement:
@@ -339,50 +280,11 @@ def test_an_explanation_that_no_case_needs_is_stale_in_a_release_and_gone_from_a
 SOFTCAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"model_type": "qwen2", "rope_parameters": {"rope_theta": 3e4}}, {"CMI002"}),
-        ({"model_type": "qwen3"}, {"CMI002"}),
-        ({"model_type": "qwen2", "rope_parameters": {"rope_theta": 1e6}}, set()),
-        ({"model_type": "phi3", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, {"CMI004"}),
-        ({"model_type": "phi3", "partial_rotary_factor": 0.5, "rope_theta": 1e4}, {"CMI004"}),
-        ({"model_type": "gemma2", "rope_theta": 1e4, **dict.fromkeys(SOFTCAPS)}, set()),
-        ({"model_type": "gemma2", "rope_theta": 1e4}, {"CMI010", "CMI011"}),
-        ({"model_type": "gemma2", "sliding_window": 8, "layer_types": ALTERNATING, **SOFTCAPS}, {"CMI006"}),
-    ],
-)
-def test_an_explanation_applies_in_every_spelling_and_to_no_other_config(
-    config: dict[str, Any], expected: set[str]
-) -> None:
-    facts = Facts(config={"rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh", **config}, tokens=24)
-    assert {row.id for row in TABLE.applicable(facts, "0.2.2") if row.change} == expected
-
-
 def test_what_another_release_did_is_tried_without_its_words(tmp_path: Path) -> None:
     there = changed(tmp_path / "model", real("llama/rope-linear"), {"rope_scaling": None})
     found = replace(evidence(there), release="0.2.2")
     assert not any(row.id == "CMI003" for one in hypotheses(found, TABLE, "logits", cache_root()) for row in one.rows)
     assert searched(there).explained is not None
-
-
-def test_a_nested_config_key_is_changed_where_it_is() -> None:
-    rope = {"rope_type": "default", "rope_theta": 2.0}
-    change = Counterfactual(config_set={"rope_theta": 1e4}, config_add={"sliding_window": 1})
-    nested = change.changed_config({"rope_parameters": rope, "sliding_window": 8})
-    assert nested == {"rope_parameters": rope | {"rope_theta": 1e4}, "sliding_window": 9}
-    assert change.changed_config({"sliding_window": 8}) == {"rope_theta": 1e4, "sliding_window": 9}
-    dropped = Counterfactual(config_drop=["rope_scaling"])
-    assert dropped.changed_config({"rope_scaling": {"type": "linear"}, "rope_theta": 2.0}) == {"rope_theta": 2.0}
-    yarn = rope | {"rope_type": "yarn", "factor": 4}
-    assert dropped.changed_config({"rope_parameters": yarn}) == {"rope_parameters": rope}
-    copied = Counterfactual(config_copy={"block.rope_theta": "rope_theta", "x": "rope.x"})
-    both = {"rope_theta": 3.0, "x": 1, "rope_scaling": None, "rope_parameters": rope}
-    assert copied.changed_config(both) == both | {"rope_parameters": rope | {"rope_theta": 3.0}}
-    assert "rope_theta" not in copied.changed_config({"rope_parameters": rope})["rope_parameters"]
-    assert copied.changed_config({"rope_scaling": {"x": 2}})["x"] == 2
-    with pytest.raises(ExplanationError, match="cannot add 1 to sliding_window, which is None"):
-        Counterfactual(config_add={"sliding_window": 1}).changed_config({"sliding_window": None})
 
 
 def test_a_refusal_is_known_by_its_stage_and_its_whole_message() -> None:
@@ -426,3 +328,48 @@ def test_a_layer_norm_in_one_pass_is_explained_and_a_wrong_one_is_not(
     monkeypatch.undo()
     found, why = known(there, arrays)
     assert (found.ids if found is not None else why) == [known_as] if known_as else "differ" in why
+
+
+def as_float32(there: Real, change: Counterfactual) -> Arrays:
+    """What a candidate computes that does just what the counterfactual says, rounded once."""
+    values = there.oracle.under(change).truth().tensors
+    return {name: tensor.value.astype(there.arrays[name].dtype) for name, tensor in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("starcoder2/norm-type", "CMI014"),
+        ("mistral/edit-steer-twice", "CMI045"),
+        ("qwen3/edit-steer-set-twice", "CMI045"),
+        ("gemma2/is-causal-null", "CMI046"),
+    ],
+)
+def test_a_fault_on_top_of_what_no_config_says_is_not_excused(case: str, name: str) -> None:
+    there = real(case)
+    rows = TABLE.applicable(facts_of(there.subject), "0.2.2")
+    arrays = as_float32(there, combined(rows))
+    found, why = known(there, arrays)
+    assert found is not None and name in found.ids, why
+    for tensor in ("blocks.0.hook_mlp_out", "logits"):
+        spoilt = {key: array * np.float32(1.001) if key == tensor else array for key, array in arrays.items()}
+        found, why = known(there, spoilt)
+        assert found is None and f"first {tensor} " in why, why
+
+
+def test_a_fault_on_top_of_an_sae_that_is_read_otherwise_is_not_excused(tmp_path: Path) -> None:
+    there = real("llama/sae-activation-fn")
+    assert there.subject.sae_file is not None
+    shutil.copytree(there.subject.sae_file, tmp_path / "sae")
+    cfg = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps({k: v for k, v in cfg.items() if k != "activation_fn"}))
+    relu = replace(there.subject, sae_file=tmp_path / "sae")
+    with TorchSource() as source:
+        emitted = source.trace(relu, "free", there.truth, there.inputs)
+    candidate = replace(there, emitted=emitted)
+    found, why = known(candidate)
+    assert found is not None and found.ids == ["CMI043"], why
+    arrays = candidate.arrays
+    arrays["sae.features"] *= np.float32(1.001)
+    found, why = known(candidate, arrays)
+    assert found is None and "first sae.features " in why, why

@@ -32,7 +32,7 @@ from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import Case, LocalModel, load_cases
 from candle_mi_parity.spec.counterfactual import Counterfactual
-from candle_mi_parity.spec.explanations import NOTHING_KNOWN, combined, load_explanations
+from candle_mi_parity.spec.explanations import NOTHING_KNOWN, Explanation, combined, load_explanations
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import FORMAT, CandleMi, Emitted, InMemory, Trace
@@ -108,6 +108,12 @@ def known_real(case_id: str, mode: Mode = "free") -> Real:
     truth, inputs = oracle.truth(mode), oracle.inputs(mode)
     with TorchSource() as source:
         return Real(other, oracle, truth, source.trace(other, mode, truth, inputs), inputs)
+
+
+def explanation(**fields: Any) -> Explanation:
+    """A made-up row of the table of explanations."""
+    given = {"id": "CMI900", "name": "made-up", "says": "A sentence of some length.", "kind": "wrong number"}
+    return Explanation.model_validate(given | {"releases": ["0.2.2"]} | fields)
 
 
 class Giving(StatelessSource):
