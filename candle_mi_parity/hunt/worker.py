@@ -117,9 +117,11 @@ def _report(one: Input, found: Sequence[Found]) -> Report:
 
 
 def _branches() -> Branches | None:
-    """What counts candle-mi's branches; None where nothing does, or the candidate was not asked yet."""
+    """What counts candle-mi's branches; None where nothing does, or its process was not started yet."""
     source = worker().bench.source
-    return source.branches if isinstance(source, LiveSource) and source.made else None
+    if not isinstance(source, LiveSource) or source.branches is None:
+        return None
+    return source.branches if source.made or source.branches.profile.is_file() else None
 
 
 def _counts() -> npt.NDArray[np.int64] | None:

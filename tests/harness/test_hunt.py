@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from candle_mi_parity.candidate.process import EmitterError
+from candle_mi_parity.candidate.sources import LiveSource
 from candle_mi_parity.compare.hunt_result import Cause, Entry, HuntResult, Tally
 from candle_mi_parity.compare.run_result import Verdict
 from candle_mi_parity.errors import Stopped, TraceError
@@ -281,3 +282,40 @@ def test_a_hunt_that_is_stopped_leaves_its_last_whole_round(
     assert "96 tried" in page and page.endswith("</html>")
     assert f"candle-mi-parity hunt --candidate torch --seed 0 --families llama --out {tmp_path}/out --resume" in page
     assert not (tmp_path / "out" / "causes").exists()
+
+
+@pytest.mark.thorough
+def test_one_process_and_two_hunt_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def of(processes: int) -> HuntResult:
+        monkeypatch.setattr("os.cpu_count", lambda: processes)
+        options = HuntOptions("torch", inputs=ROUND, seed=5, families="llama", out=tmp_path / str(processes))
+        return replace(hunt(options, lambda line: None, lambda found: None), seconds=0.0, command="")
+
+    assert of(1) == of(2)
+
+
+def test_what_a_search_reached_is_not_laid_to_the_next_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The candidate's process may have been started by direct calls, which leave no trace."""
+
+    class Counted:
+        profile = tmp_path / "counters"
+        now = np.array([0, 0])
+
+        def counts(self) -> np.ndarray:
+            return self.now.copy()
+
+        def taken(self, before: np.ndarray | None) -> np.ndarray:
+            return np.asarray(self.now > (0 if before is None else before))
+
+    counted, source = Counted(), object.__new__(LiveSource)
+    source.branches, source.made = counted, {}  # type: ignore[assignment]
+    there = Imagined(tmp_path, lambda family, genes: Answer("agree"))
+    there.source = source
+    own = Worker(there, NOTHING_KNOWN, tmp_path, tempfile.TemporaryDirectory())
+    monkeypatch.setattr(worker, "_worker", own)
+    assert worker._taken(worker._counts()) == (), "the process was not started"
+    counted.profile.write_text("started by a search, which reached the first region")
+    counted.now[0] = 7
+    before = worker._counts()
+    counted.now[1] = 1
+    assert worker._taken(before) == (1,)
