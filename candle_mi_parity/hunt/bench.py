@@ -156,7 +156,7 @@ class Bench:
         assert isinstance(model, TinyModel)
         plain = not model.layout and model.shards == 1
         built = self._build(model, dtype) if plain else None
-        subject = prepare(case, self.scratch)
+        subject = prepare(case, self.scratch, built.config if built is not None else None)
         oracle = Oracle(subject, self.scratch, self.source.device, filed=False)
         if built is not None:
             oracle.load = partial(_with_weights_of, built)

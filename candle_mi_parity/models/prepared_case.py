@@ -61,9 +61,10 @@ class PreparedCase:
     special: SpecialIds = SpecialIds()
 
 
-def prepare(case: Case, cache: Path) -> PreparedCase:
+def prepare(case: Case, cache: Path, loaded: Any = None) -> PreparedCase:
     """Prepare a row of the case table.
 
+    :param loaded: transformers' config of the model, if it was loaded before.
     :raises ParityError: one line on what is missing or malformed.
     """
     model_dir = model_directory(case.model, cache)
@@ -71,7 +72,10 @@ def prepare(case: Case, cache: Path) -> PreparedCase:
     # Before transformers reads it: for a model_type that transformers lacks, a config may name code of its own.
     family_of(str(config.get("model_type")))
     _check_sizes(config, model_dir)
-    special = _check_config(model_dir, file_digest(model_dir / "config.json"), cache)
+    if loaded is None:
+        special = _check_config(model_dir, file_digest(model_dir / "config.json"), cache)
+    else:
+        special = SpecialIds(*_special_ids(loaded, model_dir))
     tokens = _token_ids(case, model_dir, config, cache)
     vocabulary = _whole_number(config, "vocab_size", model_dir)
     if not tokens[0]:
@@ -153,6 +157,14 @@ def _ask_transformers(model_dir: Path) -> list[int | None]:
 
     with transformers_runs(model_dir):
         config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    return _special_ids(config, model_dir)
+
+
+def _special_ids(config: Any, model_dir: Path) -> list[int | None]:
+    """The fields of :class:`SpecialIds` of transformers' config.
+
+    :raises ModelError: it is a config of another class than the file says.
+    """
     raw = read_config(model_dir)
     if config.model_type != (written := raw.get("model_type")):
         why = " because of its `layer_types`" if written == "mistral" and "layer_types" in raw else ""
