@@ -182,12 +182,20 @@ def _check_sizes(config: dict[str, object], model_dir: Path) -> None:
     """Refuse sizes that the weights cannot have, before anything of these sizes is allocated."""
     tensors = len(weight_tensors(model_dir))
     there = sum(file.stat().st_size for file in weight_files(model_dir))
-    sizes = [_whole_number(config, key, model_dir) for key in ("vocab_size", "hidden_size", "num_hidden_layers")]
+    sizes = stated_sizes(config, model_dir)
     if sizes[0] * sizes[1] > there or sizes[2] > tensors:
         raise ModelError(
             f"{model_dir}/config.json: a vocabulary of {sizes[0]}, width {sizes[1]} and {sizes[2]} layers are more "
             f"than {tensors} tensors in {there} bytes of weights can hold"
         )
+
+
+def stated_sizes(config: dict[str, object], model_dir: Path) -> list[int]:
+    """The vocabulary, the width and the number of layers, for which transformers would take its defaults.
+
+    :raises ModelError: the config lacks one.
+    """
+    return [_whole_number(config, key, model_dir) for key in ("vocab_size", "hidden_size", "num_hidden_layers")]
 
 
 def _whole_number(config: dict[str, object], key: str, model_dir: Path) -> int:
