@@ -125,7 +125,7 @@ def detect(fault: Fault, source: Source, twin: Callable[[str], str]) -> Detectio
         return _without_numbers(fault, judged.result)
     if fault.known:
         rows = [row for row in load_explanations().explanation if row.id in judged.applicable and row.change]
-        first = next(result for result in judged.evidence.under(combined(rows)) if result.status is Status.FAIL)
+        first = next(result for result in judged.evidence.under(combined(rows))[1] if result.status is Status.FAIL)
     return Detection(fault, first.name, first.reason)
 
 

@@ -27,8 +27,9 @@ from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.hunt.genes import Genes, case_of
 from candle_mi_parity.judge.case import Judged, Progress, failure_of, judge_mode
 from candle_mi_parity.judge.known import Evidence, explained, known_divergence, known_refusal
+from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import model_key, tensor_values, tiny_config, write_config
-from candle_mi_parity.models.prepared_case import PreparedCase, prepare
+from candle_mi_parity.models.prepared_case import PreparedCase, prepare, stated_sizes
 from candle_mi_parity.models.unusual import varied, write_unusual
 from candle_mi_parity.oracle.built import Shapes, built_model
 from candle_mi_parity.oracle.compute import round_weights
@@ -156,7 +157,7 @@ class Bench:
         assert isinstance(model, TinyModel)
         plain = not model.layout and model.shards == 1
         built = self._build(model, dtype) if plain else None
-        subject = prepare(case, self.scratch)
+        subject = prepare(case, self.scratch, built.config if built is not None else None)
         oracle = Oracle(subject, self.scratch, self.source.device, filed=False)
         if built is not None:
             oracle.load = partial(_with_weights_of, built)
@@ -175,6 +176,7 @@ class Bench:
             write_config(config, model.dialect, directory)
 
             def weights(shapes: Shapes) -> Mapping[str, np.ndarray]:
+                stated_sizes(read_config(directory), directory)  # transformers' own are those of a large model
                 plain = {name: _values(name, shape, offset) for name, shape in shapes.items()}
                 return varied(plain, offset, model.weights) if model.weights else plain
 

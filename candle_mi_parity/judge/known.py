@@ -81,14 +81,13 @@ class Evidence:
     def subject(self) -> PreparedCase:
         return self.oracle.subject
 
-    def under(self, change: Counterfactual) -> list[TensorResult]:
-        """Compare every tensor of the candidate with the truth of a counterfactual.
+    def under(self, change: Counterfactual) -> tuple[Truth, list[TensorResult]]:
+        """The truth of a counterfactual, and every tensor of the candidate compared with it.
 
         :raises ParityError: the counterfactual has no truth.
         """
-        return compare(
-            self.oracle.under(change).truth(), self.trace, decoder_of(self.subject, change), self.selection
-        )
+        truth = self.oracle.under(change).truth()
+        return truth, compare(truth, self.trace, decoder_of(self.subject, change), self.selection)
 
     @cached_property
     def facts(self) -> Facts:
@@ -117,7 +116,7 @@ def explained(evidence: Evidence, change: Counterfactual, rows: list[Explanation
     :param rows: the explanations that ``change`` combines; empty for one that was found by search.
     """
     try:
-        truth, results = evidence.oracle.under(change).truth(), evidence.under(change)
+        truth, results = evidence.under(change)
     except ParityError as error:
         return NotExplained(f"{change.describe()} has no truth: {error}")
     if wrong := [result for result in results if result.status is Status.FAIL]:

@@ -61,9 +61,10 @@ class PreparedCase:
     special: SpecialIds = SpecialIds()
 
 
-def prepare(case: Case, cache: Path) -> PreparedCase:
+def prepare(case: Case, cache: Path, loaded: Any = None) -> PreparedCase:
     """Prepare a row of the case table.
 
+    :param loaded: transformers' config of the model, if it was loaded before.
     :raises ParityError: one line on what is missing or malformed.
     """
     model_dir = model_directory(case.model, cache)
@@ -71,7 +72,10 @@ def prepare(case: Case, cache: Path) -> PreparedCase:
     # Before transformers reads it: for a model_type that transformers lacks, a config may name code of its own.
     family_of(str(config.get("model_type")))
     _check_sizes(config, model_dir)
-    special = _check_config(model_dir, file_digest(model_dir / "config.json"), cache)
+    if loaded is None:
+        special = _check_config(model_dir, file_digest(model_dir / "config.json"), cache)
+    else:
+        special = SpecialIds(*_special_ids(loaded, model_dir))
     tokens = _token_ids(case, model_dir, config, cache)
     vocabulary = _whole_number(config, "vocab_size", model_dir)
     if not tokens[0]:
@@ -153,6 +157,14 @@ def _ask_transformers(model_dir: Path) -> list[int | None]:
 
     with transformers_runs(model_dir):
         config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    return _special_ids(config, model_dir)
+
+
+def _special_ids(config: Any, model_dir: Path) -> list[int | None]:
+    """The fields of :class:`SpecialIds` of transformers' config.
+
+    :raises ModelError: it is a config of another class than the file says.
+    """
     raw = read_config(model_dir)
     if config.model_type != (written := raw.get("model_type")):
         why = " because of its `layer_types`" if written == "mistral" and "layer_types" in raw else ""
@@ -170,12 +182,20 @@ def _check_sizes(config: dict[str, object], model_dir: Path) -> None:
     """Refuse sizes that the weights cannot have, before anything of these sizes is allocated."""
     tensors = len(weight_tensors(model_dir))
     there = sum(file.stat().st_size for file in weight_files(model_dir))
-    sizes = [_whole_number(config, key, model_dir) for key in ("vocab_size", "hidden_size", "num_hidden_layers")]
+    sizes = stated_sizes(config, model_dir)
     if sizes[0] * sizes[1] > there or sizes[2] > tensors:
         raise ModelError(
             f"{model_dir}/config.json: a vocabulary of {sizes[0]}, width {sizes[1]} and {sizes[2]} layers are more "
             f"than {tensors} tensors in {there} bytes of weights can hold"
         )
+
+
+def stated_sizes(config: dict[str, object], model_dir: Path) -> list[int]:
+    """The vocabulary, the width and the number of layers, for which transformers would take its defaults.
+
+    :raises ModelError: the config lacks one.
+    """
+    return [_whole_number(config, key, model_dir) for key in ("vocab_size", "hidden_size", "num_hidden_layers")]
 
 
 def _whole_number(config: dict[str, object], key: str, model_dir: Path) -> int:

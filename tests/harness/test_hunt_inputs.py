@@ -235,3 +235,17 @@ def test_the_entries_of_an_input() -> None:
     }
     assert entries_of(genes) == {"config.a.b=1": "config.a", "config.c null": "config.c",
                                  "weights.norm-zero": "weights.norm-zero", "shards=2": "shards"}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers"])
+def test_a_model_of_unstated_size_is_refused_before_it_is_filled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str
+) -> None:
+    """transformers' defaults are the sizes of a large model."""
+
+    def filled(*arguments: object) -> np.ndarray:
+        raise AssertionError("weights were drawn")
+
+    monkeypatch.setattr("candle_mi_parity.hunt.bench._values", filled)
+    answer = bench(tmp_path).judge("llama", {f"config.{key}": ["absent"]})
+    assert (answer.kind, answer.key) == ("no-truth", f"…: {key} is None, expected a positive whole number")
