@@ -43,6 +43,7 @@ class Recorder:
 
     :ivar allowed: layer → boolean [T, T], the entries that the attention mask allows.
     :ivar attended: layer → boolean [H, T, T], the entries that edited scores leave of these.
+    :ivar scalings: hook of the scores → the factor by which the products of queries and keys were multiplied.
     :param edits: changes of a hook's tensor after it was recorded (candle-mi's ``Intervention``).
     :param variants: other arithmetic of the attention, for a counterfactual.
     """
@@ -52,6 +53,7 @@ class Recorder:
         self.tensors: Captured = {}
         self.allowed: dict[int, torch.Tensor] = {}
         self.attended: dict[int, torch.Tensor] = {}
+        self.scalings: dict[str, float] = {}
         self.edits = edits or {}
         self._owed: Captured = {}
 
@@ -75,6 +77,11 @@ class Recorder:
 def recorded() -> Captured:
     """What the current forward pass has recorded so far."""
     return _recorder.get().tensors
+
+
+def scalings() -> dict[str, float]:
+    """See :class:`Recorder`; of the current forward pass."""
+    return _recorder.get().scalings
 
 
 def replacing(replacement: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -109,7 +116,9 @@ def attention(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     arrived = scores
-    scores = recorder.at(f"blocks.{layer}.attn.hook_scores", scores)
+    name = f"blocks.{layer}.attn.hook_scores"
+    recorder.scalings[name] = scaling
+    scores = recorder.at(name, scores)
     allowed = attention_mask == 0
     if Variant.NO_CAUSAL_MASK in recorder.variants:
         allowed = torch.ones_like(allowed)

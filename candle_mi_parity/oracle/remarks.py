@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from candle_mi_parity.oracle.hooks import recorded
+from candle_mi_parity.oracle.hooks import recorded, scalings
 from candle_mi_parity.trace.truth import Expected
 
 
@@ -42,9 +42,10 @@ def beyond(tensors: Mapping[str, Expected], inner: Mapping[str, float], dtype: s
 
 @contextmanager
 def inner_values(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Hook → the largest input of a linear layer before it, filled while the model runs.
+    """Hook → the largest value between it and the hook before it, filled while the model runs.
 
-    The gated product of an MLP and the attended values are between two hook points and may exceed float16's range.
+    The inputs of linear layers, and the products of queries and keys before they are scaled: the gated product of an
+    MLP, the attended values and these products may exceed float16's range where no hook's tensor does.
     """
     largest: dict[int, float] = {}
     names: dict[str, float] = {}
@@ -56,6 +57,8 @@ def inner_values(model: nn.Module) -> Iterator[dict[str, float]]:
     def after(_module: nn.Module, _args: object, _out: object) -> None:
         order = list(recorded())
         names.update({order[place]: value for place, value in largest.items() if place < len(order)})
+        for name, scaling in scalings().items():
+            names[name] = max(names.get(name, 0.0), float(recorded()[name].abs().max()) / scaling)
 
     handles = [m.register_forward_pre_hook(before) for m in model.modules() if isinstance(m, nn.Linear)]
     handles.append(model.register_forward_hook(after))

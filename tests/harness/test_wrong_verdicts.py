@@ -296,6 +296,20 @@ def test_what_float16_cannot_hold_is_unmeasured(judged: Judged, tmp_path: Path, 
     assert "is beyond float16's range at blocks." in by_name["logits"].detail
 
 
+def test_a_product_of_queries_and_keys_that_float16_cannot_hold_is_unmeasured(judged: Judged, tmp_path: Path) -> None:
+    """The scores are these products times a factor below 1, and may be within the range themselves."""
+
+    def change(weights: Weights) -> None:
+        weights["model.layers.1.self_attn.q_proj.weight"] *= 100
+        weights["model.layers.1.self_attn.k_proj.weight"] *= 80
+
+    found = judged(local(tmp_path / "model", "llama", change).model_copy(update={"dtype": "float16"}))
+    assert found.status is Status.UNMEASURED, found.message()
+    assert found.error.startswith("blocks.1.attn.hook_scores: the truth's largest value ")
+    by_name = {tensor.name: tensor for tensor in found.tensors}
+    assert by_name["blocks.1.attn.hook_k"].status is Status.PASS
+
+
 def test_what_the_format_holds_is_measured(judged: Judged, tmp_path: Path) -> None:
     for dtype, up, down in (("float16", 300, 10), ("float16", 1000, 0.01), ("float32", 300, 1000)):
         case = local(tmp_path / f"{dtype}-{up}", "llama", loud(up, down))
