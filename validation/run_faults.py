@@ -183,9 +183,9 @@ def steering_unnormalised(run: Running) -> None:
 def steering_to_the_future(run: Running) -> None:
     original = interventions.set_steering
 
-    def change(chosen: Any, value: float, all_columns: bool = False) -> Callable[[Tensor], Tensor]:
-        # Weights that are 0 are taken for ones of almost 0, so that they get a share of what is moved.
-        return lambda pattern: original(chosen, value, all_columns)(torch.where(pattern == 0, 1e-30, pattern))
+    def change(chosen: Any, value: float, all_columns: bool, keys: object) -> Callable[[Tensor], Tensor]:
+        # Keys in the future have a share of what is moved too, as if the query attended to them.
+        return original(chosen, value, all_columns, keys=lambda: torch.ones(1, dtype=torch.bool))
 
     run.patch(interventions, "set_steering", change)
 

@@ -84,6 +84,12 @@ def scalings() -> dict[str, float]:
     return _recorder.get().scalings
 
 
+def attended(layer: int) -> torch.Tensor:
+    """Boolean [T, T] or [H, T, T]: the keys that each query attends to in the current forward pass."""
+    recorder = _recorder.get()
+    return recorder.attended.get(layer, recorder.allowed[layer])
+
+
 def replacing(replacement: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """The edit that replaces a hook's tensor by another [B, …], repeated where samples share a pass."""
     return lambda tensor: replacement.repeat(tensor.shape[0] // replacement.shape[0], *[1] * (replacement.dim() - 1))

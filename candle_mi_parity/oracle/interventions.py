@@ -6,6 +6,7 @@ They work in any format and for samples in one batch, so that truth, noise and t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import seeded_words
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.models.sae import load_sae
-from candle_mi_parity.oracle.hooks import Captured, Edits, forward, replacing
+from candle_mi_parity.oracle.hooks import Captured, Edits, attended, forward, replacing
 from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual, Variant
 from candle_mi_parity.spec.edits import (
@@ -97,7 +98,8 @@ def _change(
             times = np.minimum(times, 1)
         if edit.how == "scale":
             return scale_steering(times, edit.value)
-        return set_steering(times, edit.value, counterfactual.has(Variant.STEERING_OVER_ALL_COLUMNS))
+        over_all = counterfactual.has(Variant.STEERING_OVER_ALL_COLUMNS)
+        return set_steering(times, edit.value, over_all, keys=partial(attended, int(edit.hook.split(".")[1])))
     if isinstance(edit, Scale):
         return lambda tensor: _finite_only(tensor, tensor * edit.factor)
     if isinstance(edit, Zero):
@@ -147,7 +149,13 @@ def scale_steering(times: np.ndarray, factor: float, least: float = -torch.inf) 
     return change
 
 
-def set_steering(times: np.ndarray, value: float, all_columns: bool = False, least: float = -torch.inf) -> Change:
+def set_steering(
+    times: np.ndarray,
+    value: float,
+    all_columns: bool = False,
+    least: float = -torch.inf,
+    keys: Callable[[], torch.Tensor] | None = None,
+) -> Change:
     """Set chosen weights to ``value``, take the difference in equal shares from the row's others, and normalise.
 
     The other weights are those of keys that the query attends to; they are clamped at 0.
@@ -155,11 +163,14 @@ def set_steering(times: np.ndarray, value: float, all_columns: bool = False, lea
     :param times: see :func:`scale_steering`; the difference is taken as often.
     :param all_columns: for a counterfactual, whether future keys have a share too.
     :param least: see :func:`scale_steering`.
+    :param keys: the keys that are attended to, boolean, broadcast against the pattern. None for those with a weight
+        other than 0, which depends on the format where a softmax saturates.
     """
 
     def change(pattern: torch.Tensor) -> torch.Tensor:
         selected = torch.from_numpy(times > 0).to(pattern.device)
-        others = (pattern != 0) & ~selected if not all_columns else (~selected).expand_as(pattern)
+        there = pattern != 0 if keys is None else keys().to(pattern.device)
+        others = there & ~selected if not all_columns else (~selected).expand_as(pattern)
         gained = value * torch.from_numpy(times.sum(-1, keepdims=True)).to(pattern)
         weighted = torch.where(selected, pattern, 0.0) * torch.from_numpy(times).to(pattern)
         gained = gained - weighted.sum(-1, keepdim=True)

@@ -249,3 +249,36 @@ def test_a_model_of_unstated_size_is_refused_before_it_is_filled(
     monkeypatch.setattr("candle_mi_parity.hunt.bench._values", filled)
     answer = bench(tmp_path).judge("llama", {f"config.{key}": ["absent"]})
     assert (answer.kind, answer.key) == ("no-truth", f"…: {key} is None, expected a positive whole number")
+
+
+FALSE_ALARMS: dict[str, tuple[str, Genes, str]] = {
+    "a weight that float32 rounds to 0 has its share of a steering": (
+        "llama",
+        {
+            "weights.norm-large": True,
+            "tokens": {"random": 5},
+            "config.num_attention_heads": ["set", 2],
+            "edit.0": {"kind": "steer", "hook": "blocks.0.attn.hook_pattern", "how": "set_value", "value": 1.0}
+            | {"spec": {"layers": [0, 0], "edges": [[4, 3]]}},
+        },
+        "agree",
+    ),
+    "a product of query and key beyond float16": (
+        "gemma",
+        {
+            "weights.norm-large": True,
+            "tokens": {"random": 1},
+            "dtype": "float16",
+            "edit.0": {"kind": "add", "hook": "blocks.0.attn.hook_q", "seed": 2, "size": 10.0},
+        },
+        "unmeasured",
+    ),
+}
+"""What hunts of PyTorch in float32 and float16 called a divergence, and what it has to be called."""
+
+
+@pytest.mark.parametrize("name", FALSE_ALARMS)
+def test_what_was_a_false_alarm_is_none(name: str, tmp_path: Path) -> None:
+    family, genes, kind = FALSE_ALARMS[name]
+    answer = bench(tmp_path).judge(family, genes)
+    assert (answer.kind, answer.detail) == (kind, "")
