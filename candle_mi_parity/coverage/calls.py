@@ -119,7 +119,9 @@ class Formula(StrEnum):
     EDGES_REPEATED = "edges-repeated"
     """An edge that is given twice is scaled twice, and counts twice in what is set."""
     SMALL_SUMS_KEPT = "small-sums-kept"
-    """A row that sums to at most 1e-10 is not normalised."""
+    """A row that sums to at most 1e-10, or to NaN, is not normalised."""
+    NAN_CLAMPED = "nan-clamped"
+    """Where a weight is set, clamping at 0 makes 0 of NaN; of a NaN that is replaced, 0 of all others of its row."""
     NORM_OUT_OF_RANGE = "norm-out-of-range"
     """From the first eigenvalue on whose square float32 has no number for, PCA gives NaN, or 0 of no variance."""
 
