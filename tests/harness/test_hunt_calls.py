@@ -28,6 +28,7 @@ class Fake(TorchCallee):
     """PyTorch with a planted fault: a function of a call and its right answer."""
 
     def __init__(self, fault: Callable[[CallTable, Path, Answered], Answered]) -> None:
+        super().__init__()
         self._fault = fault
 
     def answer(self, table: CallTable, directory: Path) -> Answered:
@@ -122,7 +123,7 @@ def test_a_number_where_pytorch_raises_a_refusal_and_a_panic_are_found(tmp_path:
         assert [cause.reason for cause in causes] == [reason]
 
 
-def judged(tmp_path: Path, fn: str, sae: SaeRow, x: Any, known: KnownOf, **results: list[Any]) -> Judged:
+def judged(tmp_path: Path, fn: str, sae: SaeRow, x: Any, known: KnownOf, **results: Any) -> Judged:
     """The judgement of an SAE's answer; of PyTorch's own in float32 without results."""
     row = CallRow(id="generated", fn=fn, args={"x": "x"}, sae="sae")
     table = CallTable(tensors={"x": InputTensor(values=x)}, saes={"sae": sae}, call=[row])
@@ -161,6 +162,17 @@ def test_a_formula_of_features_that_rounding_orders_explains_nothing(tmp_path: P
     top1 = SaeRow(architecture="topk", width=1, features=2, k=1, tensors={"W_enc": [[0.1, 0.1]]})
     assert judged(tmp_path, "encode", top1, [[-3.0]], KNOWN).what == "agree"
     assert judged(tmp_path, "encode", top1, [[-3.0]], KNOWN, value=[[5.0, 5.0]]).what == "cause"
+
+
+def test_what_a_formula_gives_beyond_the_range_of_float32_is_known_if_it_is_the_same(tmp_path: Path) -> None:
+    """The square of twice the input overflows, and that of the input, without the negative feature, does not."""
+    top1 = SaeRow(architecture="topk", width=1, features=1, k=1, tensors={"W_enc": [[-1.0]], "W_dec": [[1.0]]})
+
+    def of(value: float) -> str:
+        return judged(tmp_path, "reconstruction_error", top1, [[1e19]], KNOWN, value=value).what
+
+    assert [of(np.inf), of(-np.inf), of(np.nan), of(3e38)] == ["known", "cause", "cause", "cause"]
+    assert of(float(np.float32(1e19) ** 2)) == "agree"
 
 
 @pytest.mark.parametrize(
