@@ -112,7 +112,7 @@ class Hunt:
     def __post_init__(self) -> None:
         for feature in self.result.seen:  # of a hunt that goes on
             family, reads, key = feature.partition(" reads ")
-            if reads and "." not in key:
+            if reads and "." not in key and family in self.grammar.keys:  # a message may hold the word, too
                 self.grammar.keys[family].add(key)
 
     @cached_property

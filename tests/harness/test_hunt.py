@@ -1,6 +1,5 @@
 """The loop of a hunt: what is found once, counted, kept, written, and gone on with."""
 
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -15,9 +14,9 @@ from safetensors.numpy import load_file
 
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import LiveSource
-from candle_mi_parity.compare.hunt_result import Cause, Entry, HuntResult, Tally
+from candle_mi_parity.compare.hunt_result import Cause, HuntResult, Tally
 from candle_mi_parity.compare.run_result import Verdict
-from candle_mi_parity.errors import Stopped, TraceError
+from candle_mi_parity.errors import Stopped
 from candle_mi_parity.hunt import worker
 from candle_mi_parity.hunt.bench import Answer
 from candle_mi_parity.hunt.genes import Genes, case_of
@@ -224,13 +223,9 @@ def test_the_verdict(change: dict[str, Any], expected: Verdict) -> None:
     assert result.verdict is expected
 
 
-def test_a_file_that_is_no_hunt_is_refused(tmp_path: Path) -> None:
-    HuntResult("torch", 0, ["llama"], entries={"x": Entry(1)}).write(tmp_path / "hunt.json")
-    held = json.loads((tmp_path / "hunt.json").read_text())
-    for change in ({"format": "other/1"}, {"seed": "x"}, {"tallies": 3}):
-        (tmp_path / "hunt.json").write_text(json.dumps(held | change))
-        with pytest.raises(TraceError, match=r"hunt\.json"):
-            HuntResult.read(tmp_path / "hunt.json")
+def test_a_message_with_the_word_reads_is_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = HuntResult("torch", 1, ["llama"], seen={"refused: candle-mi reads nothing": 1})
+    hunted(monkeypatch, tmp_path, digest_of(), ROUND, result)
 
 
 # --- The end of a hunt

@@ -225,6 +225,18 @@ def test_float16_loses_numbers_below_its_normal_range(tmp_path: Path) -> None:
     assert bench(tmp_path).judge("phi3", {"dtype": "float16", "weights.matrices-tiny": True}).kind == "unmeasured"
 
 
+@pytest.mark.parametrize(("threshold", "kind"), [(0.25, "agree"), (1e6, "unmeasured")])
+def test_an_sae_of_which_no_feature_fires_shows_nothing(tmp_path: Path, threshold: float, kind: str) -> None:
+    """As in a case, which is UNMEASURED then; a fault is found all the same."""
+    genes: Genes = {"sae.cfg.architecture": ["set", "jumprelu"], "sae.threshold": threshold}
+    assert bench(tmp_path).judge("llama", genes).kind == kind
+
+    def fault(subject: PreparedCase, arrays: dict[str, np.ndarray]) -> None:
+        arrays["sae.recon"] += 1
+
+    assert bench(tmp_path, fault).judge("llama", genes).kind == "new"
+
+
 def test_the_entries_of_an_input() -> None:
     genes: Genes = {
         "config.a": ["set", {"b": 1}],

@@ -188,9 +188,9 @@ def test_a_hunt_that_is_stopped_twice_leaves_no_process_and_no_file(tmp_path: Pa
             time.sleep(0.05)
         assert process.wait(60) in (2, -number)
         until = time.monotonic() + 20
-        while (alive(token) or list(memory.iterdir())) and time.monotonic() < until:
+        while (alive(token) or any(memory.iterdir())) and time.monotonic() < until:
             time.sleep(0.05)
-        assert not alive(token) and not list(memory.iterdir())
+        assert not alive(token) and not any(memory.iterdir())
     finally:
         for left in alive(token):
             os.kill(left, signal.SIGKILL)
