@@ -105,7 +105,7 @@ class Formula(StrEnum):
     TOPK_WITHOUT_RELU = "topk-without-relu"
     """TopK keeps negative values among the k largest; a negative k-th value becomes 0 if k is below d_sae."""
     TIES_WITHIN_EPSILON = "ties-within-epsilon"
-    """Values within float32's epsilon of the k-th largest are tied with it; of more than k the last are dropped."""
+    """Values nearer than float32's epsilon to the k-th largest are tied with it; of too many the last are dropped."""
     NEGATIVE_THRESHOLD_KEPT = "negative-threshold-kept"
     """A JumpReLU feature with a negative threshold fires with a negative value."""
     NAN_IS_ZERO = "nan-is-zero"

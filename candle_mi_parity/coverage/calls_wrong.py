@@ -98,7 +98,7 @@ class LooseTopK(TorchSae):
     """TopK as ``topk_cpu`` of candle-mi 0.2.2 computes it (``src/sae/mod.rs``).
 
     Values below the k-th largest become 0. If more than k are then at or above it (zeros are, if it is negative),
-    those within ``epsilon`` of it are dropped from the end. If k is d_sae, all are kept.
+    those nearer to it than ``epsilon`` are dropped from the end. If k is d_sae, all are kept.
 
     :param relu: whether ReLU follows.
     """
@@ -115,7 +115,7 @@ class LooseTopK(TorchSae):
             fires = pre >= kth
             kept = torch.where(fires, pre, 0.0)
             excess = (kept >= kth).sum(-1, keepdim=True) - self.k
-            tied = (kept - kth).abs() <= self._epsilon
+            tied = (kept == kth) | ((kept - kth).abs() < self._epsilon)
             fires = fires & ~(tied & (tied.flip(-1).cumsum(-1).flip(-1) <= excess))
         return fires & (pre > 0) if self._positive_only else fires
 

@@ -125,7 +125,9 @@ def test_a_number_where_pytorch_raises_a_refusal_and_a_panic_are_found(tmp_path:
 
 def judged(tmp_path: Path, fn: str, sae: SaeRow, x: Any, known: KnownOf, **results: Any) -> Judged:
     """The judgement of an SAE's answer; of PyTorch's own in float32 without results."""
-    row = CallRow(id="generated", fn=fn, args={"x": "x"}, sae="sae")
+    row = CallRow(
+        id="generated", fn=fn, args={"x": "x"}, sae="sae", exact=fn in ("encode_sparse", "encode_with_strategy")
+    )
     table = CallTable(tensors={"x": InputTensor(values=x)}, saes={"sae": sae}, call=[row])
     directory = write_inputs(table, tmp_path)
     given = answered({name: np.array(values, dtype=np.float64) for name, values in results.items()})
@@ -162,6 +164,19 @@ def test_a_formula_of_features_that_rounding_orders_explains_nothing(tmp_path: P
     top1 = SaeRow(architecture="topk", width=1, features=2, k=1, tensors={"W_enc": [[0.1, 0.1]]})
     assert judged(tmp_path, "encode", top1, [[-3.0]], KNOWN).what == "agree"
     assert judged(tmp_path, "encode", top1, [[-3.0]], KNOWN, value=[[5.0, 5.0]]).what == "cause"
+
+
+def test_a_feature_that_is_epsilon_away_from_the_kth_is_not_tied_with_it(tmp_path: Path) -> None:
+    """Of four equal features and their negative, which is 0: a hunt found that the formula took it for tied."""
+    top1 = SaeRow(architecture="topk", width=1, features=5, k=1, tensors={"W_enc": [[1.0, 1.0, 1.0, 1.0, -1.0]]})
+    x = [[2.0**-23], [2.0**-149]]
+    rows = {count: [[each] * count + [0.0] * (5 - count) for (each,) in x] for count in (1, 2)}
+
+    def of(first: int, second: int) -> str:
+        value = [rows[first][0], rows[second][1]]
+        return judged(tmp_path, "encode_with_strategy", top1, x, KNOWN, value=value).what
+
+    assert [of(1, 1), of(1, 2), of(2, 2)] == ["agree", "known", "cause"]
 
 
 def test_what_a_formula_gives_beyond_the_range_of_float32_is_known_if_it_is_the_same(tmp_path: Path) -> None:
