@@ -87,7 +87,7 @@ class Storing:
         :raises CandidateError: the cases that remain are of another candle-mi.
         """
         if self._fields.setdefault("candle_mi", identity.model_dump()) != identity.model_dump():
-            raise CandidateError(f"{self.index} is of another candle-mi; store it without --cases")
+            raise CandidateError(f"{self.index} is of another candle-mi; store the whole release")
 
     def case(self, case_id: str) -> dict[str, object]:
         """The outcomes of a case, see :class:`StoredCase`, without those of an earlier index."""

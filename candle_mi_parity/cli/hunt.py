@@ -7,20 +7,30 @@ from typing import Annotated
 
 import typer
 
-from candle_mi_parity.cli.options import DEFAULT_CANDIDATE, CandidateOption
+from candle_mi_parity.cli.options import DEFAULT_CANDIDATE
+
+
+def _more_than_none(minutes: float | None) -> float | None:
+    if minutes is not None and not minutes > 0:
+        raise typer.BadParameter("must be more than 0")
+    return minutes
 
 
 def hunt_command(
-    candidate: CandidateOption = DEFAULT_CANDIDATE,
-    minutes: Annotated[float | None, typer.Option(min=0, help="How long; 5 without --inputs.")] = None,
+    candidate: Annotated[str, typer.Option(help="0.2.2 | path:DIR | git:URL@REV | torch")] = DEFAULT_CANDIDATE,
+    minutes: Annotated[
+        float | None, typer.Option(callback=_more_than_none, help="How long, more than 0; 5 without --inputs.")
+    ] = None,
     inputs: Annotated[int | None, typer.Option(min=1, help="How many inputs, in place of a time.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same inputs.")] = 0,
     families: Annotated[str, typer.Option(help="A glob over the families.")] = "*",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the hunt in --out.")] = False,
-    branches: Annotated[bool, typer.Option(help="Build candle-mi so that its branches are counted.")] = True,
+    branches: Annotated[
+        bool, typer.Option(help="Build candle-mi so that its branches are counted, which takes minutes once.")
+    ] = True,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("build/hunt"),
 ) -> None:
-    """Generate inputs and judge them. Exit code 0 nothing new, 1 something new, 2 ERROR."""
+    """Generate inputs and judge them. Exit code 0 nothing new, 1 something new, 2 ERROR, 3 out of reach."""
     from candle_mi_parity.report.hunt_tables import hunt_tables, progress_line
     from candle_mi_parity.report.tables import stdout
     from candle_mi_parity.report.terminal import Terminal, one_line_errors, progress_bar

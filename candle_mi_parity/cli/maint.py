@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from candle_mi_parity.cli.options import (
     OUT,
     CandidateOption,
     CasesOption,
+    OnlyOption,
     OutOption,
     globs,
 )
@@ -27,9 +29,10 @@ GEMMA_SCOPE = "google/gemma-scope-2b-pt-res:layer_0/width_16k/average_l0_105/par
 def store(
     candidate: Annotated[str, typer.Argument(help="A released version, as 0.2.2.")],
     cases: CasesOption = None,
+    only: OnlyOption = None,
     out: OutOption = OUT,
 ) -> None:
-    """Emit the cases of a release and keep the outcomes in rust_outputs/; with --cases, of those alone."""
+    """Emit a release and keep the outcomes in rust_outputs/, with --cases or --only of those cases or parts alone."""
     from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate
     from candle_mi_parity.candidate.store import Storing
     from candle_mi_parity.candidate.tokens import emit_tokens
@@ -44,12 +47,15 @@ def store(
     with one_line_errors():
         if (chosen := parse_candidate(candidate)).kind != "version":
             raise CandidateError(f"only releases are stored, not {candidate}")
-        with Storing(OUTPUTS / f"{candidate}.json", whole=not cases) as keep:
-            result = run_with_progress(RunOptions(candidate, globs(cases), out, keep=keep, search=0))
-            if not result.cases or (lost := [case for case in result.cases if case.status is Status.ERROR]):
-                reason = f"{lost[0].id}: {lost[0].error}" if result.cases else "no case ran"
+        with Storing(OUTPUTS / f"{candidate}.json", whole=not (cases or only)) as keep:
+            options = RunOptions(candidate, globs(cases), out, keep=keep, only=tuple(only or ()), search=0)
+            result = run_with_progress(options)
+            parts = [result.sections[part].results for part in ("calls", "tokens") if part in result.sections]
+            made = [*result.cases, *chain(*parts)]
+            if not made or (lost := [one for one in made if one.status is Status.ERROR]):
+                reason = f"{lost[0].id}: {lost[0].error}" if made else "nothing ran that is stored"
                 raise CandidateError(f"nothing is stored of {candidate}: {reason}")
-            if not cases:
+            if "tokens" in options.parts:
                 model = next(case.model for case in load_cases() if case.id == "smollm2/hub")
                 directory = model_directory(model, cache_root())
                 keep.whole_file(

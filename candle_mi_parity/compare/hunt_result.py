@@ -2,20 +2,60 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from candle_mi_parity.compare.run_result import Verdict
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.json_out import plain, unplain, write_json
 from candle_mi_parity.files.untrusted import read_json
+from candle_mi_parity.spec.counterfactual import Counterfactual
 
 HUNT_FORMAT = "candle-mi-parity/hunt/1"
 Kind = Literal["forward", "call", "text"]
+
+
+def _genes(genes: dict[str, Any]) -> dict[str, Any]:
+    """:raises ValueError: a slot does not hold what a hunt draws for it."""
+    for slot, value in genes.items():
+        if slot.startswith(("config.", "sae.cfg.")):
+            plain_key = value in (["null"], ["absent"])
+            right = plain_key or (isinstance(value, list) and len(value) == 2 and value[0] == "set")
+            wanted = '["set", value], ["null"] or ["absent"]'
+        elif slot.startswith("edit."):
+            right = isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("kind", "hook"))
+            wanted = "an edit with a kind and a hook"
+        elif slot == "tokens":
+            numbers = list(value.values()) if isinstance(value, dict) and "random" in value else value
+            right = isinstance(numbers, list) and all(isinstance(number, int) for number in numbers)
+            wanted = "a list of ids, or a number of random ones"
+        else:
+            continue
+        if not right:
+            raise ValueError(f"{slot} is {json.dumps(value)[:100]}, expected {wanted}")
+    return genes
+
+
+def _rows(table: Any) -> list[Any]:
+    return table if isinstance(table, list) else [table]
+
+
+def _change(change: dict[str, Any]) -> dict[str, Any]:
+    """:raises ValueError: it is no counterfactual."""
+    try:
+        Counterfactual.model_validate(change)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return change
+
+
+Genes = Annotated[dict[str, Any], AfterValidator(_genes)]
 
 
 @dataclass
@@ -41,9 +81,9 @@ class Cause:
     detail: str
     smallest: dict[str, Any]
     explained: str = ""
-    change: dict[str, Any] = field(default_factory=dict)
+    change: Annotated[dict[str, Any], AfterValidator(_change)] = field(default_factory=dict)
     count: int = 1
-    genes: dict[str, Any] = field(default_factory=dict)
+    genes: Genes = field(default_factory=dict)
     proposed: str = ""
     folder: str = ""
     no_folder: str = ""
@@ -58,7 +98,7 @@ class Tally:
     :ivar known: id of an explanation → number of inputs that it explains.
     :ivar refused: message of the candidate, with its numbers left out → number of inputs.
     :ivar no_truth: message of PyTorch or of the oracle, likewise → number of inputs.
-    :ivar unmeasured: number of inputs that rounding makes too noisy to judge.
+    :ivar unmeasured: number of inputs that are too noisy to judge, or excite nothing that is compared.
     """
 
     tried: int = 0
@@ -160,11 +200,11 @@ class HuntResult:
     causes: list[Cause] = field(default_factory=list)
     position: dict[int, int] = field(default_factory=dict)
     element: dict[int, int] = field(default_factory=dict)
-    nearest: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)
+    nearest: list[tuple[float, str, Genes]] = field(default_factory=list)
     faults: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
-    corpus: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    corpus: list[tuple[str, Genes]] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
     pairs: list[str] = field(default_factory=list)
     branches: Branches = field(default_factory=Branches)
@@ -198,11 +238,21 @@ class HuntResult:
         try:
             found = _ADAPTER.validate_python(read_json(path, TraceError))
         except ValidationError as error:
-            raise TraceError(f"{path}: not a hunt of this version: {one_line(str(error), 200)}") from error
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the whole"
+            raise TraceError(f"{path}: not a hunt of this version: {place}: {one_line(first['msg'], 300)}") from error
         if found.format != HUNT_FORMAT:
             raise TraceError(f"{path}: format is {one_line(found.format)}, expected {HUNT_FORMAT}")
+        for name, inputs in (("corpus", found.corpus), ("nearest", [each[1:] for each in found.nearest])):
+            for index, (family, _) in enumerate(inputs):
+                if family not in found.families:
+                    raise TraceError(f"{path}: {name}.{index}: {one_line(family, 80)!r} is not a family of this hunt")
+        if found.branches.of and not all(0 <= region < found.branches.of for region in found.branches.reached):
+            raise TraceError(f"{path}: branches.reached: not all are numbers of {found.branches.of} regions")
         for cause in found.causes:
             if cause.kind == "call":  # of which NaN and infinities are values
+                if not all(isinstance(row, dict) for rows in cause.smallest.values() for row in _rows(rows)):
+                    raise TraceError(f"{path}: causes: a smallest call has other tables than fixtures/calls.toml")
                 cause.smallest = unplain(cause.smallest)
         return found
 

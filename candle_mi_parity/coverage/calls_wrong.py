@@ -77,16 +77,28 @@ def _wrong_steering(
         times = np.minimum(times, 1)
     least = 1e-10 if Formula.SMALL_SUMS_KEPT in formulas else -math.inf
     if scale is not None:
-        return {"value": scale_steering(times, scale, least)(attention)}
+        value = scale_steering(times, scale, least)(attention)
+        scaled = attention * torch.from_numpy(scale ** times.astype(np.float64))
+        kept = scaled.sum(-1, keepdim=True).isnan() & (Formula.SMALL_SUMS_KEPT in formulas)
+        return {"value": torch.where(kept, scaled, value)}
     assert set_value is not None
+    if Formula.NAN_CLAMPED in formulas:
+        attention = _clamped(attention, torch.from_numpy(times > 0))
     return {"value": set_steering(times, set_value, Formula.OVER_ALL_COLUMNS in formulas, least)(attention)}
+
+
+def _clamped(attention: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Weights of which steering makes what it makes of NaN if clamping at 0 makes 0 of it: -inf, or 0 if replaced."""
+    lost = attention.isnan() & chosen.any(-1, keepdim=True)
+    others = ~chosen & (lost | (lost & chosen).any(-1, keepdim=True))
+    return attention.masked_fill(lost & chosen, 0.0).masked_fill(others, -torch.inf)
 
 
 class LooseTopK(TorchSae):
     """TopK as ``topk_cpu`` of candle-mi 0.2.2 computes it (``src/sae/mod.rs``).
 
     Values below the k-th largest become 0. If more than k are then at or above it (zeros are, if it is negative),
-    those within ``epsilon`` of it are dropped from the end. If k is d_sae, all are kept.
+    those nearer to it than ``epsilon`` are dropped from the end. If k is d_sae, all are kept.
 
     :param relu: whether ReLU follows.
     """
@@ -103,7 +115,7 @@ class LooseTopK(TorchSae):
             fires = pre >= kth
             kept = torch.where(fires, pre, 0.0)
             excess = (kept >= kth).sum(-1, keepdim=True) - self.k
-            tied = (kept - kth).abs() <= self._epsilon
+            tied = (kept == kth) | ((kept - kth).abs() < self._epsilon)
             fires = fires & ~(tied & (tied.flip(-1).cumsum(-1).flip(-1) <= excess))
         return fires & (pre > 0) if self._positive_only else fires
 
@@ -118,7 +130,8 @@ WRONG: dict[str, tuple[frozenset[Formula], Callable[..., Named]]] = {
     "create_knockout_mask": (frozenset({Formula.OUT_OF_RANGE_IGNORED}), _some_edges),
     "apply_steering": (
         frozenset({
-            Formula.OUT_OF_RANGE_IGNORED, Formula.OVER_ALL_COLUMNS, Formula.EDGES_REPEATED, Formula.SMALL_SUMS_KEPT}),
+            Formula.OUT_OF_RANGE_IGNORED, Formula.OVER_ALL_COLUMNS, Formula.EDGES_REPEATED, Formula.SMALL_SUMS_KEPT,
+            Formula.NAN_CLAMPED}),
         _wrong_steering),
     "pca_top_k": (frozenset({Formula.NORM_OUT_OF_RANGE}), lambda _, **args: gram(**args)),
 }  # fmt: skip

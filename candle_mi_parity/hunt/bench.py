@@ -25,8 +25,9 @@ from candle_mi_parity.compare.verdict import CaseResult, Explained, Status, Tens
 from candle_mi_parity.errors import CaseTableError, ExplanationError, ParityError, TraceError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.hunt.genes import Genes, case_of
-from candle_mi_parity.judge.case import Judged, Progress, failure_of, judge_mode
+from candle_mi_parity.judge.case import Judged, Progress, failure_of, judge_mode, status_of
 from candle_mi_parity.judge.known import Evidence, explained, known_divergence, known_refusal
+from candle_mi_parity.judge.notes import unexercised
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import model_key, tensor_values, tiny_config, write_config
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare, stated_sizes
@@ -198,8 +199,9 @@ class Bench:
         element = max((tensor.element_ratio for tensor in tensors if tensor.status is Status.PASS), default=0.0)
         first = next((tensor for tensor in tensors if tensor.status is Status.FAIL), None)
         if first is None:
-            noisy = any(tensor.status is Status.UNMEASURED for tensor in tensors)
-            kind: AnswerKind = "unmeasured" if noisy else "agree"
+            status, _ = status_of(tensors, oracle.subject.case, in_part=False)
+            judged_whole = status is Status.PASS and not unexercised(oracle.truth())
+            kind: AnswerKind = "agree" if judged_whole else "unmeasured"
             return Answer(kind, position=position, element=element, digest=digest)
         return replace(self._divergence(judged, first, found), digest=digest)
 

@@ -64,12 +64,17 @@ def expected(table: CallTable, directory: Path, formulas: Collection[Formula] = 
             return _pca(row, values, arrays[cast(str, row.args["matrix"])])
         if noisy and row.sae is not None and row.fn not in ("decode", "decoder_vector"):
             return _at_decisions(row, values, arrays["x"], directory, formulas)
-        if row.fn == "apply_steering" and any(np.isnan(each.value).any() for each in values.values()):
-            return Expected(row, unknown="a row of weights that sums to 0 or NaN has no normal form")
+        if row.fn == "apply_steering" and not formulas and _makes_nan(arrays, values):
+            return Expected(row, unknown="a row of weights that sums to 0 has no normal form")
         return Expected(row, values)
     except REFUSALS as error:
         check_refusal(error)
         return Expected(row, raises=(str(error) or type(error).__name__).splitlines()[0])
+
+
+def _makes_nan(arrays: dict[str, np.ndarray], values: Truths) -> bool:
+    given = any(np.isnan(array).any() for array in arrays.values())
+    return not given and any(np.isnan(each.value).any() for each in values.values())
 
 
 def _pca(row: CallRow, values: Truths, matrix: np.ndarray) -> Expected:

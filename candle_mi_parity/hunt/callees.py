@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +12,7 @@ import torch
 
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import LiveSource
-from candle_mi_parity.coverage.calls import TIMEOUT_SECONDS, Answer, Answered, CallRow, CallTable, read_calls
+from candle_mi_parity.coverage.calls import TIMEOUT_SECONDS, Answer, Answered, CallRow, CallTable, Formula, read_calls
 from candle_mi_parity.coverage.calls_compare import Results, answer_of
 from candle_mi_parity.coverage.calls_judge import PANICKED
 from candle_mi_parity.coverage.calls_measures import Named
@@ -57,13 +58,19 @@ class Emitted:
 
 
 class TorchCallee:
-    """The functions of :mod:`candle_mi_parity.coverage.calls_truth` in float32, without float64 or noise."""
+    """The functions of :mod:`candle_mi_parity.coverage.calls_truth` in float32, without float64 or noise.
+
+    :param formulas: known wrong formulas that are computed instead.
+    """
+
+    def __init__(self, formulas: Collection[Formula] = ()) -> None:
+        self._formulas = formulas
 
     def answer(self, table: CallTable, directory: Path) -> Answered:
         (row,) = table.call
         try:
-            once = computation(row, table.arrays(), directory, dtype=torch.float32)
-            values = finish(row, once())
+            once = computation(row, table.arrays(), directory, self._formulas, torch.float32)
+            values = finish(row, once(), self._formulas)
         except REFUSALS as error:
             return refused(str(error) or type(error).__name__)
         return answered(_results(row, values))

@@ -22,8 +22,8 @@ from candle_mi_parity.coverage.calls_compare import Results, compare_call
 from candle_mi_parity.coverage.calls_judge import PANICKED, KnownCall, KnownCalls, load_known_calls
 from candle_mi_parity.coverage.calls_wrong import SAE_FORMULAS
 from candle_mi_parity.hunt.call_inputs import GENERATED
-from candle_mi_parity.hunt.call_truth import Expected, Truths, expected
-from candle_mi_parity.hunt.callees import Callee, write_inputs
+from candle_mi_parity.hunt.call_truth import OVERFLOW, Expected, Truths, expected
+from candle_mi_parity.hunt.callees import Callee, TorchCallee, write_inputs
 from candle_mi_parity.spec.explanations import baseline
 from candle_mi_parity.trace.truth import TruthTensor
 
@@ -66,12 +66,12 @@ class KnownOf:
                 found.of.setdefault(fn, {})[row.id] = row
         return found
 
-    def together(self, fn: str) -> Iterator[dict[str, Formula]]:
-        """Id → wrong formula: one or several, fewest first."""
+    def together(self, fn: str) -> Iterator[tuple[tuple[str, ...], list[Formula]]]:
+        """Ids and their wrong formulas: one or several, fewest first."""
         rows = {row.id: row.formula for row in self.of.get(fn, {}).values() if row.formula is not None}
         for count in range(1, len(rows) + 1):
             for some in combinations(rows, count):
-                yield {id: rows[id] for id in some}
+                yield some, [rows[id] for id in some]
 
     def refusal(self, fn: str, message: str) -> str | None:
         """The id of the row that has the message."""
@@ -118,9 +118,9 @@ def judge(table: CallTable, answer: Answered, directory: Path, known: KnownOf) -
         status = {each.status for each in results}
         if Status.FAIL not in status:
             return Judged("unmeasured" if Status.UNMEASURED in status else "agree")
-    tried = [_under(table, directory, formulas, got) for formulas in known.together(row.fn)]
-    if decided := sorted((one for one in tried if one is not None), key=lambda one: one.what != "known"):
-        return decided[0]
+    for ids, formulas in known.together(row.fn):
+        if _under(table, directory, formulas, got):
+            return Judged("known", ids=ids)
     if wanted.raises:
         shown = {name: value.tolist() for name, value in got.items()}
         return Judged("cause", f"gives {shown}, and PyTorch raises: {wanted.raises}", CALL, "not refused")
@@ -132,20 +132,29 @@ def _all_pass(results: list[TensorResult]) -> bool:
     return all(each.status is Status.PASS for each in results)
 
 
-def _under(table: CallTable, directory: Path, formulas: dict[str, Formula], got: Results) -> Judged | None:
-    """Known if the answer is that of wrong formulas, None if it is not, and else why that cannot be said."""
+def _under(table: CallTable, directory: Path, formulas: list[Formula], got: Results) -> bool:
+    """Whether the answer is that of wrong formulas. A value that is unknown or lost in noise explains nothing.
+
+    Beyond float32's range only the same numbers do, of the formulas in float32.
+    """
     for noisy in (False, True):
-        under = expected(table, directory, formulas.values(), noisy)
-        if under.raises:
-            return None
-        if under.unknown:
-            return Judged("no_truth", f"with a known formula: {without_numbers(under.unknown)}")
+        under = expected(table, directory, formulas, noisy)
+        if under.unknown == OVERFLOW:
+            answer = TorchCallee(formulas).answer(table, directory)
+            return _same({each.name: each.array() for each in answer.results}, got)
+        if under.raises or under.unknown:
+            return False
         # A formula determines which of equal features are kept.
         strict = under.row.model_copy(update={"ties": False})
-        status = {each.status for each in compare(replace(under, row=strict), got)}
-        if status == {Status.PASS}:
-            return Judged("known", ids=tuple(formulas))
-    return None if Status.FAIL in status else Judged("unmeasured")
+        if _all_pass(compare(replace(under, row=strict), got)):
+            return True
+    return False
+
+
+def _same(one: Results, other: Results) -> bool:
+    """Whether two answers are the same numbers."""
+    pairs = [(one[name], other[name]) for name in one if name in other]
+    return one.keys() == other.keys() and all(np.array_equal(*pair, equal_nan=True) for pair in pairs)
 
 
 def _refusal(row: CallRow, message: str, wanted: Expected, known: KnownOf) -> Judged:
@@ -175,11 +184,9 @@ def compare(wanted: Expected, got: Results) -> list[TensorResult]:
             for name in wanted.free
         ]
         return [*compare(Expected(_plain(row), truth), {name: got[name] for name in truth}), *free]
+    if row.fn == "encode_sparse":
+        return _sparse(row, got, truth["features"])
     finite = all(np.isfinite(each.value).all() for each in truth.values())
-    if row.fn == "encode_sparse" and not finite:
-        lost = not np.isnan(got.get("values", np.zeros(0))).any()
-        status = Status.FAIL if lost and np.isnan(truth["features"].value).any() else Status.PASS
-        return [TensorResult("values", status, "nonfinite", detail="no value is NaN, and features are")]
     if row.fn == "top_changed_tokens" and not finite and "tokens" in got:
         return _any_order(row, got, truth)
     return compare_call(row, got, truth)
@@ -188,6 +195,18 @@ def compare(wanted: Expected, got: Results) -> list[TensorResult]:
 def _plain(row: CallRow) -> CallRow:
     """The row without its function's own rules."""
     return row.model_copy(update={"fn": "values"})
+
+
+def _sparse(row: CallRow, got: Results, features: TruthTensor) -> list[TensorResult]:
+    """NaN have no order: they are compared apart, and the others as if those features did not fire."""
+    if list(got) != ["indices", "values"] or got["indices"].shape != got["values"].shape:
+        return compare_call(row, got, {"features": features})
+    lost, nan = np.isnan(features.value), np.isnan(got["values"])
+    if not np.array_equal(np.sort(got["indices"][nan]), np.flatnonzero(lost)):
+        detail = f"NaN at features {got['indices'][nan].tolist()}, expected at {np.flatnonzero(lost).tolist()}"
+        return [TensorResult("values", Status.FAIL, "nonfinite", detail=detail)]
+    others = {"features": TruthTensor(np.where(lost, 0.0, features.value), features.noise)}
+    return compare_call(row, {name: array[~nan] for name, array in got.items()}, others)
 
 
 def _any_order(row: CallRow, got: Results, truth: Truths) -> list[TensorResult]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from candle_mi_parity.hunt import worker
 from candle_mi_parity.hunt.bench import Answer, Found
 from candle_mi_parity.hunt.genes import Genes, entries_of
 from candle_mi_parity.hunt.grammar import Grammar
+from candle_mi_parity.hunt.shrink import as_drawn
 from candle_mi_parity.hunt.worker import Input, Report, Search, Searched
 from candle_mi_parity.spec.counterfactual import Counterfactual
 from candle_mi_parity.spec.explanations import Explanations
@@ -37,6 +40,9 @@ CALLS_EVERY, CALLS = 2, 100
 TEXTS_EVERY, TEXTS = 6, 300
 """Texts are generated in every sixth round, for one tokenizer after the other, and how many."""
 LARGEST_CORPUS = 400
+MEMORY = Path("/dev/shm")
+"""A file system in memory, where writing an input's files takes no time; the usual place where there is none."""
+DIED = "the process of this suite died"
 NOTE_SECONDS = 10.0
 READ_EVERY = 24
 """Of so many inputs, one is loaded again to record the config keys that transformers reads."""
@@ -60,14 +66,21 @@ class Limits:
         return late or (self.inputs is not None and result.tried - inputs >= self.inputs)
 
 
-def processes(hunt: Hunt) -> Executor:
-    """A process for each core, each with a candidate of its own and one thread."""
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
-    # transformers' messages list sets, and which messages are new decides what is drawn.
-    os.environ["PYTHONHASHSEED"] = "0"
-    what = hunt.result.candidate, hunt.cache, hunt.table, hunt.counted
-    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), worker.start, what)
+class Processes(ProcessPoolExecutor):
+    """A process for each core, each with a candidate of its own and one thread; their files are removed with them."""
+
+    def __init__(self, hunt: Hunt) -> None:
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ.setdefault(name, "1")
+        # transformers' messages list sets, and which messages are new decides what is drawn.
+        os.environ["PYTHONHASHSEED"] = "0"
+        self._shared = Path(tempfile.mkdtemp(prefix="parity-hunt-", dir=MEMORY if MEMORY.is_dir() else None))
+        what = hunt.result.candidate, hunt.cache, hunt.table, hunt.counted, self._shared
+        super().__init__(os.cpu_count(), multiprocessing.get_context("spawn"), worker.start, what)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        shutil.rmtree(self._shared, ignore_errors=True)
 
 
 @dataclass
@@ -91,7 +104,7 @@ class Hunt:
     counted: bool = False
     calls: bool = False
     tokenizers: Sequence[tuple[str, Path]] = ()
-    start: Callable[[Hunt], Executor] = processes
+    start: Callable[[Hunt], Executor] = Processes
     note: Callable[[str], None] = lambda line: None
     _pool: Executor | None = None
     _everywhere: dict[str, Entry] = field(default_factory=dict)
@@ -99,7 +112,7 @@ class Hunt:
     def __post_init__(self) -> None:
         for feature in self.result.seen:  # of a hunt that goes on
             family, reads, key = feature.partition(" reads ")
-            if reads and "." not in key:
+            if reads and "." not in key and family in self.grammar.keys:  # a message may hold the word, too
                 self.grammar.keys[family].add(key)
 
     @cached_property
@@ -157,7 +170,7 @@ class Hunt:
             found: Searched = self._done(future, "judging direct calls" if search.kind == "call" else "judging texts")
         except BrokenProcessPool:
             self._close()
-            found = Searched(Tally(), [], search.already, f"the process of this suite died ({search.kind})")
+            found = Searched(Tally(), [], search.already, f"{DIED} ({search.kind})")
         result = self.result
         if found.fault:
             result.faults[found.fault] = result.faults.get(found.fault, 0) + 1
@@ -205,12 +218,14 @@ class Hunt:
         found = self._found()
         chunks = [inputs[start : start + CHUNK] for start in range(0, len(inputs), CHUNK)]
         waiting = [self._submit(worker.judge_all, chunk, found) for chunk in chunks]
+        pool = self._pool
         reports: list[Report] = []
         for chunk, future in zip(chunks, waiting, strict=True):
             try:
                 reports += self._done(future, f"judging round {self.result.rounds + 1}")
             except BrokenProcessPool:
-                self._close()
+                if self._pool is pool:  # the processes that replaced it are still good
+                    self._close()
                 reports += [self._alone(one, found) for one in chunk]
         return reports
 
@@ -221,7 +236,7 @@ class Hunt:
             return reports[0]
         except BrokenProcessPool:
             self._close()
-            return Report(one, Answer("fault", detail="the process of this suite died"))
+            return Report(one, Answer("fault", detail=DIED))
 
     def _count(self, report: Report) -> None:
         """Add a report to the result."""
@@ -276,7 +291,15 @@ class Hunt:
         one, found = first.input, self._found()
         future = self._submit(worker.close_in, one.family, one.genes, first.answer, found, self.limits.search)
         doing = f"shrinking and explaining what differs in {one.family} at {first.answer.first}"
-        self.result.causes.append(self._done(future, doing))
+        try:
+            cause = self._done(future, doing)
+        except BrokenProcessPool:
+            self._close()
+            told = f"{DIED} while it shrank this input"
+            self.result.faults[told] = self.result.faults.get(told, 0) + 1
+            answer = replace(first.answer, detail=f"broken: {told}; {first.answer.detail}")
+            cause = as_drawn(one.family, one.genes, answer)
+        self.result.causes.append(cause)
         again = self._judged([Input(report.input.family, report.input.genes) for report in others])
         self._close_in([report for report in again if is_new(report.answer)])
 
@@ -321,9 +344,13 @@ class Hunt:
         ]
 
     def _submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        if self._pool is None:
+        try:
+            self._pool = self._pool or self.start(self)
+            return self._pool.submit(work, *arguments)
+        except BrokenProcessPool:  # a process died since the last submission
+            self._close()
             self._pool = self.start(self)
-        return self._pool.submit(work, *arguments)
+            return self._pool.submit(work, *arguments)
 
     def _done(self, future: Future[Any], doing: str) -> Any:
         """A result, with notes while it is awaited."""

@@ -77,12 +77,17 @@ def cause_of(
     :param seconds: time limit of the search.
     """
     genes, answer = smallest(lambda fewer: bench.judge(family, fewer, found), genes, answer)
-    row = case_of(family, genes).model_dump(mode="json", exclude_defaults=True, exclude={"unmeasured", "stored"})
-    cause = Cause("forward", family, answer.first, answer.reason, answer.detail, row, genes=genes)
+    cause = as_drawn(family, genes, answer)
     if answer.kind == "new" and answer.reason != "overlap" and seconds > 0:
         with bench.cleared():
             _explain(cause, bench, family, genes, table, cache, seconds)
     return cause
+
+
+def as_drawn(family: str, genes: Genes, answer: Answer) -> Cause:
+    """The cause with these genes, neither shrunk nor explained."""
+    row = case_of(family, genes).model_dump(mode="json", exclude_defaults=True, exclude={"unmeasured", "stored"})
+    return Cause("forward", family, answer.first, answer.reason, answer.detail, row, genes=genes)
 
 
 def _explain(

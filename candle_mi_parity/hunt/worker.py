@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import shutil
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +27,6 @@ from candle_mi_parity.hunt.shrink import cause_of
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.oracle.fields_read import fields_read
 from candle_mi_parity.spec.explanations import Explanations
-
-_MEMORY = Path("/dev/shm")
-"""A file system in memory, where writing an input's files takes no time; the usual place where there is none."""
 
 
 @dataclass(frozen=True)
@@ -64,30 +66,44 @@ class Worker:
     bench: Bench
     table: Explanations
     cache: Path
-    scratch: tempfile.TemporaryDirectory[str]
+    scratch: Path
 
 
 _worker: Worker | None = None
 
 
-def start(candidate: str, cache: Path, table: Explanations, counted: bool) -> None:
+def start(candidate: str, cache: Path, table: Explanations, counted: bool, shared: Path) -> None:
     """Open the candidate in this process, which computes with one thread.
 
     :param counted: whether candle-mi's branches are counted.
+    :param shared: the directory of all processes of the hunt, which the hunt removes.
     """
     import torch
     import transformers
 
     global _worker
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches every process of a terminal; the hunt stops this one
+    threading.Thread(target=_end_with_the_hunt, args=[shared], daemon=True).start()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # an input may overflow, and is judged; the lines would be all that is seen
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    scratch = tempfile.TemporaryDirectory(prefix="parity-hunt-", dir=_MEMORY if _MEMORY.is_dir() else None)
-    tempfile.tempdir = scratch.name
-    source = open_source(parse_candidate(candidate), cache, Path(scratch.name) / "traces", _silent, counted=counted)
+    scratch = Path(tempfile.mkdtemp(dir=shared))
+    tempfile.tempdir = str(scratch)
+    source = open_source(parse_candidate(candidate), cache, scratch / "traces", _silent, counted=counted)
     if isinstance(source, LiveSource):
         source.seconds = SECONDS
-    _worker = Worker(Bench(source, table, Path(scratch.name) / "inputs"), table, cache, scratch)
+    _worker = Worker(Bench(source, table, scratch / "inputs"), table, cache, scratch)
+
+
+def _end_with_the_hunt(shared: Path) -> None:
+    """Wait until the process of the hunt is killed, or stopped twice; then remove all files and end this process."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker is a process of its own"
+    parent.join()
+    shutil.rmtree(shared, ignore_errors=True)
+    os._exit(1)
 
 
 def _silent(line: str) -> None: ...
@@ -204,7 +220,7 @@ def _search(search: Search) -> tuple[Tally, list[Cause]]:
     from candle_mi_parity.hunt.calls import hunt_calls
     from candle_mi_parity.hunt.texts import emitted, hunt_texts
 
-    source, scratch = worker().bench.source, Path(worker().scratch.name)
+    source, scratch = worker().bench.source, worker().scratch
     if search.tokenizer is None:
         callee = Emitted(source, scratch / "calls.json") if isinstance(source, LiveSource) else TorchCallee()
         return hunt_calls(callee, search.version, search.seed, search.examples, scratch, search.already)

@@ -54,6 +54,7 @@ def hunt_page(result: HuntResult) -> str:
         instead=instead,
         tables={kind: table for kind, (_, table) in KINDS.items()},
         plots=list(_plots(result)),
+        nearest=[(number(part), family, json.dumps(genes)) for part, family, genes in result.nearest],
         entries=len({name.partition(": ")[2] for name in result.entries}),
         most=LONGEST,
     )
@@ -122,7 +123,7 @@ def _shown(result: HuntResult, kind: Kind, tally: Tally) -> KindShown:
         "new": new,
         "refused by candle-mi": sum(tally.refused.values()),
         "without a truth": sum(tally.no_truth.values()),
-        "too noisy to judge": tally.unmeasured,
+        "too noisy to judge, or nothing to compare": tally.unmeasured,
     }
     lists = {
         "Refused by candle-mi, by message": tally.refused,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,19 @@ def remove(out: Path, *names: str) -> None:
             (out / name).unlink(missing_ok=True)
         except OSError as error:
             raise ReportError(f"cannot write {out / name}: {error.strerror}") from error
+
+
+def require_writable(out: Path) -> None:
+    """Find out whether files can be written to a directory, which is made.
+
+    :raises ReportError: they cannot.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ReportError(f"cannot write to {out}: {error.strerror}") from error
 
 
 def _write_quietly(result: RunResult, out: Path) -> None:

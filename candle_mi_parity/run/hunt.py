@@ -21,7 +21,7 @@ from candle_mi_parity.hunt.hunt import Hunt, Limits
 from candle_mi_parity.hunt.keys import defaults_of, keys_read
 from candle_mi_parity.models.tokenizers import load_tokenizers, tokenizer_directory
 from candle_mi_parity.report.hunt_page import PAGE
-from candle_mi_parity.report.views import remove
+from candle_mi_parity.report.views import remove, require_writable
 from candle_mi_parity.run.hunt_files import CAUSES, JSON, reproduce_causes, write
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN, load_explanations
 from candle_mi_parity.spec.paths import cache_root
@@ -71,10 +71,12 @@ def hunt(options: HuntOptions, log: Callable[[str], None], tell: Callable[[HuntR
 
     :param log: called with a line on what is being set up.
     :param tell: called after every round.
-    :raises ParityError: the candidate cannot be built, or the hunt to resume is of another kind.
+    :raises ParityError: the candidate cannot be built, the directory is not writable, or the hunt to resume is of
+        another kind.
     """
     families = all_families(options.families)
     path = options.out / JSON
+    require_writable(options.out)
     result = HuntResult(options.candidate, options.seed, families, command=options.command)
     if options.resume:
         result = HuntResult.read(path)
@@ -93,6 +95,11 @@ def hunt(options: HuntOptions, log: Callable[[str], None], tell: Callable[[HuntR
     parts = _parts(source, options.cache)
     result.skipped = parts.skipped
     branches = source.branches if isinstance(source, LiveSource) else None
+    if branches is not None and result.branches.of not in (0, len(branches.regions)):
+        raise CaseTableError(
+            f"{path}: candle-mi had {result.branches.of} regions of source and has {len(branches.regions)} now: it "
+            "is another candle-mi; hunt anew without --resume"
+        )
 
     written = time.monotonic()
 

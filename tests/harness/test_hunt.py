@@ -1,9 +1,8 @@
 """The loop of a hunt: what is found once, counted, kept, written, and gone on with."""
 
-import json
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -15,26 +14,28 @@ from safetensors.numpy import load_file
 
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import LiveSource
-from candle_mi_parity.compare.hunt_result import Cause, Entry, HuntResult, Tally
+from candle_mi_parity.compare.hunt_result import Cause, HuntResult, Tally
 from candle_mi_parity.compare.run_result import Verdict
-from candle_mi_parity.errors import Stopped, TraceError
+from candle_mi_parity.errors import Stopped
 from candle_mi_parity.hunt import worker
 from candle_mi_parity.hunt.bench import Answer
 from candle_mi_parity.hunt.genes import Genes, case_of
 from candle_mi_parity.hunt.grammar import Grammar
 from candle_mi_parity.hunt.hunt import ROUND, Hunt, Limits
 from candle_mi_parity.hunt.shrink import cause_of
-from candle_mi_parity.hunt.worker import Worker
+from candle_mi_parity.hunt.worker import Report, Worker
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.repro.crate import Dependencies
 from candle_mi_parity.run.hunt import HuntOptions, hunt
 from candle_mi_parity.run.hunt_files import reproduce_causes
+from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from tests.support.hunting import (
     KEYS,
     RELU,
     Fault,
     Faulty,
+    Here,
     Imagined,
     bench,
     digest_of,
@@ -137,6 +138,40 @@ def test_an_input_on_which_this_suite_dies_is_a_fault(monkeypatch: pytest.Monkey
     assert result.verdict is Verdict.ERROR and result.tried == 2 * ROUND
 
 
+def test_an_input_on_which_this_suite_dies_while_it_shrinks_is_a_cause_as_it_was_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def dies(*_: object) -> Cause:
+        raise BrokenProcessPool("planted")
+
+    monkeypatch.setattr(worker, "close_in", dies)
+    answer = new_where("config.hidden_act", RELU)
+    result = hunted(monkeypatch, tmp_path, answer, 3 * ROUND, HuntResult("torch", 3, ["mistral"]))
+    assert result.tried == 3 * ROUND and result.verdict is Verdict.FAIL
+    told = "the process of this suite died while it shrank this input"
+    assert result.faults == {told: len(result.causes)}
+    for cause in result.causes:
+        assert cause.detail == f"broken: {told}; " and cause.genes["config.hidden_act"] == RELU
+        assert answer(cause.what, cause.genes).kind == "new" and Case.model_validate(cause.smallest)
+
+
+def test_a_process_that_dies_between_two_submissions_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Dead(Here):
+        def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+            raise BrokenProcessPool("planted")
+
+    pools: list[Executor] = [Here(), Dead()]
+    limits = Limits(inputs=ROUND, search=0.0)
+    monkeypatch.setattr(worker, "judge_all", lambda inputs, found: [Report(one, Answer("agree")) for one in inputs])
+    grammar = Grammar(["mistral"], {"mistral": set(KEYS["mistral"])})
+    result = HuntResult("torch", 3, ["mistral"])
+    start = lambda hunt: pools.pop()  # noqa: E731
+    Hunt(result, grammar, NOTHING_KNOWN, tmp_path, limits, lambda found: None, start=start).run()
+    assert result.tallies["forward"].agree == ROUND and not result.faults and not pools
+
+
 def test_a_long_round_says_what_is_being_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The judgement of inputs and the search of one cause may each take minutes."""
     notes: list[str] = []
@@ -146,7 +181,7 @@ def test_a_long_round_says_what_is_being_done(monkeypatch: pytest.MonkeyPatch, t
         return new_where("config.hidden_act", RELU)(family, genes)
 
     monkeypatch.setattr("candle_mi_parity.hunt.hunt.NOTE_SECONDS", 0.005)
-    own = Worker(Imagined(tmp_path, answer), NOTHING_KNOWN, tmp_path, tempfile.TemporaryDirectory())
+    own = Worker(Imagined(tmp_path, answer), NOTHING_KNOWN, tmp_path, tmp_path)
     monkeypatch.setattr(worker, "_worker", own)
     monkeypatch.setattr(worker, "_keys", lambda one: ())
     grammar, limits = Grammar(["mistral"], {"mistral": set(KEYS["mistral"])}), Limits(inputs=384, search=0.0)
@@ -188,13 +223,9 @@ def test_the_verdict(change: dict[str, Any], expected: Verdict) -> None:
     assert result.verdict is expected
 
 
-def test_a_file_that_is_no_hunt_is_refused(tmp_path: Path) -> None:
-    HuntResult("torch", 0, ["llama"], entries={"x": Entry(1)}).write(tmp_path / "hunt.json")
-    held = json.loads((tmp_path / "hunt.json").read_text())
-    for change in ({"format": "other/1"}, {"seed": "x"}, {"tallies": 3}):
-        (tmp_path / "hunt.json").write_text(json.dumps(held | change))
-        with pytest.raises(TraceError, match=r"hunt\.json"):
-            HuntResult.read(tmp_path / "hunt.json")
+def test_a_message_with_the_word_reads_is_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = HuntResult("torch", 1, ["llama"], seen={"refused: candle-mi reads nothing": 1})
+    hunted(monkeypatch, tmp_path, digest_of(), ROUND, result)
 
 
 # --- The end of a hunt
@@ -311,7 +342,7 @@ def test_what_a_search_reached_is_not_laid_to_the_next_input(monkeypatch: pytest
     source.branches, source.made = counted, {}  # type: ignore[assignment]
     there = Imagined(tmp_path, lambda family, genes: Answer("agree"))
     there.source = source
-    own = Worker(there, NOTHING_KNOWN, tmp_path, tempfile.TemporaryDirectory())
+    own = Worker(there, NOTHING_KNOWN, tmp_path, tmp_path)
     monkeypatch.setattr(worker, "_worker", own)
     assert worker._taken(worker._counts()) == (), "the process was not started"
     counted.profile.write_text("started by a search, which reached the first region")

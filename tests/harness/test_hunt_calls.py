@@ -1,7 +1,9 @@
 """The hunt in direct calls finds planted faults in their smallest form, also behind known ones, and nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,12 +11,14 @@ import pytest
 from candle_mi_parity.candidate.sources import LiveSource, open_source
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.hunt_result import Cause, Tally
-from candle_mi_parity.coverage.calls import Answered, CallTable, Formula
+from candle_mi_parity.coverage.calls import Answered, CallRow, CallTable, Formula, InputTensor, SaeRow
 from candle_mi_parity.coverage.calls_truth import computation
 from candle_mi_parity.hunt.call_inputs import GENERATED
-from candle_mi_parity.hunt.callees import Emitted, TorchCallee, answered, refused
-from candle_mi_parity.hunt.calls import KnownOf, hunt_calls
+from candle_mi_parity.hunt.call_truth import Expected, expected
+from candle_mi_parity.hunt.callees import Emitted, TorchCallee, answered, refused, write_inputs
+from candle_mi_parity.hunt.calls import Judged, KnownOf, hunt_calls, judge
 from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.truth import TruthTensor
 
 KNOWN = KnownOf.release("0.2.2")
 NOTHING = KnownOf()
@@ -24,6 +28,7 @@ class Fake(TorchCallee):
     """PyTorch with a planted fault: a function of a call and its right answer."""
 
     def __init__(self, fault: Callable[[CallTable, Path, Answered], Answered]) -> None:
+        super().__init__()
         self._fault = fault
 
     def answer(self, table: CallTable, directory: Path) -> Answered:
@@ -116,6 +121,96 @@ def test_a_number_where_pytorch_raises_a_refusal_and_a_panic_are_found(tmp_path:
     for message, reason in [("no 12", "refused: no N"), ("panicked", "panic")]:
         _, causes = hunt(Fake(lambda *_, said=message: refused(said)), "create_causal_mask", tmp_path, examples=10)
         assert [cause.reason for cause in causes] == [reason]
+
+
+def judged(tmp_path: Path, fn: str, sae: SaeRow, x: Any, known: KnownOf, **results: Any) -> Judged:
+    """The judgement of an SAE's answer; of PyTorch's own in float32 without results."""
+    row = CallRow(
+        id="generated", fn=fn, args={"x": "x"}, sae="sae", exact=fn in ("encode_sparse", "encode_with_strategy")
+    )
+    table = CallTable(tensors={"x": InputTensor(values=x)}, saes={"sae": sae}, call=[row])
+    directory = write_inputs(table, tmp_path)
+    given = answered({name: np.array(values, dtype=np.float64) for name, values in results.items()})
+    return judge(table, given if results else TorchCallee().answer(table, directory), directory, known)
+
+
+def no_value(wanted: Expected) -> Expected:
+    return Expected(wanted.row, unknown="planted")
+
+
+def infinitely_noisy(wanted: Expected) -> Expected:
+    values = {name: TruthTensor(each.value, each.noise + np.inf) for name, each in wanted.values.items()}
+    return replace(wanted, values=values)
+
+
+@pytest.mark.parametrize("under", [no_value, infinitely_noisy])
+def test_a_known_formula_that_has_no_value_explains_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, under: Callable[[Expected], Expected]
+) -> None:
+    def planted(
+        table: CallTable, directory: Path, formulas: Collection[Formula] = (), noisy: bool = True
+    ) -> Expected:
+        found = expected(table, directory, formulas, noisy)
+        return under(found) if formulas and noisy else found
+
+    monkeypatch.setattr("candle_mi_parity.hunt.calls.expected", planted)
+    top1 = SaeRow(architecture="topk", width=2, features=2, k=1)
+    wrong = judged(tmp_path, "encode", top1, [[1.0, 2.0]], KNOWN, value=[[0.0, 2.5]])
+    assert (wrong.what, wrong.first, wrong.reason) == ("cause", "value", "values")
+
+
+def test_a_formula_of_features_that_rounding_orders_explains_nothing(tmp_path: Path) -> None:
+    """Of two negative features ReLU keeps neither; without it, which of the equal ones is kept is not specified."""
+    top1 = SaeRow(architecture="topk", width=1, features=2, k=1, tensors={"W_enc": [[0.1, 0.1]]})
+    assert judged(tmp_path, "encode", top1, [[-3.0]], KNOWN).what == "agree"
+    assert judged(tmp_path, "encode", top1, [[-3.0]], KNOWN, value=[[5.0, 5.0]]).what == "cause"
+
+
+def test_a_feature_that_is_epsilon_away_from_the_kth_is_not_tied_with_it(tmp_path: Path) -> None:
+    """Of four equal features and their negative, which is 0: a hunt found that the formula took it for tied."""
+    top1 = SaeRow(architecture="topk", width=1, features=5, k=1, tensors={"W_enc": [[1.0, 1.0, 1.0, 1.0, -1.0]]})
+    x = [[2.0**-23], [2.0**-149]]
+    rows = {count: [[each] * count + [0.0] * (5 - count) for (each,) in x] for count in (1, 2)}
+
+    def of(first: int, second: int) -> str:
+        value = [rows[first][0], rows[second][1]]
+        return judged(tmp_path, "encode_with_strategy", top1, x, KNOWN, value=value).what
+
+    assert [of(1, 1), of(1, 2), of(2, 2)] == ["agree", "known", "cause"]
+
+
+def test_what_a_formula_gives_beyond_the_range_of_float32_is_known_if_it_is_the_same(tmp_path: Path) -> None:
+    """The square of twice the input overflows, and that of the input, without the negative feature, does not."""
+    top1 = SaeRow(architecture="topk", width=1, features=1, k=1, tensors={"W_enc": [[-1.0]], "W_dec": [[1.0]]})
+
+    def of(value: float) -> str:
+        return judged(tmp_path, "reconstruction_error", top1, [[1e19]], KNOWN, value=value).what
+
+    assert [of(np.inf), of(-np.inf), of(np.nan), of(3e38)] == ["known", "cause", "cause", "cause"]
+    assert of(float(np.float32(1e19) ** 2)) == "agree"
+
+
+@pytest.mark.parametrize(
+    ("indices", "values"),
+    [
+        ([0, 3], [np.inf, np.inf]),
+        ([0, 3, 2], [np.inf, np.inf, np.nan]),
+        ([0, 3, 1, 2], [np.inf, np.inf, np.nan, np.nan]),
+        ([0, 1], [np.inf, np.nan]),
+        ([0, 3, 1], [np.inf, 3e38, np.nan]),
+        ([0, 3, 2, 1], [np.inf, np.inf, 1.0, np.nan]),
+    ],
+    ids=["no NaN", "NaN elsewhere", "one NaN more", "one lost", "another value", "one more fires"],
+)
+def test_a_sparse_encoding_with_nan_is_compared(tmp_path: Path, indices: list[int], values: list[float]) -> None:
+    """Of the pre-activations inf, NaN, -inf and inf; the second weight times an infinite input is NaN."""
+    sae = SaeRow(architecture="standard", width=1, features=4, tensors={"W_enc": [[1.0, 0.0, -1.0, 2.0]]})
+
+    def of(**results: list[Any]) -> Judged:
+        return judged(tmp_path, "encode_sparse", sae, ["inf"], NOTHING, **results)
+
+    assert of().what == of(indices=[3, 1, 0], values=[np.inf, np.nan, np.inf]).what == "agree"
+    assert of(indices=indices, values=values).what == "cause"
 
 
 def test_what_is_already_known_is_only_counted(tmp_path: Path) -> None:

@@ -225,6 +225,29 @@ def test_float16_loses_numbers_below_its_normal_range(tmp_path: Path) -> None:
     assert bench(tmp_path).judge("phi3", {"dtype": "float16", "weights.matrices-tiny": True}).kind == "unmeasured"
 
 
+JUMP = {"sae.cfg.architecture": ["set", "jumprelu"]}
+
+
+@pytest.mark.parametrize(
+    ("genes", "kind"),
+    [
+        (JUMP | {"sae.threshold": 0.25}, "agree"),
+        (JUMP | {"sae.threshold": 1e6}, "unmeasured"),
+        ({"edit.0": {"kind": "zero", "hook": "blocks.0.mlp.hook_post"}}, "agree"),
+        ({"edit.0": {"kind": "zero", "hook": "blocks.0.hook_resid_pre"}}, "unmeasured"),
+    ],
+    ids=["features fire", "no feature fires", "an MLP is 0", "almost everything is 0"],
+)
+def test_an_input_that_exercises_nothing_does_not_agree(tmp_path: Path, genes: Genes, kind: str) -> None:
+    """As a case, which is UNMEASURED then; a fault is found all the same."""
+
+    def fault(subject: PreparedCase, arrays: dict[str, np.ndarray]) -> None:
+        arrays["logits"] += 1
+
+    assert bench(tmp_path).judge("llama", genes).kind == kind
+    assert bench(tmp_path, fault).judge("llama", genes).kind == "new"
+
+
 def test_the_entries_of_an_input() -> None:
     genes: Genes = {
         "config.a": ["set", {"b": 1}],

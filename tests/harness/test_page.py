@@ -241,6 +241,7 @@ def test_the_page_of_a_hunt_shows_its_figures_its_causes_and_what_it_did_not_rea
     refused = sum(result.tallies["forward"].refused.values())
     assert f"1000 11 7 {refused} 12 5" in text, "agree, known, new, refused, without a truth, too noisy"
     assert "The candidate computes PyTorch's numbers with" in text and 'href="causes/1/ISSUE.md"' in html
+    assert 'of the gate family genes 0.53 mistral {"weights.x": ' in text and '0.25 llama {"' in text
     assert "321 of 1000 regions" in text and "never entered: 2" in text
     assert "changed nothing on either side: 3 of 4" in text
     plots = re.findall(r'(?s)<svg class="bars".*?</svg>', html)

@@ -153,6 +153,49 @@ def test_a_stop_ends_the_emitter_and_leaves_no_older_report(
         assert not [path.name for path in older if path.exists()]
 
 
+HUNT = """
+import sys
+from pathlib import Path
+from candle_mi_parity.cli.cli import main
+from candle_mi_parity.hunt import hunt
+
+hunt.MEMORY = Path({memory!r})
+sys.argv[:1] = ["candle-mi-parity", "hunt", "--candidate", "torch", "--families", "llama", "--inputs", "100000"]
+main()
+"""
+"""A hunt whose processes have their files in a directory of the test."""
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_hunt_that_is_stopped_twice_leaves_no_process_and_no_file(tmp_path: Path, number: signal.Signals) -> None:
+    memory, token = tmp_path / "memory", uuid.uuid4().hex
+    memory.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", HUNT.format(memory=str(memory)), "--out", str(tmp_path / "out")],
+        env={**os.environ, "PARITY_CACHE": str(cache_root()), TOKEN: token},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
+    try:
+        until = time.monotonic() + 300
+        while not list(memory.glob("*/*/inputs/models/*/*.safetensors")):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        for _ in range(2):
+            process.send_signal(number)
+            time.sleep(0.05)
+        assert process.wait(60) in (2, -number)
+        until = time.monotonic() + 20
+        while (alive(token) or any(memory.iterdir())) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not alive(token) and not any(memory.iterdir())
+    finally:
+        for left in alive(token):
+            os.kill(left, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_stop_outside_a_run_is_one_line_and_no_verdict(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals

@@ -15,10 +15,13 @@ from candle_mi_parity.candidate.spelling import CandidateError
 from candle_mi_parity.candidate.store import Storing, StoringSource, remove_unnamed, stored_selection, write_named
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.compare import compare
-from candle_mi_parity.compare.verdict import TensorResult
+from candle_mi_parity.compare.run_result import RunResult, Section
+from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 from candle_mi_parity.errors import Stopped, TraceError
+from candle_mi_parity.spec.paths import OUTPUTS
 from candle_mi_parity.trace.release import StoredCase, StoredRelease
 from candle_mi_parity.trace.trace import Trace
+from tests.support.command import command
 from tests.support.planting import RELEASE, Arrays, Giving, Real, failures, real, write
 from tests.support.stored import write_index
 
@@ -236,3 +239,35 @@ def test_a_damaged_index_removes_nothing(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=r"0\.2\.2\.json"):
         remove_unnamed(index.parent)
     assert files(index) == before
+
+
+def stores_calls(monkeypatch: pytest.MonkeyPatch, directory: Path, status: Status | None) -> Path:
+    """Store the calls of a release that had others; returns the index. The run is imagined if there is a status."""
+    index = directory / "0.2.2.json"
+    text = (OUTPUTS / index.name).read_text(encoding="utf-8")
+    release = json.loads(text) | {"calls": None, "tokens": None, "cases": {}}
+    index.write_text(json.dumps(release), encoding="utf-8")
+    monkeypatch.setattr("candle_mi_parity.spec.paths.OUTPUTS", directory)
+    if status is not None:
+        call = CaseResult("calls/kl/1d", "calls", "", status, "", error="planted")
+        ran = RunResult("0.2.2", {}, {}, [], {}, sections={"calls": Section("direct call", [call])})
+        monkeypatch.setattr("candle_mi_parity.cli.run.run_with_progress", lambda options: ran)
+    done = command("maint", "store", "0.2.2", "--only", "calls", "--out", str(directory / "out"))
+    assert done.returncode == (2 if status is Status.ERROR else 0), done.stderr
+    assert status is not Status.ERROR or "nothing is stored of 0.2.2: calls/kl/1d: planted" in done.stderr
+    return index
+
+
+@pytest.mark.parametrize("status", [Status.ERROR, Status.FAIL])
+def test_calls_that_cannot_be_judged_are_not_stored(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: Status
+) -> None:
+    stores_calls(monkeypatch, tmp_path, status)
+
+
+@pytest.mark.rust
+def test_calls_are_stored_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stored = StoredRelease(stores_calls(monkeypatch, tmp_path, None)).release
+    assert stored.tokens is None and not stored.cases
+    [answers] = (tmp_path / "traces").iterdir()
+    assert answers.name == f"calls.{stored.calls}.json" and len(json.loads(answers.read_text())["calls"]) > 100

@@ -1,6 +1,5 @@
 """Candidates with a fault, imagined judgements, and hunts that stay in this process."""
 
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
@@ -96,7 +95,7 @@ def hunted(
     monkeypatch: pytest.MonkeyPatch, directory: Path, answer: Answering, inputs: int, result: HuntResult
 ) -> HuntResult:
     """A hunt in this process."""
-    own = Worker(Imagined(directory, answer), NOTHING_KNOWN, directory, tempfile.TemporaryDirectory())
+    own = Worker(Imagined(directory, answer), NOTHING_KNOWN, directory, directory)
     monkeypatch.setattr(worker, "_worker", own)
     monkeypatch.setattr(worker, "_keys", lambda one: ("rope_theta", "use_cache") if one.family == "llama" else ())
     grammar = Grammar(result.families, {family: set(KEYS[family]) for family in result.families})

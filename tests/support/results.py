@@ -179,6 +179,10 @@ def a_hunt() -> HuntResult:
     result.tallies["forward"] = Tally(3000, 1000, {"CMI001": 9, "CMI001 CMI004": 2}, refused, {HOSTILE: 12}, 5)
     result.tallies["call"] = Tally(10, 9)
     result.position, result.element = {0: 900, 1: 60, 5: 1}, {0: 959, 1: 2}
+    result.nearest = [
+        (0.53, "mistral", {"weights.x": HOSTILE, "tokens": {"random": 3}}),
+        (0.25, "llama", {LONG: True}),
+    ]
     result.faults, result.skipped = {HOSTILE: 2, LONG: 1}, {"text": HOSTILE}
     result.entries = {f"llama: {name}": Entry(9, asked=9) for name in (HOSTILE, LONG, "config.rope_theta null")}
     result.entries["llama: weights.norm-zero"] = Entry(9, asked=1, excites=True)
