@@ -15,6 +15,7 @@ softmax over N terms                u·sqrt(2/3)·\\|o\\| each, and one common f
 add, sub, mul, div, pow, …          u/sqrt(3)·\\|o\\|               the deviation of a uniform error in ±u
 exp, silu, gelu, tanh, rsqrt, …     2u/sqrt(3)·\\|o\\|
 layer norm over N terms             mean, variance, rsqrt and affine, each by its rule above
+gelu of x                           and u/(2·sqrt(3))·\\|x\\|: 1 + tanh and 1 + erf cancel where x < 0
 each of these in float16, o ≠ 0     and 2⁻²⁵/sqrt(3), for the subnormal numbers below 2⁻¹⁴
 views, copies, gathers              exact
 ==================================  =====================================================================
@@ -354,7 +355,11 @@ class RoundingNoise(_NamingMatmuls):  # type: ignore[no-untyped-call]
         if name in _ONE_ROUNDING:
             return self._relative(out, _ONE, unit)
         if name in _TWO_ROUNDINGS:
-            return self._relative(out, 2 * _ONE, unit)
+            out = self._relative(out, 2 * _ONE, unit)
+            if name == "gelu":
+                # x/2·(1 + tanh u), in float32 in any format: the rounding of the tanh remains where the sum cancels.
+                out.addcmul_(self._pool.draw(out), args[0], value=UNIT * _ONE / 2)
+            return out
         raise OracleError(f"{func} has no noise rule: add one to rounding.py with the reason for its size")
 
     def _relative(

@@ -296,6 +296,11 @@ FALSE_ALARMS: dict[str, tuple[str, Genes, str]] = {
         },
         "unmeasured",
     ),
+    "a GELU of large negative numbers alone": (
+        "gemma2",
+        {"weights.mlp-large": True, "config.intermediate_size": ["set", 1], "tokens": {"random": 5}},
+        "unmeasured",
+    ),
 }
 """What hunts of PyTorch in float32 and float16 called a divergence, and what it has to be called."""
 
