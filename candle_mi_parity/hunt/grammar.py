@@ -16,7 +16,7 @@ from typing import Any, Literal
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.hunt.genes import Genes, case_of, entries_of, layers_of
 from candle_mi_parity.spec.cases import Layout, SaeStatistic, Statistic, TableRow, read_toml
-from candle_mi_parity.spec.families import FAMILIES
+from candle_mi_parity.spec.families import BIDIRECTIONAL, MAPPED, transformers_type
 from candle_mi_parity.spec.hook_points import hook_names
 from candle_mi_parity.spec.paths import FIXTURES
 
@@ -265,8 +265,8 @@ def _base_text(family: str) -> str:
 
 def base_config(family: str) -> dict[str, Any]:
     """The config of ``fixtures/models`` that a family's inputs start from."""
-    found: dict[str, Any] = json.loads(_base_text(family))
-    return found
+    found: dict[str, Any] = json.loads(_base_text(transformers_type(family)))
+    return found | {"model_type": family}
 
 
 def head_dim(family: str) -> int:
@@ -303,7 +303,7 @@ def _statistic(rng: random.Random, family: str, genes: Genes) -> Genes:
     possible = [*Statistic]
     if config["tie_word_embeddings"] and genes.get("config.tie_word_embeddings") != ["set", False]:
         possible.remove(Statistic.HEAD_EQUAL)
-    if family not in ("qwen2", "starcoder2") and genes.get("config.attention_bias") != ["set", True]:
+    if transformers_type(family) not in ("qwen2", "starcoder2") and genes.get("config.attention_bias") != ["set", True]:
         possible.remove(Statistic.BIAS_LARGE)
     return {f"weights.{rng.choice(possible)}": True}
 
@@ -382,7 +382,7 @@ def all_families(glob: str) -> list[str]:
     """
     import fnmatch
 
-    found = [name for name in FAMILIES if fnmatch.fnmatchcase(name, glob)]
+    found = [name for name in MAPPED if fnmatch.fnmatchcase(name, glob)]
     if not found:
-        raise CaseTableError(f"no family matches {glob!r}; there are {', '.join(FAMILIES)}")
+        raise CaseTableError(f"no family matches {glob!r}; there are {', '.join(MAPPED)}")
     return found

@@ -29,7 +29,7 @@ def defaults_of(family: str, candidate: SourceKeys | None) -> dict[str, list[Any
     import transformers
 
     with quiet():
-        plain = transformers.AutoConfig.for_model(family).to_dict()
+        plain = transformers.AutoConfig.for_model(transformers_type(family)).to_dict()
     found = {key: [value] for key, value in plain.items() if isinstance(value, bool | int | float | str)}
     for key, values in candidate.config.items() if candidate is not None else ():
         found.setdefault(key, []).extend(sorted(values, key=repr))
