@@ -16,7 +16,7 @@ from typing import Any, Literal
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.hunt.genes import Genes, case_of, entries_of, layers_of
 from candle_mi_parity.spec.cases import Layout, SaeStatistic, Statistic, TableRow, read_toml
-from candle_mi_parity.spec.families import BIDIRECTIONAL, MAPPED, transformers_type
+from candle_mi_parity.spec.families import MAPPED, transformers_type
 from candle_mi_parity.spec.hook_points import hook_names
 from candle_mi_parity.spec.paths import FIXTURES
 
@@ -303,7 +303,8 @@ def _statistic(rng: random.Random, family: str, genes: Genes) -> Genes:
     possible = [*Statistic]
     if config["tie_word_embeddings"] and genes.get("config.tie_word_embeddings") != ["set", False]:
         possible.remove(Statistic.HEAD_EQUAL)
-    if transformers_type(family) not in ("qwen2", "starcoder2") and genes.get("config.attention_bias") != ["set", True]:
+    biased = transformers_type(family) in ("qwen2", "starcoder2")
+    if not biased and genes.get("config.attention_bias") != ["set", True]:
         possible.remove(Statistic.BIAS_LARGE)
     return {f"weights.{rng.choice(possible)}": True}
 

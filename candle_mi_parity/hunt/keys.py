@@ -10,6 +10,7 @@ from candle_mi_parity.hunt.grammar import base_config
 from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.models.quiet import quiet
 from candle_mi_parity.oracle.fields_read import cached_fields_read
+from candle_mi_parity.spec.families import transformers_type
 
 
 def keys_read(family: str, cache: Path) -> set[str]:

@@ -56,7 +56,6 @@ def fields_read(directory: Path) -> set[str]:
     parallel plans), and reads in :data:`LISTING`.
     """
     import torch
-    import transformers
 
     from candle_mi_parity.oracle.hooks import forward, load_model
 

@@ -160,9 +160,8 @@ def our_attention() -> str:
 
 
 def _mask(*sizes: Any, **settings: Any) -> torch.Tensor:
-    """transformers' own mask for eager attention, [B, 1, T, T], also where it forbids nothing and could be left out."""
-    settings["allow_is_bidirectional_skip"] = False
-    return cast(torch.Tensor, transformers.masking_utils.eager_mask(*sizes, **settings))
+    """transformers' own mask for eager attention, [B, 1, T, T], also where it forbids nothing and is not needed."""
+    return transformers.masking_utils.eager_mask(*sizes, **(settings | {"allow_is_bidirectional_skip": False}))
 
 
 def load_model(
@@ -226,8 +225,8 @@ def model_config(directory: Path, attention: str) -> Any:
         config = load_config(directory)
         if config.model_type in FAMILIES and getattr(config, "use_bidirectional_attention", None):
             raise ModelError(
-                f"{directory}: with use_bidirectional_attention, transformers' eager attention is causal and its sdpa "
-                "is not: there is no one truth"
+                f"{directory}: with use_bidirectional_attention, transformers' eager attention is causal and its "
+                "sdpa is not: there is no one truth"
             )
         config._attn_implementation = attention
         # A training option with which the embedding's output requires a gradient.

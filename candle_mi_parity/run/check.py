@@ -26,7 +26,7 @@ from candle_mi_parity.spec import paths
 from candle_mi_parity.spec.cases import HubModel, Model, SaeFile
 from candle_mi_parity.spec.edits import Edit
 from candle_mi_parity.spec.explanations import Explanations, load_explanations
-from candle_mi_parity.spec.families import MAPPED
+from candle_mi_parity.spec.families import FAMILIES
 from candle_mi_parity.spec.forecast import forecast
 from candle_mi_parity.spec.paths import cache_root
 
@@ -146,7 +146,7 @@ def known_release(candidate: str, table: Explanations) -> str:
 
 def _census(model_type: str, release: str) -> str:
     """The census of a release on a model type without a hook map, or empty."""
-    if model_type in MAPPED or not (path := STORED / f"{release}.json").is_file():
+    if model_type in FAMILIES or not (path := STORED / f"{release}.json").is_file():
         return ""
     entries = {entry.model_type: entry for entry in read_census(path).classes}
     return entries[model_type].line(f"candle-mi {release}") if model_type in entries else ""
