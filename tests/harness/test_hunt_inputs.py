@@ -13,7 +13,7 @@ from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.errors import CaseTableError, ModelError, TraceError
 from candle_mi_parity.hunt.bench import message
 from candle_mi_parity.hunt.genes import Genes, case_of, entries_of
-from candle_mi_parity.hunt.grammar import Grammar, all_families, base_config, lengths_of
+from candle_mi_parity.hunt.grammar import Grammar, _edit, all_families, base_config, lengths_of
 from candle_mi_parity.hunt.shrink import cause_of, smallest
 from candle_mi_parity.models.generate import generated_model, tensor_values
 from candle_mi_parity.models.prepared_case import PreparedCase
@@ -126,14 +126,11 @@ def test_what_is_drawn_is_a_case_or_does_not_fit_together() -> None:
 
 
 def test_edits_of_later_keys_are_drawn_where_they_are_attended() -> None:
-    def later(family: str, more: Genes) -> bool:
-        """Whether an edit of an attention edge after its query is drawn."""
-        grammar, found = Grammar([family], KEYS), False
-        for place in range(300):
-            genes = more | grammar._added(random.Random(place), family, more, lambda family, entry: 1.0)
-            edges = [edge for slot in genes if slot.startswith("edit.") for edge in _edges(genes[slot])]
-            found |= any(key > query for query, key in edges)
-        return found
+    def later(family: str, genes: Genes) -> bool:
+        """Whether an attention edge with its key after its query is drawn."""
+        edits = [_edit(random.Random(place), family, genes)["edit.0"] for place in range(600)]
+        edges = [edge for edit in edits for edge in edit.get("spec", {}).get("edges", [])]
+        return any(key > query for query, key in edges)
 
     assert later("a2d-qwen3", {}) and later("gemma", {"config.is_causal": ["null"]})
     assert not later("gemma", {}) and not later("qwen3", {"config.is_causal": ["set", True]})
@@ -144,11 +141,6 @@ def test_edits_of_later_keys_are_drawn_where_they_are_attended() -> None:
     assert case_of("Dream", future).edits and case_of("llama", future | {"config.is_causal": ["set", False]}).edits
     with pytest.raises(CaseTableError, match="in the future"):
         case_of("llama", future)
-
-
-def _edges(edit: Genes) -> list[list[int]]:
-    found: list[list[int]] = edit.get("spec", {}).get("edges", [])
-    return found
 
 
 def test_an_entry_that_changes_nothing_is_hardly_drawn() -> None:
