@@ -198,8 +198,8 @@ def test_the_script_of_a_bidirectional_decoder_needs_no_class_that_transformers_
     model = {"config": "models/qwen2.json", "change": {"model_type": "Dream"}}
     found = planted(model, lambda config, mean: config["model_type"] == "Dream", tmp_path)
     assert found.pair.differing == ["model_type"] and found.first.worst is not None
-    script = [sys.executable, tmp_path / "folder" / "check.py"]
-    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    script = tmp_path / "folder" / "check.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(found.first.worst.expected, rel=1e-5)
 
 
