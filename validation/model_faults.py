@@ -82,6 +82,8 @@ register(
     mask_strict=lambda mask, query, key: mask.masked_fill((key == query) & (query > 0), -torch.inf),
     mask_without_first=lambda mask, query, key: mask.masked_fill((key == 0) & (query > 0), -torch.inf),
     mask_none=lambda mask, query, key: torch.zeros_like(mask),
+    mask_causal=lambda mask, query, key: mask.masked_fill(key > query, -torch.inf),
+    mask_window_exclusive=lambda mask, query, key: mask.masked_fill((key - query).abs() >= 4, -torch.inf),
     mask_without_window_from_1024=lambda mask, query, key: mask.masked_fill((query >= 1024) & (key <= query), 0.0),
     mask_tile_of_64=lambda mask, query, key: mask.masked_fill(
         (key == 32) & (query == len(query) - 1) & (len(query) % 64 == 0), -torch.inf
@@ -90,6 +92,7 @@ register(
 register(
     directly,
     mask_none_in_layer_1=lambda run: _masks(run, lambda mask, query, key: torch.zeros_like(mask), layer=1),
+    mask_causal_in_layer_1=lambda run: _masks(run, lambda m, q, k: m.masked_fill(k > q, -torch.inf), layer=1),
     mask_minus_50=lambda run: _finite_mask(run, -50.0),
     softcap_after_mask=lambda run: _finite_mask(run, -50.0),
     mask_minus_10000=lambda run: _finite_mask(run, -10000.0),

@@ -72,13 +72,14 @@ def fields(family: Annotated[str | None, typer.Option(help="One model family; wi
     from candle_mi_parity.report import tables
     from candle_mi_parity.report.terminal import one_line_errors
     from candle_mi_parity.spec.cases import load_cases
-    from candle_mi_parity.spec.families import family_of
+    from candle_mi_parity.spec.families import family_of, transformers_type
     from candle_mi_parity.spec.paths import cache_root
 
     with one_line_errors():
         if family is not None:
             family_of(family)
-        findings = check(load_fields(), load_cases(), cache_root(), None if family is None else [family])
+        families = None if family is None else [transformers_type(family)]
+        findings = check(load_fields(), load_cases(), cache_root(), families)
         tables.fields_table(findings, tables.stdout())
     raise typer.Exit(1 if any(finding.fault for finding in findings) else 0)
 

@@ -24,7 +24,7 @@ from candle_mi_parity.judge.case import taking_errors
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.oracle.provenance import library_versions, rules_digest
 from candle_mi_parity.spec.cases import Case, LocalModel
-from candle_mi_parity.spec.families import FAMILIES
+from candle_mi_parity.spec.families import MAPPED
 from candle_mi_parity.spec.paths import FIXTURES
 from candle_mi_parity.trace.trace import CandleMi, Emitted, Trace
 from candle_mi_parity.trace.truth import Truth
@@ -166,7 +166,7 @@ def judged(entry: Entry, results: Sequence[TensorResult], truth: Truth, trace: E
     tensors = [result for result in results if not result.name.startswith("logits.")]  # those are its next tokens
     logits = next(result for result in results if result.name == "logits")
     facts: dict[str, object] = {"compared": len(tensors), "logits_ratio": rounded(logits.ratio, 3)}
-    if failed and (logits in failed or entry.model_type in FAMILIES):
+    if failed and (logits in failed or entry.model_type in MAPPED):
         facts |= {"outcome": "different", "first": failed[0].name, "ratio": rounded(failed[0].ratio, 3)}
         facts |= {"error": error_of(failed[0].name, truth, trace), "logits_error": error_of("logits", truth, trace)}
         return entry.model_copy(update=facts | {"reason": failed[0].reason})

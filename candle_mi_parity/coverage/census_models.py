@@ -23,6 +23,7 @@ from candle_mi_parity.models import generate
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import tensor_values
 from candle_mi_parity.spec.cases import Scalar, TableRow, read_toml
+from candle_mi_parity.spec.families import BIDIRECTIONAL, transformers_type
 from candle_mi_parity.spec.paths import FIXTURES
 
 Dialect = Literal["hub", "v5"]
@@ -67,8 +68,10 @@ def load_table(path: Path = FIXTURES / "census.toml") -> Table:
 
 
 def mapped_classes() -> dict[str, str]:
-    """model_type → class of every causal language model that the installed transformers knows."""
-    return dict(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()))
+    """model_type → class of every causal language model that the installed transformers knows, and of each
+    bidirectional decoder that has the layers of one."""
+    known = {name: str(kind) for name, kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+    return dict(sorted((known | {name: known[family] for name, family in BIDIRECTIONAL.items()}).items()))
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def tiny_model(model_type: str, cache: Path) -> Tiny:
     :raises ModelError: the class is not text-only, or has no tiny config.
     :raises Exception: whatever transformers raises for a config that it cannot instantiate.
     """
-    kind = CONFIG_MAPPING[model_type]
+    kind = CONFIG_MAPPING[transformers_type(model_type)]
     if other := sorted(_OTHER_MODALITIES & set(getattr(kind, "sub_configs", None) or {})):
         raise ModelError(f"not text-only: its config has {', '.join(other)}")
     table = load_table()
@@ -144,11 +147,14 @@ def _set_rotary(config: Any, rotary: Mapping[str, float]) -> None:
 
 
 def _generate(model_type: str, table: Table, out: Path) -> None:
-    config = tiny_config(model_type, table)
+    config = tiny_config(transformers_type(model_type), table)
     model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     fill(model.float())
     model.save_pretrained(out)  # not our own file: some classes have other names on disk than in memory
     _as_hub(out)
+    if model_type in BIDIRECTIONAL:
+        config = read_config(out) | {"model_type": model_type}
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def fill(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from candle_mi_parity.models.checkpoint import local_path, model_digest, read_co
 from candle_mi_parity.models.prepared_case import PreparedCase, tokenizer
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.spec.cases import Case
+from candle_mi_parity.spec.families import transformers_type
 from candle_mi_parity.trace.trace import Emitted
 from candle_mi_parity.trace.truth import Truth
 
@@ -57,7 +58,7 @@ def _require_class(config: dict[str, object]) -> None:
     import transformers
 
     kind = config.get("model_type")
-    if kind not in transformers.CONFIG_MAPPING:
+    if transformers_type(str(kind)) not in transformers.CONFIG_MAPPING:
         remote = "; the remote code that its auto_map names is not run" if config.get("auto_map") else ""
         has = f"transformers {transformers.__version__} has no model type {one_line(repr(kind))}"
         raise ModelError(f"config.json: {has}{remote}")

@@ -13,6 +13,8 @@ from typing import Any
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.spec.cases import Case
+from candle_mi_parity.spec.edits import Steer
+from candle_mi_parity.spec.families import BIDIRECTIONAL, is_bidirectional, transformers_type
 
 Genes = dict[str, Any]
 """Slot → value. A slot ``config.KEY`` or ``sae.cfg.KEY`` holds ``["set", value]``, ``["null"]`` or ``["absent"]``."""
@@ -39,8 +41,10 @@ def case_of(family: str, genes: Genes) -> Case:
     :raises CaseTableError: the genes do not fit together, as an edit in a layer that is not there.
     """
     config = _of(genes, "config.")
-    model: dict[str, Any] = {"source": "tiny", "config": f"models/{family}.json", "dialect": "hub"}
+    model: dict[str, Any] = {"source": "tiny", "config": f"models/{transformers_type(family)}.json", "dialect": "hub"}
     model["change"] = {"num_hidden_layers": layers_of(genes)} | config["set"]
+    if family in BIDIRECTIONAL:
+        model["change"]["model_type"] = family
     model |= {name: held for name in ("null", "absent") if (held := list(config[name]))}
     model |= {name: held for name in ("weights", "layout") if (held := _flags(genes, f"{name}."))}
     if "shards" in genes:
@@ -53,9 +57,13 @@ def case_of(family: str, genes: Genes) -> Case:
         row["sae"] = _sae(genes)
     row["edits"] = [genes[slot] for slot in sorted(genes) if slot.startswith("edit.")]
     try:
-        return Case.model_validate(row)
+        case = Case.model_validate(row)
     except ValueError as error:
         raise CaseTableError(one_line(str(error))) from error
+    causal = not is_bidirectional({"model_type": family} | config["set"] | dict.fromkeys(config["null"]))
+    if causal and any(isinstance(edit, Steer) and edit.sets_the_future for edit in case.edits):
+        raise CaseTableError("set_value would put a weight on a key in the future")
+    return case
 
 
 def _of(genes: Genes, prefix: str) -> dict[str, Any]:

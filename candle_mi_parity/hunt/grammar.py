@@ -16,12 +16,14 @@ from typing import Any, Literal
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.hunt.genes import Genes, case_of, entries_of, layers_of
 from candle_mi_parity.spec.cases import Layout, SaeStatistic, Statistic, TableRow, read_toml
-from candle_mi_parity.spec.families import FAMILIES
+from candle_mi_parity.spec.families import MAPPED, is_bidirectional, transformers_type
 from candle_mi_parity.spec.hook_points import hook_names
 from candle_mi_parity.spec.paths import FIXTURES
 
 LENGTHS = ("sliding_window", "original_max_position_embeddings", "max_position_embeddings", "attention_chunk_size")
 """Config keys that hold a number of tokens, at which behaviour may change."""
+LAST_PLACE = 5
+"""Last position that an edit names in a bidirectional model."""
 LONGEST = 70
 """Longest prompt that a boundary asks for."""
 _SUBKEYS: dict[str, tuple[str, ...]] = {
@@ -151,7 +153,7 @@ class Grammar:
             return _layout(rng, family)
         if kind == "dtype":
             return {"dtype": rng.choice(["bfloat16", "float16"])}
-        return self._sae(rng, genes) if kind == "sae" else _edit(rng, genes)
+        return self._sae(rng, genes) if kind == "sae" else _edit(rng, family, genes)
 
     def _config(self, rng: random.Random, family: str, weight: Weight) -> tuple[str, list[Any]]:
         genes = self._config_genes(family)
@@ -265,8 +267,20 @@ def _base_text(family: str) -> str:
 
 def base_config(family: str) -> dict[str, Any]:
     """The config of ``fixtures/models`` that a family's inputs start from."""
-    found: dict[str, Any] = json.loads(_base_text(family))
-    return found
+    found: dict[str, Any] = json.loads(_base_text(transformers_type(family)))
+    return found | {"model_type": family}
+
+
+def config_of(family: str, genes: Genes) -> dict[str, Any]:
+    """The config of an input."""
+    config = base_config(family)
+    for slot, value in genes.items():
+        key = slot.removeprefix("config.")
+        if key != slot and value[0] == "absent":
+            config.pop(key, None)
+        elif key != slot:
+            config[key] = value[1] if value[0] == "set" else None
+    return config
 
 
 def head_dim(family: str) -> int:
@@ -288,10 +302,7 @@ def other_type(rng: random.Random, value: Any) -> Any:
 
 def lengths_of(family: str, genes: Genes) -> list[int]:
     """The numbers of tokens in an input's config, also those in a rotary block."""
-    config = base_config(family)
-    for slot, value in genes.items():
-        if slot.startswith("config."):
-            config[slot.removeprefix("config.")] = value[1] if value[0] == "set" else None
+    config = config_of(family, genes)
     blocks = [config, *(held for held in config.values() if isinstance(held, dict))]
     found = {block.get(key) for block in blocks for key in LENGTHS}
     return sorted(length for length in found if type(length) is int)
@@ -303,7 +314,8 @@ def _statistic(rng: random.Random, family: str, genes: Genes) -> Genes:
     possible = [*Statistic]
     if config["tie_word_embeddings"] and genes.get("config.tie_word_embeddings") != ["set", False]:
         possible.remove(Statistic.HEAD_EQUAL)
-    if family not in ("qwen2", "starcoder2") and genes.get("config.attention_bias") != ["set", True]:
+    biased = transformers_type(family) in ("qwen2", "starcoder2")
+    if not biased and genes.get("config.attention_bias") != ["set", True]:
         possible.remove(Statistic.BIAS_LARGE)
     return {f"weights.{rng.choice(possible)}": True}
 
@@ -317,8 +329,8 @@ def _layout(rng: random.Random, family: str) -> Genes:
     return {f"layout.{rng.choice(possible)}": True}
 
 
-def _edit(rng: random.Random, genes: Genes) -> Genes:
-    """An edit in a layer that the input has."""
+def _edit(rng: random.Random, family: str, genes: Genes) -> Genes:
+    """An edit in a layer that the input has; in a bidirectional model also of a key after its query."""
     layers = layers_of(genes)
     hook = rng.choice(hook_names(layers))
     count = sum(slot.startswith("edit.") for slot in genes)
@@ -342,14 +354,15 @@ def _edit(rng: random.Random, genes: Genes) -> Genes:
     if kind == "scale":
         edit["factor"] = rng.choice([0.0, 0.5, -1.0, 2.0])
     if kind in ("knockout", "steer"):
-        edit["spec"] = _spec(rng, layers)
+        edit["spec"] = _spec(rng, layers, LAST_PLACE if is_bidirectional(config_of(family, genes)) else None)
     if kind == "steer":
         how = rng.choice(["scale", "set_value"])  # candle-mi refuses to set a weight above 1
         edit |= {"how": how, "value": rng.choice([0.0, 0.25, 1.0, *([3.0] if how == "scale" else [])])}
     return {f"edit.{count}": edit}
 
 
-def _spec(rng: random.Random, layers: int) -> dict[str, Any]:
+def _spec(rng: random.Random, layers: int, last: int | None) -> dict[str, Any]:
+    """:param last: the last key; None for keys before their query."""
     spec: dict[str, Any] = {}
     if rng.random() < 0.3:
         first = rng.randrange(layers)
@@ -357,11 +370,12 @@ def _spec(rng: random.Random, layers: int) -> dict[str, Any]:
     if rng.random() < 0.4:
         spec["heads"] = sorted(rng.sample(range(4), rng.choice([1, 2])))
     query = rng.choice([1, 2, 3, 4])
+    keys = query if last is None else last + 1
     which = rng.choice(["edges", "edges", "from_to", "to_positions", "from_positions"])
     if which == "edges":
-        spec["edges"] = [[query, rng.randrange(query)] for _ in range(rng.choice([1, 1, 2]))]
+        spec["edges"] = [[query, rng.randrange(keys)] for _ in range(rng.choice([1, 1, 2]))]
     elif which == "from_to":
-        spec["from_to"] = [{"query": query, "keys": sorted({0, rng.randrange(query)})}]
+        spec["from_to"] = [{"query": query, "keys": sorted({0, rng.randrange(keys)})}]
     else:
         spec[which] = [query]
     return spec
@@ -382,7 +396,7 @@ def all_families(glob: str) -> list[str]:
     """
     import fnmatch
 
-    found = [name for name in FAMILIES if fnmatch.fnmatchcase(name, glob)]
+    found = [name for name in MAPPED if fnmatch.fnmatchcase(name, glob)]
     if not found:
-        raise CaseTableError(f"no family matches {glob!r}; there are {', '.join(FAMILIES)}")
+        raise CaseTableError(f"no family matches {glob!r}; there are {', '.join(MAPPED)}")
     return found

@@ -10,6 +10,7 @@ from candle_mi_parity.hunt.grammar import base_config
 from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.models.quiet import quiet
 from candle_mi_parity.oracle.fields_read import cached_fields_read
+from candle_mi_parity.spec.families import transformers_type
 
 
 def keys_read(family: str, cache: Path) -> set[str]:
@@ -29,7 +30,7 @@ def defaults_of(family: str, candidate: SourceKeys | None) -> dict[str, list[Any
     import transformers
 
     with quiet():
-        plain = transformers.AutoConfig.for_model(family).to_dict()
+        plain = transformers.AutoConfig.for_model(transformers_type(family)).to_dict()
     found = {key: [value] for key, value in plain.items() if isinstance(value, bool | int | float | str)}
     for key, values in candidate.config.items() if candidate is not None else ():
         found.setdefault(key, []).extend(sorted(values, key=repr))

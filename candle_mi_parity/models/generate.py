@@ -18,9 +18,10 @@ from candle_mi_parity.errors import ModelError
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.versions import version
 from candle_mi_parity.models.quiet import transformers_runs
+from candle_mi_parity.models.transformers_config import load_config
 from candle_mi_parity.models.unusual import varied, write_unusual
 from candle_mi_parity.spec.cases import Layout, Statistic, TinyModel
-from candle_mi_parity.spec.families import family_of
+from candle_mi_parity.spec.families import family_of, transformers_type
 from candle_mi_parity.spec.paths import FIXTURES
 
 GENERATOR = 1
@@ -93,7 +94,7 @@ def _generate(
     offset = family_of(str(hub["model_type"])).norm_offset
     write_config(hub, dialect, out)
     with transformers_runs(out), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(out)
+        config = load_config(out)
         config._attn_implementation = "eager"  # whatever the config says
         model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -129,10 +130,11 @@ def write_config(hub: dict[str, object], dialect: str, out: Path) -> None:
         return
     import transformers
 
-    settings = {name: value for name, value in hub.items() if name != "model_type"}
+    settings, model_type = dict(hub), str(hub["model_type"])
+    del settings["model_type"]
     with transformers_runs(out):
-        transformers.AutoConfig.for_model(str(hub["model_type"]), **settings).save_pretrained(out)
-    saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        transformers.AutoConfig.for_model(transformers_type(model_type), **settings).save_pretrained(out)
+    saved = json.loads((out / "config.json").read_text(encoding="utf-8")) | {"model_type": model_type}
     del saved["transformers_version"]
     (out / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -19,9 +19,10 @@ from candle_mi_parity.models.quiet import transformers_runs
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.models.sae import sae_files, sae_path
 from candle_mi_parity.models.saelens import own_hook
+from candle_mi_parity.models.transformers_config import load_config
 from candle_mi_parity.spec import edits
 from candle_mi_parity.spec.cases import Case, Download, HubModel, RandomTokens, SaeFile, SaePlace
-from candle_mi_parity.spec.families import family_of
+from candle_mi_parity.spec.families import family_of, is_bidirectional, transformers_type
 from candle_mi_parity.spec.hook_points import hook_names
 
 CONFIG_CHECK = 1
@@ -103,7 +104,8 @@ def prepare(case: Case, cache: Path, loaded: Any = None) -> PreparedCase:
     captures = hook_names(n_layers)
     if case.edits:
         n_heads = _whole_number(config, "num_attention_heads", model_dir)
-        edits.check(case.edits, captures, len(tokens[0]), n_heads, case.sae.hook if case.sae else None)
+        sae_hook = case.sae.hook if case.sae else None
+        edits.check(case.edits, captures, len(tokens[0]), n_heads, sae_hook, not is_bidirectional(config))
         content["edits"] = [edit.model_dump() for edit in case.edits]
     return PreparedCase(
         case=case,
@@ -153,10 +155,8 @@ def _check_config(model_dir: Path, digest: str, cache: Path) -> SpecialIds:
 
 def _ask_transformers(model_dir: Path) -> list[int | None]:
     """The fields of :class:`SpecialIds`."""
-    import transformers
-
     with transformers_runs(model_dir):
-        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        config = load_config(model_dir)
     return _special_ids(config, model_dir)
 
 
@@ -166,7 +166,7 @@ def _special_ids(config: Any, model_dir: Path) -> list[int | None]:
     :raises ModelError: it is a config of another class than the file says.
     """
     raw = read_config(model_dir)
-    if config.model_type != (written := raw.get("model_type")):
+    if config.model_type != transformers_type(str(written := raw.get("model_type"))):
         why = " because of its `layer_types`" if written == "mistral" and "layer_types" in raw else ""
         raise ModelError(
             f"transformers loads {model_dir}/config.json as another class{why}: model_type is "

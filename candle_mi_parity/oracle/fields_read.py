@@ -12,6 +12,7 @@ from typing import Any
 from candle_mi_parity.files.cache import cached
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.quiet import quiet
+from candle_mi_parity.models.transformers_config import load_config
 from candle_mi_parity.oracle.provenance import code_of, made_with
 from candle_mi_parity.spec.counterfactual import ROTARY
 
@@ -39,10 +40,10 @@ def _fields_built(directory: Path) -> set[str]:
     import torch
     import transformers
 
-    kind = type(transformers.AutoConfig.from_pretrained(directory))
+    kind = type(load_config(directory))
     read: set[str] = set()
     with _recorded(kind, read), quiet(), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(directory)
+        config = load_config(directory)
         transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return {name for name in read if _is_field(kind, name)}
 
@@ -55,12 +56,11 @@ def fields_read(directory: Path) -> set[str]:
     parallel plans), and reads in :data:`LISTING`.
     """
     import torch
-    import transformers
 
     from candle_mi_parity.oracle.hooks import forward, load_model
 
     config = read_config(directory)
-    kind = type(transformers.AutoConfig.from_pretrained(directory))
+    kind = type(load_config(directory))
     read: set[str] = set()
     with _recorded(kind, read):
         model: Any = load_model(directory)

@@ -21,11 +21,12 @@ from torch import nn
 from candle_mi_parity.errors import ModelError, OracleError, OutOfRangeError, ParityError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.quiet import quiet, transformers_runs
+from candle_mi_parity.models.transformers_config import load_config
 from candle_mi_parity.oracle.plain import require_loads
 from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.oracle.torch_state import torch_state
 from candle_mi_parity.spec.counterfactual import Variant
-from candle_mi_parity.spec.families import Family, family_of
+from candle_mi_parity.spec.families import FAMILIES, Family, family_of
 
 _ATTENTION = "candle_mi_parity"
 FAR_BELOW = -1e30
@@ -128,6 +129,8 @@ def attention(
     allowed = attention_mask == 0
     if Variant.NO_CAUSAL_MASK in recorder.variants:
         allowed = torch.ones_like(allowed)
+    if Variant.CAUSAL_MASK in recorder.variants:
+        allowed = allowed.tril()
     recorder.allowed[layer] = allowed[0, 0]
     if softcap is not None and Variant.KNOCKOUT_BEFORE_SOFTCAP in recorder.variants:
         scores = scores.masked_fill(scores == -torch.inf, FAR_BELOW)
@@ -152,8 +155,13 @@ def our_attention() -> str:
     Not at import: that part of transformers takes seconds to import.
     """
     transformers.AttentionInterface.register(_ATTENTION, attention)
-    transformers.AttentionMaskInterface.register(_ATTENTION, transformers.masking_utils.eager_mask)
+    transformers.AttentionMaskInterface.register(_ATTENTION, _mask)
     return _ATTENTION
+
+
+def _mask(*sizes: Any, **settings: Any) -> torch.Tensor:
+    """transformers' own mask for eager attention, [B, 1, T, T], also where it forbids nothing and is not needed."""
+    return transformers.masking_utils.eager_mask(*sizes, **(settings | {"allow_is_bidirectional_skip": False}))
 
 
 def load_model(
@@ -214,7 +222,12 @@ def model_config(directory: Path, attention: str) -> Any:
     :raises ModelError: transformers cannot run it.
     """
     with transformers_runs(directory):
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config = load_config(directory)
+        if config.model_type in FAMILIES and getattr(config, "use_bidirectional_attention", None):
+            raise ModelError(
+                f"{directory}: with use_bidirectional_attention, transformers' eager attention is causal and its "
+                "sdpa is not: there is no one truth"
+            )
         config._attn_implementation = attention
         # A training option with which the embedding's output requires a gradient.
         config.gradient_checkpointing = False

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from candle_mi_parity.models.quiet import transformers_runs
+from candle_mi_parity.models.transformers_config import load_config
 
 
 def require_runs(directory: Path, tokens: list[list[int]] | None = None) -> None:
@@ -25,7 +26,7 @@ def require_runs(directory: Path, tokens: list[list[int]] | None = None) -> None
     :raises ModelError: transformers raised an exception.
     """
     with transformers_runs(directory), torch.no_grad(), torch.device("cpu"):
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config = load_config(directory)
         config._attn_implementation = "eager"
         with no_init_weights(), parameters_on_meta():
             model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
@@ -42,7 +43,11 @@ def require_loads(directory: Path) -> None:
     require_runs(directory)
     with transformers_runs(directory, "load these weights"):
         transformers.AutoModelForCausalLM.from_pretrained(
-            directory, attn_implementation="eager", local_files_only=True, trust_remote_code=False
+            directory,
+            config=load_config(directory),
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
         )
 
 

@@ -15,12 +15,14 @@ from pathlib import Path
 from candle_mi_parity.errors import OracleError
 from candle_mi_parity.files.digest import digest_files
 from candle_mi_parity.files.versions import version
+from candle_mi_parity.spec.families import transformers_type
 
 PACKAGE = Path(__file__).parents[1]
 MODULES = (
     *("compare/gate", "trace/truth", "trace/formats"),
     *("spec/counterfactual", "spec/edits", "spec/families", "spec/hook_points"),
     *("models/checkpoint", "models/generate", "models/prepared_case", "models/sae", "models/saelens"),
+    "models/transformers_config",
     *("oracle/compute", "oracle/downstream", "oracle/hooks", "oracle/interventions", "oracle/oracle"),
     *("oracle/remarks", "oracle/rounding", "oracle/streaming", "oracle/torch_sae"),
     *("oracle/torch_state", "oracle/variants"),
@@ -80,8 +82,9 @@ def modeling_files(model_type: str) -> list[Path]:
     if spec is None or spec.origin is None:
         raise OracleError("transformers is not installed")
     root = Path(spec.origin).parent
-    family = root / "models" / model_type
-    files = [family / f"modeling_{model_type}.py", family / f"configuration_{model_type}.py"]
+    kind = transformers_type(model_type)
+    family = root / "models" / kind
+    files = [family / f"modeling_{kind}.py", family / f"configuration_{kind}.py"]
     files += [root / f"{name}.py" for name in ("modeling_rope_utils", "masking_utils", "activations")]
     if missing := [path for path in files if not path.is_file()]:
         raise OracleError(f"this transformers has no model_type {model_type!r}: {missing[0]} does not exist")

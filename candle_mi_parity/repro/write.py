@@ -18,10 +18,12 @@ from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE, UNITS, me
 from candle_mi_parity.files.escape import one_line, templates
 from candle_mi_parity.files.versions import version
 from candle_mi_parity.models.sae import Sae, load_sae, sae_path
+from candle_mi_parity.models.transformers_config import FULL_ATTENTION
 from candle_mi_parity.oracle.compute import SAMPLES
 from candle_mi_parity.repro.crate import Dependencies, write_crate
 from candle_mi_parity.repro.probe import place
 from candle_mi_parity.repro.repro import Reproduction, model_of
+from candle_mi_parity.spec.families import BIDIRECTIONAL, transformers_type
 
 FORMAT = "candle-mi-parity/expected/1"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -131,6 +133,8 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
         "version": origin.version,
         "title": one_line(origin.known) or f"`{first.name}` differs from PyTorch",
         "model_type": reproduction.subject.model_type,
+        "stands_for": reproduction.subject.model_type in BIDIRECTIONAL and transformers_type(config["model_type"]),
+        "full_attention": FULL_ATTENTION,
         "torch": version("torch"),
         "transformers": version("transformers"),
         "first": first,

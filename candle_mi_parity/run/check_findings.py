@@ -11,6 +11,7 @@ from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.oracle.fields_read import cached_fields_built
 from candle_mi_parity.spec.counterfactual import places
 from candle_mi_parity.spec.explanations import Explanations
+from candle_mi_parity.spec.families import transformers_type
 from candle_mi_parity.spec.forecast import LENGTHS, Forecast
 
 
@@ -39,6 +40,6 @@ def unknown_keys(directory: Path, model_type: str, cache: Path) -> list[str]:
 
     :raises ParityError: transformers cannot build the model.
     """
-    ledger, config = load_fields(), read_config(directory)
+    ledger, config, family = load_fields(), read_config(directory), transformers_type(model_type)
     read = sorted(cached_fields_built(directory, model_type, cache))
-    return [key for key in read if places(config, key) and ledger.row(model_type, key) is None]
+    return [key for key in read if places(config, key) and ledger.row(family, key) is None]

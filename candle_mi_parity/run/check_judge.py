@@ -39,7 +39,7 @@ from candle_mi_parity.run.check_plan import plan
 from candle_mi_parity.run.run import library_versions
 from candle_mi_parity.spec.cases import Case, HubModel
 from candle_mi_parity.spec.explanations import load_explanations
-from candle_mi_parity.spec.families import FAMILIES
+from candle_mi_parity.spec.families import MAPPED
 from candle_mi_parity.trace.dump import as_trace, check_names, read_dump
 from candle_mi_parity.trace.trace import CandleMi
 
@@ -85,7 +85,7 @@ class Checking:
         """
         self.result.versions = library_versions()
         cases = [self._case(prompt) for prompt in self._prompts()]
-        subjects = self._mapped(cases) if self.config.get("model_type") in FAMILIES else self._unmapped(cases)
+        subjects = self._mapped(cases) if self.config.get("model_type") in MAPPED else self._unmapped(cases)
         self._conclude(subjects)
         judged = [prompt.case for prompt in self.result.prompts]
         if all(case.status is Status.ERROR and case.failure is Failure.INPUT for case in judged):

@@ -34,6 +34,8 @@ class Variant(StrEnum):
     """The variance of every LayerNorm is mean(x²) − mean(x)², which loses precision where the mean is large."""
     NO_CAUSAL_MASK = "no-causal-mask"
     """Every position attends to every other."""
+    CAUSAL_MASK = "causal-mask"
+    """No position attends to a later one, also in a bidirectional model."""
     KV_HEADS_TILED = "kv-heads-tiled"
     """Key and value heads are repeated as 0 1 0 1, not as 0 0 1 1."""
     TOPK_WITHOUT_RELU = "topk-without-relu"

@@ -207,13 +207,15 @@ class Steer(_Edit):
     def positions(self) -> Iterator[int]:
         return self.spec.positions()
 
+    @property
+    def sets_the_future(self) -> bool:
+        """Whether a weight is set on a key after its query."""
+        plain = not (self.spec.from_positions or self.spec.to_positions)
+        pairs = self.spec.edges + [[fan.query, key] for fan in self.spec.from_to for key in fan.keys]
+        return self.how == "set_value" and (not plain or any(key > query for query, key in pairs))
+
     @model_validator(mode="after")
     def _is_at_pattern(self) -> Steer:
-        if self.how == "set_value":
-            plain = not (self.spec.from_positions or self.spec.to_positions)
-            pairs = self.spec.edges + [[fan.query, key] for fan in self.spec.from_to for key in fan.keys]
-            if not plain or any(key > query for query, key in pairs):
-                raise ValueError("set_value would put a weight on a key in the future")
         return _short(_at(self, "attn.hook_pattern"), self.value)
 
 
@@ -259,12 +261,15 @@ def _at(edit: E, point: str) -> E:
     return edit
 
 
-def check(edits: list[Edit], hooks: list[str], width: int, n_heads: int, sae_hook: str | None) -> None:
+def check(
+    edits: list[Edit], hooks: list[str], width: int, n_heads: int, sae_hook: str | None, causal: bool = True
+) -> None:
     """Validate a case's edits against its model.
 
     :param hooks: the model's hook points.
     :param width: tokens of the prompt.
     :param sae_hook: the hook point of the case's SAE.
+    :param causal: whether no position attends to a later one.
     :raises CaseTableError: an unknown hook, a position or head out of range, an edit at an unsuitable hook.
     """
     for index, edit in enumerate(edits):
@@ -281,6 +286,8 @@ def check(edits: list[Edit], hooks: list[str], width: int, n_heads: int, sae_hoo
                 raise CaseTableError(f"{where}: layers {edit.spec.layers}, but the model has {n_layers}")
             if not edit.spec.chosen(n_heads, width).any():
                 raise CaseTableError(f"{where}: selects no entry of the attention matrix")
+        if isinstance(edit, Steer) and edit.sets_the_future and causal:
+            raise CaseTableError(f"{where}: set_value would put a weight on a key in the future")
         if isinstance(edit, Steer) and len(edits) > 1:
             # candle-mi steers the pattern of an earlier run, which would have to contain the other edits.
             raise CaseTableError(f"{where}: steering cannot be combined with other edits")

@@ -1,11 +1,14 @@
 """Where each candle-mi hook lives in transformers, per model family.
 
-A family whose modules are named as Llama's is one line in :data:`FAMILIES`; the others override what differs.
+A family whose modules are named as Llama's is one line in :data:`FAMILIES`; the others override what differs. A
+bidirectional decoder with the layers of a family is one entry of :data:`BIDIRECTIONAL`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from candle_mi_parity.errors import CaseTableError
 
@@ -51,13 +54,35 @@ FAMILIES = {
 }
 
 
+BIDIRECTIONAL = {"Dream": "qwen2", "a2d-llama": "llama", "a2d-qwen2": "qwen2", "a2d-qwen3": "qwen3"}
+"""Model type of a masked-diffusion decoder, which transformers does not have → the family whose layers and weights it
+has. Every position attends to every other in each layer, whatever window the config has: Dream's attention ignores
+the window, and the A2D classes of dllm give layers with one the mask of all the others."""
+
+MAPPED = (*FAMILIES, *BIDIRECTIONAL)
+"""Every model type with a hook map."""
+
+
+def transformers_type(model_type: str) -> str:
+    """The model type under which transformers has the layers of a model type."""
+    return BIDIRECTIONAL.get(model_type, model_type)
+
+
+def is_bidirectional(config: Mapping[str, Any]) -> bool:
+    """Whether a position attends to later ones too: by the model type of a ``config.json``, or by its ``is_causal``.
+
+    transformers takes a null for false.
+    """
+    return config.get("model_type") in BIDIRECTIONAL or not config.get("is_causal", True)
+
+
 def family_of(model_type: str) -> Family:
     """The mapping of a ``config.json`` model type.
 
     :raises CaseTableError: the family has no mapping.
     """
-    if model_type not in FAMILIES:
+    if (known := FAMILIES.get(transformers_type(model_type))) is None:
         raise CaseTableError(
-            f"model_type {model_type!r} has no hook map; known: {', '.join(FAMILIES)}. Add it in families.py"
+            f"model_type {model_type!r} has no hook map; known: {', '.join(MAPPED)}. Add it in families.py"
         )
-    return FAMILIES[model_type]
+    return known

@@ -12,11 +12,13 @@ import pytest
 
 from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.spelling import parse_candidate
-from candle_mi_parity.coverage.census import take_census
-from candle_mi_parity.coverage.census_models import hub_rotary, mapped_classes
+from candle_mi_parity.coverage.census import subject_of, take_census
+from candle_mi_parity.coverage.census_models import hub_rotary, mapped_classes, tiny_model
 from candle_mi_parity.coverage.census_record import STORED, Census, Entry, count, read_census
+from candle_mi_parity.coverage.census_truth import truth_of
 from candle_mi_parity.errors import CensusError
 from candle_mi_parity.files.isolated import Lost, each
+from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import CandleMi
 
@@ -82,6 +84,14 @@ def test_a_stored_census_has_every_class_of_the_installed_transformers_with_its_
         assert (entry.reader and entry.compared) if answered else entry.reason, entry
         assert entry.model_type != "llama" or entry.outcome == "same", "no entry of this census can be trusted"
         assert str(Path.home()) not in entry.reason and "/tmp" not in entry.reason, entry
+
+
+def test_a_bidirectional_decoder_has_the_layers_of_its_family_and_a_truth_without_a_causal_mask() -> None:
+    tiny = tiny_model("a2d-llama", cache_root())
+    assert (tiny.dialect, read_config(tiny.directory)["model_type"]) == ("hub", "a2d-llama")
+    truth = truth_of(subject_of("a2d-llama", tiny, cache_root()), cache_root())
+    patterns = [tensor for name, tensor in truth.tensors.items() if name.endswith("hook_pattern")]
+    assert len(patterns) == 3 and all(pattern.allowed is not None and pattern.allowed.all() for pattern in patterns)
 
 
 def test_wrong_logits_are_different(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from candle_mi_parity.run.check import CheckOptions
 from candle_mi_parity.run.check_inputs import Prompt
 from candle_mi_parity.spec import paths
 from candle_mi_parity.spec.cases import Case, LocalModel
+from candle_mi_parity.spec.counterfactual import Counterfactual, Variant
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import ROOT, cache_root
 from candle_mi_parity.trace.trace import InMemory
@@ -89,6 +90,22 @@ def test_a_user_s_tensors_are_judged_and_counted(tmp_path: Path) -> None:
     with_hooks = check(model, trace=tmp_path / "whole", hooks=("blocks.1.*",))
     assert {t.name.split(".")[0] for t in with_hooks.prompts[0].case.tensors} == {"blocks", "logits"}
     assert with_hooks.prompts[0].case.expected == 12 + 3
+
+
+def test_a_bidirectional_decoder_is_judged_and_the_code_beside_it_is_not_run(tmp_path: Path) -> None:
+    """Dream as its repository has it: transformers lacks the type, and the config names code of its own."""
+    model, arrays, tokens = plain("Dream/hub")
+    code = {"AutoConfig": "mine.Config", "AutoModel": "mine.Model", "AutoModelForCausalLM": "mine.Model"}
+    mine = shutil.copytree(model, tmp_path / "mine")
+    config = read_config(model) | {"auto_map": code, "architectures": ["DreamModel"]}
+    (mine / "config.json").write_text(json.dumps(config))
+    (mine / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    result = check(mine, trace=dumped(tmp_path / "trace", arrays, tokens))
+    assert result.agrees and not (tmp_path / "ran").exists() and not result.unknown
+    causal = real("Dream/hub").oracle.under(Counterfactual(variants=[Variant.CAUSAL_MASK])).truth().tensors
+    wrong = {name: causal[name].value.astype(np.float32) for name in arrays}
+    result = check(mine, trace=dumped(tmp_path / "causal", wrong, tokens))
+    assert "first at" not in result.sentence and "Equal to PyTorch with causal-mask" in result.sentence
 
 
 def test_a_fault_in_a_user_s_tensors_is_found_and_not_explained(tmp_path: Path) -> None:

@@ -81,6 +81,14 @@ def test_a_row_that_cannot_be_applied_is_refused(name: str) -> None:
     assert message in str(refusal.value)
 
 
+def test_a_later_key_may_be_steered_and_knocked_out_where_it_is_attended() -> None:
+    plain, cut = (real(f"Dream/{name}").truth for name in ("edit-steer-set-future", "edit-knockout-future"))
+    pattern = cut.tensors["blocks.0.attn.hook_pattern"]
+    assert pattern.allowed is not None and not pattern.allowed[:, 1, 4].any()
+    assert (pattern.value[..., 1, 4] == 0).all() and pattern.allowed.sum() == pattern.allowed.size - 4
+    assert (plain.tensors["blocks.0.attn.hook_pattern"].value[..., 1, 4] > 0).all()
+
+
 def test_edits_that_cannot_be_combined_or_have_no_truth() -> None:
     with pytest.raises(CaseTableError, match="cannot be combined"):
         subject_with(STEER, {"kind": "zero", "hook": POST})

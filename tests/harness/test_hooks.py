@@ -5,23 +5,26 @@ The hooks are compared with a llama layer written in numpy, and by the identitie
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from candle_mi_parity.errors import OracleError
+from candle_mi_parity.errors import ModelError, OracleError
+from candle_mi_parity.models.transformers_config import load_config
 from candle_mi_parity.oracle.compute import sample
 from candle_mi_parity.oracle.hooks import Recorder, attention, forward, load_model
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.provenance import modeling_files
 from candle_mi_parity.oracle.rounding import MatmulScales, Truth64
-from candle_mi_parity.spec.families import FAMILIES
+from candle_mi_parity.spec.families import BIDIRECTIONAL, FAMILIES
 from candle_mi_parity.spec.hook_points import hook_names
 from tests.support.planting import changed_model, real
 
@@ -35,9 +38,12 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.sqrt(np.square(found - expected).mean()) / np.sqrt(np.square(expected).mean()))
 
 
-def by_hand() -> dict[str, np.ndarray]:
-    """Layer 0 of the tiny llama in plain numpy, float64, from the safetensors file and config.json."""
-    there = real("llama/hub")
+def by_hand(case_id: str, allowed: np.ndarray) -> dict[str, np.ndarray]:
+    """Layer 0 of a tiny llama in plain numpy, float64, from the safetensors file and config.json.
+
+    :param allowed: boolean [T, T], which keys a query attends to.
+    """
+    there = real(case_id)
     config = json.loads((there.subject.model_dir / "config.json").read_text())
     file = load_file(there.subject.model_dir / "model.safetensors")
     weights = {name: array.astype(np.float64) for name, array in file.items()}
@@ -73,7 +79,7 @@ def by_hand() -> dict[str, np.ndarray]:
     k, v = rotate(k).repeat(n_heads // n_kv, 1), v.repeat(n_heads // n_kv, 1)
     scores = rotate(q) @ k.swapaxes(2, 3) / np.sqrt(size)
     out["blocks.0.attn.hook_scores"] = scores
-    weight = np.where(np.tril(np.ones((length, length), bool)), np.exp(scores - scores.max(-1, keepdims=True)), 0)
+    weight = np.where(allowed, np.exp(scores - scores.max(-1, keepdims=True)), 0)
     pattern = weight / weight.sum(-1, keepdims=True)
     out["blocks.0.attn.hook_pattern"] = pattern
     mixed = (pattern @ v).swapaxes(1, 2).reshape(1, length, -1)
@@ -88,12 +94,70 @@ def by_hand() -> dict[str, np.ndarray]:
 
 
 def test_a_layer_written_in_numpy_agrees_at_every_hook_and_float32_does_not() -> None:
-    truth, hand = values("llama/hub"), by_hand()
+    truth, hand = values("llama/hub"), by_hand("llama/hub", np.tril(np.ones((24, 24), bool)))
     assert set(hand) == {name for name in truth if name == "hook_embed" or name.startswith("blocks.0.")}
     for name, expected in hand.items():
         assert relative(truth[name], expected) < 1e-12, name
     stream = "blocks.0.hook_resid_post"
     assert relative(real("llama/hub").arrays[stream], hand[stream]) > 1e-9
+
+
+@pytest.mark.parametrize("case_id", ["a2d-llama/hub", "llama/bidirectional"])
+def test_a_bidirectional_layer_written_in_numpy_agrees_at_every_hook(case_id: str) -> None:
+    truth = values(case_id)
+    for name, expected in by_hand(case_id, np.ones((6, 6), bool)).items():
+        assert relative(truth[name], expected) < 1e-12, name
+    causal = by_hand(case_id, np.tril(np.ones((6, 6), bool)))
+    assert relative(truth["blocks.0.attn.hook_pattern"], causal["blocks.0.attn.hook_pattern"]) > 0.1
+
+
+@pytest.mark.parametrize(
+    "case_id", [*(f"{name}/hub" for name in BIDIRECTIONAL), "Dream/window-ignored", "a2d-qwen3/v5"]
+)
+def test_a_model_type_that_transformers_lacks_is_its_own_class_with_a_mask_of_zeros(case_id: str) -> None:
+    """dllm gives its classes a mask [B, 1, T, T] of zeros in every layer, also in one with a window."""
+    subject = real(case_id).subject
+    given = json.loads((subject.model_dir / "config.json").read_text())
+    kind = BIDIRECTIONAL[given["model_type"]]
+    config = transformers.CONFIG_MAPPING[kind].from_dict(given | {"model_type": kind})
+    load = partial(transformers.AutoModelForCausalLM.from_pretrained, subject.model_dir, dtype=torch.float64)
+    tokens, width = torch.tensor(subject.tokens), len(subject.tokens[0])
+    with torch.no_grad():
+        mask = torch.zeros(1, 1, width, width, dtype=torch.float64)
+        masked = load(config=config, attn_implementation="eager")(tokens, attention_mask=mask).logits
+        ours = load(config=load_config(subject.model_dir), attn_implementation="eager")(tokens).logits
+        causal = load(config=config, attn_implementation="eager")(tokens).logits
+    assert torch.equal(ours, masked) and not torch.allclose(ours, causal, rtol=0.1)
+    # Its rotary table and norms are of float32, which the oracle's are not.
+    assert relative(values(case_id)["logits"], masked.numpy()) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_is_causal_false_is_a_mask_of_zeros_and_a_window_on_both_sides(family: str) -> None:
+    tensors = real(f"{family}/bidirectional").truth.tensors
+    pattern = tensors["blocks.0.attn.hook_pattern"]
+    assert pattern.allowed is not None and pattern.allowed.all() and (pattern.value > 0).all()
+    if family in ("llama", "gemma"):
+        return
+    # 4 keys on either side, where a causal window of 4 has the query and 3 before it.
+    near = np.abs(np.arange(10)[:, None] - np.arange(10)) <= 4
+    tensors = real(f"{family}/bidirectional-window").truth.tensors
+    windows = [tensor.allowed for name, tensor in tensors.items() if name.endswith("hook_pattern")]
+    expected = {"gemma2": [near, near | True], "qwen2": [near | True, near], "qwen3": [near | True, near]}
+    for allowed, mask in zip(windows, expected.get(family, [near]), strict=True):
+        np.testing.assert_array_equal(allowed, mask)
+
+
+def test_use_bidirectional_attention_on_which_transformers_disagrees_with_itself_is_refused(tmp_path: Path) -> None:
+    directory = changed_model(
+        tmp_path / "gemma", real("gemma/hub").subject.model_dir, use_bidirectional_attention=True
+    )
+    load = partial(transformers.AutoModelForCausalLM.from_pretrained, directory, dtype=torch.float64)
+    with torch.no_grad():
+        eager, sdpa = (load(attn_implementation=kind)(torch.arange(8)[None]).logits for kind in ("eager", "sdpa"))
+    assert not torch.allclose(eager, sdpa, rtol=0.01), "transformers agrees with itself: the key has a truth now"
+    with pytest.raises(ModelError, match="no one truth"):
+        load_model(directory)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.errors import CaseTableError, ModelError, TraceError
 from candle_mi_parity.hunt.bench import message
 from candle_mi_parity.hunt.genes import Genes, case_of, entries_of
-from candle_mi_parity.hunt.grammar import Grammar, all_families, base_config, lengths_of
+from candle_mi_parity.hunt.grammar import Grammar, _edit, all_families, base_config, lengths_of
 from candle_mi_parity.hunt.shrink import cause_of, smallest
 from candle_mi_parity.models.generate import generated_model, tensor_values
 from candle_mi_parity.models.prepared_case import PreparedCase
@@ -21,7 +21,7 @@ from candle_mi_parity.oracle.built import built_model
 from candle_mi_parity.oracle.hooks import load_model
 from candle_mi_parity.spec.cases import Layout, Statistic, TinyModel
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
-from candle_mi_parity.spec.families import FAMILIES, family_of
+from candle_mi_parity.spec.families import MAPPED, family_of
 from tests.support.hunting import (
     KEYS,
     bench,
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # --- The model in memory
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MAPPED)
 def test_a_model_that_is_built_is_the_one_that_is_loaded(family: str, tmp_path: Path) -> None:
     for change in ({"tie_word_embeddings": True}, {"tie_word_embeddings": False, "attention_bias": True}):
         directory = generated_model(base_config(family) | {"num_hidden_layers": 1} | change, "hub", tmp_path)
@@ -108,7 +108,7 @@ def test_a_seed_draws_the_same_inputs_and_another_seed_others() -> None:
         return [grammar.draw(random.Random(f"{seed}:{i}"), [], lambda family, entry: 1.0, set()) for i in range(50)]
 
     assert drawn(0) == drawn(0) != drawn(1)
-    assert {family for family, _ in drawn(0)} == set(FAMILIES)
+    assert {family for family, _ in drawn(0)} == set(MAPPED)
 
 
 def test_what_is_drawn_is_a_case_or_does_not_fit_together() -> None:
@@ -123,6 +123,24 @@ def test_what_is_drawn_is_a_case_or_does_not_fit_together() -> None:
             failed.append(str(error))
     assert len(cases) > 390, failed
     assert {bool(case.sae) for case in cases} == {bool(case.edits) for case in cases} == {True, False}
+
+
+def test_edits_of_later_keys_are_drawn_where_they_are_attended() -> None:
+    def later(family: str, genes: Genes) -> bool:
+        """Whether an attention edge with its key after its query is drawn."""
+        edits = [_edit(random.Random(place), family, genes)["edit.0"] for place in range(600)]
+        edges = [edge for edit in edits for edge in edit.get("spec", {}).get("edges", [])]
+        return any(key > query for query, key in edges)
+
+    assert later("a2d-qwen3", {}) and later("gemma", {"config.is_causal": ["null"]})
+    assert not later("gemma", {}) and not later("qwen3", {"config.is_causal": ["set", True]})
+    future: Genes = {
+        "edit.0": {"kind": "steer", "hook": "blocks.0.attn.hook_pattern", "how": "set_value", "value": 0.5}
+        | {"spec": {"edges": [[1, 3]]}}
+    }
+    assert case_of("Dream", future).edits and case_of("llama", future | {"config.is_causal": ["set", False]}).edits
+    with pytest.raises(CaseTableError, match="in the future"):
+        case_of("llama", future)
 
 
 def test_an_entry_that_changes_nothing_is_hardly_drawn() -> None:

@@ -194,6 +194,15 @@ def test_a_divergence_through_two_config_keys_is_reproduced_with_both(tmp_path: 
     assert (config["rope_theta"], config["norm_epsilon"]) == (100.0, 0.01)
 
 
+def test_the_script_of_a_bidirectional_decoder_needs_no_class_that_transformers_lacks(tmp_path: Path) -> None:
+    model = {"config": "models/qwen2.json", "change": {"model_type": "Dream"}}
+    found = planted(model, lambda config, mean: config["model_type"] == "Dream", tmp_path)
+    assert found.pair.differing == ["model_type"] and found.first.worst is not None
+    script = tmp_path / "folder" / "check.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(found.first.worst.expected, rel=1e-5)
+
+
 def test_what_needs_several_files_of_weights_has_no_rust_test(tmp_path: Path) -> None:
     class Sharded(Faulty):
         def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:

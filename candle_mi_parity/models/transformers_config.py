@@ -1,0 +1,28 @@
+"""transformers' configuration object of a model directory, also of a model type that transformers does not have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.spec.families import BIDIRECTIONAL, transformers_type
+
+FULL_ATTENTION = {"is_causal": False, "use_sliding_window": False, "layer_types": None}
+"""Keys with which transformers lets every position attend to every other in each layer."""
+
+
+def load_config(directory: Path) -> Any:
+    """The configuration of ``config.json``; code that lies beside it is not run.
+
+    A model type of :data:`BIDIRECTIONAL` becomes the family whose layers it has, with :data:`FULL_ATTENTION`.
+
+    :raises Exception: whatever transformers raises for a config that it cannot read.
+    """
+    import transformers
+
+    config = read_config(directory)
+    if (written := str(config.get("model_type"))) not in BIDIRECTIONAL:
+        return transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    kind = transformers_type(written)
+    return transformers.CONFIG_MAPPING[kind].from_dict({**config, **FULL_ATTENTION, "model_type": kind})
