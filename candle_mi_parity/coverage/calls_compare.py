@@ -169,7 +169,9 @@ def _continued(row: CallRow, tokens: np.ndarray, logits: TruthTensor) -> TensorR
         margin = {token: float(logits.value[step, best] - logits.value[step, token]) for token in taken or stops}
         if any(margin[token] < ELEMENT_GATE * (sigma[step, best] + sigma[step, token]) for token in margin):
             return TensorResult("tokens", Status.PASS, compared=step + 1, detail=f"a tie at step {step + 1}")
-        chosen, expected = (f"token {token[0]}" if token else "the end" for token in (taken, [best] * (best not in stops)))
+        chosen, expected = (
+            f"token {token[0]}" if token else "the end" for token in (taken, [best] * (best not in stops))
+        )
         return _mismatch("tokens", f"step {step + 1} gives {chosen}, expected {expected}")
     if len(made) > steps:
         return _mismatch("tokens", f"{len(made)} tokens were made, expected {steps}")

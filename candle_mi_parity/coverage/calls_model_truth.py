@@ -123,7 +123,7 @@ def _generate(
     feedback: Sequence[tuple[int, float, torch.Tensor]],
     sustained: bool,
 ) -> Rows:
-    """Logits [steps, V] of the last position along PyTorch's own greedy continuation, each of a forward over all tokens.
+    """Logits [steps, V] of the last position along PyTorch's own greedy continuation; each step runs all tokens.
 
     The token of the last step may be the one that ends the continuation. ``sustained`` adds the feedback at the
     current last token too.
@@ -152,14 +152,14 @@ def _generate(
 def _lens(directory: Path, logits: torch.Tensor, k: int, token: str) -> Rows:
     """Of each layer's logits [L, V]: the largest probability and its token, and the first layer with a token.
 
-    A token is in the top k of a layer if one of its k likeliest has it as a part. ``text`` are the bytes of the layers'
-    likeliest tokens, each ended by 0; ``first`` is -1 where there is none.
+    A token is in the top k of a layer if one of its k likeliest has it as a part. ``text`` are the bytes of the
+    layers' likeliest tokens, each ended by 0; ``first`` is -1 where there is none.
     """
     spelt = load_tokenizer(directory)
-    ranked = np.argsort(-logits.numpy(), axis=-1, kind="stable")[:, :k]
+    ranked = np.argsort(-logits.numpy(), axis=-1, kind="stable")
     texts = [[spelt.decode([int(place)]) for place in row] for row in ranked]
-    first = next((layer for layer, row in enumerate(texts) if any(token in text for text in row)), -1)
-    text = [float(byte) for row in texts for each in row[:1] for byte in (*each.encode(), 0)]
+    first = next((layer for layer, row in enumerate(texts) if any(token in text for text in row[:k])), -1)
+    text = [float(byte) for row in texts for byte in (*row[0].encode(), 0)]
     best = torch.from_numpy(ranked[:, :1].copy())
 
     def compute(rows: int) -> Named:

@@ -69,9 +69,7 @@ def drawn_tensors(subject: PreparedCase, model: nn.Module) -> dict[str, np.ndarr
     return drawn
 
 
-def _uniform(
-    seed: str, beside: np.ndarray, shape: tuple[int, ...], size: float, subject: PreparedCase
-) -> np.ndarray:
+def _uniform(seed: str, beside: np.ndarray, shape: tuple[int, ...], size: float, subject: PreparedCase) -> np.ndarray:
     """Uniform random numbers, whose rms is ``size`` times that of ``beside``."""
     words = seeded_words(seed, int(np.prod(shape)))
     rms = float(round_to_dtype(np.sqrt(np.square(beside).mean(keepdims=True)), "bfloat16").flat[0])

@@ -91,7 +91,9 @@ class Oracle:
         :raises NoTruthError: the case's SAE is of an unsupported kind.
         """
         if mode == "forced" and self.subject.case.changed:
-            raise OracleError(f"{self.subject.case.id}: a case with edits or a recurrence has no teacher-forced truth")
+            raise OracleError(
+                f"{self.subject.case.id}: a case with edits or a recurrence has no teacher-forced truth"
+            )
 
         def computed() -> Truth:
             return self._signed(self.computation.truth(mode, self._given(mode)))
@@ -119,7 +121,7 @@ class Oracle:
         """A safetensors file of float32 inputs from the plain truth, which both sides are given.
 
         ``free``: every layer's output at the last position, [B, 1, d], for the logit lens; ``sae``, the residual for
-        the SAE alone; and the tensors of the edits and of the feedback. ``forced``: each layer's :data:`FORCED` hooks.
+        the SAE alone; and the tensors of edits and feedback. ``forced``: each layer's :data:`FORCED` hooks.
         """
         if self.plain is not self:
             return self.plain.inputs(mode)

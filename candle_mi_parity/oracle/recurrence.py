@@ -78,7 +78,7 @@ class Recurrence:
         return self._added(out if Variant.FEEDBACK_ON_THE_OUTPUT in self._variants else self._given)
 
     def _added(self, stream: torch.Tensor) -> torch.Tensor:
-        """The stream [B, T, d] with the feedback; each row has vectors of its own, so that samples are independent."""
+        """The stream [B, T, d] with the feedback; a row has its own vectors, so that samples are independent."""
         places = torch.arange(stream.shape[1], device=stream.device)[:, None]
         for row, vector in self._fed:
             scaled = vector.expand(stream.shape[0], 1, -1) * row.strength

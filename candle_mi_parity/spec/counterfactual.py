@@ -175,7 +175,9 @@ class Counterfactual(TableRow):
             f"edits[{index}] " + ("left out" if edit is None else f"{edit.kind} at {edit.hook}")
             for index, edit in self.edits.items()
         ]
-        parts += [f"recurrent = {json.dumps(self.recurrent.model_dump(exclude_defaults=True))}"] if self.recurrent else []
+        parts += (
+            [f"recurrent = {json.dumps(self.recurrent.model_dump(exclude_defaults=True))}"] if self.recurrent else []
+        )
         return " and ".join(parts)
 
     def key(self) -> str:

@@ -1,4 +1,4 @@
-"""A range of layers that is run several times in one forward pass, as ``GenericTransformer::forward_recurrent`` does."""
+"""Layers that are run several times in one forward pass, as ``GenericTransformer::forward_recurrent`` does."""
 
 from __future__ import annotations
 

@@ -135,7 +135,6 @@ fn logit_lens(lens: &Lens, inputs: &Inputs) -> Result<Outcome, EmitError> {
     for (layer, row) in probabilities.into_iter().enumerate() {
         let mut ranked: Vec<(u32, f32)> = (0..).zip(row).collect();
         ranked.sort_by(|a, b| b.1.total_cmp(&a.1));
-        ranked.truncate(lens.k);
         let predictions = decode_predictions_with(&ranked, |id| {
             tokenizer
                 .decode(&[id])

@@ -76,7 +76,7 @@ def newline(call: str) -> np.ndarray:
         rows = [residual(call, text, ids.index(alone)) for text, ids in zip(texts, spelt, strict=True)]
         return np.asarray(np.mean(rows, axis=0))
 
-    return mean(prompts["positive"]) - mean(prompts["negative"])
+    return np.subtract(mean(prompts["positive"]), mean(prompts["negative"]))
 
 
 LAST, UNIT, BOS = "contrastive/last", "contrastive/last-unit", "contrastive/first-layer"
@@ -199,7 +199,9 @@ def test_tokens_that_tie_inside_the_gate_may_be_exchanged_and_what_follows_is_no
 
 def test_feedback_at_the_last_position_changes_the_continuation() -> None:
     """Otherwise the row of sustained feedback would measure what the row without it does."""
-    rows = [answer_of(ROWS[f"generate/{name}"], truth(f"generate/{name}"))["tokens"] for name in ("feedback", "sustained")]
+    rows = [
+        answer_of(ROWS[f"generate/{name}"], truth(f"generate/{name}"))["tokens"] for name in ("feedback", "sustained")
+    ]
     assert rows[0].tolist() != rows[1].tolist()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.numpy import load_file
 from torch import nn
 
 from candle_mi_parity.candidate.build import build
@@ -74,7 +75,7 @@ def test_with_feedback_the_last_pass_is_one_plain_pass_on_the_stream_with_the_ve
     assert recurrent is not None
     stream = forward_of(FED)[recurrent.hook].copy()
     for index, row in enumerate(recurrent.feedback):
-        vector = there.oracle._drawn()[feedback_key(index)].astype(np.float64)
+        vector = load_file(there.inputs)[feedback_key(index)].astype(np.float64)
         stream[:, row.position] += row.strength * vector
     fed = forward_of(FED, edits={recurrent.hook: [replacing(torch.from_numpy(stream))]})
     deeper = values(real_of(there.subject.case.model_copy(update={"recurrent": with_depth(there, 2)})))
@@ -137,7 +138,11 @@ def test_a_candidate_that_runs_other_passes_fails_and_a_search_would_try_what_it
 ) -> None:
     there, other = real(case), Counterfactual.model_validate(change)
     found = there.oracle.under(other).truth()
-    failed = [name for name, tensor in there.truth.tensors.items() if not np.array_equal(tensor.value, found.tensors[name].value)]
+    failed = [
+        name
+        for name, tensor in there.truth.tensors.items()
+        if not np.array_equal(tensor.value, found.tensors[name].value)
+    ]
     assert failed[0] == there.subject.case.recurrent.hook  # type: ignore[union-attr]
     results = compare(found, there.emitted, None, None)
     assert next(result for result in results if result.status is Status.FAIL).name == failed[0]
@@ -152,7 +157,10 @@ def test_a_candidate_that_runs_other_passes_fails_and_a_search_would_try_what_it
         ({"depth": 0}, "depth must be >= 1"),
         ({"layers": [1, 3]}, "loop_end (3) >= n_layers (3)"),
         ({"layers": [2, 1]}, "loop_start (2) > loop_end (1)"),
-        ({"feedback": [{"position": 12, "strength": 1.0, "tensor": "feedback.0"}]}, "feedback position 12 >= seq_len"),
+        (
+            {"feedback": [{"position": 12, "strength": 1.0, "tensor": "feedback.0"}]},
+            "feedback position 12 >= seq_len",
+        ),
         ({"feedback": [{"position": 1, "strength": 1.0, "tensor": "feedback.9"}]}, "no tensor"),
         ({"sustained": True}, "unknown field"),
     ],
@@ -161,11 +169,11 @@ def test_the_emitter_refuses_in_one_line_what_cannot_be_run(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     there = real(FED)
-    asked = request(there.subject, "free", there.inputs, tmp_path / "a.json", "cpu")
+    asked: dict[str, Any] = request(there.subject, "free", there.inputs, tmp_path / "a.json", "cpu")
+    asked["recurrent"] |= change
     with (
         EmitterProcess(build(parse_candidate("0.2.2"), cache_root(), print).path) as process,
         pytest.raises(EmitterError) as refusal,
     ):
-        recurrent: Any = asked["recurrent"]
-        process.emit(asked | {"recurrent": recurrent | change}, 60.0)
+        process.emit(asked, 60.0)
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
