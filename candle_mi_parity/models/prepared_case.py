@@ -20,7 +20,7 @@ from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.models.sae import sae_files, sae_path
 from candle_mi_parity.models.saelens import own_hook
 from candle_mi_parity.models.transformers_config import load_config
-from candle_mi_parity.spec import edits, recurrent
+from candle_mi_parity.spec import edits
 from candle_mi_parity.spec.cases import Case, Download, HubModel, RandomTokens, SaeFile, SaePlace
 from candle_mi_parity.spec.families import family_of, is_bidirectional, transformers_type
 from candle_mi_parity.spec.hook_points import hook_names
@@ -108,7 +108,8 @@ def prepare(case: Case, cache: Path, loaded: Any = None) -> PreparedCase:
         edits.check(case.edits, captures, len(tokens[0]), n_heads, sae_hook, not is_bidirectional(config))
         content["edits"] = [edit.model_dump() for edit in case.edits]
     if case.recurrent is not None:
-        recurrent.check(case.recurrent, case.edits, n_layers, len(tokens[0]))
+        if fault := case.recurrent.fault(n_layers, len(tokens[0])):
+            raise CaseTableError(f"{case.id}: recurrent: {fault}")
         content["recurrent"] = case.recurrent.model_dump()
     return PreparedCase(
         case=case,

@@ -254,6 +254,13 @@ class Case(TableRow):
             raise ValueError("give exactly one of `tokens` and `text`")
         return self
 
+    @model_validator(mode="after")
+    def _each_pass_alike(self) -> Case:
+        # candle-mi steers the pattern of one earlier run, which cannot be that of every pass.
+        if self.recurrent is not None and any(edit.kind == "steer" for edit in self.edits):
+            raise ValueError("`recurrent` cannot be combined with steering")
+        return self
+
     @property
     def family(self) -> str:
         return self.id.split("/")[0]

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from candle_mi_parity.errors import CaseTableError
-from candle_mi_parity.spec.edits import Edit, Position, Steer, short
+from candle_mi_parity.spec.edits import Position, short
 
 Layer = Annotated[int, Field(ge=0)]
 
@@ -73,15 +72,3 @@ class Recurrent(_Row):
 def feedback_key(index: int) -> str:
     """The name of a feedback vector in the inputs file."""
     return f"feedback.{index}"
-
-
-def check(recurrent: Recurrent, edits: list[Edit], n_layers: int, width: int) -> None:
-    """Validate a case's recurrence against its model.
-
-    :raises CaseTableError: a layer or position out of range, or a steering beside it.
-    """
-    if fault := recurrent.fault(n_layers, width):
-        raise CaseTableError(f"recurrent: {fault}")
-    if any(isinstance(edit, Steer) for edit in edits):
-        # candle-mi steers the pattern of one earlier run, which cannot be that of every pass.
-        raise CaseTableError("recurrent: it cannot be combined with steering")

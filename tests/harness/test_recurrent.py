@@ -110,7 +110,7 @@ def test_a_recurrence_that_cannot_be_run_is_refused(name: str) -> None:
 
 def test_what_cannot_be_combined_or_has_no_truth() -> None:
     steer = {"kind": "steer", "hook": "blocks.1.attn.hook_pattern", "how": "scale", "value": 2.0}
-    with pytest.raises(CaseTableError, match="steering"):
+    with pytest.raises(ValidationError, match="steering"):
         subject_with(edits=[steer | {"spec": {"edges": [[5, 2]]}}], layers=[1, 1])
     with pytest.raises(OracleError, match="no teacher-forced truth"):
         real(PLAIN).oracle.truth("forced")
