@@ -76,7 +76,7 @@ def newline(call: str) -> np.ndarray:
         rows = [residual(call, text, ids.index(alone)) for text, ids in zip(texts, spelt, strict=True)]
         return np.asarray(np.mean(rows, axis=0))
 
-    return np.subtract(mean(prompts["positive"]), mean(prompts["negative"]))
+    return np.asarray(mean(prompts["positive"]) - mean(prompts["negative"]))
 
 
 LAST, UNIT, BOS = "contrastive/last", "contrastive/last-unit", "contrastive/first-layer"
