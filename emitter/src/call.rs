@@ -57,6 +57,8 @@ pub fn run(request: &CallRequest) -> Result<(), EmitError> {
                 ("error", Vec::new(), Some(one_line(&error.to_string())))
             }
             Ok(Ok(Outcome::Absent)) => ("absent", Vec::new(), None),
+            // A model that candle-mi does not load costs its own calls.
+            Ok(Err(EmitError::Model(error))) => ("error", Vec::new(), Some(one_line(&error))),
             Ok(Err(error)) => return Err(error),
             Err(_) => ("error", Vec::new(), Some("panicked".to_owned())),
         };

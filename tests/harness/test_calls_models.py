@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from candle_mi_parity.candidate.build import build
+from candle_mi_parity.candidate.process import EmitterProcess
+from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.verdict import Status
-from candle_mi_parity.coverage.calls import load_calls
+from candle_mi_parity.coverage.calls import load_calls, read_calls
 from candle_mi_parity.coverage.calls_compare import answer_of, compare_call
 from candle_mi_parity.coverage.calls_truth import truth_of
 from candle_mi_parity.errors import CaseTableError
@@ -234,3 +237,15 @@ def test_a_model_that_is_not_in_the_table_is_an_error(tmp_path: Path) -> None:
     path.write_text('call = [{ id = "a", fn = "forward_text", model = "none" }]\n[tensors]\n')
     with pytest.raises(CaseTableError, match="unknown model in a"):
         load_calls(path)
+
+
+@pytest.mark.rust
+def test_a_model_that_does_not_load_costs_its_own_call(tmp_path: Path) -> None:
+    rows = [ROWS["text/bos"].model_copy(update={"model": "nowhere"}), ROWS["causal/4"], ROWS["text/bos"]]
+    rows[0] = rows[0].model_copy(update={"id": "text/nowhere"})
+    table = TABLE.model_copy(update={"call": rows})
+    with EmitterProcess(build(parse_candidate("0.2.2"), cache_root(), print).path) as emitter:
+        asked = table.request(TABLE.lay_out(cache_root()), tmp_path / "calls.json")
+        found = {each.id: each for each in read_calls(emitter.emit(asked, 60.0)).calls}
+    assert "model directory" in str(found["text/nowhere"].error)
+    assert {found[name].outcome for name in ("causal/4", "text/bos")} == {"results"}
