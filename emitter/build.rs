@@ -19,9 +19,11 @@ fn main() {
     };
     // What a release lacks is compiled out, and answered as absent or refused.
     let version = field(&candle_mi, "version").unwrap_or_default();
-    println!("cargo:rustc-check-cfg=cfg(since_0_1_24)");
-    if numbers(&version) >= vec![0, 1, 24] {
-        println!("cargo:rustc-cfg=since_0_1_24");
+    for (name, first) in [("since_0_1_24", [0, 1, 24]), ("since_0_2_2", [0, 2, 2])] {
+        println!("cargo:rustc-check-cfg=cfg({name})");
+        if numbers(&version) >= first.to_vec() {
+            println!("cargo:rustc-cfg={name}");
+        }
     }
     let source = field(&candle_mi, "source").unwrap_or_default();
     let (kind, revision, digest) = if source.starts_with("registry+") {

@@ -44,7 +44,7 @@ class Mistake(TableRow):
     id: str
     kind: Literal[
         "cache", "capture", "length", "batch", "type", "range", "edit", "nth", "first", "shared", "load", "call",
-        "tokens", "config", "half", "sae",
+        "tokens", "config", "half", "sae", "contrastive", "continuation", "lens", "text",
     ]  # fmt: skip
     says: str
     at: str

@@ -12,6 +12,7 @@ _FILES = {
     "answer.rs": "calls",
     "call.rs": "calls",
     "call_measures.rs": "calls",
+    "call_model.rs": "calls",
     "call_sae.rs": "calls",
     "sae.rs": "sae",
     "tokenize.rs": "tokens",

@@ -139,6 +139,7 @@ def request(subject: PreparedCase, mode: Mode, inputs: Path, out: Path, device: 
         "project": [name for name in subject.captures if is_lens(name) and mode == "free"],
         "edits": [{"hook": name, "kind": "replace", "tensor": name} for name in forced]
         or for_emitter(subject.case.edits),
+        **({"recurrent": subject.case.recurrent.for_emitter()} if subject.case.recurrent else {}),
         "out": str(out),
     }
 

@@ -24,6 +24,7 @@ from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.oracle.downstream import unembed
 from candle_mi_parity.oracle.hooks import Captured, Edits, forward, load_model, replacing
 from candle_mi_parity.oracle.interventions import edits_of
+from candle_mi_parity.oracle.recurrence import recurrence_of
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.oracle.torch_state import torch_state
 from candle_mi_parity.spec.hook_points import Mode, is_lens
@@ -92,7 +93,7 @@ class TorchSource:
         if mode == "forced":
             edits = {name: [replacing(tensor)] for name, tensor in fed.items()}
         model = self.model(subject.model_dir, dtype)
-        captured = forward(model, tokens, edits).tensors
+        captured = forward(model, tokens, edits, recurrence=recurrence_of(subject, fed)).tensors
         if mode == "free":
             lens = {name: x.to(dtype) for name, x in given.items() if is_lens(name)}
             captured |= {f"lens.{name}": unembed(model, x) for name, x in lens.items()}

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from safetensors.numpy import save, save_file
 
 from candle_mi_parity.candidate.sources import LiveSource, NotStoredError, Source, StoredSource
+from candle_mi_parity.coverage.calls_models import ModelRow
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.untrusted import read_json, validated
@@ -21,7 +22,8 @@ from candle_mi_parity.spec.paths import FIXTURES
 from candle_mi_parity.trace.trace import CandleMi, CaseRef, Digest, Part
 
 TIMEOUT_SECONDS = 120.0
-Argument = str | int | float | list[int] | list[list[int]]
+Argument = str | bool | int | float | list[int] | list[list[int]] | list[str] | list[list[int | float | str]]
+Arguments = dict[str, Argument | dict[str, Argument]]
 LAYOUT = 2
 """Version of the input files; raise it when other files are written for the same table."""
 
@@ -130,6 +132,7 @@ class CallRow(TableRow):
     """One call.
 
     :ivar args: the function's arguments; the name of a tensor of the table stands for that tensor.
+    :ivar model: whose functions, or whose tokenizer, are called.
     :ivar exact: the result must be bitwise equal to the truth in float32.
     :ivar ties: any of equal features may be kept, but as many as in the truth and with the same values.
     :ivar raises: PyTorch raises, so that any result is wrong, and a refusal is right.
@@ -137,8 +140,9 @@ class CallRow(TableRow):
 
     id: str
     fn: str
-    args: dict[str, Argument] = Field(default_factory=dict)
+    args: Arguments = Field(default_factory=dict)
     sae: str | None = None
+    model: str | None = Field(default=None, exclude_if=lambda model: model is None)
     exact: bool = False
     ties: bool = False
     raises: bool = Field(default=False, exclude_if=lambda raises: not raises)
@@ -147,6 +151,7 @@ class CallRow(TableRow):
 class CallTable(TableRow):
     tensors: dict[str, InputTensor]
     saes: dict[str, SaeRow] = Field(default_factory=dict)
+    models: dict[str, ModelRow] = Field(default_factory=dict, exclude_if=lambda models: not models)
     call: list[CallRow]
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -161,14 +166,19 @@ class CallTable(TableRow):
         return hashlib.sha256(save(self.arrays())).hexdigest()
 
     def lay_out(self, cache: Path) -> Path:
-        """The directory with ``inputs.safetensors`` and a directory for each SAE; written once."""
-        return publish(cache / "calls" / content_key(LAYOUT, self.digest()), self.write)
+        """The directory with ``inputs.safetensors`` and a directory for each SAE and model; written once."""
+        return publish(cache / "calls" / content_key(LAYOUT, self.digest()), lambda out: self.write(out, cache))
 
-    def write(self, out: Path) -> None:
-        """Write ``inputs.safetensors`` and a directory for each SAE."""
+    def write(self, out: Path, cache: Path) -> None:
+        """Write ``inputs.safetensors`` and a directory for each SAE and model.
+
+        :param cache: for the models that are generated.
+        """
         save_file(self.arrays(), out / "inputs.safetensors")
         for name, row in self.saes.items():
             row.write(out / name)
+        for name, model in self.models.items():
+            model.write(out / name, cache)
 
     def request(self, directory: Path, out: Path) -> dict[str, object]:
         """The emitter's request for all calls.
@@ -225,13 +235,15 @@ class Calls(Part):
 
 
 def load_calls(path: Path = FIXTURES / "calls.toml") -> CallTable:
-    """:raises CaseTableError: malformed, a call twice, an unknown SAE."""
+    """:raises CaseTableError: malformed, a call twice, an unknown SAE or model."""
     table = read_toml(path, CallTable, CaseTableError)
     ids = [row.id for row in table.call]
     if not ids or len(set(ids)) != len(ids):
         raise CaseTableError(f"{path}: no calls, or a call twice")
     if unknown := [row.id for row in table.call if row.sae is not None and row.sae not in table.saes]:
         raise CaseTableError(f"{path}: unknown SAE in {', '.join(unknown)}")
+    if unknown := [row.id for row in table.call if row.model is not None and row.model not in table.models]:
+        raise CaseTableError(f"{path}: unknown model in {', '.join(unknown)}")
     return table
 
 
@@ -257,7 +269,8 @@ def answers(source: Source, table: CallTable, cache: Path, out: Path) -> Calls:
 
 def _run(row: CallRow, directory: Path) -> dict[str, object]:
     sae = {} if row.sae is None else {"sae": {"path": str(directory / row.sae), "layer": 0}}
-    return {"fn": row.fn, **row.args, **sae}
+    model = {} if row.model is None else {"model": str(directory / row.model)}
+    return {"fn": row.fn, **row.args, **sae, **model}
 
 
 def read_calls(path: Path) -> Calls:

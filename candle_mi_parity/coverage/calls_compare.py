@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 
 from candle_mi_parity.compare.align import INFINITE, SAME, Distance
-from candle_mi_parity.compare.gate import POSITION_GATE, TINY, UNIT, measure
+from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE, TINY, UNIT, measure
 from candle_mi_parity.compare.tensor_result import judged, nonfinite
 from candle_mi_parity.compare.verdict import Status, TensorResult
 from candle_mi_parity.coverage.calls import CallRow
@@ -23,6 +23,7 @@ Results = dict[str, np.ndarray]
 def compare_call(row: CallRow, got: Results, truth: CallTruth) -> list[TensorResult]:
     """Every result of an answer."""
     special = {"top_changed_tokens": ["tokens", *truth], "encode_sparse": ["indices", "values"]}
+    special |= {"generate_recurrent": ["tokens"]}
     expected = special.get(row.fn, list(truth))
     if list(got) != expected:
         return [_mismatch("results", f"got {', '.join(got) or 'none'}, expected {', '.join(expected)}")]
@@ -30,6 +31,8 @@ def compare_call(row: CallRow, got: Results, truth: CallTruth) -> list[TensorRes
         return _top_changed(row, got, truth)
     if row.fn == "encode_sparse":
         return _sparse(row, got, truth)
+    if row.fn == "generate_recurrent":
+        return [_continued(row, got["tokens"], truth["logits"])]
     if row.fn == "pca_top_k" and got["components"].shape == truth["components"].shape:
         sign = np.sign((got["components"] * truth["components"].value).sum(-1, keepdims=True))
         got = got | {"components": got["components"] * sign}
@@ -46,6 +49,10 @@ def answer_of(row: CallRow, truth: CallTruth) -> Results:
         features = values["features"]
         at = np.argsort(-features, kind="stable")[: np.count_nonzero(features > 0)]
         return {"indices": at.astype(np.float64), "values": features[at]}
+    if row.fn == "generate_recurrent":
+        made = [token for token in values["logits"].argmax(-1).tolist() if token not in _stops(row)]
+        made = made[: cast(int, row.args["max_tokens"])]
+        return {"tokens": np.array([*cast(list[int], row.args["tokens"]), *made], dtype=np.float64)}
     return values
 
 
@@ -133,3 +140,39 @@ def _sparse(row: CallRow, got: Results, truth: CallTruth) -> list[TensorResult]:
     if not shaped or sorted(pairs) != sorted(wanted) or not np.array_equal(got["values"], expected["values"]):
         return [_mismatch("indices", f"got {pairs}, expected {wanted}, largest first")]
     return [TensorResult(name, Status.PASS, compared=array.size, exact=True) for name, array in got.items()]
+
+
+def _stops(row: CallRow) -> list[int]:
+    return cast(list[int], row.args["stop"])
+
+
+def _continued(row: CallRow, tokens: np.ndarray, logits: TruthTensor) -> TensorResult:
+    """A greedy continuation, token by token up to the first that differs.
+
+    That one, or the end in its place, must tie with PyTorch's inside the gate; what follows has another prompt.
+
+    :param logits: [steps, V] along PyTorch's continuation.
+    """
+    prompt, stops = cast(list[int], row.args["tokens"]), _stops(row)
+    got = tokens.astype(int).tolist()
+    if tokens.ndim != 1 or got[: len(prompt)] != prompt:
+        return _mismatch("tokens", f"got {got}, expected the prompt {prompt} first")
+    made = got[len(prompt) :]
+    if wrong := [token for token in made if token in stops or not 0 <= token < logits.value.shape[-1]]:
+        return _mismatch("tokens", f"token {wrong[0]} ends a continuation, or is not in the vocabulary")
+    sigma = measure(np.zeros_like(logits.value)[None], logits.value[None], logits.noise[None]).sigma[0]
+    steps = min(len(logits.value), cast(int, row.args["max_tokens"]))
+    for step in range(steps):
+        best, taken = int(logits.value[step].argmax()), made[step : step + 1]  # no token where it ended
+        if taken == ([] if best in stops else [best]):
+            continue
+        margin = {token: float(logits.value[step, best] - logits.value[step, token]) for token in taken or stops}
+        if any(margin[token] < ELEMENT_GATE * (sigma[step, best] + sigma[step, token]) for token in margin):
+            return TensorResult("tokens", Status.PASS, compared=step + 1, detail=f"a tie at step {step + 1}")
+        chosen, expected = (
+            f"token {token[0]}" if token else "the end" for token in (taken, [best] * (best not in stops))
+        )
+        return _mismatch("tokens", f"step {step + 1} gives {chosen}, expected {expected}")
+    if len(made) > steps:
+        return _mismatch("tokens", f"{len(made)} tokens were made, expected {steps}")
+    return TensorResult("tokens", Status.PASS, compared=steps)

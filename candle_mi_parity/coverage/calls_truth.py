@@ -12,6 +12,7 @@ import torch
 
 from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
 from candle_mi_parity.coverage.calls_measures import MEASURES, Named, eigen
+from candle_mi_parity.coverage.calls_model_truth import model_truth
 from candle_mi_parity.coverage.calls_range import RangeNoise, RangeTruth
 from candle_mi_parity.coverage.calls_wrong import SAE_FORMULAS, WRONG, Formulas, norm_out_of_range, torch_sae
 from candle_mi_parity.errors import CaseTableError, OracleError
@@ -152,9 +153,16 @@ def truth_of(row: CallRow, table: CallTable, cache: Path, formula: Formula | Non
         raises; a number leaves float32's range.
     """
     formulas = () if formula is None else (formula,)
+    overflows = False
     try:
-        once = computation(row, table.arrays(), table.lay_out(cache), formulas)
-        values, overflows = with_noise(row, once, not row.exact, formulas)
+        arrays, directory = table.arrays(), table.lay_out(cache)
+        if row.model is not None:
+            if formula is not None:
+                raise CaseTableError(f"{row.id}: {row.fn} has no formula {formula}")
+            values = model_truth(row, arrays, directory / row.model)
+        else:
+            once = computation(row, arrays, directory, formulas)
+            values, overflows = with_noise(row, once, not row.exact, formulas)
     except REFUSALS as error:
         check_refusal(error)
         if row.raises and formula is None:

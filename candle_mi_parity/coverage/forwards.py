@@ -44,7 +44,7 @@ class Forward:
     :ivar name: as in ``llama/hub without captures``.
     :ivar captures: the hook points that are captured.
     :ivar tokens: other token ids [B][T], which are run without edits; None for those of the case.
-    :ivar edited: whether the edits of the case are made.
+    :ivar edited: whether the edits of the case are made, and its recurrence.
     :ivar anew: whether the model is loaded from its files before.
     :ivar like: the forward before it whose logits it must have; ``""`` for the trace, None if there is none yet.
     """
@@ -121,7 +121,7 @@ def _other_ids(made: Made) -> list[list[int]]:
 
 
 def edited(made: Made) -> list[Forward]:
-    """The forwards of a case with edits."""
+    """The forwards of a case with edits or a recurrence."""
     hooks, changed = made.subject.captures, {edit.hook for edit in made.subject.case.edits}
     return [
         Forward("without its edits", edited=False, like=None),
@@ -152,7 +152,7 @@ def plan(traces: Iterable[Made]) -> list[tuple[Made, list[Forward]]]:
         size = sum(file.stat().st_size for file in weight_files(subject.model_dir))
         kind = (subject.model_type, subject.case.dtype)
         same = (*kind, size) if size >= LARGE else (*kind, subject.model_digest, len(ids), len(ids[0]))
-        if subject.case.edits:
+        if subject.case.changed:
             found.append((made, edited(made)))
         elif same in seen:
             continue
@@ -289,12 +289,12 @@ def ask(emitter: EmitterProcess, made: Made, forwards: list[Forward], out: Path)
     """
     path = out.resolve() / f"{trace_name(made.subject.case.id, 'free')}.json"
     of_trace = request(made.subject, "free", made.inputs, path, made.header.device)
-    kept = ("case", "model_dir", "tokens", "dtype", "device", "sae", "inputs", "edits", "out")
+    kept = ("case", "model_dir", "tokens", "dtype", "device", "sae", "inputs", "edits", "recurrent", "out")
     asked = {
         "format": "candle-mi-parity/forward/1",
         "forwards": [forward.row() for forward in forwards],
         "known": [made.digests["logits"]],
-        **{key: of_trace[key] for key in kept},
+        **{key: of_trace[key] for key in kept if key in of_trace},
     }
     return Answer(emitter.emit(asked, TIMEOUT_SECONDS), made, forwards)
 

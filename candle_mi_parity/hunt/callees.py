@@ -104,5 +104,5 @@ def write_inputs(table: CallTable, scratch: Path) -> Path:
     directory = scratch / "call"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    table.write(directory)
+    table.write(directory, directory)
     return directory

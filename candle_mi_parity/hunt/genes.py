@@ -32,7 +32,7 @@ PLAIN_SAE: dict[str, Any] = {
 
 def layers_of(genes: Mapping[str, Any]) -> int:
     """Number of layers of an input's model."""
-    return 2 if any(f"config.{key}" in genes for key in LAYERED) or "layers" in genes else 1
+    return 2 if any(f"config.{key}" in genes for key in LAYERED) or {"layers", "recurrent"} & genes.keys() else 1
 
 
 def case_of(family: str, genes: Genes) -> Case:
@@ -55,6 +55,8 @@ def case_of(family: str, genes: Genes) -> Case:
         row["dtype"] = genes["dtype"]
     if any(slot.partition(".")[0] == "sae" for slot in genes):
         row["sae"] = _sae(genes)
+    if "recurrent" in genes:
+        row["recurrent"] = genes["recurrent"]
     row["edits"] = [genes[slot] for slot in sorted(genes) if slot.startswith("edit.")]
     try:
         case = Case.model_validate(row)
@@ -112,6 +114,8 @@ def entries_of(genes: Genes) -> dict[str, str]:
             continue
         if slot.startswith("edit."):
             found[f"edit.{value['kind']}@{value['hook'].split('.', 2)[-1]}"] = slot
+        elif slot == "recurrent":
+            found[f"recurrent, {value['depth']} passes{' with feedback' if value['feedback'] else ''}"] = slot
         elif isinstance(value, list) and len(value) == 2 and isinstance(value[1], dict) and value[1]:
             found |= {f"{slot}.{key}={json.dumps(held)[:40]}": slot for key, held in value[1].items()}
         elif isinstance(value, list):

@@ -140,7 +140,8 @@ class Grammar:
     def _added(self, rng: random.Random, family: str, genes: Genes, weight: Weight) -> Genes:
         """Genes to add to those that an input has."""
         kind = rng.choices(
-            ("config", "rotary", "weights", "layout", "dtype", "sae", "edit"), (54, 12, 9, 3, 4, 10, 8)
+            ("config", "rotary", "weights", "layout", "dtype", "sae", "edit", "recurrent"),
+            (54, 12, 9, 3, 4, 10, 8, 3),
         )[0]
         if kind == "config":
             slot, value = self._config(rng, family, weight)
@@ -153,6 +154,8 @@ class Grammar:
             return _layout(rng, family)
         if kind == "dtype":
             return {"dtype": rng.choice(["bfloat16", "float16"])}
+        if kind == "recurrent":
+            return {"recurrent": _recurrent(rng)}
         return self._sae(rng, genes) if kind == "sae" else _edit(rng, family, genes)
 
     def _config(self, rng: random.Random, family: str, weight: Weight) -> tuple[str, list[Any]]:
@@ -248,9 +251,10 @@ class Grammar:
         if lengths and rng.random() < 0.7:
             count = max(1, rng.choice(lengths) + rng.choice([-1, 0, 1, 2]))
         kind = rng.random()
-        edited = any(slot.startswith("edit.") for slot in genes)
+        changes = [edit for slot, edit in genes.items() if slot.startswith("edit.") or slot == "recurrent"]
+        edited = bool(changes)
         if edited:
-            places = [place for slot, edit in genes.items() if slot.startswith("edit.") for place in _places(edit)]
+            places = [place for change in changes for place in _places(change)]
             count = max([count, *(place + 1 for place in places)])
         if kind < 0.08 and not edited:
             genes["tokens"] = {"random": count, "batch": rng.choice([2, 3])}
@@ -361,6 +365,16 @@ def _edit(rng: random.Random, family: str, genes: Genes) -> Genes:
     return {f"edit.{count}": edit}
 
 
+def _recurrent(rng: random.Random) -> dict[str, Any]:
+    """A range of the two layers."""
+    first = rng.randrange(2)
+    fed = [
+        {"position": rng.choice([0, 1, 2, 5]), "strength": rng.choice([-1.0, 0.5, 4.0]), "seed": rng.randrange(3)}
+        for _ in range(rng.choice([0, 0, 1, 2]))
+    ]
+    return {"layers": [first, rng.randrange(first, 2)], "depth": rng.choice([1, 2, 2, 3]), "feedback": fed}
+
+
 def _spec(rng: random.Random, layers: int, last: int | None) -> dict[str, Any]:
     """:param last: the last key; None for keys before their query."""
     spec: dict[str, Any] = {}
@@ -382,11 +396,12 @@ def _spec(rng: random.Random, layers: int, last: int | None) -> dict[str, Any]:
 
 
 def _places(edit: Mapping[str, Any]) -> list[int]:
-    """The positions that an edit names."""
+    """The positions that an edit or a recurrence names."""
     spec = edit.get("spec", {})
     places = [edit.get("position", 0), *spec.get("from_positions", []), *spec.get("to_positions", [])]
     places += [place for edge in spec.get("edges", []) for place in edge]
-    return places + [place for fan in spec.get("from_to", []) for place in (fan["query"], *fan["keys"])]
+    places += [place for fan in spec.get("from_to", []) for place in (fan["query"], *fan["keys"])]
+    return places + [row["position"] for row in edit.get("feedback", [])]
 
 
 def all_families(glob: str) -> list[str]:

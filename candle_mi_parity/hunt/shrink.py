@@ -46,6 +46,8 @@ def _fewer(genes: Genes) -> Iterator[Genes]:
         if isinstance(value, list) and len(value) == 2 and isinstance(value[1], dict):
             for key in value[1]:
                 yield genes | {slot: ["set", {name: held for name, held in value[1].items() if name != key}]}
+    if fed := genes.get("recurrent", {}).get("feedback"):
+        yield genes | {"recurrent": genes["recurrent"] | {"feedback": fed[1:]}}
     yield from _fewer_tokens(genes)
 
 

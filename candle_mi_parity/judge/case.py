@@ -179,7 +179,7 @@ def _judge(
             result.unexplained, result.beyond_known = found.why, found.first
     if result.explained is not None:
         result.status = Status.KNOWN
-    elif not case.edits:  # edits affect the whole trace
+    elif not case.changed:  # a change affects the whole trace
         result.teacher_forced = _teacher_forced(result, oracle, source, progress)
     return evidence
 

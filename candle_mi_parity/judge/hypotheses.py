@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from candle_mi_parity.errors import ExplanationError
 from candle_mi_parity.files.tensor_file import TensorFile
@@ -19,6 +22,7 @@ from candle_mi_parity.spec.counterfactual import ROTARY, Counterfactual, Variant
 from candle_mi_parity.spec.edits import Edit, Inject, PatchAt
 from candle_mi_parity.spec.explanations import Explanation, Explanations
 from candle_mi_parity.spec.families import family_of
+from candle_mi_parity.spec.recurrent import Recurrent
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 DEFAULTS: dict[str, list[Any]] = {
@@ -90,8 +94,10 @@ def _generated(evidence: Evidence, cache: Path) -> Iterator[Counterfactual]:
     yield from _of_edits(subject.case.edits, len(subject.tokens[0]))
     if subject.sae_file is not None and subject.sae_file.is_dir():
         yield from _of_sae(read_json(subject.sae_file / CONFIG, ExplanationError))
+    yield from _of_recurrent(subject.case.recurrent)
     for variant in Variant:
-        yield Counterfactual(variants=[variant])
+        if subject.case.recurrent is not None or not variant.of_recurrence:
+            yield Counterfactual(variants=[variant])
     yield from _of_config(config, sorted(cached_fields_read(subject.model_dir, subject.model_type, cache)))
     yield from _of_weights(subject.model_dir, family_of(subject.model_type).norm_offset)
 
@@ -169,3 +175,18 @@ def _of_edits(edits: list[Edit], tokens: int) -> Iterator[Counterfactual]:
             for layer in (int(found[1]) - 1, int(found[1]) + 1):
                 hook = f"blocks.{layer}.{found[2]}"
                 yield Counterfactual(edits={index: edit.model_copy(update={"hook": hook})})
+
+
+def _of_recurrent(recurrent: Recurrent | None) -> Iterator[Counterfactual]:
+    """One pass more or less, another range of layers, each feedback left out or one position off."""
+    if recurrent is None:
+        return
+    plain, (first, last) = recurrent.model_dump(), recurrent.layers
+    changes: list[dict[str, Any]] = [{"depth": recurrent.depth + step} for step in (-1, 1)]
+    changes += [{"layers": [first + a, last + b]} for a, b in ((1, 0), (-1, 0), (0, 1), (0, -1))]
+    for index, row in enumerate(rows := plain["feedback"]):
+        moved = [row | {"position": row["position"] + step} for step in (-1, 1)]
+        changes += [{"feedback": rows[:index] + other + rows[index + 1 :]} for other in ([], *([at] for at in moved))]
+    for change in changes:
+        with suppress(ValidationError):  # no pass, or no such layer or position
+            yield Counterfactual(recurrent=Recurrent.model_validate(plain | change))

@@ -65,7 +65,7 @@ def truth_notes(truth: Truth, case: Case) -> list[str]:
             f"transformers ignores {_names(truth.ignored)} in the files: the truth does not depend on "
             f"{'it' if len(truth.ignored) == 1 else 'them'}"
         )
-    if truth.constant and not case.edits:  # an edit may intend it
+    if truth.constant and not case.changed:  # an edit may intend it
         notes.append(f"not exercised: {_names(list(truth.constant))} {_everywhere(truth)}")
     return notes
 

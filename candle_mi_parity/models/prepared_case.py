@@ -107,6 +107,10 @@ def prepare(case: Case, cache: Path, loaded: Any = None) -> PreparedCase:
         sae_hook = case.sae.hook if case.sae else None
         edits.check(case.edits, captures, len(tokens[0]), n_heads, sae_hook, not is_bidirectional(config))
         content["edits"] = [edit.model_dump() for edit in case.edits]
+    if case.recurrent is not None:
+        if fault := case.recurrent.fault(n_layers, len(tokens[0])):
+            raise CaseTableError(f"{case.id}: recurrent: {fault}")
+        content["recurrent"] = case.recurrent.model_dump()
     return PreparedCase(
         case=case,
         model_dir=model_dir,

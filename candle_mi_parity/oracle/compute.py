@@ -34,6 +34,7 @@ from candle_mi_parity.oracle.hooks import (
     replacing,
 )
 from candle_mi_parity.oracle.plain import require_runs
+from candle_mi_parity.oracle.recurrence import recurrence_of
 from candle_mi_parity.oracle.rounding import Float64, MatmulScales, NoisePool, RoundingNoise, Truth64
 from candle_mi_parity.oracle.variants import apply_to_model
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
@@ -98,7 +99,7 @@ class Computation:
         return changed
 
     def drawn(self) -> dict[str, np.ndarray]:
-        """The random tensors of the case's edits, float32.
+        """The random tensors of the case's edits and feedback, float32.
 
         :raises ModelError: transformers cannot run the model.
         """
@@ -108,7 +109,7 @@ class Computation:
         """The truth of a mode.
 
         :param given: for ``forced``, the tensors that replace the residual stream; for ``free``, the tensors of the
-            edits, and for a counterfactual also the inputs of the logit lens and of the SAE alone.
+            edits and feedback, and for a counterfactual also the inputs of the logit lens and of the SAE alone.
         :param samples: of the noise; 0 for a noise of 0.
         :raises OracleError: an operation without a noise rule, or a truth that is not finite.
         :raises ModelError: transformers cannot run the model.
@@ -127,6 +128,7 @@ class Computation:
 
     def _truth(self, mode: Mode, given: Given, samples: int) -> Truth:
         changes: Edits
+        recurrence = None
         chains: list[Then] = []
         sae: SaeChain | None = None
         if mode == "forced":
@@ -134,6 +136,7 @@ class Computation:
         else:
             drawn = {key: torch.from_numpy(array).double() for key, array in given.items()}
             changes = interventions.edits_of(self._subject, drawn, self._change)
+            recurrence = recurrence_of(self._subject, drawn, self._change)
             chains.append(Lens(self._subject, self.model, given))
             if self._subject.sae_file is not None:
                 sae = SaeChain(self._subject, given, self._change)
@@ -144,7 +147,7 @@ class Computation:
 
         tokens = torch.tensor(self._subject.tokens)
         seed = int(self._subject.digest[:16], 16)
-        run = partial(forward, variants=frozenset(self._change.variants))
+        run = partial(forward, variants=frozenset(self._change.variants), recurrence=recurrence)
         recorder, values, squares = sample(
             self.model, tokens, seed, then, changes, self._arithmetic, samples=samples, run=run
         )

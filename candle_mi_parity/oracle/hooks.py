@@ -23,6 +23,7 @@ from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.quiet import quiet, transformers_runs
 from candle_mi_parity.models.transformers_config import load_config
 from candle_mi_parity.oracle.plain import require_loads
+from candle_mi_parity.oracle.recurrence import Recurrence
 from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.oracle.torch_state import torch_state
 from candle_mi_parity.spec.counterfactual import Variant
@@ -47,10 +48,16 @@ class Recorder:
     :ivar scalings: hook of the scores → the factor by which the products of queries and keys were multiplied.
     :param edits: changes of a hook's tensor after it was recorded (candle-mi's ``Intervention``).
     :param variants: other arithmetic of the attention, for a counterfactual.
+    :param recurrence: layers that run several times; their tensors are those of the last pass.
     """
 
-    def __init__(self, edits: Edits | None = None, variants: frozenset[Variant] = frozenset()) -> None:
-        self.variants = variants
+    def __init__(
+        self,
+        edits: Edits | None = None,
+        variants: frozenset[Variant] = frozenset(),
+        recurrence: Recurrence | None = None,
+    ) -> None:
+        self.variants, self.recurrence = variants, recurrence
         self.tensors: Captured = {}
         self.allowed: dict[int, torch.Tensor] = {}
         self.attended: dict[int, torch.Tensor] = {}
@@ -58,8 +65,13 @@ class Recorder:
         self.edits = edits or {}
         self._owed: Captured = {}
 
+    @property
+    def again(self) -> bool:
+        """Whether layers run that ran before."""
+        return self.recurrence is not None and self.recurrence.again
+
     def at(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name in self.tensors:
+        if name in self.tensors and not self.again:
             raise OracleError(f"{name} fired twice in one forward pass")
         if name.endswith("hook_resid_post") and (owed := self._owed.pop(name, None)) is not None:
             tensor = tensor + owed
@@ -277,15 +289,16 @@ def forward(
     edits: Edits | None = None,
     family: Family | None = None,
     variants: frozenset[Variant] = frozenset(),
+    recurrence: Recurrence | None = None,
 ) -> Recorder:
     """One forward pass with every hook point recorded, ``logits`` last.
 
     :param tokens: int64 [B, T].
     :param edits: see :class:`Recorder`; honoured at every hook, not at ``logits``.
     :param family: None for that of the model's type.
-    :param variants: see :class:`Recorder`.
+    :param variants: see :class:`Recorder`; ``recurrence`` too.
     """
-    recorder = Recorder(edits, variants)
+    recorder = Recorder(edits, variants, recurrence)
     handles = _attach(model, recorder, family)
     token = _recorder.set(recorder)
     # Positions for each sequence, so that samples in one batch have independent rotary noise.
@@ -304,17 +317,21 @@ def forward(
 def _attach(model: Any, recorder: Recorder, family: Family | None) -> list[Any]:
     config = model.config
     family = family or family_of(config.model_type)
+    layers, recurrence = model.model.layers, recorder.recurrence
     handles = [
-        model.model.layers[0].register_forward_pre_hook(_input("hook_embed", recorder), with_kwargs=True),
+        layers[0].register_forward_pre_hook(_input("hook_embed", recorder), with_kwargs=True),
         model.model.norm.register_forward_hook(_output("hook_final_norm", recorder)),
     ]
-    for index, layer in enumerate(model.model.layers):
+    handles += recurrence.watch(layers) if recurrence else []
+    for index, layer in enumerate(layers):
         for name, module, hook in _layer_hooks(f"blocks.{index}.", family, config, recorder):
             target = layer.get_submodule(module) if module else layer
             if name == "input":
                 handles.append(target.register_forward_pre_hook(hook, with_kwargs=True))
             else:
                 handles.append(target.register_forward_hook(hook))
+    if recurrence:
+        handles.append(recurrence.repeat(layers))
     return handles
 
 
@@ -342,6 +359,8 @@ def _layer_hooks(
 
 def _input(name: str, recorder: Recorder) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if recorder.again and name == "hook_embed":
+            return None
         if args:
             return (recorder.at(name, args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": recorder.at(name, kwargs["hidden_states"])}

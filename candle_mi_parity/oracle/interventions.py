@@ -33,22 +33,27 @@ from candle_mi_parity.spec.edits import (
     Zero,
     tensor_key,
 )
+from candle_mi_parity.spec.recurrent import feedback_key
 from candle_mi_parity.trace.formats import round_to_dtype
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 def drawn_tensors(subject: PreparedCase, model: nn.Module) -> dict[str, np.ndarray]:
-    """The random or given tensors of a case's edits, float32, the same bytes on every machine.
+    """The random or given tensors of a case's edits and feedback, float32, the same bytes on every machine.
 
     Shape and rms are relative to the hook's tensor in the unedited float64 model.
     """
     wanted = [(index, edit) for index, edit in enumerate(subject.case.edits) if isinstance(edit, RandomTensorEdit)]
-    if not wanted:
+    recurrent = subject.case.recurrent
+    if not wanted and not (recurrent and recurrent.feedback):
         return {}
     with Float64():  # type: ignore[no-untyped-call]
         there = forward(model, torch.tensor(subject.tokens)).tensors
     drawn = {}
+    for index, row in enumerate(recurrent.feedback if recurrent else []):
+        stream = there[recurrent.hook].numpy()  # type: ignore[union-attr]
+        drawn[feedback_key(index)] = _uniform(f"feedback:{row.seed}", stream, stream.shape[-1:], row.size, subject)
     for index, edit in wanted:
         tensor = there[edit.hook].numpy()
         shape = edit.drawn_shape(tensor.shape)
@@ -60,11 +65,16 @@ def drawn_tensors(subject: PreparedCase, model: nn.Module) -> dict[str, np.ndarr
             exact = subject.case.dtype == "float32"
             drawn[tensor_key(index)] = given if exact else round_to_dtype(given, subject.case.dtype)
             continue
-        words = seeded_words(f"edit:{edit.seed}", int(np.prod(shape)))
-        size = float(round_to_dtype(np.sqrt(np.square(tensor).mean(keepdims=True)), "bfloat16").flat[0])
-        uniform = (words / 2.0**63 - 1) * np.sqrt(3.0)
-        drawn[tensor_key(index)] = round_to_dtype((uniform * size * edit.size).reshape(shape), subject.case.dtype)
+        drawn[tensor_key(index)] = _uniform(f"edit:{edit.seed}", tensor, shape, edit.size, subject)
     return drawn
+
+
+def _uniform(seed: str, beside: np.ndarray, shape: tuple[int, ...], size: float, subject: PreparedCase) -> np.ndarray:
+    """Uniform random numbers, whose rms is ``size`` times that of ``beside``."""
+    words = seeded_words(seed, int(np.prod(shape)))
+    rms = float(round_to_dtype(np.sqrt(np.square(beside).mean(keepdims=True)), "bfloat16").flat[0])
+    uniform = (words / 2.0**63 - 1) * np.sqrt(3.0)
+    return round_to_dtype((uniform * rms * size).reshape(shape), subject.case.dtype)
 
 
 def edits_of(subject: PreparedCase, drawn: Captured, counterfactual: Counterfactual = PLAIN) -> Edits:

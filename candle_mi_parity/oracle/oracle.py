@@ -86,12 +86,14 @@ class Oracle:
         """The truth of a mode, from the cache or computed.
 
         :raises OracleError: an operation without a noise rule, a non-finite truth, an unreadable cache file, or a
-            case with edits teacher-forced.
+            case with edits or a recurrence teacher-forced.
         :raises ModelError: transformers cannot load or run the model.
         :raises NoTruthError: the case's SAE is of an unsupported kind.
         """
-        if mode == "forced" and self.subject.case.edits:
-            raise OracleError(f"{self.subject.case.id}: a case with edits has no teacher-forced truth")
+        if mode == "forced" and self.subject.case.changed:
+            raise OracleError(
+                f"{self.subject.case.id}: a case with edits or a recurrence has no teacher-forced truth"
+            )
 
         def computed() -> Truth:
             return self._signed(self.computation.truth(mode, self._given(mode)))
@@ -119,7 +121,7 @@ class Oracle:
         """A safetensors file of float32 inputs from the plain truth, which both sides are given.
 
         ``free``: every layer's output at the last position, [B, 1, d], for the logit lens; ``sae``, the residual for
-        the SAE alone; and the tensors of the edits. ``forced``: each layer's :data:`FORCED` hooks.
+        the SAE alone; and the tensors of edits and feedback. ``forced``: each layer's :data:`FORCED` hooks.
         """
         if self.plain is not self:
             return self.plain.inputs(mode)
@@ -145,8 +147,8 @@ class Oracle:
         return self._drawn()
 
     def _drawn(self) -> dict[str, np.ndarray]:
-        """The tensors of the case's edits, float32, from the cache or drawn."""
-        if not self.subject.case.edits:
+        """The tensors of the case's edits and feedback, float32, from the cache or drawn."""
+        if not self.subject.case.changed:
             return {}
 
         def write(out: Path) -> None:

@@ -53,13 +53,20 @@ def _on_layers(side: Input, size: int) -> Input:
         sae = sae.model_copy(update={"layer": min(sae.layer, size - 1)})
     hooked = (edit.model_copy(update={"hook": moved(edit.hook)}) for edit in side.edits)
     edits = tuple(_mapped(edit, frozenset({"layers"}), lambda layer: min(layer, size - 1)) for edit in hooked)
-    return replace(side, config=config, sae=sae, edits=edits)
+    recurrent = side.recurrent
+    if recurrent is not None:
+        recurrent = recurrent.model_copy(update={"layers": [min(layer, size - 1) for layer in recurrent.layers]})
+    return replace(side, config=config, sae=sae, edits=edits, recurrent=recurrent)
 
 
 def _on_tokens(side: Input, size: int) -> Input:
     """The first tokens; an edit at a later position moves to the last one."""
     edits = tuple(_mapped(edit, _POSITIONS, lambda position: min(position, size - 1)) for edit in side.edits)
-    return replace(side, tokens=side.tokens[:size], edits=edits)
+    recurrent = side.recurrent
+    if recurrent is not None:
+        fed = [row.model_copy(update={"position": min(row.position, size - 1)}) for row in recurrent.feedback]
+        recurrent = recurrent.model_copy(update={"feedback": fed})
+    return replace(side, tokens=side.tokens[:size], edits=edits, recurrent=recurrent)
 
 
 def _mapped(edit: Edit, names: frozenset[str], change: Callable[[int], int]) -> Edit:
@@ -84,6 +91,25 @@ def _fewer_edits(pair: Pair) -> Iterator[tuple[str, Pair]]:
             yield f"without the {edit.kind}", _edited(pair, (*before, *after))
         for label, fewer in _fewer_entries(edit):
             yield f"{edit.kind} without {label}", _edited(pair, (*before, fewer, *after))
+
+
+def _fewer_passes(pair: Pair) -> Iterator[tuple[str, Pair]]:
+    """Without the recurrence, one of its vectors, a pass, or a layer of its range."""
+    found = pair.case.recurrent
+    if found is None:
+        return
+    yield "without the recurrence", pair.both(lambda side: replace(side, recurrent=None))
+    changes: list[tuple[str, dict[str, object]]] = []
+    for index in range(len(found.feedback)):
+        changes.append(("without a feedback", {"feedback": found.feedback[:index] + found.feedback[index + 1 :]}))
+    changes += [(f"{depth} passes", {"depth": depth}) for depth in range(1, found.depth)]
+    changes += [("a layer alone", {"layers": [layer, layer]}) for layer in found.layers if len({*found.layers}) > 1]
+    for label, change in changes:
+        fewer = found.model_copy(update=change)
+        control = pair.control
+        if control is not None and control.recurrent is not None:
+            control = replace(control, recurrent=fewer)
+        yield label, Pair(replace(pair.case, recurrent=fewer), control)
 
 
 def _edited(pair: Pair, edits: tuple[Edit, ...]) -> Pair:
@@ -184,6 +210,7 @@ _POSITIONS = frozenset({"position", "edges", "from_positions", "to_positions", "
 
 STEPS: tuple[Step, ...] = (
     _fewer_edits,
+    _fewer_passes,
     *map(_usual, (*Statistic, *Layout, *SaeStatistic)),
     _sizes("{} files of weights", (1,), lambda side: side.shards, lambda side, size: replace(side, shards=size)),
     _key_sizes("num_hidden_layers", range(1, 1000), "{} layers", _on_layers),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load_file
+
 from candle_mi_parity.candidate.sources import Source
 from candle_mi_parity.compare.verdict import Explained, Status, TensorResult
 from candle_mi_parity.errors import ParityError
@@ -23,6 +25,7 @@ from candle_mi_parity.repro.shrink import SHAPE, Config, Divergence, Input, Pair
 from candle_mi_parity.spec.cases import Case, LocalModel, PackageModel, SaeFile, SaelensDirectory, ScopeSae, TinyModel
 from candle_mi_parity.spec.edits import Inject, Knockout, Scale, Steer
 from candle_mi_parity.spec.explanations import Explanation, load_explanations
+from candle_mi_parity.spec.recurrent import feedback_key
 from candle_mi_parity.trace.truth import Truth
 
 
@@ -40,6 +43,7 @@ class Reproduction:
 
     :ivar first: its first diverging tensor.
     :ivar original: the case that it was shrunk from.
+    :ivar fed: the vector of each feedback.
     """
 
     original: Case
@@ -47,6 +51,7 @@ class Reproduction:
     subject: PreparedCase
     truth: Truth
     first: TensorResult
+    fed: tuple[list[float], ...] = ()
 
 
 def model_of(tried: Input, scratch: Path) -> Path:
@@ -72,6 +77,7 @@ def judge_input(tried: Input, source: Source, scratch: Path) -> tuple[Evidence, 
         dtype=tried.dtype,
         sae=tried.sae,
         edits=list(tried.edits),
+        recurrent=tried.recurrent,
         unmeasured=["*"],
     )
     judged = judge_mode(Oracle(prepare(case, scratch), scratch, source.device), source, "free", Progress())
@@ -122,7 +128,8 @@ def reproduce(
             raise ReproError(f"{case.id}: only a generated SAE can be shrunk, and {sae.path} is a file")
         if isinstance(sae, ScopeSae):
             raise ReproError(f"{case.id}: an SAE in Gemma Scope's layout cannot be shrunk")
-        start = Input(read_config(subject.model_dir), tuple(subject.tokens[0]), case.dtype, sae, tuple(case.edits))
+        rest = (tuple(case.edits), case.recurrent)
+        start = Input(read_config(subject.model_dir), tuple(subject.tokens[0]), case.dtype, sae, *rest)
         if isinstance(model := case.model, TinyModel):
             unusual = tuple(model.weights), tuple(model.layout)
             start = replace(start, weights=unusual[0], layout=unusual[1], shards=model.shards, seed=model.seed)
@@ -138,7 +145,16 @@ def reproduce(
             raise ReproError(f"{case.id}: it needs several files of weights, and the Rust test loads one")
         if new and (ids := _known_ids(evidence, source)):
             raise ReproError(f"{case.id}: made smaller, it is the known divergence {', '.join(ids)}")
-        return Reproduction(case, pair, evidence.subject, evidence.oracle.truth(), first)
+        oracle = evidence.oracle
+        return Reproduction(case, pair, evidence.subject, oracle.truth(), first, _fed(pair.case, oracle))
+
+
+def _fed(case: Input, oracle: Oracle) -> tuple[list[float], ...]:
+    """The vector of each feedback."""
+    if case.recurrent is None:
+        return ()
+    given = load_file(oracle.inputs("free"))
+    return tuple(given[feedback_key(index)].tolist() for index in range(len(case.recurrent.feedback)))
 
 
 def _known_ids(evidence: Evidence, source: Source) -> list[str]:
@@ -176,6 +192,8 @@ def _pairs(case: Case, start: Input, cache: Path) -> list[Pair]:
         controls.append(replace(start, dtype="float32"))
     if start.edits:
         controls.append(replace(start, edits=()))
+    if start.recurrent is not None:
+        controls.append(replace(start, recurrent=None))
     if start.sae is not None and not start.edits:
         controls.append(replace(start, sae=_plain_sae(start.sae)))
     different = [control for place, control in enumerate(controls) if control not in [start, *controls[:place]]]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from candle_mi_parity.compare.suspects import in_any_layer
 from candle_mi_parity.spec.cases import Layout, SaelensDirectory, Statistic
 from candle_mi_parity.spec.edits import Edit
+from candle_mi_parity.spec.recurrent import Recurrent
 
 Config = dict[str, Any]
 SHAPE = (
@@ -45,6 +46,7 @@ class Input:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     sae: SaelensDirectory | None = None
     edits: tuple[Edit, ...] = ()
+    recurrent: Recurrent | None = None
     weights: tuple[Statistic, ...] = ()
     layout: tuple[Layout, ...] = ()
     shards: int = 1

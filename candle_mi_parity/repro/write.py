@@ -24,6 +24,7 @@ from candle_mi_parity.repro.crate import Dependencies, write_crate
 from candle_mi_parity.repro.probe import place
 from candle_mi_parity.repro.repro import Reproduction, model_of
 from candle_mi_parity.spec.families import BIDIRECTIONAL, transformers_type
+from candle_mi_parity.spec.recurrent import feedback_key
 
 FORMAT = "candle-mi-parity/expected/1"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -110,6 +111,7 @@ def expected(reproduction: Reproduction) -> dict[str, Any]:
         "torch": version("torch"),
         "transformers": version("transformers"),
         "case": reproduction.original.id,
+        **{feedback_key(index): vector for index, vector in enumerate(reproduction.fed)},
     }
 
 
@@ -119,7 +121,8 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
     config, heads = case.config, case.config["num_attention_heads"]
     watched = case.sae.hook if case.sae is not None and first.name.startswith("sae.") else first.name
     module, side, value = place(watched, reproduction.subject.model_type, config)
-    names = {"GenericTransformer", "HookPoint", "HookSpec", "MIBackend", "TransformerConfig"}
+    names = {"GenericTransformer", "HookPoint", "HookSpec", "TransformerConfig"}
+    names.add("MIBackend" if case.recurrent is None else "RecurrentPassSpec")
     names = names.union(*(IMPORTS.get(edit.kind, ()) for edit in case.edits))
 
     def entries(edit: Any) -> list[list[int]]:
@@ -153,6 +156,7 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
         "sae": case.sae,
         "encoder": sae,
         "edits": case.edits,
+        "recurrent": case.recurrent,
         "in_attention": [edit for edit in case.edits if edit.hook.endswith(("hook_scores", "hook_pattern"))],
         "entries": entries,
         "imports": ", ".join(sorted(names, key=lambda name: (name[0].isupper(), name))),
@@ -181,6 +185,8 @@ def _differing(reproduction: Reproduction) -> list[tuple[str, str, str]]:
         keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
         rows += [_row(key, ours, theirs, " (SAE)") for key in keys]
     edits = [edit for edit in case.edits if edit not in control.edits]
+    if case.recurrent != control.recurrent and case.recurrent is not None:
+        rows.append(("(layers run again)", code_cell(case.recurrent.model_dump_json(exclude_defaults=True)), "none"))
     return rows + [("(an intervention)", f"{edit.kind} at {edit.hook}", "none") for edit in edits]
 
 

@@ -18,6 +18,7 @@ from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.untrusted import read_bytes
 from candle_mi_parity.spec.edits import Edit
 from candle_mi_parity.spec.paths import FIXTURES
+from candle_mi_parity.spec.recurrent import Recurrent
 
 MAX_TOML_BYTES = 4 << 20
 BELOW = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*$"
@@ -232,6 +233,7 @@ class Case(TableRow):
         the case is then UNMEASURED where one is; it is for models that are not in the table.
     :ivar stored: how much of a trace is kept in ``rust_outputs/``.
     :ivar edits: interventions, in the order in which they are registered.
+    :ivar recurrent: layers that are run several times.
     """
 
     id: str
@@ -244,6 +246,7 @@ class Case(TableRow):
     stored: Literal["whole", "part"] = "part"
     unmeasured: list[str] = []
     edits: list[Edit] = []
+    recurrent: Recurrent | None = None
 
     @model_validator(mode="after")
     def _one_input(self) -> Case:
@@ -251,9 +254,21 @@ class Case(TableRow):
             raise ValueError("give exactly one of `tokens` and `text`")
         return self
 
+    @model_validator(mode="after")
+    def _each_pass_alike(self) -> Case:
+        # candle-mi steers the pattern of one earlier run, which cannot be that of every pass.
+        if self.recurrent is not None and any(edit.kind == "steer" for edit in self.edits):
+            raise ValueError("`recurrent` cannot be combined with steering")
+        return self
+
     @property
     def family(self) -> str:
         return self.id.split("/")[0]
+
+    @property
+    def changed(self) -> bool:
+        """Whether the forward pass is not the model's own: there are edits, or layers run several times."""
+        return bool(self.edits) or self.recurrent is not None
 
 
 class Table(TableRow):

@@ -12,6 +12,7 @@ from pydantic import Field
 from candle_mi_parity.errors import ExplanationError
 from candle_mi_parity.spec.cases import Setting, TableRow
 from candle_mi_parity.spec.edits import Edit
+from candle_mi_parity.spec.recurrent import Recurrent
 
 Config = dict[str, Any]
 ROTARY = "rope_parameters"
@@ -42,6 +43,14 @@ class Variant(StrEnum):
     """The k largest pre-activations are kept, also negative ones, except the k-th where it is negative."""
     NEGATIVE_THRESHOLD_KEPT = "negative-threshold-kept"
     """A JumpReLU feature with a negative threshold fires with a negative value."""
+    FEEDBACK_FROM_THE_FIRST_PASS = "feedback-from-the-first-pass"
+    """The first pass of a recurrence is given the feedback too."""
+    FEEDBACK_ON_THE_OUTPUT = "feedback-on-the-output"
+    """Feedback is added to the output of the pass before, not to the input of the first."""
+
+    @property
+    def of_recurrence(self) -> bool:
+        return self in (Variant.FEEDBACK_FROM_THE_FIRST_PASS, Variant.FEEDBACK_ON_THE_OUTPUT)
 
 
 class Counterfactual(TableRow):
@@ -59,6 +68,7 @@ class Counterfactual(TableRow):
     :ivar sae_set: keys of the SAE's ``cfg.json`` and their other value; ``sae_drop`` are left out.
     :ivar edits_drop: kinds of edits that have no effect.
     :ivar edits: index of an edit in the case → its replacement; None for none.
+    :ivar recurrent: in place of the case's; its feedback has vectors of the case's.
     """
 
     config_set: dict[str, Setting] = {}
@@ -73,6 +83,7 @@ class Counterfactual(TableRow):
     sae_drop: list[str] = []
     edits_drop: list[str] = []
     edits: dict[int, Edit | None] = {}
+    recurrent: Recurrent | None = None
 
     @property
     def changes_config(self) -> bool:
@@ -92,7 +103,10 @@ class Counterfactual(TableRow):
         merged: dict[str, Any] = {}
         for name in type(self).model_fields:
             one, two = getattr(self, name), getattr(other, name)
-            merged[name] = one | two if isinstance(one, dict) else list(dict.fromkeys([*one, *two]))
+            if name == "recurrent":
+                merged[name] = one or two
+            else:
+                merged[name] = one | two if isinstance(one, dict) else list(dict.fromkeys([*one, *two]))
         return Counterfactual.model_construct(**merged)
 
     def _places(self) -> dict[str, str]:
@@ -105,6 +119,7 @@ class Counterfactual(TableRow):
         }
         found |= {f"sae.{key}": f"set {value!r}" for key, value in self.sae_set.items()}
         found |= {f"sae.{key}": "drop" for key in self.sae_drop}
+        found |= {"recurrent": self.recurrent.model_dump_json()} if self.recurrent else {}
         return found | {f"edits[{index}]": repr(edit) for index, edit in self.edits.items()}
 
     def changed_config(self, config: Config) -> Config:
@@ -160,6 +175,9 @@ class Counterfactual(TableRow):
             f"edits[{index}] " + ("left out" if edit is None else f"{edit.kind} at {edit.hook}")
             for index, edit in self.edits.items()
         ]
+        parts += (
+            [f"recurrent = {json.dumps(self.recurrent.model_dump(exclude_defaults=True))}"] if self.recurrent else []
+        )
         return " and ".join(parts)
 
     def key(self) -> str:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from candle_mi_parity.errors import CaseTableError
 
 E = TypeVar("E", bound="_Edit")
+S = TypeVar("S", bound=BaseModel)
 Position = Annotated[int, Field(ge=0)]
 Shape = Literal["[d]", "[1, d]", "[1, 1, d]", "[1, T, d]", "[B, 1, d]"]
 _SHAPES: dict[str, tuple[str, ...]] = {
@@ -100,7 +101,7 @@ class Scale(_Edit):
 
     @model_validator(mode="after")
     def _is_short(self) -> Scale:
-        return _short(self, self.factor)
+        return short(self, self.factor)
 
 
 class Zero(_Edit):
@@ -216,7 +217,7 @@ class Steer(_Edit):
 
     @model_validator(mode="after")
     def _is_at_pattern(self) -> Steer:
-        return _short(_at(self, "attn.hook_pattern"), self.value)
+        return short(_at(self, "attn.hook_pattern"), self.value)
 
 
 class Inject(_Edit):
@@ -237,7 +238,7 @@ class Inject(_Edit):
         if bad := [index for index, _ in self.features if index != int(index) or index < 0]:
             raise ValueError(f"{bad[0]} is not the index of a feature")
         for _, strength in self.features:
-            _short(self, strength)
+            short(self, strength)
         return self
 
 
@@ -247,7 +248,7 @@ Edit = Annotated[
 ]
 
 
-def _short(edit: E, number: float) -> E:
+def short(edit: S, number: float) -> S:
     """Require a number that every format represents exactly, so that both sides multiply by the same."""
     mantissa = math.frexp(number)[0] * 256
     if not math.isfinite(number) or mantissa != int(mantissa):

@@ -1,4 +1,4 @@
-//! Direct calls of candle-mi's public functions: no model and no forward pass, tensors in and small tensors out.
+//! Direct calls of candle-mi's public functions: tensors or texts in, and small tensors out.
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::answer::{Answer, Outcome};
 use crate::call_measures;
+use crate::call_model::{self, CallModels};
 use crate::call_protocol::{CallRequest, Function};
 use crate::call_sae;
 use crate::error::{one_line, EmitError};
@@ -42,11 +43,13 @@ pub fn run(request: &CallRequest) -> Result<(), EmitError> {
     let inputs = Inputs::read(Some(&request.inputs), &Device::Cpu)?;
     let identity = Identity::of_this_build();
     let mut saes = SaeCache::default();
+    let mut models = CallModels::default();
     let mut calls = Vec::with_capacity(request.calls.len());
     for call in &request.calls {
         let outcome = catch_unwind(AssertUnwindSafe(|| match &call.run {
             Function::Measure(measure) => call_measures::run(measure, &inputs),
             Function::Sae(wanted) => call_sae::run(wanted, &inputs, &mut saes),
+            Function::Model(wanted) => call_model::run(wanted, &inputs, &mut models),
         }));
         let (outcome, results, error) = match outcome {
             Ok(Ok(Outcome::Results(results))) => ("results", results, None),
@@ -54,6 +57,8 @@ pub fn run(request: &CallRequest) -> Result<(), EmitError> {
                 ("error", Vec::new(), Some(one_line(&error.to_string())))
             }
             Ok(Ok(Outcome::Absent)) => ("absent", Vec::new(), None),
+            // A model that candle-mi does not load costs its own calls.
+            Ok(Err(EmitError::Model(error))) => ("error", Vec::new(), Some(one_line(&error))),
             Ok(Err(error)) => return Err(error),
             Err(_) => ("error", Vec::new(), Some("panicked".to_owned())),
         };

@@ -34,6 +34,7 @@ pub struct Call {
 pub enum Function {
     Measure(Measure),
     Sae(SaeCall),
+    Model(ModelCall),
 }
 
 /// A function and its arguments; a string is a key of the inputs.
@@ -146,6 +147,87 @@ pub enum SaeCall {
         sae: SaeFile,
         feature: usize,
     },
+}
+
+/// A function that runs the model in the directory `model`, or decodes with its tokenizer.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "fn", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ModelCall {
+    GenerateRecurrent(Recur),
+    BuildContrastiveDirection {
+        model: PathBuf,
+        prompts: Prompts,
+    },
+    ContrastiveIntervention(Steered),
+    ForwardText {
+        model: PathBuf,
+        text: String,
+        layer: usize,
+    },
+    LogitLens(Lens),
+}
+
+/// A greedy continuation; each feedback is a position, a strength and a key of the inputs.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recur {
+    pub model: PathBuf,
+    pub tokens: Vec<u32>,
+    pub max_tokens: usize,
+    pub stop: Vec<u32>,
+    /// First and last layer.
+    pub layers: (usize, usize),
+    pub depth: usize,
+    pub feedback: Vec<(usize, f32, String)>,
+    pub sustained: bool,
+}
+
+/// Prompts whose residuals are averaged.
+#[cfg_attr(not(since_0_1_24), allow(dead_code))]
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prompts {
+    pub positive: Vec<String>,
+    pub negative: Vec<String>,
+    pub layer: usize,
+    pub strategy: Place,
+    pub normalise: bool,
+}
+
+/// An intervention by the direction of `prompts`, and the prompt in which it is made.
+#[cfg_attr(not(since_0_1_24), allow(dead_code))]
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Steered {
+    pub model: PathBuf,
+    pub prompts: Prompts,
+    pub strength: f32,
+    pub text: String,
+}
+
+/// A position by its index or by candle-mi's name for it.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(untagged)]
+pub enum Place {
+    At(usize),
+    Named(NamedPlace),
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NamedPlace {
+    Last,
+    FirstNewline,
+}
+
+/// Logits `[L,V]`, a key of the inputs, and the token that is looked for among the `k` likeliest of each layer.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lens {
+    pub model: PathBuf,
+    pub logits: String,
+    pub k: usize,
+    pub token: String,
 }
 
 impl SaeCall {

@@ -1,14 +1,14 @@
 //! One forward pass through candle-mi with the captures and edits of a request.
 
 use candle_core::Tensor;
-use candle_mi::{HookCache, HookSpec, MIBackend, MIError};
+use candle_mi::{HookCache, HookSpec, MIBackend, MIError, RecurrentPassSpec};
 
 use crate::edits::{self, Editor};
 use crate::error::EmitError;
 use crate::hook_point::{in_model_dtype, point};
 use crate::inputs::Inputs;
 use crate::model::LoadedModel;
-use crate::protocol::{Edit, Request};
+use crate::protocol::{Edit, Recurrent, Request};
 use crate::sae::SparseAutoencoder;
 use crate::tensor::Named;
 
@@ -25,6 +25,7 @@ pub struct Pass<'a> {
     pub tokens: &'a [Vec<u32>],
     pub captures: Vec<&'a str>,
     pub edits: &'a [Edit],
+    pub recurrent: Option<&'a Recurrent>,
 }
 
 /// Runs the model for a trace.
@@ -45,6 +46,7 @@ pub fn run(
         tokens: &request.tokens,
         captures: captures.chain(sae_hook).chain(edited).collect(),
         edits: &request.edits,
+        recurrent: request.recurrent.as_ref(),
     };
     let cache = pass(loaded, inputs, sae, &whole)?;
     edits::check_shapes(&request.edits, inputs, &cache)?;
@@ -88,7 +90,14 @@ pub fn pass(
     for edit in asked.edits {
         editor.register(edit, &mut spec)?;
     }
-    let cache = loaded.model.forward(&tokens, &spec).map_err(failed)?;
+    let cache = match asked.recurrent {
+        Some(recurrent) => {
+            let passes = passes(recurrent, inputs, loaded)?;
+            loaded.model.forward_recurrent(&tokens, &spec, &passes)
+        }
+        None => loaded.model.forward(&tokens, &spec),
+    }
+    .map_err(failed)?;
     let mut silent = Vec::new();
     for name in &asked.captures {
         if cache.get(&point(name)?).is_none() {
@@ -103,6 +112,21 @@ pub fn pass(
         )));
     }
     Ok(cache)
+}
+
+/// candle-mi's own specification of layers that are run several times.
+pub fn passes(
+    recurrent: &Recurrent,
+    inputs: &Inputs,
+    loaded: &LoadedModel,
+) -> Result<RecurrentPassSpec, EmitError> {
+    let (first, last) = recurrent.layers;
+    let mut passes = RecurrentPassSpec::no_feedback(first, last).with_depth(recurrent.depth);
+    for row in &recurrent.feedback {
+        let vector = in_model_dtype(&row.tensor, inputs, loaded)?;
+        passes.add_feedback(row.position, vector, row.strength);
+    }
+    Ok(passes)
 }
 
 /// A tensor that was captured.

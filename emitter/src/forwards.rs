@@ -135,6 +135,7 @@ fn pass(
         tokens: wanted.tokens.as_ref().unwrap_or(&request.tokens),
         captures: wanted.captures.iter().map(String::as_str).collect(),
         edits: if wanted.edited { &request.edits } else { &[] },
+        recurrent: request.recurrent.as_ref().filter(|_| wanted.edited),
     };
     loaded.check_tokens(pass.tokens)?;
     forward::pass(loaded, inputs, sae, &pass)

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use crate::protocol::{Case, Edit, Precision, SaeRequest};
+use crate::protocol::{Case, Edit, Precision, Recurrent, SaeRequest};
 
 pub const FORWARDS_REQUEST: &str = "candle-mi-parity/forward/1";
 
@@ -22,9 +22,11 @@ pub struct ForwardsRequest {
     pub dtype: Precision,
     pub device: String,
     pub sae: Option<SaeRequest>,
-    /// A safetensors file that the edits take tensors from.
+    /// A safetensors file that the edits and the feedback take tensors from.
     pub inputs: Option<PathBuf>,
     pub edits: Vec<Edit>,
+    #[serde(default)]
+    pub recurrent: Option<Recurrent>,
     pub forwards: Vec<Wanted>,
     /// SHA-256 of logits that the caller holds; all others are written beside the answer.
     pub known: Vec<String>,
@@ -40,7 +42,7 @@ pub struct Wanted {
     pub captures: Vec<String>,
     /// Other token ids, `[B][T]`, with which there are no edits.
     pub tokens: Option<Vec<Vec<u32>>>,
-    /// Whether the request's edits are made.
+    /// Whether the request's edits are made, and its layers run several times.
     pub edited: bool,
     /// Whether the model is loaded from its files before.
     pub anew: bool,

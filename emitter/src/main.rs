@@ -7,6 +7,8 @@ mod answer;
 mod call;
 #[cfg(feature = "calls")]
 mod call_measures;
+#[cfg(feature = "calls")]
+mod call_model;
 mod call_protocol;
 #[cfg(feature = "calls")]
 mod call_sae;

@@ -34,6 +34,9 @@ pub struct Request {
     pub sae_input: Option<String>,
     #[serde(default)]
     pub edits: Vec<Edit>,
+    /// Layers that are run several times.
+    #[serde(default)]
+    pub recurrent: Option<Recurrent>,
     /// Which of candle-mi's parsers reads `config.json`.
     #[serde(default)]
     pub config: ConfigReader,
@@ -165,6 +168,25 @@ pub struct Attention {
 pub struct FromTo {
     pub query: usize,
     pub keys: Vec<usize>,
+}
+
+/// candle-mi's `RecurrentPassSpec`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recurrent {
+    /// First and last layer.
+    pub layers: (usize, usize),
+    pub depth: usize,
+    pub feedback: Vec<Feedback>,
+}
+
+/// A vector `[d]` that is added at one position; `tensor` is a key in `inputs`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Feedback {
+    pub position: usize,
+    pub strength: f32,
+    pub tensor: String,
 }
 
 impl Edit {

@@ -81,9 +81,15 @@ fn check(request: &Request) -> Result<(), EmitError> {
     if let Some(twice) = twice(&request.project) {
         return refuse(format!("project names a tensor twice: {twice}"));
     }
-    let needs_inputs = request.sae_input.is_some() || !request.project.is_empty();
+    let fed = request
+        .recurrent
+        .as_ref()
+        .is_some_and(|recurrent| !recurrent.feedback.is_empty());
+    let needs_inputs = request.sae_input.is_some() || !request.project.is_empty() || fed;
     if needs_inputs && request.inputs.is_none() {
-        return refuse("sae_input or project names a tensor, but inputs is null".to_owned());
+        return refuse(
+            "sae_input, project or recurrent names a tensor, but inputs is null".to_owned(),
+        );
     }
     check_edits(
         &request.edits,

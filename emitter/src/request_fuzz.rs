@@ -5,10 +5,10 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use super::{case_id, parse};
 
 const SEEDS: [&str; 4] = [
-    r#"{"format":"candle-mi-parity/request/1","case":{"id":"a/b","digest":"00"},"model_dir":"/m","tokens":[[1,5,7],[1,2,3]],"captures":["hook_embed"],"logits":true,"dtype":"float32","device":"cpu","sae":{"path":"/s.npz","layer":1,"hook":"blocks.1.hook_resid_post"},"inputs":"/i","sae_input":"k","edits":[{"hook":"hook_embed","kind":"scale","factor":1.5},{"hook":"h","kind":"knockout","spec":{"heads":[0],"edges":[[1,0]],"from_to":[{"query":1,"keys":[0]}]}},{"hook":"h","kind":"patch_at","position":1,"tensor":"t"}],"config":"hf","project":["p"],"out":"/o/a.json"}"#,
+    r#"{"format":"candle-mi-parity/request/1","case":{"id":"a/b","digest":"00"},"model_dir":"/m","tokens":[[1,5,7],[1,2,3]],"captures":["hook_embed"],"logits":true,"dtype":"float32","device":"cpu","sae":{"path":"/s.npz","layer":1,"hook":"blocks.1.hook_resid_post"},"inputs":"/i","sae_input":"k","edits":[{"hook":"hook_embed","kind":"scale","factor":1.5},{"hook":"h","kind":"knockout","spec":{"heads":[0],"edges":[[1,0]],"from_to":[{"query":1,"keys":[0]}]}},{"hook":"h","kind":"patch_at","position":1,"tensor":"t"}],"recurrent":{"layers":[0,1],"depth":3,"feedback":[{"position":1,"strength":1.5,"tensor":"t"}]},"config":"hf","project":["p"],"out":"/o/a.json"}"#,
     r#"{"format":"candle-mi-parity/tokenize/1","tokenizer":"/t.json","texts":["a","\u00e9"],"out":"/o/a.json"}"#,
     r#"{"format":"candle-mi-parity/call/1","case":{"id":"a","digest":"0"},"inputs":"/i","calls":[],"out":"/o/a.json"}"#,
-    r#"{"format":"candle-mi-parity/forward/1","case":{"id":"a","digest":"0"},"model_dir":"/m","tokens":[[1,5]],"dtype":"float16","device":"cpu","sae":null,"inputs":null,"edits":[{"hook":"h","kind":"zero"}],"forwards":[{"name":"a","captures":["h"],"tokens":null,"edited":true,"anew":false},{"name":"b","captures":[],"tokens":[[2]],"edited":false,"anew":true}],"known":["0"],"out":"/o/a.json"}"#,
+    r#"{"format":"candle-mi-parity/forward/1","case":{"id":"a","digest":"0"},"model_dir":"/m","tokens":[[1,5]],"dtype":"float16","device":"cpu","sae":null,"inputs":null,"edits":[{"hook":"h","kind":"zero"}],"recurrent":{"layers":[0,0],"depth":2,"feedback":[]},"forwards":[{"name":"a","captures":["h"],"tokens":null,"edited":true,"anew":false},{"name":"b","captures":[],"tokens":[[2]],"edited":false,"anew":true}],"known":["0"],"out":"/o/a.json"}"#,
 ];
 const ODD: [&[u8]; 14] = [
     b"null",

@@ -131,6 +131,9 @@ fn tokens_must_be_a_rectangle_of_ids() {
 
 #[test]
 fn what_needs_another_field_says_so() {
+    let fed = json!({"position": 1, "strength": 1.5, "tensor": "t"});
+    let recurrent = json!({"layers": [0, 1], "depth": 2, "feedback": [fed]});
+    assert!(refusal(|r| r["recurrent"] = recurrent.clone()).contains("inputs is null"));
     assert!(
         refusal(|r| r["edits"] = json!([{"hook": "h", "kind": "add", "tensor": "k"}]))
             .contains("inputs")

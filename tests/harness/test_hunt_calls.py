@@ -230,4 +230,5 @@ def test_the_same_seed_finds_the_same(tmp_path: Path) -> None:
 def test_every_function_of_the_table_is_generated() -> None:
     from candle_mi_parity.coverage.calls import load_calls
 
-    assert {row.fn for row in load_calls().call} == {what.split(" of ")[0] for what in GENERATED}
+    """But for those that run a model."""
+    assert {row.fn for row in load_calls().call if row.model is None} == {what.split(" of ")[0] for what in GENERATED}

@@ -1,0 +1,144 @@
+"""The models and tokenizers of direct calls: small generated ones, and SmolLM2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from candle_mi_parity.models.generate import generated_model
+from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.spec.cases import PackageModel, Setting, TableRow
+
+SPECIAL = ("<unk>", "<s>", "</s>")
+WORDS = ("the", "rose", "is", "red", "sky", "blue", "and", "in", "a", "of", "night", "day")
+
+
+class Kind(StrEnum):
+    """A generated ``tokenizer.json``; what matters here is how it spells a line break."""
+
+    BYTES = "bytes"
+    """BPE on bytes as GPT-2's, without special tokens; a line break is one token."""
+    BYTES_WITH_BOS = "bytes-with-bos"
+    """The same, with ``<s>`` before every text, as Llama 3's."""
+    METASPACE = "metaspace"
+    """BPE as Llama 2's: ``▁`` for a space, also before the text, so that a line break alone is two tokens."""
+    WORDS = "words"
+    """Whole words between spaces; a line break is no token."""
+
+
+class ModelRow(TableRow):
+    """A generated model with a tokenizer, or SmolLM2 with its own.
+
+    :ivar config: ``config.json`` of a generated model; the weights are those of :mod:`generate`.
+    """
+
+    config: dict[str, Setting] = Field(default_factory=dict)
+    tokenizer: Annotated[Kind | None, Field(strict=False)] = None
+    package: PackageModel | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelRow:
+        if bool(self.config) == (self.package is not None) or (self.tokenizer is not None and self.package):
+            raise ValueError("give `config`, which may have a `tokenizer`, or `package`")
+        return self
+
+    def write(self, out: Path, cache: Path) -> None:
+        """Write the directory of the model.
+
+        :raises ModelError: the package is not installed.
+        """
+        if self.package is not None:
+            out.symlink_to(model_directory(self.package, cache).resolve())
+            return
+        shutil.copytree(generated_model(dict(self.config), "hub", cache), out)
+        if self.tokenizer is not None:
+            text = json.dumps(_TOKENIZERS[self.tokenizer](), ensure_ascii=False)
+            (out / "tokenizer.json").write_text(text, encoding="utf-8")
+            # Otherwise transformers takes the class of the model's type, which changes what the file says.
+            (out / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
+
+
+def _tokenizer(vocabulary: list[str], merges: list[tuple[str, str]], bos: bool, **parts: Any) -> dict[str, Any]:
+    """The content of a ``tokenizer.json`` of a BPE, with what it does before and after in ``parts``."""
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    begins = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [begins, text],
+        "pair": [begins, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    model = {
+        "type": "BPE",
+        "vocab": {token: place for place, token in enumerate(vocabulary)},
+        "merges": [f"{left} {right}" for left, right in merges],
+        "dropout": None,
+        "unk_token": "<unk>",
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": "normalizer" in parts,
+    }
+    found = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None}
+    added = [{"id": place, "content": token} | special for place, token in enumerate(SPECIAL)]
+    return found | {"added_tokens": added, "post_processor": template if bos else None, "model": model} | parts
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's letter for each byte: itself where it is printable, and otherwise one above 255."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(rest)}
+    return [letters[byte] for byte in range(256)]
+
+
+def _merges(words: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The tokens and merges that make whole words of letters, from the left."""
+    pairs = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
+    merges = list(dict.fromkeys(pairs))
+    return list(dict.fromkeys(left + right for left, right in merges)), merges
+
+
+def _bytes(bos: bool) -> dict[str, Any]:
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    made, merges = _merges([*WORDS])
+    letters = _byte_letters()
+    vocabulary = [*SPECIAL, *letters, *(token for token in made if token not in letters)]
+    return _tokenizer(vocabulary, merges, bos, pre_tokenizer=level, decoder=level)
+
+
+def _metaspace() -> dict[str, Any]:
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    before = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}
+    decoders = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    made, merges = _merges([f"▁{word}" for word in WORDS])
+    letters = ["▁", *(chr(code) for code in range(ord("a"), ord("z") + 1))]
+    raw = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = [*SPECIAL, *raw, *letters, *made]
+    return _tokenizer(vocabulary, merges, True, normalizer=before, decoder={"type": "Sequence", "decoders": decoders})
+
+
+def _words() -> dict[str, Any]:
+    found = _tokenizer([], [], False, pre_tokenizer={"type": "WhitespaceSplit"}, decoder=None)
+    vocabulary = {token: place for place, token in enumerate([*SPECIAL, *WORDS])}
+    return found | {"model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}}
+
+
+_TOKENIZERS: dict[Kind, Callable[[], dict[str, Any]]] = {
+    Kind.BYTES: lambda: _bytes(False),
+    Kind.BYTES_WITH_BOS: lambda: _bytes(True),
+    Kind.METASPACE: _metaspace,
+    Kind.WORDS: _words,
+}
