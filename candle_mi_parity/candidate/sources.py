@@ -196,7 +196,7 @@ class LiveSource:
 
     def _process(self) -> EmitterProcess:
         environment = self.branches.environment if self.branches is not None else {}
-        return EmitterProcess(self._built.path, self._built.missing, environment)
+        return EmitterProcess(self._built.path, self._built.missing, environment, self._built.absent)
 
     @property
     def missing(self) -> Mapping[str, str]:

@@ -106,7 +106,7 @@ def emit_class(
     :raises EmitterError: candle-mi refuses, or gives no clear answer.
     :raises TraceError: the trace is invalid or of another candle-mi.
     """
-    asked = request(subject, "free", Path(), out, device) | {"config": reader, "project": [], "inputs": None}
+    asked = request(subject, "free", Path(), out, device) | {"loader": reader, "project": [], "inputs": None}
     return same_candidate(Trace(emitter.emit(asked, seconds)), identity)
 
 

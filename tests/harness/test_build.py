@@ -15,7 +15,8 @@ import pytest
 from candle_mi_parity.candidate import build as builder
 from candle_mi_parity.candidate import cargo
 from candle_mi_parity.candidate import plan as planning
-from candle_mi_parity.candidate.plan import EMITTER, known_releases, lay_out, plan_of
+from candle_mi_parity.candidate.parts import EMITTER
+from candle_mi_parity.candidate.plan import known_releases, lay_out, plan_of
 from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate
 from tests.support.crate import touch, write_crate
 
@@ -283,9 +284,9 @@ esac
 @pytest.mark.parametrize(
     ("broken", "kept", "missing"),
     [
-        (["call_measures.rs"], "sae,tokens", {"calls"}),
-        (["sae.rs"], "tokens", {"sae", "calls"}),
-        (["tokenize.rs", "call.rs"], "sae", {"tokens", "calls"}),
+        (["call_measures.rs"], "quantized,sae,tokens", {"calls"}),
+        (["sae.rs"], "quantized,tokens", {"sae", "calls"}),
+        (["tokenize.rs", "call.rs"], "quantized,sae", {"tokens", "calls"}),
         (["forward.rs"], "", None),
         (["call.rs", "forward.rs"], "", None),
     ],

@@ -175,7 +175,7 @@ def test_an_invalid_reply_is_refused(fake: Fake, tmp_path: Path, answer: str, st
 def test_a_part_that_was_not_built_is_refused_with_the_compilers_reason(fake: Fake, tmp_path: Path) -> None:
     told = "this emitter was built without its part `sae`"
     path = fake(f'reply({{"case": "bad", "ok": False, "kind": "not-built", "error": "{told}"}})')
-    with EmitterProcess(path, {"calls": "call.rs:1", "sae": "src/sae.rs:9: error: x"}) as emitter:
+    with EmitterProcess(path, {"calls": "emitter/call.rs:1", "sae": "emitter/src/sae.rs:9: error: x"}) as emitter:
         error = fails(emitter, ask(tmp_path / "o.json"))
     assert (error.kind, error.message) == (
         "not-built",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.candidate.plan import EMITTER
+from candle_mi_parity.candidate.parts import EMITTER
 from candle_mi_parity.candidate.source_keys import FEATURES, keys_in, source_directory, source_keys
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.errors import ParityError
