@@ -21,7 +21,7 @@ from candle_mi_parity.compare.verdict import Explained, Failure, Status, TensorR
 from candle_mi_parity.errors import ExplanationError, ParityError
 from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.files.untrusted import read_json
-from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.checkpoint import given_files, read_config
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.models.saelens import CONFIG, saelens_files, stored_values
@@ -40,7 +40,15 @@ def facts_of(subject: PreparedCase) -> Facts:
     """The facts of a case that conditions refer to."""
     case = subject.case
     edits = [_edit_facts(edit) for edit in case.edits]
-    return facts_about(read_config(subject.model_dir), subject.sae_file, len(subject.tokens[0]), case.dtype, edits)
+    config, files = read_config(subject.model_dir), given_files(subject.given)
+    facts = facts_about(config, subject.sae_file, len(subject.tokens[0]), case.dtype, edits)
+    return replace(
+        facts,
+        loader=case.loader,
+        features=case.features,
+        files=len(files),
+        pickled=subject.given_dir is not None,
+    )
 
 
 def _edit_facts(edit: Edit) -> dict[str, Any]:

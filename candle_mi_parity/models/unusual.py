@@ -82,12 +82,13 @@ def write_unusual(arrays: Arrays, layout: Sequence[Layout], shards: int, out: Pa
     if Layout.NO_PREFIX in layout:
         tensors = {name.removeprefix("model."): array for name, array in tensors.items()}
     names = sorted(tensors)
-    files = {"model.safetensors": names}
+    stem, ending = ("pytorch_model", "bin") if Layout.PICKLE in layout else ("model", "safetensors")
+    files = {f"{stem}.{ending}": names}
     if shards > 1:
-        files = {f"model-{i + 1:05}-of-{shards:05}.safetensors": names[i::shards] for i in range(shards)}
+        files = {f"{stem}-{i + 1:05}-of-{shards:05}.{ending}": names[i::shards] for i in range(shards)}
         weight_map = {name: file for file, held in files.items() for name in held}
         index = {"metadata": {"total_size": sum(map(np.size, tensors.values()))}, "weight_map": weight_map}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (out / f"{stem}.{ending}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file, held in files.items():
         _save({name: tensors[name] for name in held}, layout, out / file)
 
@@ -98,4 +99,7 @@ def _save(arrays: Arrays, layout: Sequence[Layout], path: Path) -> None:
 
     dtype: torch.dtype = getattr(torch, next((one for one in layout if one in _FORMATS), "float32"))
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(dtype) for name, array in arrays.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    if Layout.PICKLE in layout:
+        torch.save(tensors, path)
+    else:
+        save_file(tensors, path, metadata={"format": "pt"})

@@ -251,7 +251,7 @@ def test_auto_reads_an_unknown_family(emitter: EmitterProcess, llama: Path, tmp_
     unknown, out = copy_model(llama, tmp_path / "model", model_type="mystery"), tmp_path / "case.json"
     known, guessed = traced(emitter, llama, out), traced(emitter, unknown, out, loader="auto")
     # The cached model was read by the other reader and must not be used.
-    error = fails(emitter, real_request(unknown, tmp_path / "refused.json", config="hf"))
+    error = fails(emitter, real_request(unknown, tmp_path / "refused.json", loader="hf"))
     assert error.kind == "model" and "mystery" in error.message
     for name, array in known.items():
         np.testing.assert_array_equal(guessed[name], array, err_msg=name)
