@@ -226,6 +226,11 @@ class LiveSource:
         return self._lanes[lanes]
 
     @property
+    def reads_directories(self) -> bool:
+        """Whether from_pretrained reads a directory in place of a repository: the downloader is replaced."""
+        return bool(self._built.identity.get("patched"))
+
+    @property
     def missing(self) -> Mapping[str, str]:
         """Parts of the emitter that do not compile against the candidate, and their first error."""
         return self._built.missing

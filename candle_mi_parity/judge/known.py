@@ -21,7 +21,7 @@ from candle_mi_parity.compare.verdict import Explained, Failure, Status, TensorR
 from candle_mi_parity.errors import ExplanationError, ParityError
 from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.files.untrusted import read_json
-from candle_mi_parity.models.checkpoint import given_files, read_config
+from candle_mi_parity.models.checkpoint import given_files, read_config, weight_tensors
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.models.saelens import CONFIG, saelens_files, stored_values
@@ -48,6 +48,7 @@ def facts_of(subject: PreparedCase) -> Facts:
         features=case.features,
         files=len(files),
         pickled=subject.given_dir is not None,
+        prefixed=any(name.startswith("model.") for name in weight_tensors(subject.model_dir)),
     )
 
 
