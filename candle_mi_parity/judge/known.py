@@ -40,15 +40,16 @@ def facts_of(subject: PreparedCase) -> Facts:
     """The facts of a case that conditions refer to."""
     case = subject.case
     edits = [_edit_facts(edit) for edit in case.edits]
-    config, files = read_config(subject.model_dir), given_files(subject.given)
+    config, names = read_config(subject.model_dir), list(weight_tensors(subject.model_dir))
     facts = facts_about(config, subject.sae_file, len(subject.tokens[0]), case.dtype, edits)
     return replace(
         facts,
         loader=case.loader,
         features=case.features,
-        files=len(files),
+        files=len(given_files(subject.given)),
         pickled=subject.given_dir is not None,
-        prefixed=any(name.startswith("model.") for name in weight_tensors(subject.model_dir)),
+        prefixed=any(name.startswith("model.") for name in names),
+        stored_head="lm_head.weight" in names,
     )
 
 

@@ -17,7 +17,7 @@ def apply_to_model(model: Any, change: Counterfactual, dtype: torch.dtype, strea
 
     :param dtype: the case's format.
     :param streamed: whether the weights are streamed; they cannot be changed then.
-    :raises OracleError: a glob matches no parameter, the weights are streamed, or there is no LayerNorm.
+    :raises OracleError: a glob matches no parameter, the weights are streamed, or there is no such norm.
     """
     for globs, value in ((change.weights_zero, 0.0), (change.weights_one, 1.0)):
         _fill(model, globs, value, streamed)
@@ -25,6 +25,8 @@ def apply_to_model(model: Any, change: Counterfactual, dtype: torch.dtype, strea
         _replace_layer_norms(model, RmsNorm)
     elif change.has(Variant.LAYER_NORM_IN_ONE_PASS):
         _replace_layer_norms(model, OnePassLayerNorm)
+    if change.has(Variant.NO_QUERY_KEY_NORM):
+        _leave_out(model, ("q_norm", "k_norm"))
     if change.has(Variant.ROTARY_IN_MODEL_DTYPE):
         model.model.rotary_emb = RoundedRotary(model.model.rotary_emb, dtype)
 
@@ -40,6 +42,15 @@ def _fill(model: nn.Module, globs: list[str], value: float, streamed: bool) -> N
         with torch.no_grad():
             for name in names:
                 parameters[name].fill_(value)
+
+
+def _leave_out(model: nn.Module, names: tuple[str, ...]) -> None:
+    found = [name for name, _ in model.named_modules() if name.endswith(names)]
+    if not found:
+        raise OracleError(f"the model has no {' and no '.join(names)}")
+    for name in found:
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, nn.Identity())
 
 
 class RmsNorm(nn.Module):

@@ -6,7 +6,8 @@ Subjects: ``config.KEY``, ``block.KEY`` (of the rotary block that transformers r
 ``rope_parameters``), ``rope.KEY`` (of the rotary embedding, at the top level or in a block), ``sae.KEY`` (of
 ``cfg.json``), ``edit.KEY``, ``dtype``, ``rope_type``, ``alternating`` (whether every second layer, from the first,
 has the window), ``sae_weights``, ``sae_threshold``, ``tokens``, ``loader``, ``features``, ``files`` (number of files
-of weights), ``pickled``, ``prefixed`` (whether tensors are named ``model.…``); a dot leads into a block.
+of weights), ``pickled``, ``prefixed`` (whether tensors are named ``model.…``), ``stored_head``; a dot leads into a
+block.
 
 Operators: ``absent`` (no such key), ``null`` (there, and null), ``present`` (there, and not null), ``number``,
 ``no number`` (absent, null, or of another JSON type), ``=``, ``!=``, ``<``, ``>``, ``in``, ``not in``, ``other than``
@@ -26,7 +27,7 @@ from candle_mi_parity.spec.counterfactual import rotary_block
 
 _SUBJECT = (
     r"(?:config|block|rope|sae|edit)\.[A-Za-z0-9_.]+|dtype|rope_type|alternating|sae_weights|sae_threshold|tokens"
-    r"|loader|features|files|pickled|prefixed"
+    r"|loader|features|files|pickled|prefixed|stored_head"
 )
 _CONDITION = re.compile(
     rf"({_SUBJECT}) (?:(absent|null|present|number|no number)|(=|!=|other than|<|>|in|not in) (.+))"
@@ -48,6 +49,7 @@ class Facts:
     :ivar files: number of files of weights that the candidate is given.
     :ivar pickled: whether they are pickles.
     :ivar prefixed: whether any tensor's name starts with ``model.``, as in a checkpoint with a head.
+    :ivar stored_head: whether there is an ``lm_head.weight``.
     """
 
     config: dict[str, Any]
@@ -62,6 +64,7 @@ class Facts:
     files: int = 1
     pickled: bool = False
     prefixed: bool = True
+    stored_head: bool = False
 
     @property
     def family(self) -> str:

@@ -33,6 +33,8 @@ class Variant(StrEnum):
     """Every LayerNorm is an RMSNorm: no mean is subtracted and no bias added."""
     LAYER_NORM_IN_ONE_PASS = "layer-norm-in-one-pass"
     """The variance of every LayerNorm is mean(x²) − mean(x)², which loses precision where the mean is large."""
+    NO_QUERY_KEY_NORM = "no-query-key-norm"
+    """Queries and keys are not normalised before the rotation."""
     NO_CAUSAL_MASK = "no-causal-mask"
     """Every position attends to every other."""
     CAUSAL_MASK = "causal-mask"
