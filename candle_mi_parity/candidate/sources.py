@@ -231,6 +231,15 @@ class LiveSource:
         return bool(self._built.identity.get("patched"))
 
     @property
+    def built_with(self) -> str:
+        """The features of candle-mi in this build, and the crates that are not as published."""
+        features, patched = (self._built.identity.get(key) for key in ("features", "patched"))
+        text = f"features {', '.join(map(str, features))}" if isinstance(features, list) else ""
+        if isinstance(patched, list) and patched:
+            text += f"; {', '.join(map(str, patched))}, which downloads, is replaced by one that reads directories"
+        return text
+
+    @property
     def missing(self) -> Mapping[str, str]:
         """Parts of the emitter that do not compile against the candidate, and their first error."""
         return self._built.missing

@@ -12,7 +12,7 @@ from pathlib import Path
 from candle_mi_parity import __version__
 from candle_mi_parity.candidate import cuda
 from candle_mi_parity.candidate.build import changed_since
-from candle_mi_parity.candidate.sources import Source, open_source, refuse_device
+from candle_mi_parity.candidate.sources import LiveSource, Source, open_source, refuse_device
 from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate, stored_index
 from candle_mi_parity.candidate.store import StoringSource
 from candle_mi_parity.compare.run_result import RunResult
@@ -83,6 +83,7 @@ def run_cases(
         source = StoringSource(opened, options.keep) if options.keep else opened
         if source.identity:
             result.identity = source.identity.model_dump(exclude_none=True)
+            result.build = opened.built_with if isinstance(opened, LiveSource) else ""
             result.baseline = known.baseline(source.identity.version)
             result.known = {row.id: row for row in known.explanation}
         # torch's default dtype is shared by all threads: no float32 model may be loaded while a truth is computed.

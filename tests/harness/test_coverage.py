@@ -95,3 +95,4 @@ def test_every_comparison_in_the_list_of_public_functions_exists() -> None:
     assert set(re.findall(r"call:(\w+)", text)) == calls
     edits = {edit.kind for case in DEFAULT for edit in case.edits}
     assert set(re.findall(r"edit:([a-z_]+)", text)) == edits
+    assert set(re.findall(r"loader:([a-z_]+)", text)) == {case.loader for case in DEFAULT} - {"hf"}
