@@ -294,10 +294,11 @@ class LiveSource:
 
         :raises ParityError: see :func:`tokens.text_ids`.
         """
-        assert subject.case.text is not None
-        out = self._out / f"{text_name(subject.case.id)}.json"
+        case = subject.case
+        assert case.text is not None
+        out = self._out / f"{text_name(case.id)}.json"
         out.parent.mkdir(parents=True, exist_ok=True)
-        return text_ids(self.emitter, self.identity, subject.model_dir, subject.case.text, out)
+        return text_ids(self.emitter_with(case.features), self.identity, subject.given, case.text, out, case.loader)
 
     def __enter__(self) -> Self:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from candle_mi_parity.errors import ModelError
 from candle_mi_parity.spec.cases import Layout, Statistic
+from candle_mi_parity.spec.paths import FIXTURES
 
 Arrays = dict[str, np.ndarray]
 _FORMATS = (Layout.FLOAT16, Layout.BFLOAT16, Layout.FLOAT64)
@@ -81,6 +83,9 @@ def write_unusual(arrays: Arrays, layout: Sequence[Layout], shards: int, out: Pa
         tensors["model.extra.weight"] = np.full((2, 3), 0.5, np.float32)
     if Layout.NO_PREFIX in layout:
         tensors = {name.removeprefix("model."): array for name, array in tensors.items()}
+    if Layout.TOKENIZER in layout:
+        for path in (FIXTURES / "tokenizer").iterdir():
+            shutil.copyfile(path, out / path.name)
     names = sorted(tensors)
     stem, ending = ("pytorch_model", "bin") if Layout.PICKLE in layout else ("model", "safetensors")
     files = {f"{stem}.{ending}": names}

@@ -90,6 +90,8 @@ class Layout(StrEnum):
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
     FLOAT64 = "float64"
+    TOKENIZER = "tokenizer"
+    """There is a tokenizer, of a few words."""
     PICKLE = "pickle"
     """The candidate is given ``pytorch_model.bin``, or such shards, in place of safetensors."""
 

@@ -204,13 +204,8 @@ fn load(
 /// The stand-in for candle-mi's downloader takes the path of a directory for the name of a repository.
 ///
 /// # Errors
-/// `NotBuilt` or `RealDownloader` where this build cannot ask; `Request` where candle-mi chose another device.
-fn load_pretrained(
-    directory: &Path,
-    files: &[PathBuf],
-    before: &[Stamp],
-    device: &str,
-) -> Result<LoadedModel, EmitError> {
+/// `NotBuilt` or `RealDownloader` where this build cannot ask, and otherwise what candle-mi refuses.
+pub fn from_pretrained(directory: &Path) -> Result<MIModel, EmitError> {
     if env!("PARITY_PATCHED").is_empty() {
         return Err(EmitError::RealDownloader);
     }
@@ -221,10 +216,23 @@ fn load_pretrained(
     let name = path
         .to_str()
         .ok_or_else(|| EmitError::Request(format!("model_dir is not UTF-8: {}", path.display())))?;
-    let model = MIModel::from_pretrained(name).map_err(|error| match error {
+    MIModel::from_pretrained(name).map_err(|error| match error {
         MIError::Download(_) => EmitError::Io(error.to_string()),
         other => refused(other),
-    })?;
+    })
+}
+
+/// A model that candle-mi read itself.
+///
+/// # Errors
+/// Those of [`from_pretrained`], and `Request` where candle-mi chose another device.
+fn load_pretrained(
+    directory: &Path,
+    files: &[PathBuf],
+    before: &[Stamp],
+    device: &str,
+) -> Result<LoadedModel, EmitError> {
+    let model = from_pretrained(directory)?;
     let chosen = match model.device().location() {
         DeviceLocation::Cpu => "cpu".to_owned(),
         DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),

@@ -236,6 +236,9 @@ pub struct TokenizeRequest {
     pub _format: String,
     /// A `tokenizer.json`.
     pub tokenizer: PathBuf,
+    /// With `pretrained`, the tokenizer is that of the model in the same directory.
+    #[serde(default)]
+    pub loader: Loader,
     pub texts: Vec<String>,
     pub out: PathBuf,
 }
