@@ -198,10 +198,7 @@ def crate_of(candidate: Candidate, cache: Path, crate: Path) -> Path:
 
 
 def compiled_features(candidate: Candidate, cache: Path) -> list[str]:
-    """The features of candle-mi in a candidate's build, without those that are known not to compile.
-
-    :raises CandidateError: there is no compiler.
-    """
+    """The features of candle-mi in a candidate's build, without those that are known not to compile."""
     plan = plan_of(candidate, cache)
     missing = _missing_beside(_binary(plan, cache, _compiler(candidate, cache), ()))
     left_out = {SWITCHED[part] for part in missing if part in SWITCHED}
@@ -209,7 +206,6 @@ def compiled_features(candidate: Candidate, cache: Path) -> list[str]:
 
 
 def _missing_beside(binary: Path) -> dict[str, str]:
-    """The parts that do not compile, and their first error."""
     beside = binary.with_name(MISSING)
     return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
 

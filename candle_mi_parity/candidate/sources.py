@@ -197,7 +197,7 @@ class LiveSource:
             self._out.mkdir(parents=True, exist_ok=True)
             self.branches = Branches(built.path, self._out / "counters.profraw")
         self.emitter = self._process()
-        self._lanes: dict[tuple[str, ...], EmitterProcess] = {}
+        self._lanes: dict[tuple[str, ...], EmitterProcess | EmitterError] = {}
         self._asked: list[str] = []
         self.made: dict[str, Made] = {}
 
@@ -218,12 +218,17 @@ class LiveSource:
         if not lanes:
             return self.emitter
         if lanes not in self._lanes:
-            try:
-                built = self._build((*self._cuda, *lanes))
-            except CandidateError as error:
-                raise EmitterError("not-built", f"with {', '.join(lanes)}: {error}") from error
-            self._lanes[lanes] = EmitterProcess(built.path, built.missing, absent=built.absent)
-        return self._lanes[lanes]
+            self._lanes[lanes] = self._lane(lanes)
+        if isinstance(held := self._lanes[lanes], EmitterError):
+            raise held
+        return held
+
+    def _lane(self, lanes: tuple[str, ...]) -> EmitterProcess | EmitterError:
+        try:
+            built = self._build((*self._cuda, *lanes))
+        except CandidateError as error:  # to build it again for the next case would take minutes
+            return EmitterError("not-built", f"with {', '.join(lanes)}: {error}")
+        return EmitterProcess(built.path, built.missing, absent=built.absent)
 
     @property
     def reads_directories(self) -> bool:
@@ -304,8 +309,10 @@ class LiveSource:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for emitter in (self.emitter, *self._lanes.values()):
-            emitter.close()
+        self.emitter.close()
+        for lane in self._lanes.values():
+            if isinstance(lane, EmitterProcess):
+                lane.close()
 
 
 class StoredSource(StatelessSource):

@@ -237,17 +237,16 @@ def _make(
     forwards: list[Forward],
     out: Path,
     result: CaseResult,
-    features: tuple[str, ...] = (),
+    features: Sequence[str] = (),
 ) -> None:
-    """Have the forwards made, and add what they give to the result of their case.
-
-    :param features: of candle-mi, beside those that the case needs.
-    """
+    """Have the forwards made with more features than the case needs, and add what they give to the case's result."""
+    features = [*made.subject.case.features, *features]
     try:
-        features = (*made.subject.case.features, *features)
         found = judge(made, forwards, ask(source.emitter_with(features), made, forwards, out, features))
     except EmitterError as error:
-        if (failure := failure_of(error)) is Failure.ABSENT:
+        failure = failure_of(error)
+        # A lane that cannot be built is an ERROR of the cases that need it, and not of every other one.
+        if failure in (Failure.ABSENT, Failure.NOT_BUILT) and features != made.subject.case.features:
             result.notes.append(f"not asked {forwards[0].name}: {error.message}")
             return
         _fail(result, f"{made.subject.case.id} in a new process: {error}", failure)
@@ -285,7 +284,7 @@ def _fail(result: CaseResult, error: str, failure: Failure | None = None) -> Non
     """Keep the first error; what is of no use says nothing of candle-mi and is an ERROR."""
     if result.status is Status.PASS:
         result.error, result.failure = error, failure
-        result.status = Status.ERROR if failure in (Failure.INPUT, Failure.NOT_BUILT) else Status.FAIL
+        result.status = Status.ERROR if failure is Failure.INPUT else Status.FAIL
 
 
 class Answer(Tensors):

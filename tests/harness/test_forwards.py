@@ -220,6 +220,9 @@ def test_the_first_case_of_an_architecture_is_loaded_through_from_pretrained(tmp
         found = judge_forwards(source, [first.subject.case], "0.2.2", tmp_path / "out", whole)
         names = [tensor.name for tensor in found.results[0].tensors if "from_pretrained" in tensor.name]
         assert names == ["through from_pretrained", "through from_pretrained with mmap"][:more]
+    source._lanes[("mmap",)] = EmitterError("not-built", "with mmap: it does not compile")
+    found = judge_forwards(source, [first.subject.case], "0.2.2", tmp_path / "out", True)
+    assert not found.new and "not asked through from_pretrained with mmap" in found.results[0].notes[0]
     toy.fault = lambda call: call.captures == HOOKS and call.requests > forwards.REQUESTS
     assert_tells(
         judge_forwards(source, [first.subject.case], "0.2.2", tmp_path / "out", False),
