@@ -105,7 +105,7 @@ def judge_case(
         except EmitterError as error:
             result.error, result.failure = str(error), failure_of(error)
             if result.failure is Failure.ABSENT:
-                result.status = Status.UNMEASURED
+                result.status, result.error = Status.UNMEASURED, error.message
             elif result.failure.refused and source.identity is not None:
                 result.explained, result.unexplained = known_refusal(error, subject, table, release)
                 result.status = Status.FAIL if result.explained is None else Status.KNOWN

@@ -15,9 +15,10 @@ import pytest
 from candle_mi_parity.candidate import build as builder
 from candle_mi_parity.candidate import cargo
 from candle_mi_parity.candidate import plan as planning
-from candle_mi_parity.candidate.parts import EMITTER
+from candle_mi_parity.candidate.parts import EMITTER, LANES, PARTS, SWITCHED
 from candle_mi_parity.candidate.plan import known_releases, lay_out, plan_of
 from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate
+from candle_mi_parity.spec.cases import load_cases
 from tests.support.crate import touch, write_crate
 
 Cargo = Callable[..., None]
@@ -365,6 +366,11 @@ def test_a_feature_of_candle_mi_that_does_not_compile_costs_no_other(
         built = builder.build(parse_candidate("0.2.2"), tmp_path / "cache", print)
         assert built.missing == dict.fromkeys(missing, f"{file}:1120:5: error: cannot find value `x`")
     assert len(log.read_text().splitlines()) <= builds
+
+
+def test_every_feature_that_a_case_needs_is_one_that_the_emitter_switches_on() -> None:
+    assert {feature for case in load_cases() for feature in case.features} <= {*SWITCHED.values()}
+    assert set(LANES) == {"mmap"} and not set(LANES) & set(PARTS)
 
 
 def test_a_release_is_built_without_the_features_that_it_does_not_have(put: Cargo, tmp_path: Path) -> None:
