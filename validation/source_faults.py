@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from candle_mi_parity.candidate.plan import EMITTER
+from candle_mi_parity.candidate.parts import EMITTER
 from candle_mi_parity.candidate.sources import Source, open_source
 from candle_mi_parity.candidate.spelling import parse_candidate
 from validation.catalogue import CatalogueError, SourceEdit

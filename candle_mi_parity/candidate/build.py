@@ -23,11 +23,10 @@ from filelock import FileLock
 
 from candle_mi_parity.candidate.cargo import Ran, condense, run_cargo
 from candle_mi_parity.candidate.checkout import configuration, note_inputs, packages_of, written_since
-from candle_mi_parity.candidate.parts import PARTS, broken_parts
+from candle_mi_parity.candidate.parts import EMITTER, SWITCHED, broken_feature, broken_parts
 from candle_mi_parity.candidate.plan import (
     COUNTING,
     DOWNLOADER,
-    EMITTER,
     Plan,
     crate_directory,
     emitter_sources,
@@ -52,11 +51,17 @@ class BuiltEmitter:
 
     :ivar identity: the output of ``parity-emitter --version``.
     :ivar missing: part that does not compile against the candidate → its first error.
+    :ivar absent: parts and lanes for which the candidate has no feature.
     """
 
     path: Path
     identity: dict[str, object]
     missing: dict[str, str] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+
+
+class AbsentFeatureError(CandidateError):
+    """The candidate has no such feature."""
 
 
 class _StandInError(CandidateError):
@@ -69,7 +74,7 @@ def build(
     """The emitter for ``candidate``, from the cache or built now, once for all processes.
 
     :param log: called with lines of progress.
-    :param features: features of the emitter crate (``cuda``).
+    :param features: features of the emitter crate beside its parts: ``cuda``, or a lane.
     :param counted: whether candle-mi counts the branches that it takes, see :mod:`branches`.
     :raises CandidateError: one line on why the build failed.
     :raises OutOfReachError: the network or nvcc is missing.
@@ -84,6 +89,8 @@ def build(
     if counted and sys.platform != "linux":
         raise CandidateError("the branches that candle-mi takes can be counted on Linux only")
     plan = replace(plan_of(candidate, cache), counted=counted)
+    if lacking := [feature for feature in features if feature in plan.absent]:
+        raise AbsentFeatureError(f"{candidate.label} has no feature {lacking[0]}")
     plain = with_real_downloader(plan)
     compiler = _compiler(candidate, cache)
     if plan != plain and _binary(plain, cache, compiler, features).is_file():
@@ -109,8 +116,7 @@ def _build(
             return _build(candidate, replace(plan, tree_digest=read), cache, log, compiler, features)
     identity = _identity(binary)
     _check_identity(candidate, plan, identity)
-    beside = binary.with_name(MISSING)
-    return BuiltEmitter(binary, identity, json.loads(beside.read_text()) if beside.is_file() else {})
+    return BuiltEmitter(binary, identity, _missing_beside(binary), plan.absent)
 
 
 def _build_once(
@@ -158,16 +164,23 @@ def _without_broken_parts(
     :raises CandidateError: what every case needs does not compile.
     """
     missing: dict[str, str] = {}
-    while True:
-        made, ran = _cargo_build(candidate, plan, cache, log, features, missing)
-        if made is not None:
-            return made, ran, missing
+
+    def attempt(without: Collection[str] = ()) -> tuple[Path | None, Ran]:
+        return _cargo_build(candidate, plan, cache, log, features, {*missing, *without})
+
+    made, ran = attempt()
+    while made is None:
         broken = {part: error for part, error in broken_parts(ran).items() if part not in missing}
+        if not broken:
+            left = [part for part in plan.parts if part not in missing]
+            broken = broken_feature(ran, left, lambda without: attempt(without)[1])
         if not broken:
             raise _failure(candidate, plan, ran, crate_directory(candidate, cache) / "build.log")
         missing |= broken
         parts = ", ".join(broken)
         log(f"the emitter's part {parts} does not compile against {candidate.label}, and is left out")
+        made, ran = attempt()
+    return made, ran, missing
 
 
 def changed_since(candidate: Candidate, identity: CandleMi | None, cache: Path) -> str:
@@ -182,6 +195,19 @@ def crate_of(candidate: Candidate, cache: Path, crate: Path) -> Path:
     plan = plan_of(candidate, cache)
     lay_out(crate, plan, cache)
     return _target(plan, cache)
+
+
+def compiled_features(candidate: Candidate, cache: Path) -> list[str]:
+    """The features of candle-mi in a candidate's build, without those that are known not to compile."""
+    plan = plan_of(candidate, cache)
+    missing = _missing_beside(_binary(plan, cache, _compiler(candidate, cache), ()))
+    left_out = {SWITCHED[part] for part in missing if part in SWITCHED}
+    return [feature for feature in plan.features if feature not in left_out]
+
+
+def _missing_beside(binary: Path) -> dict[str, str]:
+    beside = binary.with_name(MISSING)
+    return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
 
 
 def _target(plan: Plan, cache: Path) -> Path:
@@ -261,7 +287,7 @@ def _cargo_build(
         command.append("--locked")
     if without:
         command.append("--no-default-features")
-        features = [*features, *(part for part in PARTS if part not in without)]
+        features = [*features, *(part for part in plan.parts if part not in without)]
     if features:
         command += ["--features", ",".join(features)]
     environment = {

@@ -12,14 +12,15 @@ import json
 import os
 import re
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from candle_mi_parity.candidate.checkout import fetch, tree_digest
+from candle_mi_parity.candidate.parts import EMITTER, PARTS, SWITCHED, absent_parts
 from candle_mi_parity.candidate.spelling import Candidate, CandidateError
 from candle_mi_parity.files.atomic import write_text
 
-EMITTER = Path(__file__).parents[2] / "emitter"
 DOWNLOADER = "hf-fetch-model"
 COUNTING = EMITTER / "counting.sh"
 """The wrapper of rustc for a build that counts branches."""
@@ -34,6 +35,16 @@ _DEPENDENCIES = (
     ((0, 0, 0), "0.9", "0.7"),
 )
 
+# The first release with a feature of candle-mi; the others are as old as candle-mi.
+_FIRST_WITH = {
+    "mmap": (0, 0, 2),
+    "stoicheia": (0, 1, 8),
+    "quantized": (0, 1, 13),
+    "diffusion": (0, 1, 14),
+    "training": (0, 1, 21),
+    "fused-attn": (0, 2, 2),
+}
+
 # The lock from which a candidate without its own lock starts, by candle series: tested versions, not the newest.
 _SEED_LOCK = {"0.9": "0.1.10.lock", "0.11": "0.2.2.lock"}
 
@@ -46,6 +57,7 @@ class Plan:
     :ivar locked: whether ``lock`` belongs to this candidate.
     :ivar candle: the series, such as ``0.11``.
     :ivar downloader: the version of the stand-in; ``None`` if the real downloader is built.
+    :ivar absent: the emitter's parts and lanes for which the candidate has no feature.
     :ivar counted: whether candle-mi counts the branches that it takes, see :mod:`branches`.
     """
 
@@ -56,7 +68,18 @@ class Plan:
     downloader: str | None
     tree_digest: str | None
     revision: str | None
+    absent: tuple[str, ...] = ()
     counted: bool = False
+
+    @property
+    def features(self) -> list[str]:
+        """The features of candle-mi in a build in which every part compiles, without those of lanes."""
+        return ["transformer", *(SWITCHED[part] for part in self.parts if part in SWITCHED)]
+
+    @property
+    def parts(self) -> list[str]:
+        """The emitter's parts that are built where they compile."""
+        return [part for part in PARTS if part not in self.absent]
 
 
 def plan_of(candidate: Candidate, cache: Path) -> Plan:
@@ -67,7 +90,9 @@ def plan_of(candidate: Candidate, cache: Path) -> Plan:
     digest = revision = None
     if candidate.kind == "version":
         source = f'version = "={candidate.target}"'
-        candle, downloader = _dependencies_of(candidate.target)
+        numbers = _numbers(candidate.target)
+        candle, downloader = _dependencies_of(numbers)
+        absent = absent_parts(lambda feature: numbers >= _FIRST_WITH.get(feature, ()))
         requirement = candle
     elif candidate.kind == "path":
         directory = Path(candidate.target).expanduser().resolve()
@@ -76,24 +101,25 @@ def plan_of(candidate: Candidate, cache: Path) -> Plan:
         # A JSON string is a TOML basic string, which escapes quotes and backslashes.
         source = f"path = {json.dumps(str(directory))}"
         text = (directory / "Cargo.toml").read_text(encoding="utf-8")
-        requirement, candle, downloader = _read_manifest(text, str(directory))
+        requirement, candle, downloader, absent = _read_manifest(text, str(directory))
         digest = tree_digest(directory, inputs_of(candidate, cache))
     else:
         revision, text = fetch(candidate, cache)
         source = f'git = {json.dumps(_url(candidate.target))}, rev = "{revision}"'
-        requirement, candle, downloader = _read_manifest(text, candidate.spec)
+        requirement, candle, downloader, absent = _read_manifest(text, candidate.spec)
     lock = EMITTER / "locks" / f"{candidate.target}.lock"
     locked = candidate.kind == "version" and lock.is_file()
     if not locked:
         lock = EMITTER / "locks" / _SEED_LOCK.get(candle, "none")
     plan = Plan(
-        manifest=_manifest(source, requirement),
+        manifest=_manifest(source, requirement, absent),
         lock=lock.read_bytes() if lock.is_file() else b"",
         locked=locked,
         candle=candle,
         downloader=downloader,
         tree_digest=digest,
         revision=revision,
+        absent=absent,
     )
     return plan if downloader else with_real_downloader(plan)
 
@@ -139,9 +165,8 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.split(r"[-+]", version)[0].split("."))
 
 
-def _dependencies_of(version: str) -> tuple[str, str]:
+def _dependencies_of(numbers: tuple[int, ...]) -> tuple[str, str]:
     """The series of candle and the version of the stand-in for a release."""
-    numbers = _numbers(version)
     candle, series = next((candle, series) for first, candle, series in _DEPENDENCIES if numbers >= first)
     return candle, _stand_in_version(series)
 
@@ -155,8 +180,11 @@ def _stand_in_version(requirement: str) -> str:
     return f"{series}{patch or '.0'}" if exactly else f"{series}.999"
 
 
-def _read_manifest(manifest: str, where: str) -> tuple[str, str, str]:
-    """The candle-core requirement of a candle-mi manifest, its series (``0.11``), and the stand-in's version."""
+def _read_manifest(manifest: str, where: str) -> tuple[str, str, str, tuple[str, ...]]:
+    """What a candle-mi manifest says.
+
+    :returns: the candle-core requirement, its series (``0.11``), the stand-in's version, and the absent parts.
+    """
     try:
         parsed = tomllib.loads(manifest)
     except tomllib.TOMLDecodeError as error:
@@ -168,7 +196,9 @@ def _read_manifest(manifest: str, where: str) -> tuple[str, str, str]:
     found = re.search(r"\d+\.\d+", requirement)
     if found is None:
         raise CandidateError(f"Cargo.toml of {where} names no candle-core version")
-    return requirement, found.group(), _stand_in_version(_requirement(parsed, DOWNLOADER))
+    features = parsed.get("features", {})
+    absent = absent_parts(lambda feature: feature in features)
+    return requirement, found.group(), _stand_in_version(_requirement(parsed, DOWNLOADER)), absent
 
 
 def _requirement(manifest: dict[str, object], dependency: str) -> str:
@@ -178,16 +208,24 @@ def _requirement(manifest: dict[str, object], dependency: str) -> str:
     return requirement if isinstance(requirement, str) else ""
 
 
-def _manifest(source: str, candle: str) -> str:
-    """The emitter's manifest with the candidate's versions of candle-mi, candle-core and candle-nn."""
+def _manifest(source: str, candle: str, absent: Collection[str]) -> str:
+    """The emitter's manifest with the candidate's versions of candle-mi, candle-core and candle-nn.
+
+    :param absent: parts that switch on no feature of this candle-mi.
+    """
     text = (EMITTER / "Cargo.toml").read_text(encoding="utf-8")
     plain = f'{{ version = "{candle}", default-features = false }}'
     for name, value in {
-        "candle-mi": f'{{ {source}, default-features = false, features = ["transformer", "sae"] }}',
+        "candle-mi": f'{{ {source}, default-features = false, features = ["transformer"] }}',
         "candle-core": plain,
         "candle-nn": plain,
     }.items():
         text = _with_line(text, name, f"{name} = {value}")
+    if absent:
+        # cargo refuses a manifest with a feature that the dependency does not have, also where it is not asked for.
+        text = _with_line(text, "default", f"default = {json.dumps([part for part in PARTS if part not in absent])}")
+        for part in (part for part in absent if part in SWITCHED):
+            text = _with_line(text, part, f"{part} = []")
     return text
 
 

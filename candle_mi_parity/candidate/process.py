@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Self
 
@@ -24,8 +24,9 @@ _REAP_SECONDS = 5.0
 class EmitterError(ParityError):
     """A request did not yield a trace.
 
-    :ivar kind: as the emitter reports it (``request``, ``model``, ``sae``, ``forward``, ``io``, ``panic``), or
-        ``crash``, ``timeout`` or ``protocol`` for a process without a valid reply.
+    :ivar kind: as the emitter reports it (``request``, ``model``, ``sae``, ``forward``, ``io``, ``panic``,
+        ``not-built``), ``absent`` for a feature that the candidate does not have, or ``crash``, ``timeout`` or
+        ``protocol`` for a process without a valid reply.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -107,7 +108,8 @@ class _Pipes:
 class EmitterProcess:
     """An emitter that answers many requests; it is started at first use and again after a failure.
 
-    :param missing: parts that are not in the build → their first error.
+    :param missing: parts that do not compile against the candidate → their first error.
+    :param absent: parts for which the candidate has no feature.
     :param environment: variables for the process, beside those of this one.
 
     >>> with EmitterProcess(built.path) as emitter:            # doctest: +SKIP
@@ -115,10 +117,15 @@ class EmitterProcess:
     """
 
     def __init__(
-        self, binary: Path, missing: Mapping[str, str] | None = None, environment: Mapping[str, str] | None = None
+        self,
+        binary: Path,
+        missing: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        absent: Collection[str] = (),
     ) -> None:
         self._command = [str(binary)]
         self._missing = missing or {}
+        self._absent = absent
         self._environment = environment or {}
         self._pipes: _Pipes | None = None
         self._newest: _Pipes | None = None  # also while another thread ends it
@@ -179,11 +186,7 @@ class EmitterProcess:
             raise EmitterError("protocol", f"invalid reply to case {case_id}: {shown!r}")
         if reply["ok"] is not True:
             kind, told = str(reply.get("kind", "protocol")), str(reply.get("error", "no reason given"))
-            # Why a part was left out of the build is known only here.
-            why = next((error for part, error in self._missing.items() if f"`{part}`" in told), "")
-            if kind == "not-built" and why:
-                told += f", which does not compile against this candle-mi: emitter/{why}"
-            raise EmitterError(kind, told)
+            raise self._of_part(told) if kind == "not-built" else EmitterError(kind, told)
         # The trace of an earlier run must not pass for this one.
         after = _stamp(out)
         named = Path(str(reply.get("trace")))
@@ -191,6 +194,15 @@ class EmitterProcess:
             self._abandon(patience=0.0)
             raise EmitterError("protocol", f"emitter replied ok but wrote no new trace at {out}")
         return out
+
+    def _of_part(self, told: str) -> EmitterError:
+        """Why a part was left out of the build is known only here."""
+        if absent := [part for part in self._absent if f"`{part}`" in told]:
+            return EmitterError("absent", f"this candle-mi has no feature {absent[0]}")
+        why = next((error for part, error in self._missing.items() if f"`{part}`" in told), "")
+        return EmitterError(
+            "not-built", told + (f", which does not compile against this candle-mi: {why}" if why else "")
+        )
 
     def _running(self) -> _Pipes:
         if self._pipes is not None and self._pipes.process.poll() is not None:

@@ -26,7 +26,7 @@ Keys = dict[str, set[Default]]
 """Key → the literal defaults that it is given; a key in an inner object is ``outer.key``."""
 
 FEATURES = {"transformer", "sae"}
-"""The features of candle-mi in the emitter's manifest; modules for others are not searched."""
+"""The features of candle-mi that read a config; modules for others are not searched."""
 _OTHER_FILES = {"weight_map"}
 """Keys of ``model.safetensors.index.json``."""
 _LITERAL = r'-?\d[\d_]*(?:\.[\d_]*)?(?:[eE][-+]?\d+)?|true|false|"[^"]*"|[A-Z][A-Z0-9_]+'

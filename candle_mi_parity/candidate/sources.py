@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from candle_mi_parity.candidate import cuda
 from candle_mi_parity.candidate.branches import Branches
 from candle_mi_parity.candidate.build import build
+from candle_mi_parity.candidate.parts import LANES
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.spelling import Candidate, CandidateError, OutOfReachError, stored_index
 from candle_mi_parity.candidate.tokens import TextIds, stored_text_ids, text_ids
@@ -126,7 +128,8 @@ def request(subject: PreparedCase, mode: Mode, inputs: Path, out: Path, device: 
     return {
         "format": REQUEST_FORMAT,
         "case": {"id": subject.case.id, "digest": subject.digest},
-        "model_dir": str(subject.model_dir),
+        "model_dir": str(subject.given),
+        "loader": subject.case.loader,
         "tokens": subject.tokens,
         # In forced mode the input of a layer is the output of the previous one, which has its own name.
         "captures": [name for name in subject.captures if name not in forced or name.endswith("resid_mid")],
@@ -165,6 +168,7 @@ class LiveSource:
     :ivar made: the latest trace of each case's whole forward, by the case's id.
     :ivar seconds: time limit of one trace.
     :ivar branches: which branches of candle-mi were taken; None where the build does not count them.
+    :ivar emitter: of the build without lanes, see :mod:`parts`.
     """
 
     seconds = TIMEOUT_SECONDS
@@ -178,7 +182,9 @@ class LiveSource:
         device: str,
         counted: bool = False,
     ) -> None:
-        built = build(candidate, cache, log, ("cuda",) if device.startswith("cuda") else (), counted=counted)
+        self._cuda = ("cuda",) if device.startswith("cuda") else ()
+        self._build = partial(build, candidate, cache, log)
+        built = self._build(self._cuda, counted=counted)
         self.device = device
         try:
             self.identity = CandleMi.model_validate(built.identity.get("candle_mi"))
@@ -191,12 +197,52 @@ class LiveSource:
             self._out.mkdir(parents=True, exist_ok=True)
             self.branches = Branches(built.path, self._out / "counters.profraw")
         self.emitter = self._process()
+        self._lanes: dict[tuple[str, ...], EmitterProcess | EmitterError] = {}
         self._asked: list[str] = []
         self.made: dict[str, Made] = {}
 
     def _process(self) -> EmitterProcess:
         environment = self.branches.environment if self.branches is not None else {}
-        return EmitterProcess(self._built.path, self._built.missing, environment)
+        return EmitterProcess(self._built.path, self._built.missing, environment, self._built.absent)
+
+    def emitter_with(self, features: Sequence[str]) -> EmitterProcess:
+        """The emitter of the build that has some features of candle-mi, which is built at first use.
+
+        :raises EmitterError: the candidate does not have them, or they do not compile.
+        """
+        if absent := [feature for feature in features if feature in self._built.absent]:
+            raise EmitterError("absent", f"candle-mi {self.identity.version} has no feature {absent[0]}")
+        if broken := [feature for feature in features if feature in self._built.missing]:
+            raise EmitterError("not-built", f"feature {broken[0]}: {self._built.missing[broken[0]]}")
+        lanes = tuple(sorted(feature for feature in features if feature in LANES))
+        if not lanes:
+            return self.emitter
+        if lanes not in self._lanes:
+            self._lanes[lanes] = self._lane(lanes)
+        if isinstance(held := self._lanes[lanes], EmitterError):
+            raise held
+        return held
+
+    def _lane(self, lanes: tuple[str, ...]) -> EmitterProcess | EmitterError:
+        try:
+            built = self._build((*self._cuda, *lanes))
+        except CandidateError as error:  # to build it again for the next case would take minutes
+            return EmitterError("not-built", f"with {', '.join(lanes)}: {error}")
+        return EmitterProcess(built.path, built.missing, absent=built.absent)
+
+    @property
+    def reads_directories(self) -> bool:
+        """Whether from_pretrained reads a directory in place of a repository: the downloader is replaced."""
+        return bool(self._built.identity.get("patched"))
+
+    @property
+    def built_with(self) -> str:
+        """The features of candle-mi in this build, and the crates that are not as published."""
+        features, patched = (self._built.identity.get(key) for key in ("features", "patched"))
+        text = f"features {', '.join(map(str, features))}" if isinstance(features, list) else ""
+        if isinstance(patched, list) and patched:
+            text += f"; {', '.join(map(str, patched))}, which downloads, is replaced by one that reads directories"
+        return text
 
     @property
     def missing(self) -> Mapping[str, str]:
@@ -216,7 +262,7 @@ class LiveSource:
             [],
             self._out / "alone",
         )
-        other.made = {}
+        other.made, other._lanes = {}, {}
         return other
 
     def asked_before(self, case_id: str) -> list[str]:
@@ -233,12 +279,15 @@ class LiveSource:
         out.parent.mkdir(parents=True, exist_ok=True)
         if subject.case.id not in self._asked:
             self._asked.append(subject.case.id)
-        trace = Trace(self.emitter.emit(request(subject, mode, inputs, out, self.device), self.seconds))
+        emitter = self.emitter_with(subject.case.features)
+        trace = Trace(emitter.emit(request(subject, mode, inputs, out, self.device), self.seconds))
+        if lacking := set(subject.case.features) - set(trace.header.features):
+            raise TraceError(f"{trace.path}: made without the feature {sorted(lacking)[0]}")
         if any(entry.part is not None for entry in trace.entries.values()):
             raise TraceError(f"{trace.path}: an emitter writes whole tensors, and this trace holds parts")
         if trace.header.device != self.device:
             raise TraceError(f"{trace.path}: made on {trace.header.device}, expected {self.device}")
-        check_header(truth, same_candidate(trace, self.identity), file_digest(inputs))
+        check_header(truth, same_candidate(trace, self.identity), file_digest(inputs), subject.given_digest)
         _check_id(trace, subject)
         if mode == "free":
             digests = {entry.name: entry.sha256 for entry in trace.entries.values()}
@@ -250,16 +299,20 @@ class LiveSource:
 
         :raises ParityError: see :func:`tokens.text_ids`.
         """
-        assert subject.case.text is not None
-        out = self._out / f"{text_name(subject.case.id)}.json"
+        case = subject.case
+        assert case.text is not None
+        out = self._out / f"{text_name(case.id)}.json"
         out.parent.mkdir(parents=True, exist_ok=True)
-        return text_ids(self.emitter, self.identity, subject.model_dir, subject.case.text, out)
+        return text_ids(self.emitter_with(case.features), self.identity, subject.given, case.text, out, case.loader)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.emitter.close()
+        for lane in self._lanes.values():
+            if isinstance(lane, EmitterProcess):
+                lane.close()
 
 
 class StoredSource(StatelessSource):
@@ -291,7 +344,7 @@ class StoredSource(StatelessSource):
                 raise TraceError(f"{trace.path}: {entry.name} is not kept as this case is ({subject.case.stored})")
         if trace.header.device != "cpu":
             raise TraceError(f"{trace.path}: made on {trace.header.device}, expected cpu")
-        check_header(truth, trace, file_digest(inputs))
+        check_header(truth, trace, file_digest(inputs), subject.given_digest)
         _check_id(trace, subject)
         return trace
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 from filelock import FileLock, Timeout
 
+from candle_mi_parity.candidate.parts import LANES
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import Source, StatelessSource
 from candle_mi_parity.candidate.spelling import CandidateError
@@ -95,7 +96,10 @@ class Storing:
 
     def trace(self, trace: Trace, case: Case, mode: Mode) -> None:
         """Store a trace, in full or in part as its case says."""
-        self._fields |= trace.header.model_dump(include=set(MadeBy.model_fields))
+        made_by = trace.header.model_dump(include=set(MadeBy.model_fields))
+        if set(case.features) & set(LANES):  # of another build, whose features are in the trace
+            made_by.pop("features")
+        self._fields |= made_by
         outcome, earlier = self.case(case.id), self._earlier.get("cases", {}).get(case.id, {})
         outcome[mode] = store_trace(trace, case, trace_name(case.id, mode), self.index.parent / "traces")
         # A known divergence is not run teacher-forced again, but its teacher-forced run is needed later.
@@ -244,6 +248,8 @@ def store_trace(trace: Trace, case: Case, name: str, traces: Path) -> str:
         item["file"] = item["file"] or file
     document = trace.document.model_dump()
     made_by = {key: document["header"].pop(key) for key in MadeBy.model_fields}
+    if set(case.features) & set(LANES):
+        document["header"]["features"] = made_by["features"]
     del document["run"]
     digest = write_named(traces / name, readable(document | {"tensors": entries}))
     _read_back(traces / f"{name}.{digest}.json", made_by, arrays)

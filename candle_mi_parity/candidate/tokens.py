@@ -77,8 +77,10 @@ def emit_tokens(candidate: Candidate, cache: Path, model_dir: Path, out: Path, l
         return tokenize(emitter, model_dir, load_texts(), out)
 
 
-def tokenize(emitter: EmitterProcess, model_dir: Path, texts: list[str], out: Path) -> Path:
+def tokenize(emitter: EmitterProcess, model_dir: Path, texts: list[str], out: Path, loader: str = "hf") -> Path:
     """Tokenise texts with the ``tokenizer.json`` of a model; returns the JSON file.
+
+    :param loader: ``pretrained`` for the tokenizer that ``MIModel::from_pretrained`` takes.
 
     :raises EmitterError: the emitter refused, crashed or hung.
     """
@@ -86,12 +88,15 @@ def tokenize(emitter: EmitterProcess, model_dir: Path, texts: list[str], out: Pa
         "format": "candle-mi-parity/tokenize/1",
         "tokenizer": str(model_dir / "tokenizer.json"),
         "texts": texts,
+        "loader": loader,
         "out": str(out),
     }
     return emitter.emit(request, TIMEOUT_SECONDS)
 
 
-def text_ids(emitter: EmitterProcess, identity: CandleMi, model_dir: Path, text: str, out: Path) -> TextIds:
+def text_ids(
+    emitter: EmitterProcess, identity: CandleMi, model_dir: Path, text: str, out: Path, loader: str = "hf"
+) -> TextIds:
     """The ids of one text, with the special tokens that the tokenizer adds.
 
     :raises EmitterError: candle-mi refused the tokenizer or the text, or the emitter crashed or hung.
@@ -99,7 +104,7 @@ def text_ids(emitter: EmitterProcess, identity: CandleMi, model_dir: Path, text:
     """
     if not (model_dir / "tokenizer.json").is_file():
         return TextIds(why="the model has no tokenizer.json, the only format that candle-mi reads")
-    tokens = read_tokens(tokenize(emitter, model_dir, [text], out))
+    tokens = read_tokens(tokenize(emitter, model_dir, [text], out, loader))
     if tokens.candle_mi != identity or tokens.tokenizer_digest != file_digest(model_dir / "tokenizer.json"):
         raise TraceError(f"{out}: the tokens are of another candle-mi or another tokenizer.json")
     if len(tokens.encode) != 1 or (ids := tokens.encode[0]) is None:

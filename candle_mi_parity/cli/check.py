@@ -29,6 +29,7 @@ def check_command(
     trace: Annotated[Path | None, typer.Option(help="Judge the tensors of this directory; needs no Rust.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 | bfloat16 | float16")] = None,
     device: Annotated[str, typer.Option(help="cpu | cuda:N")] = "cpu",
+    loader: Annotated[str, typer.Option(help="hf | pretrained: load by MIModel::from_pretrained.")] = "hf",
     layers: Annotated[str | None, typer.Option(help="Look at these layers alone, as 0-3,11.")] = None,
     hooks: Annotated[
         Many, typer.Option(help="Look at the hooks that match a glob, within --layers; may be given again.")
@@ -46,6 +47,8 @@ def check_command(
     with one_line_errors():
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise CaseTableError(f"--dtype {dtype}: expected float32, bfloat16 or float16")
+        if loader not in ("hf", "pretrained") or (loader == "pretrained" and dtype not in (None, "float32")):
+            raise CaseTableError(f"--loader {loader}: expected hf, or pretrained, which loads float32")
         options = CheckOptions(
             model=model,
             prompts=tuple(prompts_of(prompt or [], prompts, tokens or [])),
@@ -56,6 +59,7 @@ def check_command(
             trace=trace,
             dtype=dtype,  # type: ignore[arg-type]
             device=device,
+            loader=loader,  # type: ignore[arg-type]
             hooks=tuple(hooks or ()),
             layers=tuple(layers_of(layers)),
             generate=generate,

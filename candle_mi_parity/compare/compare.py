@@ -24,16 +24,17 @@ from candle_mi_parity.trace.trace import Emitted, Selection, Trace, chunks
 from candle_mi_parity.trace.truth import Expected, Truth
 
 
-def check_header(truth: Truth, trace: Trace, inputs_digest: str | None) -> None:
+def check_header(truth: Truth, trace: Trace, inputs_digest: str | None, model_digest: str | None = None) -> None:
     """Refuse a trace of something else before any number is compared.
 
     :param inputs_digest: SHA-256 of the inputs file for the candidate; None if there is none.
+    :param model_digest: of the model directory that the candidate was given; None for that of the truth.
     :raises TraceError: the trace is of something else; says what was found and expected.
     """
     header = trace.header
     checks = [
         ("case digest", header.case.digest, truth.meta["case"]),
-        ("model digest", header.model_digest, truth.meta["model"]),
+        ("model digest", header.model_digest, model_digest or truth.meta["model"]),
         ("SAE digest", header.sae_digest, truth.meta.get("sae")),
         ("dtype", header.dtype, truth.meta["dtype"]),
         ("inputs digest", header.inputs_digest, inputs_digest),

@@ -101,6 +101,7 @@ class RunResult:
 
     :ivar candidate: as the user spelt it.
     :ivar identity: the candidate as its traces name it; empty if none was read.
+    :ivar build: what the candidate was built with, and what in it is not as published; empty if nothing was built.
     :ivar baseline: the release whose explanations apply to the candidate; empty if there is none.
     :ivar skipped: case id → reason and remedy.
     :ivar known: id → cause, for all listed releases.
@@ -123,6 +124,7 @@ class RunResult:
     stale: list[str] = field(default_factory=list)
     strict: bool = False
     fault: str = ""
+    build: str = ""
     baseline: str = ""
     known_before: str = ""
     known: dict[str, Cause] = field(default_factory=dict)

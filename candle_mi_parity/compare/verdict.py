@@ -47,7 +47,7 @@ class Failure(StrEnum):
     NOT_BUILT = "not-built"
     """The emitter's part that it needs does not compile against this candle-mi."""
     ABSENT = "absent"
-    """Nothing is stored for the case."""
+    """Nothing is stored for the case, or the candidate does not have the feature that it needs."""
     INPUT = "input"
     """The model, the SAE or the prompt is not available or has no truth."""
     INTERNAL = "internal"
@@ -65,8 +65,8 @@ class Failure(StrEnum):
 class Outcome(StrEnum):
     """What a candidate made of a case, from best to worst, whether it is known or not.
 
-    A refusal is better than a wrong number, which nobody notices. ABSENT (nothing is stored) and ERROR (the suite
-    failed) say nothing about the candidate.
+    A refusal is better than a wrong number, which nobody notices. ABSENT (nothing is stored, or the candidate does
+    not have the feature) and ERROR (the suite failed) say nothing about the candidate.
     """
 
     AGREES = "agrees"
@@ -321,7 +321,7 @@ class CaseResult:
     def outcome(self) -> Outcome:
         if self.status is Status.PASS:
             return Outcome.AGREES
-        if self.status is Status.UNMEASURED:
+        if self.status is Status.UNMEASURED and self.failure is not Failure.ABSENT:
             # Without tensors, the hub did not provide the model.
             return Outcome.UNMEASURED if self.tensors else Outcome.ERROR
         if self.failure is None:

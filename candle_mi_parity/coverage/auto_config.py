@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -95,23 +96,25 @@ def emit_class(
     emitter: EmitterProcess,
     identity: CandleMi,
     subject: PreparedCase,
-    reader: Reader,
+    loader: Reader | Literal["pretrained"],
     out: Path,
     device: str = "cpu",
     seconds: float = SECONDS,
 ) -> Trace:
-    """The hooks of a subject's captures, and the logits, with the config read by one of candle-mi's readers.
+    """The hooks of a subject's captures, and the logits, of a model that is loaded in one of candle-mi's ways.
 
     :param seconds: time limit for the answer.
     :raises EmitterError: candle-mi refuses, or gives no clear answer.
     :raises TraceError: the trace is invalid or of another candle-mi.
     """
-    asked = request(subject, "free", Path(), out, device) | {"config": reader, "project": [], "inputs": None}
+    asked = request(subject, "free", Path(), out, device) | {"loader": loader, "project": [], "inputs": None}
     return same_candidate(Trace(emitter.emit(asked, seconds)), identity)
 
 
 def judge_class(record: Entry, source: LiveSource, cache: Path, out: Path, again: str) -> CaseResult:
     """One class: it agrees, or computes just what the release's census recorded, or fails.
+
+    It fails too where ``MIModel::from_pretrained``, which guesses in the same way, gives other bits.
 
     :param again: the command that repeats it.
     """
@@ -131,6 +134,14 @@ def judge_class(record: Entry, source: LiveSource, cache: Path, out: Path, again
             trace,
         )
         _conclude(result, record, now, tensors)
+        if source.reads_directories:
+            path = out / f"{record.model_type}.pretrained.json"
+            own = emit_class(source.emitter, source.identity, subject, "pretrained", path, source.device)
+            if other := [
+                name for name in trace.entries if own.tensor(name).tobytes() != trace.tensor(name).tobytes()
+            ]:
+                result.status, result.explained = Status.FAIL, None
+                result.error = f"{other[0]} has other bits where MIModel::from_pretrained loads the model"
     return result
 
 

@@ -1,4 +1,4 @@
-"""Forward passes as people run them: without captures, with one, after other prompts, on a model loaded anew.
+"""Forward passes as people run them: without captures, with one, after other prompts, on a model loaded otherwise.
 
 A case's trace captures every hook point, and that trace is what is compared with PyTorch. Here candle-mi is compared
 with itself: a new process makes other forwards of a case, and the bytes of their logits and captures must be those of
@@ -7,7 +7,7 @@ the trace. Only digests travel, and the values of logits that differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -33,6 +33,8 @@ REQUESTS = 10
 """A case is asked again at the end, when the process has answered at least this number of requests."""
 MOST = 6
 """Largest number of failing cases that are asked alone."""
+LANES: tuple[tuple[str, ...], ...] = ((), ("mmap",))
+"""Features of candle-mi with which from_pretrained is asked; a lane, which needs a build, in whole runs only."""
 LARGE, LONG = 64 << 20, 256
 """Bytes of weights, and tokens of a prompt, from which on a case has few forwards, because each takes long."""
 
@@ -47,6 +49,7 @@ class Forward:
     :ivar edited: whether the edits of the case are made, and its recurrence.
     :ivar anew: whether the model is loaded from its files before.
     :ivar like: the forward before it whose logits it must have; ``""`` for the trace, None if there is none yet.
+    :ivar loader: how the model is loaded; None for as in the case.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Forward:
     edited: bool = True
     anew: bool = False
     like: str | None = ""
+    loader: str | None = None
 
     def row(self) -> dict[str, object]:
         """For the request."""
@@ -172,6 +176,24 @@ def plan(traces: Iterable[Made]) -> list[tuple[Made, list[Forward]]]:
     return [*reversed(found), *last * max(1, times)]
 
 
+def through_pretrained(traces: Iterable[Made], features: tuple[str, ...]) -> list[tuple[Made, list[Forward]]]:
+    """The first case of each architecture once more, with a model that ``MIModel::from_pretrained`` loads.
+
+    :param features: of candle-mi; without ``mmap`` it refuses several files of weights.
+    """
+    found: dict[tuple[str, bool], tuple[Made, list[Forward]]] = {}
+    name = " ".join(["through from_pretrained", *(f"with {feature}" for feature in features)])
+    for made in traces:
+        subject, files = made.subject, weight_files(made.subject.model_dir)
+        case = subject.case
+        plain = (case.loader, case.dtype) == ("hf", "float32") and not case.edits and case.recurrent is None
+        small = sum(file.stat().st_size for file in files) < LARGE and len(subject.tokens[0]) < LONG
+        if plain and small and (len(files) == 1 or "mmap" in features):
+            forward = Forward(name, subject.captures, loader="pretrained")
+            found.setdefault((subject.model_type, len(files) > 1), (made, [forward]))
+    return list(found.values())
+
+
 def judge_forwards(source: Source, cases: list[Case], spec: str, out: Path, whole: bool) -> Section:
     """Make the forwards of cases of which the source has just made a trace, and compare them.
 
@@ -185,29 +207,50 @@ def judge_forwards(source: Source, cases: list[Case], spec: str, out: Path, whol
         )
     if source.device != "cpu":
         return Section("other forward", skipped=f"equality to the bit is asked on the CPU, not on {source.device}")
-    asked = plan(source.made[case.id] for case in cases if case.id in source.made)
+    traces = [source.made[case.id] for case in cases if case.id in source.made]
+    asked = plan(traces)
     if not asked:
         none = "no case left a trace"
         lost = CaseResult("forwards", "forwards", "", Status.ERROR, command("run", "--candidate", spec), error=none)
         return Section("other forward", [lost]) if whole else Section("other forward", skipped=none)
     results: dict[str, CaseResult] = {}
-    source.emitter.restart()
-    for made, forwards in asked:
+
+    def result_of(made: Made) -> CaseResult:
         case = made.subject.case
         again = command("run", "--candidate", spec, "--cases", case.id)
         blank = CaseResult(f"forwards/{case.id}", case.family, made.subject.digest, Status.PASS, again)
-        _make(source.emitter, made, forwards, out, results.setdefault(case.id, blank))
+        return results.setdefault(case.id, blank)
+
+    source.emitter.restart()
+    for made, forwards in asked:
+        _make(source, made, forwards, out, result_of(made))
     _tell_state(source, asked, results, spec, out)
+    for features in LANES if source.reads_directories else ():
+        for made, forwards in through_pretrained(traces, features) if whole or not features else ():
+            _make(source, made, forwards, out, result_of(made), features)
     made_of = [results[case.id] for case in cases if case.id in results]
     return Section("other forward", made_of, of_tensors=True)
 
 
-def _make(emitter: EmitterProcess, made: Made, forwards: list[Forward], out: Path, result: CaseResult) -> None:
-    """Have the forwards made, and add what they give to the result of their case."""
+def _make(
+    source: LiveSource,
+    made: Made,
+    forwards: list[Forward],
+    out: Path,
+    result: CaseResult,
+    features: Sequence[str] = (),
+) -> None:
+    """Have the forwards made with more features than the case needs, and add what they give to the case's result."""
+    features = [*made.subject.case.features, *features]
     try:
-        found = judge(made, forwards, ask(emitter, made, forwards, out))
+        found = judge(made, forwards, ask(source.emitter_with(features), made, forwards, out, features))
     except EmitterError as error:
-        _fail(result, f"{made.subject.case.id} in a new process: {error}", failure_of(error))
+        failure = failure_of(error)
+        # A lane that cannot be built is an ERROR of the cases that need it, and not of every other one.
+        if failure in (Failure.ABSENT, Failure.NOT_BUILT) and features != made.subject.case.features:
+            result.notes.append(f"not asked {forwards[0].name}: {error.message}")
+            return
+        _fail(result, f"{made.subject.case.id} in a new process: {error}", failure)
         result.expected += len(forwards)
     except TraceError as error:
         _fail(result, str(error), Failure.INPUT)
@@ -231,8 +274,8 @@ def _tell_state(
     for id, (made, forwards) in list(failing.items())[:MOST]:
         result = results[id]
         alone = replace(result, status=Status.PASS, tensors=[])
-        source.emitter.restart()
-        _make(source.emitter, made, forwards, out, alone)
+        source.emitter_with(made.subject.case.features).restart()
+        _make(source, made, forwards, out, alone)
         if alone.status is Status.PASS:
             result.notes.append("only after other requests in one process: alone in a new one all its forwards agree")
             result.reproduce = command("run", "--candidate", spec, "--only", "traces")
@@ -248,15 +291,17 @@ def _fail(result: CaseResult, error: str, failure: Failure | None = None) -> Non
 class Answer(Tensors):
     """The answer to one request.
 
+    :param features: of candle-mi in the build that answered, beside those of the trace.
     :raises TraceError: the file is malformed, of another candidate, case or model than the trace, or it answers other
         forwards than those that were asked.
     """
 
-    def __init__(self, path: Path, made: Made, forwards: list[Forward]) -> None:
+    def __init__(self, path: Path, made: Made, forwards: list[Forward], features: Sequence[str] = ()) -> None:
         document = validated(Document, read_json(path, TraceError), path, TraceError)
         super().__init__(path, document.tensors)
         self.forwards = document.forwards
         theirs, ours = document.header.model_dump(), made.header.model_dump()
+        ours["features"] = sorted({*ours["features"], *features})
         if other := [key for key in ours if theirs[key] != ours[key]]:
             raise TraceError(f"{path}: {other[0]} is {theirs[other[0]]}, and of the trace {ours[other[0]]}")
         if [each.name for each in self.forwards] != [forward.name for forward in forwards]:
@@ -281,9 +326,12 @@ class Answer(Tensors):
         return self.tensor(held[digest])
 
 
-def ask(emitter: EmitterProcess, made: Made, forwards: list[Forward], out: Path) -> Answer:
+def ask(
+    emitter: EmitterProcess, made: Made, forwards: list[Forward], out: Path, features: Sequence[str] = ()
+) -> Answer:
     """Have the forwards of a case made.
 
+    :param features: see :class:`Answer`.
     :raises EmitterError: the emitter refused the request, crashed or hung.
     :raises TraceError: see :class:`Answer`.
     """
@@ -292,11 +340,11 @@ def ask(emitter: EmitterProcess, made: Made, forwards: list[Forward], out: Path)
     kept = ("case", "model_dir", "tokens", "dtype", "device", "sae", "inputs", "edits", "recurrent", "out")
     asked = {
         "format": "candle-mi-parity/forward/1",
-        "forwards": [forward.row() for forward in forwards],
+        "forwards": [{**row, "loader": row["loader"] or of_trace["loader"]} for row in (f.row() for f in forwards)],
         "known": [made.digests["logits"]],
         **{key: of_trace[key] for key in kept if key in of_trace},
     }
-    return Answer(emitter.emit(asked, TIMEOUT_SECONDS), made, forwards)
+    return Answer(emitter.emit(asked, TIMEOUT_SECONDS), made, forwards, features)
 
 
 def judge(made: Made, forwards: list[Forward], answer: Answer) -> list[TensorResult]:

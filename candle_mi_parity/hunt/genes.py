@@ -7,7 +7,7 @@ An input is shrunk by leaving genes out, two are crossed by joining them, and ea
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from candle_mi_parity.errors import CaseTableError
@@ -46,13 +46,17 @@ def case_of(family: str, genes: Genes) -> Case:
     if family in BIDIRECTIONAL:
         model["change"]["model_type"] = family
     model |= {name: held for name in ("null", "absent") if (held := list(config[name]))}
-    model |= {name: held for name in ("weights", "layout") if (held := _flags(genes, f"{name}."))}
+    # from_pretrained, which alone reads a pickle, loads float32 only.
+    files = genes if "loader" in genes and "dtype" not in genes else genes.keys() - {"layout.pickle"}
+    model |= {name: held for name in ("weights", "layout") if (held := _flags(files, f"{name}."))}
     if "shards" in genes:
         model["shards"] = genes["shards"]
     row: dict[str, Any] = {"id": f"{family}/hunt", "model": model, "unmeasured": ["*"], "stored": "whole"}
     row["tokens"] = genes.get("tokens", PLAIN_TOKENS)
     if "dtype" in genes:
         row["dtype"] = genes["dtype"]
+    elif "loader" in genes:
+        row["loader"] = genes["loader"]
     if any(slot.partition(".")[0] == "sae" for slot in genes):
         row["sae"] = _sae(genes)
     if "recurrent" in genes:
@@ -81,7 +85,7 @@ def _of(genes: Genes, prefix: str) -> dict[str, Any]:
     return found
 
 
-def _flags(genes: Genes, prefix: str) -> list[str]:
+def _flags(genes: Iterable[str], prefix: str) -> list[str]:
     return sorted(slot.removeprefix(prefix) for slot in genes if slot.startswith(prefix))
 
 

@@ -104,7 +104,9 @@ def judge_case(
                 result.shrink = shrink_command(case, spec) if result.status is Status.FAIL else ""
         except EmitterError as error:
             result.error, result.failure = str(error), failure_of(error)
-            if result.failure.refused and source.identity is not None:
+            if result.failure is Failure.ABSENT:
+                result.status, result.error = Status.UNMEASURED, error.message
+            elif result.failure.refused and source.identity is not None:
                 result.explained, result.unexplained = known_refusal(error, subject, table, release)
                 result.status = Status.FAIL if result.explained is None else Status.KNOWN
     except (HubError, OutOfRangeError) as error:  # neither the candidate nor the suite is at fault

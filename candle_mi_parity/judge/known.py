@@ -21,7 +21,7 @@ from candle_mi_parity.compare.verdict import Explained, Failure, Status, TensorR
 from candle_mi_parity.errors import ExplanationError, ParityError
 from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.files.untrusted import read_json
-from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.checkpoint import given_files, read_config, weight_tensors
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.models.saelens import CONFIG, saelens_files, stored_values
@@ -40,7 +40,17 @@ def facts_of(subject: PreparedCase) -> Facts:
     """The facts of a case that conditions refer to."""
     case = subject.case
     edits = [_edit_facts(edit) for edit in case.edits]
-    return facts_about(read_config(subject.model_dir), subject.sae_file, len(subject.tokens[0]), case.dtype, edits)
+    config, names = read_config(subject.model_dir), list(weight_tensors(subject.model_dir))
+    facts = facts_about(config, subject.sae_file, len(subject.tokens[0]), case.dtype, edits)
+    return replace(
+        facts,
+        loader=case.loader,
+        features=case.features,
+        files=len(given_files(subject.given)),
+        pickled=subject.given_dir is not None,
+        prefixed=any(name.startswith("model.") for name in names),
+        stored_head="lm_head.weight" in names,
+    )
 
 
 def _edit_facts(edit: Edit) -> dict[str, Any]:

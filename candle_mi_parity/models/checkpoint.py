@@ -62,6 +62,11 @@ def weight_files(directory: Path) -> list[Path]:
     return [whole] if whole.is_file() else sorted(directory.glob("model-*-of-*.safetensors"))
 
 
+def given_files(directory: Path) -> list[Path]:
+    """The files of weights that a candidate reads: :func:`weight_files`, or else pickles."""
+    return weight_files(directory) or sorted(directory.glob("pytorch_model*.bin"))
+
+
 class StoredTensor(NamedTuple):
     """The file and shape of a tensor."""
 
@@ -108,7 +113,7 @@ def read_config(directory: Path) -> dict[str, object]:
 
 def model_digest(directory: Path) -> str:
     """sha256 over the ``name:sha256(file)`` lines of ``config.json`` and the weights, as the emitter computes it."""
-    return digest_files([directory / "config.json", *weight_files(directory)])
+    return digest_files([directory / "config.json", *given_files(directory)])
 
 
 def local_path(text: str, fault: type[ParityError]) -> Path:

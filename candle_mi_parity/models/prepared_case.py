@@ -13,10 +13,10 @@ from candle_mi_parity.files.cache import cached
 from candle_mi_parity.files.digest import digest_files, file_digest
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.versions import version
-from candle_mi_parity.models.checkpoint import model_digest, read_config, weight_files, weight_tensors
+from candle_mi_parity.models.checkpoint import given_files, model_digest, read_config, weight_files, weight_tensors
 from candle_mi_parity.models.generate import seeded_words
 from candle_mi_parity.models.quiet import transformers_runs
-from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.models.resolve import model_directory, pickled_directory
 from candle_mi_parity.models.sae import sae_files, sae_path
 from candle_mi_parity.models.saelens import own_hook
 from candle_mi_parity.models.transformers_config import load_config
@@ -44,7 +44,9 @@ class SpecialIds:
 class PreparedCase:
     """The input of oracle and candidate for one case.
 
+    :ivar model_dir: what the oracle reads.
     :ivar captures: hook names in execution order, without ``logits``.
+    :ivar given_dir: the same weights in other files, for the candidate; None for ``model_dir`` itself.
     :ivar digest: over everything that decides the numbers; the case's id is not part of it.
     :ivar downloads: files from the hub.
     """
@@ -60,6 +62,17 @@ class PreparedCase:
     digest: str
     downloads: tuple[Download, ...] = ()
     special: SpecialIds = SpecialIds()
+    given_dir: Path | None = None
+
+    @property
+    def given(self) -> Path:
+        """The model directory for the candidate."""
+        return self.given_dir or self.model_dir
+
+    @property
+    def given_digest(self) -> str:
+        """The digest of :attr:`given`."""
+        return self.model_digest if self.given_dir is None else model_digest(self.given_dir)
 
 
 def prepare(case: Case, cache: Path, loaded: Any = None) -> PreparedCase:
@@ -111,6 +124,10 @@ def prepare(case: Case, cache: Path, loaded: Any = None) -> PreparedCase:
         if fault := case.recurrent.fault(n_layers, len(tokens[0])):
             raise CaseTableError(f"{case.id}: recurrent: {fault}")
         content["recurrent"] = case.recurrent.model_dump()
+    if case.loader != "hf" or case.features:
+        content["loader"] = [case.loader, *case.features]
+    if (pickled := pickled_directory(case.model, cache)) is not None:
+        content["given"] = [path.name for path in given_files(pickled)]
     return PreparedCase(
         case=case,
         model_dir=model_dir,
@@ -123,6 +140,7 @@ def prepare(case: Case, cache: Path, loaded: Any = None) -> PreparedCase:
         digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
         downloads=_downloads(case),
         special=special,
+        given_dir=pickled,
     )
 
 

@@ -1,4 +1,4 @@
-"""The model directory of a case, which the oracle and the candidate both read.
+"""The model directory of a case, which the oracle and the candidate both read, unless the candidate gets a pickle.
 
 It is generated, unpacked from a PyPI package, downloaded from the hub, or a local directory. Generated and unpacked
 directories lie in the cache under a content key.
@@ -6,6 +6,7 @@ directories lie in the cache under a content key.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from candle_mi_parity.errors import ModelError
@@ -13,7 +14,7 @@ from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.checkpoint import local_path, read_config, require_model
 from candle_mi_parity.models.generate import dialect_key, generated_model, tiny_config, write_config
-from candle_mi_parity.spec.cases import HubModel, LocalModel, Model, PackageModel, TinyModel
+from candle_mi_parity.spec.cases import HubModel, Layout, LocalModel, Model, PackageModel, TinyModel
 
 
 def model_directory(model: Model, cache: Path) -> Path:
@@ -23,9 +24,7 @@ def model_directory(model: Model, cache: Path) -> Path:
     :raises HubError: the download fails.
     """
     if isinstance(model, TinyModel):
-        config = tiny_config(model)
-        unusual = model.weights, model.layout
-        directory = generated_model(config, model.dialect, cache, model.shards, model.seed, *unusual)
+        directory = _generated(model, [each for each in model.layout if each is not Layout.PICKLE], cache)
     elif isinstance(model, PackageModel):
         from candle_mi_parity.models import smollm2
 
@@ -39,6 +38,18 @@ def model_directory(model: Model, cache: Path) -> Path:
     else:
         directory = local_path(model.path, ModelError)
     return require_model(directory)
+
+
+def pickled_directory(model: Model, cache: Path) -> Path | None:
+    """The same weights in pickles, which the candidate is given and nothing else reads; None for most models."""
+    if not isinstance(model, TinyModel) or Layout.PICKLE not in model.layout:
+        return None
+    return _generated(model, model.layout, cache)
+
+
+def _generated(model: TinyModel, layout: Sequence[Layout], cache: Path) -> Path:
+    config, unusual = tiny_config(model), (model.weights, layout)
+    return generated_model(config, model.dialect, cache, model.shards, model.seed, *unusual)
 
 
 def _unpack(dialect: str, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from candle_mi_parity.errors import ModelError
 from candle_mi_parity.spec.cases import Layout, Statistic
+from candle_mi_parity.spec.paths import FIXTURES
 
 Arrays = dict[str, np.ndarray]
 _FORMATS = (Layout.FLOAT16, Layout.BFLOAT16, Layout.FLOAT64)
@@ -81,13 +83,17 @@ def write_unusual(arrays: Arrays, layout: Sequence[Layout], shards: int, out: Pa
         tensors["model.extra.weight"] = np.full((2, 3), 0.5, np.float32)
     if Layout.NO_PREFIX in layout:
         tensors = {name.removeprefix("model."): array for name, array in tensors.items()}
+    if Layout.TOKENIZER in layout:
+        for path in (FIXTURES / "tokenizer").iterdir():
+            shutil.copyfile(path, out / path.name)
     names = sorted(tensors)
-    files = {"model.safetensors": names}
+    stem, ending = ("pytorch_model", "bin") if Layout.PICKLE in layout else ("model", "safetensors")
+    files = {f"{stem}.{ending}": names}
     if shards > 1:
-        files = {f"model-{i + 1:05}-of-{shards:05}.safetensors": names[i::shards] for i in range(shards)}
+        files = {f"{stem}-{i + 1:05}-of-{shards:05}.{ending}": names[i::shards] for i in range(shards)}
         weight_map = {name: file for file, held in files.items() for name in held}
         index = {"metadata": {"total_size": sum(map(np.size, tensors.values()))}, "weight_map": weight_map}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (out / f"{stem}.{ending}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file, held in files.items():
         _save({name: tensors[name] for name in held}, layout, out / file)
 
@@ -98,4 +104,7 @@ def _save(arrays: Arrays, layout: Sequence[Layout], path: Path) -> None:
 
     dtype: torch.dtype = getattr(torch, next((one for one in layout if one in _FORMATS), "float32"))
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(dtype) for name, array in arrays.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    if Layout.PICKLE in layout:
+        torch.save(tensors, path)
+    else:
+        save_file(tensors, path, metadata={"format": "pt"})

@@ -11,13 +11,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 from candle_mi_parity.errors import OracleError
 from candle_mi_parity.spec.counterfactual import Counterfactual, Variant, matching
 
+STREAMED = "the weights of a streamed model cannot be changed; it needs more memory"
+
 
 def apply_to_model(model: Any, change: Counterfactual, dtype: torch.dtype, streamed: bool) -> None:
     """Change the weights and modules of a float64 model, in place.
 
     :param dtype: the case's format.
     :param streamed: whether the weights are streamed; they cannot be changed then.
-    :raises OracleError: a glob matches no parameter, the weights are streamed, or there is no LayerNorm.
+    :raises OracleError: a glob matches no parameter, the weights are streamed, or there is no such norm.
     """
     for globs, value in ((change.weights_zero, 0.0), (change.weights_one, 1.0)):
         _fill(model, globs, value, streamed)
@@ -25,13 +27,19 @@ def apply_to_model(model: Any, change: Counterfactual, dtype: torch.dtype, strea
         _replace_layer_norms(model, RmsNorm)
     elif change.has(Variant.LAYER_NORM_IN_ONE_PASS):
         _replace_layer_norms(model, OnePassLayerNorm)
+    if change.has(Variant.NO_QUERY_KEY_NORM):
+        _leave_out(model, ("q_norm", "k_norm"))
+    if change.has(Variant.HEAD_IS_EMBEDDING):
+        if streamed:
+            raise OracleError(STREAMED)
+        model.lm_head.weight = model.model.embed_tokens.weight
     if change.has(Variant.ROTARY_IN_MODEL_DTYPE):
         model.model.rotary_emb = RoundedRotary(model.model.rotary_emb, dtype)
 
 
 def _fill(model: nn.Module, globs: list[str], value: float, streamed: bool) -> None:
     if globs and streamed:
-        raise OracleError("the weights of a streamed model cannot be changed; it needs more memory")
+        raise OracleError(STREAMED)
     parameters = dict(model.named_parameters())
     for glob in globs:
         names = matching(list(parameters), [glob])
@@ -40,6 +48,15 @@ def _fill(model: nn.Module, globs: list[str], value: float, streamed: bool) -> N
         with torch.no_grad():
             for name in names:
                 parameters[name].fill_(value)
+
+
+def _leave_out(model: nn.Module, names: tuple[str, ...]) -> None:
+    found = [name for name, _ in model.named_modules() if name.endswith(names)]
+    if not found:
+        raise OracleError(f"the model has no {' and no '.join(names)}")
+    for name in found:
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, nn.Identity())
 
 
 class RmsNorm(nn.Module):

@@ -54,7 +54,7 @@ SECTION = _model_of(Section, results=_several(CASE))
 CAUSE = _model_of(CauseSeen, cases=list[Id], status=Status, outcome=Outcome, worst=float | None)
 REPORT = _model_of(
     RunResult,
-    ("identity", "tick", "known"),
+    ("identity", "tick", "known", "build"),
     format=Literal["candle-mi-parity/report/6"],
     verdict=Verdict,
     right=str,

@@ -48,6 +48,8 @@ def run_tables(result: RunResult, console: Console, page: Path | None = None, sh
     :param page: path of the run's page.
     :param show_known: whether each known cause has a line of its own, however many there are.
     """
+    if result.build:
+        _print(console, f"built with {result.build}", "dim")
     known = known_causes(result)
     for cause in known if show_known or len(known) <= FEW_CAUSES else ():
         _print(console, _known(cause), colour(cause.status))

@@ -10,7 +10,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from candle_mi_parity.candidate.build import crate_of
+from candle_mi_parity.candidate.build import compiled_features, crate_of
 from candle_mi_parity.candidate.plan import DOWNLOADER
 from candle_mi_parity.candidate.spelling import Candidate
 from candle_mi_parity.files.escape import templates
@@ -42,6 +42,8 @@ def dependencies(candidate: Candidate, cache: Path) -> Dependencies:
         manifest = (crate / "Cargo.toml").read_text(encoding="utf-8")
         start = manifest.index("[profile.release]")
         lines = re.findall(r"^candle-(?:mi|core|nn) = .*$", manifest[:start], re.MULTILINE)
+        features = json.dumps(compiled_features(candidate, cache))
+        lines = [re.sub(r"features = \[.*?\]", f"features = {features}", line) for line in lines]
         settings = manifest[start:]
         patch = tomllib.loads(manifest)["patch"]["crates-io"].get(DOWNLOADER)
         stand_in = Path(patch["path"]) if patch else None

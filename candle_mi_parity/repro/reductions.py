@@ -188,6 +188,18 @@ def _usual(oddity: Statistic | Layout | SaeStatistic) -> Step:
     return step
 
 
+def _plain_loader(pair: Pair) -> Iterator[tuple[str, Pair]]:
+    """The model is loaded from its config and one file of weights, which a test in candle-mi's own crate can do."""
+    if pair.case.loader == "pretrained":
+        yield "not through from_pretrained", pair.both(loaded_plainly)
+
+
+def loaded_plainly(side: Input) -> Input:
+    """The same weights without from_pretrained, which alone reads pickles."""
+    layout = tuple(held for held in side.layout if held is not Layout.PICKLE)
+    return replace(side, loader="hf", features=(), layout=layout)
+
+
 def _without_oddity(side: Input, oddity: Statistic | Layout | SaeStatistic) -> Input:
     sae = side.sae
     if sae is not None:
@@ -209,6 +221,7 @@ def _settings(pair: Pair) -> Iterator[tuple[str, Pair]]:
 _POSITIONS = frozenset({"position", "edges", "from_positions", "to_positions", "query", "keys"})
 
 STEPS: tuple[Step, ...] = (
+    _plain_loader,
     _fewer_edits,
     _fewer_passes,
     *map(_usual, (*Statistic, *Layout, *SaeStatistic)),

@@ -20,9 +20,18 @@ from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.oracle.oracle import Oracle
-from candle_mi_parity.repro.reductions import STEPS
+from candle_mi_parity.repro.reductions import STEPS, loaded_plainly
 from candle_mi_parity.repro.shrink import SHAPE, Config, Divergence, Input, Pair, Shrinker
-from candle_mi_parity.spec.cases import Case, LocalModel, PackageModel, SaeFile, SaelensDirectory, ScopeSae, TinyModel
+from candle_mi_parity.spec.cases import (
+    Case,
+    Layout,
+    LocalModel,
+    PackageModel,
+    SaeFile,
+    SaelensDirectory,
+    ScopeSae,
+    TinyModel,
+)
 from candle_mi_parity.spec.edits import Inject, Knockout, Scale, Steer
 from candle_mi_parity.spec.explanations import Explanation, load_explanations
 from candle_mi_parity.spec.recurrent import feedback_key
@@ -63,24 +72,32 @@ def model_of(tried: Input, scratch: Path) -> Path:
     return generated_model(config, "hub", scratch, tried.shards, tried.seed, *unusual)
 
 
-def judge_input(tried: Input, source: Source, scratch: Path) -> tuple[Evidence, TensorResult | None]:
-    """Judge an input that no case table has; also its first divergence.
-
-    :param scratch: where models and truths go.
-    :raises Exception: whatever transformers, the oracle or the emitter raises for such an input.
-    """
-    directory = model_of(tried, scratch)
+def _prepared(tried: Input, scratch: Path) -> PreparedCase:
+    """An input that no case table has."""
+    layout = tuple(each for each in tried.layout if each is not Layout.PICKLE)
     case = Case(
         id="repro/tried",
-        model=LocalModel(source="local", path=str(directory)),
+        model=LocalModel(source="local", path=str(model_of(replace(tried, layout=layout), scratch))),
         tokens=list(tried.tokens),
         dtype=tried.dtype,
         sae=tried.sae,
         edits=list(tried.edits),
         recurrent=tried.recurrent,
         unmeasured=["*"],
+        loader=tried.loader,
+        features=list(tried.features),
     )
-    judged = judge_mode(Oracle(prepare(case, scratch), scratch, source.device), source, "free", Progress())
+    given = model_of(tried, scratch) if Layout.PICKLE in tried.layout else None
+    return replace(prepare(case, scratch), given_dir=given)
+
+
+def judge_input(tried: Input, source: Source, scratch: Path) -> tuple[Evidence, TensorResult | None]:
+    """Judge an input; also its first divergence.
+
+    :param scratch: where models and truths go.
+    :raises Exception: whatever transformers, the oracle or the emitter raises for such an input.
+    """
+    judged = judge_mode(Oracle(_prepared(tried, scratch), scratch, source.device), source, "free", Progress())
     return judged.evidence, _first(judged.tensors)
 
 
@@ -130,6 +147,7 @@ def reproduce(
             raise ReproError(f"{case.id}: an SAE in Gemma Scope's layout cannot be shrunk")
         rest = (tuple(case.edits), case.recurrent)
         start = Input(read_config(subject.model_dir), tuple(subject.tokens[0]), case.dtype, sae, *rest)
+        start = replace(start, loader=case.loader, features=tuple(case.features))
         if isinstance(model := case.model, TinyModel):
             unusual = tuple(model.weights), tuple(model.layout)
             start = replace(start, weights=unusual[0], layout=unusual[1], shards=model.shards, seed=model.seed)
@@ -141,7 +159,12 @@ def reproduce(
         pair = shrinker.shrink(pair)
         evidence, first = judge_input(pair.case, source, Path(scratch))
         assert first is not None
-        if pair.case.shards > 1:
+        if pair.case.features:
+            needed = ", ".join(pair.case.features)
+            raise ReproError(
+                f"{case.id}: it needs candle-mi's feature {needed}, and the Rust test is built without it"
+            )
+        if pair.case.shards > 1 and pair.case.loader == "hf":
             raise ReproError(f"{case.id}: it needs several files of weights, and the Rust test loads one")
         if new and (ids := _known_ids(evidence, source)):
             raise ReproError(f"{case.id}: made smaller, it is the known divergence {', '.join(ids)}")
@@ -187,6 +210,8 @@ def _pairs(case: Case, start: Input, cache: Path) -> list[Pair]:
         shape = {key: start.config[key] for key in SHAPE if key in start.config}
         config = {key: value for key, value in plain.items() if key not in SHAPE} | shape
         controls += [replace(usual, config=config), replace(start, config=config)]
+    if start.loader == "pretrained":
+        controls.append(loaded_plainly(start))
     controls.append(usual)
     if start.dtype != "float32":
         controls.append(replace(start, dtype="float32"))

@@ -38,7 +38,8 @@ class Input:
     :ivar config: ``config.json``; the weights are generated from it.
     :ivar tokens: one row of ids.
     :ivar sae: a generated SAE, as wide as the model.
-    :ivar weights: what is unusual about the weights; ``layout``, ``shards`` and ``seed`` as in :class:`TinyModel`.
+    :ivar weights: what is unusual about the weights; ``layout``, ``shards`` and ``seed`` as in :class:`TinyModel`,
+        ``loader`` and ``features`` as in :class:`Case`.
     """
 
     config: Config
@@ -51,12 +52,15 @@ class Input:
     layout: tuple[Layout, ...] = ()
     shards: int = 1
     seed: int = 0
+    loader: Literal["hf", "pretrained"] = "hf"
+    features: tuple[str, ...] = ()
 
     @property
     def unusual(self) -> list[str]:
         """What is unusual about the weights and their files."""
         files = [f"{self.shards} files"] if self.shards > 1 else []
-        return [*self.weights, *self.layout, *files]
+        loader = ["MIModel::from_pretrained"] if self.loader == "pretrained" else []
+        return [*self.weights, *self.layout, *files, *loader, *(f"feature {feature}" for feature in self.features)]
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,10 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
     config, heads = case.config, case.config["num_attention_heads"]
     watched = case.sae.hook if case.sae is not None and first.name.startswith("sae.") else first.name
     module, side, value = place(watched, reproduction.subject.model_type, config)
-    names = {"GenericTransformer", "HookPoint", "HookSpec", "TransformerConfig"}
-    names.add("MIBackend" if case.recurrent is None else "RecurrentPassSpec")
+    pretrained = case.loader == "pretrained"
+    names = {"HookPoint", "HookSpec"} | ({"MIModel"} if pretrained else {"GenericTransformer", "TransformerConfig"})
+    if not pretrained:
+        names.add("MIBackend" if case.recurrent is None else "RecurrentPassSpec")
     names = names.union(*(IMPORTS.get(edit.kind, ()) for edit in case.edits))
 
     def entries(edit: Any) -> list[list[int]]:
@@ -157,6 +159,8 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
         "encoder": sae,
         "edits": case.edits,
         "recurrent": case.recurrent,
+        "pretrained": pretrained,
+        "was_pretrained": reproduction.original.loader == "pretrained",
         "in_attention": [edit for edit in case.edits if edit.hook.endswith(("hook_scores", "hook_pattern"))],
         "entries": entries,
         "imports": ", ".join(sorted(names, key=lambda name: (name[0].isupper(), name))),

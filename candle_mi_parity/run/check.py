@@ -6,7 +6,7 @@ Each prompt is judged as a case of the table is. Importing this module does not 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,6 +44,7 @@ class CheckOptions:
     :ivar candidate: empty for the newest release that the suite knows.
     :ivar trace: a directory of tensors that a user's program dumped, which are judged in place of a candidate's.
     :ivar dtype: None for float32, or for the format of the trace.
+    :ivar loader: as of a case; ``pretrained`` for candle-mi's ``MIModel::from_pretrained``, which takes float32 only.
     :ivar hooks: globs over hook names; empty for all hooks.
     :ivar layers: the layers in which hooks are looked at; empty for all, and for what lies in no layer.
     :ivar generate: number of tokens of the greedy continuation.
@@ -59,6 +60,7 @@ class CheckOptions:
     trace: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str = "cpu"
+    loader: Literal["hf", "pretrained"] = "hf"
     hooks: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     generate: int = 0
@@ -86,6 +88,7 @@ class CheckOptions:
                 words += [f"--{name}", str(value)]
         words += ["--layers", ",".join(map(str, self.layers))] if self.layers else []
         words += [] if self.device == "cpu" else ["--device", self.device]
+        words += [] if self.loader == "hf" else ["--loader", self.loader]
         return paths.command(*words, *(word for glob in self.hooks for word in ("--hooks", glob)))
 
 
@@ -105,7 +108,7 @@ def foretold(options: CheckOptions) -> CheckResult:
     config = _config(as_model(options.model))
     sae = sae_path(sae_file, 0, options.cache) if (sae_file := options.sae_file) else None
     edits = [edit.model_dump() for edit in options.edits]
-    facts = facts_about(config, sae, 0, options.dtype or "float32", edits)
+    facts = replace(facts_about(config, sae, 0, options.dtype or "float32", edits), loader=options.loader)
     known = [] if named.kind == "torch" else forecast(table, known_release(candidate, table), facts)
     who = f"the trace in {options.trace}" if options.trace else named.label
     census = _census(str(config.get("model_type")), known_release(candidate, table))

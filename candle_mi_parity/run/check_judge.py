@@ -26,7 +26,7 @@ from candle_mi_parity.errors import CaseTableError, ModelError, ParityError, Tra
 from candle_mi_parity.files.cache import cached
 from candle_mi_parity.judge.case import Judgement, Progress, judge_case
 from candle_mi_parity.judge.explain import explain_new
-from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.checkpoint import read_config, weight_files
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare, tokenizer
 from candle_mi_parity.models.resolve import as_model, model_directory
 from candle_mi_parity.oracle.oracle import Oracle
@@ -112,6 +112,11 @@ class Checking:
             dtype=self.options.dtype or (self.dump.dtype if self.dump else "float32"),  # type: ignore[arg-type]
             edits=list(self.options.edits),
             unmeasured=["*"],
+            loader=self.options.loader,
+            # Without it from_pretrained refuses several files.
+            features=["mmap"]
+            if self.options.loader == "pretrained" and len(weight_files(self.directory)) > 1
+            else [],
         )
 
     def _mapped(self, cases: list[Case]) -> list[PreparedCase]:
@@ -236,6 +241,7 @@ class Checking:
         options, family = self.options, self.config.get("model_type")
         needs: dict[str, object] = {"--sae": options.sae, "--edits": options.edits, "--generate": options.generate}
         needs |= {"--hooks and --layers": options.hooks or options.layers, "--device": options.device != "cpu"}
+        needs |= {"--loader": options.loader != "hf"}
         if asked := [name for name, value in needs.items() if value]:
             raise CaseTableError(f"{family} is not among the families whose hooks are mapped: {asked[0]} needs them")
         subjects = [unmapped_subject(case, options.cache) for case in cases]

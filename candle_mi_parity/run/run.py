@@ -12,11 +12,11 @@ from pathlib import Path
 from candle_mi_parity import __version__
 from candle_mi_parity.candidate import cuda
 from candle_mi_parity.candidate.build import changed_since
-from candle_mi_parity.candidate.sources import Source, open_source, refuse_device
+from candle_mi_parity.candidate.sources import LiveSource, Source, open_source, refuse_device
 from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate, stored_index
 from candle_mi_parity.candidate.store import StoringSource
 from candle_mi_parity.compare.run_result import RunResult
-from candle_mi_parity.compare.verdict import CaseResult, Failure, Status
+from candle_mi_parity.compare.verdict import CaseResult, Failure, Outcome, Status
 from candle_mi_parity.coverage.calls_judge import load_known_calls
 from candle_mi_parity.coverage.flat_json import case_of, judge_reference, read_reference
 from candle_mi_parity.errors import HubError, ParityError
@@ -83,6 +83,7 @@ def run_cases(
         source = StoringSource(opened, options.keep) if options.keep else opened
         if source.identity:
             result.identity = source.identity.model_dump(exclude_none=True)
+            result.build = opened.built_with if isinstance(opened, LiveSource) else ""
             result.baseline = known.baseline(source.identity.version)
             result.known = {row.id: row for row in known.explanation}
         # torch's default dtype is shared by all threads: no float32 model may be loaded while a truth is computed.
@@ -119,7 +120,10 @@ def _held(options: RunOptions) -> tuple[Explanations, ExpectedDivergences | None
 
 
 def _take(judged: CaseResult, result: RunResult) -> None:
-    if all(judged is not taken for taken in result.cases):
+    """A case that needs a feature which the candidate does not have was not run."""
+    if judged.outcome is Outcome.ABSENT and judged.status is Status.UNMEASURED:
+        result.skipped[judged.id] = judged.error
+    elif all(judged is not taken for taken in result.cases):
         result.cases.append(judged)
 
 
@@ -129,7 +133,8 @@ def _settle(result: RunResult, futures: list[Future[Judgement]], skipped: dict[s
         if future.done() and not future.cancelled():
             _take(future.result().result, result)
     reached = {case.id for case in result.cases}
-    result.skipped = skipped | {case.id: NOT_REACHED for case in cases if case.id not in reached}
+    waiting = {case.id: result.skipped.get(case.id, NOT_REACHED) for case in cases if case.id not in reached}
+    result.skipped = skipped | waiting
 
 
 @contextmanager

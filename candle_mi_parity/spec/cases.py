@@ -90,6 +90,10 @@ class Layout(StrEnum):
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
     FLOAT64 = "float64"
+    TOKENIZER = "tokenizer"
+    """There is a tokenizer, of a few words."""
+    PICKLE = "pickle"
+    """The candidate is given ``pytorch_model.bin``, or such shards, in place of safetensors."""
 
 
 class TinyModel(TableRow):
@@ -234,6 +238,10 @@ class Case(TableRow):
     :ivar stored: how much of a trace is kept in ``rust_outputs/``.
     :ivar edits: interventions, in the order in which they are registered.
     :ivar recurrent: layers that are run several times.
+    :ivar loader: ``hf`` hands config and weights to candle-mi; with ``pretrained``, its ``MIModel::from_pretrained``
+        reads the model directory itself, in float32.
+    :ivar features: features of candle-mi that the case needs beside those of every case. A candle-mi without one has
+        no answer.
     """
 
     id: str
@@ -247,6 +255,19 @@ class Case(TableRow):
     unmeasured: list[str] = []
     edits: list[Edit] = []
     recurrent: Recurrent | None = None
+    loader: Literal["hf", "pretrained"] = "hf"
+    features: list[str] = []
+
+    @model_validator(mode="after")
+    def _loadable(self) -> Case:
+        if self.loader == "pretrained" and self.recurrent is not None:
+            raise ValueError("recurrent passes are asked of a model that from_pretrained did not load")
+        if self.loader == "pretrained" and self.dtype != "float32":
+            raise ValueError("from_pretrained always loads float32")
+        pickled = isinstance(self.model, TinyModel) and Layout.PICKLE in self.model.layout
+        if pickled and self.loader != "pretrained":
+            raise ValueError("only from_pretrained reads a pickle: set `loader`")
+        return self
 
     @model_validator(mode="after")
     def _one_input(self) -> Case:

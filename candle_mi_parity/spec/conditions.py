@@ -5,7 +5,9 @@ A condition is a subject, an operator and a value; a value is JSON or another su
 Subjects: ``config.KEY``, ``block.KEY`` (of the rotary block that transformers reads: ``rope_scaling``, or else
 ``rope_parameters``), ``rope.KEY`` (of the rotary embedding, at the top level or in a block), ``sae.KEY`` (of
 ``cfg.json``), ``edit.KEY``, ``dtype``, ``rope_type``, ``alternating`` (whether every second layer, from the first,
-has the window), ``sae_weights``, ``sae_threshold``, ``tokens``; a dot leads into a block.
+has the window), ``sae_weights``, ``sae_threshold``, ``tokens``, ``loader``, ``features``, ``files`` (number of files
+of weights), ``pickled``, ``prefixed`` (whether tensors are named ``model.…``), ``stored_head``; a dot leads into a
+block.
 
 Operators: ``absent`` (no such key), ``null`` (there, and null), ``present`` (there, and not null), ``number``,
 ``no number`` (absent, null, or of another JSON type), ``=``, ``!=``, ``<``, ``>``, ``in``, ``not in``, ``other than``
@@ -25,6 +27,7 @@ from candle_mi_parity.spec.counterfactual import rotary_block
 
 _SUBJECT = (
     r"(?:config|block|rope|sae|edit)\.[A-Za-z0-9_.]+|dtype|rope_type|alternating|sae_weights|sae_threshold|tokens"
+    r"|loader|features|files|pickled|prefixed|stored_head"
 )
 _CONDITION = re.compile(
     rf"({_SUBJECT}) (?:(absent|null|present|number|no number)|(=|!=|other than|<|>|in|not in) (.+))"
@@ -42,6 +45,11 @@ class Facts:
     :ivar tokens: length of the prompt.
     :ivar sae_weights: format of the SAE's stored tensors; empty without an SAE.
     :ivar sae_threshold: smallest θ of a JumpReLU, or None.
+    :ivar loader: as ``features``, of the case.
+    :ivar files: number of files of weights that the candidate is given.
+    :ivar pickled: whether they are pickles.
+    :ivar prefixed: whether any tensor's name starts with ``model.``, as in a checkpoint with a head.
+    :ivar stored_head: whether there is an ``lm_head.weight``.
     """
 
     config: dict[str, Any]
@@ -51,6 +59,12 @@ class Facts:
     sae_weights: str = ""
     sae_threshold: float | None = None
     edits: list[dict[str, Any]] = field(default_factory=list)
+    loader: str = "hf"
+    features: list[str] = field(default_factory=list)
+    files: int = 1
+    pickled: bool = False
+    prefixed: bool = True
+    stored_head: bool = False
 
     @property
     def family(self) -> str:

@@ -48,6 +48,11 @@ impl Stamp {
     }
 }
 
+/// The stamps of files, in their order.
+pub fn stamps(files: &[PathBuf]) -> Result<Vec<Stamp>, EmitError> {
+    files.iter().map(|file| Stamp::of(file)).collect()
+}
+
 #[cfg(unix)]
 fn inode(meta: &Metadata) -> u64 {
     std::os::unix::fs::MetadataExt::ino(meta)

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use candle_mi::{
     apply_steering, create_knockout_mask, HookCache, HookPoint, HookSpec, Intervention,
-    KnockoutSpec, MIBackend, MIError, SteeringSpec,
+    KnockoutSpec, MIError, SteeringSpec,
 };
 
 use crate::entries::name_entries;
@@ -85,7 +85,7 @@ impl Editor<'_> {
             None => KnockoutSpec::new().layer(*layer),
         };
         let spec = name_entries!(spec, chosen);
-        let (heads, width) = (self.loaded.model.num_heads(), self.width()?);
+        let (heads, width) = (self.loaded.backend().num_heads(), self.width()?);
         spec.validate(self.loaded.layers(), heads, width)
             .map_err(|error| refused(hook, &error))?;
         if !spec.applies_to_layer(*layer) {
@@ -116,7 +116,7 @@ impl Editor<'_> {
             None => spec.layer(*layer),
         };
         let spec = name_entries!(spec, chosen);
-        let (heads, width) = (self.loaded.model.num_heads(), self.width()?);
+        let (heads, width) = (self.loaded.backend().num_heads(), self.width()?);
         spec.validate(self.loaded.layers(), heads, width)
             .map_err(|error| refused(hook, &error))?;
         if !spec.applies_to_layer(*layer) {
@@ -124,7 +124,7 @@ impl Editor<'_> {
         }
         let mut baseline = HookSpec::new();
         baseline.capture(hook.clone());
-        let cache = self.loaded.model.forward(self.tokens, &baseline);
+        let cache = self.loaded.backend().forward(self.tokens, &baseline);
         let cache = cache.map_err(failed)?;
         let steered = cache
             .require(hook)

@@ -31,7 +31,7 @@ pub fn emit(request: &Request, session: &mut Session) -> Result<(), EmitError> {
     let loaded = session.models.get(
         &request.model_dir,
         request.dtype,
-        request.config,
+        request.loader,
         &request.device,
     )?;
     loaded.check_tokens(&request.tokens)?;

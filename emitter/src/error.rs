@@ -18,13 +18,15 @@ pub enum EmitError {
     Io(String),
     #[error("{0}")]
     Panic(String),
-    /// A part that was left out, because it does not compile against this candle-mi.
-    #[cfg_attr(
-        all(feature = "calls", feature = "sae", feature = "tokens"),
-        expect(dead_code)
-    )]
+    /// A part that was left out, because it does not compile against this candle-mi, or candle-mi does not have it.
     #[error("this emitter was built without its part `{0}`")]
     NotBuilt(&'static str),
+    /// `from_pretrained` of a build without the stand-in for the downloader.
+    #[error(
+        "this emitter was built with the real hf-fetch-model, through which from_pretrained reads repositories over the \
+         network and no directory"
+    )]
+    RealDownloader,
 }
 
 impl EmitError {
@@ -42,7 +44,7 @@ impl EmitError {
             Self::Forward(_) => "forward",
             Self::Io(_) => "io",
             Self::Panic(_) => "panic",
-            Self::NotBuilt(_) => "not-built",
+            Self::NotBuilt(_) | Self::RealDownloader => "not-built",
         }
     }
 

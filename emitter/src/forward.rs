@@ -1,7 +1,7 @@
 //! One forward pass through candle-mi with the captures and edits of a request.
 
 use candle_core::Tensor;
-use candle_mi::{HookCache, HookSpec, MIBackend, MIError, RecurrentPassSpec};
+use candle_mi::{HookCache, HookSpec, MIError, RecurrentPassSpec};
 
 use crate::edits::{self, Editor};
 use crate::error::EmitError;
@@ -93,9 +93,11 @@ pub fn pass(
     let cache = match asked.recurrent {
         Some(recurrent) => {
             let passes = passes(recurrent, inputs, loaded)?;
-            loaded.model.forward_recurrent(&tokens, &spec, &passes)
+            loaded
+                .transformer()?
+                .forward_recurrent(&tokens, &spec, &passes)
         }
-        None => loaded.model.forward(&tokens, &spec),
+        None => loaded.backend().forward(&tokens, &spec),
     }
     .map_err(failed)?;
     let mut silent = Vec::new();
@@ -148,7 +150,7 @@ fn token_tensor(tokens: &[Vec<u32>], loaded: &LoadedModel) -> Result<Tensor, Emi
 /// candle-mi's logit lens: a residual of the inputs through the final norm and the unembedding.
 fn project(key: &str, inputs: &Inputs, loaded: &LoadedModel) -> Result<Named, EmitError> {
     let residual = in_model_dtype(key, inputs, loaded)?;
-    let width = loaded.model.hidden_size();
+    let width = loaded.backend().hidden_size();
     // Of another rank or width it could still broadcast through the norm and give numbers that mean nothing.
     if !matches!(residual.dims(), [_, last] | [_, _, last] if *last == width) {
         return Err(EmitError::Request(format!(
@@ -156,7 +158,7 @@ fn project(key: &str, inputs: &Inputs, loaded: &LoadedModel) -> Result<Named, Em
             residual.dims()
         )));
     }
-    let projected = loaded.model.project_to_vocab(&residual);
+    let projected = loaded.backend().project_to_vocab(&residual);
     let projected = projected.map_err(|error| EmitError::Forward(format!("{key}: {error}")))?;
     Ok(Named::new(&format!("lens.{key}"), projected))
 }

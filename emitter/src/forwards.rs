@@ -13,7 +13,7 @@ use crate::forwards_protocol::{ForwardsRequest, Wanted};
 use crate::inputs::Inputs;
 use crate::model::{LoadedModel, ModelCache};
 use crate::panics;
-use crate::protocol::ConfigReader;
+use crate::protocol::Loader;
 use crate::sae::SparseAutoencoder;
 use crate::tensor::{Encoded, Named};
 use crate::trace::{self, Entry, Header, Provenance};
@@ -42,7 +42,8 @@ struct Answered<'a> {
 pub fn run(request: &ForwardsRequest, session: &mut Session) -> Result<(), EmitError> {
     prepare_directory(&request.out, &request.model_dir)?;
     let Session { models, saes } = session;
-    let loaded = load(request, models)?;
+    let first = request.forwards.first().map(|wanted| wanted.loader);
+    let loaded = load(request, first.unwrap_or_default(), models)?;
     let (model_digest, device) = (loaded.digest.clone(), loaded.device.clone());
     let inputs = Inputs::read(request.inputs.as_deref(), &device)?;
     let sae = match &request.sae {
@@ -57,7 +58,7 @@ pub fn run(request: &ForwardsRequest, session: &mut Session) -> Result<(), EmitE
             if wanted.anew || broken {
                 models.forget();
             }
-            let loaded = load(request, models)?;
+            let loaded = load(request, wanted.loader, models)?;
             pass(request, wanted, loaded, &inputs, sae.map(|held| &held.sae))
         });
         broken = matches!(outcome, Err(EmitError::Panic(_)));
@@ -117,10 +118,11 @@ pub fn run(request: &ForwardsRequest, session: &mut Session) -> Result<(), EmitE
 
 fn load<'a>(
     request: &ForwardsRequest,
+    loader: Loader,
     models: &'a mut ModelCache,
 ) -> Result<&'a LoadedModel, EmitError> {
     let (directory, device) = (&request.model_dir, &request.device);
-    models.get(directory, request.dtype, ConfigReader::Hf, device)
+    models.get(directory, request.dtype, loader, device)
 }
 
 /// One forward.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use crate::protocol::{Case, Edit, Precision, Recurrent, SaeRequest};
+use crate::protocol::{Case, Edit, Loader, Precision, Recurrent, SaeRequest};
 
 pub const FORWARDS_REQUEST: &str = "candle-mi-parity/forward/1";
 
@@ -46,4 +46,6 @@ pub struct Wanted {
     pub edited: bool,
     /// Whether the model is loaded from its files before.
     pub anew: bool,
+    #[serde(default)]
+    pub loader: Loader,
 }

@@ -8,6 +8,7 @@ pub struct Identity {
     pub emitter: &'static str,
     pub candle_mi: CandleMi,
     pub candle: &'static str,
+    /// candle-mi's, sorted.
     pub features: Vec<&'static str>,
 }
 
@@ -42,12 +43,13 @@ impl Version {
 
 impl Identity {
     pub fn of_this_build() -> Self {
-        let mut features = Vec::new();
-        if cfg!(feature = "cuda") {
-            features.push("cuda");
-        }
-        // Cargo.toml asks for these two unconditionally.
-        features.extend(["sae", "transformer"]);
+        let features = [
+            ("cuda", cfg!(feature = "cuda")),
+            ("mmap", cfg!(feature = "mmap")),
+            ("quantized", cfg!(feature = "quantized")),
+            ("sae", cfg!(feature = "sae")),
+            ("transformer", true),
+        ];
         Self {
             emitter: env!("CARGO_PKG_VERSION"),
             candle_mi: CandleMi {
@@ -58,7 +60,10 @@ impl Identity {
                 tree_digest: told(env!("PARITY_CANDLE_MI_TREE_DIGEST")),
             },
             candle: env!("PARITY_CANDLE_VERSION"),
-            features,
+            features: features
+                .into_iter()
+                .filter_map(|(name, built)| built.then_some(name))
+                .collect(),
         }
     }
 }

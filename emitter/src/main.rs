@@ -50,6 +50,8 @@ const USAGE: &str = "usage: parity-emitter < requests.jsonl | --once FILE | --ve
 
 fn main() -> ExitCode {
     panics::keep();
+    // The stand-in for candle-mi's downloader joins this and the name of a repository, which is here an absolute path.
+    std::env::set_var("PARITY_HUB", std::path::MAIN_SEPARATOR_STR);
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match arguments.as_slice() {

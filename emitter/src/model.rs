@@ -2,16 +2,22 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device};
-use candle_mi::{GenericTransformer, MIBackend, TransformerConfig};
+use candle_core::{DType, Device, DeviceLocation};
+use candle_mi::{GenericTransformer, MIBackend, MIError, MIModel, TransformerConfig};
 
 use crate::digest::{self, Stamp};
 use crate::error::EmitError;
-use crate::protocol::{ConfigReader, Precision};
+use crate::protocol::{Loader, Precision};
 use crate::weights::{self, Weights, CONFIG};
 
+/// Whichever way it was loaded.
+enum Model {
+    Transformer(Box<GenericTransformer>),
+    Pretrained(MIModel),
+}
+
 pub struct LoadedModel {
-    pub model: GenericTransformer,
+    model: Model,
     pub device: Device,
     pub dtype: DType,
     pub vocab_size: usize,
@@ -20,8 +26,28 @@ pub struct LoadedModel {
 }
 
 impl LoadedModel {
+    pub fn backend(&self) -> &dyn MIBackend {
+        match &self.model {
+            Model::Transformer(model) => model.as_ref(),
+            Model::Pretrained(model) => model.backend(),
+        }
+    }
+
+    /// For what `MIBackend` does not have.
+    ///
+    /// # Errors
+    /// `Request` for a model that `from_pretrained` loaded, of which only that trait can be had.
+    pub fn transformer(&self) -> Result<&GenericTransformer, EmitError> {
+        match &self.model {
+            Model::Transformer(model) => Ok(model),
+            Model::Pretrained(_) => Err(EmitError::Request(
+                "recurrent passes need a model that from_pretrained did not load".to_owned(),
+            )),
+        }
+    }
+
     pub fn layers(&self) -> usize {
-        self.model.num_layers()
+        self.backend().num_layers()
     }
 
     /// Refuses ids that have no row in the embedding, which candle would report as an index error without the id.
@@ -45,7 +71,7 @@ impl LoadedModel {
 struct Key {
     files: Vec<Stamp>,
     precision: Precision,
-    reader: ConfigReader,
+    loader: Loader,
     device: String,
 }
 
@@ -66,17 +92,17 @@ impl ModelCache {
         &mut self,
         directory: &Path,
         precision: Precision,
-        reader: ConfigReader,
+        loader: Loader,
         device: &str,
     ) -> Result<&LoadedModel, EmitError> {
-        let files = weights::files_of(directory)?;
+        let files = match loader {
+            Loader::Hf | Loader::Auto => weights::files_of(directory)?,
+            Loader::Pretrained => weights::files_of_pretrained(directory),
+        };
         let key = Key {
-            files: files
-                .iter()
-                .map(|file| Stamp::of(file))
-                .collect::<Result<_, _>>()?,
+            files: digest::stamps(&files)?,
             precision,
-            reader,
+            loader,
             device: device.to_owned(),
         };
         let held = match self.held.take() {
@@ -84,8 +110,18 @@ impl ModelCache {
             other => {
                 // Freed before the next one is read: two large models may not fit beside each other.
                 drop(other);
-                let on = self.device(device)?;
-                (key, load(&files, dtype_of(precision), reader, on)?)
+                let dtype = dtype_of(precision);
+                let model = match loader {
+                    Loader::Pretrained => {
+                        let model = load_pretrained(directory, &files, &key.files, device)?;
+                        self.device = Some((device.to_owned(), model.device.clone()));
+                        model
+                    }
+                    Loader::Hf | Loader::Auto => {
+                        load(&files, dtype, loader == Loader::Auto, self.device(device)?)?
+                    }
+                };
+                (key, model)
             }
         };
         Ok(&self.held.insert(held).1)
@@ -130,7 +166,7 @@ fn dtype_of(precision: Precision) -> DType {
 fn load(
     files: &[PathBuf],
     dtype: DType,
-    reader: ConfigReader,
+    auto: bool,
     device: Device,
 ) -> Result<LoadedModel, EmitError> {
     let (config_path, shards) = files
@@ -141,9 +177,10 @@ fn load(
         EmitError::Model(format!("{} is not JSON: {error}", config_path.display()))
     })?;
     // Before the weights are read where it can be: a family that candle-mi refuses must not cost gigabytes first.
-    let known = match reader {
-        ConfigReader::Hf => Some(TransformerConfig::from_hf_config(&json).map_err(refused)?),
-        ConfigReader::Auto => None,
+    let known = if auto {
+        None
+    } else {
+        Some(TransformerConfig::from_hf_config(&json).map_err(refused)?)
     };
     let weights = Weights::read(shards, dtype, &device)?;
     let config = match known {
@@ -156,7 +193,7 @@ fn load(
     let mut digests = weights.digests;
     digests.push((CONFIG.to_owned(), digest::sha256(&config_bytes)));
     Ok(LoadedModel {
-        model,
+        model: Model::Transformer(Box::new(model)),
         device,
         dtype,
         vocab_size,
@@ -164,7 +201,74 @@ fn load(
     })
 }
 
-fn refused(error: candle_mi::MIError) -> EmitError {
+/// The stand-in for candle-mi's downloader takes the path of a directory for the name of a repository.
+///
+/// # Errors
+/// `NotBuilt` or `RealDownloader` where this build cannot ask, and otherwise what candle-mi refuses.
+pub fn from_pretrained(directory: &Path) -> Result<MIModel, EmitError> {
+    if env!("PARITY_PATCHED").is_empty() {
+        return Err(EmitError::RealDownloader);
+    }
+    if !cfg!(feature = "quantized") && is_quantized(directory) {
+        return Err(EmitError::NotBuilt("quantized"));
+    }
+    let path = std::path::absolute(directory).map_err(|error| EmitError::io(directory, &error))?;
+    let name = path
+        .to_str()
+        .ok_or_else(|| EmitError::Request(format!("model_dir is not UTF-8: {}", path.display())))?;
+    MIModel::from_pretrained(name).map_err(|error| match error {
+        MIError::Download(_) => EmitError::Io(error.to_string()),
+        other => refused(other),
+    })
+}
+
+/// A model that candle-mi read itself.
+///
+/// # Errors
+/// Those of [`from_pretrained`], and `Request` where candle-mi chose another device.
+fn load_pretrained(
+    directory: &Path,
+    files: &[PathBuf],
+    before: &[Stamp],
+    device: &str,
+) -> Result<LoadedModel, EmitError> {
+    let model = from_pretrained(directory)?;
+    let chosen = match model.device().location() {
+        DeviceLocation::Cpu => "cpu".to_owned(),
+        DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
+        DeviceLocation::Metal { gpu_id } => format!("metal:{gpu_id}"),
+    };
+    if chosen != device {
+        return Err(EmitError::Request(format!(
+            "from_pretrained chooses its device itself: {chosen}, and the request is for {device}"
+        )));
+    }
+    let digest = weights::digest_of(files)?;
+    // candle-mi opens the files itself: they must not have changed between the load and the hash.
+    if digest::stamps(files)? != before {
+        return Err(EmitError::Model(format!(
+            "{} changed while it was read",
+            directory.display()
+        )));
+    }
+    Ok(LoadedModel {
+        device: model.device().clone(),
+        dtype: DType::F32,
+        vocab_size: model.vocab_size(),
+        model: Model::Pretrained(model),
+        digest,
+    })
+}
+
+/// What candle-mi asks a config to tell whether the weights are quantized.
+fn is_quantized(directory: &Path) -> bool {
+    let config = std::fs::read(directory.join(CONFIG)).ok();
+    config
+        .and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok())
+        .is_some_and(|json| json.get("quantization_config").is_some())
+}
+
+fn refused(error: MIError) -> EmitError {
     EmitError::Model(error.to_string())
 }
 

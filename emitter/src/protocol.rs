@@ -37,9 +37,8 @@ pub struct Request {
     /// Layers that are run several times.
     #[serde(default)]
     pub recurrent: Option<Recurrent>,
-    /// Which of candle-mi's parsers reads `config.json`.
     #[serde(default)]
-    pub config: ConfigReader,
+    pub loader: Loader,
     /// Keys in `inputs`: residuals `[B,T,d]` or `[B,d]` that are taken to logits by themselves.
     #[serde(default)]
     pub project: Vec<String>,
@@ -82,14 +81,18 @@ impl Precision {
     }
 }
 
-/// candle-mi's two ways from a `config.json` to a model: by its family's own parser, or for a family that it does not
-/// know by what the tensors are called.
+/// How a model directory becomes a model: candle-mi is given the config, by its family's own parser or for a family that
+/// it does not know by what the tensors are called, and the weights; or it reads the directory itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum ConfigReader {
+pub enum Loader {
+    /// `TransformerConfig::from_hf_config`.
     #[default]
     Hf,
+    /// `TransformerConfig::from_hf_config_auto`.
     Auto,
+    /// `MIModel::from_pretrained`, which takes float32 only.
+    Pretrained,
 }
 
 /// One intervention; `tensor` is a key in `inputs`.
@@ -233,6 +236,9 @@ pub struct TokenizeRequest {
     pub _format: String,
     /// A `tokenizer.json`.
     pub tokenizer: PathBuf,
+    /// With `pretrained`, the tokenizer is that of the model in the same directory.
+    #[serde(default)]
+    pub loader: Loader,
     pub texts: Vec<String>,
     pub out: PathBuf,
 }

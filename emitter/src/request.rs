@@ -9,7 +9,7 @@ use crate::call_protocol::{CallRequest, CALL_REQUEST};
 use crate::error::EmitError;
 use crate::forwards_protocol::{ForwardsRequest, FORWARDS_REQUEST};
 use crate::protocol::{
-    Edit, Request, SaeRequest, TokenizeRequest, TOKENIZE_REQUEST, TRACE_REQUEST,
+    Edit, Loader, Precision, Request, SaeRequest, TokenizeRequest, TOKENIZE_REQUEST, TRACE_REQUEST,
 };
 
 /// What a line asks for.
@@ -78,6 +78,7 @@ fn check(request: &Request) -> Result<(), EmitError> {
     let refuse = |message: String| Err(EmitError::Request(message));
     let width = check_tokens(&request.tokens)?;
     check_captures(&request.captures)?;
+    check_loader(request.loader, request.dtype)?;
     if let Some(twice) = twice(&request.project) {
         return refuse(format!("project names a tensor twice: {twice}"));
     }
@@ -120,6 +121,7 @@ fn check_forwards(request: &ForwardsRequest) -> Result<(), EmitError> {
     }
     for forward in &request.forwards {
         check_captures(&forward.captures)?;
+        check_loader(forward.loader, request.dtype)?;
         if let Some(tokens) = &forward.tokens {
             check_tokens(tokens)?;
             if forward.edited {
@@ -158,6 +160,16 @@ fn check_captures(captures: &[String]) -> Result<(), EmitError> {
         Some(twice) => Err(EmitError::Request(format!("capture named twice: {twice}"))),
         None => Ok(()),
     }
+}
+
+fn check_loader(loader: Loader, dtype: Precision) -> Result<(), EmitError> {
+    if loader == Loader::Pretrained && dtype != Precision::Float32 {
+        return Err(EmitError::Request(format!(
+            "from_pretrained always loads float32, and the request is for {}",
+            dtype.name()
+        )));
+    }
+    Ok(())
 }
 
 /// The first name that comes a second time.

@@ -3,7 +3,7 @@ use serde_json::{json, Value};
 use super::{case_id, parse, Asked};
 use crate::call_protocol::CALL_REQUEST;
 use crate::forwards_protocol::FORWARDS_REQUEST;
-use crate::protocol::{ConfigReader, Edit, Precision, Request, TokenizeRequest, TRACE_REQUEST};
+use crate::protocol::{Edit, Loader, Precision, Request, TokenizeRequest, TRACE_REQUEST};
 
 fn good() -> Value {
     json!({
@@ -54,17 +54,22 @@ fn a_good_request() {
 #[test]
 fn a_request_from_before_the_optional_keys_means_what_it_meant() {
     let request = trace_request(&good());
-    assert_eq!(request.config, ConfigReader::Hf);
+    assert_eq!(request.loader, Loader::Hf);
     assert!(request.project.is_empty());
 }
 
 #[test]
-fn the_config_reader_is_one_of_two() {
+fn the_loader_is_one_of_three_and_from_pretrained_takes_float32_only() {
     let mut value = good();
-    value["config"] = json!("auto");
-    assert_eq!(trace_request(&value).config, ConfigReader::Auto);
-    assert!(refusal(|r| r["config"] = json!("guess")).contains("guess"));
-    assert!(!refusal(|r| r["config"] = Value::Null).is_empty());
+    value["loader"] = json!("auto");
+    assert_eq!(trace_request(&value).loader, Loader::Auto);
+    value["loader"] = json!("pretrained");
+    let half = refusal(|r| r["loader"] = json!("pretrained"));
+    value["dtype"] = json!("float32");
+    assert_eq!(trace_request(&value).loader, Loader::Pretrained);
+    assert!(half.contains("always loads float32"), "{half}");
+    assert!(refusal(|r| r["loader"] = json!("guess")).contains("guess"));
+    assert!(!refusal(|r| r["loader"] = Value::Null).is_empty());
 }
 
 #[test]
@@ -274,10 +279,17 @@ fn forward_refusal(change: impl Fn(&mut Value)) -> String {
 fn forwards_are_read_and_checked_like_a_trace() {
     assert_eq!(forward_refusal(|_| ()), "");
     type Change = fn(&mut Value);
-    let bad: [(Change, &str); 11] = [
+    let bad: [(Change, &str); 12] = [
         (|r| r["forwards"] = json!([]), "forwards are empty"),
         (|r| r["forwards"][1]["name"] = json!("a"), "named twice: a"),
         (|r| r["forwards"][1]["colour"] = json!(1), "colour"),
+        (
+            |r| {
+                r["dtype"] = json!("float16");
+                r["forwards"][1]["loader"] = json!("pretrained");
+            },
+            "always loads float32",
+        ),
         (
             |r| r["forwards"][1]["captures"] = json!(["h", "h"]),
             "capture named twice: h",

@@ -30,7 +30,7 @@ struct Key {
 /// The last SAE.
 #[derive(Default)]
 pub struct SaeCache {
-    held: Option<(Key, LoadedSae)>,
+    held: Option<(Key, Device, LoadedSae)>,
 }
 
 impl SaeCache {
@@ -43,31 +43,28 @@ impl SaeCache {
     ) -> Result<&LoadedSae, EmitError> {
         let files = files_of(&wanted.path)?;
         let key = Key {
-            files: stamps(&files)?,
+            files: digest::stamps(&files)?,
             layer: wanted.layer,
             device: device_name.to_owned(),
         };
         let held = match self.held.take() {
-            Some((old, sae)) if old == key => (key, sae),
+            // Tensors made on two `Device` values for one GPU cannot be mixed.
+            Some((old, on, sae)) if old == key && on.same_device(device) => (key, on, sae),
             other => {
                 drop(other);
                 let sae = load(wanted, &files, device)?;
                 // candle-mi opens the files itself: they must not have changed between the hash and the load.
-                if stamps(&files)? != key.files {
+                if digest::stamps(&files)? != key.files {
                     return Err(EmitError::Sae(format!(
                         "{} changed while it was read",
                         wanted.path.display()
                     )));
                 }
-                (key, sae)
+                (key, device.clone(), sae)
             }
         };
-        Ok(&self.held.insert(held).1)
+        Ok(&self.held.insert(held).2)
     }
-}
-
-fn stamps(files: &[PathBuf]) -> Result<Vec<Stamp>, EmitError> {
-    files.iter().map(|file| Stamp::of(file)).collect()
 }
 
 /// The files that candle-mi reads for `path`: the archive itself, or `cfg.json` and the weights beside it.

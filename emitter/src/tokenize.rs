@@ -9,7 +9,8 @@ use serde::Serialize;
 use crate::digest::{self, Stamp};
 use crate::error::{one_line, EmitError};
 use crate::identity::{CandleMi, Identity};
-use crate::protocol::TokenizeRequest;
+use crate::model;
+use crate::protocol::{Loader, TokenizeRequest};
 use crate::trace;
 
 const FORMAT: &str = "candle-mi-parity/tokens/1";
@@ -34,7 +35,23 @@ struct Document {
 /// Answers one request; afterwards the document lies at `request.out`.
 pub fn run(request: &TokenizeRequest) -> Result<(), EmitError> {
     check_target(request)?;
-    let (tokenizer, tokenizer_digest) = load(&request.tokenizer)?;
+    let (own, tokenizer_digest) = load(&request.tokenizer)?;
+    let model = match request.loader {
+        Loader::Hf | Loader::Auto => None,
+        Loader::Pretrained => {
+            let directory = request.tokenizer.parent().unwrap_or(Path::new("."));
+            Some(model::from_pretrained(directory)?)
+        }
+    };
+    let tokenizer = match &model {
+        None => &own,
+        Some(model) => model.tokenizer().ok_or_else(|| {
+            EmitError::Model(format!(
+                "from_pretrained took no tokenizer from {}",
+                request.tokenizer.display()
+            ))
+        })?,
+    };
     let identity = Identity::of_this_build();
     let mut document = Document {
         format: FORMAT,

@@ -1,18 +1,21 @@
 //! The files of a model directory: which of them are read, and what the weights among them hold.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
 use safetensors::SafeTensors;
+use serde::Deserialize;
 
 use crate::digest;
 use crate::error::EmitError;
 
 pub const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+const PICKLE: &str = "pytorch_model.bin";
 
 /// `config.json`, then the weights: `model.safetensors`, or the shards `model-*-of-*.safetensors` in order.
 pub fn files_of(directory: &Path) -> Result<Vec<PathBuf>, EmitError> {
@@ -48,6 +51,44 @@ pub fn files_of(directory: &Path) -> Result<Vec<PathBuf>, EmitError> {
         .chain(shards.into_iter().map(String::as_str))
         .map(|name| directory.join(name))
         .collect())
+}
+
+/// What `MIModel::from_pretrained` reads of a directory: `config.json`, then the shards that the index names, or else
+/// `model.safetensors`, or else `pytorch_model.bin`. A file that is missing is left out: it is candle-mi that judges.
+pub fn files_of_pretrained(directory: &Path) -> Vec<PathBuf> {
+    let mut names = vec![CONFIG.to_owned()];
+    let index = directory.join(INDEX);
+    if index.is_file() {
+        names.extend(shards_of(&index));
+    } else if directory.join(WEIGHTS).is_file() {
+        names.push(WEIGHTS.to_owned());
+    } else {
+        names.push(PICKLE.to_owned());
+    }
+    let paths = names.iter().map(|name| directory.join(name));
+    paths.filter(|path| path.is_file()).collect()
+}
+
+/// The files that an index names, sorted; none if it cannot be read.
+fn shards_of(index: &Path) -> BTreeSet<String> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: HashMap<String, String>,
+    }
+    let read = fs::read(index).ok();
+    let parsed: Option<Index> = read.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    parsed
+        .map(|index| index.weight_map.into_values().collect())
+        .unwrap_or_default()
+}
+
+/// One digest for files that candle-mi read itself.
+pub fn digest_of(files: &[PathBuf]) -> Result<String, EmitError> {
+    let mut digests = Vec::with_capacity(files.len());
+    for file in files {
+        digests.push((name_of(file), digest::sha256(&read(file)?)));
+    }
+    Ok(digest::of_files(&digests))
 }
 
 fn is_shard(name: &str) -> bool {

@@ -29,8 +29,15 @@ def there() -> Real:
     return real("llama/hub")
 
 
-def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, got: InMemory | Exception, record: Entry) -> CaseResult:
-    """Judge a made-up candidate that answers ``got`` on the tiny llama."""
+def ask(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    got: InMemory | Exception,
+    record: Entry,
+    own: InMemory | None = None,
+) -> CaseResult:
+    """Judge a made-up candidate that answers ``got`` on the tiny llama, and ``own`` through from_pretrained."""
+    answers = iter([got, own])
     subject, truth = there().subject, there().truth
     case = Case(id="auto-config/x", model=LocalModel(source="local", path="x"), tokens=subject.tokens[0])
     held = replace(subject, case=case)
@@ -42,10 +49,11 @@ def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, got: InMemory | Excepti
             raise got
         return tmp_path
 
-    monkeypatch.setattr(auto_config, "same_candidate", lambda *_: got)
+    monkeypatch.setattr(auto_config, "same_candidate", lambda *_: next(answers))
     monkeypatch.setattr(auto_config, "Trace", lambda _: None)
     monkeypatch.setattr(auto_config, "check_header", lambda *_: None)
-    source: Any = SimpleNamespace(emitter=SimpleNamespace(emit=emit), identity=RELEASE, device="cpu")
+    asked = {"emitter": SimpleNamespace(emit=emit), "reads_directories": own is not None}
+    source: Any = SimpleNamespace(identity=RELEASE, device="cpu", **asked)
     return judge_class(record, source, tmp_path, tmp_path / "out", "again")
 
 
@@ -79,6 +87,15 @@ def test_a_class_is_held_to_what_was_recorded(
     answer = emitted(got) if isinstance(got, float) else got
     found = ask(monkeypatch, tmp_path, answer, record)
     assert found.status is status and told in found.message(), found.message()
+
+
+def test_a_class_has_the_same_bits_through_from_pretrained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    same, other = (ask(monkeypatch, tmp_path, emitted(), SAME, emitted(scale)) for scale in (1.0, 1 + 2**-22))
+    assert same.status is Status.PASS
+    assert (other.status, other.error) == (
+        Status.FAIL,
+        "logits has other bits where MIModel::from_pretrained loads the model",
+    )
 
 
 def test_the_recorded_error_depends_on_no_noise_and_on_allowed_entries_only() -> None:

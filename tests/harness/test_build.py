@@ -15,8 +15,10 @@ import pytest
 from candle_mi_parity.candidate import build as builder
 from candle_mi_parity.candidate import cargo
 from candle_mi_parity.candidate import plan as planning
-from candle_mi_parity.candidate.plan import EMITTER, known_releases, lay_out, plan_of
+from candle_mi_parity.candidate.parts import EMITTER, LANES, PARTS, SWITCHED
+from candle_mi_parity.candidate.plan import known_releases, lay_out, plan_of
 from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate
+from candle_mi_parity.spec.cases import load_cases
 from tests.support.crate import touch, write_crate
 
 Cargo = Callable[..., None]
@@ -283,9 +285,9 @@ esac
 @pytest.mark.parametrize(
     ("broken", "kept", "missing"),
     [
-        (["call_measures.rs"], "sae,tokens", {"calls"}),
-        (["sae.rs"], "tokens", {"sae", "calls"}),
-        (["tokenize.rs", "call.rs"], "sae", {"tokens", "calls"}),
+        (["call_measures.rs"], "quantized,sae,tokens", {"calls"}),
+        (["sae.rs"], "quantized,tokens", {"sae", "calls"}),
+        (["tokenize.rs", "call.rs"], "quantized,sae", {"tokens", "calls"}),
         (["forward.rs"], "", None),
         (["call.rs", "forward.rs"], "", None),
     ],
@@ -313,6 +315,78 @@ def test_a_part_that_does_not_compile_costs_no_other(
         assert set(built.missing) == missing
         assert all("error: no method named `x`" in error for error in built.missing.values())
     assert sum("is left out" in line for line in said) == 1
+
+
+CARGO_WITH_A_BROKEN_FEATURE = """#!/bin/sh
+echo "$*" >>{log}
+case "$*" in *--no-default-features*) ;; *) set -- --features calls,quantized,sae,tokens ;; esac
+case "$*" in
+{pattern})
+    cat <<'EOF'
+{messages}
+EOF
+    exit 101 ;;
+*)
+    mkdir -p "$CARGO_TARGET_DIR/release"
+    made="$CARGO_TARGET_DIR/release/parity-emitter"
+    printf '#!/bin/sh\\necho \\047{identity}\\047\\n' >"$made"
+    chmod 755 "$made"
+    echo '{{"reason": "compiler-artifact", "target": {{"name": "parity-emitter"}}, "executable": "'"$made"'"}}' ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("pattern", "file", "missing", "builds"),
+    [
+        # As a whole; without any feature; without the one that is named; and then as it stays.
+        ("*quantized*", "src/quantized.rs", {"quantized"}, 4),
+        ("*quantized*", "src/backend.rs", {"quantized"}, 4),
+        ("*sae*", "src/sae/mod.rs", {"calls", "sae"}, 4),
+        ("*", "src/backend.rs", None, 2),
+    ],
+)
+def test_a_feature_of_candle_mi_that_does_not_compile_costs_no_other(
+    put: Cargo, tmp_path: Path, pattern: str, file: str, missing: set[str] | None, builds: int
+) -> None:
+    put("")
+    span = {"file_name": file, "line_start": 1120, "column_start": 5, "is_primary": True}
+    error = {"level": "error", "message": "cannot find value `x`", "spans": [span], "rendered": "error"}
+    messages = [
+        {"reason": "compiler-message", "target": {"name": "candle_mi"}, "message": one} for one in (error, ABORTING)
+    ]
+    lines = "\n".join(map(json.dumps, [*messages, FINISHED]))
+    identity = json.dumps({"candle_mi": {"version": "0.2.2", "source": "registry"}})
+    log = tmp_path / "log"
+    script = CARGO_WITH_A_BROKEN_FEATURE.format(log=log, pattern=pattern, messages=lines, identity=identity)
+    (tmp_path / "bin" / "cargo").write_text(script)
+    if missing is None:
+        assert f"does not compile: {file}:1120:5: error" in str(fails("0.2.2", tmp_path / "cache"))
+    else:
+        built = builder.build(parse_candidate("0.2.2"), tmp_path / "cache", print)
+        assert built.missing == dict.fromkeys(missing, f"{file}:1120:5: error: cannot find value `x`")
+    assert len(log.read_text().splitlines()) <= builds
+
+
+def test_every_feature_that_a_case_needs_is_one_that_the_emitter_switches_on() -> None:
+    assert {feature for case in load_cases() for feature in case.features} <= {*SWITCHED.values()}
+    assert set(LANES) == {"mmap"} and not set(LANES) & set(PARTS)
+
+
+def test_a_release_is_built_without_the_features_that_it_does_not_have(put: Cargo, tmp_path: Path) -> None:
+    put("")
+    old, new = (plan_of(parse_candidate(version), tmp_path) for version in ("0.1.12", "0.1.13"))
+    assert (old.absent, new.absent) == (("quantized",), ())
+    features = tomllib.loads(old.manifest)["features"]
+    assert features["default"] == ["calls", "sae", "tokens"] and features["quantized"] == []
+    assert features["mmap"] == ["candle-mi/mmap"]
+    crate = write_crate(tmp_path / "crate")
+    manifest = crate / "Cargo.toml"
+    for offered, absent in (("sae = []", ("mmap", "quantized")), ("mmap = []", ("calls", "quantized", "sae"))):
+        manifest.write_text(f"{manifest.read_text().partition('[features]')[0]}[features]\n{offered}\n")
+        assert plan_of(parse_candidate(f"path:{crate}"), tmp_path).absent == absent
+    with pytest.raises(builder.AbsentFeatureError, match=r"0\.0\.1 has no feature mmap"):
+        builder.build(parse_candidate("0.0.1"), tmp_path / "cache", print, ("mmap",))
 
 
 ABORTING = {"level": "error", "message": "aborting due to 2 previous errors", "spans": [], "rendered": ""}

@@ -12,10 +12,14 @@ from threading import Thread
 
 import pytest
 
+from candle_mi_parity.candidate import sources
+from candle_mi_parity.candidate.build import BuiltEmitter
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
+from candle_mi_parity.candidate.sources import LiveSource
 from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate, stored_index
 from candle_mi_parity.compare.verdict import Failure
 from candle_mi_parity.judge.case import failure_of
+from tests.support.planting import RELEASE
 
 # --- spelling -------------------------------------------------------------------------------------
 
@@ -175,13 +179,53 @@ def test_an_invalid_reply_is_refused(fake: Fake, tmp_path: Path, answer: str, st
 def test_a_part_that_was_not_built_is_refused_with_the_compilers_reason(fake: Fake, tmp_path: Path) -> None:
     told = "this emitter was built without its part `sae`"
     path = fake(f'reply({{"case": "bad", "ok": False, "kind": "not-built", "error": "{told}"}})')
-    with EmitterProcess(path, {"calls": "call.rs:1", "sae": "src/sae.rs:9: error: x"}) as emitter:
+    with EmitterProcess(path, {"calls": "emitter/call.rs:1", "sae": "emitter/src/sae.rs:9: error: x"}) as emitter:
         error = fails(emitter, ask(tmp_path / "o.json"))
     assert (error.kind, error.message) == (
         "not-built",
         f"{told}, which does not compile against this candle-mi: emitter/src/sae.rs:9: error: x",
     )
     assert failure_of(error) is Failure.NOT_BUILT and not failure_of(error).crashed
+
+
+def test_a_part_that_the_candidate_does_not_have_is_absent(fake: Fake, tmp_path: Path) -> None:
+    path = fake('reply({"case": "bad", "ok": False, "kind": "not-built", "error": "without its part `quantized`"})')
+    with EmitterProcess(path, absent=("quantized",)) as emitter:
+        error = fails(emitter, ask(tmp_path / "o.json"))
+    assert (error.kind, error.message) == ("absent", "this candle-mi has no feature quantized")
+
+
+def test_a_case_gets_the_build_that_has_its_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A lane is built once, when it is first asked for; what cannot be asked says whether it is absent or broken."""
+    built: list[tuple[str, ...]] = []
+
+    def build(*args: object, counted: bool = False) -> BuiltEmitter:
+        features = args[3] if len(args) > 3 else ()
+        assert isinstance(features, tuple)
+        built.append(features)
+        if "clt" in features:
+            raise CandidateError("candle-mi 0.2.2 does not compile: src/clt/mod.rs:1:1: error: x")
+        broken = {"quantized": "src/backend.rs:9:1: error: x"}
+        return BuiltEmitter(tmp_path / str(len(built)), {"candle_mi": RELEASE.model_dump()}, broken, ("sae", "rwkv"))
+
+    monkeypatch.setattr(sources, "build", build)
+    monkeypatch.setattr(sources, "LANES", ("mmap", "clt", "rwkv"))
+    source = LiveSource(parse_candidate("0.2.2"), tmp_path, tmp_path, print, "cpu")
+    assert source.emitter_with(()) is source.emitter and built == [()]
+    mapped = source.emitter_with(["mmap"])
+    assert mapped is source.emitter_with(["mmap"]) is not source.emitter and built == [(), ("mmap",)]
+    for features, kind, told in (
+        (["sae"], "absent", "candle-mi 0.2.2 has no feature sae"),
+        (["rwkv"], "absent", "candle-mi 0.2.2 has no feature rwkv"),
+        (["quantized"], "not-built", "src/backend.rs:9:1: error: x"),
+        (["clt"], "not-built", "src/clt/mod.rs:1:1: error: x"),
+    ):
+        for _ in range(2):
+            with pytest.raises(EmitterError) as caught:
+                source.emitter_with(features)
+            assert caught.value.kind == kind and told in caught.value.message
+    assert built.count(("clt",)) == 1
+    source.__exit__()
 
 
 def test_close_ends_an_emitter_that_another_thread_is_ending(fake: Fake, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ LIAR = """
     reply({"case": request["case"]["id"], "ok": True, "trace": request["out"]})
 """
 REFUSES = """
-    known = "unsupported model_type: 'x'" if request["config"] == "hf" else "no rotary of this kind"
+    known = "unsupported model_type: 'x'" if request["loader"] == "hf" else "no rotary of this kind"
     reply({"case": request["case"]["id"], "ok": False, "kind": "model", "error": known})
 """
 DIES = "os.abort()"

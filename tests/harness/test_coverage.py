@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from candle_mi_parity.candidate.spelling import stored_releases
+from candle_mi_parity.models.tokenizers import FILES
 from candle_mi_parity.spec.cases import SaeFile, TinyModel, load_cases, select
 from candle_mi_parity.spec.explanations import load_explanations
 from candle_mi_parity.spec.families import MAPPED
@@ -43,7 +44,7 @@ def test_every_fixture_file_belongs_to_something() -> None:
     used = tiny | saes | {f"goldens/{name}{suffix}" for name in goldens for suffix in (".npz", ".json")}
     tables = {"cases.toml", "explanations.toml", "config_fields.toml", "census.toml", "texts.json"}
     tables |= {"calls.toml", "known_calls.toml", "tokenizers.toml", "hunt.toml"}
-    makers = {"saes/README.md", "saes/make_tiny.py"}
+    makers = {"saes/README.md", "saes/make_tiny.py"} | {f"tokenizer/{name}" for name in FILES}
     there = {
         str(path.relative_to(FIXTURES)) for path in FIXTURES.rglob("*") if path.is_file() and path.suffix != ".pyc"
     }
@@ -95,3 +96,4 @@ def test_every_comparison_in_the_list_of_public_functions_exists() -> None:
     assert set(re.findall(r"call:(\w+)", text)) == calls
     edits = {edit.kind for case in DEFAULT for edit in case.edits}
     assert set(re.findall(r"edit:([a-z_]+)", text)) == edits
+    assert set(re.findall(r"loader:([a-z_]+)", text)) == {case.loader for case in DEFAULT} - {"hf"}

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from candle_mi_parity.candidate.build import build
-from candle_mi_parity.candidate.plan import EMITTER
+from candle_mi_parity.candidate.parts import EMITTER
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.spec.paths import cache_root
@@ -107,7 +109,7 @@ def copy_model(model: Path, to: Path, **config: object) -> Path:
         ({"tokens": []}, "request", "empty"),
         ({"tokens": [[1, 2], [3]]}, "request", "ragged"),
         ({"project": ["absent"]}, "request", "inputs is null"),
-        ({"config": "guess"}, "request", "guess"),
+        ({"loader": "guess"}, "request", "guess"),
         ({"device": "tpu"}, "request", "tpu"),
         ({"model_dir": ABSENT}, "model", ABSENT),
     ],
@@ -130,6 +132,76 @@ def test_absent_or_empty_weights_are_refused(emitter: EmitterProcess, llama: Pat
     empty = fails(emitter, real_request(model, tmp_path / "case.json"))
     assert absent.kind == empty.kind == "model"
     assert "expected model.safetensors or its shards" in absent.message and shard in empty.message
+
+
+def header(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())["header"]
+    return found
+
+
+@pytest.mark.rust
+def test_from_pretrained_reads_the_directory_itself(
+    emitter: EmitterProcess, built: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = traced(emitter, llama, tmp_path / "files.json")
+    own = traced(emitter, llama, tmp_path / "own.json", loader="pretrained")
+    assert files.keys() == own.keys() and all(np.array_equal(files[name], own[name]) for name in files)
+    assert header(tmp_path / "files.json") == header(tmp_path / "own.json"), "the digest is of the same files"
+    # A relative path is one of this process's directory.
+    monkeypatch.chdir(llama.parent)
+    with EmitterProcess(built) as process:
+        traced(process, Path(llama.name), tmp_path / "relative.json", loader="pretrained")
+
+
+@pytest.mark.rust
+def test_from_pretrained_says_what_it_refuses(emitter: EmitterProcess, llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "case.json"
+    for changes, kind, told in (
+        ({"dtype": "bfloat16"}, "request", "always loads float32"),
+        ({"device": "cuda:0"}, "request", "chooses its device itself: cpu"),
+        ({"model_dir": ABSENT}, "io", ABSENT),
+    ):
+        error = fails(emitter, real_request(llama, out, loader="pretrained", **changes))
+        assert error.kind == kind and told in error.message
+    model = copy_model(llama, tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    error = fails(emitter, real_request(model, out, loader="pretrained"))
+    assert error.kind == "model" and "no weight files found" in error.message
+
+
+@pytest.mark.rust
+def test_from_pretrained_reads_a_pickle(emitter: EmitterProcess, llama: Path, tmp_path: Path) -> None:
+    model = copy_model(llama, tmp_path / "model")
+    torch.save(load_torch(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    got = traced(emitter, model, tmp_path / "bin.json", loader="pretrained")
+    want = traced(emitter, llama, tmp_path / "case.json")
+    assert all(np.array_equal(got[name], want[name]) for name in want)
+    digests = [
+        f"{name}:{hashlib.sha256((model / name).read_bytes()).hexdigest()}\n"
+        for name in ("config.json", "pytorch_model.bin")
+    ]
+    assert header(tmp_path / "bin.json")["model_digest"] == hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+@pytest.mark.rust
+def test_only_the_build_with_mmap_loads_shards(emitter: EmitterProcess, llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    LlamaForCausalLM.from_pretrained(llama).save_pretrained(model, max_shard_size="10KB")
+    assert len(list(model.glob("model-*.safetensors"))) > 1
+    error = fails(emitter, real_request(model, tmp_path / "case.json", loader="pretrained"))
+    assert error.kind == "model" and "requires the `mmap` feature" in error.message
+    want = traced(emitter, model, tmp_path / "case.json")
+    mapped = build(parse_candidate("0.2.2"), cache_root(), print, ("mmap",))
+    assert mapped.identity["features"] == ["mmap", "quantized", "sae", "transformer"]
+    with EmitterProcess(mapped.path) as process:
+        got = traced(process, model, tmp_path / "mapped.json", loader="pretrained")
+        assert all(np.array_equal(got[name], want[name]) for name in want)
+        assert header(tmp_path / "mapped.json")["model_digest"] == header(tmp_path / "case.json")["model_digest"]
+        index = model / "model.safetensors.index.json"
+        index.write_text(index.read_text().replace("model-00001-", "model-00009-"))
+        error = fails(process, real_request(model, tmp_path / "case.json", loader="pretrained"))
+    assert error.kind == "model" and "shard model-00009-" in error.message
 
 
 @pytest.mark.rust
@@ -177,9 +249,9 @@ def test_low_optimisation_changes_no_bit(
 @pytest.mark.rust
 def test_auto_reads_an_unknown_family(emitter: EmitterProcess, llama: Path, tmp_path: Path) -> None:
     unknown, out = copy_model(llama, tmp_path / "model", model_type="mystery"), tmp_path / "case.json"
-    known, guessed = traced(emitter, llama, out), traced(emitter, unknown, out, config="auto")
+    known, guessed = traced(emitter, llama, out), traced(emitter, unknown, out, loader="auto")
     # The cached model was read by the other reader and must not be used.
-    error = fails(emitter, real_request(unknown, tmp_path / "refused.json", config="hf"))
+    error = fails(emitter, real_request(unknown, tmp_path / "refused.json", loader="hf"))
     assert error.kind == "model" and "mystery" in error.message
     for name, array in known.items():
         np.testing.assert_array_equal(guessed[name], array, err_msg=name)
@@ -199,7 +271,7 @@ def test_auto_refuses_what_candle_mi_calls_incompatible(
             file = f"model-0000{shard + 1}-of-00002.safetensors" if shards == 2 else "model.safetensors"
             save_file({name: weights[name] for name in held[shard::shards]}, model / file)
 
-    request = real_request(model, tmp_path / "case.json", config="auto")
+    request = real_request(model, tmp_path / "case.json", loader="auto")
     write(names)
     emitter.emit(request, timeout=120)
     # One name is missing in each shard.

@@ -65,6 +65,8 @@ def test_conditions() -> None:
     assert not holds("config.sliding_window other than 8") and not holds("alternating = false")
     assert not holds("config.missing != 10000"), "a comparison with an absent value is false"
     assert not holds("tokens > config.missing") and not holds("config.flag > 0")
+    assert holds('loader = "hf"', "features = []", "files = 1", "pickled = false", "prefixed = true")
+    assert not holds("files > 1") and not holds("stored_head = true")
     assert holds('edit.kind = "steer"') and holds('edit.how = "set_value"')
     assert not holds('edit.kind = "steer"', 'edit.how = "set_value"'), "of one and the same edit"
 

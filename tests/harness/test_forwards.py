@@ -20,7 +20,7 @@ from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.run_result import Section, Verdict
 from candle_mi_parity.compare.verdict import Failure, Outcome, Status
 from candle_mi_parity.coverage import forwards
-from candle_mi_parity.coverage.forwards import Forward, judge_forwards, plan
+from candle_mi_parity.coverage.forwards import Forward, judge_forwards, plan, through_pretrained
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.oracle.oracle import Oracle
@@ -203,6 +203,31 @@ def test_a_plain_case_stands_for_its_model_dtype_and_shape(tmp_path: Path, monke
     assert asked(edits) == [("toy/edit", 5), *[("toy/edit", 2)] * 9]
     monkeypatch.setattr(forwards, "LARGE", 0)
     assert asked(first, same, batch) == [("toy/plain", 3)]
+
+
+def test_the_first_case_of_an_architecture_is_loaded_through_from_pretrained(tmp_path: Path) -> None:
+    """From one file, and in a whole run with mmap too; a wrong number there is told with its name."""
+    (tmp_path / "model.safetensors").touch()
+    first, same = made(tmp_path), made(tmp_path, "toy/same")
+    assert [each.subject.case.id for each, _ in through_pretrained([first, same], ())] == ["toy/plain"]
+    half = first.subject.case.model_copy(update={"dtype": "float16"})
+    assert not through_pretrained([replace(first, subject=replace(first.subject, case=half))], ())
+    toy, mapped = Toy(), Toy()
+    mapped.spoil = lambda document: document["header"].update(features=["mmap", "transformer"])
+    source = live(toy, first, patched=["hf-fetch-model"])
+    source._lanes[("mmap",)] = mapped  # type: ignore[assignment]
+    for whole, more in ((False, 1), (True, 2)):
+        found = judge_forwards(source, [first.subject.case], "0.2.2", tmp_path / "out", whole)
+        names = [tensor.name for tensor in found.results[0].tensors if "from_pretrained" in tensor.name]
+        assert names == ["through from_pretrained", "through from_pretrained with mmap"][:more]
+    source._lanes[("mmap",)] = EmitterError("not-built", "with mmap: it does not compile")
+    found = judge_forwards(source, [first.subject.case], "0.2.2", tmp_path / "out", True)
+    assert not found.new and "not asked through from_pretrained with mmap" in found.results[0].notes[0]
+    toy.fault = lambda call: call.captures == HOOKS and call.requests > forwards.REQUESTS
+    assert_tells(
+        judge_forwards(source, [first.subject.case], "0.2.2", tmp_path / "out", False),
+        "toy/plain through from_pretrained: logits differ from those of the captured forward",
+    )
 
 
 def test_one_token_has_another_length_and_other_ids(tmp_path: Path) -> None:

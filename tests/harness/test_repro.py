@@ -203,6 +203,30 @@ def test_the_script_of_a_bidirectional_decoder_needs_no_class_that_transformers_
     assert float(done.stdout) == pytest.approx(found.first.worst.expected, rel=1e-5)
 
 
+def test_a_divergence_of_from_pretrained_is_reproduced_through_it(tmp_path: Path) -> None:
+    """The Rust test loads as the case does where that matters, and otherwise says that it does not."""
+
+    class Loaded(Faulty):
+        def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:
+            if only_there:
+                self._meets = lambda config, mean: subject.case.loader == "pretrained"
+            return super().trace(subject, mode, truth, inputs)
+
+    row: dict[str, Any] = {"source": "tiny", "config": "models/llama.json", "dialect": "hub", "layout": ["pickle"]}
+    row |= {"change": {"rope_theta": 100.0}}
+    case = Case.model_validate({"id": "llama/planted", "model": row, "tokens": {"random": 2}, "loader": "pretrained"})
+    for only_there in (True, False):
+        out = tmp_path / str(only_there)
+        source = Loaded(lambda config, mean: config.get("rope_theta") == 100.0)
+        found = reproduce(case, source, out / "cache", lambda line: None)
+        write_folder(found, Origin("0.0.0", "again", ""), Dependencies("", "", None, b"", out), out / "folder")
+        [test] = (out / "folder" / "tests").glob("*.rs")
+        text = test.read_text()
+        assert ("MIModel::from_pretrained(&" in text) is only_there
+        assert ("VarBuilder" in text) is ("which this test leaves out" in text) is not only_there
+        assert found.pair.control is not None and found.pair.control.loader == "hf"
+
+
 def test_what_needs_several_files_of_weights_has_no_rust_test(tmp_path: Path) -> None:
     class Sharded(Faulty):
         def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from candle_mi_parity.compare.verdict import CaseResult
+from candle_mi_parity.candidate.process import EmitterError
+from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
 from candle_mi_parity.errors import ParityError, Stopped
 from candle_mi_parity.judge import case as judge_case_module
 from candle_mi_parity.judge.case import Judgement, Progress
@@ -22,6 +23,7 @@ from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.run.run import at_once
 from candle_mi_parity.spec.cases import Case, load_cases
 from candle_mi_parity.spec.conditions import Facts
+from tests.support.planting import Giving, judged
 from tests.support.results import case as result
 
 CASES = load_cases()[:8]
@@ -151,6 +153,27 @@ def test_one_model_is_made_or_run_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp
     found = run.run_cases(RunOptions("stored:0.2.2", ("*",), tmp_path, cache=tmp_path), CASES, {}, Progress())
     assert [case.error for case in found.cases] == ["made"] * len(CASES)
     assert bool(together) is not locked
+
+
+def test_a_case_whose_feature_the_candidate_lacks_is_not_run(tmp_path: Path) -> None:
+    """It is no failure; one whose feature does not compile is an ERROR with the compiler's line."""
+
+    def raising(kind: str, told: str) -> Giving:
+        def give(*_: object) -> Any:
+            raise EmitterError(kind, told)
+
+        return Giving(give)
+
+    case = CASES[0]
+    absent = judged(case, raising("absent", "candle-mi 0.1.6 has no feature quantized"))
+    broken = judged(case, raising("not-built", "feature quantized: src/backend.rs:9:1: error: x"))
+    assert (absent.status, absent.outcome) == (Status.UNMEASURED, Outcome.ABSENT)
+    assert (broken.status, broken.outcome) == (Status.ERROR, Outcome.ERROR) and "backend.rs:9:1" in broken.error
+    whole = run.blank(RunOptions("0.1.6", (), tmp_path))
+    for each in (absent, broken):
+        run._take(each, whole)
+    assert whole.skipped == {case.id: "candle-mi 0.1.6 has no feature quantized"}
+    assert whole.cases == [broken]
 
 
 # --- progress where stderr is not a terminal ------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.candidate.plan import EMITTER
+from candle_mi_parity.candidate.parts import EMITTER
 from candle_mi_parity.candidate.source_keys import FEATURES, keys_in, source_directory, source_keys
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.errors import ParityError
@@ -165,4 +165,4 @@ def test_the_keys_of_the_real_release() -> None:
 
 def test_the_features_are_those_of_the_emitter() -> None:
     manifest = tomllib.loads((EMITTER / "Cargo.toml").read_text("utf-8"))
-    assert set(manifest["dependencies"]["candle-mi"]["features"]) == FEATURES
+    assert {*manifest["dependencies"]["candle-mi"]["features"], "sae"} == FEATURES

@@ -87,6 +87,21 @@ def test_a_whole_trace_reads_back_bit_for_bit(tmp_path: Path, case_id: str) -> N
     assert not failures(results(trace, there))
 
 
+def test_a_trace_of_a_lane_keeps_the_features_of_its_build(tmp_path: Path) -> None:
+    there = real("llama/hub")
+    case = there.subject.case.model_copy(update={"features": ["mmap"]})
+    lane = replace(there, subject=replace(there.subject, case=case))
+    emitted = json.loads(write(tmp_path / "emitted", there).read_text())
+    emitted["header"]["features"] = ["mmap", "sae", "transformer"]
+    index = stored(tmp_path, there)
+    with Storing(index, False) as keep:
+        path = tmp_path / "emitted" / "lane.json"
+        path.write_text(json.dumps(emitted))
+        StoringSource(emitting(path), keep).trace(lane.subject, "free", there.truth, there.inputs)
+    assert StoredRelease(index).release.features == ["sae", "transformer"]
+    assert reopened(index, there).header.features == ["mmap", "sae", "transformer"]
+
+
 def test_the_stored_part_of_a_deep_model() -> None:
     names = ["hook_embed", *(f"blocks.{i}.{p}" for i in range(30) for p in ("a", "b")), "logits", "sae.recon"]
     kept = stored_selection(names)

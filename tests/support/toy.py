@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from candle_mi_parity.candidate.build import BuiltEmitter
 from candle_mi_parity.candidate.sources import LiveSource, Made
 from candle_mi_parity.compare.run_result import Section
 from candle_mi_parity.coverage.forwards import judge_forwards
@@ -129,9 +130,10 @@ def made(directory: Path, id: str = "toy/plain", edits: tuple[Edit, ...] = (), i
     return Made(subject, directory, path, Header.model_validate(header(id)), digests)
 
 
-def live(toy: Toy, *traces: Made, device: str = "cpu") -> LiveSource:
+def live(toy: Toy, *traces: Made, device: str = "cpu", patched: Sequence[str] = ()) -> LiveSource:
     source = LiveSource.__new__(LiveSource)
     source.device, source.emitter = device, toy  # type: ignore[assignment]
+    source._built, source._lanes = BuiltEmitter(Path(), {"patched": patched}), {}
     source.made = {each.subject.case.id: each for each in traces}
     return source
 
