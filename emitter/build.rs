@@ -25,6 +25,11 @@ fn main() {
             println!("cargo:rustc-cfg={name}");
         }
     }
+    // Of two versions, the emitter could dequantize with another than candle-mi does.
+    println!("cargo:rustc-check-cfg=cfg(anamnesis_of_candle_mi)");
+    if lock.matches("name = \"anamnesis\"\n").count() == 1 {
+        println!("cargo:rustc-cfg=anamnesis_of_candle_mi");
+    }
     let source = field(&candle_mi, "source").unwrap_or_default();
     let (kind, revision, digest) = if source.starts_with("registry+") {
         ("registry", String::new(), String::new())

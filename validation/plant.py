@@ -15,12 +15,12 @@ from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.trace.trace import InMemory
 from tests.support.planting import Real, arrays_of, changed_model, with_arrays
-from validation import model_faults, numeric_faults, run_faults
+from validation import model_faults, numeric_faults, quantized_faults, run_faults
 from validation.array_changes import changed
 from validation.catalogue import CatalogueError, Change, Fault
 from validation.disturb import FUNCTIONS, Running
 
-REGISTERED = (model_faults, run_faults, numeric_faults)
+REGISTERED = (model_faults, run_faults, numeric_faults, quantized_faults)
 """The modules that register the functions in :data:`FUNCTIONS`."""
 
 

@@ -23,6 +23,7 @@ _FILES = {
     "call_measures.rs": "calls",
     "call_model.rs": "calls",
     "call_sae.rs": "calls",
+    "quantized.rs": "quantized",
     "sae.rs": "sae",
     "tokenize.rs": "tokens",
 }

@@ -22,6 +22,8 @@ from candle_mi_parity.candidate.spelling import Candidate, CandidateError
 from candle_mi_parity.files.atomic import write_text
 
 DOWNLOADER = "hf-fetch-model"
+ANY = "*"
+"""The requirement of anamnesis for a release, whose lock holds the one that it is linked with."""
 COUNTING = EMITTER / "counting.sh"
 """The wrapper of rustc for a build that counts branches."""
 
@@ -88,6 +90,7 @@ def plan_of(candidate: Candidate, cache: Path) -> Plan:
     :raises CandidateError: the candidate's source does not hold candle-mi.
     """
     digest = revision = None
+    anamnesis = ANY
     if candidate.kind == "version":
         source = f'version = "={candidate.target}"'
         numbers = _numbers(candidate.target)
@@ -101,18 +104,18 @@ def plan_of(candidate: Candidate, cache: Path) -> Plan:
         # A JSON string is a TOML basic string, which escapes quotes and backslashes.
         source = f"path = {json.dumps(str(directory))}"
         text = (directory / "Cargo.toml").read_text(encoding="utf-8")
-        requirement, candle, downloader, absent = _read_manifest(text, str(directory))
+        requirement, candle, downloader, absent, anamnesis = _read_manifest(text, str(directory))
         digest = tree_digest(directory, inputs_of(candidate, cache))
     else:
         revision, text = fetch(candidate, cache)
         source = f'git = {json.dumps(_url(candidate.target))}, rev = "{revision}"'
-        requirement, candle, downloader, absent = _read_manifest(text, candidate.spec)
+        requirement, candle, downloader, absent, anamnesis = _read_manifest(text, candidate.spec)
     lock = EMITTER / "locks" / f"{candidate.target}.lock"
     locked = candidate.kind == "version" and lock.is_file()
     if not locked:
         lock = EMITTER / "locks" / _SEED_LOCK.get(candle, "none")
     plan = Plan(
-        manifest=_manifest(source, requirement, absent),
+        manifest=_manifest(source, requirement, absent, anamnesis),
         lock=lock.read_bytes() if lock.is_file() else b"",
         locked=locked,
         candle=candle,
@@ -180,10 +183,11 @@ def _stand_in_version(requirement: str) -> str:
     return f"{series}{patch or '.0'}" if exactly else f"{series}.999"
 
 
-def _read_manifest(manifest: str, where: str) -> tuple[str, str, str, tuple[str, ...]]:
+def _read_manifest(manifest: str, where: str) -> tuple[str, str, str, tuple[str, ...], str]:
     """What a candle-mi manifest says.
 
-    :returns: the candle-core requirement, its series (``0.11``), the stand-in's version, and the absent parts.
+    :returns: the candle-core requirement, its series (``0.11``), the stand-in's version, the absent parts, and
+        the anamnesis requirement.
     """
     try:
         parsed = tomllib.loads(manifest)
@@ -198,7 +202,8 @@ def _read_manifest(manifest: str, where: str) -> tuple[str, str, str, tuple[str,
         raise CandidateError(f"Cargo.toml of {where} names no candle-core version")
     features = parsed.get("features", {})
     absent = absent_parts(lambda feature: feature in features)
-    return requirement, found.group(), _stand_in_version(_requirement(parsed, DOWNLOADER)), absent
+    stand_in = _stand_in_version(_requirement(parsed, DOWNLOADER))
+    return requirement, found.group(), stand_in, absent, _requirement(parsed, "anamnesis") or ANY
 
 
 def _requirement(manifest: dict[str, object], dependency: str) -> str:
@@ -208,7 +213,7 @@ def _requirement(manifest: dict[str, object], dependency: str) -> str:
     return requirement if isinstance(requirement, str) else ""
 
 
-def _manifest(source: str, candle: str, absent: Collection[str]) -> str:
+def _manifest(source: str, candle: str, absent: Collection[str], anamnesis: str) -> str:
     """The emitter's manifest with the candidate's versions of candle-mi, candle-core and candle-nn.
 
     :param absent: parts that switch on no feature of this candle-mi.
@@ -219,6 +224,7 @@ def _manifest(source: str, candle: str, absent: Collection[str]) -> str:
         "candle-mi": f'{{ {source}, default-features = false, features = ["transformer"] }}',
         "candle-core": plain,
         "candle-nn": plain,
+        "anamnesis": f'{{ version = "{anamnesis}", default-features = false, optional = true }}',
     }.items():
         text = _with_line(text, name, f"{name} = {value}")
     if absent:

@@ -140,6 +140,7 @@ def request(subject: PreparedCase, mode: Mode, inputs: Path, out: Path, device: 
         "inputs": str(inputs),
         "sae_input": "sae" if sae else None,
         "project": [name for name in subject.captures if is_lens(name) and mode == "free"],
+        **({"weights": list(subject.quantized)} if subject.quantized and mode == "free" else {}),
         "edits": [{"hook": name, "kind": "replace", "tensor": name} for name in forced]
         or for_emitter(subject.case.edits),
         **({"recurrent": subject.case.recurrent.for_emitter()} if subject.case.recurrent else {}),
@@ -280,7 +281,12 @@ class LiveSource:
         if subject.case.id not in self._asked:
             self._asked.append(subject.case.id)
         emitter = self.emitter_with(subject.case.features)
-        trace = Trace(emitter.emit(request(subject, mode, inputs, out, self.device), self.seconds))
+        try:
+            path = emitter.emit(request(subject, mode, inputs, out, self.device), self.seconds)
+        except EmitterError as error:
+            # Where the model lies is no part of an answer.
+            raise EmitterError(error.kind, error.message.replace(f"{subject.given}/", "")) from error
+        trace = Trace(path)
         if lacking := set(subject.case.features) - set(trace.header.features):
             raise TraceError(f"{trace.path}: made without the feature {sorted(lacking)[0]}")
         if any(entry.part is not None for entry in trace.entries.values()):

@@ -27,7 +27,7 @@ from candle_mi_parity.oracle.interventions import edits_of
 from candle_mi_parity.oracle.recurrence import recurrence_of
 from candle_mi_parity.oracle.torch_sae import TorchSae
 from candle_mi_parity.oracle.torch_state import torch_state
-from candle_mi_parity.spec.hook_points import Mode, is_lens
+from candle_mi_parity.spec.hook_points import WEIGHTS, Mode, is_lens
 from candle_mi_parity.trace.trace import Feature, InMemory
 from candle_mi_parity.trace.truth import Truth
 
@@ -97,6 +97,7 @@ class TorchSource:
         if mode == "free":
             lens = {name: x.to(dtype) for name, x in given.items() if is_lens(name)}
             captured |= {f"lens.{name}": unembed(model, x) for name, x in lens.items()}
+            captured |= {f"{WEIGHTS}{name}": model.get_parameter(name)[None].detach() for name in subject.quantized}
         scalars: dict[str, float] = {}
         top: list[Feature] = []
         if subject.sae_file is not None and subject.case.sae is not None and mode == "free":

@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from candle_mi_parity.compare.compare_sae import attribute_sae_failures, judge_sae, judge_sae_scalars
+from candle_mi_parity.compare.compare_weights import judge_weight
 from candle_mi_parity.compare.diagnose import diagnose
 from candle_mi_parity.compare.gate import ELEMENT_GATE, UNITS, measure
 from candle_mi_parity.compare.out_of_range import excuse_out_of_range
@@ -19,7 +20,7 @@ from candle_mi_parity.compare.verdict import Diagnosis, Status, TensorResult, Wo
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.chunks import blocks
 from candle_mi_parity.files.escape import one_line
-from candle_mi_parity.spec.hook_points import FORCED, inputs_of, is_lens
+from candle_mi_parity.spec.hook_points import FORCED, WEIGHTS, inputs_of, is_lens, weight_feeds
 from candle_mi_parity.trace.trace import Emitted, Selection, Trace, chunks
 from candle_mi_parity.trace.truth import Expected, Truth
 
@@ -74,6 +75,8 @@ def compare(
         agreed = all(passed[feeder] for feeder in feeders) if feeders else None
         if name not in trace.entries:
             result = TensorResult(name, Status.FAIL, "missing", detail=_available(trace))
+        elif name.startswith(WEIGHTS):
+            result = judge_weight(name, expected, trace)
         elif name.startswith("sae"):
             result = judge_sae(name, truth, trace, decoder, agreed)
         else:
@@ -123,7 +126,8 @@ def _feeders_of(name: str, truth: Truth) -> list[str]:
 def _feeders(name: str, truth: Truth) -> list[str]:
     if name == "hook_final_norm":
         return [other for other in truth.tensors if is_lens(other)][-1:]
-    return [truth.meta["sae_hook"]] if name == "sae.features" else inputs_of(name)
+    weights = [other for other in truth.tensors if other.startswith(WEIGHTS) and weight_feeds(other, name)]
+    return [truth.meta["sae_hook"]] if name == "sae.features" else inputs_of(name) + weights
 
 
 def _available(trace: Emitted) -> str:

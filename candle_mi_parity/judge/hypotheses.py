@@ -18,10 +18,11 @@ from candle_mi_parity.judge.known import Evidence
 from candle_mi_parity.models.checkpoint import read_config, weight_files
 from candle_mi_parity.models.saelens import CONFIG
 from candle_mi_parity.oracle.fields_read import cached_fields_read
-from candle_mi_parity.spec.counterfactual import ROTARY, Counterfactual, Variant, places, rotary_block
+from candle_mi_parity.spec.counterfactual import ROTARY, Counterfactual, Dequantization, Variant, places, rotary_block
 from candle_mi_parity.spec.edits import Edit, Inject, PatchAt
 from candle_mi_parity.spec.explanations import Explanation, Explanations
 from candle_mi_parity.spec.families import family_of
+from candle_mi_parity.spec.hook_points import WEIGHTS
 from candle_mi_parity.spec.recurrent import Recurrent
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -40,6 +41,7 @@ DEFAULTS: dict[str, list[Any]] = {
 """Config key → defaults of either library, and values that are a likely mistake."""
 
 POINTS = {
+    WEIGHTS: ("dequantize",),
     "hook_embed": (),
     "attn.hook_q": ("norm", "eps", "bias", "heads"),
     "attn.hook_k": ("norm", "eps", "bias", "heads"),
@@ -95,6 +97,8 @@ def _generated(evidence: Evidence, cache: Path) -> Iterator[Counterfactual]:
     if subject.sae_file is not None and subject.sae_file.is_dir():
         yield from _of_sae(read_json(subject.sae_file / CONFIG, ExplanationError))
     yield from _of_recurrent(subject.case.recurrent)
+    if subject.quantized_dir is not None:
+        yield from (Counterfactual(dequantize=[reading]) for reading in Dequantization)
     for variant in Variant:
         if subject.case.recurrent is not None or not variant.of_recurrence:
             yield Counterfactual(variants=[variant])

@@ -23,6 +23,7 @@ from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.files.untrusted import read_json
 from candle_mi_parity.models.checkpoint import given_files, read_config, weight_tensors
 from candle_mi_parity.models.prepared_case import PreparedCase
+from candle_mi_parity.models.quantized_facts import weight_facts
 from candle_mi_parity.models.sae import load_sae
 from candle_mi_parity.models.saelens import CONFIG, saelens_files, stored_values
 from candle_mi_parity.oracle.oracle import Oracle
@@ -38,18 +39,19 @@ _FORMATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloa
 
 def facts_of(subject: PreparedCase) -> Facts:
     """The facts of a case that conditions refer to."""
-    case = subject.case
+    case, config = subject.case, read_config(subject.given)
     edits = [_edit_facts(edit) for edit in case.edits]
-    config, names = read_config(subject.model_dir), list(weight_tensors(subject.model_dir))
+    files, names = given_files(subject.given), list(weight_tensors(subject.model_dir))
     facts = facts_about(config, subject.sae_file, len(subject.tokens[0]), case.dtype, edits)
     return replace(
         facts,
         loader=case.loader,
         features=case.features,
-        files=len(given_files(subject.given)),
-        pickled=subject.given_dir is not None,
+        files=len(files),
+        pickled=files[0].suffix == ".bin",
         prefixed=any(name.startswith("model.") for name in names),
         stored_head="lm_head.weight" in names,
+        weights=weight_facts(subject.given),
     )
 
 
@@ -59,9 +61,17 @@ def _edit_facts(edit: Edit) -> dict[str, Any]:
 
 
 def facts_about(
-    config: dict[str, Any], sae_file: Path | None, tokens: int, dtype: str, edits: list[dict[str, Any]]
+    config: dict[str, Any],
+    sae_file: Path | None,
+    tokens: int,
+    dtype: str,
+    edits: list[dict[str, Any]],
+    stored: dict[str, Any] | None = None,
 ) -> Facts:
-    """The same for a config, an SAE and edits without a case."""
+    """The same for a config, an SAE and edits without a case.
+
+    :param stored: of a quantised checkpoint, :func:`weight_facts`.
+    """
     sae, weights, threshold = {}, "", None
     if sae_file is not None and sae_file.is_dir():
         sae = read_json(sae_file / CONFIG, ExplanationError)
@@ -69,7 +79,7 @@ def facts_about(
         names = file.keys()
         weights = _FORMATS.get(file.kind("W_enc")[0], "") if "W_enc" in names else ""
         threshold = float(stored_values(file, "threshold").min()) if "threshold" in names else None
-    return Facts(config, tokens, dtype, sae, weights, threshold, edits)
+    return Facts(config, tokens, dtype, sae, weights, threshold, edits, weights=stored or {})
 
 
 @dataclass(frozen=True)

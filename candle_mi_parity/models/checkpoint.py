@@ -32,8 +32,8 @@ def require_model(directory: Path) -> Path:
     return directory
 
 
-ELSEWHERE = ("transformers_weights", "quantization_config")
-"""Keys of ``config.json`` with which transformers loads other weights than the digested ones, or changes them."""
+ELSEWHERE = ("transformers_weights",)
+"""Keys of ``config.json`` with which transformers loads other weights than the digested ones."""
 
 
 def _require_plain_weights(directory: Path) -> None:
@@ -45,7 +45,7 @@ def _require_plain_weights(directory: Path) -> None:
         raise ModelError(f"model directory {directory} holds adapter_config.json: an adapter to another model")
     config = read_config(directory)
     if odd := [key for key in ELSEWHERE if config.get(key) is not None]:
-        raise ModelError(f"{directory}/config.json: {odd[0]} is set; only plain weights are compared")
+        raise ModelError(f"{directory}/config.json: {odd[0]} is set; only the weights of this directory are compared")
     files = [path.name for path in weight_files(directory)]
     if files == ["model.safetensors"]:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from candle_mi_parity.files.digest import digest_files, file_digest
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.versions import version
 from candle_mi_parity.models.checkpoint import given_files, model_digest, read_config, weight_files, weight_tensors
+from candle_mi_parity.models.dequantize import plain_model, quantization_of, quantized_names
 from candle_mi_parity.models.generate import seeded_words
 from candle_mi_parity.models.quiet import transformers_runs
 from candle_mi_parity.models.resolve import model_directory, pickled_directory
@@ -27,6 +29,8 @@ from candle_mi_parity.spec.hook_points import hook_names
 
 CONFIG_CHECK = 1
 """Part of the key of :func:`_check_config`'s cached answers; raise it when that function changes."""
+MOST_WEIGHTS = 1 << 24
+"""Numbers in quantised weights that are compared one by one; of a larger model, the forward pass alone is."""
 SPECIAL = 3
 """Ids 0, 1 and 2 are padding, BOS and EOS in the families here."""
 
@@ -45,8 +49,10 @@ class PreparedCase:
     """The input of oracle and candidate for one case.
 
     :ivar model_dir: what the oracle reads.
+    :ivar quantized: the weights that ``given_dir`` stores quantised; empty where they are too many to compare one by
+        one.
     :ivar captures: hook names in execution order, without ``logits``.
-    :ivar given_dir: the same weights in other files, for the candidate; None for ``model_dir`` itself.
+    :ivar given_dir: the same weights in other files, pickled or quantised, for the candidate; None for ``model_dir``.
     :ivar digest: over everything that decides the numbers; the case's id is not part of it.
     :ivar downloads: files from the hub.
     """
@@ -63,6 +69,7 @@ class PreparedCase:
     downloads: tuple[Download, ...] = ()
     special: SpecialIds = SpecialIds()
     given_dir: Path | None = None
+    quantized: tuple[str, ...] = ()
 
     @property
     def given(self) -> Path:
@@ -74,6 +81,11 @@ class PreparedCase:
         """The digest of :attr:`given`."""
         return self.model_digest if self.given_dir is None else model_digest(self.given_dir)
 
+    @property
+    def quantized_dir(self) -> Path | None:
+        """The quantised checkpoint that the candidate is given; None for plain weights."""
+        return self.given_dir if self.given_dir and quantization_of(self.given_dir) else None
+
 
 def prepare(case: Case, cache: Path, loaded: Any = None) -> PreparedCase:
     """Prepare a row of the case table.
@@ -81,7 +93,9 @@ def prepare(case: Case, cache: Path, loaded: Any = None) -> PreparedCase:
     :param loaded: transformers' config of the model, if it was loaded before.
     :raises ParityError: one line on what is missing or malformed.
     """
-    model_dir = model_directory(case.model, cache)
+    stored = model_directory(case.model, cache)
+    quantized = quantization_of(stored) is not None
+    model_dir = plain_model(stored, cache) if quantized else stored
     config = read_config(model_dir)
     # Before transformers reads it: for a model_type that transformers lacks, a config may name code of its own.
     family_of(str(config.get("model_type")))
@@ -126,8 +140,9 @@ def prepare(case: Case, cache: Path, loaded: Any = None) -> PreparedCase:
         content["recurrent"] = case.recurrent.model_dump()
     if case.loader != "hf" or case.features:
         content["loader"] = [case.loader, *case.features]
-    if (pickled := pickled_directory(case.model, cache)) is not None:
-        content["given"] = [path.name for path in given_files(pickled)]
+    given = stored if quantized else pickled_directory(case.model, cache)
+    if given is not None:
+        content["given"] = model_digest(given) if quantized else [path.name for path in given_files(given)]
     return PreparedCase(
         case=case,
         model_dir=model_dir,
@@ -140,8 +155,15 @@ def prepare(case: Case, cache: Path, loaded: Any = None) -> PreparedCase:
         digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
         downloads=_downloads(case),
         special=special,
-        given_dir=pickled,
+        given_dir=given,
+        quantized=tuple(_compared_weights(stored, model_dir)) if quantized else (),
     )
+
+
+def _compared_weights(quantized_dir: Path, model_dir: Path) -> list[str]:
+    """The quantised weights, unless there are more than :data:`MOST_WEIGHTS` numbers."""
+    names, stored = quantized_names(quantized_dir), weight_tensors(model_dir)
+    return names if sum(math.prod(stored[name].shape) for name in names) <= MOST_WEIGHTS else []
 
 
 def _downloads(case: Case) -> tuple[Download, ...]:

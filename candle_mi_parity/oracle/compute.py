@@ -15,10 +15,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 from torch import nn
 
 from candle_mi_parity.errors import OracleError, ParityError
 from candle_mi_parity.models.checkpoint import read_config
+from candle_mi_parity.models.dequantize import write_plain
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.oracle import interventions, remarks, streaming
 from candle_mi_parity.oracle.arithmetic import CPU_FLOAT32, Arithmetic
@@ -38,7 +40,7 @@ from candle_mi_parity.oracle.recurrence import recurrence_of
 from candle_mi_parity.oracle.rounding import Float64, MatmulScales, NoisePool, RoundingNoise, Truth64
 from candle_mi_parity.oracle.variants import apply_to_model
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
-from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.spec.hook_points import WEIGHTS, Mode
 from candle_mi_parity.trace.truth import Truth, TruthTensor
 
 SAMPLES = 16
@@ -85,15 +87,21 @@ class Computation:
         return model
 
     def _directory(self) -> Path:
-        """The model's directory, or a copy with a changed config and links to the other files."""
-        source = self._subject.model_dir
-        if not self._change.changes_config:
+        """The model's directory, or one that is made of it with a changed config or other weights."""
+        source, quantized = self._subject.model_dir, self._subject.quantized_dir
+        readings = self._change.dequantize if quantized is not None else []
+        if not (self._change.changes_config or readings):
             return source
+        if self._scratch is not None:
+            return Path(self._scratch.name)
         self._scratch = TemporaryDirectory(prefix="parity-counterfactual-")
         changed = Path(self._scratch.name)
-        for path in source.iterdir():
-            if path.name != "config.json":
-                (changed / path.name).symlink_to(path.resolve())
+        if quantized is not None and readings:
+            write_plain(quantized, changed, readings)
+        else:
+            for path in source.iterdir():
+                if path.name != "config.json":
+                    (changed / path.name).symlink_to(path.resolve())
         config = self._change.changed_config(read_config(source))
         (changed / "config.json").write_text(json.dumps(config), encoding="utf-8")
         return changed
@@ -154,6 +162,8 @@ class Computation:
         streamed = streaming.is_streamed(self._subject.model_dir)
         meta = {"mode": mode, "weights": "streamed" if streamed else "whole"}
         truth = _as_truth(self._subject, meta, recorder, values, squares, sae)
+        if mode == "free":
+            truth = replace(truth, tensors=self._weights() | dict(truth.tensors))
         inner = self._inner_values(tokens, changes, run)
         return replace(
             truth,
@@ -161,6 +171,14 @@ class Computation:
             constant=remarks.constant(truth.tensors),
             beyond=remarks.beyond(truth.tensors, inner, self._subject.case.dtype),
         )
+
+    def _weights(self) -> dict[str, TruthTensor]:
+        """The weights that the checkpoint stores quantised, exact, [1, out, in]."""
+        if not self._subject.quantized:
+            return {}
+        stored = load_file(self._directory() / "model.safetensors")
+        weights = {name: stored[name][None].astype(np.float64) for name in self._subject.quantized}
+        return {f"{WEIGHTS}{name}": TruthTensor(value, np.zeros_like(value)) for name, value in weights.items()}
 
     def _inner_values(self, tokens: torch.Tensor, changes: Edits, run: Run) -> dict[str, float]:
         """See :func:`remarks.inner_values`; only float16 has a range that is reached."""

@@ -21,8 +21,8 @@ PACKAGE = Path(__file__).parents[1]
 MODULES = (
     *("compare/gate", "trace/truth", "trace/formats"),
     *("spec/counterfactual", "spec/edits", "spec/families", "spec/hook_points", "spec/recurrent"),
-    *("models/checkpoint", "models/generate", "models/prepared_case", "models/sae", "models/saelens"),
-    "models/transformers_config",
+    *("models/checkpoint", "models/dequantize", "models/generate", "models/prepared_case", "models/sae"),
+    *("models/saelens", "models/transformers_config"),
     *("oracle/compute", "oracle/downstream", "oracle/hooks", "oracle/interventions", "oracle/oracle"),
     *("oracle/recurrence", "oracle/remarks", "oracle/rounding", "oracle/streaming", "oracle/torch_sae"),
     *("oracle/torch_state", "oracle/variants"),

@@ -122,6 +122,11 @@ def reproduce(
     """
     _check_edits(case)
     subject = prepare(case, cache)
+    if subject.quantized_dir is not None:
+        raise ReproError(
+            f"{case.id}: a quantised checkpoint cannot be made smaller, and the Rust test writes plain weights; "
+            f"MIModel::from_pretrained of the files in {subject.quantized_dir} shows the divergence"
+        )
     results = judge_mode(Oracle(subject, cache, source.device), source, "free", Progress()).tensors
     first = _first(results)
     if first is None:

@@ -19,6 +19,7 @@ from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.judge.known import facts_about
 from candle_mi_parity.models.checkpoint import local_path, read_config, require_model
+from candle_mi_parity.models.quantized_facts import weight_facts
 from candle_mi_parity.models.resolve import as_model
 from candle_mi_parity.models.sae import sae_path
 from candle_mi_parity.run.check_inputs import Prompt, sae_of
@@ -108,7 +109,10 @@ def foretold(options: CheckOptions) -> CheckResult:
     config = _config(as_model(options.model))
     sae = sae_path(sae_file, 0, options.cache) if (sae_file := options.sae_file) else None
     edits = [edit.model_dump() for edit in options.edits]
-    facts = replace(facts_about(config, sae, 0, options.dtype or "float32", edits), loader=options.loader)
+    directory = Path(options.model).expanduser()
+    stored = weight_facts(directory) if config.get("quantization_config") and directory.is_dir() else {}
+    facts = facts_about(config, sae, 0, options.dtype or "float32", edits, stored)
+    facts = replace(facts, loader="pretrained" if config.get("quantization_config") else options.loader)
     known = [] if named.kind == "torch" else forecast(table, known_release(candidate, table), facts)
     who = f"the trace in {options.trace}" if options.trace else named.label
     census = _census(str(config.get("model_type")), known_release(candidate, table))

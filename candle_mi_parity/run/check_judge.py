@@ -27,6 +27,7 @@ from candle_mi_parity.files.cache import cached
 from candle_mi_parity.judge.case import Judgement, Progress, judge_case
 from candle_mi_parity.judge.explain import explain_new
 from candle_mi_parity.models.checkpoint import read_config, weight_files
+from candle_mi_parity.models.dequantize import quantization_of
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare, tokenizer
 from candle_mi_parity.models.resolve import as_model, model_directory
 from candle_mi_parity.oracle.oracle import Oracle
@@ -64,6 +65,11 @@ class Checking:
             progress.keep(to_download(self.model))
         self.directory = model_directory(self.model, options.cache)
         self.config: dict[str, Any] = read_config(self.directory)
+        self.quantized = quantization_of(self.directory) is not None
+        if self.quantized and self.config.get("model_type") not in MAPPED:
+            raise ModelError(f"{self.directory}: a quantised checkpoint of a family whose hooks are not mapped")
+        if self.quantized and options.dtype not in (None, "float32"):
+            raise ModelError(f"{self.directory}: candle-mi loads a quantised checkpoint in float32 only")
         self.has_tokenizer = any((self.directory / name).is_file() for name in TOKENIZERS)
         self.dump = read_dump(options.trace) if options.trace else None
         if self.dump:
@@ -112,12 +118,16 @@ class Checking:
             dtype=self.options.dtype or (self.dump.dtype if self.dump else "float32"),  # type: ignore[arg-type]
             edits=list(self.options.edits),
             unmeasured=["*"],
-            loader=self.options.loader,
-            # Without it from_pretrained refuses several files.
-            features=["mmap"]
-            if self.options.loader == "pretrained" and len(weight_files(self.directory)) > 1
-            else [],
+            loader="pretrained" if self.quantized else self.options.loader,
+            features=self._features(),
         )
+
+    def _features(self) -> list[str]:
+        """The features of candle-mi without which ``from_pretrained`` refuses the model."""
+        if self.quantized:
+            return ["quantized"]
+        sharded = len(weight_files(self.directory)) > 1
+        return ["mmap"] if self.options.loader == "pretrained" and sharded else []
 
     def _mapped(self, cases: list[Case]) -> list[PreparedCase]:
         """Judge a model of a family with a hook map, as ``run`` does, and explain divergences."""

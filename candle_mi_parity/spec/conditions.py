@@ -6,8 +6,8 @@ Subjects: ``config.KEY``, ``block.KEY`` (of the rotary block that transformers r
 ``rope_parameters``), ``rope.KEY`` (of the rotary embedding, at the top level or in a block), ``sae.KEY`` (of
 ``cfg.json``), ``edit.KEY``, ``dtype``, ``rope_type``, ``alternating`` (whether every second layer, from the first,
 has the window), ``sae_weights``, ``sae_threshold``, ``tokens``, ``loader``, ``features``, ``files`` (number of files
-of weights), ``pickled``, ``prefixed`` (whether tensors are named ``model.…``), ``stored_head``; a dot leads into a
-block.
+of weights), ``pickled``, ``prefixed`` (whether tensors are named ``model.…``), ``stored_head``, ``weights.KEY`` (of a
+quantised checkpoint, see :mod:`candle_mi_parity.models.quantized_facts`); a dot leads into a block.
 
 Operators: ``absent`` (no such key), ``null`` (there, and null), ``present`` (there, and not null), ``number``,
 ``no number`` (absent, null, or of another JSON type), ``=``, ``!=``, ``<``, ``>``, ``in``, ``not in``, ``other than``
@@ -26,8 +26,8 @@ from candle_mi_parity.errors import ExplanationError
 from candle_mi_parity.spec.counterfactual import rotary_block
 
 _SUBJECT = (
-    r"(?:config|block|rope|sae|edit)\.[A-Za-z0-9_.]+|dtype|rope_type|alternating|sae_weights|sae_threshold|tokens"
-    r"|loader|features|files|pickled|prefixed|stored_head"
+    r"(?:config|block|rope|sae|edit|weights)\.[A-Za-z0-9_.]+|dtype|rope_type|alternating|sae_weights|sae_threshold"
+    r"|tokens|loader|features|files|pickled|prefixed|stored_head"
 )
 _CONDITION = re.compile(
     rf"({_SUBJECT}) (?:(absent|null|present|number|no number)|(=|!=|other than|<|>|in|not in) (.+))"
@@ -42,6 +42,7 @@ class Facts:
     :ivar config: ``config.json`` of the model.
     :ivar sae: ``cfg.json`` of the SAE; empty for an NPZ or without an SAE.
     :ivar edits: rows of the case's interventions.
+    :ivar weights: of a quantised checkpoint's files; empty for plain weights.
     :ivar tokens: length of the prompt.
     :ivar sae_weights: format of the SAE's stored tensors; empty without an SAE.
     :ivar sae_threshold: smallest θ of a JumpReLU, or None.
@@ -65,6 +66,7 @@ class Facts:
     pickled: bool = False
     prefixed: bool = True
     stored_head: bool = False
+    weights: dict[str, Any] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
@@ -173,6 +175,7 @@ def look_up(subject: str, facts: Facts, edit: dict[str, Any] | None, otherwise: 
         return getattr(facts, subject)
     root, *path = subject.split(".")
     roots = {"config": facts.config, "block": facts.block, "rope": facts.rope, "sae": facts.sae, "edit": edit or {}}
+    roots["weights"] = facts.weights
     found: Any = roots[root]
     for key in path:
         if not isinstance(found, dict) or key not in found:

@@ -57,6 +57,19 @@ class Variant(StrEnum):
         return self in (Variant.FEEDBACK_FROM_THE_FIRST_PASS, Variant.FEEDBACK_ON_THE_OUTPUT)
 
 
+class Dequantization(StrEnum):
+    """In what a quantised checkpoint is read otherwise than its format defines it."""
+
+    ROUNDED_TO_BFLOAT16 = "rounded-to-bfloat16"
+    """The dequantised weights are rounded to bfloat16."""
+    NESTED_BLOCKS_EQUAL = "nested-blocks-equal"
+    """The blocks are divided evenly among the scales of a double quantisation; the last scale has fewer blocks."""
+    GPTQ_V2_AS_V1 = "gptq-v2-as-v1"
+    """1 is added to the zero points of version 2 of GPTQ's format, which stores them as they are."""
+    ZERO_POINTS_NOT_WRAPPED = "zero-points-not-wrapped"
+    """A zero point of 0, which version 1 of GPTQ's format stores as the largest number, is read as that plus 1."""
+
+
 class Counterfactual(TableRow):
     """What is changed; everything else stays the same.
 
@@ -69,6 +82,7 @@ class Counterfactual(TableRow):
     :ivar config_drop: keys of ``config.json`` that are left out, so that transformers uses its default.
     :ivar weights_zero: globs over parameters that are set to 0.
     :ivar weights_one: globs over parameters that are set to 1, as a norm's weight that is left out.
+    :ivar dequantize: in what a quantised checkpoint is read otherwise.
     :ivar sae_set: keys of the SAE's ``cfg.json`` and their other value; ``sae_drop`` are left out.
     :ivar edits_drop: kinds of edits that have no effect.
     :ivar edits: index of an edit in the case → its replacement; None for none.
@@ -83,6 +97,7 @@ class Counterfactual(TableRow):
     weights_zero: list[str] = []
     weights_one: list[str] = []
     variants: list[Annotated[Variant, Field(strict=False)]] = []
+    dequantize: list[Annotated[Dequantization, Field(strict=False)]] = []
     sae_set: dict[str, Setting] = {}
     sae_drop: list[str] = []
     edits_drop: list[str] = []
@@ -172,6 +187,7 @@ class Counterfactual(TableRow):
             if names
         ]
         parts += [variant.value for variant in self.variants]
+        parts += [f"weights {reading.value}" for reading in self.dequantize]
         parts += [f"the SAE's {key} = {json.dumps(value)}" for key, value in self.sae_set.items()]
         parts += [f"no {key} of the SAE" for key in self.sae_drop]
         parts += [f"no {kind}" for kind in self.edits_drop]

@@ -8,6 +8,9 @@ Mode = Literal["free", "forced"]
 """``free``: the whole forward. ``forced``: the attention half of every layer starts from the truth's own
 ``hook_resid_pre`` and the MLP half from its ``hook_resid_mid``, so that a divergence belongs to its half-layer."""
 
+WEIGHTS = "weights."
+"""Prefix of a dequantised weight of a quantised checkpoint: ``weights.model.layers.0.mlp.up_proj.weight``."""
+
 FORCED = ("hook_resid_pre", "hook_resid_mid")
 
 LAYER_POINTS = (
@@ -69,6 +72,25 @@ _LAYER_INPUTS = {
 }
 
 
+_COMPUTED_WITH = {
+    "attn.hook_q": "self_attn",
+    "attn.hook_k": "self_attn",
+    "attn.hook_v": "self_attn",
+    "hook_attn_out": "self_attn",
+    "mlp.hook_post": "mlp",
+    "hook_mlp_out": "mlp",
+}
+"""Hook point of a layer → the module whose weights it is computed with."""
+
+
+def weight_feeds(weight: str, name: str) -> bool:
+    """Whether a tensor is computed with a weight, :data:`WEIGHTS` and its name, of the same module."""
+    if weight.endswith("lm_head.weight"):
+        return name == "logits" or name.startswith("lens.")
+    _, index, point = name.split(".", 2) if name.startswith("blocks.") else ("", "", "")
+    return f".layers.{index}.{_COMPUTED_WITH.get(point, ' ')}." in weight
+
+
 def is_lens(name: str) -> bool:
     """Whether a hook's last position is projected onto the vocabulary: every layer's output."""
     return name.startswith("blocks.") and name.endswith("hook_resid_post")
@@ -84,6 +106,8 @@ def axes(name: str, count: int) -> tuple[str, ...]:
         named: tuple[str, ...] = ("batch", "head", "query", "key")
     elif name.endswith(("hook_q", "hook_k", "hook_v")):
         named = ("batch", "head", "position", "entry")
+    elif name.startswith(WEIGHTS):
+        named = ("weight", "row", "column")
     elif name.endswith((".features", ".recon")):
         named = ("batch", "position", "feature" if name.endswith(".features") else "entry")
     else:

@@ -10,6 +10,7 @@ use crate::inputs::Inputs;
 use crate::machine;
 use crate::model::ModelCache;
 use crate::protocol::Request;
+use crate::quantized;
 use crate::sae::{self, SaeCache, SaeResult};
 use crate::tensor::Encoded;
 use crate::trace::{self, Document, Entry, Header, Provenance, Run, Seconds};
@@ -35,6 +36,7 @@ pub fn emit(request: &Request, session: &mut Session) -> Result<(), EmitError> {
         &request.device,
     )?;
     loaded.check_tokens(&request.tokens)?;
+    let weights = quantized::weights(request, &loaded.device)?;
     let inputs = Inputs::read(request.inputs.as_deref(), &loaded.device)?;
     seconds.load = clock.elapsed().as_secs_f64();
 
@@ -64,9 +66,9 @@ pub fn emit(request: &Request, session: &mut Session) -> Result<(), EmitError> {
     seconds.sae += clock.elapsed().as_secs_f64();
 
     let clock = Instant::now();
-    let tensors = forward
-        .tensors
+    let tensors = weights
         .iter()
+        .chain(&forward.tensors)
         .chain(&of_sae.tensors)
         .map(Encoded::of)
         .collect::<Result<Vec<_>, _>>()?;

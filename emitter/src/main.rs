@@ -28,6 +28,8 @@ mod machine;
 mod model;
 mod panics;
 mod protocol;
+#[cfg_attr(not(feature = "quantized"), path = "quantized_absent.rs")]
+mod quantized;
 mod request;
 #[cfg_attr(not(feature = "sae"), path = "sae_absent.rs")]
 mod sae;

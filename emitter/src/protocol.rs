@@ -42,6 +42,9 @@ pub struct Request {
     /// Keys in `inputs`: residuals `[B,T,d]` or `[B,d]` that are taken to logits by themselves.
     #[serde(default)]
     pub project: Vec<String>,
+    /// Dequantized weights of a quantized checkpoint, by their names in the file; needs [`Loader::Pretrained`].
+    #[serde(default)]
+    pub weights: Vec<String>,
     pub out: PathBuf,
 }
 

@@ -82,6 +82,14 @@ fn check(request: &Request) -> Result<(), EmitError> {
     if let Some(twice) = twice(&request.project) {
         return refuse(format!("project names a tensor twice: {twice}"));
     }
+    if let Some(twice) = twice(&request.weights) {
+        return refuse(format!("weights names a tensor twice: {twice}"));
+    }
+    if !request.weights.is_empty() && request.loader != Loader::Pretrained {
+        return refuse(
+            "weights are dequantized by from_pretrained, and loader is another".to_owned(),
+        );
+    }
     let fed = request
         .recurrent
         .as_ref()

@@ -59,6 +59,28 @@ fn a_request_from_before_the_optional_keys_means_what_it_meant() {
 }
 
 #[test]
+fn weights_need_from_pretrained_and_are_named_once() {
+    let refused = |loader: &str, names: Value| {
+        refusal(|r| {
+            r["dtype"] = json!("float32");
+            r["loader"] = json!(loader);
+            r["weights"] = names.clone();
+        })
+    };
+    assert!(refused("hf", json!(["a.weight"])).contains("loader is another"));
+    let twice = refused("pretrained", json!(["a.weight", "a.weight"]));
+    assert!(
+        twice.contains("weights names a tensor twice: a.weight"),
+        "{twice}"
+    );
+    let mut value = good();
+    value["dtype"] = json!("float32");
+    value["loader"] = json!("pretrained");
+    value["weights"] = json!(["a.weight"]);
+    assert_eq!(trace_request(&value).weights, ["a.weight"]);
+}
+
+#[test]
 fn the_loader_is_one_of_three_and_from_pretrained_takes_float32_only() {
     let mut value = good();
     value["loader"] = json!("auto");

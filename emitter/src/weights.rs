@@ -13,7 +13,7 @@ use crate::digest;
 use crate::error::EmitError;
 
 pub const CONFIG: &str = "config.json";
-const WEIGHTS: &str = "model.safetensors";
+pub const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const PICKLE: &str = "pytorch_model.bin";
 
