@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use candle_mi::interp::logit_lens::decode_predictions_with;
 use candle_mi::{
-    GenericTransformer, HookPoint, HookSpec, LogitLensAnalysis, LogitLensResult, MIError, MIModel,
-    MITokenizer, RecurrentPassSpec, TokenPrediction, TransformerConfig,
+    GenericTransformer, HookPoint, HookSpec, LogitLensAnalysis, LogitLensResult, MIBackend,
+    MIError, MIModel, MITokenizer, RecurrentPassSpec, TokenPrediction, TransformerConfig,
 };
 
 use crate::answer::{Answer, Outcome};
@@ -73,6 +73,9 @@ pub fn run(
             forward_text(models.get(model)?, text, *layer)
         }
         ModelCall::LogitLens(lens) => logit_lens(lens, inputs),
+        ModelCall::EmbeddingVector { model, token } => {
+            Outcome::tensor(models.get(model)?.backend().embedding_vector(*token))
+        }
     }
 }
 
