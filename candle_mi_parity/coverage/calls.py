@@ -139,7 +139,7 @@ class Formula(StrEnum):
     TIMES_MASK = "times-mask"
     """A JumpReLU feature is its pre-activation times 0 where it does not fire: NaN of -inf."""
     OUT_OF_RANGE_IGNORED = "out-of-range-ignored"
-    """Positions out of range are left out; a mean over none is 0."""
+    """Positions and heads out of range are left out; a mean over none is 0."""
     OVER_ALL_COLUMNS = "over-all-columns"
     """Set weights take their difference from all other columns, also those of weight 0."""
     EDGES_REPEATED = "edges-repeated"
@@ -167,7 +167,7 @@ class Formula(StrEnum):
     SEGMENTS_APART = "segments-apart"
     """A level is only interpolated between two points whose levels are at least 1e-10 apart."""
     NORM_OUT_OF_RANGE = "norm-out-of-range"
-    """From the first eigenvalue on whose square float32 has no number for, PCA gives NaN, or 0 of no variance."""
+    """From the first eigenvalue on whose square float32 has no number for, PCA gives NaN; of no variance and of NaN a ratio of 0."""
 
 
 class CallRow(TableRow):
