@@ -166,8 +166,10 @@ class Formula(StrEnum):
     """Over attention of at most 1e-10 a ratio is 0 or none, and a factor 1."""
     SEGMENTS_APART = "segments-apart"
     """A level is only interpolated between two points whose levels are at least 1e-10 apart."""
+    HEADER_ALONE = "header-alone"
+    """The names are read from a file's header, of which the numbers may be missing."""
     NORM_OUT_OF_RANGE = "norm-out-of-range"
-    """From the first eigenvalue on whose square float32 has no number for, PCA gives NaN; of no variance and of NaN a ratio of 0."""
+    """From the first eigenvalue on whose square float32 has no number for, PCA gives NaN; the ratio is 0 of no variance and of NaN."""
 
 
 class CallRow(TableRow):

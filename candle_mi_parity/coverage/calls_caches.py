@@ -65,7 +65,8 @@ def _position(_: Formulas, layers: list[torch.Tensor], layer: int, position: int
 def _vectors(_: Formulas, layers: list[torch.Tensor], half: bool) -> Named:
     """One after the other, of bfloat16 if ``half``."""
     flat = np.concatenate([each.numpy().ravel() for each in layers] or [np.zeros(0)])
-    return {"value": torch.from_numpy(round_to_dtype(flat, "bfloat16") if half else flat).double()}
+    with np.errstate(over="ignore"):  # to infinity
+        return {"value": torch.from_numpy(round_to_dtype(flat, "bfloat16") if half else flat).double()}
 
 
 def _bidirectional(_: Formulas, seq_len: int) -> Named:
@@ -137,11 +138,15 @@ def _scale(formulas: Formulas, points: list[tuple[float, float]], target: float)
     return {"value": torch.zeros(0, dtype=torch.float64)}
 
 
-def _names(_: Formulas, path: Path) -> Named:
+def _names(formulas: Formulas, path: Path) -> Named:
     """The names that safetensors gives, sorted, because candle-mi documents no order.
 
     :raises ValueError: safetensors cannot open the file.
     """
+    if Formula.HEADER_ALONE in formulas:
+        data = (path / "model.safetensors").read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return {"text": texts(sorted(header.keys() - {"__metadata__"}))}
     try:
         with safe_open(path / "model.safetensors", "numpy") as file:
             return {"text": texts(sorted(file.keys()))}
@@ -172,7 +177,7 @@ CACHES: dict[str, tuple[frozenset[Formula], Callable[..., Named]]] = {
     "steering_calibration": (frozenset({Formula.SMALL_BASELINE}), _calibration),
     "attention_ratio": (frozenset({Formula.SMALL_BASELINE}), _ratio),
     "scale_for_target": (frozenset({Formula.SEGMENTS_APART}), _scale),
-    "tensor_names_from_safetensors": (frozenset(), _names),
+    "tensor_names_from_safetensors": (frozenset({Formula.HEADER_ALONE}), _names),
     "tensor_names_from_index": (frozenset(), _index),
 }
 """Function → its wrong formulas, and what computes it with some of them."""

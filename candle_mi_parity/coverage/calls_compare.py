@@ -158,7 +158,9 @@ def _top_attended(row: CallRow, got: Results, truth: CallTruth) -> list[TensorRe
     if row.exact or np.isnan(weights.value).any():
         right = np.array_equal(got["positions"], best)
         detail = f"got {got['positions'].tolist()}, expected {best.tolist()}"
-        found = TensorResult("positions", Status.PASS, compared=best.size) if right else _mismatch("positions", detail)
+        found = (
+            TensorResult("positions", Status.PASS, compared=best.size) if right else _mismatch("positions", detail)
+        )
     else:
         found = _ranked("positions", got["positions"], best, weights)
     if found.status is not Status.PASS:

@@ -116,7 +116,9 @@ def _find_token_id(directory: Path, formulas: Formulas, word: str) -> Named:
     :raises ValueError: neither is one token.
     """
     special = Formula.AFTER_AN_ADDED_TOKEN in formulas
-    spellings = [load_tokenizer(directory)(text, add_special_tokens=special)["input_ids"] for text in (f" {word}", word)]
+    spellings = [
+        load_tokenizer(directory)(text, add_special_tokens=special)["input_ids"] for text in (f" {word}", word)
+    ]
     found = [ids[-1] for ids in spellings if len(ids) == 1 + special]
     if not found and special:
         found = spellings[0][-1:]

@@ -21,7 +21,7 @@ from candle_mi_parity.coverage.calls import Answered, CallRow, CallTable, Formul
 from candle_mi_parity.coverage.calls_compare import Results, compare_call
 from candle_mi_parity.coverage.calls_judge import PANICKED, KnownCall, KnownCalls, load_known_calls
 from candle_mi_parity.coverage.calls_wrong import SAE_FORMULAS
-from candle_mi_parity.hunt.call_inputs import GENERATED
+from candle_mi_parity.hunt.call_caches import GENERATED
 from candle_mi_parity.hunt.call_truth import OVERFLOW, Expected, Truths, expected
 from candle_mi_parity.hunt.callees import Callee, TorchCallee, write_inputs
 from candle_mi_parity.spec.explanations import baseline
