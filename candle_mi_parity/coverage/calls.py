@@ -169,7 +169,10 @@ class Formula(StrEnum):
     HEADER_ALONE = "header-alone"
     """The names are read from a file's header, of which the numbers may be missing."""
     NORM_OUT_OF_RANGE = "norm-out-of-range"
-    """From the first eigenvalue on whose square float32 has no number for, PCA gives NaN; the ratio is 0 of no variance and of NaN."""
+    """From the first eigenvalue on whose square float32 has no number for, PCA gives NaN.
+
+    The ratio is 0 of no variance and of NaN.
+    """
 
 
 class CallRow(TableRow):
@@ -213,7 +216,7 @@ class CallTable(TableRow):
         return hashlib.sha256(save(self.arrays())).hexdigest()
 
     def lay_out(self, cache: Path) -> Path:
-        """The directory with ``inputs.safetensors`` and a directory for each SAE, model and checkpoint; written once."""
+        """The directory with ``inputs.safetensors`` and one for each SAE, model and checkpoint; written once."""
         return publish(cache / "calls" / content_key(LAYOUT, self.digest()), lambda out: self.write(out, cache))
 
     def write(self, out: Path, cache: Path) -> None:

@@ -1,7 +1,7 @@
 """The reference of a tokenizer's functions for single tokens and for where tokens stand in a text.
 
-It is transformers' fast tokenizer, whose ``offset_mapping`` counts characters. A token that the post-processor adds, as
-``<s>`` before a text, is of no character: ``char_to_token`` never gives it, and nothing here does.
+It is transformers' fast tokenizer, whose ``offset_mapping`` counts characters. A token that the post-processor adds,
+as ``<s>`` before a text, is of no character: ``char_to_token`` never gives it, and nothing here does.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from candle_mi_parity.coverage.calls import CallRow, Formula
 from candle_mi_parity.coverage.calls_measures import Named
 from candle_mi_parity.coverage.calls_model_truth import load_tokenizer
+from candle_mi_parity.coverage.tokens_judge import in_bytes
 
 Formulas = Collection[Formula]
 NONE = -1
@@ -71,8 +72,7 @@ def spelt(directory: Path, text: str, formulas: Formulas = (), special: bool = T
     found = load_tokenizer(directory)(text, add_special_tokens=special, return_offsets_mapping=True)
     spans = [(start, end) for start, end in found["offset_mapping"]]
     if Formula.BYTE_OFFSETS in formulas:
-        before = [len(text[:at].encode()) for at in range(len(text) + 1)]
-        spans = [(before[start], before[end]) for start, end in spans]
+        spans = [in_bytes(text, span) for span in spans]
     added = [sequence is None for sequence in found.sequence_ids()]
     if Formula.ADDED_TOKENS_COUNTED in formulas:
         added = [False] * len(added)
@@ -157,7 +157,7 @@ def _token_to_char_range(directory: Path, formulas: Formulas, text: str, tokens:
 
 
 def _label_spans(directory: Path, formulas: Formulas, text: str, spans: list[tuple[str, int, int]]) -> Named:
-    """Each token's label is the name of the first span with one of its characters; the last of each name is marked."""
+    """A token's label is the name of the first span with one of its characters; the last of each name is marked."""
     found = spelt(directory, text, formulas)
     labels = ["other"] * len(found.ids)
     for name, start, end in reversed(spans):

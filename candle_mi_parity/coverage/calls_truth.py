@@ -87,8 +87,7 @@ def computation(
         return torch.from_numpy(arrays[value]).to(dtype) if isinstance(value, str) and value in arrays else value
 
     if row.fn in OFFSETS and OFFSETS[row.fn][0].issuperset(formulas):
-        assert row.model is not None
-        return lambda: offsets(row, directory / row.model, formulas)
+        return lambda: offsets(row, directory / str(row.model), formulas)
     args: dict[str, Any] = {key: given(value) for key, value in row.args.items()}
     if row.weights is not None:
         args["path"] = directory / row.weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,7 @@ def _names(draw: DrawFn) -> CallTable:
 @st.composite
 def _index(draw: DrawFn) -> CallTable:
     index: dict[str, Any] = {"metadata": {"total_size": 4}}
-    index["weight_map"] = draw(st.one_of(_NAMES.map(lambda names: {name: "a/b" for name in names}), _NAMES))
+    index["weight_map"] = draw(st.one_of(_NAMES.map(lambda names: dict.fromkeys(names, "a/b")), _NAMES))
     if not draw(st.integers(0, 9)):
         del index["weight_map"]
     return _of_files("tensor_names_from_index", WeightsRow(index=index))
@@ -127,10 +128,9 @@ def _of_files(fn: str, row: WeightsRow) -> CallTable:
 
 
 _CACHES: dict[str, Callable[[], SearchStrategy[CallTable]]] = {
-    **{
-        fn: lambda fn=fn: _attention(fn)
-        for fn in ("attention_from_position", "attention_to_position", "top_attended_positions")
-    },
+    "attention_from_position": partial(_attention, "attention_from_position"),
+    "attention_to_position": partial(_attention, "attention_to_position"),
+    "top_attended_positions": partial(_attention, "top_attended_positions"),
     "get_position": _position,
     "to_f32_vecs": _vectors,
     "create_bidirectional_mask": _bidirectional,
