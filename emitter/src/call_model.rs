@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use candle_mi::interp::logit_lens::decode_predictions_with;
 use candle_mi::{
-    GenericTransformer, HookPoint, HookSpec, LogitLensAnalysis, LogitLensResult, MIBackend,
-    MIError, MIModel, MITokenizer, RecurrentPassSpec, TokenPrediction, TransformerConfig,
+    GenericTransformer, HookPoint, HookSpec, LogitLensAnalysis, LogitLensResult, MIError, MIModel,
+    MITokenizer, RecurrentPassSpec, TokenPrediction, TransformerConfig,
 };
 
 use crate::answer::{Answer, Outcome};
