@@ -45,6 +45,7 @@ class Mistake(TableRow):
     kind: Literal[
         "cache", "capture", "length", "batch", "type", "range", "edit", "nth", "first", "shared", "load", "call",
         "tokens", "config", "half", "sae", "contrastive", "continuation", "lens", "text",
+        "offsets", "attention", "mask", "embedding", "calibration", "names",
     ]  # fmt: skip
     says: str
     at: str

@@ -20,8 +20,10 @@ _CANDLE_MI = "candle-mi/"
 _FILES = {
     "answer.rs": "calls",
     "call.rs": "calls",
+    "call_caches.rs": "calls",
     "call_measures.rs": "calls",
     "call_model.rs": "calls",
+    "call_offsets.rs": "calls",
     "call_sae.rs": "calls",
     "quantized.rs": "quantized",
     "sae.rs": "sae",

@@ -28,6 +28,8 @@ class Tokens(Part):
     :ivar encode: ids with the special tokens that the tokenizer adds; None for a refused text.
     :ivar encode_raw: ids without special tokens.
     :ivar decode: the decoded text of ``encode``.
+    :ivar offsets: first byte and the one after the last of each id in ``encode``, one after the other; None in what
+        was stored before offsets were asked.
     """
 
     format: Literal["candle-mi-parity/tokens/1"]
@@ -37,6 +39,7 @@ class Tokens(Part):
     encode: list[list[int] | None]
     encode_raw: list[list[int] | None]
     decode: list[str | None]
+    offsets: list[list[int] | None] | None = None
     errors: dict[str, str]
 
 

@@ -89,6 +89,30 @@ class SaeRow(TableRow):
         save_file(self.weights(), directory / "sae_weights.safetensors")
 
 
+class WeightsRow(TableRow):
+    """The files of a checkpoint, for what lists its tensors.
+
+    :ivar tensors: names of the file's tensors, in this order.
+    :ivar index: the content of ``model.safetensors.index.json``; None for no index.
+    :ivar cut: how many bytes at the end of ``model.safetensors`` are missing.
+    """
+
+    tensors: list[str] = Field(default_factory=list)
+    metadata: dict[str, str] | None = None
+    index: dict[str, Any] | None = None
+    cut: int = 0
+
+    def write(self, directory: Path) -> None:
+        """Write ``model.safetensors``, and the index if there is one."""
+        directory.mkdir(exist_ok=True)
+        # Of 1, 2, … numbers, so that no order of the tensors by size is that of their names.
+        arrays = {name: np.zeros(place + 1, np.float32) for place, name in enumerate(self.tensors)}
+        data = save(arrays, self.metadata)
+        (directory / "model.safetensors").write_bytes(data[: len(data) - self.cut])
+        if self.index is not None:
+            (directory / "model.safetensors.index.json").write_text(json.dumps(self.index), encoding="utf-8")
+
+
 class Formula(StrEnum):
     """A known wrong formula; :mod:`calls_wrong` computes it."""
 
@@ -115,7 +139,7 @@ class Formula(StrEnum):
     TIMES_MASK = "times-mask"
     """A JumpReLU feature is its pre-activation times 0 where it does not fire: NaN of -inf."""
     OUT_OF_RANGE_IGNORED = "out-of-range-ignored"
-    """Positions out of range are left out; a mean over none is 0."""
+    """Positions and heads out of range are left out; a mean over none is 0."""
     OVER_ALL_COLUMNS = "over-all-columns"
     """Set weights take their difference from all other columns, also those of weight 0."""
     EDGES_REPEATED = "edges-repeated"
@@ -124,8 +148,31 @@ class Formula(StrEnum):
     """A row that sums to at most 1e-10, or to NaN, is not normalised."""
     NAN_CLAMPED = "nan-clamped"
     """Where a weight is set, clamping at 0 makes 0 of NaN; of a NaN that is replaced, 0 of all others of its row."""
+    BYTE_OFFSETS = "byte-offsets"
+    """A token begins and ends at bytes of the text, not at characters, and a position that is asked for is one."""
+    ADDED_TOKENS_COUNTED = "added-tokens-counted"
+    """A token that the post-processor adds stands at position 0, and is found like one of the text."""
+    FINAL_OF_EACH_SPAN = "final-of-each-span"
+    """A name of n spans marks the last n of its tokens."""
+    AROUND_AN_EMPTY_RANGE = "around-an-empty-range"
+    """A token overlaps a range without characters that lies between two of its own."""
+    AFTER_AN_ADDED_TOKEN = "after-an-added-token"
+    """A word is one token if it is the second of two; otherwise the last token of the word after a space is taken."""
+    NAN_EQUALS_ALL = "nan-equals-all"
+    """An insertion sort in which NaN equals every weight."""
+    ONE_QUERY_SEES_ALL = "one-query-sees-all"
+    """The mask of a single query is 0 for all keys, also for those after it."""
+    SMALL_BASELINE = "small-baseline"
+    """Over attention of at most 1e-10 a ratio is 0 or none, and a factor 1."""
+    SEGMENTS_APART = "segments-apart"
+    """A level is only interpolated between two points whose levels are at least 1e-10 apart."""
+    HEADER_ALONE = "header-alone"
+    """The names are read from a file's header, of which the numbers may be missing."""
     NORM_OUT_OF_RANGE = "norm-out-of-range"
-    """From the first eigenvalue on whose square float32 has no number for, PCA gives NaN, or 0 of no variance."""
+    """From the first eigenvalue on whose square float32 has no number for, PCA gives NaN.
+
+    The ratio is 0 of no variance and of NaN.
+    """
 
 
 class CallRow(TableRow):
@@ -133,6 +180,7 @@ class CallRow(TableRow):
 
     :ivar args: the function's arguments; the name of a tensor of the table stands for that tensor.
     :ivar model: whose functions, or whose tokenizer, are called.
+    :ivar weights: whose tensors are listed.
     :ivar exact: the result must be bitwise equal to the truth in float32.
     :ivar ties: any of equal features may be kept, but as many as in the truth and with the same values.
     :ivar raises: PyTorch raises, so that any result is wrong, and a refusal is right.
@@ -143,6 +191,7 @@ class CallRow(TableRow):
     args: Arguments = Field(default_factory=dict)
     sae: str | None = None
     model: str | None = Field(default=None, exclude_if=lambda model: model is None)
+    weights: str | None = Field(default=None, exclude_if=lambda weights: weights is None)
     exact: bool = False
     ties: bool = False
     raises: bool = Field(default=False, exclude_if=lambda raises: not raises)
@@ -152,6 +201,7 @@ class CallTable(TableRow):
     tensors: dict[str, InputTensor]
     saes: dict[str, SaeRow] = Field(default_factory=dict)
     models: dict[str, ModelRow] = Field(default_factory=dict, exclude_if=lambda models: not models)
+    weights: dict[str, WeightsRow] = Field(default_factory=dict, exclude_if=lambda weights: not weights)
     call: list[CallRow]
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -166,11 +216,11 @@ class CallTable(TableRow):
         return hashlib.sha256(save(self.arrays())).hexdigest()
 
     def lay_out(self, cache: Path) -> Path:
-        """The directory with ``inputs.safetensors`` and a directory for each SAE and model; written once."""
+        """The directory with ``inputs.safetensors`` and one for each SAE, model and checkpoint; written once."""
         return publish(cache / "calls" / content_key(LAYOUT, self.digest()), lambda out: self.write(out, cache))
 
     def write(self, out: Path, cache: Path) -> None:
-        """Write ``inputs.safetensors`` and a directory for each SAE and model.
+        """Write ``inputs.safetensors`` and a directory for each SAE, model and checkpoint.
 
         :param cache: for the models that are generated.
         """
@@ -179,6 +229,8 @@ class CallTable(TableRow):
             row.write(out / name)
         for name, model in self.models.items():
             model.write(out / name, cache)
+        for name, weights in self.weights.items():
+            weights.write(out / name)
 
     def request(self, directory: Path, out: Path) -> dict[str, object]:
         """The emitter's request for all calls.
@@ -235,7 +287,7 @@ class Calls(Part):
 
 
 def load_calls(path: Path = FIXTURES / "calls.toml") -> CallTable:
-    """:raises CaseTableError: malformed, a call twice, an unknown SAE or model."""
+    """:raises CaseTableError: malformed, a call twice, an unknown SAE, model or checkpoint."""
     table = read_toml(path, CallTable, CaseTableError)
     ids = [row.id for row in table.call]
     if not ids or len(set(ids)) != len(ids):
@@ -244,6 +296,8 @@ def load_calls(path: Path = FIXTURES / "calls.toml") -> CallTable:
         raise CaseTableError(f"{path}: unknown SAE in {', '.join(unknown)}")
     if unknown := [row.id for row in table.call if row.model is not None and row.model not in table.models]:
         raise CaseTableError(f"{path}: unknown model in {', '.join(unknown)}")
+    if unknown := [row.id for row in table.call if row.weights is not None and row.weights not in table.weights]:
+        raise CaseTableError(f"{path}: unknown weights in {', '.join(unknown)}")
     return table
 
 
@@ -270,7 +324,8 @@ def answers(source: Source, table: CallTable, cache: Path, out: Path) -> Calls:
 def _run(row: CallRow, directory: Path) -> dict[str, object]:
     sae = {} if row.sae is None else {"sae": {"path": str(directory / row.sae), "layer": 0}}
     model = {} if row.model is None else {"model": str(directory / row.model)}
-    return {"fn": row.fn, **row.args, **sae, **model}
+    weights = {} if row.weights is None else {"path": str(directory / row.weights)}
+    return {"fn": row.fn, **row.args, **sae, **model, **weights}
 
 
 def read_calls(path: Path) -> Calls:

@@ -16,7 +16,8 @@ from candle_mi_parity.coverage.calls import CallRow
 from candle_mi_parity.trace.truth import TruthTensor
 
 CallTruth = Mapping[str, TruthTensor]
-"""Name of a result → value and noise. For ``top_changed_tokens`` of all tokens, for ``encode_sparse`` dense."""
+"""Name of a result → value and noise. For ``top_changed_tokens`` of all tokens, for ``encode_sparse`` dense, for
+``top_attended_positions`` all positions in order and the weights of all."""
 Results = dict[str, np.ndarray]
 
 
@@ -29,6 +30,8 @@ def compare_call(row: CallRow, got: Results, truth: CallTruth) -> list[TensorRes
         return [_mismatch("results", f"got {', '.join(got) or 'none'}, expected {', '.join(expected)}")]
     if row.fn == "top_changed_tokens":
         return _top_changed(row, got, truth)
+    if row.fn == "top_attended_positions":
+        return _top_attended(row, got, truth)
     if row.fn == "encode_sparse":
         return _sparse(row, got, truth)
     if row.fn == "generate_recurrent":
@@ -45,6 +48,9 @@ def answer_of(row: CallRow, truth: CallTruth) -> Results:
     if row.fn == "top_changed_tokens":
         at = _most_changed(row, truth)
         return {"tokens": at.astype(np.float64), **{name: value[at] for name, value in values.items()}}
+    if row.fn == "top_attended_positions":
+        at = _most_attended(row, truth)
+        return {"positions": at.astype(np.float64), "weights": values["weights"][at]}
     if row.fn == "encode_sparse":
         features = values["features"]
         at = np.argsort(-features, kind="stable")[: np.count_nonzero(features > 0)]
@@ -117,19 +123,49 @@ def _most_changed(row: CallRow, truth: CallTruth) -> np.ndarray:
 
 def _top_changed(row: CallRow, got: Results, truth: CallTruth) -> list[TensorResult]:
     """Accept any order that the truth's margins allow, and compare the values of the named tokens."""
-    tokens, change, noise = got["tokens"], truth["change"].value, truth["change"].noise
-    best = _most_changed(row, truth)
-    if tokens.shape != best.shape:
-        return [_mismatch("tokens", f"got {tokens.size} tokens, expected {best.size}")]
-    if len(set(tokens)) != tokens.size or not np.isin(tokens, np.arange(change.size)).all():
-        return [_mismatch("tokens", f"got {tokens.tolist()}, expected distinct ones below {change.size}")]
-    at = tokens.astype(int)
-    slack = POSITION_GATE * (noise[at] + noise[best] + UNIT * change[best]) + TINY
-    if not (np.abs(change[at] - change[best]) <= slack).all():
-        return [_mismatch("tokens", f"got {at.tolist()}, expected {best.tolist()}")]
-    chosen = {name: TruthTensor(tensor.value[at], tensor.noise[at]) for name, tensor in truth.items()}
-    named = TensorResult("tokens", Status.PASS, compared=tokens.size)
-    return [named, *(_compare_result(row, name, got[name], tensor) for name, tensor in chosen.items())]
+    ranked = _ranked("tokens", got["tokens"], _most_changed(row, truth), truth["change"])
+    if ranked.status is not Status.PASS:
+        return [ranked]
+    at = got["tokens"].astype(int)
+    return [ranked, *(_at_places(row, name, got, tensor, at) for name, tensor in truth.items())]
+
+
+def _ranked(name: str, places: np.ndarray, best: np.ndarray, by: TruthTensor) -> TensorResult:
+    """The places of the largest values, in any order that their margins allow."""
+    value, noise = by.value, by.noise
+    if places.shape != best.shape:
+        return _mismatch(name, f"got {places.size} {name}, expected {best.size}")
+    if len(set(places)) != places.size or not np.isin(places, np.arange(value.size)).all():
+        return _mismatch(name, f"got {places.tolist()}, expected distinct ones below {value.size}")
+    at = places.astype(int)
+    slack = POSITION_GATE * (noise[at] + noise[best] + UNIT * value[best]) + TINY
+    if not (np.abs(value[at] - value[best]) <= slack).all():
+        return _mismatch(name, f"got {at.tolist()}, expected {best.tolist()}")
+    return TensorResult(name, Status.PASS, compared=places.size)
+
+
+def _at_places(row: CallRow, name: str, got: Results, tensor: TruthTensor, at: np.ndarray) -> TensorResult:
+    return _compare_result(row, name, got[name], TruthTensor(tensor.value[at], tensor.noise[at]))
+
+
+def _most_attended(row: CallRow, truth: CallTruth) -> np.ndarray:
+    return truth["positions"].value[: cast(int, row.args["k"])].astype(int)
+
+
+def _top_attended(row: CallRow, got: Results, truth: CallTruth) -> list[TensorResult]:
+    """Of exact weights, or of some that are NaN, the order is that of ``torch.sort``, which is stable."""
+    best, weights = _most_attended(row, truth), truth["weights"]
+    if row.exact or np.isnan(weights.value).any():
+        right = np.array_equal(got["positions"], best)
+        detail = f"got {got['positions'].tolist()}, expected {best.tolist()}"
+        found = (
+            TensorResult("positions", Status.PASS, compared=best.size) if right else _mismatch("positions", detail)
+        )
+    else:
+        found = _ranked("positions", got["positions"], best, weights)
+    if found.status is not Status.PASS:
+        return [found]
+    return [found, _at_places(row, "weights", got, weights, got["positions"].astype(int))]
 
 
 def _sparse(row: CallRow, got: Results, truth: CallTruth) -> list[TensorResult]:

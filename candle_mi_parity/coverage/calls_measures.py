@@ -73,9 +73,23 @@ def _sample(logits: torch.Tensor) -> Named:
     return {"token": torch.argmax(logits).double()}
 
 
+def _knockout(edges: list[list[int]], n_heads: int, seq_len: int, heads: list[int] | None = None) -> Named:
+    check_heads(heads, n_heads)
+    return knockout(edges, n_heads, seq_len, heads)
+
+
 def knockout(edges: list[list[int]], n_heads: int, seq_len: int, heads: list[int] | None = None) -> Named:
     cut = torch.from_numpy(Attention(heads=heads, edges=edges).chosen(n_heads, seq_len))[None]
     return {"value": torch.zeros(cut.shape, dtype=torch.float64).masked_fill(cut, -math.inf)}
+
+
+def check_heads(heads: list[int] | None, n_heads: int) -> None:
+    """As an index of a tensor over heads.
+
+    :raises IndexError: there is no such head.
+    """
+    if heads is not None and max(heads) >= n_heads:
+        raise IndexError(f"index {max(heads)} is out of bounds for {n_heads} heads")
 
 
 def _steering(
@@ -86,6 +100,7 @@ def _steering(
     set_value: float | None = None,
 ) -> Named:
     """As the ``steer`` edit of a case changes the pattern."""
+    check_heads(heads, attention.shape[1])
     chosen = Attention(heads=heads, edges=edges).chosen(attention.shape[1], attention.shape[2])
     if scale is not None:
         return {"value": scale_steering(chosen, scale)(attention)}
@@ -138,7 +153,7 @@ MEASURES: dict[str, Callable[..., Named]] = {
     "extract_token_prob": _token_prob,
     "sample_token": _sample,
     "pca_top_k": gram,
-    "create_knockout_mask": knockout,
+    "create_knockout_mask": _knockout,
     "apply_steering": _steering,
     "create_causal_mask": _causal,
     "position_delta": _position_delta,

@@ -174,9 +174,20 @@ def _lens(directory: Path, logits: torch.Tensor, k: int, token: str) -> Rows:
     return compute
 
 
+def _embedding(directory: Path, token: int) -> Rows:
+    """A row of the embedding matrix, without the scale that a Gemma applies.
+
+    :raises IndexError: no such token.
+    """
+    model: Any = _model(directory)
+    vector = model.get_input_embeddings().weight[token].double()
+    return lambda rows: {"value": vector.repeat(rows, 1)}
+
+
 MODEL_FUNCTIONS: dict[str, Callable[..., Rows]] = {
     "build_contrastive_direction": _build,
     "contrastive_intervention": _intervention,
+    "embedding_vector": _embedding,
     "forward_text": _text,
     "generate_recurrent": _generate,
     "logit_lens": _lens,

@@ -26,6 +26,8 @@ class Kind(StrEnum):
     """BPE on bytes as GPT-2's, without special tokens; a line break is one token."""
     BYTES_WITH_BOS = "bytes-with-bos"
     """The same, with ``<s>`` before every text, as Llama 3's."""
+    BYTES_TRIMMED = "bytes-trimmed"
+    """As the last, but the offsets of a word leave out the space before it, as those of Llama 3."""
     METASPACE = "metaspace"
     """BPE as Llama 2's: ``▁`` for a space, also before the text, so that a line break alone is two tokens."""
     WORDS = "words"
@@ -114,6 +116,12 @@ def _bytes(bos: bool) -> dict[str, Any]:
     return _tokenizer(vocabulary, merges, bos, pre_tokenizer=level, decoder=level)
 
 
+def _trimmed() -> dict[str, Any]:
+    found = _bytes(True)
+    parts = [found["decoder"] | {"trim_offsets": True}, found["post_processor"]]
+    return found | {"post_processor": {"type": "Sequence", "processors": parts}}
+
+
 def _metaspace() -> dict[str, Any]:
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     before = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}
@@ -139,6 +147,7 @@ def _words() -> dict[str, Any]:
 _TOKENIZERS: dict[Kind, Callable[[], dict[str, Any]]] = {
     Kind.BYTES: lambda: _bytes(False),
     Kind.BYTES_WITH_BOS: lambda: _bytes(True),
+    Kind.BYTES_TRIMMED: _trimmed,
     Kind.METASPACE: _metaspace,
     Kind.WORDS: _words,
 }

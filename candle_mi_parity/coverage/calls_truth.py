@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
+from candle_mi_parity.coverage.calls_caches import CACHES
 from candle_mi_parity.coverage.calls_measures import MEASURES, Named, eigen
-from candle_mi_parity.coverage.calls_model_truth import model_truth
+from candle_mi_parity.coverage.calls_model_truth import MODEL_FUNCTIONS, model_truth
+from candle_mi_parity.coverage.calls_offsets import OFFSETS, offsets
 from candle_mi_parity.coverage.calls_range import RangeNoise, RangeTruth
 from candle_mi_parity.coverage.calls_wrong import SAE_FORMULAS, WRONG, Formulas, norm_out_of_range, torch_sae
 from candle_mi_parity.errors import CaseTableError, OracleError
@@ -77,10 +79,20 @@ def computation(
     :param formulas: known wrong formulas; none for the truth.
     :raises CaseTableError: the function has no reference, or not these formulas.
     """
-    args: dict[str, Any] = {
-        key: torch.from_numpy(arrays[value]).to(dtype) if isinstance(value, str) and value in arrays else value
-        for key, value in row.args.items()
-    }
+
+    def given(value: Any) -> Any:
+        """An argument, or the tensors that it names."""
+        if isinstance(value, list):
+            return [given(each) for each in value]
+        return torch.from_numpy(arrays[value]).to(dtype) if isinstance(value, str) and value in arrays else value
+
+    if row.fn in OFFSETS and OFFSETS[row.fn][0].issuperset(formulas):
+        return lambda: offsets(row, directory / str(row.model), formulas)
+    args: dict[str, Any] = {key: given(value) for key, value in row.args.items()}
+    if row.weights is not None:
+        args["path"] = directory / row.weights
+    if row.fn in CACHES and CACHES[row.fn][0].issuperset(formulas):
+        return lambda: CACHES[row.fn][1](formulas, **args)
     if row.sae is not None and row.fn in SAE_FUNCTIONS and SAE_FORMULAS.issuperset(formulas):
         sae = torch_sae(directory / row.sae, formulas, dtype)
         finite = all(np.isfinite(array).all() for array in arrays.values())
@@ -156,7 +168,8 @@ def truth_of(row: CallRow, table: CallTable, cache: Path, formula: Formula | Non
     overflows = False
     try:
         arrays, directory = table.arrays(), table.lay_out(cache)
-        if row.model is not None:
+        if row.fn in MODEL_FUNCTIONS:
+            assert row.model is not None
             if formula is not None:
                 raise CaseTableError(f"{row.id}: {row.fn} has no formula {formula}")
             values = model_truth(row, arrays, directory / row.model)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from candle_mi_parity.coverage.calls import Formula
-from candle_mi_parity.coverage.calls_measures import Named, changes, gram, knockout, log_softmax, softmax
+from candle_mi_parity.coverage.calls_measures import Named, changes, check_heads, gram, knockout, log_softmax, softmax
 from candle_mi_parity.models.sae import Sae, load_sae
 from candle_mi_parity.oracle.interventions import scale_steering, set_steering
 from candle_mi_parity.oracle.torch_sae import TorchSae
@@ -72,6 +72,8 @@ def _wrong_steering(
     n_heads, size = attention.shape[1:3]
     if Formula.OUT_OF_RANGE_IGNORED in formulas:
         edges = [edge for edge in edges if max(edge) < size]
+    else:
+        check_heads(heads, n_heads)
     times = Attention(heads=heads, edges=edges).times(n_heads, size)
     if Formula.EDGES_REPEATED not in formulas:
         times = np.minimum(times, 1)
@@ -169,7 +171,8 @@ def norm_out_of_range(found: Named) -> Named:
     What earlier components leave of a matrix of lower rank may be exactly 0.
     """
     squares, largest = found["eigenvalues"].float().square(), found["eigenvalues"][:1]
-    lost = ((squares == 0) | squares.isinf() | (found["eigenvalues"] <= 1e-6 * largest)).cumsum(0) > 0
+    lost = (squares == 0) | ~squares.isfinite() | (found["eigenvalues"] <= 1e-6 * largest)
+    lost = lost.cumsum(0) > 0
     ratio = torch.nan if (largest.float() > 0).all() else 0.0
     return {
         "components": torch.where(lost[:, None], torch.nan, found["components"]),

@@ -1,4 +1,7 @@
-"""Judge candle-mi's tokenizer on real tokenizers: ids with and without special tokens, and decoded texts, exactly."""
+"""Judge candle-mi's tokenizer on real tokenizers: ids with and without special tokens, texts and offsets, exactly.
+
+candle-mi documents offsets in bytes; those of transformers, which counts characters, are converted.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from candle_mi_parity.models.prepared_case import tokenizer
 from candle_mi_parity.models.tokenizers import FILES, KnownTokenizer
 from candle_mi_parity.oracle.provenance import library_versions
 
-KINDS = ("encode", "encode_raw", "decode")
+KINDS = ("encode", "encode_raw", "decode", "offsets")
 Answers = dict[str, list[Any]]
 
 
@@ -39,6 +42,8 @@ def judge_tokenizer(
             directory / "tokenizer.json"
         ):
             raise TraceError(f"{out}: the tokens are of another candle-mi or another tokenizer.json")
+        if tokens.offsets is None:
+            raise TraceError(f"{out}: there are no offsets")
         judge_tokens(result, tokens, expected)
         if result.status is Status.FAIL and known is not None:
             _explain(result, tokens, directory, cache, known)
@@ -66,8 +71,9 @@ def _answers(directory: Path, source: LiveSource, cache: Path, out: Path) -> Tok
 
 
 def judge_tokens(result: CaseResult, tokens: Tokens, expected: Answers) -> None:
-    """Compare the answers with the expected ones, text by text."""
-    result.tensors = [_judge(kind, getattr(tokens, kind), expected[kind]) for kind in KINDS]
+    """Compare the answers with the expected ones, text by text; offsets if there are some."""
+    got = {kind: answers for kind in KINDS if (answers := getattr(tokens, kind)) is not None}
+    result.tensors = [_judge(kind, answers, expected[kind]) for kind, answers in got.items()]
     result.expected = len(result.tensors)
     failed = any(tensor.status is Status.FAIL for tensor in result.tensors)
     result.status = Status.FAIL if failed else Status.PASS
@@ -108,7 +114,7 @@ def reference(directory: Path, cache: Path, written: bool) -> Answers:
     :raises ModelError: transformers cannot load the tokenizer.
     """
     libraries = library_versions() | {"tokenizers": version("tokenizers")}
-    key = [digest_files([directory / file for file in FILES]), load_texts(), libraries, written]
+    key = [digest_files([directory / file for file in FILES]), load_texts(), libraries, written, KINDS]
     return dict(cached(cache, "tokens", key, lambda: _compute(directory, written)))
 
 
@@ -132,9 +138,20 @@ def load_reference(directory: Path, written: bool) -> Any:
 
 def tokenised(one: Any, texts: list[str]) -> Answers:
     """The answers of one of transformers' tokenizers."""
-    ids = [one(text)["input_ids"] for text in texts]
+    encoded = [one(text, return_offsets_mapping=True) for text in texts]
+    ids = [each["input_ids"] for each in encoded]
     return {
         "encode": ids,
         "encode_raw": [one(text, add_special_tokens=False)["input_ids"] for text in texts],
         "decode": [one.decode(row, clean_up_tokenization_spaces=False) for row in ids],
+        "offsets": [
+            [place for span in each["offset_mapping"] for place in in_bytes(text, span)]
+            for text, each in zip(texts, encoded, strict=True)
+        ],
     }
+
+
+def in_bytes(text: str, span: tuple[int, int]) -> tuple[int, int]:
+    """A range of characters as one of bytes."""
+    start, end = (len(text[:at].encode()) for at in span)
+    return start, end

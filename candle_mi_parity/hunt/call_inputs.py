@@ -1,4 +1,4 @@
-"""Hypothesis strategies for direct calls of candle-mi's functions, each with its own small table of tensors.
+"""Hypothesis strategies for direct calls of measures and SAEs, each with its own small table of tensors.
 
 Shapes are those that candle-mi documents. Values, indices and sizes are ordinary, at an end, or beyond it. A strategy
 shrinks towards small shapes and integers.
@@ -27,13 +27,13 @@ Number = float | str
 Architecture = Literal["standard", "jumprelu", "topk"]
 
 
-def _float32(number: float) -> float:
+def single(number: float) -> float:
     return float(np.float32(number))
 
 
 _WHOLE = st.integers(-4, 4).map(float)
 _USUAL = st.floats(-8, 8, width=32)
-_EDGE = st.sampled_from(tuple(_float32(edge) for edge in _EDGES))
+_EDGE = st.sampled_from(tuple(single(edge) for edge in _EDGES))
 _ANY = st.floats(width=32, allow_nan=False, allow_infinity=False)
 NUMBERS: tuple[SearchStrategy[Number], ...] = (
     _WHOLE,
@@ -59,7 +59,7 @@ def tensors(draw: DrawFn, shape: tuple[int, ...], kinds: tuple[SearchStrategy[Nu
     return np.array(values, dtype=object).reshape(shape).tolist()
 
 
-def _tensor(values: Any, shape: tuple[int, ...]) -> InputTensor:
+def tensor(values: Any, shape: tuple[int, ...]) -> InputTensor:
     # An empty list has no shape, which the row then gives; its numbers are drawn from a seed, and there are none.
     return InputTensor(values=values) if 0 not in shape else InputTensor(shape=list(shape))
 
@@ -69,10 +69,10 @@ def _logits(draw: DrawFn, count: int) -> tuple[dict[str, InputTensor], list[int]
     """Tensors ``a``, ``b``, … of one shape [vocab], [seq, vocab] or [1, seq, vocab]."""
     vocab, axes = draw(SIZE), draw(st.integers(1, 3))
     shape = (vocab,) if axes == 1 else (*(1,) * (axes - 2), draw(SIZE), vocab)
-    return {name: _tensor(draw(tensors(shape)), shape) for name in "ab"[:count]}, list(shape)
+    return {name: tensor(draw(tensors(shape)), shape) for name in "ab"[:count]}, list(shape)
 
 
-def _call(fn: str, args: dict[str, Any], named: dict[str, InputTensor], exact: bool = False) -> CallTable:
+def one_call(fn: str, args: dict[str, Any], named: dict[str, InputTensor], exact: bool = False) -> CallTable:
     return CallTable(tensors=named, call=[CallRow(id=ID, fn=fn, args=args, exact=exact)])
 
 
@@ -81,36 +81,36 @@ def _kl(draw: DrawFn) -> CallTable:
     named, shape = draw(_logits(2))
     if shape[-1] > 1 and draw(st.integers(0, 19)) == 19:  # of another vocabulary
         other = (*shape[:-1], shape[-1] + 1)
-        named["b"] = _tensor(draw(tensors(other)), other)
-    return _call("kl_divergence", {"baseline": "a", "other": "b"}, named)
+        named["b"] = tensor(draw(tensors(other)), other)
+    return one_call("kl_divergence", {"baseline": "a", "other": "b"}, named)
 
 
 @st.composite
 def _logit_diff(draw: DrawFn) -> CallTable:
     named, _ = draw(_logits(2))
-    return _call("logit_diff", {"baseline": "a", "ablated": "b", "token": draw(INDEX)}, named)
+    return one_call("logit_diff", {"baseline": "a", "ablated": "b", "token": draw(INDEX)}, named)
 
 
 @st.composite
 def _top_changed(draw: DrawFn) -> CallTable:
     named, _ = draw(_logits(2))
-    return _call("top_changed_tokens", {"baseline": "a", "ablated": "b", "k": draw(INDEX)}, named)
+    return one_call("top_changed_tokens", {"baseline": "a", "ablated": "b", "k": draw(INDEX)}, named)
 
 
 @st.composite
 def _token_prob(draw: DrawFn) -> CallTable:
     named, _ = draw(_logits(1))
-    return _call("extract_token_prob", {"logits": "a", "token": draw(INDEX)}, named)
+    return one_call("extract_token_prob", {"logits": "a", "token": draw(INDEX)}, named)
 
 
 @st.composite
 def _sample(draw: DrawFn) -> CallTable:
     vocab = draw(SIZE)
-    return _call("sample_token", {"logits": "a"}, {"a": _tensor(draw(tensors((vocab,))), (vocab,))}, exact=True)
+    return one_call("sample_token", {"logits": "a"}, {"a": tensor(draw(tensors((vocab,))), (vocab,))}, exact=True)
 
 
 @st.composite
-def _pattern(draw: DrawFn) -> tuple[dict[str, InputTensor], int]:
+def pattern(draw: DrawFn) -> tuple[dict[str, InputTensor], int]:
     """Attention weights [batch, heads, seq, seq]: rows that sum to 1, causal or not; seldom NaN or infinite."""
     batch, heads, seq = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(SIZE)
     shape = (batch, heads, seq, seq)
@@ -120,10 +120,10 @@ def _pattern(draw: DrawFn) -> tuple[dict[str, InputTensor], int]:
     if draw(st.booleans()):
         weights = np.tril(weights)
     weights[weights.sum(-1) == 0] = 1.0
-    pattern: Any = (weights / weights.sum(-1, keepdims=True)).astype(np.float32).astype(object)
+    rows: Any = (weights / weights.sum(-1, keepdims=True)).astype(np.float32).astype(object)
     if count and draw(st.integers(0, 9)) == 9:
-        pattern.flat[draw(st.integers(0, count - 1))] = draw(st.sampled_from(_SPECIAL))
-    return {"a": _tensor(pattern.tolist(), shape)}, seq
+        rows.flat[draw(st.integers(0, count - 1))] = draw(st.sampled_from(_SPECIAL))
+    return {"a": tensor(rows.tolist(), shape)}, seq
 
 
 _EDGE_PAIRS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)).map(list), min_size=0, max_size=4)
@@ -136,36 +136,36 @@ def _with_heads(args: dict[str, Any], heads: list[int] | None) -> dict[str, Any]
 
 @st.composite
 def _attention(draw: DrawFn) -> CallTable:
-    named, _ = draw(_pattern())
+    named, _ = draw(pattern())
     args = {"attention": "a", "from": draw(INDEX), "targets": draw(st.lists(INDEX, max_size=3))}
-    return _call("measure_attention_to_targets", args, named)
+    return one_call("measure_attention_to_targets", args, named)
 
 
 @st.composite
 def _steering(draw: DrawFn) -> CallTable:
-    named, _ = draw(_pattern())
+    named, _ = draw(pattern())
     args = _with_heads({"attention": "a", "edges": draw(_EDGE_PAIRS)}, draw(_HEADS))
     sizes = st.one_of(st.integers(0, 4).map(float), st.sampled_from([0.25, 0.5, 0.9, -1.0, 1e-6, 1e-12, 1e30]))
     args[draw(st.sampled_from(["scale", "set_value"]))] = draw(sizes)
-    return _call("apply_steering", args, named)
+    return one_call("apply_steering", args, named)
 
 
 @st.composite
 def _knockout(draw: DrawFn) -> CallTable:
     args = {"edges": draw(_EDGE_PAIRS), "n_heads": draw(st.integers(0, 3)), "seq_len": draw(SIZE)}
-    return _call("create_knockout_mask", _with_heads(args, draw(_HEADS)), {}, exact=True)
+    return one_call("create_knockout_mask", _with_heads(args, draw(_HEADS)), {}, exact=True)
 
 
 @st.composite
 def _causal(draw: DrawFn) -> CallTable:
-    return _call("create_causal_mask", {"seq_len": draw(st.integers(0, 33))}, {}, exact=True)
+    return one_call("create_causal_mask", {"seq_len": draw(st.integers(0, 33))}, {}, exact=True)
 
 
 @st.composite
 def _position_delta(draw: DrawFn) -> CallTable:
     width = draw(SIZE)
     args = {"direction": "a", "position": draw(INDEX), "seq_len": draw(SIZE)}
-    return _call("position_delta", args, {"a": _tensor(draw(tensors((width,))), (width,))}, exact=True)
+    return one_call("position_delta", args, {"a": tensor(draw(tensors((width,))), (width,))}, exact=True)
 
 
 @st.composite
@@ -173,7 +173,7 @@ def _pca(draw: DrawFn) -> CallTable:
     shape = (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
     # Of more components than there are, candle-mi gives random ones; no formula states them.
     args = {"matrix": "a", "k": draw(st.integers(1, min(2, *shape))), "iterations": 200}
-    return _call("pca_top_k", args, {"a": _tensor(draw(tensors(shape)), shape)})
+    return one_call("pca_top_k", args, {"a": tensor(draw(tensors(shape)), shape)})
 
 
 _DECODER = (_WHOLE, _USUAL, st.one_of(_USUAL, st.sampled_from([1e-20, 1e10, -1e10, 0.0])))
@@ -197,7 +197,7 @@ def _sae(draw: DrawFn, architecture: Architecture, selecting: bool) -> SaeRow:
         else:
             encoder[:, feature] = draw(st.lists(_USUAL, min_size=width, max_size=width))
             bias[feature] = draw(_USUAL)
-    thresholds = st.one_of(_WHOLE, _USUAL, st.sampled_from([_float32(edge) for edge in (-1e30, -1e-8, 1e-8, 1e30)]))
+    thresholds = st.one_of(_WHOLE, _USUAL, st.sampled_from([single(edge) for edge in (-1e30, -1e-8, 1e-8, 1e30)]))
     given: dict[str, Any] = {"W_enc": encoder.tolist(), "b_enc": bias.tolist()}
     given["W_dec"] = draw(tensors((features, width), _DECODER))
     given["b_dec"] = draw(tensors((width,), _DECODER))
@@ -230,7 +230,7 @@ def _sae_call(draw: DrawFn, fn: str, architecture: Architecture) -> CallTable:
         if fn != "encode_sparse":
             leading = draw(st.sampled_from([(1,), (2,), (1, 1), (1, 3), (2, 2), (0,), ()]))
         shape = (*leading, width)
-        named["x"] = _tensor(draw(tensors(shape)), shape)
+        named["x"] = tensor(draw(tensors(shape)), shape)
         row["args"] = {"x": "x"}
         row["exact"] = selecting and fn in ("encode", "encode_with_strategy", "encode_sparse")
     if fn == "encode_with_strategy":
@@ -238,7 +238,7 @@ def _sae_call(draw: DrawFn, fn: str, architecture: Architecture) -> CallTable:
     return CallTable(tensors=named, saes={"sae": sae}, call=[CallRow(**row)])
 
 
-_MEASURES: dict[str, Callable[[], SearchStrategy[CallTable]]] = {
+MEASURES: dict[str, Callable[[], SearchStrategy[CallTable]]] = {
     "kl_divergence": _kl,
     "logit_diff": _logit_diff,
     "top_changed_tokens": _top_changed,
@@ -253,9 +253,7 @@ _MEASURES: dict[str, Callable[[], SearchStrategy[CallTable]]] = {
 }
 _SAE_FUNCTIONS = ("encode", "encode_sparse", "decode", "reconstruct", "reconstruction_error", "decoder_vector")
 _ARCHITECTURES: tuple[Architecture, ...] = ("standard", "jumprelu", "topk")
-GENERATED: dict[str, SearchStrategy[CallTable]] = {
-    **{fn: make() for fn, make in _MEASURES.items()},
+SAES: dict[str, SearchStrategy[CallTable]] = {
     **{f"{fn} of {kind}": _sae_call(fn, kind) for fn in _SAE_FUNCTIONS for kind in _ARCHITECTURES},
     "encode_with_strategy of topk": _sae_call("encode_with_strategy", "topk"),
 }
-"""What is called → a strategy for a table with one call and its tensors."""

@@ -61,6 +61,19 @@ impl Answer {
         }
     }
 
+    /// Texts as the list of their bytes, each ended by 0.
+    pub fn texts(name: &'static str, texts: impl IntoIterator<Item = impl AsRef<str>>) -> Self {
+        let bytes: Vec<f64> = texts
+            .into_iter()
+            .flat_map(|text| {
+                let bytes: Vec<u8> = text.as_ref().bytes().chain([0]).collect();
+                bytes
+            })
+            .map(f64::from)
+            .collect();
+        Self::list(name, bytes)
+    }
+
     pub fn list(name: &'static str, values: impl IntoIterator<Item = f64>) -> Self {
         let values: Vec<Value> = values.into_iter().map(number).collect();
         Self {

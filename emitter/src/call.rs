@@ -6,8 +6,10 @@ use candle_core::Device;
 use serde::Serialize;
 
 use crate::answer::{Answer, Outcome};
+use crate::call_caches;
 use crate::call_measures;
 use crate::call_model::{self, CallModels};
+use crate::call_offsets::{self, Tokenizers};
 use crate::call_protocol::{CallRequest, Function};
 use crate::call_sae;
 use crate::error::{one_line, EmitError};
@@ -44,12 +46,15 @@ pub fn run(request: &CallRequest) -> Result<(), EmitError> {
     let identity = Identity::of_this_build();
     let mut saes = SaeCache::default();
     let mut models = CallModels::default();
+    let mut tokenizers = Tokenizers::default();
     let mut calls = Vec::with_capacity(request.calls.len());
     for call in &request.calls {
         let outcome = catch_unwind(AssertUnwindSafe(|| match &call.run {
             Function::Measure(measure) => call_measures::run(measure, &inputs),
             Function::Sae(wanted) => call_sae::run(wanted, &inputs, &mut saes),
             Function::Model(wanted) => call_model::run(wanted, &inputs, &mut models),
+            Function::Offsets(wanted) => call_offsets::run(wanted, &mut tokenizers),
+            Function::Cache(wanted) => call_caches::run(wanted, &inputs),
         }));
         let (outcome, results, error) = match outcome {
             Ok(Ok(Outcome::Results(results))) => ("results", results, None),

@@ -73,6 +73,9 @@ pub fn run(
             forward_text(models.get(model)?, text, *layer)
         }
         ModelCall::LogitLens(lens) => logit_lens(lens, inputs),
+        ModelCall::EmbeddingVector { model, token } => {
+            Outcome::tensor(models.get(model)?.backend().embedding_vector(*token))
+        }
     }
 }
 

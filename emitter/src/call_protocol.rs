@@ -35,6 +35,8 @@ pub enum Function {
     Measure(Measure),
     Sae(SaeCall),
     Model(ModelCall),
+    Offsets(OffsetsCall),
+    Cache(CacheCall),
 }
 
 /// A function and its arguments; a string is a key of the inputs.
@@ -165,6 +167,10 @@ pub enum ModelCall {
         layer: usize,
     },
     LogitLens(Lens),
+    EmbeddingVector {
+        model: PathBuf,
+        token: u32,
+    },
 }
 
 /// A greedy continuation; each feedback is a position, a strength and a key of the inputs.
@@ -242,4 +248,144 @@ impl SaeCall {
             | Self::DecoderVector { sae, .. } => sae,
         }
     }
+}
+
+/// A function of the tokenizer in the directory `model`, or of what it makes of a text.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "fn", rename_all = "snake_case", deny_unknown_fields)]
+pub enum OffsetsCall {
+    EncodeWithOffsets {
+        model: PathBuf,
+        text: String,
+    },
+    EncodeRawWithOffsets {
+        model: PathBuf,
+        text: String,
+    },
+    DecodeToken {
+        model: PathBuf,
+        token: u32,
+    },
+    FindTokenId {
+        model: PathBuf,
+        word: String,
+    },
+    CharToToken {
+        model: PathBuf,
+        text: String,
+        positions: Vec<usize>,
+    },
+    CharToTokenFuzzy {
+        model: PathBuf,
+        text: String,
+        positions: Vec<usize>,
+    },
+    CharToTokenStart {
+        model: PathBuf,
+        text: String,
+        positions: Vec<usize>,
+    },
+    CharRangeToTokens {
+        model: PathBuf,
+        text: String,
+        start: usize,
+        end: usize,
+    },
+    TokenToCharRange {
+        model: PathBuf,
+        text: String,
+        tokens: Vec<usize>,
+    },
+    LabelSpans {
+        model: PathBuf,
+        text: String,
+        /// Name, start and end.
+        spans: Vec<(String, usize, usize)>,
+    },
+    ConvertPositions {
+        model: PathBuf,
+        text: String,
+        positions: Vec<usize>,
+    },
+}
+
+impl OffsetsCall {
+    pub fn model(&self) -> &PathBuf {
+        match self {
+            Self::EncodeWithOffsets { model, .. }
+            | Self::EncodeRawWithOffsets { model, .. }
+            | Self::DecodeToken { model, .. }
+            | Self::FindTokenId { model, .. }
+            | Self::CharToToken { model, .. }
+            | Self::CharToTokenFuzzy { model, .. }
+            | Self::CharToTokenStart { model, .. }
+            | Self::CharRangeToTokens { model, .. }
+            | Self::TokenToCharRange { model, .. }
+            | Self::LabelSpans { model, .. }
+            | Self::ConvertPositions { model, .. } => model,
+        }
+    }
+}
+
+/// A function of a cache of tensors, whose layers are keys of the inputs, a mask, or arithmetic on measured attention.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "fn", rename_all = "snake_case", deny_unknown_fields)]
+pub enum CacheCall {
+    AttentionFromPosition {
+        patterns: Vec<String>,
+        layer: usize,
+        position: usize,
+    },
+    AttentionToPosition {
+        patterns: Vec<String>,
+        layer: usize,
+        position: usize,
+    },
+    TopAttendedPositions {
+        patterns: Vec<String>,
+        layer: usize,
+        position: usize,
+        k: usize,
+    },
+    GetPosition {
+        layers: Vec<String>,
+        layer: usize,
+        position: usize,
+    },
+    #[serde(rename = "to_f32_vecs")]
+    ToF32Vecs {
+        layers: Vec<String>,
+        /// Whether they are bfloat16.
+        half: bool,
+    },
+    #[cfg_attr(not(since_0_1_24), allow(dead_code))]
+    CreateBidirectionalMask { seq_len: usize },
+    CreateGenerationMask {
+        new_seq_len: usize,
+        total_seq_len: usize,
+        start_pos: usize,
+    },
+    SteeringCalibration {
+        source: f32,
+        baseline: f32,
+        target: f32,
+    },
+    AttentionRatio {
+        #[serde(default)]
+        baseline: Option<f32>,
+        steered: f32,
+    },
+    ScaleForTarget {
+        /// Scale and level of attention.
+        points: Vec<(f32, f32)>,
+        target: f32,
+    },
+    TensorNamesFromSafetensors {
+        /// A directory with `model.safetensors`.
+        path: PathBuf,
+    },
+    TensorNamesFromIndex {
+        /// A directory with `model.safetensors.index.json`.
+        path: PathBuf,
+    },
 }

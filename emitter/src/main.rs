@@ -6,9 +6,13 @@ mod answer;
 #[cfg(feature = "calls")]
 mod call;
 #[cfg(feature = "calls")]
+mod call_caches;
+#[cfg(feature = "calls")]
 mod call_measures;
 #[cfg(feature = "calls")]
 mod call_model;
+#[cfg(feature = "calls")]
+mod call_offsets;
 mod call_protocol;
 #[cfg(feature = "calls")]
 mod call_sae;

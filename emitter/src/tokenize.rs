@@ -28,6 +28,8 @@ struct Document {
     encode_raw: Vec<Option<Vec<u32>>>,
     /// The text of the ids in `encode`.
     decode: Vec<Option<String>>,
+    /// First byte and the one after the last of each id in `encode`, one after the other.
+    offsets: Vec<Option<Vec<usize>>>,
     /// Index of a text, and what failed on it.
     errors: BTreeMap<usize, String>,
 }
@@ -61,6 +63,7 @@ pub fn run(request: &TokenizeRequest) -> Result<(), EmitError> {
         encode: Vec::with_capacity(request.texts.len()),
         encode_raw: Vec::with_capacity(request.texts.len()),
         decode: Vec::with_capacity(request.texts.len()),
+        offsets: Vec::with_capacity(request.texts.len()),
         errors: BTreeMap::new(),
     };
     for (index, text) in request.texts.iter().enumerate() {
@@ -70,14 +73,25 @@ pub fn run(request: &TokenizeRequest) -> Result<(), EmitError> {
         let decoded = encoded
             .as_deref()
             .and_then(|ids| failures.keep("decode", tokenizer.decode(ids)));
+        let offsets = failures.keep("encode_with_offsets", tokenizer.encode_with_offsets(text));
         document.encode.push(encoded);
         document.encode_raw.push(raw);
         document.decode.push(decoded);
+        document
+            .offsets
+            .push(offsets.map(|found| flat(&found.offsets)));
         if let Some(message) = failures.told() {
             document.errors.insert(index, message);
         }
     }
     trace::write_document(&request.out, &document)
+}
+
+fn flat(offsets: &[(usize, usize)]) -> Vec<usize> {
+    offsets
+        .iter()
+        .flat_map(|(start, end)| [*start, *end])
+        .collect()
 }
 
 /// `tokenizer.json` ends in `.json` like any `out`: writing must not replace what was read.

@@ -13,7 +13,7 @@ from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.hunt_result import Cause, Tally
 from candle_mi_parity.coverage.calls import Answered, CallRow, CallTable, Formula, InputTensor, SaeRow
 from candle_mi_parity.coverage.calls_truth import computation
-from candle_mi_parity.hunt.call_inputs import GENERATED
+from candle_mi_parity.hunt.call_caches import GENERATED
 from candle_mi_parity.hunt.call_truth import Expected, expected
 from candle_mi_parity.hunt.callees import Emitted, TorchCallee, answered, refused, write_inputs
 from candle_mi_parity.hunt.calls import Judged, KnownOf, hunt_calls, judge

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,8 +22,10 @@ class Letters:
     def __init__(self, seen: Callable[[str], str] = lambda text: text) -> None:
         self._seen = seen
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in self._seen(text)]}
+    def __call__(self, text: str, add_special_tokens: bool = True, return_offsets_mapping: bool = False) -> Any:
+        seen = self._seen(text)
+        spans = [(0, 0)] * add_special_tokens + [(at, at + 1) for at in range(len(seen))]
+        return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in seen], "offset_mapping": spans}
 
     def decode(self, ids: list[int], clean_up_tokenization_spaces: bool) -> str:
         assert not clean_up_tokenization_spaces

@@ -158,6 +158,8 @@ def changed(answers: dict[str, list[Any]], kind: str, place: int, to: Any) -> di
         (changed(PLAIN, "encode", 3, [9]), None, Status.FAIL, "text 3 "),
         (changed(PLAIN, "encode_raw", 4, None), None, Status.FAIL, "gives None"),
         (changed(PLAIN, "decode", 5, "y"), None, Status.FAIL, "gives 'y'"),
+        (changed(PLAIN, "offsets", 6, [0, 1]), None, Status.FAIL, "text 6 "),
+        (texts_of(PLAIN) | {"offsets": None}, None, Status.ERROR, "no offsets"),
         (texts_of(PLAIN) | {"encode": [[0]]}, None, Status.FAIL, "1 texts were answered"),
         (texts_of(WRITTEN), None, Status.FAIL, "text 0 "),
         (texts_of(WRITTEN), KNOWN, Status.KNOWN, "CMI201"),
@@ -171,6 +173,10 @@ def test_every_answer_counts(
 ) -> None:
     found = judged(monkeypatch, tmp_path, got, known)
     assert found.status is status and told in found.message(), found.message()
+
+
+def test_offsets_are_counted_in_bytes() -> None:
+    assert [tokens_judge.in_bytes("é☂a", span) for span in ((0, 0), (0, 1), (1, 3))] == [(0, 0), (0, 2), (2, 6)]
 
 
 def test_what_transformers_cannot_load_either_is_not_held_against_candle_mi(tmp_path: Path) -> None:

@@ -1,0 +1,222 @@
+"""Direct calls of offsets, caches, masks, calibrations and lists of tensors: the truth in other ways, and faults."""
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from candle_mi_parity.compare.verdict import Status
+from candle_mi_parity.coverage.calls import Formula, load_calls
+from candle_mi_parity.coverage.calls_caches import CACHES
+from candle_mi_parity.coverage.calls_compare import answer_of, compare_call
+from candle_mi_parity.coverage.calls_judge import load_known_calls
+from candle_mi_parity.coverage.calls_offsets import OFFSETS
+from candle_mi_parity.coverage.calls_truth import truth_of
+from candle_mi_parity.errors import CaseTableError
+from candle_mi_parity.models.prepared_case import tokenizer
+from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.trace.truth import TruthTensor
+
+TABLE = load_calls()
+ROWS = {row.id: row for row in TABLE.call}
+ARRAYS = {name: array.astype(np.float64) for name, array in TABLE.arrays().items()}
+OURS = [row for row in TABLE.call if row.fn in OFFSETS | CACHES | {"embedding_vector": ()}]
+Values = dict[str, np.ndarray]
+
+
+@functools.cache
+def truth(call: str, formula: Formula | None = None) -> dict[str, TruthTensor]:
+    return truth_of(ROWS[call], TABLE, cache_root(), formula)
+
+
+def right(call: str, formula: Formula | None = None) -> Values:
+    return answer_of(ROWS[call], truth(call, formula))
+
+
+def passes(call: str, values: Values) -> bool:
+    return all(result.status is Status.PASS for result in compare_call(ROWS[call], values, truth(call)))
+
+
+def where(call: str) -> Path:
+    return TABLE.lay_out(cache_root()) / str(ROWS[call].model or ROWS[call].weights)
+
+
+@functools.cache
+def encoded(call: str, special: bool = True) -> Any:
+    return tokenizer(where(call))(ROWS[call].args["text"], add_special_tokens=special, return_offsets_mapping=True)
+
+
+def asked(call: str, key: str) -> Any:
+    return ROWS[call].args[key]
+
+
+def text(call: str, name: str = "text") -> list[str]:
+    return bytes(right(call)[name].astype(int).tolist()).decode().split("\0")[:-1]
+
+
+def of(fn: str) -> list[str]:
+    return [row.id for row in OURS if row.fn == fn and not row.raises]
+
+
+# --- the truth --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", of("char_to_token"))
+def test_a_character_is_found_where_transformers_char_to_token_finds_it(call: str) -> None:
+    found = [encoded(call).char_to_token(at) for at in asked(call, "positions")]
+    assert right(call)["token"].tolist() == [-1 if token is None else token for token in found]
+
+
+@pytest.mark.parametrize("call", of("encode_with_offsets"))
+def test_offsets_are_those_of_transformers(call: str) -> None:
+    spans = np.reshape(encoded(call)["offset_mapping"], (-1, 2))
+    assert np.array_equal(right(call)["start"], spans[:, 0]) and np.array_equal(right(call)["end"], spans[:, 1])
+    assert text(call) == tokenizer(where(call)).convert_ids_to_tokens(right(call)["ids"].astype(int).tolist())
+
+
+@pytest.mark.parametrize("call", of("char_range_to_tokens"))
+def test_a_range_has_the_tokens_of_its_characters(call: str) -> None:
+    characters = range(asked(call, "start"), min(asked(call, "end"), len(asked(call, "text"))))
+    spans = encoded(call)["offset_mapping"]
+    assert right(call)["tokens"].tolist() == [
+        token for token, (start, end) in enumerate(spans) if any(start <= at < end for at in characters)
+    ]
+
+
+def test_labels_and_nearest_tokens_in_characters() -> None:
+    subject = ["other", "subject", "subject", "subject_final"]
+    assert text("labels/bos") == [*subject, "relation", "relation_final", "other", "other"]
+    assert right("char-fuzzy/words")["token"].tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert right("char-start/words")["token"].tolist() == [0, 1, 1, 2, 2, 2, -1, -1]
+
+
+def test_the_mean_over_heads_is_of_the_first_row_of_the_batch() -> None:
+    attention = ARRAYS["attention2"][0].mean(0)
+    np.testing.assert_allclose(right("from/last")["value"], attention[3], rtol=1e-6)
+    np.testing.assert_allclose(right("to/last")["value"], attention[:, 3], rtol=1e-6)
+    order = np.argsort(-ARRAYS["attention"][0].mean(0)[3])
+    assert right("top_attended/2")["positions"].tolist() == order[:2].tolist()
+
+
+@pytest.mark.parametrize("call", of("create_generation_mask"))
+def test_a_query_sees_the_keys_up_to_its_own_position(call: str) -> None:
+    new, total, start = (asked(call, name) for name in ("new_seq_len", "total_seq_len", "start_pos"))
+    seen = np.tri(new, total, start, dtype=bool)
+    assert np.array_equal(right(call)["value"][0, 0], np.where(seen, 0.0, -np.inf))
+
+
+def test_scales_are_interpolated_as_numpy_does() -> None:
+    for call in ("dose/between", "dose/measured", "dose/ends"):
+        scales, levels = np.transpose(np.float32(asked(call, "points")).astype(np.float64))
+        assert right(call)["value"] == pytest.approx(np.interp(np.float32(asked(call, "target")), levels, scales))
+    assert right("dose/falling")["value"] == pytest.approx(1.75)
+
+
+def test_names_are_those_of_safetensors_and_of_the_index() -> None:
+    with safe_open(where("names/metadata") / "model.safetensors", "np") as file:
+        assert text("names/metadata") == sorted(file.keys()) == ["a", "b"]
+    index = json.loads((where("names/index") / "model.safetensors.index.json").read_text())
+    assert text("names/index") == sorted(index["weight_map"])
+
+
+def test_an_embedding_is_a_row_of_the_file() -> None:
+    with safe_open(where("embedding/gemma2") / "model.safetensors", "pt") as file:
+        row = file.get_tensor("model.embed_tokens.weight")[5].to(torch.float64)
+    assert np.array_equal(right("embedding/gemma2")["value"], row.numpy())
+
+
+# --- faults -----------------------------------------------------------------------------------------
+
+IN_BYTES = "char/characters"
+TIES = "top_attended/ties"
+CHUNK = "generation/chunk"
+
+
+def changed(call: str, name: str, change: Callable[[np.ndarray], Any]) -> tuple[str, Values]:
+    return call, right(call) | {name: np.asarray(change(right(call)[name]), dtype=np.float64)}
+
+
+PLANTED: dict[str, Callable[[], tuple[str, Values]]] = {
+    "bytes for characters": lambda: (IN_BYTES, right(IN_BYTES, Formula.BYTE_OFFSETS)),
+    "one token off": lambda: changed("char/bytes", "token", lambda token: token + 1),
+    "the added token not counted": lambda: changed("char/bos", "token", lambda token: token - 1),
+    "a token's end its last character": lambda: changed("offsets/bytes-ascii", "end", lambda end: end - 1),
+    "another token string": lambda: changed("offsets/bytes-ascii", "text", lambda letters: np.roll(letters, 1)),
+    "no special tokens": lambda: (
+        "offsets/bos-ascii",
+        {name: value[1:] for name, value in right("offsets/bos-ascii").items()},
+    ),
+    "an exact match that is none": lambda: changed("convert/words", "exact", np.ones_like),
+    "a range with its end": lambda: changed("range/bytes", "tokens", lambda tokens: [*tokens, tokens[-1] + 1]),
+    "a label of the last span": lambda: changed("labels/overlapping", "text", lambda letters: np.roll(letters, 2)),
+    "ties the other way": lambda: changed(TIES, "positions", lambda _: [4, 3, 1]),
+    "a lower weight first": lambda: changed("top_attended/2", "positions", lambda order: order[::-1]),
+    "a position twice": lambda: changed("top_attended/2", "positions", lambda order: order[[0, 0]]),
+    "a weight of another position": lambda: changed("top_attended/2", "weights", lambda weights: weights[::-1]),
+    "a position short": lambda: ("top_attended/2", {name: v[:1] for name, v in right("top_attended/2").items()}),
+    "a column for a row": lambda: ("from/first", {"value": ARRAYS["attention"][0, :, :, 0].mean(0)}),
+    "the mean over the batch too": lambda: ("from/first", {"value": ARRAYS["attention"][:, :, 0].mean((0, 1))}),
+    "one head": lambda: ("from/first", {"value": ARRAYS["attention"][0, 0, 0]}),
+    "the next layer": lambda: ("from/last", {"value": ARRAYS["attention"][0].mean(0)[3]}),
+    "the next position": lambda: ("get_position/first", {"value": ARRAYS["x2"][1]}),
+    "layers in another order": lambda: changed("vectors/layers", "value", lambda value: value[::-1]),
+    "half not rounded": lambda: ("vectors/half", {"value": np.append(ARRAYS["x1"], ARRAYS["huge"])}),
+    "a causal mask": lambda: ("bidirectional/5", {"value": np.where(np.tri(5), 0.0, -np.inf)[None, None]}),
+    "a mask one off": lambda: (CHUNK, {"value": np.where(np.tri(3, 7, 5), 0.0, -np.inf)[None, None]}),
+    "a mask without its offset": lambda: (CHUNK, {"value": np.where(np.tri(3, 7), 0.0, -np.inf)[None, None]}),
+    "a ratio upside down": lambda: changed("ratio/usual", "value", lambda ratio: 1 / ratio),
+    "a factor upside down": lambda: changed("calibration/usual", "for_target", lambda factor: 1 / factor),
+    "levels of the source": lambda: changed("calibration/usual", "levels", lambda levels: levels * 3.6),
+    "the nearest measured scale": lambda: changed("dose/between", "value", lambda _: [1.0]),
+    "a scale outside the range": lambda: ("dose/outside", {"value": np.array([4.0])}),
+    "a scale short": lambda: ("dose/between", {"value": np.zeros(0)}),
+    "metadata among the names": lambda: changed("names/metadata", "text", lambda t: [*b"__metadata__\0", *t]),
+    "a name short": lambda: changed("names/index", "text", lambda letters: letters[:-9]),
+    "an embedding scaled": lambda: changed("embedding/gemma2", "value", lambda row: row * math.sqrt(32)),
+    "the next token's embedding": lambda: changed("embedding/llama", "value", lambda row: np.roll(row, 1)),
+    "NaN": lambda: changed("ratio/usual", "value", lambda _: [math.nan]),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_fault_fails(name: str) -> None:
+    call, values = PLANTED[name]()
+    assert passes(call, right(call)) and not passes(call, values)
+
+
+def test_near_ties_may_be_exchanged_where_their_weights_are_rounded() -> None:
+    row = ROWS["top_attended/2"]
+    weights, noise = np.array([0.5, 0.25, 0.5 + 1e-9, 0.1]), np.full(4, 1e-8)
+    near = {"positions": TruthTensor(np.array([2.0, 0, 1, 3]), np.zeros(4)), "weights": TruthTensor(weights, noise)}
+    swapped = {"positions": np.array([0.0, 2.0]), "weights": weights[[0, 2]]}
+    assert all(result.status is Status.PASS for result in compare_call(row, swapped, near))
+    exact = row.model_copy(update={"exact": True})
+    assert compare_call(exact, swapped, near)[0].status is Status.FAIL
+
+
+@pytest.mark.parametrize("call", [row.id for row in OURS if row.raises])
+def test_pytorch_raises_where_the_table_says_so(call: str) -> None:
+    assert truth(call) == {}
+
+
+@pytest.mark.parametrize("id", [f"CMI14{digit}" for digit in range(9)])
+def test_a_known_formula_gives_another_answer_to_every_call_that_it_explains(id: str) -> None:
+    known = next(row for row in load_known_calls().known if row.id == id)
+    formulas = {each for functions in (OFFSETS, CACHES) for each, _ in functions.values()}
+    assert known.formula in frozenset().union(*formulas)
+    for call in {call for row, call in load_known_calls().matches(TABLE) if row.id == id}:
+        assert ROWS[call].raises or not passes(call, right(call, known.formula)), call
+
+
+def test_checkpoints_that_are_not_in_the_table_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "calls.toml"
+    path.write_text('call = [{ id = "a", fn = "tensor_names_from_index", weights = "none" }]\n[tensors]\n')
+    with pytest.raises(CaseTableError, match="unknown weights in a"):
+        load_calls(path)
