@@ -13,12 +13,15 @@ from candle_mi_parity.spec.paths import OUTPUTS, cache_root
 
 KNOWN = {
     "CMI101": 3, "CMI102": 2, "CMI103": 1, "CMI104": 2, "CMI105": 5, "CMI106": 2, "CMI107": 3, "CMI108": 9,
-    "CMI110": 1, "CMI111": 1, "CMI112": 2, "CMI113": 2, "CMI114": 1, "CMI115": 2, "CMI116": 2, "CMI117": 1,
-    "CMI118": 1, "CMI119": 5, "CMI120": 3, "CMI121": 1, "CMI122": 1, "CMI123": 1,
+    "CMI110": 2, "CMI111": 1, "CMI112": 2, "CMI113": 4, "CMI114": 1, "CMI115": 2, "CMI116": 3, "CMI117": 4,
+    "CMI118": 2, "CMI119": 5, "CMI120": 3, "CMI121": 1, "CMI122": 1, "CMI123": 1, "CMI140": 17, "CMI141": 7,
+    "CMI142": 2, "CMI143": 1, "CMI144": 1, "CMI145": 1, "CMI146": 4, "CMI147": 3, "CMI150": 1,
 }  # fmt: skip
 """Explanation → number of calls that differ in every release."""
-RELEASES = {"0.1.6": 3, "0.1.10": 3, "0.1.24": 0, "0.2.2": 0}
-"""Release → number of calls of ``position_delta``, which it does not have."""
+OLD = {"CMI109": 5, "CMI131": 26, "CMI148": 2, "CMI149": 4}
+"""The same of 0.1.6 and 0.1.10, which lack ``position_delta``, contrastive steering and a mask."""
+NEW = {"CMI130": 4}
+RELEASES = {"0.1.6": OLD, "0.1.10": OLD, "0.1.24": NEW, "0.2.2": NEW}
 
 
 def judged(spec: str, out: Path) -> JudgedCalls:
@@ -26,13 +29,14 @@ def judged(spec: str, out: Path) -> JudgedCalls:
         return judge_source(source, spec, expectations(cache_root()), cache_root(), out / "calls.json")
 
 
-def check(found: JudgedCalls, absent: int) -> None:
+def check(found: JudgedCalls, own: dict[str, int]) -> None:
     wrong = [call.message() for call in found.results if call.status not in (Status.PASS, Status.KNOWN)]
     assert found.lost is None and not wrong, wrong
     causes = Counter(id for call in found.results if call.explained for id in call.explained.ids)
-    assert causes == KNOWN | ({"CMI109": absent} if absent else {})
-    assert sum("has no position_delta" in call.error for call in found.results) == absent
-    assert len(found.results) == 129
+    assert causes == KNOWN | own
+    absent = sum("has no " in call.error for call in found.results)
+    assert absent == sum(own.get(id, 0) for id in ("CMI109", "CMI131", "CMI149"))
+    assert len(found.results) == 367
 
 
 def test_every_release_is_stored() -> None:
@@ -46,4 +50,4 @@ def test_stored_calls(release: str, tmp_path: Path) -> None:
 
 @pytest.mark.rust
 def test_live_calls(tmp_path: Path) -> None:
-    check(judged("0.2.2", tmp_path), 0)
+    check(judged("0.2.2", tmp_path), NEW)

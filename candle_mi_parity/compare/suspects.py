@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
+from candle_mi_parity.spec.hook_points import WEIGHTS
+
 SUSPECTS = {
+    ("weights.NAME",): "the dequantisation of this weight of a quantised checkpoint",
     ("hook_embed",): "token embedding and its scale",
     ("attn.hook_q", "attn.hook_k", "attn.hook_v"): "projections, biases, head layout, the norm before attention",
     ("attn.hook_scores",): "rotary, scale, grouped-query repetition (q and k are captured before rotary)",
@@ -34,5 +37,5 @@ def in_any_layer(name: str) -> str:
 
 def suspect(name: str) -> str:
     """What to look at when a case first diverges at a tensor; empty for one that is computed from others."""
-    point = "lens" if name.startswith("lens.") else hook_point(name)
+    point = "weights.NAME" if name.startswith(WEIGHTS) else "lens" if name.startswith("lens.") else hook_point(name)
     return next((parts for points, parts in SUSPECTS.items() if point in points), "")

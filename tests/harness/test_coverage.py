@@ -10,7 +10,7 @@ import pytest
 
 from candle_mi_parity.candidate.spelling import stored_releases
 from candle_mi_parity.models.tokenizers import FILES
-from candle_mi_parity.spec.cases import SaeFile, TinyModel, load_cases, select
+from candle_mi_parity.spec.cases import FixtureModel, SaeFile, TinyModel, load_cases, select
 from candle_mi_parity.spec.explanations import load_explanations
 from candle_mi_parity.spec.families import MAPPED
 from candle_mi_parity.spec.hook_points import LAYER_POINTS
@@ -41,10 +41,16 @@ def test_every_fixture_file_belongs_to_something() -> None:
     tiny = {case.model.config for case in CASES if isinstance(case.model, TinyModel)}
     saes = {case.sae.path for case in CASES if isinstance(case.sae, SaeFile) and case.sae.repo is None}
     goldens = {case.id.replace("/", "-") for case in DEFAULT if has_golden(case)}
-    used = tiny | saes | {f"goldens/{name}{suffix}" for name in goldens for suffix in (".npz", ".json")}
+    quantized = {
+        f"{case.model.path}/{name}"
+        for case in CASES
+        if isinstance(case.model, FixtureModel)
+        for name in ("config.json", "model.safetensors", "dequantized.json")
+    }
+    used = tiny | saes | quantized | {f"goldens/{name}{suffix}" for name in goldens for suffix in (".npz", ".json")}
     tables = {"cases.toml", "explanations.toml", "config_fields.toml", "census.toml", "texts.json"}
     tables |= {"calls.toml", "known_calls.toml", "tokenizers.toml", "hunt.toml"}
-    makers = {"saes/README.md", "saes/make_tiny.py"} | {f"tokenizer/{name}" for name in FILES}
+    makers = {"saes/README.md", "saes/make_tiny.py", "quantized/make.py"} | {f"tokenizer/{name}" for name in FILES}
     there = {
         str(path.relative_to(FIXTURES)) for path in FIXTURES.rglob("*") if path.is_file() and path.suffix != ".pyc"
     }

@@ -348,6 +348,7 @@ def test_tokens_of_texts(emitter: EmitterProcess, tmp_path: Path) -> None:
         "encode": [[0, 1, 2], [0], None, [0, 2]],
         "encode_raw": [[1, 2], [], None, [2]],
         "decode": ["<s> a b", "<s>", None, "<s> b"],
+        "offsets": [[0, 0, 0, 1, 2, 3], [0, 0], None, [0, 0, 0, 1]],
     }
     assert list(errors) == ["2"] and "\n" not in errors["2"] and "encode" in errors["2"]
 

@@ -17,13 +17,14 @@ from tests.support.results import HOSTILE, a_history, a_hunt, a_report, checked,
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
 TEXTS = """slug case command version title model_type torch transformers tensor dtype candle_dtype heads element_gate
-position_gate samples imports watched module value extra lines settings unusual"""
+position_gate samples imports watched module value extra lines settings unusual pretrained
+was_pretrained stands_for full_attention"""
 WORST = Worst.of([0], 1.0, 2.0, 0.5, 2.0)
 OTHERS: dict[str, Any] = {
     "edits": [], "in_attention": [], "tokens": [1], "shape": [1, 1], "differing": [(HOSTILE, HOSTILE, HOSTILE)],
     "first": TensorResult(HOSTILE, Status.FAIL, worst=WORST, detail=HOSTILE), "side": "input",
     "config": {"num_hidden_layers": HOSTILE, "hidden_size": HOSTILE}, "json": str, "one_line": one_line,
-    "sae": SimpleNamespace(hook=HOSTILE, cfg={"dtype": HOSTILE}),
+    "recurrent": None, "sae": SimpleNamespace(hook=HOSTILE, cfg={"dtype": HOSTILE}),
     "encoder": SimpleNamespace(normalize="layer_norm", centred=True, by_decoder_norm=True, k=HOSTILE, threshold=[]),
 }  # fmt: skip
 

@@ -312,6 +312,7 @@ def test_the_docs_name_the_suspects_that_page_and_terminal_name() -> None:
     assert {tuple(re.findall("`(.*?)`", points)): parts for points, parts in rows} == SUSPECTS
     assert all(suspect(name) for name in [*hook_names(2), "logits", "lens.blocks.0.hook_resid_post", "sae.features"])
     assert not suspect("logits.next_token")
+    assert suspect("weights.model.layers.0.mlp.up_proj.weight").startswith("the dequantisation")
 
 
 def test_a_report_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
