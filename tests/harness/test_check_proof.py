@@ -30,7 +30,7 @@ from validation.catalogue import load_faults
 from validation.source_faults import Checkout
 
 RELEASE = "0.2.2"
-DIVERGENCES = 88
+DIVERGENCES = 135
 """Cases of the table in which the release is known to compute something else."""
 FAULTS = {"source-rope-exponent", "source-query-norm", "source-gate-half"}
 """Faults in candle-mi's source that no change of a setting imitates."""
@@ -48,7 +48,7 @@ def check_copy(case: Case, out: Path, opened: Callable[[], Source] | None = None
     :param opened: the source of the traces; None for the release, built.
     """
     subject = prepare(case, cache_root())
-    shutil.copytree(subject.model_dir, out / "mine")
+    shutil.copytree(subject.quantized_dir or subject.model_dir, out / "mine")
     sae = None
     if subject.sae_file:
         sae = out / subject.sae_file.name  # the digest of a directory includes its name
@@ -61,6 +61,7 @@ def check_copy(case: Case, out: Path, opened: Callable[[], Source] | None = None
         hook=case.sae.hook if case.sae else None,
         edits=tuple(case.edits),
         dtype=case.dtype,
+        loader=case.loader,
         candidate=RELEASE,
         out=out,
         search=search,
