@@ -16,6 +16,7 @@ from candle_mi_parity.candidate.store import write_named
 from candle_mi_parity.compare.diff import Diff
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status
+from candle_mi_parity.coverage import calls_judge
 from candle_mi_parity.coverage.calls import Answer, Answered, Calls, answers, load_calls
 from candle_mi_parity.coverage.calls_compare import compare_call
 from candle_mi_parity.coverage.calls_judge import (
@@ -279,8 +280,14 @@ BAD_ROWS: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("message", BAD_ROWS)
-def test_a_row_that_cannot_be_is_an_error_that_names_it(message: str, tmp_path: Path) -> None:
-    rows = [row.model_dump() for row in load_known_calls().known]
+def test_a_row_that_cannot_be_is_an_error_that_names_it(
+    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the calls of two functions alone: the truths of all take minutes."""
+    table = load_calls()
+    few = [row for row in table.call if row.id.startswith(("kl/", "sample/"))]
+    monkeypatch.setattr(calls_judge, "load_calls", lambda: table.model_copy(update={"call": few}))
+    rows = [row.model_dump() for row in load_known_calls().known if row.id in ("CMI103", "CMI104")]
     spoilt_rows = [row | (BAD_ROWS[message] if row["id"] == "CMI103" else {}) for row in rows]
     with pytest.raises((ValueError, ExplanationError), match=re.escape(message)):
         expectations(tmp_path, KnownCalls.model_validate({"known": spoilt_rows}))
