@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.spec.cases import Setting, TableRow, read_toml
+from candle_mi_parity.spec.cases import Setting
+from candle_mi_parity.spec.table import TableRow, read_toml
 
 FAULTS = Path(__file__).with_name("faults.toml")
 NOWHERE = "nowhere"

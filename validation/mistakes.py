@@ -27,8 +27,8 @@ from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.report.tables import WIDE, run_tables
 from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.run.run import run
-from candle_mi_parity.spec.cases import TableRow, read_toml
 from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.spec.table import TableRow, read_toml
 from validation.catalogue import CatalogueError, SourceEdit
 from validation.source_faults import Checkout
 

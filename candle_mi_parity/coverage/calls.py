@@ -17,8 +17,8 @@ from candle_mi_parity.coverage.calls_models import ModelRow
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.untrusted import read_json, validated
-from candle_mi_parity.spec.cases import TableRow, read_toml
 from candle_mi_parity.spec.paths import FIXTURES
+from candle_mi_parity.spec.table import TableRow, read_toml
 from candle_mi_parity.trace.trace import CandleMi, CaseRef, Digest, Part
 
 TIMEOUT_SECONDS = 120.0

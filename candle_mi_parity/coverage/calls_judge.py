@@ -27,9 +27,9 @@ from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.digest import digest_files
 from candle_mi_parity.judge.case import failure_of
 from candle_mi_parity.oracle.provenance import library_versions, rules_digest
-from candle_mi_parity.spec.cases import TableRow, read_toml
 from candle_mi_parity.spec.explanations import Cause, Pattern, baseline, check_unique
 from candle_mi_parity.spec.paths import FIXTURES, command
+from candle_mi_parity.spec.table import TableRow, read_toml
 from candle_mi_parity.trace.trace import CandleMi
 from candle_mi_parity.trace.truth import TruthTensor
 

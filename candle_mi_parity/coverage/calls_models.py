@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 
 from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.models.resolve import model_directory
-from candle_mi_parity.spec.cases import PackageModel, Setting, TableRow
+from candle_mi_parity.spec.cases import PackageModel, Setting
+from candle_mi_parity.spec.table import TableRow
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 WORDS = ("the", "rose", "is", "red", "sky", "blue", "and", "in", "a", "of", "night", "day")

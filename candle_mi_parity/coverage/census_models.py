@@ -22,9 +22,10 @@ from candle_mi_parity.files.digest import digest_files
 from candle_mi_parity.models import generate
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import tensor_values
-from candle_mi_parity.spec.cases import Scalar, TableRow, read_toml
+from candle_mi_parity.spec.cases import Scalar
 from candle_mi_parity.spec.families import BIDIRECTIONAL, transformers_type
 from candle_mi_parity.spec.paths import FIXTURES
+from candle_mi_parity.spec.table import TableRow, read_toml
 
 Dialect = Literal["hub", "v5"]
 Values = dict[str, Scalar | list[int] | list[str] | dict[str, Scalar]]

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.spec.cases import Setting, TableRow, read_toml
+from candle_mi_parity.spec.cases import Setting
 from candle_mi_parity.spec.paths import FIXTURES
+from candle_mi_parity.spec.table import TableRow, read_toml
 
 
 class FieldError(ParityError):

@@ -186,7 +186,7 @@ def through_pretrained(traces: Iterable[Made], features: tuple[str, ...]) -> lis
     for made in traces:
         subject, files = made.subject, weight_files(made.subject.model_dir)
         case = subject.case
-        plain = (case.loader, case.dtype) == ("hf", "float32") and not case.edits and case.recurrent is None
+        plain = (case.loader, case.dtype) == ("hf", "float32") and not case.changed
         small = sum(file.stat().st_size for file in files) < LARGE and len(subject.tokens[0]) < LONG
         if plain and small and (len(files) == 1 or "mmap" in features):
             forward = Forward(name, subject.captures, loader="pretrained")

@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.hunt.genes import Genes, case_of, entries_of, layers_of
-from candle_mi_parity.spec.cases import Layout, SaeStatistic, Statistic, TableRow, read_toml
+from candle_mi_parity.spec.cases import Layout, SaeStatistic, Statistic
 from candle_mi_parity.spec.families import MAPPED, is_bidirectional, transformers_type
 from candle_mi_parity.spec.hook_points import hook_names
 from candle_mi_parity.spec.paths import FIXTURES
+from candle_mi_parity.spec.table import TableRow, read_toml
 
 LENGTHS = ("sliding_window", "original_max_position_embeddings", "max_position_embeddings", "attention_chunk_size")
 """Config keys that hold a number of tokens, at which behaviour may change."""

@@ -14,9 +14,9 @@ from pydantic import Field
 
 from candle_mi_parity.errors import CaseTableError, HubError, ModelError
 from candle_mi_parity.files.cache import content_key, publish
-from candle_mi_parity.spec.cases import TableRow, read_toml
 from candle_mi_parity.spec.explanations import Cause
 from candle_mi_parity.spec.paths import FIXTURES
+from candle_mi_parity.spec.table import TableRow, read_toml
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
 LARGEST = 64 << 20

@@ -18,9 +18,10 @@ from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.files.untrusted import read_bytes
 from candle_mi_parity.models.checkpoint import local_path
 from candle_mi_parity.models.generate import seeded_words
-from candle_mi_parity.spec.cases import BELOW, MAX_TOML_BYTES, SaeFile, SaePlace, TableRow
+from candle_mi_parity.spec.cases import BELOW, SaeFile, SaePlace
 from candle_mi_parity.spec.edits import Edit
 from candle_mi_parity.spec.forecast import LENGTHS
+from candle_mi_parity.spec.table import MAX_TOML_BYTES, TableRow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

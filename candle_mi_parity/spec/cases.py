@@ -5,30 +5,21 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-import tomllib
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from candle_mi_parity.errors import CaseTableError, ParityError
-from candle_mi_parity.files.escape import one_line
-from candle_mi_parity.files.untrusted import read_bytes
+from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.spec.edits import Edit
 from candle_mi_parity.spec.paths import FIXTURES
 from candle_mi_parity.spec.recurrent import Recurrent
+from candle_mi_parity.spec.table import TableRow, read_toml
 
-MAX_TOML_BYTES = 4 << 20
 BELOW = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*$"
 """A relative path of which no part is empty or begins with a dot, so that it cannot leave its directory."""
-
-
-class TableRow(BaseModel):
-    """A row of a TOML table, or a part of one; an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class RandomTokens(TableRow):
@@ -342,24 +333,6 @@ class Table(TableRow):
             if bad := [text for text in [case.id, *sae] if not re.match(BELOW, text)]:
                 raise ValueError(f"{bad[0]!a} is not a plain name or path")
         return self
-
-
-M = TypeVar("M", bound=BaseModel)
-
-
-def read_toml(path: Path, model: type[M], fault: type[ParityError]) -> M:
-    """A TOML file of the suite, validated against its model.
-
-    :param fault: the exception for a file that is unreadable, has an unknown or missing key, or a wrong type.
-    """
-    try:
-        return model.model_validate(tomllib.loads(read_bytes(path, MAX_TOML_BYTES).decode("utf-8")))
-    except ValidationError as error:  # is a ValueError too
-        first = error.errors()[0]
-        where = one_line(".".join(str(part) for part in first["loc"]))
-        raise fault(f"{path}: {where}: {one_line(first['msg'])}") from error
-    except (OSError, ValueError, RecursionError, ParityError) as error:
-        raise fault(f"{path}: {one_line(str(error))}") from error
 
 
 def load_cases(path: Path = FIXTURES / "cases.toml") -> list[Case]:

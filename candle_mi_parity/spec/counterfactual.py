@@ -10,9 +10,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from candle_mi_parity.errors import ExplanationError
-from candle_mi_parity.spec.cases import Setting, TableRow
+from candle_mi_parity.spec.cases import Setting
 from candle_mi_parity.spec.edits import Edit
 from candle_mi_parity.spec.recurrent import Recurrent
+from candle_mi_parity.spec.table import TableRow
 
 Config = dict[str, Any]
 ROTARY = "rope_parameters"

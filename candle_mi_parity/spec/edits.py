@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from candle_mi_parity.errors import CaseTableError
+from candle_mi_parity.spec.table import TableRow
 
 E = TypeVar("E", bound="_Edit")
-S = TypeVar("S", bound=BaseModel)
+S = TypeVar("S", bound=TableRow)
 Position = Annotated[int, Field(ge=0)]
 Shape = Literal["[d]", "[1, d]", "[1, 1, d]", "[1, T, d]", "[B, 1, d]"]
 _SHAPES: dict[str, tuple[str, ...]] = {
@@ -27,10 +28,8 @@ _SHAPES: dict[str, tuple[str, ...]] = {
 """Kind → the shapes of its tensor besides the default, as candle-mi documents ``Intervention``."""
 
 
-class _Edit(BaseModel):
+class _Edit(TableRow):
     """The common part; ``hook`` is candle-mi's name of the hook point."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     hook: str
 
@@ -108,16 +107,14 @@ class Zero(_Edit):
     kind: Literal["zero"]
 
 
-class FromTo(BaseModel):
+class FromTo(TableRow):
     """One query position and several keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     query: Position
     keys: Annotated[list[Position], Field(min_length=1)]
 
 
-class Attention(BaseModel):
+class Attention(TableRow):
     """Entries of the attention matrix, as candle-mi's ``KnockoutSpec`` and ``SteeringSpec`` take them.
 
     :ivar layers: the first and last layer of the specification's range; outside of it the edit has no effect. None
@@ -128,8 +125,6 @@ class Attention(BaseModel):
     :ivar to_positions: keys, with every query.
     :ivar from_to: a query with several keys.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     layers: Annotated[list[Position], Field(min_length=2, max_length=2)] | None = Field(
         default=None, exclude_if=lambda layers: layers is None

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from candle_mi_parity.errors import ExplanationError
 from candle_mi_parity.files.escape import one_line
-from candle_mi_parity.spec.cases import TableRow, read_toml
 from candle_mi_parity.spec.explanations import Cause, Explanation, Explanations, load_explanations
+from candle_mi_parity.spec.table import TableRow, read_toml
 
 C = TypeVar("C", bound=Cause)
 

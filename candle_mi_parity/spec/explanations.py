@@ -17,10 +17,10 @@ from pydantic import AfterValidator, Field, model_validator
 
 from candle_mi_parity.errors import ExplanationError
 from candle_mi_parity.files.toml_out import toml_rows
-from candle_mi_parity.spec.cases import TableRow, read_toml
 from candle_mi_parity.spec.conditions import Condition, Facts, all_hold
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
 from candle_mi_parity.spec.paths import FIXTURES
+from candle_mi_parity.spec.table import TableRow, read_toml
 
 MOST_STORED = 3
 """Largest number of explanations that refer to a stored trace, because no counterfactual expresses them."""

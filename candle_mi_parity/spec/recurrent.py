@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from candle_mi_parity.spec.edits import Position, short
+from candle_mi_parity.spec.table import TableRow
 
 Layer = Annotated[int, Field(ge=0)]
 
 
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Feedback(_Row):
+class Feedback(TableRow):
     """A random vector [d] that is added to the stream at one position, before every pass but the first.
 
     :ivar strength: factor of the vector.
@@ -32,7 +29,7 @@ class Feedback(_Row):
         return short(self, self.strength)
 
 
-class Recurrent(_Row):
+class Recurrent(TableRow):
     """``RecurrentPassSpec``.
 
     Without feedback every pass is given the output of the one before. With feedback every pass after the first is
