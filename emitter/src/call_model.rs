@@ -1,57 +1,38 @@
 //! Calls of functions that run a model, or that decode with its tokenizer.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use candle_mi::interp::logit_lens::decode_predictions_with;
 use candle_mi::{
     GenericTransformer, HookPoint, HookSpec, LogitLensAnalysis, LogitLensResult, MIError, MIModel,
-    MITokenizer, RecurrentPassSpec, TokenPrediction, TransformerConfig,
+    MITokenizer, RecurrentPassSpec, TokenPrediction,
 };
 
 use crate::answer::{Answer, Outcome};
 use crate::call_protocol::{Lens, ModelCall, Recur};
 use crate::error::EmitError;
 use crate::inputs::Inputs;
-use crate::weights::{self, Weights};
+use crate::last::Last;
+use crate::model;
+use crate::weights;
 
 /// The last model, with its tokenizer.
-#[derive(Default)]
-pub struct CallModels {
-    held: Option<(PathBuf, MIModel)>,
-}
+pub type CallModels = Last<MIModel>;
 
-impl CallModels {
-    fn get(&mut self, directory: &Path) -> Result<&MIModel, EmitError> {
-        let held = match self.held.take() {
-            Some(held) if held.0 == directory => held,
-            other => {
-                // Freed before the next one is read.
-                drop(other);
-                let backend = Box::new(transformer(directory)?);
-                let tokenizer = Some(tokenizer(directory)?);
-                let model = MIModel::with_tokenizer(backend, Device::Cpu, tokenizer);
-                (directory.to_path_buf(), model)
-            }
-        };
-        Ok(&self.held.insert(held).1)
-    }
+fn with_tokenizer(directory: &Path) -> Result<MIModel, EmitError> {
+    let backend = Box::new(transformer(directory)?);
+    let tokenizer = Some(tokenizer(directory)?);
+    Ok(MIModel::with_tokenizer(backend, Device::Cpu, tokenizer))
 }
 
 fn transformer(directory: &Path) -> Result<GenericTransformer, EmitError> {
-    let refused = |error: MIError| EmitError::Model(error.to_string());
     let files = weights::files_of(directory)?;
-    let (config, shards) = files
-        .split_first()
-        .ok_or_else(|| EmitError::Model("no files to load".to_owned()))?;
-    let json: serde_json::Value = serde_json::from_slice(&weights::read(config)?)
-        .map_err(|error| EmitError::Model(format!("{} is not JSON: {error}", config.display())))?;
-    let config = TransformerConfig::from_hf_config(&json).map_err(refused)?;
-    let weights = Weights::read(shards, DType::F32, &Device::Cpu)?;
-    GenericTransformer::load(config, &Device::Cpu, DType::F32, weights.builder).map_err(refused)
+    Ok(model::build(&files, DType::F32, false, &Device::Cpu)?.transformer)
 }
 
-fn tokenizer(directory: &Path) -> Result<MITokenizer, EmitError> {
+/// The tokenizer beside a model.
+pub fn tokenizer(directory: &Path) -> Result<MITokenizer, EmitError> {
     MITokenizer::from_hf_path(directory.join("tokenizer.json"))
         .map_err(|error| EmitError::Model(error.to_string()))
 }
@@ -64,18 +45,21 @@ pub fn run(
     match call {
         ModelCall::GenerateRecurrent(recur) => generate(recur, inputs),
         ModelCall::BuildContrastiveDirection { model, prompts } => {
-            contrastive::build(models.get(model)?, prompts)
+            contrastive::build(models.get(model, with_tokenizer)?, prompts)
         }
         ModelCall::ContrastiveIntervention(steered) => {
-            contrastive::intervene(models.get(&steered.model)?, steered)
+            contrastive::intervene(models.get(&steered.model, with_tokenizer)?, steered)
         }
         ModelCall::ForwardText { model, text, layer } => {
-            forward_text(models.get(model)?, text, *layer)
+            forward_text(models.get(model, with_tokenizer)?, text, *layer)
         }
         ModelCall::LogitLens(lens) => logit_lens(lens, inputs),
-        ModelCall::EmbeddingVector { model, token } => {
-            Outcome::tensor(models.get(model)?.backend().embedding_vector(*token))
-        }
+        ModelCall::EmbeddingVector { model, token } => Outcome::tensor(
+            models
+                .get(model, with_tokenizer)?
+                .backend()
+                .embedding_vector(*token),
+        ),
     }
 }
 

@@ -1,36 +1,18 @@
 //! Calls of a tokenizer's functions for single tokens and for where tokens stand in a text.
 
-use std::path::{Path, PathBuf};
-
 use candle_mi::{convert_positions, EncodingWithOffsets, MIError, MITokenizer};
 
 use crate::answer::{Answer, Outcome};
+use crate::call_model::tokenizer;
 use crate::call_protocol::OffsetsCall;
 use crate::error::EmitError;
+use crate::last::Last;
 
 /// The last tokenizer.
-#[derive(Default)]
-pub struct Tokenizers {
-    held: Option<(PathBuf, MITokenizer)>,
-}
-
-impl Tokenizers {
-    fn get(&mut self, directory: &Path) -> Result<&MITokenizer, EmitError> {
-        let held = match self.held.take() {
-            Some(held) if held.0 == directory => held,
-            _ => {
-                let path = directory.join("tokenizer.json");
-                let tokenizer = MITokenizer::from_hf_path(path)
-                    .map_err(|error| EmitError::Model(error.to_string()))?;
-                (directory.to_path_buf(), tokenizer)
-            }
-        };
-        Ok(&self.held.insert(held).1)
-    }
-}
+pub type Tokenizers = Last<MITokenizer>;
 
 pub fn run(call: &OffsetsCall, tokenizers: &mut Tokenizers) -> Result<Outcome, EmitError> {
-    let tokenizer = tokenizers.get(call.model())?;
+    let tokenizer = tokenizers.get(call.model(), tokenizer)?;
     Ok(match answers(call, tokenizer) {
         Ok(answers) => Outcome::Results(answers),
         Err(error) => Outcome::Refused(error),

@@ -28,6 +28,8 @@ mod forwards_protocol;
 mod hook_point;
 mod identity;
 mod inputs;
+#[cfg(feature = "calls")]
+mod last;
 mod machine;
 mod model;
 mod panics;

@@ -169,6 +169,33 @@ fn load(
     auto: bool,
     device: Device,
 ) -> Result<LoadedModel, EmitError> {
+    let built = build(files, dtype, auto, &device)?;
+    Ok(LoadedModel {
+        model: Model::Transformer(Box::new(built.transformer)),
+        device,
+        dtype,
+        vocab_size: built.vocab_size,
+        digest: built.digest,
+    })
+}
+
+/// A model that was built from its config and weights.
+pub struct Built {
+    pub transformer: GenericTransformer,
+    vocab_size: usize,
+    digest: String,
+}
+
+/// Reads `config.json`, the first of `files`, and the weights, the others.
+///
+/// # Errors
+/// `Io` and `Model` where a file cannot be read or candle-mi refuses it.
+pub fn build(
+    files: &[PathBuf],
+    dtype: DType,
+    auto: bool,
+    device: &Device,
+) -> Result<Built, EmitError> {
     let (config_path, shards) = files
         .split_first()
         .ok_or_else(|| EmitError::Model("no files to load".to_owned()))?;
@@ -182,20 +209,18 @@ fn load(
     } else {
         Some(TransformerConfig::from_hf_config(&json).map_err(refused)?)
     };
-    let weights = Weights::read(shards, dtype, &device)?;
+    let weights = Weights::read(shards, dtype, device)?;
     let config = match known {
         Some(config) => config,
         None => auto_config(&json, &weights.names)?,
     };
     let vocab_size = config.vocab_size;
-    let model =
-        GenericTransformer::load(config, &device, dtype, weights.builder).map_err(refused)?;
+    let transformer =
+        GenericTransformer::load(config, device, dtype, weights.builder).map_err(refused)?;
     let mut digests = weights.digests;
     digests.push((CONFIG.to_owned(), digest::sha256(&config_bytes)));
-    Ok(LoadedModel {
-        model: Model::Transformer(Box::new(model)),
-        device,
-        dtype,
+    Ok(Built {
+        transformer,
         vocab_size,
         digest: digest::of_files(&digests),
     })
