@@ -89,11 +89,13 @@ def real_of(case: Case, mode: Mode = "free") -> Real:
 def known_real(case_id: str, mode: Mode = "free") -> Real:
     """A case in which 0.2.2 is known to diverge, with the float32 run and the truth of its counterfactual.
 
-    The counterfactual may only change the config.
+    The counterfactual may only change the config. A row that does not, as that of a LayerNorm in one pass, which each
+    StarCoder2 has, is left out: on these models it changes nothing beyond the noise.
     """
     subject = prepare(CASES[case_id], cache_root())
     table, plain = load_explanations(), Oracle(subject, cache_root())
-    change = combined(row for row in table.applicable(facts_of(subject), RELEASE.version) if row.change is not None)
+    rows = table.applicable(facts_of(subject), RELEASE.version)
+    change = combined(row for row in rows if row.change is not None and row.change.changes_config)
     assert change.changes_config and not (change.weights_zero or change.variants), case_id
     oracle = plain.under(change)
 
