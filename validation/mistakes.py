@@ -100,7 +100,7 @@ class Seen:
         return self.verdict in (Verdict.PASS, Verdict.KNOWN) if self.mistake.survives else self.killed
 
     def row(self) -> str:
-        """A row of the table in ``docs/sensitivity.md``."""
+        """A row of a Markdown table."""
         of = self.mistake
         place = of.first if of.at == ANY else f"{of.at}: {of.first}"
         named = of.survives or ("yes" if self.named else "no")
