@@ -12,7 +12,7 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 from candle_mi_parity.compare.run_result import Verdict
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.escape import one_line
-from candle_mi_parity.files.json_out import plain, unplain, write_json
+from candle_mi_parity.files.json_out import unplain, write_json
 from candle_mi_parity.files.untrusted import read_json
 from candle_mi_parity.spec.counterfactual import Counterfactual
 
@@ -230,7 +230,7 @@ class HuntResult:
 
     def write(self, path: Path) -> None:
         """:raises ReportError: the disk is full or read-only."""
-        write_json(plain(asdict(self)), path)
+        write_json(asdict(self), path)
 
     @staticmethod
     def read(path: Path) -> HuntResult:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 def printable(text: str) -> str:
     """Escape control characters and text-direction marks (``\\x1b``), but not newlines."""
+    if text.isprintable():  # nearly always, and faster than a look at each character
+        return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_json
 
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.files import atomic
@@ -36,11 +37,11 @@ def unplain(value: Any) -> Any:
 
 
 def write_json(data: Any, path: Path) -> None:
-    """Write JSON atomically.
+    """Write JSON atomically, see :func:`plain`.
 
     :raises ReportError: the disk is full or read-only.
     """
-    write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", path)
+    write_text(to_json(plain(data), indent=1, ensure_ascii=True).decode() + "\n", path)
 
 
 def write_text(text: str, path: Path) -> None:

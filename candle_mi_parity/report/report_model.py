@@ -17,7 +17,6 @@ from pydantic_core import core_schema
 
 from candle_mi_parity.compare.run_result import RunResult, Section, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Explained, Outcome, Status
-from candle_mi_parity.files.json_out import plain
 from candle_mi_parity.report.causes import CauseSeen, known_causes, new_causes
 
 FORMAT = "candle-mi-parity/report/6"
@@ -70,7 +69,7 @@ REPORT = _model_of(
 
 
 def document(result: RunResult) -> dict[str, Any]:
-    """The report as data for JSON; a number that JSON cannot represent is spelt as a string."""
+    """The report as data, for :func:`json_out.write_json`."""
     computed = {
         "format": FORMAT,
         "right": result.is_right(),
@@ -82,7 +81,7 @@ def document(result: RunResult) -> dict[str, Any]:
         "causes": [*new_causes(result), *known_causes(result)],
     }
     found = {name: computed[name] if name in computed else getattr(result, name) for name in REPORT.model_fields}
-    return dict(plain(REPORT.model_validate(found).model_dump()))
+    return REPORT.model_validate(found).model_dump()
 
 
 class _Strict(GenerateJsonSchema):

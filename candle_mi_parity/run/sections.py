@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,15 +52,37 @@ def judge_sections(
 ) -> None:
     """Ask and judge every part of the run but the traces, and fill the sections of the result.
 
+    Other forwards are made by one emitter while another answers the rest, as each is one process that computes.
+
     :param cases: those of which traces were just made.
     """
+    pool = ThreadPoolExecutor(1)
+    try:
+        forwards = None
+        if "traces" in options.parts:
+            if not options.cases:
+                progress.note("other forwards")
+            out = options.out / "traces" / "forwards"
+            forwards = pool.submit(judge_forwards, source, cases, options.candidate, out, whole=not options.cases)
+        with source.fresh() if isinstance(source, LiveSource) else nullcontext(source) as other:
+            _judge_rest(other, options, known, expected, result, progress)
+        if forwards is not None:
+            result.sections = {FORWARDS: forwards.result(), **result.sections}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a stopped run does not wait for an emitter that may hang
+    for part in set(options.only) & set(result.sections):
+        result.sections[part] = replace(result.sections[part], asked_for=True)
+
+
+def _judge_rest(
+    source: Source,
+    options: RunOptions,
+    known: Explanations,
+    expected: ExpectedDivergences | None,
+    result: RunResult,
+    progress: Progress,
+) -> None:
     parts, out = options.parts, options.out / "traces"
-    if "traces" in parts:
-        if not options.cases:
-            progress.note("other forwards")
-        result.sections[FORWARDS] = judge_forwards(
-            source, cases, options.candidate, out / "forwards", whole=not options.cases
-        )
     if "calls" in parts:
         progress.note("direct calls")
         held_to = expected_calls(options.cache, known.chosen, expected)
@@ -78,8 +102,6 @@ def judge_sections(
         result.sections["auto-config"] = judge_classes(
             source, release, options.candidate, options.cache, out / "auto-config"
         )
-    for part in set(options.only) & set(result.sections):
-        result.sections[part] = replace(result.sections[part], asked_for=True)
 
 
 def expected_calls(cache: Path, release: str, expected: ExpectedDivergences | None) -> Expectations:

@@ -201,6 +201,15 @@ def test_near_ties_may_be_exchanged_where_their_weights_are_rounded() -> None:
     assert compare_call(exact, swapped, near)[0].status is Status.FAIL
 
 
+@pytest.mark.parametrize(("chosen", "right"), [([0, 2], True), ([2, 0], True), ([0, 1], False), ([1, 3], False)])
+def test_infinite_weights_are_the_largest_and_equal(chosen: list[int], right: bool) -> None:
+    weights, noise = np.array([np.inf, 0.5, np.inf, 0.1]), np.array([0.0, 1e-8, 0.0, 1e-8])
+    order = {"positions": TruthTensor(np.array([0.0, 2, 1, 3]), np.zeros(4)), "weights": TruthTensor(weights, noise)}
+    answer = {"positions": np.array(chosen, dtype=np.float64), "weights": weights[chosen]}
+    results = compare_call(ROWS["top_attended/2"], answer, order)
+    assert all(result.status is Status.PASS for result in results) is right
+
+
 @pytest.mark.parametrize("call", [row.id for row in OURS if row.raises])
 def test_pytorch_raises_where_the_table_says_so(call: str) -> None:
     assert truth(call) == {}
