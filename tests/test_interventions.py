@@ -63,6 +63,7 @@ def rms(tensor: torch.Tensor) -> float:
     return float(tensor.double().square().mean().sqrt())
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("case_id", EDITED)
 def test_each_edit_of_a_case_changes_a_later_tensor(case_id: str) -> None:
     case = EDITED[case_id]

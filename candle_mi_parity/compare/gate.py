@@ -81,7 +81,8 @@ def spread(per_position: np.ndarray, like: np.ndarray) -> np.ndarray:
 
 def by_position(array: np.ndarray) -> np.ndarray:
     """[B, …, T, entries] → [B, T, everything of that position]."""
-    return np.moveaxis(array, -2, 1).reshape(array.shape[0], array.shape[-2], -1)
+    moved = array if array.ndim == 3 else np.moveaxis(array, -2, 1)
+    return moved.reshape(array.shape[0], array.shape[-2], -1)
 
 
 def measure(

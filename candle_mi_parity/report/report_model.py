@@ -81,7 +81,7 @@ def document(result: RunResult) -> dict[str, Any]:
         "causes": [*new_causes(result), *known_causes(result)],
     }
     found = {name: computed[name] if name in computed else getattr(result, name) for name in REPORT.model_fields}
-    return REPORT.model_validate(found).model_dump()
+    return dict(REPORT.model_validate(found).model_dump())
 
 
 class _Strict(GenerateJsonSchema):

@@ -58,6 +58,9 @@ const USAGE: &str = "usage: parity-emitter < requests.jsonl | --once FILE | --ve
 
 fn main() -> ExitCode {
     panics::keep();
+    // candle asks for this number before each matrix product, and without the variable reads /proc/cpuinfo each time.
+    let threads = candle_core::utils::get_num_threads();
+    std::env::set_var("RAYON_NUM_THREADS", threads.to_string());
     // The stand-in for candle-mi's downloader joins this and the name of a repository, which is here an absolute path.
     std::env::set_var("PARITY_HUB", std::path::MAIN_SEPARATOR_STR);
     let arguments: Vec<String> = std::env::args().skip(1).collect();

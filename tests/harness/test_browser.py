@@ -128,6 +128,7 @@ CHECKS: dict[str, Callable[[Browser, Path], list[str]]] = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", ["report", "diff", "history", "check", "hunt"])
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_page_is_fit_for_its_readers(browser: Browser, pages: dict[str, Path], check: str, name: str) -> None:

@@ -279,6 +279,7 @@ BAD_ROWS: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("message", BAD_ROWS)
 def test_a_row_that_cannot_be_is_an_error_that_names_it(
     message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -344,6 +345,7 @@ def worse(a: Calls, b: Calls) -> list[str]:
     return [f"{call.id}: {'; '.join(call.worse)}" for call in diff.worse]
 
 
+@pytest.mark.thorough
 def test_a_diff_compares_calls() -> None:
     halved = spoilt(*HALVED)
     assert worse(STORED, STORED) == worse(halved, STORED) == worse(halved, halved) == []

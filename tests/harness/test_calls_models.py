@@ -105,6 +105,7 @@ PLANTED: dict[str, Callable[[], tuple[str, np.ndarray]]] = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", [*RIGHT, *PLANTED])
 def test_a_direction_as_transformers_gives_it_passes_and_a_planted_fault_fails(name: str) -> None:
     call, vector = (RIGHT | PLANTED)[name]()
@@ -127,6 +128,7 @@ def test_text_gives_the_ids_and_numbers_of_transformers() -> None:
     assert not passes(call, right | {"logits": out.logits[0, 0].numpy()})
 
 
+@pytest.mark.thorough
 def test_a_steered_prompt_depends_on_the_strength() -> None:
     right = answer_of(ROWS["steered/unit"], truth("steered/unit"))
     assert passes("steered/unit", right)
@@ -146,10 +148,12 @@ def continued() -> list[int]:
     return ids
 
 
+@pytest.mark.thorough
 def test_one_pass_continues_as_transformers_does() -> None:
     assert answer_of(ROWS["generate/plain"], truth("generate/plain"))["tokens"].tolist() == continued()
 
 
+@pytest.mark.thorough
 def test_a_stop_token_ends_a_continuation_and_is_left_out() -> None:
     stopping = ROWS["generate/stop"]
     stop: Any = stopping.args["stop"]
@@ -175,11 +179,13 @@ WRONG_TOKENS: dict[str, tuple[str, Callable[[list[int]], list[int]]]] = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("call", ["generate/feedback", "generate/stop", "generate/no-steps", "generate/one-token"])
 def test_the_tokens_of_the_truth_pass(call: str) -> None:
     assert changed(call, lambda ids: ids)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", WRONG_TOKENS)
 def test_other_tokens_fail(name: str) -> None:
     assert not changed(*WRONG_TOKENS[name])

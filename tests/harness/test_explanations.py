@@ -134,6 +134,7 @@ ON_TOP: dict[str, tuple[str, dict[str, Any], dict[str, float], str]] = {
 """Fault on top → the explanation, what the candidate is instead, and the first tensor that differs under it."""
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", HONEST)
 def test_a_listed_counterfactual_explains_its_divergence(name: str, tmp_path: Path) -> None:
     there = diverging(tmp_path, name)
@@ -143,6 +144,7 @@ def test_a_listed_counterfactual_explains_its_divergence(name: str, tmp_path: Pa
     assert found.tensors >= len(there.truth.tensors)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("fault", ON_TOP)
 def test_a_fault_on_top_of_a_known_divergence_is_not_excused(fault: str, tmp_path: Path) -> None:
     name, config, weights, first = ON_TOP[fault]

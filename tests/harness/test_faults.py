@@ -36,6 +36,7 @@ def became(fault: Fault, directory: Path) -> Detection:
     return detect(fault, PlantedSource(fault, directory), twin)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", [fault.id for fault in FAULTS.values() if fault.fast])
 def test_a_fault_is_detected_where_it_was_planted(tmp_path: Path, name: str) -> None:
     found = became(FAULTS[name], tmp_path)

@@ -84,6 +84,7 @@ WRONG: dict[str, tuple[str, FieldRow | None, str]] = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_row_fails_and_no_other_row_does(name: str) -> None:
     field, row, fault = WRONG[name]

@@ -132,6 +132,7 @@ def test_a_model_type_that_transformers_lacks_is_its_own_class_with_a_mask_of_ze
     assert relative(values(case_id)["logits"], masked.numpy()) < 1e-5
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_is_causal_false_is_a_mask_of_zeros_and_a_window_on_both_sides(family: str) -> None:
     tensors = real(f"{family}/bidirectional").truth.tensors

@@ -182,6 +182,7 @@ def test_a_divergence_through_a_statistic_is_reproduced_with_it(tmp_path: Path) 
     assert "float32, weights: embedding-mean." in issue and "by `candle-mi-parity hunt`." in issue
 
 
+@pytest.mark.thorough
 def test_a_divergence_through_two_config_keys_is_reproduced_with_both(tmp_path: Path) -> None:
     change = {"rope_theta": 100.0, "norm_epsilon": 0.01, "use_bias": False}
 
@@ -194,6 +195,7 @@ def test_a_divergence_through_two_config_keys_is_reproduced_with_both(tmp_path: 
     assert (config["rope_theta"], config["norm_epsilon"]) == (100.0, 0.01)
 
 
+@pytest.mark.thorough
 def test_the_script_of_a_bidirectional_decoder_needs_no_class_that_transformers_lacks(tmp_path: Path) -> None:
     model = {"config": "models/qwen2.json", "change": {"model_type": "Dream"}}
     found = planted(model, lambda config, mean: config["model_type"] == "Dream", tmp_path)
@@ -203,6 +205,7 @@ def test_the_script_of_a_bidirectional_decoder_needs_no_class_that_transformers_
     assert float(done.stdout) == pytest.approx(found.first.worst.expected, rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_divergence_of_from_pretrained_is_reproduced_through_it(tmp_path: Path) -> None:
     """The Rust test loads as the case does where that matters, and otherwise says that it does not."""
 
@@ -227,6 +230,7 @@ def test_a_divergence_of_from_pretrained_is_reproduced_through_it(tmp_path: Path
         assert found.pair.control is not None and found.pair.control.loader == "hf"
 
 
+@pytest.mark.thorough
 def test_what_needs_several_files_of_weights_has_no_rust_test(tmp_path: Path) -> None:
     class Sharded(Faulty):
         def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> InMemory:

@@ -280,6 +280,7 @@ def test_calls_that_cannot_be_judged_are_not_stored(
     stores_calls(monkeypatch, tmp_path, status)
 
 
+@pytest.mark.thorough
 @pytest.mark.rust
 def test_calls_are_stored_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stored = StoredRelease(stores_calls(monkeypatch, tmp_path, None)).release

@@ -58,6 +58,7 @@ def assert_same(found: Captured, expected: Captured) -> None:
         assert worst <= EQUAL, f"{name}: {worst:.3g} of its root mean square"
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("case_id", [*(f"{family}/hub" for family in MAPPED), "gemma2/sharded", BFLOAT16])
 def test_a_streamed_model_computes_the_same(case_id: str) -> None:
     whole, streamed, tokens = both(case_id)
@@ -79,6 +80,7 @@ def test_with_the_same_draws_the_noise_is_the_same_to_the_bit(case_id: str) -> N
     assert all(torch.equal(other[name], one[name]) for name in one) and bool(one["logits"].all())
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     ("case_id", "mode"),
     [("gemma2/hub", "free"), ("gemma2/hub", "forced"), ("llama/edit-replace-stream", "free"), (BFLOAT16, "free")],

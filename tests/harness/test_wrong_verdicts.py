@@ -77,6 +77,7 @@ def test_a_checkpoint_with_missing_tensors_has_no_truth(
     assert found.error.endswith("at random: there is no truth") and not found.tensors
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_a_complete_checkpoint_passes(judged: Judged, tmp_path: Path, family: str) -> None:
     found = judged(local(tmp_path / "model", family))
@@ -185,6 +186,7 @@ def test_a_fault_of_the_suite_is_internal(
 # --- E7: a config that says which attention to use
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
 @pytest.mark.parametrize(
     "value", ["sdpa", "eager", "flash_attention_2", "flex_attention", "someone/kernels", {"": "sdpa"}, None], ids=str
