@@ -19,6 +19,8 @@ from candle_mi_parity.errors import ParityError
 
 _REAP_SECONDS = 5.0
 """How long to wait for a killed process."""
+_BACKTRACE = b"note: run with `RUST_BACKTRACE"
+"""Rust's last line after most faults, which says nothing of them."""
 
 
 class EmitterError(ParityError):
@@ -79,7 +81,7 @@ class _Pipes:
     def _keep_last_lines(self, pipe: IO[bytes]) -> None:
         with contextlib.suppress(OSError, ValueError):
             for line in pipe:
-                if line.strip():
+                if line.strip() and not line.startswith(_BACKTRACE):
                     self._last_lines.append(line)
 
     def send(self, line: bytes) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from safetensors.numpy import save, save_file
 
+from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.sources import LiveSource, NotStoredError, Source, StoredSource
 from candle_mi_parity.coverage.calls_models import ModelRow
 from candle_mi_parity.errors import CaseTableError, TraceError
@@ -310,8 +311,16 @@ def answers(source: Source, table: CallTable, cache: Path, out: Path) -> Calls:
     :raises TraceError: the file is malformed.
     """
     if isinstance(source, LiveSource):
-        request = table.request(table.lay_out(cache), out)
-        return read_calls(source.emitter.emit(request, TIMEOUT_SECONDS))
+        directory = table.lay_out(cache)
+        try:
+            return read_calls(source.emitter.emit(table.request(directory, out), TIMEOUT_SECONDS))
+        except EmitterError as error:
+            if error.kind != "crash":
+                raise
+            last = _last_before_the_end(source.emitter, table, directory, out)
+            raise EmitterError(
+                "crash", f"{last} ends the process, and no call is answered: {error.message}"
+            ) from error
     if not isinstance(source, StoredSource):
         raise NotStoredError("this candidate is not candle-mi, whose functions are called")
     stored = source.stored
@@ -319,6 +328,20 @@ def answers(source: Source, table: CallTable, cache: Path, out: Path) -> Calls:
         raise NotStoredError(f"no answers are stored in {stored.index}; `candle-mi-parity maint store` keeps them")
     document = stored.document("calls", stored.release.calls, "emitter", "candle_mi")
     return validated(Calls, document, stored.index, TraceError)
+
+
+def _last_before_the_end(emitter: EmitterProcess, table: CallTable, directory: Path, out: Path) -> str:
+    """The id of the call at which the process ends, by bisection over the first calls of the table."""
+    answered, ended = 0, len(table.call)
+    while ended - answered > 1:
+        middle = (answered + ended) // 2
+        try:
+            first = table.model_copy(update={"call": table.call[:middle]})
+            emitter.emit(first.request(directory, out), TIMEOUT_SECONDS)
+            answered = middle
+        except EmitterError:
+            ended = middle
+    return table.call[ended - 1].id
 
 
 def _run(row: CallRow, directory: Path) -> dict[str, object]:

@@ -12,8 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from candle_mi_parity.candidate.process import EmitterError
+from candle_mi_parity.candidate.sources import open_source
+from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.verdict import Status
-from candle_mi_parity.coverage.calls import Formula, load_calls
+from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula, WeightsRow, answers, load_calls
 from candle_mi_parity.coverage.calls_caches import CACHES
 from candle_mi_parity.coverage.calls_compare import answer_of, compare_call
 from candle_mi_parity.coverage.calls_judge import load_known_calls
@@ -229,3 +232,24 @@ def test_checkpoints_that_are_not_in_the_table_are_an_error(tmp_path: Path) -> N
     path.write_text('call = [{ id = "a", fn = "tensor_names_from_index", weights = "none" }]\n[tensors]\n')
     with pytest.raises(CaseTableError, match="unknown weights in a"):
         load_calls(path)
+
+
+class LfsPointer(WeightsRow):
+    """A checkpoint that was cloned without Git LFS."""
+
+    def write(self, directory: Path) -> None:
+        directory.mkdir()
+        (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+@pytest.mark.rust
+def test_the_call_that_ends_the_process_is_named(tmp_path: Path) -> None:
+    rows = [row for row in OURS if row.fn == "create_generation_mask"]
+    names = CallRow(id="names/lfs", fn="tensor_names_from_safetensors", weights="pointer")
+    table = CallTable(tensors=TABLE.tensors, call=[*rows[:3], names, *rows[3:]])
+    table = table.model_copy(update={"weights": {"pointer": LfsPointer()}})
+    with (
+        open_source(parse_candidate("0.2.2"), cache_root(), tmp_path, print) as source,
+        pytest.raises(EmitterError, match=r"^crash: names/lfs ends the process, and no call is answered: .*memory"),
+    ):
+        answers(source, table, tmp_path, tmp_path / "calls.json")
