@@ -26,13 +26,22 @@ DOSES = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
 """Those that ``DOSE_LEVELS`` documents."""
 
 
-def _from(_: Formulas, patterns: list[torch.Tensor], layer: int, position: int) -> Named:
-    """Mean over heads of the weights [B, H, T, S] from a position, of the first row of the batch."""
-    return {"value": patterns[layer][0, :, position].mean(0)}
+def _from(_: Formulas, patterns: list[torch.Tensor], layer: int, position: int, dtype: str | None = None) -> Named:
+    """Mean over heads of the weights [B, H, T, S] from a position, of the first row of the batch.
+
+    :param dtype: to which the patterns are rounded; the mean is float32.
+    """
+    return {"value": _stored(patterns[layer], dtype)[0, :, position].mean(0)}
 
 
-def _to(_: Formulas, patterns: list[torch.Tensor], layer: int, position: int) -> Named:
-    return {"value": patterns[layer][0, :, :, position].mean(0)}
+def _to(_: Formulas, patterns: list[torch.Tensor], layer: int, position: int, dtype: str | None = None) -> Named:
+    return {"value": _stored(patterns[layer], dtype)[0, :, :, position].mean(0)}
+
+
+def _stored(pattern: torch.Tensor, dtype: str | None) -> torch.Tensor:
+    if dtype is None:
+        return pattern
+    return torch.from_numpy(round_to_dtype(pattern.numpy(), dtype)).to(pattern.dtype)
 
 
 def _top(formulas: Formulas, patterns: list[torch.Tensor], layer: int, position: int, k: int) -> Named:

@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
+from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.oracle.interventions import scale_steering, set_steering
 from candle_mi_parity.spec.edits import Attention
 
@@ -69,7 +71,13 @@ def _token_prob(logits: torch.Tensor, token: int) -> Named:
     return {"value": softmax(_last(logits))[token]}
 
 
-def _sample(logits: torch.Tensor) -> Named:
+def _sample(logits: torch.Tensor, temperature: float = 0.0) -> Named:
+    """The largest logit's token, which a draw with a temperature gives too if its probability rounds to 1.
+
+    :raises CaseTableError: another token may be drawn, so that there is nothing to compare.
+    """
+    if temperature > 0 and np.float32(softmax(logits / temperature).max().item()) < 1:
+        raise CaseTableError(f"at temperature {temperature} more than one token may be drawn")
     return {"token": torch.argmax(logits).double()}
 
 

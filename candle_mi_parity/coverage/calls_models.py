@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.models.resolve import model_directory
-from candle_mi_parity.spec.cases import PackageModel, Setting
+from candle_mi_parity.spec.cases import PackageModel, Setting, Statistic
 from candle_mi_parity.spec.table import TableRow
 
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -27,8 +27,10 @@ class Kind(StrEnum):
     """BPE on bytes as GPT-2's, without special tokens; a line break is one token."""
     BYTES_WITH_BOS = "bytes-with-bos"
     """The same, with ``<s>`` before every text, as Llama 3's."""
+    BYTES_WITH_ENDS = "bytes-with-ends"
+    """The same, with two special tokens after every text, as XLNet's."""
     BYTES_TRIMMED = "bytes-trimmed"
-    """As the last, but the offsets of a word leave out the space before it, as those of Llama 3."""
+    """As with ``<s>`` before, but the offsets of a word leave out the space before it, as those of Llama 3."""
     METASPACE = "metaspace"
     """BPE as Llama 2's: ``▁`` for a space, also before the text, so that a line break alone is two tokens."""
     WORDS = "words"
@@ -39,9 +41,13 @@ class ModelRow(TableRow):
     """A generated model with a tokenizer, or SmolLM2 with its own.
 
     :ivar config: ``config.json`` of a generated model; the weights are those of :mod:`generate`.
+    :ivar weights: unusual statistics of them.
     """
 
     config: dict[str, Setting] = Field(default_factory=dict)
+    weights: list[Annotated[Statistic, Field(strict=False)]] = Field(
+        default_factory=list, exclude_if=lambda weights: not weights
+    )
     tokenizer: Annotated[Kind | None, Field(strict=False)] = None
     package: PackageModel | None = None
 
@@ -59,7 +65,7 @@ class ModelRow(TableRow):
         if self.package is not None:
             out.symlink_to(model_directory(self.package, cache).resolve())
             return
-        shutil.copytree(generated_model(dict(self.config), "hub", cache), out)
+        shutil.copytree(generated_model(dict(self.config), "hub", cache, statistics=self.weights), out)
         if self.tokenizer is not None:
             text = json.dumps(_TOKENIZERS[self.tokenizer](), ensure_ascii=False)
             (out / "tokenizer.json").write_text(text, encoding="utf-8")
@@ -70,14 +76,6 @@ class ModelRow(TableRow):
 def _tokenizer(vocabulary: list[str], merges: list[tuple[str, str]], bos: bool, **parts: Any) -> dict[str, Any]:
     """The content of a ``tokenizer.json`` of a BPE, with what it does before and after in ``parts``."""
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    begins = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    template = {
-        "type": "TemplateProcessing",
-        "single": [begins, text],
-        "pair": [begins, text, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-    }
     model = {
         "type": "BPE",
         "vocab": {token: place for place, token in enumerate(vocabulary)},
@@ -91,7 +89,22 @@ def _tokenizer(vocabulary: list[str], merges: list[tuple[str, str]], bos: bool, 
     }
     found = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None}
     added = [{"id": place, "content": token} | special for place, token in enumerate(SPECIAL)]
-    return found | {"added_tokens": added, "post_processor": template if bos else None, "model": model} | parts
+    template = _template(before=["<s>"]) if bos else None
+    return found | {"added_tokens": added, "post_processor": template, "model": model} | parts
+
+
+def _template(before: Sequence[str] = (), after: Sequence[str] = ()) -> dict[str, Any]:
+    """A post-processor that adds special tokens to a text."""
+    first, last = ([{"SpecialToken": {"id": token, "type_id": 0}} for token in tokens] for tokens in (before, after))
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [*first, text, *last],
+        "pair": [*first, text, {"Sequence": {"id": "B", "type_id": 1}}, *last],
+        "special_tokens": {
+            token: {"id": token, "ids": [SPECIAL.index(token)], "tokens": [token]} for token in (*before, *after)
+        },
+    }
 
 
 def _byte_letters() -> list[str]:
@@ -115,6 +128,10 @@ def _bytes(bos: bool) -> dict[str, Any]:
     letters = _byte_letters()
     vocabulary = [*SPECIAL, *letters, *(token for token in made if token not in letters)]
     return _tokenizer(vocabulary, merges, bos, pre_tokenizer=level, decoder=level)
+
+
+def _with_ends() -> dict[str, Any]:
+    return _bytes(False) | {"post_processor": _template(after=["</s>", "<s>"])}
 
 
 def _trimmed() -> dict[str, Any]:
@@ -148,6 +165,7 @@ def _words() -> dict[str, Any]:
 _TOKENIZERS: dict[Kind, Callable[[], dict[str, Any]]] = {
     Kind.BYTES: lambda: _bytes(False),
     Kind.BYTES_WITH_BOS: lambda: _bytes(True),
+    Kind.BYTES_WITH_ENDS: _with_ends,
     Kind.BYTES_TRIMMED: _trimmed,
     Kind.METASPACE: _metaspace,
     Kind.WORDS: _words,

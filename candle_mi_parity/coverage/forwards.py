@@ -177,21 +177,23 @@ def plan(traces: Iterable[Made]) -> list[tuple[Made, list[Forward]]]:
 
 
 def through_pretrained(traces: Iterable[Made], features: tuple[str, ...]) -> list[tuple[Made, list[Forward]]]:
-    """The first case of each architecture once more, with a model that ``MIModel::from_pretrained`` loads.
+    """The case of each architecture with the most bytes of weights once more, loaded by ``MIModel::from_pretrained``.
+
+    Of equally many bytes it is the first case. What costs much is left out.
 
     :param features: of candle-mi; without ``mmap`` it refuses several files of weights.
     """
-    found: dict[tuple[str, bool], tuple[Made, list[Forward]]] = {}
-    name = " ".join(["through from_pretrained", *(f"with {feature}" for feature in features)])
+    found: dict[tuple[str, bool], tuple[int, Made]] = {}
     for made in traces:
         subject, files = made.subject, weight_files(made.subject.model_dir)
-        case = subject.case
+        case, size = subject.case, sum(file.stat().st_size for file in files)
         plain = (case.loader, case.dtype) == ("hf", "float32") and not case.changed
-        small = sum(file.stat().st_size for file in files) < LARGE and len(subject.tokens[0]) < LONG
-        if plain and small and (len(files) == 1 or "mmap" in features):
-            forward = Forward(name, subject.captures, loader="pretrained")
-            found.setdefault((subject.model_type, len(files) > 1), (made, [forward]))
-    return list(found.values())
+        small = size < LARGE and len(subject.tokens[0]) < LONG
+        kind = (subject.model_type, len(files) > 1)
+        if plain and small and (len(files) == 1 or "mmap" in features) and size > found.get(kind, (-1, made))[0]:
+            found[kind] = (size, made)
+    name = " ".join(["through from_pretrained", *(f"with {feature}" for feature in features)])
+    return [(made, [Forward(name, made.subject.captures, loader="pretrained")]) for _, made in found.values()]
 
 
 def judge_forwards(source: Source, cases: list[Case], spec: str, out: Path, whole: bool) -> Section:

@@ -12,6 +12,8 @@ use crate::answer::{Answer, Outcome};
 use crate::call_protocol::CacheCall;
 use crate::error::EmitError;
 use crate::inputs::Inputs;
+use crate::model;
+use crate::protocol::Precision;
 
 pub fn run(call: &CacheCall, inputs: &Inputs) -> Result<Outcome, EmitError> {
     Ok(match call {
@@ -19,24 +21,27 @@ pub fn run(call: &CacheCall, inputs: &Inputs) -> Result<Outcome, EmitError> {
             patterns,
             layer,
             position,
+            dtype,
         } => list(
             "value",
-            attention(inputs, patterns)?.attention_from_position(*layer, *position),
+            attention(inputs, patterns, *dtype)?.attention_from_position(*layer, *position),
         ),
         CacheCall::AttentionToPosition {
             patterns,
             layer,
             position,
+            dtype,
         } => list(
             "value",
-            attention(inputs, patterns)?.attention_to_position(*layer, *position),
+            attention(inputs, patterns, *dtype)?.attention_to_position(*layer, *position),
         ),
         CacheCall::TopAttendedPositions {
             patterns,
             layer,
             position,
             k,
-        } => match attention(inputs, patterns)?.top_attended_positions(*layer, *position, *k) {
+        } => match attention(inputs, patterns, None)?.top_attended_positions(*layer, *position, *k)
+        {
             Ok(found) => Outcome::Results(vec![
                 // A position is far below 2^53.
                 Answer::list("positions", found.iter().map(|(at, _)| *at as f64)),
@@ -61,7 +66,8 @@ pub fn run(call: &CacheCall, inputs: &Inputs) -> Result<Outcome, EmitError> {
         CacheCall::ToF32Vecs { layers, half } => {
             let mut cache = ActivationCache::with_capacity(layers.len());
             for key in layers {
-                cache.push(rounded(inputs.get(key)?, *half)?);
+                let dtype = half.then_some(Precision::BFloat16);
+                cache.push(rounded(inputs.get(key)?, dtype)?);
             }
             list("value", cache.to_f32_vecs().map(|found| found.concat()))
         }
@@ -105,10 +111,14 @@ pub fn run(call: &CacheCall, inputs: &Inputs) -> Result<Outcome, EmitError> {
     })
 }
 
-fn attention(inputs: &Inputs, patterns: &[String]) -> Result<AttentionCache, EmitError> {
+fn attention(
+    inputs: &Inputs,
+    patterns: &[String],
+    dtype: Option<Precision>,
+) -> Result<AttentionCache, EmitError> {
     let mut cache = AttentionCache::with_capacity(patterns.len());
     for key in patterns {
-        cache.push(inputs.get(key)?.clone());
+        cache.push(rounded(inputs.get(key)?, dtype)?);
     }
     Ok(cache)
 }
@@ -120,10 +130,10 @@ fn list(name: &'static str, values: Result<Vec<f32>, MIError>) -> Outcome {
     }
 }
 
-fn rounded(tensor: &Tensor, half: bool) -> Result<Tensor, EmitError> {
-    let dtype = if half { DType::BF16 } else { DType::F32 };
+/// Without a precision the tensor is the float32 one of the inputs.
+fn rounded(tensor: &Tensor, dtype: Option<Precision>) -> Result<Tensor, EmitError> {
     tensor
-        .to_dtype(dtype)
+        .to_dtype(dtype.map_or(DType::F32, model::dtype_of))
         .map_err(|error| EmitError::Request(error.to_string()))
 }
 

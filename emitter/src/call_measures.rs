@@ -46,12 +46,13 @@ pub fn run(measure: &Measure, inputs: &Inputs) -> Result<Outcome, EmitError> {
         Measure::ExtractTokenProb { logits, token } => {
             Outcome::scalar(candle_mi::extract_token_prob(inputs.get(logits)?, *token))
         }
-        Measure::SampleToken { logits } => {
-            match candle_mi::sample_token(inputs.get(logits)?, 0.0) {
-                Ok(token) => Outcome::Results(vec![Answer::scalar("token", f64::from(token))]),
-                Err(error) => Outcome::Refused(error),
-            }
-        }
+        Measure::SampleToken {
+            logits,
+            temperature,
+        } => match candle_mi::sample_token(inputs.get(logits)?, *temperature) {
+            Ok(token) => Outcome::Results(vec![Answer::scalar("token", f64::from(token))]),
+            Err(error) => Outcome::Refused(error),
+        },
         Measure::PcaTopK {
             matrix,
             k,

@@ -26,6 +26,16 @@ fn with_tokenizer(directory: &Path) -> Result<MIModel, EmitError> {
     Ok(MIModel::with_tokenizer(backend, Device::Cpu, tokenizer))
 }
 
+/// As people load a model whose text they run: candle-mi reads the directory itself, its tokenizer too. Only where the
+/// build has candle-mi's real downloader the model is built from its files.
+fn from_directory(directory: &Path) -> Result<MIModel, EmitError> {
+    weights::files_of(directory)?;
+    match model::from_pretrained(directory) {
+        Err(EmitError::RealDownloader) => with_tokenizer(directory),
+        found => found,
+    }
+}
+
 fn transformer(directory: &Path) -> Result<GenericTransformer, EmitError> {
     let files = weights::files_of(directory)?;
     Ok(model::build(&files, DType::F32, false, &Device::Cpu)?.transformer)
@@ -51,7 +61,7 @@ pub fn run(
             contrastive::intervene(models.get(&steered.model, with_tokenizer)?, steered)
         }
         ModelCall::ForwardText { model, text, layer } => {
-            forward_text(models.get(model, with_tokenizer)?, text, *layer)
+            forward_text(&from_directory(model)?, text, *layer)
         }
         ModelCall::LogitLens(lens) => logit_lens(lens, inputs),
         ModelCall::EmbeddingVector { model, token } => Outcome::tensor(

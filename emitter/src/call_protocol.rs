@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use crate::protocol::Case;
+use crate::protocol::{Case, Precision};
 
 pub const CALL_REQUEST: &str = "candle-mi-parity/call/1";
 
@@ -69,6 +69,8 @@ pub enum Measure {
     },
     SampleToken {
         logits: String,
+        #[serde(default)]
+        temperature: f32,
     },
     PcaTopK {
         matrix: String,
@@ -335,11 +337,17 @@ pub enum CacheCall {
         patterns: Vec<String>,
         layer: usize,
         position: usize,
+        /// Of the patterns; float32 if it is left out.
+        #[serde(default)]
+        dtype: Option<Precision>,
     },
     AttentionToPosition {
         patterns: Vec<String>,
         layer: usize,
         position: usize,
+        /// Of the patterns; float32 if it is left out.
+        #[serde(default)]
+        dtype: Option<Precision>,
     },
     TopAttendedPositions {
         patterns: Vec<String>,

@@ -155,7 +155,7 @@ fn open_device(name: &str) -> Result<Device, EmitError> {
         .map_err(|error| EmitError::Request(format!("device \"{name}\" cannot be opened: {error}")))
 }
 
-fn dtype_of(precision: Precision) -> DType {
+pub fn dtype_of(precision: Precision) -> DType {
     match precision {
         Precision::Float32 => DType::F32,
         Precision::BFloat16 => DType::BF16,

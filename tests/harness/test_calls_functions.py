@@ -108,6 +108,25 @@ def test_the_mean_over_heads_is_of_the_first_row_of_the_batch() -> None:
     assert right("top_attended/2")["positions"].tolist() == order[:2].tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_of_a_half_pattern_is_not_half(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    call = f"from/{name}"
+    heads = torch.from_numpy(ARRAYS[asked(call, "patterns")[asked(call, "layer")]]).to(dtype)[
+        0, :, asked(call, "position")
+    ]
+    value = heads.double().mean(0).numpy()
+    np.testing.assert_allclose(right(call)["value"], value, rtol=1e-6)
+    assert passes(call, {"value": value}) and not passes(call, {"value": heads.mean(0).double().numpy()})
+
+
+def test_a_draw_that_is_random_is_no_call() -> None:
+    assert right("sample/cold")["token"] == ARRAYS["many_logits"].argmax()
+    warmer = ROWS["sample/cold"].model_copy(update={"args": {"logits": "many_logits", "temperature": 0.1}})
+    with pytest.raises(CaseTableError, match=r"at temperature 0.1 more than one token may be drawn"):
+        truth_of(warmer, TABLE, cache_root())
+
+
 @pytest.mark.parametrize("call", of("create_generation_mask"))
 def test_a_query_sees_the_keys_up_to_its_own_position(call: str) -> None:
     new, total, start = (asked(call, name) for name in ("new_seq_len", "total_seq_len", "start_pos"))
@@ -120,6 +139,7 @@ def test_scales_are_interpolated_as_numpy_does() -> None:
         scales, levels = np.transpose(np.float32(asked(call, "points")).astype(np.float64))
         assert right(call)["value"] == pytest.approx(np.interp(np.float32(asked(call, "target")), levels, scales))
     assert right("dose/falling")["value"] == pytest.approx(1.75)
+    assert right("dose/unsorted")["value"] == pytest.approx(0.5 + (0.1 - 0.01) / (0.2 - 0.01) * 3.5)
 
 
 def test_names_are_those_of_safetensors_and_of_the_index() -> None:

@@ -83,9 +83,11 @@ def newline(call: str) -> np.ndarray:
 
 
 LAST, UNIT, BOS = "contrastive/last", "contrastive/last-unit", "contrastive/first-layer"
+FAINT = "contrastive/faint"
 RIGHT: dict[str, Callable[[], tuple[str, np.ndarray]]] = {
     "last": lambda: (LAST, np.subtract(*means(LAST))),
     "unit": lambda: (UNIT, unit(np.subtract(*means(UNIT)))),
+    "unit of a faint one": lambda: (FAINT, unit(np.subtract(*means(FAINT)))),
     "explicit": lambda: ("contrastive/explicit", unit(np.subtract(*means("contrastive/explicit", 2)))),
     "line break": lambda: ("contrastive/first-newline-bos", newline("contrastive/first-newline-bos")),
     "line break of Llama 2": lambda: (
@@ -97,6 +99,7 @@ PLANTED: dict[str, Callable[[], tuple[str, np.ndarray]]] = {
     "signs swapped": lambda: (LAST, -np.subtract(*means(LAST))),
     "a unit vector unasked": lambda: (LAST, unit(np.subtract(*means(LAST)))),
     "no unit vector": lambda: (UNIT, np.subtract(*means(UNIT))),
+    "no unit vector of a faint one": lambda: (FAINT, np.subtract(*means(FAINT))),
     "sums for means": lambda: (LAST, means(LAST)[0] * 3 - means(LAST)[1] * 2),
     "at BOS": lambda: (BOS, np.zeros(32)),
     "one position off": lambda: (LAST, np.subtract(*means(LAST, -2))),
@@ -172,6 +175,7 @@ WRONG_TOKENS: dict[str, tuple[str, Callable[[list[int]], list[int]]]] = {
     "one token more": ("generate/feedback", lambda ids: [*ids, 5]),
     "without the prompt": ("generate/feedback", lambda ids: ids[len(PROMPT) :]),
     "beyond the vocabulary": ("generate/feedback", lambda ids: [*ids[:-1], 320]),
+    "on past the second stop token": ("generate/second-stop", lambda ids: [*ids, continued()[len(ids)]]),
     "the stop token kept": ("generate/stop", lambda ids: [*ids, continued()[len(ids)]]),
     "on past the stop token": ("generate/stop", lambda ids: [*ids, 5]),
     "ended too soon": ("generate/stop", lambda ids: ids[:-1]),
@@ -236,6 +240,7 @@ def test_each_tokenizer_spells_a_line_break_as_it_is_meant_to() -> None:
     }
     assert alone == {"bytes": ["Ċ"], "bos": ["Ċ"], "metaspace": ["▁", "<0x0A>"], "words": []}
     assert tokenizer(directory(BOS))("the").input_ids[0] == 1 != tokenizer(directory(LAST))("the").input_ids[0]
+    assert tokenizer(directory("offsets/ends"))("the").input_ids[1:] == [2, 1]
 
 
 def test_a_model_that_is_not_in_the_table_is_an_error(tmp_path: Path) -> None:

@@ -205,11 +205,15 @@ def test_a_plain_case_stands_for_its_model_dtype_and_shape(tmp_path: Path, monke
     assert asked(first, same, batch) == [("toy/plain", 3)]
 
 
-def test_the_first_case_of_an_architecture_is_loaded_through_from_pretrained(tmp_path: Path) -> None:
+def test_the_largest_case_of_an_architecture_is_loaded_through_from_pretrained(tmp_path: Path) -> None:
     """From one file, and in a whole run with mmap too; a wrong number there is told with its name."""
     (tmp_path / "model.safetensors").touch()
     first, same = made(tmp_path), made(tmp_path, "toy/same")
     assert [each.subject.case.id for each, _ in through_pretrained([first, same], ())] == ["toy/plain"]
+    (tmp_path / "larger").mkdir()
+    larger = made(tmp_path / "larger", "toy/larger")
+    (tmp_path / "larger" / "model.safetensors").write_bytes(b"weights")
+    assert [each.subject.case.id for each, _ in through_pretrained([first, larger, same], ())] == ["toy/larger"]
     half = first.subject.case.model_copy(update={"dtype": "float16"})
     assert not through_pretrained([replace(first, subject=replace(first.subject, case=half))], ())
     toy, mapped = Toy(), Toy()
