@@ -134,10 +134,13 @@ def _scale(formulas: Formulas, points: list[tuple[float, float]], target: float)
     """
     wanted = _single(target)
     curve = [(_single(scale), _single(level)) for scale, level in points]
-    for (scale, level), (next_scale, next_level) in pairwise(curve):
+    levels = np.array([level for _, level in points], np.float32)
+    # Of the inputs as they are: the noise of a subtraction must not decide which formula a sample follows.
+    near = np.abs(np.diff(levels)) < np.float32(SMALL)
+    for ((scale, level), (next_scale, next_level)), flat in zip(pairwise(curve), near.tolist(), strict=True):
         if not torch.minimum(level, next_level) <= wanted <= torch.maximum(level, next_level):
             continue
-        if Formula.SEGMENTS_APART in formulas and abs(float(next_level.float() - level.float())) < SMALL:
+        if Formula.SEGMENTS_APART in formulas and flat:
             continue
         if level == next_level:
             return {"value": scale[None]}

@@ -131,18 +131,28 @@ def _top_changed(row: CallRow, got: Results, truth: CallTruth) -> list[TensorRes
 
 
 def _ranked(name: str, places: np.ndarray, best: np.ndarray, by: TruthTensor) -> TensorResult:
-    """The places of the largest values, in any order that their margins allow."""
-    value, noise = by.value, by.noise
+    """The places of the largest values, in any order that their noise allows; with NaN in PyTorch's own.
+
+    No value, at its lowest, may be above one that stands before it, at its highest. So a value that
+    is all noise may leave the first k, and the one behind them takes the last place.
+    """
+    value = by.value
     if places.shape != best.shape:
         return _mismatch(name, f"got {places.size} {name}, expected {best.size}")
     if len(set(places)) != places.size or not np.isin(places, np.arange(value.size)).all():
         return _mismatch(name, f"got {places.tolist()}, expected distinct ones below {value.size}")
     at = places.astype(int)
-    with np.errstate(invalid="ignore"):
-        apart = np.abs(value[at] - value[best])
-        slack = POSITION_GATE * (noise[at] + noise[best] + UNIT * value[best]) + TINY
-    # Two infinities are apart by NaN, and no slack covers the distance of one to a number.
-    if not ((value[at] == value[best]) | (at == best) | (np.isfinite(apart) & (apart <= slack))).all():
+    if np.isnan(value).any():
+        right = np.array_equal(at, best)
+    else:
+        with np.errstate(invalid="ignore"):
+            slack = POSITION_GATE * (by.noise + UNIT / 2 * np.abs(value)) + TINY
+        slack = np.where(np.isfinite(value), slack, 0.0)
+        order = np.concatenate([at, np.setdiff1d(np.arange(value.size), at)])
+        lowest_behind = np.maximum.accumulate((value - slack)[order][::-1])[::-1]
+        before = at[: value.size - 1]  # nothing stands behind the last of all
+        right = bool(((value + slack)[before] >= lowest_behind[1 : 1 + before.size]).all())
+    if not right:
         return _mismatch(name, f"got {at.tolist()}, expected {best.tolist()}")
     return TensorResult(name, Status.PASS, compared=places.size)
 
@@ -156,9 +166,9 @@ def _most_attended(row: CallRow, truth: CallTruth) -> np.ndarray:
 
 
 def _top_attended(row: CallRow, got: Results, truth: CallTruth) -> list[TensorResult]:
-    """Of exact weights, or of some that are NaN, the order is that of ``torch.sort``, which is stable."""
+    """Of exact weights the order is that of ``torch.sort``, which is stable."""
     best, weights = _most_attended(row, truth), truth["weights"]
-    if row.exact or np.isnan(weights.value).any():
+    if row.exact:
         right = np.array_equal(got["positions"], best)
         detail = f"got {got['positions'].tolist()}, expected {best.tolist()}"
         found = (

@@ -233,6 +233,16 @@ def test_infinite_weights_are_the_largest_and_equal(chosen: list[int], right: bo
     assert all(result.status is Status.PASS for result in results) is right
 
 
+@pytest.mark.parametrize(("chosen", "right"), [([1, 2], True), ([0, 1], True), ([1, 0], True), ([2, 1], False)])
+def test_a_value_that_is_all_noise_may_leave_the_first(chosen: list[int], right: bool) -> None:
+    """A hunt of PyTorch found it in ``top_changed_tokens``: a probability near 1 changes by less than it rounds."""
+    change, noise = np.array([3e-13, 2e-13, 1e-20, 0.0]), np.array([8e-8, 3e-19, 3e-27, 0.0])
+    truth = {name: TruthTensor(change, noise) for name in ("baseline", "ablated", "change")}
+    row = CallRow(id="a", fn="top_changed_tokens", args={"k": 2})
+    answer = {"tokens": np.array(chosen, dtype=np.float64)} | dict.fromkeys(truth, change[chosen])
+    assert all(result.status is Status.PASS for result in compare_call(row, answer, truth)) is right
+
+
 @pytest.mark.parametrize("call", [row.id for row in OURS if row.raises])
 def test_pytorch_raises_where_the_table_says_so(call: str) -> None:
     assert truth(call) == {}
