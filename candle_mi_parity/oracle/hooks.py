@@ -26,6 +26,7 @@ from candle_mi_parity.oracle.plain import require_loads
 from candle_mi_parity.oracle.recurrence import Recurrence
 from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.oracle.torch_state import torch_state
+from candle_mi_parity.oracle.variants import keys_of_other_families
 from candle_mi_parity.spec.counterfactual import Variant
 from candle_mi_parity.spec.families import FAMILIES, Family, family_of
 
@@ -129,6 +130,9 @@ def attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     groups = query.shape[1] // key.shape[1]
     recorder = _recorder.get()
+    window = None
+    if Variant.KEYS_OF_OTHER_FAMILIES in recorder.variants:
+        scaling, softcap, window = keys_of_other_families(module.config, scaling)
     if Variant.KV_HEADS_TILED in recorder.variants:
         key, value = key.repeat(1, groups, 1, 1), value.repeat(1, groups, 1, 1)
     else:
@@ -143,6 +147,8 @@ def attention(
         allowed = torch.ones_like(allowed)
     if Variant.CAUSAL_MASK in recorder.variants:
         allowed = allowed.tril()
+    if window is not None:
+        allowed = allowed.triu(-window)
     recorder.allowed[layer] = allowed[0, 0]
     if softcap is not None and Variant.KNOCKOUT_BEFORE_SOFTCAP in recorder.variants:
         scores = scores.masked_fill(scores == -torch.inf, FAR_BELOW)

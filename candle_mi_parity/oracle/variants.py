@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +30,29 @@ def apply_to_model(model: Any, change: Counterfactual, dtype: torch.dtype, strea
         _replace_layer_norms(model, OnePassLayerNorm)
     if change.has(Variant.NO_QUERY_KEY_NORM):
         _leave_out(model, ("q_norm", "k_norm"))
+    if (
+        change.has(Variant.KEYS_OF_OTHER_FAMILIES)
+        and (softcap := getattr(model.config, "final_logit_softcapping", None)) is not None
+    ):
+        model.register_forward_hook(partial(_capped, softcap))
     if change.has(Variant.HEAD_IS_EMBEDDING):
         if streamed:
             raise OracleError(STREAMED)
         model.lm_head.weight = model.model.embed_tokens.weight
     if change.has(Variant.ROTARY_IN_MODEL_DTYPE):
         model.model.rotary_emb = RoundedRotary(model.model.rotary_emb, dtype)
+
+
+def keys_of_other_families(config: Any, scaling: float) -> tuple[float, float | None, int | None]:
+    """The scale, softcap and window of attention that a config names in the keys of Gemma 2 and Mistral."""
+    keys = ("query_pre_attn_scalar", "attn_logit_softcapping", "sliding_window")
+    scalar, softcap, window = (getattr(config, key, None) for key in keys)
+    return scaling if scalar is None else scalar**-0.5, softcap, window
+
+
+def _capped(softcap: float, _: nn.Module, __: Any, output: Any) -> Any:
+    output.logits = torch.tanh(output.logits / softcap) * softcap
+    return output
 
 
 def _fill(model: nn.Module, globs: list[str], value: float, streamed: bool) -> None:

@@ -42,6 +42,9 @@ class Variant(StrEnum):
     """Every position attends to every other."""
     CAUSAL_MASK = "causal-mask"
     """No position attends to a later one, also in a bidirectional model."""
+    KEYS_OF_OTHER_FAMILIES = "keys-of-other-families"
+    """``sliding_window`` (of that many keys and one more), both softcaps and ``query_pre_attn_scalar`` of the config
+    count, although the architecture does not read them."""
     KV_HEADS_TILED = "kv-heads-tiled"
     """Key and value heads are repeated as 0 1 0 1, not as 0 0 1 1."""
     TOPK_WITHOUT_RELU = "topk-without-relu"
