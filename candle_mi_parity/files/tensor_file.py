@@ -60,7 +60,10 @@ class TensorFile:
     def _check_header(self) -> None:
         require_regular(self._path)
         with self._path.open("rb") as file:
-            if (size := int.from_bytes(file.read(8), "little")) > MAX_HEADER:
+            start = file.read(8)
+            if start == b"version ":
+                raise SafetensorError("it is a pointer of Git LFS in place of the file: run `git lfs pull`")
+            if (size := int.from_bytes(start, "little")) > MAX_HEADER:
                 raise SafetensorError(f"a header of {size} bytes, more than {MAX_HEADER}")
 
     def _counted(self, array: np.ndarray) -> np.ndarray:

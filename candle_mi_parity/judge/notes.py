@@ -19,7 +19,8 @@ def other_ids(subject: PreparedCase, ids: list[int]) -> TensorResult | None:
     expected = subject.tokens[0]
     if ids == expected:
         return None
-    place = next((i for i, (one, other) in enumerate(zip(ids, expected, strict=False)) if one != other), len(ids))
+    pairs = enumerate(zip(ids, expected, strict=False))
+    place = next((i for i, (one, other) in pairs if one != other), min(len(ids), len(expected)))
     message = f"candle-mi's tokenizer gives other ids from place {place} on: got {one_line(str(ids), LONGEST)}"
     message += f", transformers gives {one_line(str(expected), LONGEST)}"
     return TensorResult(TOKENS, Status.FAIL, "values", compared=len(expected), exact=True, detail=message)

@@ -139,7 +139,9 @@ def _key(case: CaseResult) -> tuple[str, ...]:
     if case.explained:
         return tuple(case.explained.ids) or (case.explained.change,)
     if first:
-        return case.family, hook_point(case.new_at)
+        # The results of two functions have the same names; a call's id begins with what it calls.
+        of = case.id.rpartition("/")[0] if case.family == "calls" else case.family
+        return of, hook_point(case.new_at)
     return (re.sub(r"\d+", "0", case.error.replace(case.id, "")),)
 
 

@@ -21,7 +21,7 @@ from candle_mi_parity.coverage.calls_caches import CACHES
 from candle_mi_parity.coverage.calls_compare import answer_of, compare_call
 from candle_mi_parity.coverage.calls_judge import load_known_calls
 from candle_mi_parity.coverage.calls_offsets import OFFSETS
-from candle_mi_parity.coverage.calls_truth import truth_of
+from candle_mi_parity.coverage.calls_truth import computation, truth_of, with_noise
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.models.prepared_case import tokenizer
 from candle_mi_parity.spec.paths import cache_root
@@ -240,7 +240,16 @@ def test_a_value_that_is_all_noise_may_leave_the_first(chosen: list[int], right:
     truth = {name: TruthTensor(change, noise) for name in ("baseline", "ablated", "change")}
     row = CallRow(id="a", fn="top_changed_tokens", args={"k": 2})
     answer = {"tokens": np.array(chosen, dtype=np.float64)} | dict.fromkeys(truth, change[chosen])
-    assert all(result.status is Status.PASS for result in compare_call(row, answer, truth)) is right
+    assert (compare_call(row, answer, truth)[0].status is Status.PASS) is right
+
+
+def test_the_noise_does_not_choose_the_branch_of_a_formula() -> None:
+    """Of two levels that are exactly float32's 1e-10 apart, which a hunt of 0.2.2 drew."""
+    points = [[0.0, 9.999999960041972e-13], [1.0, 1.000000013351432e-10], [0.0, 0.0]]
+    row = CallRow(id="a", fn="scale_for_target", args={"points": points, "target": 9.999999960041972e-13})
+    formulas = (Formula.SEGMENTS_APART,)
+    value = with_noise(row, computation(row, {}, Path(), formulas), True, formulas)[0]["value"]
+    assert value.value == pytest.approx(0.01) and 0 < value.noise < 1e-6
 
 
 @pytest.mark.parametrize("call", [row.id for row in OURS if row.raises])
