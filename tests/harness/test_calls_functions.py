@@ -245,7 +245,7 @@ def test_a_value_that_is_all_noise_may_leave_the_first(chosen: list[int], right:
 
 def test_the_noise_does_not_choose_the_branch_of_a_formula() -> None:
     """Of two levels that are exactly float32's 1e-10 apart, which a hunt of 0.2.2 drew."""
-    points = [[0.0, 9.999999960041972e-13], [1.0, 1.000000013351432e-10], [0.0, 0.0]]
+    points: list[list[int | float | str]] = [[0.0, 9.999999960041972e-13], [1.0, 1.000000013351432e-10], [0.0, 0.0]]
     row = CallRow(id="a", fn="scale_for_target", args={"points": points, "target": 9.999999960041972e-13})
     formulas = (Formula.SEGMENTS_APART,)
     value = with_noise(row, computation(row, {}, Path(), formulas), True, formulas)[0]["value"]
