@@ -122,10 +122,16 @@ def test_another_candidate_than_the_baseline_says_how_much_is_as_before(identity
     hold_table(judgements, TABLE, identity, result, whole=False)
     assert told in result.is_new()
     judgements = judged(2, 1, 1)
-    hold_table(judgements, TABLE, CHECKOUT, result, whole=False)
+    hold_table(judgements, TABLE, CHECKOUT, result, whole=True)
     assert result.known_before == "2 of 3 known divergences as in 0.2.2", "one that agrees may have agreed before"
-    hold_table([*judged(0, 2, 0), Judgement(refused("a/b"), applicable=("CMI030",))], TABLE, CHECKOUT, result, False)
+    judgements = [*judged(0, 2, 0), Judgement(refused("a/b"), applicable=("CMI030",))]
+    hold_table(judgements, TABLE, CHECKOUT, result, whole=True)
     assert result.known_before == "1 of 3 known divergences as in 0.2.2", "no case needs CMI001 any more"
+    assert list(result.gone) == ["CMI001"]
+    result.gone = {}
+    hold_table(judgements, TABLE, CHECKOUT, result, whole=False)
+    assert result.known_before == "1 of 1 known divergences as in 0.2.2", "the case that needs it may not have run"
+    assert not result.gone
 
 
 # --- verdicts and their last lines ----------------------------------------------------------------
