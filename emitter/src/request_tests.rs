@@ -270,7 +270,7 @@ fn a_call_is_read_and_an_unknown_argument_function_or_second_id_is_refused() {
     assert!(call_refusal(json!([good, good])).contains("twice"));
     assert!(call_refusal(json!([])).contains("empty"));
     for run in [
-        json!({"fn": "sample_token", "logits": "x", "temperature": 1.0}),
+        json!({"fn": "sample_token", "logits": "x", "top_p": 1.0}),
         json!({"fn": "sample_tokens", "logits": "x"}),
         json!({"fn": "encode", "sae": {"path": "/s", "layer": 0}}),
     ] {
