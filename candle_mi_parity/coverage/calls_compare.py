@@ -130,8 +130,10 @@ def _top_changed(row: CallRow, got: Results, truth: CallTruth) -> list[TensorRes
     return [ranked, *(_at_places(row, name, got, tensor, at) for name, tensor in truth.items())]
 
 
-def _ranked(name: str, places: np.ndarray, best: np.ndarray, by: TruthTensor) -> TensorResult:
-    """The places of the largest values, in any order that their noise allows; with NaN in PyTorch's own.
+def _ranked(name: str, places: np.ndarray, best: np.ndarray, by: TruthTensor, exact: bool = False) -> TensorResult:
+    """The places of the largest values, in any order that their noise allows.
+
+    Of exact values, or of some that are NaN, the order is that of ``torch.sort``, which is stable.
 
     No value, at its lowest, may be above one that stands before it, at its highest. So a value that
     is all noise may leave the first k, and the one behind them takes the last place.
@@ -142,7 +144,7 @@ def _ranked(name: str, places: np.ndarray, best: np.ndarray, by: TruthTensor) ->
     if len(set(places)) != places.size or not np.isin(places, np.arange(value.size)).all():
         return _mismatch(name, f"got {places.tolist()}, expected distinct ones below {value.size}")
     at = places.astype(int)
-    if np.isnan(value).any():
+    if exact or np.isnan(value).any():
         right = np.array_equal(at, best)
     else:
         with np.errstate(invalid="ignore"):
@@ -166,19 +168,11 @@ def _most_attended(row: CallRow, truth: CallTruth) -> np.ndarray:
 
 
 def _top_attended(row: CallRow, got: Results, truth: CallTruth) -> list[TensorResult]:
-    """Of exact weights the order is that of ``torch.sort``, which is stable."""
-    best, weights = _most_attended(row, truth), truth["weights"]
-    if row.exact:
-        right = np.array_equal(got["positions"], best)
-        detail = f"got {got['positions'].tolist()}, expected {best.tolist()}"
-        found = (
-            TensorResult("positions", Status.PASS, compared=best.size) if right else _mismatch("positions", detail)
-        )
-    else:
-        found = _ranked("positions", got["positions"], best, weights)
-    if found.status is not Status.PASS:
-        return [found]
-    return [found, _at_places(row, "weights", got, weights, got["positions"].astype(int))]
+    weights = truth["weights"]
+    ranked = _ranked("positions", got["positions"], _most_attended(row, truth), weights, row.exact)
+    if ranked.status is not Status.PASS:
+        return [ranked]
+    return [ranked, _at_places(row, "weights", got, weights, got["positions"].astype(int))]
 
 
 def _sparse(row: CallRow, got: Results, truth: CallTruth) -> list[TensorResult]:

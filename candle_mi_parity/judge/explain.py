@@ -80,15 +80,13 @@ def hold_table(
     if identity is None:
         return
     needed = {id for one in judgements if one.result.explained for id in one.result.explained.ids}
+    not_needed = _not_needed(judgements) if whole else {}
     if not table.lists(identity.source, identity.version):
-        result.known_before = _as_before(judgements, needed, result.baseline, whole)
+        result.known_before = _as_before(judgements, needed, not_needed, result.baseline)
     if not table.lists(identity.source, identity.version) and not table.exactly:
-        if not whole:
-            return
         # Where another of its cases fails, it may be there still, in another form.
         open_ids = {id for one in judgements if one.result.status is Status.FAIL for id in one.applicable}
-        gone = sorted(_not_needed(judgements).items())
-        result.gone = {id: cases for id, cases in gone if id not in needed | open_ids}
+        result.gone = {id: cases for id, cases in sorted(not_needed.items()) if id not in needed | open_ids}
     elif whole:
         result.stale = [
             f"{row.id} is expected, and no case needs it: remove it from the file of expected divergences"
@@ -100,14 +98,14 @@ def hold_table(
         ]
 
 
-def _as_before(judgements: list[Judgement], needed: set[str], baseline: str, whole: bool) -> str:
+def _as_before(judgements: list[Judgement], needed: set[str], not_needed: dict[str, list[str]], baseline: str) -> str:
     """``94 of 94 known divergences as in 0.2.2``; empty where no explanation of the baseline applies.
 
     :param needed: ids of explanations without which another case is not explained. A case that agrees though one of
         them applies may have agreed before: an explanation may change nothing that a case shows.
+    :param not_needed: see :func:`_not_needed`; empty for a part of the cases.
     """
     known = {one.result.id for one in judgements if one.result.status is Status.KNOWN}
-    not_needed = _not_needed(judgements) if whole else {}
     gone = {name for id, names in not_needed.items() if id not in needed for name in names}
     moved = {one.result.id for one in judgements if one.applicable and one.result.status is Status.FAIL}
     expected = len(known | gone | moved)

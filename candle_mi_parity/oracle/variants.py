@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,11 +29,8 @@ def apply_to_model(model: Any, change: Counterfactual, dtype: torch.dtype, strea
         _replace_layer_norms(model, OnePassLayerNorm)
     if change.has(Variant.NO_QUERY_KEY_NORM):
         _leave_out(model, ("q_norm", "k_norm"))
-    if (
-        change.has(Variant.KEYS_OF_OTHER_FAMILIES)
-        and (softcap := getattr(model.config, "final_logit_softcapping", None)) is not None
-    ):
-        model.register_forward_hook(partial(_capped, softcap))
+    if change.has(Variant.KEYS_OF_OTHER_FAMILIES):
+        _cap_logits(model)
     if change.has(Variant.HEAD_IS_EMBEDDING):
         if streamed:
             raise OracleError(STREAMED)
@@ -50,9 +46,17 @@ def keys_of_other_families(config: Any, scaling: float) -> tuple[float, float | 
     return scaling if scalar is None else scalar**-0.5, softcap, window
 
 
-def _capped(softcap: float, _: nn.Module, __: Any, output: Any) -> Any:
-    output.logits = torch.tanh(output.logits / softcap) * softcap
-    return output
+def _cap_logits(model: Any) -> None:
+    """Cap the logits as Gemma 2 does, if the config has its key."""
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    if softcap is None:
+        return
+
+    def capped(_: nn.Module, __: Any, output: Any) -> Any:
+        output.logits = torch.tanh(output.logits / softcap) * softcap
+        return output
+
+    model.register_forward_hook(capped)
 
 
 def _fill(model: nn.Module, globs: list[str], value: float, streamed: bool) -> None:

@@ -91,7 +91,7 @@ def new_causes(result: RunResult) -> list[CauseSeen]:
 
 
 def grouped(cases: Iterable[CaseResult]) -> list[list[CaseResult]]:
-    """Cases grouped by explanation, by family and first hook point, or by message; smallest first."""
+    """Cases by explanation, by family (calls by function) and first hook point, or by message; smallest first."""
     found: dict[tuple[str, ...], list[CaseResult]] = {}
     for case in cases:
         found.setdefault((case.status.value, *_key(case)), []).append(case)
@@ -139,7 +139,7 @@ def _key(case: CaseResult) -> tuple[str, ...]:
     if case.explained:
         return tuple(case.explained.ids) or (case.explained.change,)
     if first:
-        # The results of two functions have the same names; a call's id begins with what it calls.
+        # The results of two functions have the same names; a call's id without its last part stands for the function.
         of = case.id.rpartition("/")[0] if case.family == "calls" else case.family
         return of, hook_point(case.new_at)
     return (re.sub(r"\d+", "0", case.error.replace(case.id, "")),)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 from candle_mi_parity import __version__
@@ -27,6 +26,7 @@ from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.tokenizers import load_tokenizers
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.run.alone import tell_state
+from candle_mi_parity.run.at_once import at_once
 from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.run.sections import judge_sections
 from candle_mi_parity.spec.cases import OPT_IN_LANES, Case, load_cases, select
@@ -135,19 +135,6 @@ def _settle(result: RunResult, futures: list[Future[Judgement]], skipped: dict[s
     reached = {case.id for case in result.cases}
     waiting = {case.id: result.skipped.get(case.id, NOT_REACHED) for case in cases if case.id not in reached}
     result.skipped = skipped | waiting
-
-
-@contextmanager
-def at_once(count: int, judge: Callable[[Case], Judgement], cases: list[Case]) -> Iterator[list[Future[Judgement]]]:
-    """One future for each case, in order; with a count of two, one case is emitted while another is compared.
-
-    A run that is stopped does not wait for the cases at work: their emitter may hang, and is closed after this.
-    """
-    pool = ThreadPoolExecutor(count)
-    try:
-        yield [pool.submit(judge, case) for case in cases]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def require_selection(options: RunOptions) -> None:

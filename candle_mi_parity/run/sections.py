@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from candle_mi_parity.models.tokenizers import (
     load_tokenizers,
     tokenizer_directory,
 )
+from candle_mi_parity.run.at_once import at_once
 from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.spec.cases import Case, load_cases
 from candle_mi_parity.spec.expected import ExpectedDivergences, listed_as
@@ -56,52 +56,38 @@ def judge_sections(
 
     :param cases: those of which traces were just made.
     """
-    pool = ThreadPoolExecutor(1)
-    try:
-        forwards = None
-        if "traces" in options.parts:
-            if not options.cases:
-                progress.note("other forwards")
-            out = options.out / "traces" / "forwards"
-            forwards = pool.submit(judge_forwards, source, cases, options.candidate, out, whole=not options.cases)
-        with source.fresh() if isinstance(source, LiveSource) else nullcontext(source) as other:
-            _judge_rest(other, options, known, expected, result, progress)
-        if forwards is not None:
-            result.sections = {FORWARDS: forwards.result(), **result.sections}
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # a stopped run does not wait for an emitter that may hang
+    parts, out = options.parts, options.out / "traces"
+
+    def forwards_of(asked: list[Case]) -> Section:
+        return judge_forwards(source, asked, options.candidate, out / "forwards", whole=not options.cases)
+
+    if "traces" in parts and not options.cases:
+        progress.note("other forwards")
+    own = source.fresh() if isinstance(source, LiveSource) else nullcontext(source)
+    with at_once(1, forwards_of, [cases] if "traces" in parts else []) as forwards, own as other:
+        if "calls" in parts:
+            progress.note("direct calls")
+            held_to = expected_calls(options.cache, known.chosen, expected)
+            judged = judge_source(other, options.candidate, held_to, options.cache, out / "calls.json")
+            take_calls(judged, held_to, other, result)
+            if options.keep and judged.lost is None:
+                options.keep.whole_file("calls", out / "calls.json")
+        release = result.baseline
+        if "tokens" in parts:
+            progress.note("tokenizers")
+            result.sections["tokens"] = judge_tokenizers(
+                other, release, options.candidate, options.cache, out / "tokens", expected
+            )
+            result.known |= {row.id: row for row in load_tokenizers().known}
+        if "auto-config" in parts:
+            progress.note("generic configs")
+            result.sections["auto-config"] = judge_classes(
+                other, release, options.candidate, options.cache, out / "auto-config"
+            )
+        for each in forwards:
+            result.sections = {FORWARDS: each.result(), **result.sections}
     for part in set(options.only) & set(result.sections):
         result.sections[part] = replace(result.sections[part], asked_for=True)
-
-
-def _judge_rest(
-    source: Source,
-    options: RunOptions,
-    known: Explanations,
-    expected: ExpectedDivergences | None,
-    result: RunResult,
-    progress: Progress,
-) -> None:
-    parts, out = options.parts, options.out / "traces"
-    if "calls" in parts:
-        progress.note("direct calls")
-        held_to = expected_calls(options.cache, known.chosen, expected)
-        judged = judge_source(source, options.candidate, held_to, options.cache, out / "calls.json")
-        take_calls(judged, held_to, source, result)
-        if options.keep and judged.lost is None:
-            options.keep.whole_file("calls", out / "calls.json")
-    release = result.baseline
-    if "tokens" in parts:
-        progress.note("tokenizers")
-        result.sections["tokens"] = judge_tokenizers(
-            source, release, options.candidate, options.cache, out / "tokens", expected
-        )
-        result.known |= {row.id: row for row in load_tokenizers().known}
-    if "auto-config" in parts:
-        progress.note("generic configs")
-        result.sections["auto-config"] = judge_classes(
-            source, release, options.candidate, options.cache, out / "auto-config"
-        )
 
 
 def expected_calls(cache: Path, release: str, expected: ExpectedDivergences | None) -> Expectations:

@@ -31,6 +31,7 @@ from candle_mi_parity.coverage.calls_judge import (
 from candle_mi_parity.errors import ExplanationError, TraceError
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.report import page, report_model, tables, views_ci
+from candle_mi_parity.report.causes import grouped
 from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.run.run import run_cases
 from candle_mi_parity.spec.paths import cache_root
@@ -343,6 +344,13 @@ def worse(a: Calls, b: Calls) -> list[str]:
     diff = Diff("A", "B", {}, {}, {}, found)
     assert diff.verdict is (Verdict.FAIL if diff.worse else Verdict.PASS)
     return [f"{call.id}: {'; '.join(call.worse)}" for call in diff.worse]
+
+
+def test_failing_calls_of_two_functions_are_two_causes() -> None:
+    """Their results have one name, value."""
+    ids = ("calls/to/first", "calls/to/last", "calls/vectors/layers")
+    found = grouped(case(id, Status.FAIL, "value") for id in ids)
+    assert sorted(len(group) for group in found) == [1, 2]
 
 
 @pytest.mark.thorough

@@ -173,6 +173,10 @@ def test_other_token_ids_are_told_with_both_beginnings() -> None:
         "from place 2 on: got [0, 1, 3, 4, 5, 6, 7, 8, …], transformers gives [0, 1, 2, 3, 4, 5, 6, 7, …]. "
         "Nothing was fed to the model."
     )
+    longer = other_ids(subject, [*range(40), 0])
+    assert longer is not None and "from place 40 on" in longer.detail
+    padded = other_ids(replace(subject, tokens=[[0, 1, 0, 0]]), [0, 1])
+    assert padded is not None and "from place 2 on" in padded.detail
 
 
 @pytest.mark.parametrize("reason", ["all 44 tensors are one number everywhere: nothing was exercised", "no feature"])

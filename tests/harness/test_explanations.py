@@ -134,6 +134,33 @@ ON_TOP: dict[str, tuple[str, dict[str, Any], dict[str, float], str]] = {
 """Fault on top → the explanation, what the candidate is instead, and the first tensor that differs under it."""
 
 
+GUESSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "CMI054": ("scalar", {"query_pre_attn_scalar": 32.0}, "blocks.0.attn.hook_scores"),
+    "CMI055": ("softcap", {"attn_logit_softcapping": 2.0}, PATTERN),
+    "CMI056": ("final-softcap", {"final_logit_softcapping": 1.0}, "logits"),
+    "CMI057": ("window", {"sliding_window": 3}, PATTERN),
+    "CMI058": ("tanh", {"hidden_act": "relu"}, "blocks.0.mlp.hook_post"),
+}
+"""Explanation → its case of a guessed architecture, a fault on top, and the first tensor that differs under it."""
+
+
+@pytest.mark.parametrize("name", GUESSED)
+def test_what_a_guessed_architecture_reads_is_explained_and_a_fault_on_top_is_not(name: str) -> None:
+    case, fault, first = GUESSED[name]
+    there = real(f"a2d-llama/pretrained-{case}")
+    rows = [row for row in TABLE.explanation if row.id in (name, "CMI052")]
+    change = combined(rows)
+
+    def computed(change: Counterfactual) -> Arrays:
+        tensors = there.oracle.under(change).truth().tensors
+        return {tensor: expected.value.astype(np.float32) for tensor, expected in tensors.items()}
+
+    found, why = known(there, computed(change))
+    assert found is not None and set(found.ids) == {name, "CMI052"}, why
+    found, why = known(there, computed(change.model_copy(update={"config_set": {**change.config_set, **fault}})))
+    assert found is None and name in why and f"first {first} " in why, why
+
+
 @pytest.mark.every(4)
 @pytest.mark.parametrize("name", HONEST)
 def test_a_listed_counterfactual_explains_its_divergence(name: str, tmp_path: Path) -> None:

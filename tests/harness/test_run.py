@@ -19,8 +19,8 @@ from candle_mi_parity.judge import case as judge_case_module
 from candle_mi_parity.judge.case import Judgement, Progress
 from candle_mi_parity.report import terminal
 from candle_mi_parity.run import run
+from candle_mi_parity.run.at_once import at_once
 from candle_mi_parity.run.options import RunOptions
-from candle_mi_parity.run.run import at_once
 from candle_mi_parity.spec.cases import Case, load_cases
 from candle_mi_parity.spec.conditions import Facts
 from tests.support.planting import Giving, judged

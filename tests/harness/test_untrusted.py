@@ -244,6 +244,12 @@ def test_a_tensor_file_with_an_invalid_header_is_refused(tmp_path: Path, attack:
     refused(lambda: prepare(case, tmp_path))
 
 
+def test_a_pointer_of_git_lfs_is_named_with_its_remedy(tmp_path: Path) -> None:
+    case = local(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "pointer of Git LFS in place of the file: run `git lfs pull`" in refused(lambda: prepare(case, tmp_path))
+
+
 def test_sizes_that_do_not_fit_in_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saelens(tmp_path)
     (tmp_path / "cfg.json").write_text(json.dumps(CFG | {"d_in": 1 << 20, "d_sae": 1 << 20}))
