@@ -13,9 +13,9 @@ from candle_mi_parity.compare.compare_sae import attribute_sae_failures, judge_s
 from candle_mi_parity.compare.compare_weights import judge_weight
 from candle_mi_parity.compare.diagnose import diagnose
 from candle_mi_parity.compare.gate import ELEMENT_GATE, UNITS, measure
-from candle_mi_parity.compare.out_of_range import excuse_out_of_range
 from candle_mi_parity.compare.row_sums import RowSums
 from candle_mi_parity.compare.tensor_result import concluded, malformed, nonfinite, selected, tally
+from candle_mi_parity.compare.unmeasurable import excuse_unmeasurable
 from candle_mi_parity.compare.verdict import Diagnosis, Status, TensorResult, Worst
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.chunks import blocks
@@ -92,7 +92,7 @@ def compare(
     results = attribute_sae_failures(results)
     scalars = judge_sae_scalars(truth, trace, decoder, chains)
     results += _judge_tokens(truth, trace) + scalars + _surplus(trace, {scalar.name for scalar in scalars})
-    return excuse_out_of_range(results, truth, trace.dtype, lambda name: _feeders_of(name, truth))
+    return excuse_unmeasurable(results, truth, trace.dtype, lambda name: _feeders_of(name, truth))
 
 
 def _surplus(trace: Emitted, judged: set[str]) -> list[TensorResult]:

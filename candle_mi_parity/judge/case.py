@@ -15,8 +15,8 @@ from candle_mi_parity.candidate.sources import NotStoredError, Source
 from candle_mi_parity.candidate.store import stored_selection
 from candle_mi_parity.compare.compare import compare, first_diagnosis
 from candle_mi_parity.compare.diagnose_sae import summarize_saes
-from candle_mi_parity.compare.out_of_range import OUT_OF_RANGE
 from candle_mi_parity.compare.sae_view import SaeView
+from candle_mi_parity.compare.unmeasurable import UNMEASURABLE
 from candle_mi_parity.compare.verdict import (
     TOO_NOISY,
     CaseResult,
@@ -272,7 +272,7 @@ def status_of(tensors: list[TensorResult], case: Case, in_part: bool) -> tuple[S
     # A trace that was stored in part may lack the positions that are too noisy.
     if unmeasured == declared or (in_part and unmeasured < declared):
         return Status.PASS, ""
-    if far := [tensor for tensor in tensors if tensor.reason == OUT_OF_RANGE and tensor.name not in declared]:
+    if far := [tensor for tensor in tensors if tensor.reason == UNMEASURABLE and tensor.name not in declared]:
         more = f"; and {len(far) - 1} more" if len(far) > 1 else ""
         return Status.UNMEASURED, f"{far[0].name}: {far[0].detail}{more}"
     opened, closed = sorted(unmeasured - declared), sorted(declared - unmeasured)

@@ -325,6 +325,16 @@ FALSE_ALARMS: dict[str, tuple[str, Genes, str]] = {
         {"weights.mlp-large": True, "config.intermediate_size": ["set", 1], "tokens": {"random": 5}},
         "unmeasured",
     ),
+    "a softmax of float16 that is at one key or at another": (
+        "Dream",
+        {
+            "recurrent": {"layers": [1, 1], "depth": 1, "feedback": [{"position": 2, "strength": -1.0, "seed": 0}]},
+            "dtype": "float16",
+            "weights.norm-large": True,
+            "tokens": {"random": 12, "seed": 2},
+        },
+        "unmeasured",
+    ),
 }
 """What hunts of PyTorch in float32 and float16 called a divergence, and what it has to be called."""
 

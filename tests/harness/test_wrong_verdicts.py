@@ -294,7 +294,7 @@ def test_what_float16_cannot_hold_is_unmeasured(judged: Judged, tmp_path: Path, 
     assert "is beyond float16's range" in found.error
     by_name = {tensor.name: tensor for tensor in found.tensors}
     assert by_name["blocks.1.mlp.hook_pre"].status is Status.PASS, "what comes before is measured"
-    assert {tensor.reason for tensor in found.tensors if tensor.status is not Status.PASS} == {"range"}
+    assert {tensor.reason for tensor in found.tensors if tensor.status is not Status.PASS} == {"unmeasurable"}
     assert "is beyond float16's range at blocks." in by_name["logits"].detail
 
 
