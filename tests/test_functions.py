@@ -15,13 +15,17 @@ KNOWN = {
     "CMI101": 3, "CMI102": 2, "CMI103": 1, "CMI104": 2, "CMI105": 5, "CMI106": 2, "CMI107": 3, "CMI108": 9,
     "CMI110": 2, "CMI111": 1, "CMI112": 2, "CMI113": 4, "CMI114": 1, "CMI115": 2, "CMI116": 3, "CMI117": 4,
     "CMI118": 2, "CMI119": 5, "CMI120": 3, "CMI121": 1, "CMI122": 1, "CMI123": 1, "CMI140": 17, "CMI141": 7,
-    "CMI142": 2, "CMI143": 1, "CMI144": 1, "CMI145": 1, "CMI146": 4, "CMI147": 3, "CMI150": 1,
+    "CMI142": 2, "CMI143": 1, "CMI144": 1, "CMI145": 1, "CMI146": 4, "CMI147": 3, "CMI150": 1, "CMI170": 2,
+    "CMI175": 2, "CMI176": 2,
 }  # fmt: skip
 """Explanation → number of calls that differ in every release."""
-OLD = {"CMI109": 5, "CMI131": 27, "CMI148": 2, "CMI149": 4}
-"""The same of 0.1.6 and 0.1.10, which lack ``position_delta``, contrastive steering and a mask."""
-NEW = {"CMI130": 4}
-RELEASES = {"0.1.6": OLD, "0.1.10": OLD, "0.1.24": NEW, "0.2.2": NEW}
+OLD = {"CMI109": 5, "CMI131": 27, "CMI148": 2, "CMI149": 4, "CMI172": 7, "CMI178": 16}
+"""Those of 0.1.6 and 0.1.10, which lack ``position_delta``, contrastive steering, a mask, ``decoder_matrix``."""
+OLDEST = OLD | {"CMI177": 57, "CMI179": 32}
+"""Of 0.1.6, which lacks all transcoders but cross-layer ones."""
+PER_LAYER = {"CMI171": 2, "CMI174": 2}
+NEW = {"CMI130": 4, "CMI173": 2, **PER_LAYER}
+RELEASES = {"0.1.6": OLDEST, "0.1.10": OLD | PER_LAYER, "0.1.24": NEW, "0.2.2": NEW}
 
 
 def judged(spec: str, out: Path) -> JudgedCalls:
@@ -35,8 +39,8 @@ def check(found: JudgedCalls, own: dict[str, int]) -> None:
     causes = Counter(id for call in found.results if call.explained for id in call.explained.ids)
     assert causes == KNOWN | own
     absent = sum("has no " in call.error for call in found.results)
-    assert absent == sum(own.get(id, 0) for id in ("CMI109", "CMI131", "CMI149"))
-    assert len(found.results) == 389
+    assert absent == sum(own.get(id, 0) for id in ("CMI109", "CMI131", "CMI149", "CMI178", "CMI179"))
+    assert len(found.results) == 624
 
 
 def test_every_release_is_stored() -> None:

@@ -33,7 +33,8 @@ _DEPENDENCIES = (
     ((0, 1, 20), "0.11", "0.11"),
     ((0, 1, 19), "0.11", "0.10"),
     ((0, 1, 11), "0.9", "0.10"),
-    ((0, 1, 5), "0.9", "0.9"),
+    ((0, 1, 9), "0.9", "0.9"),
+    ((0, 1, 5), "0.9", "=0.9.5"),  # hf-fetch-model 0.9.6 changed a signature
     ((0, 0, 0), "0.9", "0.7"),
 )
 
@@ -281,7 +282,8 @@ def stand_in_files(version: str) -> dict[str, str]:
     """The files of the stand-in crate with a version: path → text."""
     home = EMITTER / DOWNLOADER
     manifest = _with_line((home / "Cargo.toml").read_text(encoding="utf-8"), "version", f'version = "{version}"')
-    return {"Cargo.toml": manifest, "src/lib.rs": (home / "src" / "lib.rs").read_text(encoding="utf-8")}
+    sources = {name: (home / name).read_text(encoding="utf-8") for name in ("build.rs", "src/lib.rs")}
+    return {"Cargo.toml": manifest, **sources}
 
 
 def _stand_in(version: str, cache: Path) -> Path:

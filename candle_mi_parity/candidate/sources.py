@@ -142,7 +142,7 @@ def request(subject: PreparedCase, mode: Mode, inputs: Path, out: Path, device: 
         "project": [name for name in subject.captures if is_lens(name) and mode == "free"],
         **({"weights": list(subject.quantized)} if subject.quantized and mode == "free" else {}),
         "edits": [{"hook": name, "kind": "replace", "tensor": name} for name in forced]
-        or for_emitter(subject.case.edits),
+        or for_emitter(subject.case.edits, subject.transcoders),
         **({"recurrent": subject.case.recurrent.for_emitter()} if subject.case.recurrent else {}),
         "out": str(out),
     }

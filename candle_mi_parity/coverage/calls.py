@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,10 @@ from candle_mi_parity.coverage.calls_models import ModelRow
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.untrusted import read_json, validated
+from candle_mi_parity.models.transcoder import Weights, transcoder_weights, write_transcoder
 from candle_mi_parity.spec.paths import FIXTURES
 from candle_mi_parity.spec.table import TableRow, read_toml
+from candle_mi_parity.spec.transcoder import GeneratedTranscoder
 from candle_mi_parity.trace.trace import CandleMi, CaseRef, Digest, Part
 
 TIMEOUT_SECONDS = 120.0
@@ -114,6 +117,21 @@ class WeightsRow(TableRow):
             (directory / "model.safetensors.index.json").write_text(json.dumps(self.index), encoding="utf-8")
 
 
+class TranscoderRow(GeneratedTranscoder):
+    """A transcoder for a number of layers of a width."""
+
+    layers: int
+    width: int
+
+    def weights(self) -> list[Weights]:
+        """Those of each layer."""
+        return transcoder_weights(self, self.layers, self.width)
+
+    def write(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        write_transcoder(self, self.layers, self.width, directory)
+
+
 class Formula(StrEnum):
     """A known wrong formula; :mod:`calls_wrong` computes it."""
 
@@ -174,6 +192,14 @@ class Formula(StrEnum):
 
     The ratio is 0 of no variance and of NaN.
     """
+    THRESHOLD_UNREAD = "threshold-unread"
+    """The thresholds in a transcoder's files are not read: its activation is ReLU."""
+    NEGATIVE_LEFT_OUT = "negative-left-out"
+    """A JumpReLU feature between a negative threshold and 0 does not fire."""
+    ZERO_ROWS_LEFT_OUT = "zero-rows-left-out"
+    """A feature whose decoder row is 0 has no cosine, where that of PyTorch is 0."""
+    SHORT_DIRECTION = "short-direction"
+    """A direction with a norm of at most 1e-10 is not normalised, and in a batch divided by 1e-10."""
 
 
 class CallRow(TableRow):
@@ -182,6 +208,7 @@ class CallRow(TableRow):
     :ivar args: the function's arguments; the name of a tensor of the table stands for that tensor.
     :ivar model: whose functions, or whose tokenizer, are called.
     :ivar weights: whose tensors are listed.
+    :ivar transcoder: whose functions are called.
     :ivar exact: the result must be bitwise equal to the truth in float32.
     :ivar ties: any of equal features may be kept, but as many as in the truth and with the same values.
     :ivar raises: PyTorch raises, so that any result is wrong, and a refusal is right.
@@ -193,6 +220,7 @@ class CallRow(TableRow):
     sae: str | None = None
     model: str | None = Field(default=None, exclude_if=lambda model: model is None)
     weights: str | None = Field(default=None, exclude_if=lambda weights: weights is None)
+    transcoder: str | None = Field(default=None, exclude_if=lambda transcoder: transcoder is None)
     exact: bool = False
     ties: bool = False
     raises: bool = Field(default=False, exclude_if=lambda raises: not raises)
@@ -203,6 +231,7 @@ class CallTable(TableRow):
     saes: dict[str, SaeRow] = Field(default_factory=dict)
     models: dict[str, ModelRow] = Field(default_factory=dict, exclude_if=lambda models: not models)
     weights: dict[str, WeightsRow] = Field(default_factory=dict, exclude_if=lambda weights: not weights)
+    transcoders: dict[str, TranscoderRow] = Field(default_factory=dict, exclude_if=lambda found: not found)
     call: list[CallRow]
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -217,11 +246,11 @@ class CallTable(TableRow):
         return hashlib.sha256(save(self.arrays())).hexdigest()
 
     def lay_out(self, cache: Path) -> Path:
-        """The directory with ``inputs.safetensors`` and one for each SAE, model and checkpoint; written once."""
+        """Where :meth:`write` wrote; once."""
         return publish(cache / "calls" / content_key(LAYOUT, self.digest()), lambda out: self.write(out, cache))
 
     def write(self, out: Path, cache: Path) -> None:
-        """Write ``inputs.safetensors`` and a directory for each SAE, model and checkpoint.
+        """Write ``inputs.safetensors`` and a directory for each SAE, model, checkpoint and transcoder.
 
         :param cache: for the models that are generated.
         """
@@ -232,6 +261,8 @@ class CallTable(TableRow):
             model.write(out / name, cache)
         for name, weights in self.weights.items():
             weights.write(out / name)
+        for name, transcoder in self.transcoders.items():
+            transcoder.write(out / name)
 
     def request(self, directory: Path, out: Path) -> dict[str, object]:
         """The emitter's request for all calls.
@@ -288,17 +319,18 @@ class Calls(Part):
 
 
 def load_calls(path: Path = FIXTURES / "calls.toml") -> CallTable:
-    """:raises CaseTableError: malformed, a call twice, an unknown SAE, model or checkpoint."""
+    """:raises CaseTableError: malformed, a call twice, an unknown SAE, model, checkpoint or transcoder."""
     table = read_toml(path, CallTable, CaseTableError)
     ids = [row.id for row in table.call]
     if not ids or len(set(ids)) != len(ids):
         raise CaseTableError(f"{path}: no calls, or a call twice")
-    if unknown := [row.id for row in table.call if row.sae is not None and row.sae not in table.saes]:
-        raise CaseTableError(f"{path}: unknown SAE in {', '.join(unknown)}")
-    if unknown := [row.id for row in table.call if row.model is not None and row.model not in table.models]:
-        raise CaseTableError(f"{path}: unknown model in {', '.join(unknown)}")
-    if unknown := [row.id for row in table.call if row.weights is not None and row.weights not in table.weights]:
-        raise CaseTableError(f"{path}: unknown weights in {', '.join(unknown)}")
+    known: dict[str, Collection[str]] = {
+        "SAE": table.saes, "model": table.models, "weights": table.weights, "transcoder": table.transcoders,
+    }  # fmt: skip
+    for kind, names in known.items():
+        asked = {row.id: getattr(row, kind.lower()) for row in table.call}
+        if unknown := [id for id, name in asked.items() if name is not None and name not in names]:
+            raise CaseTableError(f"{path}: unknown {kind} in {', '.join(unknown)}")
     return table
 
 
@@ -348,7 +380,8 @@ def _run(row: CallRow, directory: Path) -> dict[str, object]:
     sae = {} if row.sae is None else {"sae": {"path": str(directory / row.sae), "layer": 0}}
     model = {} if row.model is None else {"model": str(directory / row.model)}
     weights = {} if row.weights is None else {"path": str(directory / row.weights)}
-    return {"fn": row.fn, **row.args, **sae, **model, **weights}
+    transcoder = {} if row.transcoder is None else {"transcoder": str(directory / row.transcoder)}
+    return {"fn": row.fn, **row.args, **sae, **model, **weights, **transcoder}
 
 
 def read_calls(path: Path) -> Calls:

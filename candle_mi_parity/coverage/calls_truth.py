@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
+from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula, TranscoderRow
 from candle_mi_parity.coverage.calls_caches import CACHES
 from candle_mi_parity.coverage.calls_measures import MEASURES, Named, eigen
 from candle_mi_parity.coverage.calls_model_truth import MODEL_FUNCTIONS, model_truth
 from candle_mi_parity.coverage.calls_offsets import OFFSETS, offsets
 from candle_mi_parity.coverage.calls_range import RangeNoise, RangeTruth
+from candle_mi_parity.coverage.calls_transcoders import TRANSCODERS, TorchTranscoder
 from candle_mi_parity.coverage.calls_wrong import SAE_FORMULAS, WRONG, Formulas, norm_out_of_range, torch_sae
 from candle_mi_parity.errors import CaseTableError, OracleError
 from candle_mi_parity.oracle.arithmetic import UNIT
@@ -72,11 +73,13 @@ def computation(
     directory: Path,
     formulas: Collection[Formula] = (),
     dtype: torch.dtype = torch.float64,
+    transcoders: Mapping[str, TranscoderRow] | None = None,
 ) -> Callable[[], Named]:
     """The function of a call with its arguments; :func:`finish` makes results of what it returns.
 
     :param directory: where the SAEs were written.
     :param formulas: known wrong formulas; none for the truth.
+    :param transcoders: those of the table by name.
     :raises CaseTableError: the function has no reference, or not these formulas.
     """
 
@@ -91,6 +94,10 @@ def computation(
     args: dict[str, Any] = {key: given(value) for key, value in row.args.items()}
     if row.weights is not None:
         args["path"] = directory / row.weights
+    if row.fn in TRANSCODERS and TRANSCODERS[row.fn][0].issuperset(formulas):
+        assert transcoders is not None and row.transcoder is not None
+        transcoder = TorchTranscoder(transcoders[row.transcoder], formulas, dtype)
+        return lambda: TRANSCODERS[row.fn][1](transcoder, **args)
     if row.fn in CACHES and CACHES[row.fn][0].issuperset(formulas):
         return lambda: CACHES[row.fn][1](formulas, **args)
     if row.sae is not None and row.fn in SAE_FUNCTIONS and SAE_FORMULAS.issuperset(formulas):
@@ -174,7 +181,7 @@ def truth_of(row: CallRow, table: CallTable, cache: Path, formula: Formula | Non
                 raise CaseTableError(f"{row.id}: {row.fn} has no formula {formula}")
             values = model_truth(row, arrays, directory / row.model)
         else:
-            once = computation(row, arrays, directory, formulas)
+            once = computation(row, arrays, directory, formulas, transcoders=table.transcoders)
             values, overflows = with_noise(row, once, not row.exact, formulas)
     except REFUSALS as error:
         check_refusal(error)

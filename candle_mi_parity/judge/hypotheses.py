@@ -19,7 +19,7 @@ from candle_mi_parity.models.checkpoint import read_config, weight_files
 from candle_mi_parity.models.saelens import CONFIG
 from candle_mi_parity.oracle.fields_read import cached_fields_read
 from candle_mi_parity.spec.counterfactual import ROTARY, Counterfactual, Dequantization, Variant, places, rotary_block
-from candle_mi_parity.spec.edits import Edit, Inject, PatchAt
+from candle_mi_parity.spec.edits import CltInject, Edit, Inject, PatchAt
 from candle_mi_parity.spec.explanations import Explanation, Explanations
 from candle_mi_parity.spec.families import family_of
 from candle_mi_parity.spec.hook_points import WEIGHTS
@@ -171,7 +171,7 @@ def _of_edits(edits: list[Edit], tokens: int) -> Iterator[Counterfactual]:
     """Each edit left out, one position off, one layer off."""
     for index, edit in enumerate(edits):
         yield Counterfactual(edits={index: None})
-        if isinstance(edit, PatchAt | Inject):
+        if isinstance(edit, PatchAt | Inject | CltInject):
             for position in (edit.position - 1, edit.position + 1, 0, tokens - 1):
                 if 0 <= position < tokens and position != edit.position:
                     yield Counterfactual(edits={index: edit.model_copy(update={"position": position})})

@@ -21,6 +21,7 @@ from candle_mi_parity.models.quiet import transformers_runs
 from candle_mi_parity.models.resolve import model_directory, pickled_directory
 from candle_mi_parity.models.sae import sae_files, sae_path
 from candle_mi_parity.models.saelens import own_hook
+from candle_mi_parity.models.transcoder import transcoder_path
 from candle_mi_parity.models.transformers_config import load_config
 from candle_mi_parity.spec import edits
 from candle_mi_parity.spec.cases import Case, Download, HubModel, RandomTokens, SaeFile, SaePlace
@@ -53,6 +54,7 @@ class PreparedCase:
         one.
     :ivar captures: hook names in execution order, without ``logits``.
     :ivar given_dir: the same weights in other files, pickled or quantised, for the candidate; None for ``model_dir``.
+    :ivar transcoders: directories of the edits' transcoders.
     :ivar digest: over everything that decides the numbers; the case's id is not part of it.
     :ivar downloads: files from the hub.
     """
@@ -70,6 +72,7 @@ class PreparedCase:
     special: SpecialIds = SpecialIds()
     given_dir: Path | None = None
     quantized: tuple[str, ...] = ()
+    transcoders: tuple[Path, ...] = ()
 
     @property
     def given(self) -> Path:
@@ -157,6 +160,11 @@ def prepare(case: Case, cache: Path, loaded: Any = None) -> PreparedCase:
         special=special,
         given_dir=given,
         quantized=tuple(_compared_weights(stored, model_dir)) if quantized else (),
+        transcoders=tuple(
+            transcoder_path(edit.transcoder, n_layers, width, cache)
+            for edit in case.edits
+            if isinstance(edit, edits.CltInject)
+        ),
     )
 
 

@@ -18,11 +18,13 @@ from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import seeded_words
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.models.sae import load_sae
+from candle_mi_parity.models.transcoder import transcoder_weights
 from candle_mi_parity.oracle.hooks import Captured, Edits, attended, forward, replacing
 from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual, Variant
 from candle_mi_parity.spec.edits import (
     Add,
+    CltInject,
     Edit,
     Inject,
     Knockout,
@@ -117,6 +119,8 @@ def _change(
     if isinstance(edit, Inject):
         assert subject.sae_file is not None
         return _injection(edit, subject.sae_file)
+    if isinstance(edit, CltInject):
+        return _clt_injection(edit, subject)
     assert drawn is not None
     if isinstance(edit, PatchAt) or edit.shape is not None:
         drawn = drawn.broadcast_to(len(subject.tokens), len(subject.tokens[0]), drawn.shape[-1])
@@ -210,6 +214,22 @@ def _injection(edit: Inject, file: Path) -> Change:
         vector = torch.zeros(tensor.shape[0], 1, tensor.shape[2], device=tensor.device)
         for row, (_, strength) in zip(decoder, edit.features, strict=True):
             vector = vector + row.to(tensor.device).expand_as(vector) * strength
+        return torch.where(_is_position(tensor, edit.position), tensor + vector.to(tensor.dtype), tensor)
+
+    return change
+
+
+def _clt_injection(edit: CltInject, subject: PreparedCase) -> Change:
+    """strength · Σ W_dec[feature], added to the residual stream at one position."""
+    n_layers = sum(name.endswith("hook_resid_post") for name in subject.captures)
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        weights = transcoder_weights(edit.transcoder, n_layers, tensor.shape[2])
+        vector = torch.zeros(tensor.shape[0], 1, tensor.shape[2], device=tensor.device)
+        for layer, index in edit.features:
+            row = torch.from_numpy(weights[layer]["W_dec"][index, edit.target - layer])
+            vector = vector + row.to(tensor.device).expand_as(vector)
+        vector = vector * edit.strength
         return torch.where(_is_position(tensor, edit.position), tensor + vector.to(tensor.dtype), tensor)
 
     return change

@@ -7,7 +7,8 @@ An edit changes the tensor at a hook after it was captured. Several edits at one
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from pydantic import Field, model_validator
 
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.spec.table import TableRow
+from candle_mi_parity.spec.transcoder import GeneratedTranscoder
 
 E = TypeVar("E", bound="_Edit")
 S = TypeVar("S", bound=TableRow)
@@ -237,8 +239,43 @@ class Inject(_Edit):
         return self
 
 
+class CltInject(_Edit):
+    """Decoder rows of a transcoder added at one position: ``CrossLayerTranscoder::prepare_hook_injection``.
+
+    The rows are those of the hook's layer. circuit-tracer adds them to ``hook_mlp_out``, and candle-mi to the stream
+    behind it, ``hook_resid_post``, which is the same for all that follows.
+
+    :ivar transcoder: has as many layers as the model, and its width.
+    :ivar features: pairs [source layer, feature], whose rows are summed.
+    """
+
+    kind: Literal["clt_inject"]
+    transcoder: GeneratedTranscoder
+    features: Annotated[list[Annotated[list[Position], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+    position: Position
+    strength: float
+
+    @property
+    def target(self) -> int:
+        """The layer whose stream is changed."""
+        return int(self.hook.split(".")[1])
+
+    def positions(self) -> Iterator[int]:
+        yield self.position
+
+    @model_validator(mode="after")
+    def _writes_to_the_hook(self) -> CltInject:
+        short(_at(self, "hook_resid_post"), self.strength)
+        for layer, index in self.features:
+            if index >= self.transcoder.features:
+                raise ValueError(f"there is no feature {index} among {self.transcoder.features}")
+            if layer > self.target or (layer != self.target and not self.transcoder.crosses):
+                raise ValueError(f"features of layer {layer} do not write to layer {self.target}")
+        return self
+
+
 Edit = Annotated[
-    Replace | Add | PatchAt | Scale | Zero | Knockout | Steer | Inject,
+    Replace | Add | PatchAt | Scale | Zero | Knockout | Steer | Inject | CltInject,
     Field(discriminator="kind"),
 ]
 
@@ -301,12 +338,18 @@ def tensor_key(index: int) -> str:
     return f"edit.{index}"
 
 
-def for_emitter(edits: list[Edit]) -> list[dict[str, Any]]:
-    """The ``edits`` of a request to the emitter: the rows, with the name of the tensor in the inputs file."""
+def for_emitter(edits: list[Edit], transcoders: Sequence[Path] = ()) -> list[dict[str, Any]]:
+    """The ``edits`` of a request to the emitter: the rows, with the name of the tensor in the inputs file.
+
+    :param transcoders: the directory of each edit's transcoder, for those that have one.
+    """
+    directories = iter(transcoders)
     rows = []
     for index, edit in enumerate(edits):
         row = edit.model_dump(exclude={"seed", "size", "values", "shape"})
         if isinstance(edit, Inject):
             row["features"] = [[int(feature), strength] for feature, strength in edit.features]
+        if isinstance(edit, CltInject):
+            row["transcoder"] = str(next(directories))
         rows.append(row | ({"tensor": tensor_key(index)} if isinstance(edit, RandomTensorEdit) else {}))
     return rows

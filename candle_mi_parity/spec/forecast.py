@@ -14,7 +14,12 @@ from candle_mi_parity.spec.explanations import Explanation, Explanations
 
 LENGTHS = ("sliding_window", "original_max_position_embeddings")
 """Config keys that are lengths of a prompt beyond which the arithmetic changes."""
-_EDITS = {"knockout": "a knockout", "inject": "an injection of SAE features", "steer": "attention steering"}
+_EDITS = {
+    "knockout": "a knockout",
+    "inject": "an injection of SAE features",
+    "clt_inject": "an injection of transcoder features",
+    "steer": "attention steering",
+}
 
 
 @dataclass(frozen=True)

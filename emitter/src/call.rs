@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::answer::{Answer, Outcome};
 use crate::call_caches;
+use crate::call_clt;
 use crate::call_measures;
 use crate::call_model::{self, CallModels};
 use crate::call_offsets::{self, Tokenizers};
@@ -55,6 +56,7 @@ pub fn run(request: &CallRequest) -> Result<(), EmitError> {
             Function::Model(wanted) => call_model::run(wanted, &inputs, &mut models),
             Function::Offsets(wanted) => call_offsets::run(wanted, &mut tokenizers),
             Function::Cache(wanted) => call_caches::run(wanted, &inputs),
+            Function::Clt(wanted) => call_clt::run(wanted, &inputs),
         }));
         let (outcome, results, error) = match outcome {
             Ok(Ok(Outcome::Results(results))) => ("results", results, None),
@@ -64,6 +66,10 @@ pub fn run(request: &CallRequest) -> Result<(), EmitError> {
             Ok(Ok(Outcome::Absent)) => ("absent", Vec::new(), None),
             // A model that candle-mi does not load costs its own calls.
             Ok(Err(EmitError::Model(error))) => ("error", Vec::new(), Some(one_line(&error))),
+            // So does a part that was left out.
+            Ok(Err(error @ EmitError::NotBuilt(_))) => {
+                ("error", Vec::new(), Some(error.one_line()))
+            }
             Ok(Err(error)) => return Err(error),
             Err(_) => ("error", Vec::new(), Some("panicked".to_owned())),
         };

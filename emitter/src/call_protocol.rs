@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+use crate::clt_protocol::CltCall;
 use crate::protocol::{Case, Precision};
 
 pub const CALL_REQUEST: &str = "candle-mi-parity/call/1";
@@ -37,6 +38,7 @@ pub enum Function {
     Model(ModelCall),
     Offsets(OffsetsCall),
     Cache(CacheCall),
+    Clt(CltCall),
 }
 
 /// A function and its arguments; a string is a key of the inputs.

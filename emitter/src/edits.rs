@@ -6,6 +6,7 @@ use candle_mi::{
     KnockoutSpec, MIError, SteeringSpec,
 };
 
+use crate::clt;
 use crate::entries::name_entries;
 use crate::error::EmitError;
 use crate::hook_point::{in_model_dtype, point};
@@ -59,6 +60,23 @@ impl Editor<'_> {
                 position, features, ..
             } => {
                 spec.extend(&self.injection(&hook, *position, features)?);
+                return Ok(());
+            }
+            Edit::CltInject {
+                transcoder,
+                features,
+                position,
+                strength,
+                ..
+            } => {
+                let HookPoint::ResidPost(target) = hook else {
+                    return Err(misplaced("clt_inject", "hook_resid_post", &hook));
+                };
+                let (width, device) = (self.width()?, &self.loaded.device);
+                let at = (target, *position, width);
+                spec.extend(&clt::injection(
+                    transcoder, features, at, *strength, device,
+                )?);
                 return Ok(());
             }
         };

@@ -8,6 +8,9 @@ mod call;
 #[cfg(feature = "calls")]
 mod call_caches;
 #[cfg(feature = "calls")]
+#[cfg_attr(not(feature = "clt"), path = "call_clt_absent.rs")]
+mod call_clt;
+#[cfg(feature = "calls")]
 mod call_measures;
 #[cfg(feature = "calls")]
 mod call_model;
@@ -16,6 +19,9 @@ mod call_offsets;
 mod call_protocol;
 #[cfg(feature = "calls")]
 mod call_sae;
+#[cfg_attr(not(feature = "clt"), path = "clt_absent.rs")]
+mod clt;
+mod clt_protocol;
 mod digest;
 mod dispatch;
 mod edits;

@@ -141,6 +141,14 @@ pub enum Edit {
         position: usize,
         features: Vec<(usize, f32)>,
     },
+    /// A transcoder's own `prepare_hook_injection` for the hook's layer; features are pairs of layer and index.
+    CltInject {
+        hook: String,
+        transcoder: PathBuf,
+        features: Vec<(usize, usize)>,
+        position: usize,
+        strength: f32,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -205,7 +213,8 @@ impl Edit {
             | Self::Zero { hook }
             | Self::Knockout { hook, .. }
             | Self::Steer { hook, .. }
-            | Self::Inject { hook, .. } => hook,
+            | Self::Inject { hook, .. }
+            | Self::CltInject { hook, .. } => hook,
         }
     }
 
@@ -218,13 +227,16 @@ impl Edit {
             | Self::Zero { .. }
             | Self::Knockout { .. }
             | Self::Steer { .. }
-            | Self::Inject { .. } => None,
+            | Self::Inject { .. }
+            | Self::CltInject { .. } => None,
         }
     }
 
     pub fn position(&self) -> Option<usize> {
         match self {
-            Self::PatchAt { position, .. } | Self::Inject { position, .. } => Some(*position),
+            Self::PatchAt { position, .. }
+            | Self::Inject { position, .. }
+            | Self::CltInject { position, .. } => Some(*position),
             _ => None,
         }
     }

@@ -285,9 +285,10 @@ esac
 @pytest.mark.parametrize(
     ("broken", "kept", "missing"),
     [
-        (["call_measures.rs"], "quantized,sae,tokens", {"calls"}),
-        (["sae.rs"], "quantized,tokens", {"sae", "calls"}),
-        (["tokenize.rs", "call.rs"], "quantized,sae", {"tokens", "calls"}),
+        (["call_measures.rs"], "clt,quantized,sae,tokens", {"calls"}),
+        (["call_clt.rs"], "calls,quantized,sae,tokens", {"clt"}),
+        (["sae.rs"], "clt,quantized,tokens", {"sae", "calls"}),
+        (["tokenize.rs", "call.rs"], "clt,quantized,sae", {"tokens", "calls"}),
         (["forward.rs"], "", None),
         (["call.rs", "forward.rs"], "", None),
     ],
@@ -319,7 +320,7 @@ def test_a_part_that_does_not_compile_costs_no_other(
 
 CARGO_WITH_A_BROKEN_FEATURE = """#!/bin/sh
 echo "$*" >>{log}
-case "$*" in *--no-default-features*) ;; *) set -- --features calls,quantized,sae,tokens ;; esac
+case "$*" in *--no-default-features*) ;; *) set -- --features calls,clt,quantized,sae,tokens ;; esac
 case "$*" in
 {pattern})
     cat <<'EOF'
@@ -339,9 +340,9 @@ esac
 @pytest.mark.parametrize(
     ("pattern", "file", "missing", "builds"),
     [
-        # As a whole; without any feature; without the one that is named; and then as it stays.
+        # As a whole; without any feature; without the one that is named, or each until it is found; and as it stays.
         ("*quantized*", "src/quantized.rs", {"quantized"}, 4),
-        ("*quantized*", "src/backend.rs", {"quantized"}, 4),
+        ("*quantized*", "src/backend.rs", {"quantized"}, 5),
         ("*sae*", "src/sae/mod.rs", {"calls", "sae"}, 4),
         ("*", "src/backend.rs", None, 2),
     ],
@@ -378,11 +379,14 @@ def test_a_release_is_built_without_the_features_that_it_does_not_have(put: Carg
     old, new = (plan_of(parse_candidate(version), tmp_path) for version in ("0.1.12", "0.1.13"))
     assert (old.absent, new.absent) == (("quantized",), ())
     features = tomllib.loads(old.manifest)["features"]
-    assert features["default"] == ["calls", "sae", "tokens"] and features["quantized"] == []
+    assert features["default"] == ["calls", "clt", "sae", "tokens"] and features["quantized"] == []
     assert features["mmap"] == ["candle-mi/mmap"]
     crate = write_crate(tmp_path / "crate")
     manifest = crate / "Cargo.toml"
-    for offered, absent in (("sae = []", ("mmap", "quantized")), ("mmap = []", ("calls", "quantized", "sae"))):
+    for offered, absent in (
+        ("sae = []\nclt = []", ("mmap", "quantized")),
+        ("mmap = []", ("calls", "clt", "quantized", "sae")),
+    ):
         manifest.write_text(f"{manifest.read_text().partition('[features]')[0]}[features]\n{offered}\n")
         assert plan_of(parse_candidate(f"path:{crate}"), tmp_path).absent == absent
     with pytest.raises(builder.AbsentFeatureError, match=r"0\.0\.1 has no feature mmap"):

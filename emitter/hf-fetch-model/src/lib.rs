@@ -236,7 +236,9 @@ pub fn build_client(_token: Option<&str>) -> Result<Client, FetchError> {
 }
 
 pub mod repo {
-    use super::{files, Client, FetchError};
+    #[cfg(listing_takes_a_client)]
+    use super::Client;
+    use super::{files, FetchError};
 
     #[derive(Debug, Clone)]
     pub struct RepoFile {
@@ -253,7 +255,7 @@ pub mod repo {
         repo: &str,
         _token: Option<&str>,
         _revision: Option<&str>,
-        _client: &Client,
+        #[cfg(listing_takes_a_client)] _client: &Client,
     ) -> Result<Vec<RepoFile>, FetchError> {
         let listed = files(repo)?.into_iter().map(|(filename, _)| RepoFile {
             filename,
