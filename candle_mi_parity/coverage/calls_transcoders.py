@@ -102,7 +102,7 @@ def _inject(
 ) -> Named:
     """``residual`` [B, T, d] with the decoder rows of features [layer, index, target] added at one position."""
     rows = [clt.decoder(layer, target)[index] for layer, index, target in features]
-    added = rows[0]
+    added = rows[0] if rows else torch.zeros_like(residual[0, 0])
     for row in rows[1:]:
         added = added + row
     parts = list(residual.unbind(1))
@@ -125,7 +125,7 @@ def _scores(
     parts = []
     for layer in range(len(clt.layers)):
         if layer > target or (layer != target and not clt.row.crosses):
-            parts.append(torch.full((clt.row.features,), -torch.inf, dtype=torch.float64))
+            parts.append(torch.full((clt.row.features,), -torch.inf, dtype=direction.dtype))
             continue
         rows = clt.decoder(layer, target)
         score = (rows @ direction[:, None])[:, 0]
@@ -140,7 +140,8 @@ def _scores(
         parts.append(score)
     scores = torch.stack(parts)
     highest = torch.sort(scores[scores.isfinite()], descending=True).values[:k]
-    scores = torch.where(scores >= highest[-1], scores, -torch.inf)
+    lowest = highest[-1] if len(highest) else torch.inf
+    scores = torch.where(scores >= lowest, scores, -torch.inf)
     if least is not None:
         scores = torch.where(scores.abs() >= float(np.float32(least)), scores, -torch.inf)
     return {"value": scores, "listed": torch.sort(scores[scores.isfinite()], descending=True).values}

@@ -23,6 +23,7 @@ from candle_mi_parity.hunt.call_inputs import (
     tensor,
     tensors,
 )
+from candle_mi_parity.hunt.call_transcoders import CALLS
 
 _LAYER = st.integers(0, 2)
 _SMALL = (0.0, 1e-30, 1e-12, 1e-11, 5e-11, 1e-10, 2e-10, 1e-8)
@@ -144,7 +145,7 @@ _CACHES: dict[str, Callable[[], SearchStrategy[CallTable]]] = {
 
 
 GENERATED: dict[str, SearchStrategy[CallTable]] = {
-    **{fn: make() for fn, make in (MEASURES | _CACHES).items()},
+    **{fn: make() for fn, make in (MEASURES | _CACHES | CALLS).items()},
     **SAES,
 }
 """What is called → a strategy for a table with one call and its tensors."""

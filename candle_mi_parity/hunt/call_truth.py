@@ -15,6 +15,7 @@ from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
 from candle_mi_parity.coverage.calls_range import SMALLEST_NORMAL
 from candle_mi_parity.coverage.calls_truth import REFUSALS, check_refusal, computation, with_noise
 from candle_mi_parity.coverage.calls_wrong import torch_sae
+from candle_mi_parity.hunt.call_transcoders import decided
 from candle_mi_parity.trace.truth import TruthTensor
 
 Truths = dict[str, TruthTensor]
@@ -55,7 +56,12 @@ def expected(table: CallTable, directory: Path, formulas: Collection[Formula] = 
     (row,) = table.call
     arrays = table.arrays()
     try:
-        once = computation(row, arrays, directory, formulas)
+        once = computation(row, arrays, directory, formulas, transcoders=table.transcoders)
+        if noisy and row.transcoder is not None:
+            # Before the noise is sampled, in which another choice would be a difference without bound.
+            if isinstance(found := decided(table, arrays, formulas), str):
+                return Expected(row, unknown=found)
+            row = found
         sampled = noisy and not row.exact and all(array.size for array in arrays.values())
         values, overflows = with_noise(row, once, sampled, formulas)
         if overflows:

@@ -14,6 +14,15 @@ use crate::inputs::Inputs;
 type Scored = Vec<(CltFeatureId, f32)>;
 
 pub fn run(call: &CltCall, inputs: &Inputs) -> Result<Outcome, EmitError> {
+    let told = |message: String| EmitError::Model(clt::without_path(&message, call.transcoder()));
+    match answer(call, inputs) {
+        Ok(Outcome::Refused(error)) => Err(told(error.to_string())),
+        Err(EmitError::Model(message)) => Err(told(message)),
+        other => other,
+    }
+}
+
+fn answer(call: &CltCall, inputs: &Inputs) -> Result<Outcome, EmitError> {
     let absent = match call {
         CltCall::CltEncodePreActivation { .. } | CltCall::CltLoadSkipMatrix { .. } => {
             !cfg!(since_0_1_9)

@@ -27,7 +27,12 @@ pub fn open(directory: &Path) -> Result<CrossLayerTranscoder, EmitError> {
     CrossLayerTranscoder::open(name).map_err(refused)
 }
 
-/// What candle-mi refuses is an outcome of the call or case alone.
+/// A message of candle-mi without the place of the files, which is another on each machine.
+pub fn without_path(message: &str, directory: &Path) -> String {
+    message.replace(&*directory.to_string_lossy(), "TRANSCODER")
+}
+
+/// What candle-mi refuses is an outcome of the call alone.
 pub fn refused(error: impl Into<MIError>) -> EmitError {
     EmitError::Model(error.into().to_string())
 }
@@ -36,7 +41,7 @@ pub fn refused(error: impl Into<MIError>) -> EmitError {
 /// layer, the position and the number of tokens.
 ///
 /// # Errors
-/// Those of [`open`], and what candle-mi refuses.
+/// `Forward` for what candle-mi refuses, also in [`open`].
 pub fn injection(
     directory: &Path,
     features: &[(usize, usize)],
@@ -45,7 +50,11 @@ pub fn injection(
     device: &Device,
 ) -> Result<HookSpec, EmitError> {
     let (target, position, width) = at;
-    let mut clt = open(directory)?;
+    let failed = |error: MIError| EmitError::Forward(without_path(&error.to_string(), directory));
+    let mut clt = open(directory).map_err(|error| match error {
+        EmitError::Model(message) => EmitError::Forward(without_path(&message, directory)),
+        other => other,
+    })?;
     let features: Vec<(CltFeatureId, usize)> = features
         .iter()
         .map(|(layer, index)| {
@@ -54,7 +63,7 @@ pub fn injection(
         })
         .collect();
     clt.cache_steering_vectors(&features, device)
-        .map_err(refused)?;
+        .map_err(failed)?;
     clt.prepare_hook_injection(&features, position, width, strength, device)
-        .map_err(refused)
+        .map_err(failed)
 }

@@ -11,7 +11,7 @@ import pytest
 from candle_mi_parity.candidate.sources import LiveSource, open_source
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.hunt_result import Cause, Tally
-from candle_mi_parity.coverage.calls import Answered, CallRow, CallTable, Formula, InputTensor, SaeRow
+from candle_mi_parity.coverage.calls import Answered, CallRow, CallTable, Formula, InputTensor, SaeRow, TranscoderRow
 from candle_mi_parity.coverage.calls_truth import computation
 from candle_mi_parity.hunt.call_caches import GENERATED
 from candle_mi_parity.hunt.call_truth import Expected, expected
@@ -40,7 +40,7 @@ def by_formula(formula: Formula) -> Callable[[CallTable, Path, Answered], Answer
         finite = all(np.isfinite(array).all() for array in table.arrays().values())
         if right.outcome != "results" or not finite:
             return right
-        values = computation(table.call[0], table.arrays(), directory, (formula,))()
+        values = computation(table.call[0], table.arrays(), directory, (formula,), transcoders=table.transcoders)()
         return answered({name: value.float().double().numpy() for name, value in values.items()})
 
     return fault
@@ -232,3 +232,39 @@ def test_every_function_of_the_table_is_generated() -> None:
 
     """But for those that run a model."""
     assert {row.fn for row in load_calls().call if row.model is None} == {what.split(" of ")[0] for what in GENERATED}
+
+
+def clt_call(fn: str, row: TranscoderRow, values: list[float], **args: Any) -> CallTable:
+    call = CallRow(id="generated", fn=fn, args=args, transcoder="clt")
+    return CallTable(tensors={"x": InputTensor(values=values)}, transcoders={"clt": row}, call=[call])
+
+
+CLT = TranscoderRow(layout="clt", layers=1, width=2, features=3, seed=1)
+
+
+def test_a_transcoders_features_within_rounding_of_a_decision_have_no_truth(tmp_path: Path) -> None:
+    weights = CLT.weights()[0]
+    bias, column = weights["b_enc"].astype(np.float64), weights["W_enc"][:, 0].astype(np.float64)
+    zero = [float(-bias[0] / column[0]), 0.0]  # the first feature is about 0
+    scoring: dict[str, Any] = {"target": 0, "k": 1, "cosine": False}
+    tied = {"direction": "x", "scoring": scoring}
+    undecided = {
+        "a feature lies": clt_call("clt_encode", CLT, zero, x="x", layer=0),
+        "the k-th and the next score": clt_call("clt_score_features", CLT, [0.0, 0.0], **tied),
+        "a score lies": clt_call(
+            "clt_attribution_graph", CLT, [1.0, 0.0], **tied, least=abs(float(weights["W_dec"][:, 0, 0].max()))
+        ),
+    }
+    for why, table in undecided.items():
+        found = expected(table, write_inputs(table, tmp_path))
+        assert found.unknown.startswith(why)
+    for table in (clt_call("clt_encode", CLT, [3.0, 1.0], x="x", layer=0), clt_call("clt_config", CLT, [0.0])):
+        assert not expected(table, write_inputs(table, tmp_path)).unknown
+
+
+@pytest.mark.parametrize("formula", [Formula.THRESHOLD_UNREAD, Formula.NEGATIVE_LEFT_OUT])
+def test_a_transcoders_wrong_activation_is_found_and_known(formula: Formula, tmp_path: Path) -> None:
+    _, causes = hunt(Fake(by_formula(formula)), "clt_encode", tmp_path, examples=200)
+    assert {(cause.what, cause.first, cause.reason) for cause in causes} == {("clt_encode", "value", "values")}
+    tally, causes = hunt(Fake(by_formula(formula)), "clt_encode", tmp_path, KNOWN, examples=200)
+    assert tally.known and not causes
