@@ -28,6 +28,7 @@ _FILES = {
     "call_sae.rs": "calls",
     "clt.rs": "clt",
     "quantized.rs": "quantized",
+    "rwkv.rs": "rwkv",
     "sae.rs": "sae",
     "tokenize.rs": "tokens",
 }

@@ -41,6 +41,7 @@ _DEPENDENCIES = (
 # The first release with a feature of candle-mi; the others are as old as candle-mi.
 _FIRST_WITH = {
     "mmap": (0, 0, 2),
+    "rwkv": (0, 0, 3),
     "stoicheia": (0, 1, 8),
     "quantized": (0, 1, 13),
     "diffusion": (0, 1, 14),

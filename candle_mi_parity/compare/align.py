@@ -11,6 +11,7 @@ import numpy as np
 from candle_mi_parity.compare.gate import ELEMENT_GATE, POSITION_GATE, UNIT, UNITS, measure
 from candle_mi_parity.compare.tensor_result import selected
 from candle_mi_parity.compare.verdict import TensorResult
+from candle_mi_parity.spec.hook_points import format_of
 from candle_mi_parity.trace.trace import Emitted, Feature, Selection, TensorEntry
 from candle_mi_parity.trace.truth import Truth
 
@@ -171,7 +172,7 @@ def tensor_distance(name: str, truth: Truth, a: Emitted, b: Emitted) -> Distance
             if (((one != 0) != (other != 0)) & ~mask).any():
                 return INFINITE
             value, mask = np.where(mask, value, one), mask | (one != 0)
-    unit = UNIT if chain in truth.sae else UNITS[a.dtype]
+    unit = UNIT if chain in truth.sae else UNITS[format_of(name, a.dtype)]
     return _measured(other - one, value, noise, mask, unit)
 
 

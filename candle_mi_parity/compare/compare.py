@@ -20,7 +20,7 @@ from candle_mi_parity.compare.verdict import Diagnosis, Status, TensorResult, Wo
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.chunks import blocks
 from candle_mi_parity.files.escape import one_line
-from candle_mi_parity.spec.hook_points import FORCED, WEIGHTS, inputs_of, is_lens, weight_feeds
+from candle_mi_parity.spec.hook_points import FORCED, WEIGHTS, format_of, inputs_of, is_lens, weight_feeds
 from candle_mi_parity.trace.trace import Emitted, Selection, Trace, chunks
 from candle_mi_parity.trace.truth import Expected, Truth
 
@@ -137,7 +137,7 @@ def _available(trace: Emitted) -> str:
 
 def _judge(name: str, expected: Expected, trace: Emitted, agreed: bool | None) -> TensorResult:
     entry = trace.entries[name]
-    if broken := malformed(entry, expected.shape, trace.dtype, agreed):
+    if broken := malformed(entry, expected.shape, format_of(name, trace.dtype), agreed):
         return broken
     parts = chunks(entry)
     result = _judge_chunks(name, expected, trace, agreed, parts)
@@ -150,6 +150,7 @@ def _judge_chunks(
     name: str, expected: Expected, trace: Emitted, agreed: bool | None, chunks: list[slice]
 ) -> TensorResult:
     tallies, exact, sums = [], True, RowSums(trace.dtype)
+    unit = UNITS[format_of(name, trace.dtype)]
     for rows in chunks:
         got = trace.rows(name, rows)
         value, noise, mask = _expected(expected, trace.entries[name].part, rows, got)
@@ -164,7 +165,7 @@ def _judge_chunks(
             part = np.index_exp[..., block, :]
             got_part, value_part = got[part].astype(np.float64), value[part]
             mask_part = None if mask is None else mask[part]
-            measured = measure(got_part - value_part, value_part, noise[part], mask_part, unit=UNITS[trace.dtype])
+            measured = measure(got_part - value_part, value_part, noise[part], mask_part, unit=unit)
             tallies.append(tally(measured, got_part, value_part, mask_part, (rows.start or 0) + block.start))
     return sums.judge(concluded(name, tallies, agreed, "exact by construction" if exact else "", exact))
 

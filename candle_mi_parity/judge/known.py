@@ -17,7 +17,7 @@ import numpy as np
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.gate import UNITS, measure
-from candle_mi_parity.compare.verdict import Explained, Failure, Status, TensorResult
+from candle_mi_parity.compare.verdict import Explained, Status, TensorResult
 from candle_mi_parity.errors import ExplanationError, ParityError
 from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.files.untrusted import read_json
@@ -31,6 +31,7 @@ from candle_mi_parity.spec.conditions import Facts
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
 from candle_mi_parity.spec.edits import Edit, Steer
 from candle_mi_parity.spec.explanations import Explanation, Explanations, combined
+from candle_mi_parity.spec.hook_points import format_of
 from candle_mi_parity.trace.trace import CandleMi, Emitted
 from candle_mi_parity.trace.truth import Truth
 
@@ -45,6 +46,7 @@ def facts_of(subject: PreparedCase) -> Facts:
     facts = facts_about(config, subject.sae_file, len(subject.tokens[0]), case.dtype, edits)
     return replace(
         facts,
+        batch=len(subject.tokens),
         loader=case.loader,
         features=case.features,
         files=len(files),
@@ -148,7 +150,7 @@ def explained(evidence: Evidence, change: Counterfactual, rows: list[Explanation
     noisy = {result.name for result in results if result.status is Status.UNMEASURED}
     if opened := sorted(noisy - evidence.declared):
         return NotExplained(f"with {change.describe()}, {', '.join(opened[:3])} cannot be judged")
-    if not differ(evidence.oracle.truth(), truth, UNITS[evidence.trace.dtype]):
+    if not differ(evidence.oracle.truth(), truth, evidence.trace.dtype):
         return NotExplained(f"{change.describe()} changes no tensor by more than rounding does: it explains nothing")
     return Explained(
         ids=[row.id for row in rows],
@@ -164,7 +166,7 @@ LESS_PRECISE = 4.0
 """A counterfactual whose rounding noise is larger by this factor in some tensor computes less precisely."""
 
 
-def differ(one: Truth, other: Truth, unit: float) -> bool:
+def differ(one: Truth, other: Truth, dtype: str) -> bool:
     """Whether two truths of a case differ by more than rounding in any tensor or mask, or in the size of rounding."""
     for name, expected in one.tensors.items():
         counter = other.tensors.get(name)
@@ -180,8 +182,8 @@ def differ(one: Truth, other: Truth, unit: float) -> bool:
         if np.linalg.norm(counter.noise) > LESS_PRECISE * np.linalg.norm(expected.noise):
             return True
         both = None if mask is None else np.broadcast_to(mask, value.shape)
-        own = UNITS["float32"] if name.startswith("sae") else unit  # an SAE is computed in float32 in every format
-        if not measure(counter.value - value, value, expected.noise, both, unit=own).passes():
+        unit = UNITS[format_of(name, dtype)]
+        if not measure(counter.value - value, value, expected.noise, both, unit=unit).passes():
             return True
     return False
 
@@ -232,6 +234,6 @@ def known_refusal(
     for row in table.applicable(facts_of(subject), release):
         if row.refuses is None:
             continue
-        if Failure(error.kind) == Failure(row.refuses.stage) and re.fullmatch(row.refuses.message, error.message):
+        if error.kind in row.refuses.stages and re.fullmatch(row.refuses.message, error.message):
             return Explained([row.id], row.says, remedy=row.remedy), ""
     return None, "this refusal is not known"

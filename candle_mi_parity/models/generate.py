@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,9 @@ from candle_mi_parity.spec.paths import FIXTURES
 
 GENERATOR = 1
 """Raise it when the generated weights change: it is part of every cache key."""
+
+
+_MIXING = re.compile(r"\.(x_[rwkvag]|time_maa_[xwkvrg])$")
 
 
 def tiny_config(model: TinyModel) -> dict[str, object]:
@@ -99,7 +103,7 @@ def _generate(
         model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight")
+        shapes.pop("head.weight" if "head.weight" in shapes else "lm_head.weight")
     if statistics or layout:
         arrays = {name: tensor_values(name, shape, offset, seed) for name, shape in shapes.items()}
         write_unusual(varied(arrays, offset, statistics), layout, shards, out)
@@ -143,11 +147,16 @@ def tensor_chunks(name: str, shape: tuple[int, ...], norm_offset: int, seed: int
     """Chunks of a generated tensor, float32 in row-major order.
 
     With N ~ N(0, 1), norm weights are 1 + 0.2·N (0.2·N where the norm adds the 1 itself), biases 0.1·N, matrices
-    N/sqrt(fan_in). No weight is zero or at a default, so that a dropped bias or weight changes the results.
+    N/sqrt(fan_in). RWKV's mixing weights are 0.5 + 0.2·N, its rates of decay N - 1. No weight is zero or at a
+    default, so that a dropped bias or weight changes the results.
     """
     for normal in normal_numbers(f"{GENERATOR}:{name}" + f":{seed}" * bool(seed), math.prod(shape)):
         if name.endswith(".bias"):
             values = 0.1 * normal
+        elif _MIXING.search(name):
+            values = 0.5 + 0.2 * normal
+        elif name.endswith(".time_decay"):
+            values = normal - 1
         elif len(shape) == 1:
             values = (1 - norm_offset) + 0.2 * normal
         else:

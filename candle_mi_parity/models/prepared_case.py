@@ -25,7 +25,7 @@ from candle_mi_parity.models.transcoder import transcoder_path
 from candle_mi_parity.models.transformers_config import load_config
 from candle_mi_parity.spec import edits
 from candle_mi_parity.spec.cases import Case, Download, HubModel, RandomTokens, SaeFile, SaePlace
-from candle_mi_parity.spec.families import family_of, is_bidirectional, transformers_type
+from candle_mi_parity.spec.families import RECURRENT, family_of, is_bidirectional, transformers_type
 from candle_mi_parity.spec.hook_points import hook_names
 
 CONFIG_CHECK = 1
@@ -131,9 +131,10 @@ def prepare(case: Case, cache: Path, loaded: Any = None) -> PreparedCase:
         "sae": _sae_content(case.sae, sae_digest) if case.sae else None,
         "dtype": case.dtype,
     }
-    captures = hook_names(n_layers)
+    recurrent = config.get("model_type") in RECURRENT
+    captures = hook_names(n_layers, recurrent)
     if case.edits:
-        n_heads = _whole_number(config, "num_attention_heads", model_dir)
+        n_heads = 0 if recurrent else _whole_number(config, "num_attention_heads", model_dir)
         sae_hook = case.sae.hook if case.sae else None
         edits.check(case.edits, captures, len(tokens[0]), n_heads, sae_hook, not is_bidirectional(config))
         content["edits"] = [edit.model_dump() for edit in case.edits]

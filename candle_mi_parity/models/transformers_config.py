@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from candle_mi_parity.models.checkpoint import read_config
-from candle_mi_parity.spec.families import BIDIRECTIONAL, transformers_type
+from candle_mi_parity.spec.families import BIDIRECTIONAL, RECURRENT, transformers_type
 
 FULL_ATTENTION = {"is_causal": False, "use_sliding_window": False, "layer_types": None}
 """Keys with which transformers lets every position attend to every other in each layer."""
@@ -22,6 +22,10 @@ def load_config(directory: Path) -> Any:
     import transformers
 
     config = read_config(directory)
+    if config.get("model_type") in RECURRENT:
+        from candle_mi_parity.models.rwkv import register
+
+        register()
     if (written := str(config.get("model_type"))) not in BIDIRECTIONAL:
         return transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     kind = transformers_type(written)

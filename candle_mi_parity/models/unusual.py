@@ -31,14 +31,16 @@ def _every_second(factor: float) -> Callable[[np.ndarray], np.ndarray]:
     return lambda array: np.where(np.arange(array.size) % 2, factor * np.abs(array), array)
 
 
+_EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight")
+_DECAYS = (".time_decay", ".w_lora.lora.2.bias")
 _QUERIES = ("q_proj.weight", "qkv_proj.weight")
 _MLP = ("gate_proj.weight", "up_proj.weight", "gate_up_proj.weight", "c_fc.weight")
 _NOT_MATRICES = ("norm.weight", ".bias", "embed_tokens.weight")
 _RULES: dict[Statistic, tuple[Callable[[str], bool], Callable[[np.ndarray, int], np.ndarray]]] = {
-    Statistic.EMBEDDING_MEAN: (lambda name: "embed_tokens" in name, lambda array, _: array + 4),
-    Statistic.EMBEDDING_TINY: (lambda name: "embed_tokens" in name, lambda array, _: array / 1024),
-    Statistic.EMBEDDING_HUGE: (lambda name: "embed_tokens" in name, lambda array, _: array * 1024),
-    Statistic.EMBEDDING_EQUAL: (lambda name: "embed_tokens" in name, lambda array, _: _twins(array)),
+    Statistic.EMBEDDING_MEAN: (lambda name: name.endswith(_EMBEDDINGS), lambda array, _: array + 4),
+    Statistic.EMBEDDING_TINY: (lambda name: name.endswith(_EMBEDDINGS), lambda array, _: array / 1024),
+    Statistic.EMBEDDING_HUGE: (lambda name: name.endswith(_EMBEDDINGS), lambda array, _: array * 1024),
+    Statistic.EMBEDDING_EQUAL: (lambda name: name.endswith(_EMBEDDINGS), lambda array, _: _twins(array)),
     Statistic.HEAD_EQUAL: (lambda name: name == "lm_head.weight", lambda array, _: _twins(array)),
     Statistic.NORM_ZERO: (lambda name: name.endswith("norm.weight"), _of_norm(_every_second(0))),
     Statistic.NORM_NEGATIVE: (lambda name: name.endswith("norm.weight"), _of_norm(_every_second(-1))),
@@ -47,6 +49,9 @@ _RULES: dict[Statistic, tuple[Callable[[str], bool], Callable[[np.ndarray, int],
     Statistic.QUERY_LARGE: (lambda name: name.endswith(_QUERIES), lambda array, _: array * 16),
     Statistic.MATRICES_TINY: (lambda name: not name.endswith(_NOT_MATRICES), lambda array, _: array / 1024),
     Statistic.MLP_LARGE: (lambda name: name.endswith(_MLP), lambda array, _: array * 16),
+    Statistic.DECAY_WEAK: (lambda name: name.endswith(_DECAYS), lambda array, _: array - 6),
+    Statistic.DECAY_STRONG: (lambda name: name.endswith(_DECAYS), lambda array, _: array + 2),
+    Statistic.DECAY_WHOLE: (lambda name: name.endswith(_DECAYS), lambda array, _: array + 8),
 }
 """Statistic → the tensors that it concerns, and the change of an array, given the norm's offset."""
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 
+from candle_mi_parity.compare.gate import ELEMENT_GATE
 from candle_mi_parity.errors import OracleError, ParityError
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.dequantize import write_plain
@@ -40,7 +41,7 @@ from candle_mi_parity.oracle.recurrence import recurrence_of
 from candle_mi_parity.oracle.rounding import Float64, MatmulScales, NoisePool, RoundingNoise, Truth64
 from candle_mi_parity.oracle.variants import apply_to_model
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
-from candle_mi_parity.spec.hook_points import WEIGHTS, Mode
+from candle_mi_parity.spec.hook_points import SIGNED, WEIGHTS, Mode
 from candle_mi_parity.trace.truth import Truth, TruthTensor
 
 SAMPLES = 16
@@ -236,7 +237,12 @@ def sample(
         for name, value in values.items():
             squares[name] += (captured[name].reshape(rows, *value.shape) - value).square_().sum(0)
         done += rows
-    return recorder, values, {name: total.div_(max(samples, 1)) for name, total in squares.items()}
+    squares = {name: total.div_(max(samples, 1)) for name, total in squares.items()}
+    for name in [name for name in values if name.endswith(SIGNED)]:
+        signed, square, clipped = values.pop(name), squares.pop(name), name.removesuffix(SIGNED)
+        near_zero = signed.square() < square * ELEMENT_GATE**2
+        squares[clipped] = torch.where(near_zero, square, squares[clipped])
+    return recorder, values, squares
 
 
 def _as_truth(

@@ -22,13 +22,14 @@ from candle_mi_parity.errors import ModelError, OracleError, OutOfRangeError, Pa
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.quiet import quiet, transformers_runs
 from candle_mi_parity.models.transformers_config import load_config
+from candle_mi_parity.oracle import rwkv_hooks
 from candle_mi_parity.oracle.plain import require_loads
 from candle_mi_parity.oracle.recurrence import Recurrence
 from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.oracle.torch_state import torch_state
 from candle_mi_parity.oracle.variants import keys_of_other_families
 from candle_mi_parity.spec.counterfactual import Variant
-from candle_mi_parity.spec.families import FAMILIES, Family, family_of
+from candle_mi_parity.spec.families import FAMILIES, RECURRENT, Family, family_of
 
 _ATTENTION = "candle_mi_parity"
 FAR_BELOW = -1e30
@@ -322,6 +323,8 @@ def forward(
 
 def _attach(model: Any, recorder: Recorder, family: Family | None) -> list[Any]:
     config = model.config
+    if config.model_type in RECURRENT:
+        return rwkv_hooks.attach(model, recorder.at, recorder.edits)
     family = family or family_of(config.model_type)
     layers, recurrence = model.model.layers, recorder.recurrence
     handles = [

@@ -31,10 +31,13 @@ from candle_mi_parity.spec.edits import (
     PatchAt,
     RandomTensorEdit,
     Scale,
+    StateKnockout,
+    StateSteer,
     Steer,
     Zero,
     tensor_key,
 )
+from candle_mi_parity.spec.hook_points import WRITES
 from candle_mi_parity.spec.recurrent import feedback_key
 from candle_mi_parity.trace.formats import round_to_dtype
 
@@ -88,9 +91,21 @@ def edits_of(subject: PreparedCase, drawn: Captured, counterfactual: Counterfact
     changes: dict[str, list[Change]] = {}
     if not subject.case.edits:
         return changes
-    n_heads = int(str(read_config(subject.model_dir)["num_attention_heads"]))
+    config = read_config(subject.model_dir)
+    n_heads = int(str(config.get("num_attention_heads", 0)))
     for index, row in enumerate(subject.case.edits):
         edit = counterfactual.edit_at(index, row)
+        if isinstance(edit, StateKnockout | StateSteer):
+            for layer in range(int(str(config["num_hidden_layers"]))):
+                factors = edit.factors(layer, len(subject.tokens[0]))
+                dropped = counterfactual.has(Variant.KNOCKOUT_DROPS_STEERING) and edit.kind == "state_steer"
+                if dropped and any(
+                    isinstance(other, StateKnockout) and other.holds(layer) for other in subject.case.edits
+                ):
+                    continue
+                if (factors != 1).any():
+                    changes.setdefault(f"blocks.{layer}.{WRITES}", []).append(_times(factors))
+            continue
         if isinstance(edit, Knockout | Steer) and not edit.spec.applies_at(edit.hook):
             continue
         if edit is not None:
@@ -121,7 +136,7 @@ def _change(
         return _injection(edit, subject.sae_file)
     if isinstance(edit, CltInject):
         return _clt_injection(edit, subject)
-    assert drawn is not None
+    assert drawn is not None and isinstance(edit, RandomTensorEdit)
     if isinstance(edit, PatchAt) or edit.shape is not None:
         drawn = drawn.broadcast_to(len(subject.tokens), len(subject.tokens[0]), drawn.shape[-1])
     there = replacing(drawn)
@@ -140,6 +155,10 @@ def _finite_only(tensor: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
 def _is_position(tensor: torch.Tensor, position: int) -> torch.Tensor:
     """[T, 1], true at one position of a [B, T, d] tensor."""
     return torch.arange(tensor.shape[1], device=tensor.device).eq(position)[:, None]
+
+
+def _times(factors: np.ndarray) -> Change:
+    return lambda written: written * torch.from_numpy(factors).to(written)
 
 
 def _knockout(chosen: np.ndarray) -> Change:

@@ -15,7 +15,7 @@ from pathlib import Path
 from candle_mi_parity.errors import OracleError
 from candle_mi_parity.files.digest import digest_files
 from candle_mi_parity.files.versions import version
-from candle_mi_parity.spec.families import transformers_type
+from candle_mi_parity.spec.families import RECURRENT, transformers_type
 
 PACKAGE = Path(__file__).parents[1]
 MODULES = (
@@ -24,7 +24,14 @@ MODULES = (
     *("models/checkpoint", "models/dequantize", "models/generate", "models/prepared_case", "models/sae"),
     *("models/saelens", "models/transformers_config"),
     *("oracle/compute", "oracle/downstream", "oracle/hooks", "oracle/interventions", "oracle/oracle"),
-    *("oracle/recurrence", "oracle/remarks", "oracle/rounding", "oracle/streaming", "oracle/torch_sae"),
+    *(
+        "oracle/recurrence",
+        "oracle/remarks",
+        "oracle/rounding",
+        "oracle/rwkv_hooks",
+        "oracle/streaming",
+        "oracle/torch_sae",
+    ),
     *("oracle/torch_state", "oracle/variants"),
 )
 """Every module of this package that affects a number of a truth."""
@@ -74,10 +81,12 @@ def made_with(model_type: str) -> dict[str, str]:
 
 
 def modeling_files(model_type: str) -> list[Path]:
-    """The source files of transformers for a family, with the rotary and mask helpers.
+    """The source files of transformers for a family, with the rotary and mask helpers, or ours of a recurrent model.
 
     :raises OracleError: this transformers has no such family.
     """
+    if model_type in RECURRENT:
+        return [PACKAGE / "models" / f"{name}.py" for name in ("rwkv", model_type)]
     spec = find_spec("transformers")
     if spec is None or spec.origin is None:
         raise OracleError("transformers is not installed")

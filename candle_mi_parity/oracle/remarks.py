@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from candle_mi_parity.oracle.hooks import recorded, scalings
+from candle_mi_parity.spec.hook_points import format_of
 from candle_mi_parity.trace.truth import Expected
 
 
@@ -29,11 +30,11 @@ def beyond(tensors: Mapping[str, Expected], inner: Mapping[str, float], dtype: s
     """Tensors with a value beyond their format's range, or computed from one, and the largest such value.
 
     :param inner: see :func:`inner_values`.
-    :param dtype: the model's format; an SAE is float32 in every model.
+    :param dtype: the model's format.
     """
     found = {}
     for name, tensor in tensors.items():
-        limit = torch.finfo(torch.float32 if name.startswith("sae") else getattr(torch, dtype)).max
+        limit = torch.finfo(getattr(torch, format_of(name, dtype))).max
         largest = max(float(np.abs(tensor.value).max(initial=0.0)), inner.get(name, 0.0))
         if largest > limit:
             found[name] = largest

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from candle_mi_parity.errors import OracleError
+from candle_mi_parity.models.rwkv import HeadNorm, TimeMix
+from candle_mi_parity.models.rwkv6 import TimeMix6
 from candle_mi_parity.spec.counterfactual import Counterfactual, Variant, matching
 
+M = TypeVar("M", bound=nn.Module)
 STREAMED = "the weights of a streamed model cannot be changed; it needs more memory"
 
 
@@ -35,6 +38,15 @@ def apply_to_model(model: Any, change: Counterfactual, dtype: torch.dtype, strea
         if streamed:
             raise OracleError(STREAMED)
         model.lm_head.weight = model.model.embed_tokens.weight
+    if change.has(Variant.STATE_EDITS_NOT_ATTENDED):
+        for mixing in _of_kind(model, TimeMix):
+            mixing.attends_to_unwritten = True
+    if change.has(Variant.VANISHED_DECAY_NOT_ATTENDED):
+        for mixing in _of_kind(model, TimeMix6):
+            mixing.loses_vanished = True
+    if change.has(Variant.HEAD_NORM_EPS_OF_LAYER_NORM):
+        for norm in _of_kind(model, HeadNorm):
+            norm.eps *= model.config.layer_norm_epsilon / 1e-5
     if change.has(Variant.ROTARY_IN_MODEL_DTYPE):
         model.model.rotary_emb = RoundedRotary(model.model.rotary_emb, dtype)
 
@@ -57,6 +69,14 @@ def _cap_logits(model: Any) -> None:
         return output
 
     model.register_forward_hook(capped)
+
+
+def _of_kind(model: nn.Module, kind: type[M]) -> list[M]:
+    """:raises OracleError: the model has no module of the class."""
+    found = [module for module in model.modules() if isinstance(module, kind)]
+    if not found:
+        raise OracleError(f"the model has no {kind.__name__}")
+    return found
 
 
 def _fill(model: nn.Module, globs: list[str], value: float, streamed: bool) -> None:

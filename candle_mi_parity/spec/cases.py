@@ -65,6 +65,12 @@ class Statistic(StrEnum):
     """All matrices but the embedding are multiplied by 1/1024."""
     MLP_LARGE = "mlp-large"
     """The MLP's first projections are multiplied by 16, which saturates the activation function."""
+    DECAY_WEAK = "decay-weak"
+    """6 is subtracted from the bias of RWKV's decay, whose state then lasts."""
+    DECAY_STRONG = "decay-strong"
+    """2 is added to the bias of RWKV's decay."""
+    DECAY_WHOLE = "decay-whole"
+    """8 is added to the bias of RWKV's decay; of RWKV-6, a step leaves less of the state than float32 can hold."""
 
 
 class Layout(StrEnum):

@@ -5,9 +5,10 @@ A condition is a subject, an operator and a value; a value is JSON or another su
 Subjects: ``config.KEY``, ``block.KEY`` (of the rotary block that transformers reads: ``rope_scaling``, or else
 ``rope_parameters``), ``rope.KEY`` (of the rotary embedding, at the top level or in a block), ``sae.KEY`` (of
 ``cfg.json``), ``edit.KEY``, ``dtype``, ``rope_type``, ``alternating`` (whether every second layer, from the first,
-has the window), ``sae_weights``, ``sae_threshold``, ``tokens``, ``loader``, ``features``, ``files`` (number of files
-of weights), ``pickled``, ``prefixed`` (whether tensors are named ``model.…``), ``stored_head``, ``weights.KEY`` (of a
-quantised checkpoint, see :mod:`candle_mi_parity.models.quantized_facts`); a dot leads into a block.
+has the window), ``sae_weights``, ``sae_threshold``, ``tokens``, ``batch``, ``loader``, ``features``, ``files``
+(number of files of weights), ``pickled``, ``prefixed`` (whether tensors are named ``model.…``), ``stored_head``,
+``weights.KEY`` (of a quantised checkpoint, see :mod:`candle_mi_parity.models.quantized_facts`); a dot leads into a
+block.
 
 Operators: ``absent`` (no such key), ``null`` (there, and null), ``present`` (there, and not null), ``number``,
 ``no number`` (absent, null, or of another JSON type), ``=``, ``!=``, ``<``, ``>``, ``in``, ``not in``, ``other than``
@@ -27,7 +28,7 @@ from candle_mi_parity.spec.counterfactual import rotary_block
 
 _SUBJECT = (
     r"(?:config|block|rope|sae|edit|weights)\.[A-Za-z0-9_.]+|dtype|rope_type|alternating|sae_weights|sae_threshold"
-    r"|tokens|loader|features|files|pickled|prefixed|stored_head"
+    r"|tokens|batch|loader|features|files|pickled|prefixed|stored_head"
 )
 _CONDITION = re.compile(
     rf"({_SUBJECT}) (?:(absent|null|present|number|no number)|(=|!=|other than|<|>|in|not in) (.+))"
@@ -44,6 +45,7 @@ class Facts:
     :ivar edits: rows of the case's interventions.
     :ivar weights: of a quantised checkpoint's files; empty for plain weights.
     :ivar tokens: length of the prompt.
+    :ivar batch: number of prompts.
     :ivar sae_weights: format of the SAE's stored tensors; empty without an SAE.
     :ivar sae_threshold: smallest θ of a JumpReLU, or None.
     :ivar loader: as ``features``, of the case.
@@ -60,6 +62,7 @@ class Facts:
     sae_weights: str = ""
     sae_threshold: float | None = None
     edits: list[dict[str, Any]] = field(default_factory=list)
+    batch: int = 1
     loader: str = "hf"
     features: list[str] = field(default_factory=list)
     files: int = 1

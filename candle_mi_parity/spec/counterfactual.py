@@ -55,6 +55,15 @@ class Variant(StrEnum):
     """The first pass of a recurrence is given the feedback too."""
     FEEDBACK_ON_THE_OUTPUT = "feedback-on-the-output"
     """Feedback is added to the output of the pass before, not to the input of the first."""
+    STATE_EDITS_NOT_ATTENDED = "state-edits-not-attended"
+    """RWKV's effective attention is that of a state into which every position writes in full."""
+    VANISHED_DECAY_NOT_ATTENDED = "vanished-decay-not-attended"
+    """RWKV-6's effective attention to an earlier source is 0 where float32 holds 0 for the decay of any channel of
+    the head at the source or before it, as with the difference of two logarithms of 0."""
+    KNOCKOUT_DROPS_STEERING = "knockout-drops-steering"
+    """In a layer with a knockout of RWKV's state, steering of the state has no effect at any position."""
+    HEAD_NORM_EPS_OF_LAYER_NORM = "head-norm-eps-of-layer-norm"
+    """The eps of RWKV-6's norm of heads is ``layer_norm_epsilon``·divisor², not 1e-5·divisor²."""
 
     @property
     def of_recurrence(self) -> bool:
@@ -89,6 +98,7 @@ class Counterfactual(TableRow):
     :ivar dequantize: in what a quantised checkpoint is read otherwise.
     :ivar sae_set: keys of the SAE's ``cfg.json`` and their other value; ``sae_drop`` are left out.
     :ivar edits_drop: kinds of edits that have no effect.
+    :ivar edits_drop_at: globs over hooks at which no edit has an effect.
     :ivar edits: index of an edit in the case → its replacement; None for none.
     :ivar recurrent: in place of the case's; its feedback has vectors of the case's.
     """
@@ -105,6 +115,7 @@ class Counterfactual(TableRow):
     sae_set: dict[str, Setting] = {}
     sae_drop: list[str] = []
     edits_drop: list[str] = []
+    edits_drop_at: list[str] = []
     edits: dict[int, Edit | None] = {}
     recurrent: Recurrent | None = None
 
@@ -176,7 +187,9 @@ class Counterfactual(TableRow):
     def edit_at(self, index: int, edit: Edit) -> Edit | None:
         """The edit that replaces an edit of the case; None where it has no effect."""
         found = self.edits.get(index, edit)
-        return None if found is None or found.kind in self.edits_drop else found
+        if found is None or found.kind in self.edits_drop or matching([found.hook], self.edits_drop_at):
+            return None
+        return found
 
     def describe(self) -> str:
         """What is changed, in a few words, as ``rms_norm_eps = 1e-05``."""
@@ -195,6 +208,7 @@ class Counterfactual(TableRow):
         parts += [f"the SAE's {key} = {json.dumps(value)}" for key, value in self.sae_set.items()]
         parts += [f"no {key} of the SAE" for key in self.sae_drop]
         parts += [f"no {kind}" for kind in self.edits_drop]
+        parts += [f"no edit at {glob}" for glob in self.edits_drop_at]
         parts += [
             f"edits[{index}] " + ("left out" if edit is None else f"{edit.kind} at {edit.hook}")
             for index, edit in self.edits.items()

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from candle_mi_parity.errors import CaseTableError
+from candle_mi_parity.spec.hook_points import STATE
 from candle_mi_parity.spec.table import TableRow
 from candle_mi_parity.spec.transcoder import GeneratedTranscoder
 
@@ -274,8 +275,52 @@ class CltInject(_Edit):
         return self
 
 
+class _StateWrite(_Edit):
+    """Scales what positions write into RWKV's state; the hook is the state of a layer.
+
+    :ivar at: positions; those outside of the prompt have no effect.
+    :ivar layers: the first and last layer of a range, or ``all``; None for the layer of the hook.
+    """
+
+    at: Annotated[list[Position], Field(min_length=1)]
+    layers: Literal["all"] | Annotated[list[Position], Field(min_length=2, max_length=2)] | None = None
+
+    def holds(self, layer: int) -> bool:
+        """Whether the edit applies to a layer."""
+        first, last = (0, layer) if self.layers == "all" else self.layers or [int(self.hook.split(".")[1])] * 2
+        return first <= layer <= last
+
+    def factors(self, layer: int, width: int) -> np.ndarray:
+        """What each position's write is multiplied by in a layer, [T]."""
+        found = np.ones(width)
+        if self.holds(layer):
+            found[[position for position in self.at if position < width]] = getattr(self, "factor", 0.0)
+        return found
+
+    @model_validator(mode="after")
+    def _is_at_state(self) -> _StateWrite:
+        return _at(self, STATE)
+
+
+class StateKnockout(_StateWrite):
+    """Nothing is written: candle-mi's ``StateKnockoutSpec``."""
+
+    kind: Literal["state_knockout"]
+
+
+class StateSteer(_StateWrite):
+    """What is written is multiplied by ``factor``: candle-mi's ``StateSteeringSpec``; a knockout takes priority."""
+
+    kind: Literal["state_steer"]
+    factor: float
+
+    @model_validator(mode="after")
+    def _is_short(self) -> StateSteer:
+        return short(self, self.factor)
+
+
 Edit = Annotated[
-    Replace | Add | PatchAt | Scale | Zero | Knockout | Steer | Inject | CltInject,
+    Replace | Add | PatchAt | Scale | Zero | Knockout | Steer | Inject | CltInject | StateKnockout | StateSteer,
     Field(discriminator="kind"),
 ]
 
@@ -309,6 +354,11 @@ def check(
         where = f"edits[{index}] ({edit.kind} at {edit.hook})"
         if edit.hook not in hooks:
             raise CaseTableError(f"{where}: the model has no such hook point")
+        if isinstance(edit, StateKnockout | StateSteer):
+            _check_state(edit, edits[:index], sum(name.endswith(STATE) for name in hooks), where)
+            continue
+        if ".rwkv." in edit.hook:
+            raise CaseTableError(f"{where}: the hook is a read-out, which nothing is computed from")
         if outside := [position for position in edit.positions() if position >= width]:
             raise CaseTableError(f"{where}: position {outside[0]} is outside the prompt of {width} tokens")
         if isinstance(edit, Knockout | Steer):
@@ -331,6 +381,14 @@ def check(
             )
         if isinstance(edit, Inject) and edit.hook != sae_hook:
             raise CaseTableError(f"{where}: an injection must be at the hook of the case's SAE, {sae_hook}")
+
+
+def _check_state(edit: StateKnockout | StateSteer, before: list[Edit], n_layers: int, where: str) -> None:
+    """:raises CaseTableError: layers that the model does not have, or a second edit of the kind."""
+    if isinstance(edit.layers, list) and not edit.layers[0] <= edit.layers[1] < n_layers:
+        raise CaseTableError(f"{where}: layers {edit.layers}, but the model has {n_layers}")
+    if any(other.kind == edit.kind for other in before):
+        raise CaseTableError(f"{where}: candle-mi takes one {edit.kind} a forward pass")
 
 
 def tensor_key(index: int) -> str:

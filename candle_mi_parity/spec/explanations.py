@@ -43,13 +43,21 @@ def _compiles(text: str) -> str:
 
 
 Pattern = Annotated[str, AfterValidator(_compiles)]
+OneStage = Annotated[Stage, Field(strict=False)]
 
 
 class Refusal(TableRow):
-    """How candle-mi refuses; ``message`` is a regular expression for its whole message."""
+    """How candle-mi refuses; ``message`` is a regular expression for its whole message.
 
-    stage: Annotated[Stage, Field(strict=False)]
+    :ivar stage: one, or several where it depends on the case.
+    """
+
+    stage: OneStage | list[OneStage]
     message: Pattern
+
+    @property
+    def stages(self) -> list[Stage]:
+        return self.stage if isinstance(self.stage, list) else [self.stage]
 
 
 class Cause(TableRow):

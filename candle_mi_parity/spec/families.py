@@ -60,7 +60,10 @@ has. Every position attends to every other in each layer, whatever window the co
 the window, and the A2D classes of dllm give layers with one the mask of all the others."""
 
 MAPPED = (*FAMILIES, *BIDIRECTIONAL)
-"""Every model type with a hook map."""
+"""Every model type of a transformer with a hook map."""
+
+RECURRENT = ("rwkv6", "rwkv7")
+"""Model types without attention, which transformers has only with :mod:`candle_mi_parity.models.rwkv`."""
 
 
 def transformers_type(model_type: str) -> str:
@@ -79,10 +82,13 @@ def is_bidirectional(config: Mapping[str, Any]) -> bool:
 def family_of(model_type: str) -> Family:
     """The mapping of a ``config.json`` model type.
 
+    That of a recurrent model is of no use but for its norms.
+
     :raises CaseTableError: the family has no mapping.
     """
+    if model_type in RECURRENT:
+        return Family()
     if (known := FAMILIES.get(transformers_type(model_type))) is None:
-        raise CaseTableError(
-            f"model_type {model_type!r} has no hook map; known: {', '.join(MAPPED)}. Add it in families.py"
-        )
+        every = ", ".join((*MAPPED, *RECURRENT))
+        raise CaseTableError(f"model_type {model_type!r} has no hook map; known: {every}. Add it in families.py")
     return known

@@ -29,10 +29,27 @@ LAYER_POINTS = (
 )
 """Hook points of a layer in execution order, without the ``blocks.i.`` prefix."""
 
+RECURRENT_POINTS = (
+    "hook_resid_pre",
+    "rwkv.hook_decay",
+    "rwkv.hook_state",
+    "rwkv.hook_effective_attn",
+    "hook_resid_post",
+)
+"""The same of a layer of RWKV; those of ``rwkv`` are read-outs, which cannot be edited."""
 
-def hook_names(n_layers: int) -> list[str]:
-    """All hook points of a model in execution order (12 a layer and two), without ``logits``."""
-    layers = [f"blocks.{i}.{point}" for i in range(n_layers) for point in LAYER_POINTS]
+STATE = "rwkv.hook_state"
+SIGNED = ".signed"
+"""Suffix of a tensor before its negative entries became 0. Rounding may change the sign of an entry near 0 more often
+than a few samples show, so that the noise of such an entry is that which it has here."""
+WRITES = "rwkv.writes"
+"""No hook point of candle-mi: the factors by which an edit scales what each position writes into the state, [T]."""
+
+
+def hook_names(n_layers: int, recurrent: bool = False) -> list[str]:
+    """All hook points of a model in execution order (12 a layer, or 5 of RWKV, and two), without ``logits``."""
+    points = RECURRENT_POINTS if recurrent else LAYER_POINTS
+    layers = [f"blocks.{i}.{point}" for i in range(n_layers) for point in points]
     return ["hook_embed", *layers, "hook_final_norm"]
 
 
@@ -68,7 +85,10 @@ _LAYER_INPUTS = {
     "mlp.hook_pre": ["hook_resid_mid"],
     "mlp.hook_post": ["mlp.hook_pre"],
     "hook_mlp_out": ["mlp.hook_post"],
-    "hook_resid_post": ["hook_resid_mid", "hook_mlp_out"],
+    "rwkv.hook_decay": ["hook_resid_pre"],
+    "rwkv.hook_state": ["rwkv.hook_decay"],
+    "rwkv.hook_effective_attn": ["rwkv.hook_decay"],
+    "hook_resid_post": ["hook_resid_mid", "hook_mlp_out", "rwkv.hook_state"],
 }
 
 
@@ -91,6 +111,11 @@ def weight_feeds(weight: str, name: str) -> bool:
     return f".layers.{index}.{_COMPUTED_WITH.get(point, ' ')}." in weight
 
 
+def format_of(name: str, model: str) -> str:
+    """The format of a tensor in a model of a format: an SAE and RWKV's recurrence are float32 in every model."""
+    return "float32" if name.startswith("sae") or ".rwkv." in name else model
+
+
 def is_lens(name: str) -> bool:
     """Whether a hook's last position is projected onto the vocabulary: every layer's output."""
     return name.startswith("blocks.") and name.endswith("hook_resid_post")
@@ -106,6 +131,12 @@ def axes(name: str, count: int) -> tuple[str, ...]:
         named: tuple[str, ...] = ("batch", "head", "query", "key")
     elif name.endswith(("hook_q", "hook_k", "hook_v")):
         named = ("batch", "head", "position", "entry")
+    elif name.endswith("rwkv.hook_effective_attn"):
+        named = ("batch", "head", "query", "source")
+    elif name.endswith(STATE):
+        named = ("batch", "head", "key entry", "value entry")
+    elif name.endswith("rwkv.hook_decay"):
+        named = ("batch", "position", "head", "entry")
     elif name.startswith(WEIGHTS):
         named = ("weight", "row", "column")
     elif name.endswith((".features", ".recon")):

@@ -24,6 +24,7 @@ from candle_mi_parity.files.chunks import positions, row_major
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.files.untrusted import read_json, validated
+from candle_mi_parity.spec.hook_points import format_of
 
 FORMAT = "candle-mi-parity/trace/1"
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -227,7 +228,7 @@ class InMemory:
             name: TensorEntry(
                 name=name,
                 shape=list(array.shape),
-                dtype=self.dtype if not name.startswith("sae") else "float32",  # type: ignore[arg-type]
+                dtype=format_of(name, self.dtype),  # type: ignore[arg-type]
                 sha256="0" * 64,
                 nonfinite=int(np.count_nonzero(~np.isfinite(array))),
                 file="memory",

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use candle_mi::{
     apply_steering, create_knockout_mask, HookCache, HookPoint, HookSpec, Intervention,
-    KnockoutSpec, MIError, SteeringSpec,
+    KnockoutSpec, MIError, StateKnockoutSpec, StateSteeringSpec, SteeringSpec,
 };
 
 use crate::clt;
@@ -12,8 +12,20 @@ use crate::error::EmitError;
 use crate::hook_point::{in_model_dtype, point};
 use crate::inputs::Inputs;
 use crate::model::LoadedModel;
-use crate::protocol::{Attention, Edit, Steering};
+use crate::protocol::{All, Attention, Edit, Layers, Steering};
 use crate::sae::{self, SparseAutoencoder};
+
+/// The two specifications of a state have the same methods and no trait in common.
+macro_rules! in_layers {
+    ($spec:expr, $hook:expr, $layers:expr) => {
+        match ($layers, $hook) {
+            (Some(Layers::Named(All::All)), _) => $spec,
+            (Some(Layers::Range(first, last)), _) => $spec.layer_range(*first, *last),
+            (None, HookPoint::RwkvState(layer)) => $spec.layer(*layer),
+            (None, other) => return Err(misplaced("state edit", "rwkv.hook_state", other)),
+        }
+    };
+}
 
 /// What edits are made from.
 pub struct Editor<'a> {
@@ -77,6 +89,18 @@ impl Editor<'_> {
                 spec.extend(&clt::injection(
                     transcoder, features, at, *strength, device,
                 )?);
+                return Ok(());
+            }
+            Edit::StateKnockout { at, layers, .. } => {
+                let written = StateKnockoutSpec::new().positions(at);
+                spec.set_state_knockout(in_layers!(written, &hook, layers));
+                return Ok(());
+            }
+            Edit::StateSteer {
+                at, layers, factor, ..
+            } => {
+                let written = StateSteeringSpec::new(*factor).positions(at);
+                spec.set_state_steering(in_layers!(written, &hook, layers));
                 return Ok(());
             }
         };

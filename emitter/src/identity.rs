@@ -47,6 +47,7 @@ impl Identity {
             ("cuda", cfg!(feature = "cuda")),
             ("mmap", cfg!(feature = "mmap")),
             ("quantized", cfg!(feature = "quantized")),
+            ("rwkv", cfg!(feature = "rwkv")),
             ("sae", cfg!(feature = "sae")),
             ("transformer", true),
         ];

@@ -43,6 +43,8 @@ mod protocol;
 #[cfg_attr(not(feature = "quantized"), path = "quantized_absent.rs")]
 mod quantized;
 mod request;
+#[cfg_attr(not(feature = "rwkv"), path = "rwkv_absent.rs")]
+mod rwkv;
 #[cfg_attr(not(feature = "sae"), path = "sae_absent.rs")]
 mod sae;
 mod tensor;

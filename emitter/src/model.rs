@@ -8,11 +8,13 @@ use candle_mi::{GenericTransformer, MIBackend, MIError, MIModel, TransformerConf
 use crate::digest::{self, Stamp};
 use crate::error::EmitError;
 use crate::protocol::{Loader, Precision};
+use crate::rwkv;
 use crate::weights::{self, Weights, CONFIG};
 
 /// Whichever way it was loaded.
 enum Model {
     Transformer(Box<GenericTransformer>),
+    Recurrent(Box<dyn MIBackend>),
     Pretrained(MIModel),
 }
 
@@ -29,6 +31,7 @@ impl LoadedModel {
     pub fn backend(&self) -> &dyn MIBackend {
         match &self.model {
             Model::Transformer(model) => model.as_ref(),
+            Model::Recurrent(model) => model.as_ref(),
             Model::Pretrained(model) => model.backend(),
         }
     }
@@ -36,10 +39,13 @@ impl LoadedModel {
     /// For what `MIBackend` does not have.
     ///
     /// # Errors
-    /// `Request` for a model that `from_pretrained` loaded, of which only that trait can be had.
+    /// `Request` for another backend, and for a model that `from_pretrained` loaded, of which only that trait can be had.
     pub fn transformer(&self) -> Result<&GenericTransformer, EmitError> {
         match &self.model {
             Model::Transformer(model) => Ok(model),
+            Model::Recurrent(_) => Err(EmitError::Request(
+                "recurrent passes need a transformer".to_owned(),
+            )),
             Model::Pretrained(_) => Err(EmitError::Request(
                 "recurrent passes need a model that from_pretrained did not load".to_owned(),
             )),
@@ -169,13 +175,27 @@ fn load(
     auto: bool,
     device: Device,
 ) -> Result<LoadedModel, EmitError> {
-    let built = build(files, dtype, auto, &device)?;
+    let given = Given::read(files)?;
+    let (model, vocab_size, digest) = match rwkv::config(&given.json)? {
+        Some(config) => {
+            let vocab_size = config.vocab_size;
+            let weights = Weights::read(given.shards, dtype, &device)?;
+            let digest = given.digest_with(&weights);
+            let model = rwkv::load(config, &device, dtype, weights.builder)?;
+            (Model::Recurrent(model), vocab_size, digest)
+        }
+        None => {
+            let built = given.transformer(dtype, auto, &device)?;
+            let model = Model::Transformer(Box::new(built.transformer));
+            (model, built.vocab_size, built.digest)
+        }
+    };
     Ok(LoadedModel {
-        model: Model::Transformer(Box::new(built.transformer)),
+        model,
         device,
         dtype,
-        vocab_size: built.vocab_size,
-        digest: built.digest,
+        vocab_size,
+        digest,
     })
 }
 
@@ -186,7 +206,7 @@ pub struct Built {
     digest: String,
 }
 
-/// Reads `config.json`, the first of `files`, and the weights, the others.
+/// Reads `config.json`, the first of `files`, and the weights, the others, as those of a transformer.
 ///
 /// # Errors
 /// `Io` and `Model` where a file cannot be read or candle-mi refuses it.
@@ -196,34 +216,62 @@ pub fn build(
     auto: bool,
     device: &Device,
 ) -> Result<Built, EmitError> {
-    let (config_path, shards) = files
-        .split_first()
-        .ok_or_else(|| EmitError::Model("no files to load".to_owned()))?;
-    let config_bytes = weights::read(config_path)?;
-    let json: serde_json::Value = serde_json::from_slice(&config_bytes).map_err(|error| {
-        EmitError::Model(format!("{} is not JSON: {error}", config_path.display()))
-    })?;
-    // Before the weights are read where it can be: a family that candle-mi refuses must not cost gigabytes first.
-    let known = if auto {
-        None
-    } else {
-        Some(TransformerConfig::from_hf_config(&json).map_err(refused)?)
-    };
-    let weights = Weights::read(shards, dtype, device)?;
-    let config = match known {
-        Some(config) => config,
-        None => auto_config(&json, &weights.names)?,
-    };
-    let vocab_size = config.vocab_size;
-    let transformer =
-        GenericTransformer::load(config, device, dtype, weights.builder).map_err(refused)?;
-    let mut digests = weights.digests;
-    digests.push((CONFIG.to_owned(), digest::sha256(&config_bytes)));
-    Ok(Built {
-        transformer,
-        vocab_size,
-        digest: digest::of_files(&digests),
-    })
+    Given::read(files)?.transformer(dtype, auto, device)
+}
+
+/// A config, and the files of weights that belong to it.
+struct Given<'a> {
+    json: serde_json::Value,
+    /// SHA-256 of `config.json`.
+    digest: String,
+    shards: &'a [PathBuf],
+}
+
+impl<'a> Given<'a> {
+    fn read(files: &'a [PathBuf]) -> Result<Self, EmitError> {
+        let (path, shards) = files
+            .split_first()
+            .ok_or_else(|| EmitError::Model("no files to load".to_owned()))?;
+        let bytes = weights::read(path)?;
+        let json = serde_json::from_slice(&bytes).map_err(|error| {
+            EmitError::Model(format!("{} is not JSON: {error}", path.display()))
+        })?;
+        Ok(Self {
+            json,
+            digest: digest::sha256(&bytes),
+            shards,
+        })
+    }
+
+    fn transformer(&self, dtype: DType, auto: bool, device: &Device) -> Result<Built, EmitError> {
+        // Before the weights are read where it can be: a family that candle-mi refuses must not cost gigabytes first.
+        let known = if auto {
+            None
+        } else {
+            Some(TransformerConfig::from_hf_config(&self.json).map_err(refused)?)
+        };
+        let weights = Weights::read(self.shards, dtype, device)?;
+        let config = match known {
+            Some(config) => config,
+            None => auto_config(&self.json, &weights.names)?,
+        };
+        let vocab_size = config.vocab_size;
+        let digest = self.digest_with(&weights);
+        let transformer =
+            GenericTransformer::load(config, device, dtype, weights.builder).map_err(refused)?;
+        Ok(Built {
+            transformer,
+            vocab_size,
+            digest,
+        })
+    }
+
+    /// One digest for the config and the weights.
+    fn digest_with(&self, weights: &Weights) -> String {
+        let mut digests = weights.digests.clone();
+        digests.push((CONFIG.to_owned(), self.digest.clone()));
+        digest::of_files(&digests)
+    }
 }
 
 /// The stand-in for candle-mi's downloader takes the path of a directory for the name of a repository.

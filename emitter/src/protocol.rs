@@ -149,6 +149,35 @@ pub enum Edit {
         position: usize,
         strength: f32,
     },
+    /// candle-mi's `StateKnockoutSpec`.
+    StateKnockout {
+        hook: String,
+        at: Vec<usize>,
+        #[serde(default)]
+        layers: Option<Layers>,
+    },
+    /// candle-mi's `StateSteeringSpec`.
+    StateSteer {
+        hook: String,
+        at: Vec<usize>,
+        #[serde(default)]
+        layers: Option<Layers>,
+        factor: f32,
+    },
+}
+
+/// The layers of a state's specification, the first and last of a range or all; without it, the layer of the edit's hook.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum Layers {
+    Range(usize, usize),
+    Named(All),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum All {
+    All,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -214,7 +243,9 @@ impl Edit {
             | Self::Knockout { hook, .. }
             | Self::Steer { hook, .. }
             | Self::Inject { hook, .. }
-            | Self::CltInject { hook, .. } => hook,
+            | Self::CltInject { hook, .. }
+            | Self::StateKnockout { hook, .. }
+            | Self::StateSteer { hook, .. } => hook,
         }
     }
 
@@ -228,7 +259,9 @@ impl Edit {
             | Self::Knockout { .. }
             | Self::Steer { .. }
             | Self::Inject { .. }
-            | Self::CltInject { .. } => None,
+            | Self::CltInject { .. }
+            | Self::StateKnockout { .. }
+            | Self::StateSteer { .. } => None,
         }
     }
 
