@@ -17,7 +17,7 @@ NOWHERE = "nowhere"
 
 Kind = Literal[
     "config", "rotary", "mask", "norm", "activation", "scaling", "heads", "weights", "hook", "sae", "intervention",
-    "tokens", "numerics", "io",
+    "tokens", "numerics", "recurrence", "io",
 ]  # fmt: skip
 
 

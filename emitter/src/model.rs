@@ -178,10 +178,10 @@ fn load(
     let given = Given::read(files)?;
     let (model, vocab_size, digest) = match rwkv::config(&given.json)? {
         Some(config) => {
-            let vocab_size = config.vocab_size;
             let weights = Weights::read(given.shards, dtype, &device)?;
             let digest = given.digest_with(&weights);
             let model = rwkv::load(config, &device, dtype, weights.builder)?;
+            let vocab_size = model.vocab_size();
             (Model::Recurrent(model), vocab_size, digest)
         }
         None => {

@@ -3,7 +3,9 @@ use serde_json::{json, Value};
 use super::{case_id, parse, Asked};
 use crate::call_protocol::CALL_REQUEST;
 use crate::forwards_protocol::FORWARDS_REQUEST;
-use crate::protocol::{Edit, Loader, Precision, Request, TokenizeRequest, TRACE_REQUEST};
+use crate::protocol::{
+    All, Edit, Layers, Loader, Precision, Request, TokenizeRequest, TRACE_REQUEST,
+};
 
 fn good() -> Value {
     json!({
@@ -345,4 +347,27 @@ fn forwards_are_read_and_checked_like_a_trace() {
         let told = forward_refusal(change);
         assert!(told.contains(said), "{said}: {told}");
     }
+}
+
+#[test]
+fn the_state_is_edited_in_a_layer_a_range_or_all_also_outside_of_the_prompt() {
+    let edited = |layers: Value| {
+        let mut value = good();
+        value["edits"] = json!([
+            {"hook": "blocks.1.rwkv.hook_state", "kind": "state_knockout", "at": [1, 9], "layers": layers}
+        ]);
+        match trace_request(&value).edits.pop() {
+            Some(Edit::StateKnockout { at, layers, .. }) => (at, layers),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(edited(Value::Null), (vec![1, 9], None));
+    assert_eq!(edited(json!([0, 2])).1, Some(Layers::Range(0, 2)));
+    assert_eq!(edited(json!("all")).1, Some(Layers::Named(All::All)));
+    let refused = refusal(|r| {
+        r["edits"] = json!([
+            {"hook": "blocks.1.rwkv.hook_state", "kind": "state_steer", "at": [1], "layers": "some", "factor": 2.0}
+        ]);
+    });
+    assert!(refused.contains("not valid"), "{refused}");
 }

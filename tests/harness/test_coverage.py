@@ -12,8 +12,8 @@ from candle_mi_parity.candidate.spelling import stored_releases
 from candle_mi_parity.models.tokenizers import FILES
 from candle_mi_parity.spec.cases import FixtureModel, SaeFile, TinyModel, load_cases, select
 from candle_mi_parity.spec.explanations import load_explanations
-from candle_mi_parity.spec.families import MAPPED
-from candle_mi_parity.spec.hook_points import LAYER_POINTS
+from candle_mi_parity.spec.families import MAPPED, RECURRENT
+from candle_mi_parity.spec.hook_points import LAYER_POINTS, RECURRENT_POINTS
 from candle_mi_parity.spec.paths import FIXTURES, OUTPUTS, ROOT
 from candle_mi_parity.trace.release import StoredRelease, short_digest
 from tests.support.goldens import has_golden
@@ -25,8 +25,8 @@ VERSIONS = stored_releases(OUTPUTS)
 NOT_READ = {"a2d-llama"}
 """Model types with a hook map that candle-mi 0.2.2 does not have."""
 
-NO_TRANSFORMER = {"RwkvState", "RwkvDecay", "RwkvEffectiveAttn", "Custom"}
-"""Hook points of candle-mi 0.2.2 that no transformer fires: of RWKV alone, and names that a user gives."""
+NO_MODEL = {"Custom"}
+"""Hook points of candle-mi 0.2.2 that no model here fires: names that a user gives."""
 
 
 def candle_mi_source(name: str) -> str:
@@ -77,11 +77,14 @@ def test_every_stored_file_is_in_an_index_and_has_its_digest() -> None:
 
 @pytest.mark.rust
 def test_every_model_type_of_candle_mi_has_a_family() -> None:
-    source = candle_mi_source("config.rs")
-    block = re.search(r"SUPPORTED_MODEL_TYPES: &\[&str\] = &\[(.*?)\];", source, re.DOTALL)
-    assert block
-    assert set(re.findall(r'"([^"]+)"', block.group(1))) == set(MAPPED) - NOT_READ
-    assert {case.family for case in DEFAULT} >= set(MAPPED)
+    for file, constant, known in (
+        ("config.rs", "SUPPORTED_MODEL_TYPES", set(MAPPED) - NOT_READ),
+        ("rwkv/config.rs", "SUPPORTED_RWKV_MODEL_TYPES", set(RECURRENT)),
+    ):
+        block = re.search(rf"{constant}: &\[&str\] = &\[(.*?)\];", candle_mi_source(file), re.DOTALL)
+        assert block
+        assert set(re.findall(r'"([^"]+)"', block.group(1))) == known
+    assert {case.family for case in DEFAULT} >= {*MAPPED, *RECURRENT}
 
 
 @pytest.mark.rust
@@ -91,9 +94,10 @@ def test_every_hook_point_of_candle_mi_is_compared_or_has_a_reason() -> None:
     assert block
     variants = set(re.findall(r"^    ([A-Z]\w+)(?:\(\w+\))?,", block.group(1), re.MULTILINE))
     camel = {
-        "".join(word.title() for word in re.split(r"[._]", point.replace("hook_", ""))) for point in LAYER_POINTS
+        "".join(word.title() for word in re.split(r"[._]", point.replace("hook_", "")))
+        for point in (*LAYER_POINTS, *RECURRENT_POINTS)
     }
-    assert variants == camel | {"Embed", "FinalNorm"} | NO_TRANSFORMER
+    assert variants == camel | {"Embed", "FinalNorm"} | NO_MODEL
 
 
 def test_every_comparison_in_the_list_of_public_functions_exists() -> None:

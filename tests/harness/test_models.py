@@ -28,7 +28,7 @@ from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.models.sae import load_sae, sae_path
 from candle_mi_parity.spec.cases import ScopeSae, TinyModel, select
-from candle_mi_parity.spec.families import FAMILIES
+from candle_mi_parity.spec.families import FAMILIES, RECURRENT
 from candle_mi_parity.spec.paths import cache_root
 from tests.support.planting import CASES
 
@@ -76,7 +76,11 @@ def test_no_prompt_is_as_long_as_there_are_heads() -> None:
         if isinstance(case.model, TinyModel) and case.id.endswith(("/hub", "/v5", "/window")):
             subject = prepare(case, cache_root())
             config, length = read_config(subject.model_dir), len(subject.tokens[0])
-            assert length not in (config["num_attention_heads"], config["num_key_value_heads"], 1), case.id
+            if subject.model_type in RECURRENT:
+                heads = [config["hidden_size"] // config.get("head_dim", config.get("head_size"))]
+            else:
+                heads = [config["num_attention_heads"], config["num_key_value_heads"]]
+            assert length not in (*heads, 1), case.id
 
 
 def test_a_model_is_generated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
