@@ -40,7 +40,7 @@ from candle_mi_parity.run.check_plan import plan
 from candle_mi_parity.run.run import library_versions
 from candle_mi_parity.spec.cases import Case, HubModel
 from candle_mi_parity.spec.explanations import load_explanations
-from candle_mi_parity.spec.families import MAPPED
+from candle_mi_parity.spec.families import MAPPED, RECURRENT
 from candle_mi_parity.trace.dump import as_trace, check_names, read_dump
 from candle_mi_parity.trace.trace import CandleMi
 
@@ -91,7 +91,8 @@ class Checking:
         """
         self.result.versions = library_versions()
         cases = [self._case(prompt) for prompt in self._prompts()]
-        subjects = self._mapped(cases) if self.config.get("model_type") in MAPPED else self._unmapped(cases)
+        known = (*MAPPED, *RECURRENT)
+        subjects = self._mapped(cases) if self.config.get("model_type") in known else self._unmapped(cases)
         self._conclude(subjects)
         judged = [prompt.case for prompt in self.result.prompts]
         if all(case.status is Status.ERROR and case.failure is Failure.INPUT for case in judged):
@@ -126,6 +127,8 @@ class Checking:
         """The features of candle-mi without which ``from_pretrained`` refuses the model."""
         if self.quantized:
             return ["quantized"]
+        if self.config.get("model_type") in RECURRENT:
+            return ["rwkv"]
         sharded = len(weight_files(self.directory)) > 1
         return ["mmap"] if self.options.loader == "pretrained" and sharded else []
 

@@ -20,6 +20,7 @@ from candle_mi_parity.judge.notes import edits_before
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.spec.cases import Case
+from candle_mi_parity.spec.edits import StateKnockout, StateSteer
 from candle_mi_parity.spec.paths import cache_root
 from tests.support.planting import real
 
@@ -37,6 +38,8 @@ def knockout(**spec: Any) -> dict[str, Any]:
 
 STEER = {"kind": "steer", "hook": PATTERN, "how": "scale", "value": 2.0, "spec": {"edges": [[5, 2]]}}
 INJECT = {"kind": "inject", "hook": POST, "position": 1, "features": [[0, 1.0]]}
+KNOCKED = {"kind": "state_knockout", "hook": "blocks.1.rwkv.hook_state", "at": [2]}
+STEERED = KNOCKED | {"kind": "state_steer", "factor": 2.0}
 BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown kind": ({"kind": "negate", "hook": POST}, "negate"),
     "an unknown key": ({"kind": "zero", "hook": POST, "position": 1}, "position"),
@@ -70,6 +73,8 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "steering the scores": (STEER | {"hook": SCORES}, "only at attn.hook_pattern"),
     "a weight set in the future": (STEER | {"how": "set_value", "spec": {"edges": [[2, 5]]}}, "in the future"),
     "an injection without an SAE": (INJECT, "the case's SAE"),
+    "a state of attention": (KNOCKED | {"hook": SCORES}, "only at rwkv.hook_state"),
+    "a state that a transformer does not have": (KNOCKED, "no such hook point"),
 }
 
 
@@ -79,6 +84,30 @@ def test_a_row_that_cannot_be_applied_is_refused(name: str) -> None:
     with pytest.raises((CaseTableError, ValidationError)) as refusal:
         subject_with(row)
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"kind": "zero", "hook": "blocks.1.rwkv.hook_decay"}], "is a read-out"),
+        ([KNOCKED | {"layers": [1, 3]}], "layers [1, 3], but the model has 3"),
+        ([KNOCKED | {"layers": [2, 1]}], "layers [2, 1]"),
+        ([KNOCKED | {"at": []}], "at least 1 item"),
+        ([STEERED | {"factor": 0.1}], "bfloat16"),
+        ([STEERED, KNOCKED, STEERED], "one state_steer a forward pass"),
+    ],
+)
+def test_an_edit_of_a_state_that_cannot_be_applied_is_refused(rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises((CaseTableError, ValidationError)) as refusal:
+        subject_with(*rows, base="rwkv7/hub")
+    assert message in str(refusal.value)
+
+
+def test_what_a_state_edit_scales() -> None:
+    edits = subject_with(KNOCKED | {"layers": "all"}, STEERED | {"at": [1, 30]}, base="rwkv7/hub").case.edits
+    knocked, steered = (edit for edit in edits if isinstance(edit, StateKnockout | StateSteer))
+    assert [list(knocked.factors(layer, 4)) for layer in (0, 2)] == [[1, 1, 0, 1]] * 2
+    assert [list(steered.factors(layer, 4)) for layer in (0, 1)] == [[1, 1, 1, 1], [1, 2, 1, 1]]
 
 
 def test_a_later_key_may_be_steered_and_knocked_out_where_it_is_attended() -> None:

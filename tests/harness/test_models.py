@@ -77,9 +77,9 @@ def test_no_prompt_is_as_long_as_there_are_heads() -> None:
             subject = prepare(case, cache_root())
             config, length = read_config(subject.model_dir), len(subject.tokens[0])
             if subject.model_type in RECURRENT:
-                heads = [config["hidden_size"] // config.get("head_dim", config.get("head_size"))]
+                heads = [int(str(config["hidden_size"])) // int(str(config.get("head_dim", config.get("head_size"))))]
             else:
-                heads = [config["num_attention_heads"], config["num_key_value_heads"]]
+                heads = [int(str(config[key])) for key in ("num_attention_heads", "num_key_value_heads")]
             assert length not in (*heads, 1), case.id
 
 

@@ -16,9 +16,11 @@ import torch
 
 from candle_mi_parity.models.generate import generated_model, tiny_config
 from candle_mi_parity.models.rwkv import TimeMix
-from candle_mi_parity.oracle.hooks import Captured, Edits, forward, load_model
+from candle_mi_parity.oracle.compute import sample
+from candle_mi_parity.oracle.hooks import Captured, Edits, Recorder, forward, load_model
 from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.spec.cases import TinyModel
+from candle_mi_parity.spec.hook_points import SIGNED, WRITES
 from candle_mi_parity.spec.paths import cache_root
 
 LAYERS, WIDTH = 3, 128
@@ -135,3 +137,44 @@ def test_effective_attention_is_the_weight_of_each_value_in_the_output(
     positive = weights.clamp_min(0)
     expected = positive / (positive.sum(-1, keepdim=True) + 1e-10)
     torch.testing.assert_close(seen[0], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_an_entry_near_0_has_the_noise_that_it_has_without_the_relu() -> None:
+    """Of weights that are all negative the samples are 0 too, whether rounding may change a sign or not."""
+    far, near = 0.5, 1e-8
+
+    def run(_model: Any, tokens: torch.Tensor, _edits: Edits) -> Recorder:
+        recorder = Recorder()
+        signed = torch.tensor([[-far, -near, 1.0]], dtype=torch.float64).repeat(tokens.shape[0], 1)
+        signed = signed + (signed.abs() + 1) - (signed.abs() + 1)  # rounded as numbers of size 1
+        recorder.at("weights", signed.relu())
+        recorder.at("weights" + SIGNED, signed)
+        return recorder
+
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    _, values, squares = sample(torch.nn.Identity(), tokens, 0, lambda _captured: {}, {}, run=run)
+    assert set(values) == set(squares) == {"weights"}
+    noise = squares["weights"].sqrt()[0]
+    assert values["weights"].tolist() == [[0.0, 0.0, 1.0]] and noise[0] == 0
+    assert 2.0**-25 < noise[1] < 2.0**-22 and 2.0**-25 < noise[2] < 2.0**-22
+
+
+@pytest.mark.parametrize("version", ["rwkv7", "rwkv6"])
+def test_an_edit_of_the_writes_changes_later_positions_only(version: str) -> None:
+    """RWKV-6 reads its state before it is written, RWKV-7 after."""
+    directory, tokens, knocked = tiny(version), [5, 9, 14, 3, 77, 21], 2
+    factors = torch.ones(len(tokens), dtype=torch.float64)
+    factors[knocked] = 0
+    plain = captured(directory, tokens)
+    edited = captured(directory, tokens, {f"blocks.1.{WRITES}": [lambda written: written * factors]})
+    changed = {
+        name: (plain[name] != edited[name]).flatten(2).any(-1)[0].tolist()
+        for name in ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+    }
+    first = knocked if version == "rwkv7" else knocked + 1
+    assert changed["blocks.0.hook_resid_post"] == [False] * 6
+    assert changed["blocks.1.hook_resid_post"] == [position >= first for position in range(6)]
+    name = "blocks.1.rwkv.hook_effective_attn"
+    assert bool((edited[name][..., knocked + 1 :, knocked] == 0).all()) and bool(
+        (plain[name][..., knocked] > 0).any()
+    )
