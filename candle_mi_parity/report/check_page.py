@@ -20,6 +20,7 @@ GROUPS = {
     "q, k, v": ("attn.hook_q", "attn.hook_k", "attn.hook_v"),
     "scores": ("attn.hook_scores",),
     "pattern": ("attn.hook_pattern",),
+    "recurrence": ("rwkv.hook_",),
     "attention out": ("hook_attn_out",),
     "MLP": ("mlp.hook_pre", "mlp.hook_post", "hook_mlp_out"),
     "final norm": ("hook_final_norm",),

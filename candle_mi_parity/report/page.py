@@ -20,7 +20,7 @@ from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
 from candle_mi_parity.files.escape import number, one_line, rendered
 from candle_mi_parity.report.causes import NEW, RIGHT, known_causes, known_together, new_causes
 from candle_mi_parity.report.plots import case_plot, heatmap, line_of, ratio_plot
-from candle_mi_parity.spec.families import MAPPED
+from candle_mi_parity.spec.families import MAPPED, RECURRENT
 
 SEVERITY = [Status.FAIL, Status.ERROR, Status.UNMEASURED, Status.KNOWN, Status.PASS]
 NOT_RUN = "NOT-RUN"
@@ -91,7 +91,7 @@ def render(result: RunResult) -> str:
         "page.html.j2",
         result=result,
         questions=[_answer(RIGHT, result.is_right()), _answer(NEW, result.is_new())],
-        covered=list(MAPPED),
+        covered=[*MAPPED, *RECURRENT],
         tally=result.tally(),
         causes=[*new, *known_causes(result)],
         anchors={case.id: cause.anchor for cause, case in shown},
