@@ -81,7 +81,7 @@ def blinkdl(version: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 @pytest.mark.skipif(
     importlib.util.find_spec("rwkv") is None,
-    reason="the package rwkv is not installed: `pip install rwkv==0.8.32`, in an environment of its own",
+    reason="rwkv is not installed: pip install '.[rwkv]' beside this suite's packages",
 )
 @pytest.mark.parametrize("length", [20, 1])
 @pytest.mark.parametrize("version", ["rwkv7", "rwkv6"])
