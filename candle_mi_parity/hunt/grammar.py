@@ -316,7 +316,7 @@ def lengths_of(family: str, genes: Genes) -> list[int]:
 def _statistic(rng: random.Random, family: str, genes: Genes) -> Genes:
     """A statistic of weights that the family's plain config has."""
     config = base_config(family)
-    possible = [*Statistic]
+    possible = [one for one in Statistic if not one.of_recurrence]
     if config["tie_word_embeddings"] and genes.get("config.tie_word_embeddings") != ["set", False]:
         possible.remove(Statistic.HEAD_EQUAL)
     biased = transformers_type(family) in ("qwen2", "starcoder2")

@@ -72,6 +72,11 @@ class Statistic(StrEnum):
     DECAY_WHOLE = "decay-whole"
     """8 is added to the bias of RWKV's decay; of RWKV-6, a step leaves less of the state than float32 can hold."""
 
+    @property
+    def of_recurrence(self) -> bool:
+        """Whether only RWKV has such weights."""
+        return self in (Statistic.DECAY_WEAK, Statistic.DECAY_STRONG, Statistic.DECAY_WHOLE)
+
 
 class Layout(StrEnum):
     """What is unusual about the files of a generated model."""

@@ -4,11 +4,11 @@ A condition is a subject, an operator and a value; a value is JSON or another su
 
 Subjects: ``config.KEY``, ``block.KEY`` (of the rotary block that transformers reads: ``rope_scaling``, or else
 ``rope_parameters``), ``rope.KEY`` (of the rotary embedding, at the top level or in a block), ``sae.KEY`` (of
-``cfg.json``), ``edit.KEY``, ``dtype``, ``rope_type``, ``alternating`` (whether every second layer, from the first,
-has the window), ``sae_weights``, ``sae_threshold``, ``tokens``, ``batch``, ``loader``, ``features``, ``files``
-(number of files of weights), ``pickled``, ``prefixed`` (whether tensors are named ``model.…``), ``stored_head``,
-``weights.KEY`` (of a quantised checkpoint, see :mod:`candle_mi_parity.models.quantized_facts`); a dot leads into a
-block.
+``cfg.json``), ``edit.KEY``, ``family`` (the model type), ``dtype``, ``rope_type``, ``alternating`` (whether every
+second layer, from the first, has the window), ``sae_weights``, ``sae_threshold``, ``tokens``, ``batch``,
+``loader``, ``features``, ``files`` (number of files of weights), ``pickled``, ``prefixed`` (whether tensors are
+named ``model.…``), ``stored_head``, ``weights.KEY`` (of a quantised checkpoint, see
+:mod:`candle_mi_parity.models.quantized_facts`); a dot leads into a block.
 
 Operators: ``absent`` (no such key), ``null`` (there, and null), ``present`` (there, and not null), ``number``,
 ``no number`` (absent, null, or of another JSON type), ``=``, ``!=``, ``<``, ``>``, ``in``, ``not in``, ``other than``
@@ -27,7 +27,7 @@ from candle_mi_parity.errors import ExplanationError
 from candle_mi_parity.spec.counterfactual import rotary_block
 
 _SUBJECT = (
-    r"(?:config|block|rope|sae|edit|weights)\.[A-Za-z0-9_.]+|dtype|rope_type|alternating|sae_weights|sae_threshold"
+    r"(?:config|block|rope|sae|edit|weights)\.[A-Za-z0-9_.]+|family|dtype|rope_type|alternating|sae_weights|sae_threshold"
     r"|tokens|batch|loader|features|files|pickled|prefixed|stored_head"
 )
 _CONDITION = re.compile(

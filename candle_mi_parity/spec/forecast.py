@@ -59,7 +59,7 @@ def forecast(table: Explanations, release: str, facts: Facts) -> list[Forecast]:
 
 
 def _is_about_the_input(condition: Condition) -> bool:
-    return condition.of_edit or condition.subject == "tokens"
+    return condition.of_edit or condition.subject in ("tokens", "batch")
 
 
 def _can_show(row: Explanation, facts: Facts) -> bool:
@@ -100,6 +100,8 @@ def _needed(condition: Condition, facts: Facts) -> str:
     if condition.subject == "tokens":
         length = look_up(condition.other, facts, None) if condition.other else condition.value
         return f"a prompt longer than {length} tokens"
+    if condition.subject == "batch":
+        return "several prompts at a time"
     if condition.subject == "edit.kind":
         return _EDITS.get(str(condition.value), f"the edit {condition.value}")
     return f"an edit with {condition.subject.removeprefix('edit.')} {condition.operator} {condition.value}"

@@ -68,7 +68,8 @@ def test_an_input_is_judged_as_its_row_of_the_table_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("statistic", Statistic)
 def test_every_statistic_changes_weights(statistic: Statistic, tmp_path: Path) -> None:
-    config = base_config("starcoder2") | {"num_hidden_layers": 1, "tie_word_embeddings": False}
+    family = "rwkv6" if statistic.of_recurrence else "starcoder2"
+    config = base_config(family) | {"num_hidden_layers": 1, "tie_word_embeddings": False}
     plain, unusual = (generated_model(config, "hub", tmp_path, statistics=held) for held in ([], [statistic]))
     weights = [load_model(directory).state_dict() for directory in (plain, unusual)]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
