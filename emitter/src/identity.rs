@@ -44,6 +44,7 @@ impl Version {
 impl Identity {
     pub fn of_this_build() -> Self {
         let features = [
+            ("clt", cfg!(feature = "clt")),
             ("cuda", cfg!(feature = "cuda")),
             ("mmap", cfg!(feature = "mmap")),
             ("quantized", cfg!(feature = "quantized")),
