@@ -151,11 +151,34 @@ def test_a_divergence_that_may_be_inherited_says_that_its_inputs_differ(tmp_path
     assert "inputs DIFFER" in results["blocks.1.mlp.hook_post"].message()
 
 
+def judged_alone(name: str, value: np.ndarray, noise: float, got: np.ndarray) -> dict[str, TensorResult]:
+    """Judge one tensor by a truth with the same noise everywhere."""
+    truth = Truth([[1]], {name: TruthTensor(value, np.full_like(value, noise))}, meta={"mode": "free"})
+    dump = InMemory({name: (got.astype(np.float32), None)}, "float32", {}, [])
+    return {result.name: result for result in compare(truth, dump, None, None)}
+
+
 def judged_logits(value: np.ndarray, got: np.ndarray) -> dict[str, TensorResult]:
     """Judge logits by a truth with a noise of 3e-7."""
-    truth = Truth([[1]], {"logits": TruthTensor(value, np.full_like(value, 3e-7))}, meta={"mode": "free"})
-    dump = InMemory({"logits": (got.astype(np.float32), None)}, "float32", {}, [])
-    return {result.name: result for result in compare(truth, dump, None, None)}
+    return judged_alone("logits", value, 3e-7, got)
+
+
+@pytest.mark.parametrize(
+    ("value", "got", "exact", "status"),
+    [
+        (5.02e-45, 2.0**-147, False, Status.PASS),  # float32's nearest: the noise was too small to be kept
+        (5.02e-45, 2.0**-143, False, Status.FAIL),
+        (2.0**-147, 2.0**-147, True, Status.PASS),
+        (2.0**-147, 2.0**-148, True, Status.FAIL),
+        (0.5, np.nextafter(np.float32(0.5), np.float32(1)), True, Status.FAIL),
+    ],
+)
+def test_without_noise_only_what_float32_holds_must_be_equal_to_the_bit(
+    value: float, got: float, exact: bool, status: Status
+) -> None:
+    shape = 1, 4, 8
+    found = judged_alone("hook_embed", np.full(shape, value), 0.0, np.full(shape, got))["hook_embed"]
+    assert (found.exact, found.status) == (exact, status)
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
