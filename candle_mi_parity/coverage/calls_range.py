@@ -41,7 +41,7 @@ class RangeTruth(Truth64):  # type: ignore[no-untyped-call]
             product = torch.mm if left.dim() == 2 else torch.bmm
             self._scales.record(self._calls.next(), product(left.square(), right.square()))
             self._check(product(left.abs(), right.abs()))
-        elif name == "sum" and args[0].dtype.is_floating_point:
+        elif name in ("sum", "mean") and args[0].dtype.is_floating_point:
             self._check(args[0].abs().sum())
         if isinstance(out, torch.Tensor) and out.dtype.is_floating_point:
             self._check(out)
