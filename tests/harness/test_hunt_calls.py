@@ -190,6 +190,25 @@ def test_what_a_formula_gives_beyond_the_range_of_float32_is_known_if_it_is_the_
     assert of(float(np.float32(1e19) ** 2)) == "agree"
 
 
+def test_a_mean_whose_sum_is_beyond_the_range_of_float32_has_no_truth(tmp_path: Path) -> None:
+    """The squares are 1e38 and 3.06e38, and half of their sum is a float32 number; the sum is none."""
+    tensors = {"W_enc": [[1.0, 0.5], [0.0, 0.0]], "W_dec": [[0.0, 0.0], [0.0, 3.5]]}
+    jumprelu = SaeRow(architecture="jumprelu", width=2, features=2, threshold=[0.0, 0.0], tensors=tensors)
+
+    def of(x: list[float], value: float) -> str:
+        return judged(tmp_path, "reconstruction_error", jumprelu, [x], NOTHING, value=value).what
+
+    assert of([1e19, 0.0], np.inf) == "no_truth"
+    assert [of([1e18, 0.0], value) for value in (np.inf, 2.03125e36)] == ["cause", "agree"]
+
+
+def test_a_function_that_a_release_lacks_is_counted_and_no_cause(tmp_path: Path) -> None:
+    absent = Answered(id="generated", outcome="absent", results=[], error=None)
+    tally, causes = hunt(Fake(lambda *_: absent), "create_causal_mask", tmp_path, examples=10)
+    assert not causes
+    assert tally.refused == {"there is no create_causal_mask": 10}
+
+
 @pytest.mark.parametrize(
     ("indices", "values"),
     [
