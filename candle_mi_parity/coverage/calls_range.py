@@ -41,8 +41,12 @@ class RangeTruth(Truth64):  # type: ignore[no-untyped-call]
             product = torch.mm if left.dim() == 2 else torch.bmm
             self._scales.record(self._calls.next(), product(left.square(), right.square()))
             self._check(product(left.abs(), right.abs()))
-        elif name in ("sum", "mean") and args[0].dtype.is_floating_point:
+        elif name == "sum" and args[0].dtype.is_floating_point:
             self._check(args[0].abs().sum())
+        elif name == "mean" and args[0].dtype.is_floating_point:
+            terms = args[0].numel() / max(out.numel(), 1)
+            # Of two terms there is no partial sum that could be larger than the whole.
+            self._check(terms * (out if terms <= 2 else args[0].abs().mean(*args[1:2])))
         if isinstance(out, torch.Tensor) and out.dtype.is_floating_point:
             self._check(out)
         return out
