@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from candle_mi_parity import pytest_plugin
 from candle_mi_parity.candidate import cuda
 from candle_mi_parity.candidate.sources import Source, StoredSource, open_source
 from candle_mi_parity.candidate.spelling import parse_candidate, stored_releases
@@ -22,6 +21,7 @@ from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.spec.cases import OPT_IN_LANES, Case, load_cases
 from candle_mi_parity.spec.explanations import load_explanations
 from candle_mi_parity.spec.paths import OUTPUTS, ROOT, cache_root
+from tests import plugin
 
 CASES = {case.id: case for case in load_cases()}
 STORED = stored_releases(OUTPUTS)
@@ -65,7 +65,7 @@ def judged(request: pytest.FixtureRequest) -> Callable[[str, str], CaseResult]:
         source = StoredSource(OUTPUTS / f"{candidate}.json") if stored else request.getfixturevalue(candidate)
         spec = {"live": LIVE}.get(candidate, f"stored:{candidate}" if stored else "torch")
         result = judge_case(CASES[case_id], source, spec, cache_root(), table, Progress()).result
-        pytest_plugin.record(request.config, candidate, result)
+        plugin.record(request.config, candidate, result)
         return result
 
     return judge

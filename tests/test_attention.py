@@ -7,7 +7,7 @@ Rotary faults show at `hook_scores` (q and k are captured before rotary), mask a
 from collections.abc import Callable
 
 from candle_mi_parity.compare.verdict import CaseResult
-from candle_mi_parity.pytest_plugin import check
+from tests.plugin import check
 
 
 def belongs(name: str) -> bool:

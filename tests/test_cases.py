@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from candle_mi_parity.compare.verdict import CaseResult
-from candle_mi_parity.pytest_plugin import check
 from tests import test_attention, test_encodings, test_logits, test_mse, test_residuals
+from tests.plugin import check
 
 GROUPS = {
     "residuals": test_residuals.belongs,

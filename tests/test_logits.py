@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from candle_mi_parity.compare.verdict import CaseResult
-from candle_mi_parity.pytest_plugin import check
+from tests.plugin import check
 
 
 def belongs(name: str) -> bool:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from candle_mi_parity.candidate.parts import EMITTER
 from candle_mi_parity.candidate.sources import Source, open_source
 from candle_mi_parity.candidate.spelling import parse_candidate
+from candle_mi_parity.spec.paths import EMITTER
 from validation.catalogue import CatalogueError, SourceEdit
 
 VERSION = "0.2.2"

@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from candle_mi_parity.candidate.cargo import Ran, condense, run_cargo
 from candle_mi_parity.candidate.checkout import configuration, note_inputs, packages_of, written_since
-from candle_mi_parity.candidate.parts import EMITTER, SWITCHED, broken_feature, broken_parts
+from candle_mi_parity.candidate.parts import SWITCHED, broken_feature, broken_parts
 from candle_mi_parity.candidate.plan import (
     COUNTING,
     DOWNLOADER,
@@ -39,6 +39,7 @@ from candle_mi_parity.candidate.plan import (
 )
 from candle_mi_parity.candidate.spelling import Candidate, CandidateError, OutOfReachError
 from candle_mi_parity.files import atomic
+from candle_mi_parity.spec.paths import EMITTER
 from candle_mi_parity.trace.trace import CandleMi
 
 Progress = Callable[[str], None]

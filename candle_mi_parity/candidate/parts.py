@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from candle_mi_parity.candidate.cargo import Ran
+from candle_mi_parity.spec.paths import EMITTER
 
-EMITTER = Path(__file__).parents[2] / "emitter"
 EMITTER_CRATE = "parity-emitter"
 _CANDLE_MI = "candle-mi/"
 _FILES = {

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from candle_mi_parity.candidate.checkout import fetch, tree_digest
-from candle_mi_parity.candidate.parts import EMITTER, PARTS, SWITCHED, absent_parts
+from candle_mi_parity.candidate.parts import PARTS, SWITCHED, absent_parts
 from candle_mi_parity.candidate.spelling import Candidate, CandidateError
 from candle_mi_parity.files.atomic import write_text
+from candle_mi_parity.spec.paths import EMITTER
 
 DOWNLOADER = "hf-fetch-model"
 ANY = "*"

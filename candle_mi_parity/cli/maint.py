@@ -25,6 +25,18 @@ maint = typer.Typer(no_args_is_help=True)
 GEMMA_SCOPE = "google/gemma-scope-2b-pt-res:layer_0/width_16k/average_l0_105/params.npz"
 
 
+@maint.callback()
+def needs_a_clone() -> None:
+    """Maintenance of the suite itself, in a clone."""
+    from candle_mi_parity.errors import ParityError
+    from candle_mi_parity.report.terminal import one_line_errors
+    from candle_mi_parity.spec.paths import INSTALLED
+
+    with one_line_errors():
+        if INSTALLED:
+            raise ParityError("`maint` writes the files of candle-mi-parity itself, so it needs a clone of its repository")
+
+
 @maint.command()
 def store(
     candidate: Annotated[str, typer.Argument(help="A released version, as 0.2.2.")],

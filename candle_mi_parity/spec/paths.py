@@ -1,4 +1,4 @@
-"""The paths of this clone, its fixtures, its command, and the cache."""
+"""The paths of this clone or of an installed package: data, command, cache."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import shlex
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKED = _PACKAGE / "data"
+"""The data of an installed package; a clone has them beside the package."""
+INSTALLED = _PACKED.is_dir()
+ROOT = _PACKED if INSTALLED else _PACKAGE.parent
 FIXTURES = ROOT / "fixtures"
+EMITTER = ROOT / "emitter"
+"""The Rust sources of the emitter."""
 OUTPUTS = ROOT / "rust_outputs"
 """The stored traces of candle-mi's releases."""
 

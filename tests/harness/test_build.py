@@ -15,10 +15,11 @@ import pytest
 from candle_mi_parity.candidate import build as builder
 from candle_mi_parity.candidate import cargo
 from candle_mi_parity.candidate import plan as planning
-from candle_mi_parity.candidate.parts import EMITTER, LANES, PARTS, SWITCHED
+from candle_mi_parity.candidate.parts import LANES, PARTS, SWITCHED
 from candle_mi_parity.candidate.plan import known_releases, lay_out, plan_of
 from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate
 from candle_mi_parity.spec.cases import load_cases
+from candle_mi_parity.spec.paths import EMITTER
 from tests.support.crate import touch, write_crate
 
 Cargo = Callable[..., None]

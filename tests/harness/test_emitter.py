@@ -18,10 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from candle_mi_parity.candidate.build import build
-from candle_mi_parity.candidate.parts import EMITTER
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.spelling import parse_candidate
-from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.spec.paths import EMITTER, cache_root
 
 WIDTH = 16
 ABSENT = str(Path(__file__).with_name("absent"))

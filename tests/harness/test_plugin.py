@@ -12,7 +12,7 @@ pytest_plugins = ["pytester"]
 PREAMBLE = """
 import pytest
 from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
-from candle_mi_parity.pytest_plugin import check
+from tests.plugin import check
 
 
 def judged(status, wrong=False, error=""):
@@ -26,7 +26,7 @@ def judged(status, wrong=False, error=""):
 
 def outcomes(pytester: pytest.Pytester, body: str, *arguments: str) -> pytest.RunResult:
     pytester.makepyfile(PREAMBLE + body)
-    return pytester.runpytest_inprocess("-p", "candle_mi_parity.pytest_plugin", *arguments)
+    return pytester.runpytest_inprocess("-p", "tests.plugin", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_goldens_are_not_regenerated_without_a_reason(pytester: pytest.Pytester)
 
 SUMMARY = """
 import pytest
-from candle_mi_parity.pytest_plugin import record
+from tests.plugin import record
 from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 
 CASES = [("llama/hub", Status.PASS, 1.5), ("llama/v5", Status.FAIL, 2e6), ("phi3/hub", Status.PASS, 0.5)]
@@ -133,7 +133,7 @@ def test_skipped(i):
 
 def section(pytester: pytest.Pytester, *arguments: str) -> list[str]:
     pytester.makepyfile(SUMMARY)
-    done = pytester.runpytest_subprocess("-p", "candle_mi_parity.pytest_plugin", *arguments)
+    done = pytester.runpytest_subprocess("-p", "tests.plugin", *arguments)
     done.assert_outcomes(passed=3, skipped=3)
     start = next(i for i, line in enumerate(done.outlines) if "= parity =" in line)
     return [line for line in done.outlines[start + 1 :] if line and not line.startswith(("=", "SKIPPED"))]

@@ -11,10 +11,9 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from candle_mi_parity.candidate.parts import EMITTER
 from candle_mi_parity.candidate.spelling import stored_releases
 from candle_mi_parity.cli.cli import app
-from candle_mi_parity.spec.paths import OUTPUTS, ROOT
+from candle_mi_parity.spec.paths import EMITTER, OUTPUTS, ROOT
 
 LOCKS = [EMITTER / "Cargo.lock", *sorted((EMITTER / "locks").glob("*.lock"))]
 WORKFLOWS = {

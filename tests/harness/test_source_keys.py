@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from candle_mi_parity.candidate.parts import EMITTER
 from candle_mi_parity.candidate.source_keys import FEATURES, keys_in, source_directory, source_keys
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.spec.paths import EMITTER, cache_root
 from tests.support.crate import touch, write_crate
 
 CONFIG = """
