@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Self
 
@@ -110,6 +110,7 @@ class _Pipes:
 class EmitterProcess:
     """An emitter that answers many requests; it is started at first use and again after a failure.
 
+    :param command: the binary, or a program with its arguments.
     :param missing: parts that do not compile against the candidate → their first error.
     :param absent: parts for which the candidate has no feature.
     :param environment: variables for the process, beside those of this one.
@@ -120,12 +121,12 @@ class EmitterProcess:
 
     def __init__(
         self,
-        binary: Path,
+        command: Path | Sequence[str],
         missing: Mapping[str, str] | None = None,
         environment: Mapping[str, str] | None = None,
         absent: Collection[str] = (),
     ) -> None:
-        self._command = [str(binary)]
+        self._command = [str(command)] if isinstance(command, Path) else list(command)
         self._missing = missing or {}
         self._absent = absent
         self._environment = environment or {}

@@ -17,22 +17,19 @@ from candle_mi_parity.candidate.branches import Branches
 from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.parts import LANES
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
+from candle_mi_parity.candidate.program import ProgramSource
+from candle_mi_parity.candidate.requests import TIMEOUT_SECONDS, check_id, opened, request
 from candle_mi_parity.candidate.spelling import Candidate, CandidateError, OutOfReachError, stored_index
 from candle_mi_parity.candidate.tokens import TextIds, stored_text_ids, text_ids
 from candle_mi_parity.compare.compare import check_header
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.digest import file_digest
-from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.prepared_case import PreparedCase
-from candle_mi_parity.spec.edits import for_emitter
-from candle_mi_parity.spec.hook_points import FORCED, Mode, is_lens
+from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import OUTPUTS
 from candle_mi_parity.trace.release import Refusal, StoredRelease, text_name, trace_name
 from candle_mi_parity.trace.trace import TOP_LOGITS, CandleMi, Emitted, Header, TensorEntry, Trace
 from candle_mi_parity.trace.truth import Truth
-
-REQUEST_FORMAT = "candle-mi-parity/request/1"
-TIMEOUT_SECONDS = 600.0
 
 
 class Source(Protocol):
@@ -108,6 +105,8 @@ def open_source(
         return TorchSource(device)
     if candidate.kind == "stored":
         return StoredSource(stored_index(candidate, OUTPUTS))
+    if candidate.kind == "command":
+        return ProgramSource(candidate, out, device)
     return LiveSource(candidate, cache, out, log, device, counted)
 
 
@@ -117,35 +116,6 @@ def refuse_device(candidate: Candidate, device: str) -> None:
         raise CandidateError(f"unknown device {device!r}: expected cpu or cuda:N")
     if candidate.kind == "stored" and device != "cpu":
         raise CandidateError(f"{candidate.spec} was emitted on a CPU; --device {device} needs a build")
-
-
-def request(subject: PreparedCase, mode: Mode, inputs: Path, out: Path, device: str) -> dict[str, object]:
-    """The emitter's request for a case; in ``forced`` mode the residual stream is replaced by the truth's."""
-    sae = None
-    if subject.case.sae is not None and mode == "free":
-        sae = {"path": str(subject.sae_file), "layer": subject.case.sae.layer, "hook": subject.case.sae.hook}
-    forced = [name for name in subject.captures if name.endswith(FORCED) and mode == "forced"]
-    return {
-        "format": REQUEST_FORMAT,
-        "case": {"id": subject.case.id, "digest": subject.digest},
-        "model_dir": str(subject.given),
-        "loader": subject.case.loader,
-        "tokens": subject.tokens,
-        # In forced mode the input of a layer is the output of the previous one, which has its own name.
-        "captures": [name for name in subject.captures if name not in forced or name.endswith("resid_mid")],
-        "logits": True,
-        "dtype": subject.case.dtype,
-        "device": device,
-        "sae": sae,
-        "inputs": str(inputs),
-        "sae_input": "sae" if sae else None,
-        "project": [name for name in subject.captures if is_lens(name) and mode == "free"],
-        **({"weights": list(subject.quantized)} if subject.quantized and mode == "free" else {}),
-        "edits": [{"hook": name, "kind": "replace", "tensor": name} for name in forced]
-        or for_emitter(subject.case.edits, subject.transcoders),
-        **({"recurrent": subject.case.recurrent.for_emitter()} if subject.case.recurrent else {}),
-        "out": str(out),
-    }
 
 
 @dataclass(frozen=True)
@@ -286,15 +256,9 @@ class LiveSource:
         except EmitterError as error:
             # Where the model lies is no part of an answer.
             raise EmitterError(error.kind, error.message.replace(f"{subject.given}/", "")) from error
-        trace = Trace(path)
+        trace = same_candidate(opened(path, subject, truth, inputs, self.device), self.identity)
         if lacking := set(subject.case.features) - set(trace.header.features):
             raise TraceError(f"{trace.path}: made without the feature {sorted(lacking)[0]}")
-        if any(entry.part is not None for entry in trace.entries.values()):
-            raise TraceError(f"{trace.path}: an emitter writes whole tensors, and this trace holds parts")
-        if trace.header.device != self.device:
-            raise TraceError(f"{trace.path}: made on {trace.header.device}, expected {self.device}")
-        check_header(truth, same_candidate(trace, self.identity), file_digest(inputs), subject.given_digest)
-        _check_id(trace, subject)
         if mode == "free":
             digests = {entry.name: entry.sha256 for entry in trace.entries.values()}
             self.made[subject.case.id] = Made(subject, inputs, trace.path, trace.header, digests)
@@ -351,7 +315,7 @@ class StoredSource(StatelessSource):
         if trace.header.device != "cpu":
             raise TraceError(f"{trace.path}: made on {trace.header.device}, expected cpu")
         check_header(truth, trace, file_digest(inputs), subject.given_digest)
-        _check_id(trace, subject)
+        check_id(trace, subject)
         return trace
 
     def text_ids(self, subject: PreparedCase) -> TextIds:
@@ -374,12 +338,6 @@ def _kept_as_stored(entry: TensorEntry) -> bool:
         return part.columns is None
     columns = part.columns or []
     return len(columns) == min(TOP_LOGITS, part.shape[-1]) and columns == sorted(set(columns))
-
-
-def _check_id(trace: Trace, subject: PreparedCase) -> None:
-    """:raises TraceError: the trace says that it is another case's, of the same numbers or not."""
-    if (found := trace.header.case.id) != subject.case.id:
-        raise TraceError(f"{trace.path}: of case {one_line(found)}, expected {subject.case.id}")
 
 
 def same_candidate(trace: Trace, identity: CandleMi) -> Trace:

@@ -1,12 +1,14 @@
 """Parsing the spelling of a candidate.
 
 ``0.2.2``, ``path:DIR`` and ``git:URL@REV`` are built by :mod:`candle_mi_parity.candidate.build`;
-``stored:VERSION_OR_DIR`` names stored traces and needs no Rust; ``torch`` is the control.
+``stored:VERSION_OR_DIR`` names stored traces and needs no Rust; ``command:PROGRAM ARGS`` is any program that speaks
+the emitter's protocol; ``torch`` is the control.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,9 +16,12 @@ from typing import Literal
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.spec.explanations import numbers
 
-Kind = Literal["version", "path", "git", "stored", "torch"]
+Kind = Literal["version", "path", "git", "stored", "command", "torch"]
 
-ACCEPTED = "a version such as 0.2.2, path:DIR, git:URL@REV, stored:VERSION_OR_DIR, or torch (float32, the control)"
+ACCEPTED = (
+    "a version such as 0.2.2, path:DIR, git:URL@REV, stored:VERSION_OR_DIR, command:PROGRAM, or torch (float32, the "
+    "control)"
+)
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?")
 
@@ -33,7 +38,7 @@ class OutOfReachError(CandidateError):
 class Candidate:
     """A parsed candidate.
 
-    :ivar target: the version, the directory or the URL.
+    :ivar target: the version, the directory, the URL or the command line.
     :ivar revision: of ``git``, before it is resolved to a commit.
     """
 
@@ -42,6 +47,16 @@ class Candidate:
     label: str
     target: str
     revision: str | None = None
+
+    @property
+    def is_candle_mi(self) -> bool:
+        """Whether what is known of candle-mi's releases may hold of it."""
+        return self.kind not in ("command", "torch")
+
+    @property
+    def has_source(self) -> bool:
+        """Whether a candle-mi is built, which can be asked for anything."""
+        return self.kind in ("version", "path", "git")
 
 
 def parse_candidate(spec: str) -> Candidate:
@@ -59,6 +74,13 @@ def parse_candidate(spec: str) -> Candidate:
         return Candidate(text, "path", f"candle-mi in {rest}", rest)
     if form == "stored" and rest:
         return Candidate(text, "stored", f"candle-mi {rest} (stored)", rest)
+    if form == "command" and rest:
+        try:
+            program = shlex.split(rest)
+        except ValueError as error:
+            raise CandidateError(f"candidate {spec!r} is no command line: {error}") from error
+        if program:
+            return Candidate(text, "command", Path(program[-1] if len(program) > 1 else program[0]).name, rest)
     if form == "git":
         # A URL may itself hold an @ (git@host:…).
         url, _, revision = rest.rpartition("@")

@@ -34,7 +34,9 @@ def needs_a_clone() -> None:
 
     with one_line_errors():
         if INSTALLED:
-            raise ParityError("`maint` writes the files of candle-mi-parity itself, so it needs a clone of its repository")
+            raise ParityError(
+                "`maint` writes the files of candle-mi-parity itself, so it needs a clone of its repository"
+            )
 
 
 @maint.command()
@@ -116,7 +118,7 @@ def census(
 
     with one_line_errors():
         chosen = parse_candidate(candidate)
-        if chosen.kind in ("stored", "torch"):
+        if not chosen.has_source:
             raise CandidateError(
                 f"`census` must build candle-mi, and {candidate} has no source; use 0.2.2, path:DIR or git:URL@REV"
             )

@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 
 from candle_mi_parity.candidate.process import EmitterProcess
-from candle_mi_parity.candidate.sources import LiveSource, request, same_candidate
+from candle_mi_parity.candidate.requests import request
+from candle_mi_parity.candidate.sources import LiveSource, same_candidate
 from candle_mi_parity.compare.compare import check_header, compare
 from candle_mi_parity.compare.verdict import CaseResult, Explained, Status, TensorResult
 from candle_mi_parity.coverage.census_record import STORED, Entry, Reader, read_census

@@ -16,7 +16,8 @@ import numpy as np
 from pydantic import model_validator
 
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
-from candle_mi_parity.candidate.sources import TIMEOUT_SECONDS, LiveSource, Made, Source, request
+from candle_mi_parity.candidate.requests import TIMEOUT_SECONDS, request
+from candle_mi_parity.candidate.sources import LiveSource, Made, Source
 from candle_mi_parity.compare.run_result import Section
 from candle_mi_parity.compare.verdict import CaseResult, Failure, Status, TensorResult
 from candle_mi_parity.errors import ParityError, TraceError

@@ -13,7 +13,15 @@ from candle_mi_parity.files.escape import few, one_line
 
 MOST = 6
 """Largest number of places in a line of failures."""
-RIGHT, NEW = "Does candle-mi compute what PyTorch computes?", "Is anything new?"
+NEW = "Is anything new?"
+
+
+def right(result: RunResult) -> str:
+    """The first question, of candle-mi or of another program."""
+    who = "the program" if result.candidate.startswith("command:") else "candle-mi"
+    return f"Does {who} compute what PyTorch computes?"
+
+
 """The two questions, which :class:`RunResult` answers."""
 
 

@@ -18,7 +18,7 @@ from candle_mi_parity.compare.sae_view import SaeView
 from candle_mi_parity.compare.suspects import suspect
 from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
 from candle_mi_parity.files.escape import number, one_line, rendered
-from candle_mi_parity.report.causes import NEW, RIGHT, known_causes, known_together, new_causes
+from candle_mi_parity.report.causes import NEW, known_causes, known_together, new_causes, right
 from candle_mi_parity.report.plots import case_plot, heatmap, line_of, ratio_plot
 from candle_mi_parity.spec.families import MAPPED, RECURRENT
 
@@ -90,7 +90,7 @@ def render(result: RunResult) -> str:
     return rendered(
         "page.html.j2",
         result=result,
-        questions=[_answer(RIGHT, result.is_right()), _answer(NEW, result.is_new())],
+        questions=[_answer(right(result), result.is_right()), _answer(NEW, result.is_new())],
         covered=[*MAPPED, *RECURRENT],
         tally=result.tally(),
         causes=[*new, *known_causes(result)],

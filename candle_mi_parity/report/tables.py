@@ -17,7 +17,7 @@ from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.files.escape import cell, few, number, one_line, printable
 from candle_mi_parity.files.json_out import ReportError
 from candle_mi_parity.files.untrusted import read_json
-from candle_mi_parity.report.causes import NEW, RIGHT, CauseSeen, failures, known_causes, new_causes
+from candle_mi_parity.report.causes import NEW, CauseSeen, failures, known_causes, new_causes, right
 from candle_mi_parity.spec.cases import Case
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def run_tables(result: RunResult, console: Console, page: Path | None = None, sh
         _print(console, f"report: {page}")
     for line in failures(result):
         _print(console, line, "bold red")
-    _print(console, f"{RIGHT} {result.is_right()}")
+    _print(console, f"{right(result)} {result.is_right()}")
     _print(console, f"{NEW} {result.is_new()}")
     _print(console, f"verdict: {result.line()}", colour(result.verdict))
 

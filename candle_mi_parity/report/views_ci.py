@@ -13,7 +13,7 @@ from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.files.escape import few, one_line, printable, templates
 from candle_mi_parity.files.json_out import ReportError
-from candle_mi_parity.report.causes import NEW, RIGHT, known_causes, new_causes
+from candle_mi_parity.report.causes import NEW, known_causes, new_causes, right
 
 ROWS = 50
 """Longest table of the summary; a job page is limited to one megabyte."""
@@ -76,7 +76,7 @@ def summary(result: RunResult) -> str:
         .render(
             result=result,
             mark=_MARK[result.verdict],
-            answers={RIGHT: result.is_right(), NEW: result.is_new()},
+            answers={right(result): result.is_right(), NEW: result.is_new()},
             new=new_causes(result),
             known=known_causes(result),
             reasons=reasons,
@@ -105,7 +105,7 @@ def workflow_commands(result: RunResult) -> list[str]:
     """GitHub's workflow commands: both answers, an error for each new cause, a warning for what was not measured."""
     level = {Verdict.PASS: "notice", Verdict.KNOWN: "warning", Verdict.INCONCLUSIVE: "warning"}
     head = f"{result.verdict.value}: candle-mi {result.candidate}"
-    answers = f"{RIGHT} {result.is_right()}\n{NEW} {result.is_new()}"
+    answers = f"{right(result)} {result.is_right()}\n{NEW} {result.is_new()}"
     lines = [_command(level.get(result.verdict, "error"), head, answers)]
     lines += [_command("error", "an explanation no longer holds", line) for line in result.stale]
     for cause in new_causes(result):

@@ -65,7 +65,7 @@ def repro(
     :raises ParityError: a case is refused, or the candidate cannot be built.
     """
     chosen = parse_candidate(candidate)
-    if chosen.kind in ("stored", "torch"):
+    if not chosen.has_source:
         raise CandidateError(f"`repro` must build candle-mi, and {candidate} has no source; use 0.2.2, path: or git:")
     # transformers warns about special tokens outside a vocabulary of eight.
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]

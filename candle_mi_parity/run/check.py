@@ -113,7 +113,7 @@ def foretold(options: CheckOptions) -> CheckResult:
     stored = weight_facts(directory) if config.get("quantization_config") and directory.is_dir() else {}
     facts = facts_about(config, sae, 0, options.dtype or "float32", edits, stored)
     facts = replace(facts, loader="pretrained" if config.get("quantization_config") else options.loader)
-    known = [] if named.kind == "torch" else forecast(table, known_release(candidate, table), facts)
+    known = forecast(table, known_release(candidate, table), facts) if named.is_candle_mi else []
     who = f"the trace in {options.trace}" if options.trace else named.label
     census = _census(str(config.get("model_type")), known_release(candidate, table))
     result = CheckResult(options.model, who, candidate, keys=len(config), forecast=known, census=census)

@@ -17,7 +17,8 @@ from candle_mi_parity import __version__
 from candle_mi_parity.candidate.build import build, changed_since
 from candle_mi_parity.candidate.dumped import DumpSource
 from candle_mi_parity.candidate.process import EmitterProcess
-from candle_mi_parity.candidate.sources import TIMEOUT_SECONDS, Source, open_source
+from candle_mi_parity.candidate.requests import TIMEOUT_SECONDS
+from candle_mi_parity.candidate.sources import Source, open_source
 from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate
 from candle_mi_parity.candidate.watched import Seen, WatchedSource
 from candle_mi_parity.compare.check_result import CheckResult, PromptResult
@@ -265,7 +266,7 @@ class Checking:
             self._judge_unmapped(subjects, lambda subject, truth: as_trace(dump, truth, subject.case.dtype))
             return subjects
         candidate = parse_candidate(self.result.candidate)
-        if candidate.kind in ("stored", "torch"):
+        if not candidate.has_source:
             raise CandidateError(f"{family} has no hook map: only a candle-mi can be asked, not {candidate.spec}")
         built = build(candidate, options.cache, self.progress.note)
         identity = CandleMi.model_validate(built.identity["candle_mi"])

@@ -89,7 +89,7 @@ def hunt(options: HuntOptions, log: Callable[[str], None], tell: Callable[[HuntR
     candidate = parse_candidate(options.candidate)
     if candidate.kind == "stored":
         raise CaseTableError(f"{options.candidate} is stored, and cannot be asked about new inputs")
-    counted = candidate.kind != "torch" and options.branches
+    counted = candidate.has_source and options.branches
     with open_source(candidate, options.cache, options.out / "traces", log, counted=counted) as source:
         result.version = source.identity.version if source.identity is not None else ""
     parts = _parts(source, options.cache)
@@ -166,7 +166,7 @@ def _parts(source: Source, cache: Path) -> Parts:
 
 def _grammar(candidate: Candidate, families: list[str], cache: Path) -> Grammar:
     """Of the config keys that transformers and the candidate read."""
-    theirs = source_keys(candidate, cache) if candidate.kind != "torch" else None
+    theirs = source_keys(candidate, cache) if candidate.has_source else None
     more = {key for key in theirs.config if "." not in key} if theirs is not None else set()
     keys = {family: keys_read(family, cache) | more for family in families}
     return Grammar(families, keys, {family: defaults_of(family, theirs) for family in families})

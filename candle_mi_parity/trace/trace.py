@@ -59,13 +59,14 @@ class Part(BaseModel):
 
 
 class CandleMi(Part):
-    """Which candle-mi: a release with its registry checksum, a directory's tree digest, or a git revision."""
+    """Which candle-mi: a release with its registry checksum, a directory's tree digest, or a git revision. Of another
+    program it is its name and version."""
 
     version: Text
-    source: Literal["registry", "path", "git"]
-    checksum: Digest | None
-    revision: Text | None
-    tree_digest: Digest | None
+    source: Literal["registry", "path", "git", "program"]
+    checksum: Digest | None = None
+    revision: Text | None = None
+    tree_digest: Digest | None = None
 
 
 class CaseRef(Part):

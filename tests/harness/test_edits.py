@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
-from candle_mi_parity.candidate.sources import request
+from candle_mi_parity.candidate.requests import request
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.verdict import Status, TensorResult
 from candle_mi_parity.errors import CaseTableError, OracleError

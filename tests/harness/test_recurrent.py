@@ -12,7 +12,7 @@ from torch import nn
 
 from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
-from candle_mi_parity.candidate.sources import request
+from candle_mi_parity.candidate.requests import request
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.verdict import Status

@@ -14,11 +14,13 @@ from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import Status
 from candle_mi_parity.errors import ModelError
 from candle_mi_parity.report import page, views, views_ci
-from candle_mi_parity.report.causes import NEW, RIGHT
+from candle_mi_parity.report.causes import NEW
 from candle_mi_parity.run import run
 from tests.support.results import HOSTILE, case, changed, everything, run_of
 
 VIEWS = ("report.json", "report.html", "junit.xml", "summary.md")
+
+RIGHT = "Does candle-mi compute what PyTorch computes?"
 
 
 def suite_of(result: RunResult) -> ElementTree.Element:
@@ -72,7 +74,7 @@ def test_a_run_that_fails_has_a_junit_that_fails(name: str) -> None:
 def test_the_summary_has_verdict_counts_cases_and_reasons() -> None:
     text = views_ci.summary(everything())
     assert text.startswith("## ❌ FAIL: candle-mi `0.2.2`")
-    assert f"**{RIGHT}** Not everywhere: 1 known cause" in text and f"**{NEW}** New: 1 case fails" in text
+    assert "**{RIGHT}** Not everywhere: 1 known cause" in text and f"**{NEW}** New: 1 case fails" in text
     assert "| agree | other numbers | refused | crashed | not measured | not run |" in text
     assert "| ≠ FAIL | `blocks.0.attn.hook_scores` | 4.32e+03 | one head (3) | 1 | `failfam/fail` |" in text
     assert "| ≠ KNOWN CMI001 | rope\\_theta is not read. | 1 | `knownfam/known` | Write it. |" in text
@@ -105,7 +107,11 @@ def test_annotations_are_written_only_on_github(tmp_path: Path, capsys: pytest.C
         "error title=errorfam/error%3A ERROR",
         "warning title=unmeasuredfam/unmeasured%3A UNMEASURED",
     ]
-    assert RIGHT in lines[0] and NEW in lines[0] and "%0A  reproduce: candle-mi-parity run" in lines[1]
+    assert (
+        "Does candle-mi compute what PyTorch computes?" in lines[0]
+        and NEW in lines[0]
+        and "%0A  reproduce: candle-mi-parity run" in lines[1]
+    )
     assert page.read_text() == "before\ntext\n"
     kinds = [views_ci.workflow_commands(run_of(case("a/b", status)))[0].split()[0] for status in Status]
     assert kinds == ["::notice", "::warning", "::error", "::warning", "::error"]

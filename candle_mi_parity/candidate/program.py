@@ -1,0 +1,59 @@
+"""The source for ``command:PROGRAM ARGS``: any program that answers requests as ``docs/emitter-protocol.md`` says."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Self
+
+from candle_mi_parity.candidate.process import EmitterProcess
+from candle_mi_parity.candidate.requests import TIMEOUT_SECONDS, opened, request
+from candle_mi_parity.candidate.spelling import Candidate
+from candle_mi_parity.candidate.tokens import TextIds
+from candle_mi_parity.errors import TraceError
+from candle_mi_parity.models.prepared_case import PreparedCase
+from candle_mi_parity.spec.hook_points import Mode
+from candle_mi_parity.trace.release import trace_name
+from candle_mi_parity.trace.trace import CandleMi, Trace
+from candle_mi_parity.trace.truth import Truth
+
+
+class ProgramSource:
+    """A process that answers for all cases. Nothing is known of it, so that no divergence is excused.
+
+    :ivar seconds: time limit of one trace.
+    """
+
+    identity = None
+    seconds = TIMEOUT_SECONDS
+
+    def __init__(self, candidate: Candidate, out: Path, device: str) -> None:
+        self.device = device
+        self._out = out.resolve()
+        self._process = EmitterProcess(shlex.split(candidate.target))
+        self._is: CandleMi | None = None
+
+    def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Trace:
+        """Have the program write a trace, and open it.
+
+        :raises EmitterError: the program refused, failed, crashed or hung.
+        :raises TraceError: what it wrote is no trace of this case, or says of its maker what an earlier one does not.
+        """
+        out = self._out / f"{trace_name(subject.case.id, mode)}.json"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        path = self._process.emit(request(subject, mode, inputs, out, self.device), self.seconds)
+        trace = opened(path, subject, truth, inputs, self.device)
+        self._is = self._is or trace.header.candle_mi
+        if trace.header.candle_mi != self._is:
+            raise TraceError(f"{trace.path}: made by {trace.header.candle_mi}, and earlier traces by {self._is}")
+        return trace
+
+    def text_ids(self, subject: PreparedCase) -> TextIds:
+        """None: the protocol has no tokenizer, so texts are tokenised by transformers."""
+        return TextIds()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.close()
