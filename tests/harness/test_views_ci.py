@@ -74,7 +74,7 @@ def test_a_run_that_fails_has_a_junit_that_fails(name: str) -> None:
 def test_the_summary_has_verdict_counts_cases_and_reasons() -> None:
     text = views_ci.summary(everything())
     assert text.startswith("## ❌ FAIL: candle-mi `0.2.2`")
-    assert "**{RIGHT}** Not everywhere: 1 known cause" in text and f"**{NEW}** New: 1 case fails" in text
+    assert f"**{RIGHT}** Not everywhere: 1 known cause" in text and f"**{NEW}** New: 1 case fails" in text
     assert "| agree | other numbers | refused | crashed | not measured | not run |" in text
     assert "| ≠ FAIL | `blocks.0.attn.hook_scores` | 4.32e+03 | one head (3) | 1 | `failfam/fail` |" in text
     assert "| ≠ KNOWN CMI001 | rope\\_theta is not read. | 1 | `knownfam/known` | Write it. |" in text
