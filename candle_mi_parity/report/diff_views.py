@@ -1,4 +1,4 @@
-"""Views of a :class:`Diff`: a summary for the terminal, and ``diff.html``."""
+"""Views of a :class:`Diff`: a summary for the terminal, ``diff.html``, and ``diff.md`` for a pull request."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from candle_mi_parity.compare.diff import CaseDiff, Diff, Direction, Kind, Tenso
 from candle_mi_parity.compare.run_result import Verdict
 from candle_mi_parity.compare.verdict import Outcome, Status, TensorResult
 from candle_mi_parity.files.escape import cell, few, number, printable, rendered
+from candle_mi_parity.report.views_ci import code, prose
 
 LONGEST = 20
 """Rows of each list on the terminal."""
@@ -151,6 +152,27 @@ def page(diff: Diff) -> str:
         result_colour=_result_colour,
         row_colour=_row_colour,
     )
+
+
+def markdown(diff: Diff) -> str:
+    """A short table for a pull request; empty where no case changed and no number moved."""
+    moved = [change for change in changes(diff) if not change.same]
+    tensors = sorted((case for case in diff.cases if case.moved()), key=_by_movement)
+    if not moved and not tensors and diff.verdict is Verdict.PASS:
+        return ""
+    signs = {"bad": "🔴", "good": "🟢", "grey": "⚪"}
+    lines = [f"**candle-mi-parity**: {prose(diff.line())}", ""]
+    if moved:
+        lines += ["| | cases | which |", "|---|--:|---|"]
+        lines += [
+            f"| {signs[change.colour]} {change.text} | {len(change.cases)} | {few([code(c) for c in change.cases])} |"
+            for change in moved
+        ]
+    for case in tensors[:CASES_NAMED]:
+        lines += ["", f"{prose(_moved_line(case))}"]
+    if len(tensors) > CASES_NAMED:
+        lines += ["", f"Numbers of {len(tensors) - CASES_NAMED} more cases moved; see the page."]
+    return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)
