@@ -6,7 +6,7 @@
 # Validation of the suite, weekly; docs/sensitivity.md has what was measured:
 #   make faults            is every seeded fault detected where it was planted? (SOURCE=1: in candle-mi's own source)
 # To publish:
-#   make wheel             build/dist, with the data in the package
+#   make wheel             build/dist: the package with its data, and that of the stored releases
 #   make docs              build/site
 # After an edit of the dependencies in pyproject.toml:
 #   make lock              requirements.lock anew
@@ -35,6 +35,7 @@ faults: setup
 
 wheel: setup
 	$(PY) -m uv build --quiet --out-dir build/dist
+	$(PY) -m uv build --quiet --wheel --out-dir build/dist packages/stored
 
 # Its packages are no part of the set-up; the pages of commands and of all releases are written by the command itself.
 docs: setup

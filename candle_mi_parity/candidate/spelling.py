@@ -125,6 +125,5 @@ def stored_index(candidate: Candidate, outputs: Path) -> Path:
         found = Path(candidate.target).expanduser() / "release.json"
     if found.is_file():
         return found
-    raise CandidateError(
-        f"no stored traces: {found} does not exist; stored versions: {', '.join(stored_releases(outputs)) or 'none'}"
-    )
+    versions = ", ".join(stored_releases(outputs)) or "none; pip install 'candle-mi-parity[stored]' adds them"
+    raise CandidateError(f"no stored traces: {found} does not exist; stored versions: {versions}")

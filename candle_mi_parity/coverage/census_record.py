@@ -9,11 +9,11 @@ from pydantic import BaseModel
 
 from candle_mi_parity.errors import CensusError, TraceError
 from candle_mi_parity.files.untrusted import read_json, validated
-from candle_mi_parity.spec.paths import OUTPUTS
+from candle_mi_parity.spec.paths import CENSUS
 from candle_mi_parity.trace.trace import CandleMi
 
 FORMAT: Literal["candle-mi-parity/census/1"] = "candle-mi-parity/census/1"
-STORED = OUTPUTS / "census"
+STORED = CENSUS
 
 Reader = Literal["hf", "auto"]
 CensusOutcome = Literal["refused", "same", "different", "not-asked"]

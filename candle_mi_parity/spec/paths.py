@@ -15,8 +15,10 @@ ROOT = _PACKED if INSTALLED else _PACKAGE.parent
 FIXTURES = ROOT / "fixtures"
 EMITTER = ROOT / "emitter"
 """The Rust sources of the emitter."""
-OUTPUTS = ROOT / "rust_outputs"
-"""The stored traces of candle-mi's releases."""
+CENSUS = ROOT / ("census" if INSTALLED else "rust_outputs/census")
+"""What the census said of each release."""
+OUTPUTS = _PACKAGE.with_name("candle_mi_parity_stored") if INSTALLED else ROOT / "rust_outputs"
+"""The stored traces of candle-mi's releases; of an installed package, the package ``candle-mi-parity-stored``."""
 
 
 def cache_root() -> Path:
