@@ -46,6 +46,18 @@ ROWS = {
     "*": "the config field of that name at another value than usual",
 }
 """Glob over row names → description of their cases; the first match counts."""
+FEATURES = {
+    "RWKV": ["rwkv*"],
+    "transcoders": ["*/edit-clt*", "*/edit-plt*"],
+    "quantised weights": ["*/nf4*", "*/fp4*", "*/int8*", "*/awq*", "*/gptq*"],
+    "bidirectional decoders": ["Dream/*", "a2d-*", "*/bidirectional*"],
+    "from_pretrained": ["*/pretrained*"],
+    "recurrent passes": ["*/recurrent*"],
+    "interventions": ["*/edit-*"],
+    "sparse autoencoders": ["*/sae-*", "*/scope-*"],
+    "models": ["*"],
+}
+"""Feature → globs over its cases; the first match counts."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +92,26 @@ class MatrixRow:
     reasons: list[Reason]
 
 
+@dataclass(frozen=True)
+class MatrixGroup:
+    """The cases of one feature.
+
+    :ivar counts: outcome → its sign and number of cases; of cases that were not run, a dash.
+    :ivar legend: description → the rows that it is of.
+    :ivar wanted: whether a case is neither right nor known, so that the group is open.
+    """
+
+    name: str
+    families: list[str]
+    rows: list[MatrixRow]
+    counts: dict[str, tuple[str, int]]
+    legend: dict[str, list[str]]
+    wanted: bool
+
+
 def render(result: RunResult) -> str:
     """The whole page."""
     families = list(dict.fromkeys(_family(name) for name in _ids(result)))
-    rows = matrix(result, families)
     new, known = new_causes(result), known_together(result)
     places = {case.id: place for place, case in enumerate(result.results)}
     shown = [(cause, case) for cause in [*new, *known] for case in cause.cases]
@@ -96,10 +124,8 @@ def render(result: RunResult) -> str:
         causes=[*new, *known_causes(result)],
         anchors={case.id: cause.anchor for cause, case in shown},
         evidence={case.id: _evidence(case, places[case.id]) for _, case in shown},
-        families=families,
-        rows=rows,
+        groups=groups(result),
         Outcome=Outcome,
-        legend={about: [row.name for row in rows if row.about == about] for about in ROWS.values()},
         new=new,
         known=known,
         sae=sorted(_sae_rows(result), key=lambda row: SEVERITY.index(row[2])),
@@ -114,14 +140,41 @@ def _answer(question: str, sentence: str) -> tuple[str, str, str]:
     return question, word.removesuffix("."), rest
 
 
-def matrix(result: RunResult, families: list[str]) -> list[MatrixRow]:
-    """Rows of cases by family, those with the gravest cell first."""
-    cells = {
+def groups(result: RunResult) -> list[MatrixGroup]:
+    """The cases by feature, in the order of the first case of each."""
+    cells = {case.id: _cell(case, place) for place, case in enumerate(result.cases)}
+    cells |= {
         name: MatrixCell(NOT_RUN, "–", "not run", f"not run: {reason}") for name, reason in result.skipped.items()
     }
-    cells |= {case.id: _cell(case, place) for place, case in enumerate(result.cases)}
+    outcomes = {case.id: case.outcome.value for case in result.cases}
+    features: dict[str, list[str]] = {}
+    for name in _ids(result):
+        features.setdefault(_feature(name), []).append(name)
+    return [_group(feature, {name: cells[name] for name in names}, outcomes) for feature, names in features.items()]
+
+
+def _feature(name: str) -> str:
+    return next(feature for feature, globs in FEATURES.items() if any(fnmatch.fnmatchcase(name, g) for g in globs))
+
+
+def _group(feature: str, cells: dict[str, MatrixCell], outcomes: dict[str, str]) -> MatrixGroup:
+    counts: dict[str, tuple[str, int]] = {}
+    for name, cell in cells.items():
+        outcome = outcomes.get(name, "not run")
+        counts[outcome] = cell.sign, counts.get(outcome, ("", 0))[1] + 1
+    order = [*(outcome.value for outcome in Outcome), "not run"]
+    counts = {outcome: counts[outcome] for outcome in order if outcome in counts}
+    families = list(dict.fromkeys(_family(name) for name in cells))
+    rows = _rows(cells, families)
+    legend = {about: [row.name for row in rows if row.about == about] for about in ROWS.values()}
+    wanted = any(cell.status not in ("PASS", "KNOWN", NOT_RUN) for cell in cells.values())
+    return MatrixGroup(feature, families, rows, counts, legend, wanted)
+
+
+def _rows(cells: dict[str, MatrixCell], families: list[str]) -> list[MatrixRow]:
+    """Rows of cases by family, those with the gravest cell first."""
     rows = []
-    for kind in dict.fromkeys(_kind(name) for name in _ids(result)):
+    for kind in dict.fromkeys(_kind(name) for name in cells):
         mine = {_family(name): cell for name, cell in cells.items() if _kind(name) == kind}
         about = next(about for pattern, about in ROWS.items() if fnmatch.fnmatchcase(kind, pattern))
         rows.append(MatrixRow(kind, about, [mine.get(family) for family in families], _reasons(mine)))

@@ -24,7 +24,7 @@ from candle_mi_parity.files.toml_out import toml_rows
 from candle_mi_parity.report import hunt_page, hunt_tables, page, tables
 from candle_mi_parity.report.plots import PlotLine, Point, heatmap, histogram, ratio_plot
 from candle_mi_parity.report.report_model import REPORT, document, json_schema
-from candle_mi_parity.spec.cases import Table
+from candle_mi_parity.spec.cases import Table, load_cases
 from candle_mi_parity.spec.hook_points import hook_names
 from candle_mi_parity.spec.paths import ROOT
 from candle_mi_parity.trace.trace import Trace
@@ -110,10 +110,15 @@ def test_the_terminal_shows_what_is_new_and_one_line_a_cause() -> None:
 def test_every_case_has_a_square_with_its_sign_and_reason() -> None:
     result = everything()
     result.cases.append(refused("refusedfam/refused"))
-    rows = page.matrix(result, [name.split("/")[0] for name in [*(c.id for c in result.cases), *result.skipped]])
-    cells = {row.name: next(cell for cell in row.cells if cell) for row in rows}
-    signs = "fail ≠ FAIL, error ✗ ERROR, unmeasured ? UNMEASURED, known ≠ KNOWN, refused ⊘ KNOWN, scope-l0 – NOT-RUN"
-    assert ", ".join(f"{name} {cell.sign} {cell.status}" for name, cell in cells.items()) == signs + ", pass ✓ PASS"
+    models, saes = page.groups(result)
+    assert (models.name, saes.name, models.wanted, saes.wanted) == ("models", "sparse autoencoders", True, False)
+    assert saes.counts == {"not run": ("–", 1)}
+    assert sum(count for _, count in models.counts.values()) == len(result.cases)
+    cells = {row.name: next(cell for cell in row.cells if cell) for row in [*models.rows, *saes.rows]}
+    signs = "fail ≠ FAIL, error ✗ ERROR, unmeasured ? UNMEASURED, known ≠ KNOWN, refused ⊘ KNOWN, pass ✓ PASS"
+    assert ", ".join(f"{name} {cell.sign} {cell.status}" for name, cell in cells.items()) == (
+        f"{signs}, scope-l0 – NOT-RUN"
+    )
     assert "the largest ratio is 1 of 8" in cells["pass"].why
     assert cells["known"].why.startswith("CMI001: rope_theta is not read; equal to PyTorch with rope_theta = 10000.0")
     assert cells["fail"].why == "first at blocks.0.attn.hook_scores (values), ratio 4.32e+03, one head (3)"
@@ -128,7 +133,7 @@ def test_new_failures_are_grouped_and_the_smallest_is_open() -> None:
     assert html.count('<details class="case">') == 3 and html.count('<details class="case" open>') == 2
     text = text_of(html)
     assert "new-1: gemma2 first differs at attn.hook_scores" in text and "new-2: gemma first" in text
-    assert text.index("Causes") < text.index("Families and cases") < text.index("With every half-layer")
+    assert text.index("Causes") < text.index("Features, families and cases") < text.index("With every half-layer")
     assert "CMI001 Gone since 0.2.2: a/b agrees." in text_of(page.render(GONE))
 
 
@@ -319,3 +324,13 @@ def test_a_report_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     write_text("x", tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_every_case_of_the_table_is_in_one_group_and_a_group_is_closed_until_something_is_new() -> None:
+    cases = [case(row.id) for row in load_cases()]
+    groups = page.groups(run_of(*cases))
+    assert {group.name for group in groups} == set(page.FEATURES)
+    assert sum(len([c for c in row.cells if c]) for group in groups for row in group.rows) == len(cases)
+    assert page.render(run_of(*cases)).count('<details class="feature">') == len(groups)
+    broken = [case(found.id, Status.FAIL) if found.id == "rwkv6/hub" else found for found in cases]
+    assert [group.name for group in page.groups(run_of(*broken)) if group.wanted] == ["RWKV"]
