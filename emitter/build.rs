@@ -20,6 +20,7 @@ fn main() {
     // What a release lacks is compiled out, and answered as absent or refused.
     let version = field(&candle_mi, "version").unwrap_or_default();
     for (name, first) in [
+        ("since_0_1_8", [0, 1, 8]),
         ("since_0_1_9", [0, 1, 9]),
         ("since_0_1_11", [0, 1, 11]),
         ("since_0_1_24", [0, 1, 24]),

@@ -26,10 +26,12 @@ _FILES = {
     "call_model.rs": "calls",
     "call_offsets.rs": "calls",
     "call_sae.rs": "calls",
+    "call_stoicheia.rs": "stoicheia",
     "clt.rs": "clt",
     "quantized.rs": "quantized",
     "rwkv.rs": "rwkv",
     "sae.rs": "sae",
+    "stoicheia.rs": "stoicheia",
     "tokenize.rs": "tokens",
 }
 

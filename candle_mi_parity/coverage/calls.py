@@ -16,6 +16,7 @@ from safetensors.numpy import save, save_file
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.sources import LiveSource, NotStoredError, Source, StoredSource
 from candle_mi_parity.coverage.calls_models import ModelRow
+from candle_mi_parity.coverage.calls_networks import NetworkRow
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.untrusted import read_json, validated
@@ -200,6 +201,30 @@ class Formula(StrEnum):
     """A feature whose decoder row is 0 has no cosine, where that of PyTorch is 0."""
     SHORT_DIRECTION = "short-direction"
     """A direction with a norm of at most 1e-10 is not normalised, and in a batch divided by 1e-10."""
+    EDITS_IGNORED = "edits-ignored"
+    """A network computes what it computes without edits."""
+    BIASES_UNREAD = "biases-unread"
+    """A network's biases are not read from its file."""
+    ONE_HEAD = "one-head"
+    """Attention has one head, whatever number there is in the config."""
+    NO_STEPS = "no-steps"
+    """The final state after no steps is the first, which is 0."""
+    NO_INPUTS = "no-inputs"
+    """The accuracy on no inputs is 0."""
+    ZERO_FIRES = "zero-fires"
+    """At a pre-activation of 0, ReLU has the derivative 1."""
+    SIGNALS_AS_CODED = "signals-as-coded"
+    """A leave-one-out maximum is max(0, maximum) - last, and a recent input never the negative of one."""
+    CLASS_ZERO = "class-0"
+    """The class of a task other than 2nd_argmax and argmedian is 0."""
+    UPPER_MEDIAN = "upper-median"
+    """The median of an even number of values is the upper one of the two in the middle."""
+    CYCLE_LENGTH = "cycle-length"
+    """The class of a longest cycle is its length."""
+    WALK_LENGTH = "walk-length"
+    """The class of a longest cycle is the number of places on the longest way that enters no place twice."""
+    NAN_PASSED_OVER = "nan-passed-over"
+    """argmax takes the largest of what is not NaN, and 0 of nothing."""
 
 
 class CallRow(TableRow):
@@ -209,6 +234,7 @@ class CallRow(TableRow):
     :ivar model: whose functions, or whose tokenizer, are called.
     :ivar weights: whose tensors are listed.
     :ivar transcoder: whose functions are called.
+    :ivar network: whose functions are called.
     :ivar exact: the result must be bitwise equal to the truth in float32.
     :ivar ties: any of equal features may be kept, but as many as in the truth and with the same values.
     :ivar raises: PyTorch raises, so that any result is wrong, and a refusal is right.
@@ -221,6 +247,7 @@ class CallRow(TableRow):
     model: str | None = Field(default=None, exclude_if=lambda model: model is None)
     weights: str | None = Field(default=None, exclude_if=lambda weights: weights is None)
     transcoder: str | None = Field(default=None, exclude_if=lambda transcoder: transcoder is None)
+    network: str | None = Field(default=None, exclude_if=lambda network: network is None)
     exact: bool = False
     ties: bool = False
     raises: bool = Field(default=False, exclude_if=lambda raises: not raises)
@@ -232,6 +259,7 @@ class CallTable(TableRow):
     models: dict[str, ModelRow] = Field(default_factory=dict, exclude_if=lambda models: not models)
     weights: dict[str, WeightsRow] = Field(default_factory=dict, exclude_if=lambda weights: not weights)
     transcoders: dict[str, TranscoderRow] = Field(default_factory=dict, exclude_if=lambda found: not found)
+    networks: dict[str, NetworkRow] = Field(default_factory=dict, exclude_if=lambda networks: not networks)
     call: list[CallRow]
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -250,7 +278,7 @@ class CallTable(TableRow):
         return publish(cache / "calls" / content_key(LAYOUT, self.digest()), lambda out: self.write(out, cache))
 
     def write(self, out: Path, cache: Path) -> None:
-        """Write ``inputs.safetensors`` and a directory for each SAE, model, checkpoint and transcoder.
+        """Write ``inputs.safetensors`` and a directory for each SAE, model, checkpoint, transcoder and network.
 
         :param cache: for the models that are generated.
         """
@@ -263,6 +291,8 @@ class CallTable(TableRow):
             weights.write(out / name)
         for name, transcoder in self.transcoders.items():
             transcoder.write(out / name)
+        for name, network in self.networks.items():
+            network.write(out / name)
 
     def request(self, directory: Path, out: Path) -> dict[str, object]:
         """The emitter's request for all calls.
@@ -273,9 +303,19 @@ class CallTable(TableRow):
             "format": "candle-mi-parity/call/1",
             "case": {"id": "calls", "digest": self.digest()},
             "inputs": str(directory / "inputs.safetensors"),
-            "calls": [{"id": row.id, "run": _run(row, directory)} for row in self.call],
+            "calls": [{"id": row.id, "run": self._run(row, directory)} for row in self.call],
             "out": str(out.resolve()),
         }
+
+    def _run(self, row: CallRow, directory: Path) -> dict[str, object]:
+        sae = {} if row.sae is None else {"sae": {"path": str(directory / row.sae), "layer": 0}}
+        model = {} if row.model is None else {"model": str(directory / row.model)}
+        weights = {} if row.weights is None else {"path": str(directory / row.weights)}
+        transcoder = {} if row.transcoder is None else {"transcoder": str(directory / row.transcoder)}
+        network = (
+            {} if row.network is None else {"network": self.networks[row.network].request(directory / row.network)}
+        )
+        return {"fn": row.fn, **row.args, **sae, **model, **weights, **transcoder, **network}
 
 
 class Answer(Part):
@@ -319,13 +359,14 @@ class Calls(Part):
 
 
 def load_calls(path: Path = FIXTURES / "calls.toml") -> CallTable:
-    """:raises CaseTableError: malformed, a call twice, an unknown SAE, model, checkpoint or transcoder."""
+    """:raises CaseTableError: malformed, a call twice, an unknown SAE, model, checkpoint, transcoder or network."""
     table = read_toml(path, CallTable, CaseTableError)
     ids = [row.id for row in table.call]
     if not ids or len(set(ids)) != len(ids):
         raise CaseTableError(f"{path}: no calls, or a call twice")
     known: dict[str, Collection[str]] = {
         "SAE": table.saes, "model": table.models, "weights": table.weights, "transcoder": table.transcoders,
+        "network": table.networks,
     }  # fmt: skip
     for kind, names in known.items():
         asked = {row.id: getattr(row, kind.lower()) for row in table.call}
@@ -374,14 +415,6 @@ def _last_before_the_end(emitter: EmitterProcess, table: CallTable, directory: P
         except EmitterError:
             ended = middle
     return table.call[ended - 1].id
-
-
-def _run(row: CallRow, directory: Path) -> dict[str, object]:
-    sae = {} if row.sae is None else {"sae": {"path": str(directory / row.sae), "layer": 0}}
-    model = {} if row.model is None else {"model": str(directory / row.model)}
-    weights = {} if row.weights is None else {"path": str(directory / row.weights)}
-    transcoder = {} if row.transcoder is None else {"transcoder": str(directory / row.transcoder)}
-    return {"fn": row.fn, **row.args, **sae, **model, **weights, **transcoder}
 
 
 def read_calls(path: Path) -> Calls:

@@ -166,7 +166,7 @@ def _truths(table: CallTable, asked: dict[TruthKey, str], cache: Path) -> dict[T
             except CaseTableError as error:
                 raise ExplanationError(f"{owner or FIXTURES / 'calls.toml'}: {error}") from error
             for place, (name, tensor) in enumerate(truth.items()):
-                arrays[f"{index:04}.{place}.{name}"] = np.stack([tensor.value, tensor.noise])
+                arrays[f"{index:04}.{place:03}.{name}"] = np.stack([tensor.value, tensor.noise])
         save_file(arrays, out / "truth.safetensors")
 
     code = digest_files(list(Path(__file__).parent.glob("calls*.py")))
@@ -176,7 +176,7 @@ def _truths(table: CallTable, asked: dict[TruthKey, str], cache: Path) -> dict[T
     try:
         arrays = load_file(path)
         for place, pair in sorted(arrays.items()):
-            index, _, name = place.split(".")
+            index, _, name = place.split(".", 2)
             truths[list(asked)[int(index)]][name] = TruthTensor(pair[0, ...], pair[1, ...])
     except (OSError, SafetensorError) as error:
         raise OracleError(f"cached truth {path} is unreadable ({error}); delete it") from error

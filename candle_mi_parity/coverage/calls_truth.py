@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula, TranscoderRow
+from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
 from candle_mi_parity.coverage.calls_caches import CACHES
 from candle_mi_parity.coverage.calls_measures import MEASURES, Named, eigen
 from candle_mi_parity.coverage.calls_model_truth import MODEL_FUNCTIONS, model_truth
 from candle_mi_parity.coverage.calls_offsets import OFFSETS, offsets
 from candle_mi_parity.coverage.calls_range import RangeNoise, RangeTruth
+from candle_mi_parity.coverage.calls_stoicheia import NETWORKS, network_call
+from candle_mi_parity.coverage.calls_tasks import TASKS
 from candle_mi_parity.coverage.calls_transcoders import TRANSCODERS, TorchTranscoder
 from candle_mi_parity.coverage.calls_wrong import SAE_FORMULAS, WRONG, Formulas, norm_out_of_range, torch_sae
 from candle_mi_parity.errors import CaseTableError, OracleError
@@ -73,13 +75,13 @@ def computation(
     directory: Path,
     formulas: Collection[Formula] = (),
     dtype: torch.dtype = torch.float64,
-    transcoders: Mapping[str, TranscoderRow] | None = None,
+    table: CallTable | None = None,
 ) -> Callable[[], Named]:
     """The function of a call with its arguments; :func:`finish` makes results of what it returns.
 
     :param directory: where the SAEs were written.
     :param formulas: known wrong formulas; none for the truth.
-    :param transcoders: those of the table by name.
+    :param table: whose transcoders and networks are called.
     :raises CaseTableError: the function has no reference, or not these formulas.
     """
 
@@ -95,9 +97,12 @@ def computation(
     if row.weights is not None:
         args["path"] = directory / row.weights
     if row.fn in TRANSCODERS and TRANSCODERS[row.fn][0].issuperset(formulas):
-        assert transcoders is not None and row.transcoder is not None
-        transcoder = TorchTranscoder(transcoders[row.transcoder], formulas, dtype)
+        assert table is not None and row.transcoder is not None
+        transcoder = TorchTranscoder(table.transcoders[row.transcoder], formulas, dtype)
         return lambda: TRANSCODERS[row.fn][1](transcoder, **args)
+    if row.fn in NETWORKS | TASKS and (NETWORKS | TASKS)[row.fn][0].issuperset(formulas):
+        network = None if table is None or row.network is None else table.networks[row.network]
+        return network_call(row.fn, network, formulas, dtype, args)
     if row.fn in CACHES and CACHES[row.fn][0].issuperset(formulas):
         return lambda: CACHES[row.fn][1](formulas, **args)
     if row.sae is not None and row.fn in SAE_FUNCTIONS and SAE_FORMULAS.issuperset(formulas):
@@ -181,7 +186,7 @@ def truth_of(row: CallRow, table: CallTable, cache: Path, formula: Formula | Non
                 raise CaseTableError(f"{row.id}: {row.fn} has no formula {formula}")
             values = model_truth(row, arrays, directory / row.model)
         else:
-            once = computation(row, arrays, directory, formulas, transcoders=table.transcoders)
+            once = computation(row, arrays, directory, formulas, table=table)
             values, overflows = with_noise(row, once, not row.exact, formulas)
     except REFUSALS as error:
         check_refusal(error)

@@ -56,7 +56,7 @@ def expected(table: CallTable, directory: Path, formulas: Collection[Formula] = 
     (row,) = table.call
     arrays = table.arrays()
     try:
-        once = computation(row, arrays, directory, formulas, transcoders=table.transcoders)
+        once = computation(row, arrays, directory, formulas, table=table)
         if noisy and row.transcoder is not None:
             # Before the noise is sampled, in which another choice would be a difference without bound.
             if isinstance(found := decided(table, arrays, formulas), str):

@@ -69,7 +69,7 @@ class TorchCallee:
     def answer(self, table: CallTable, directory: Path) -> Answered:
         (row,) = table.call
         try:
-            once = computation(row, table.arrays(), directory, self._formulas, torch.float32, table.transcoders)
+            once = computation(row, table.arrays(), directory, self._formulas, torch.float32, table)
             values = finish(row, once(), self._formulas)
         except REFUSALS as error:
             return refused(str(error) or type(error).__name__)

@@ -1,5 +1,7 @@
 //! How a direct call of one of candle-mi's functions ended, and the numbers that it gave.
 
+use std::borrow::Cow;
+
 use candle_core::{DType, Tensor};
 use candle_mi::MIError;
 use serde::Serialize;
@@ -35,13 +37,14 @@ impl Outcome {
 /// One small tensor; an infinity or NaN is a string, which JSON has no number for.
 #[derive(Serialize)]
 pub struct Answer {
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     pub shape: Vec<usize>,
     pub values: Vec<Value>,
 }
 
 impl Answer {
-    pub fn of(name: &'static str, tensor: &Tensor) -> Result<Self, EmitError> {
+    pub fn of(name: impl Into<Cow<'static, str>>, tensor: &Tensor) -> Result<Self, EmitError> {
+        let name = name.into();
         let values = tensor
             .to_dtype(DType::F64)
             .and_then(|wide| wide.flatten_all()?.to_vec1::<f64>())
@@ -55,7 +58,7 @@ impl Answer {
 
     pub fn scalar(name: &'static str, value: f64) -> Self {
         Self {
-            name,
+            name: name.into(),
             shape: Vec::new(),
             values: vec![number(value)],
         }
@@ -77,9 +80,20 @@ impl Answer {
     pub fn list(name: &'static str, values: impl IntoIterator<Item = f64>) -> Self {
         let values: Vec<Value> = values.into_iter().map(number).collect();
         Self {
-            name,
+            name: name.into(),
             shape: vec![values.len()],
             values,
+        }
+    }
+
+    pub fn shaped(
+        name: &'static str,
+        shape: Vec<usize>,
+        values: impl IntoIterator<Item = f64>,
+    ) -> Self {
+        Self {
+            shape,
+            ..Self::list(name, values)
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::call_model::{self, CallModels};
 use crate::call_offsets::{self, Tokenizers};
 use crate::call_protocol::{CallRequest, Function};
 use crate::call_sae;
+use crate::call_stoicheia;
 use crate::error::{one_line, EmitError};
 use crate::identity::{CandleMi, Identity};
 use crate::inputs::Inputs;
@@ -57,6 +58,7 @@ pub fn run(request: &CallRequest) -> Result<(), EmitError> {
             Function::Offsets(wanted) => call_offsets::run(wanted, &mut tokenizers),
             Function::Cache(wanted) => call_caches::run(wanted, &inputs),
             Function::Clt(wanted) => call_clt::run(wanted, &inputs),
+            Function::Stoicheia(wanted) => call_stoicheia::run(wanted, &inputs),
         }));
         let (outcome, results, error) = match outcome {
             Ok(Ok(Outcome::Results(results))) => ("results", results, None),

@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use crate::clt_protocol::CltCall;
 use crate::protocol::{Case, Precision};
+use crate::stoicheia_protocol::StoicheiaCall;
 
 pub const CALL_REQUEST: &str = "candle-mi-parity/call/1";
 
@@ -39,6 +40,7 @@ pub enum Function {
     Offsets(OffsetsCall),
     Cache(CacheCall),
     Clt(CltCall),
+    Stoicheia(StoicheiaCall),
 }
 
 /// A function and its arguments; a string is a key of the inputs.

@@ -190,12 +190,12 @@ impl Editor<'_> {
 }
 
 #[cfg(since_0_1_24)]
-fn patch_at(position: usize, value: Tensor) -> Result<Intervention, EmitError> {
+pub fn patch_at(position: usize, value: Tensor) -> Result<Intervention, EmitError> {
     Ok(Intervention::PatchAt { position, value })
 }
 
 #[cfg(not(since_0_1_24))]
-fn patch_at(_position: usize, _value: Tensor) -> Result<Intervention, EmitError> {
+pub fn patch_at(_position: usize, _value: Tensor) -> Result<Intervention, EmitError> {
     // Not the request's fault: this candle-mi cannot run it, and the ledger may say so.
     Err(EmitError::Forward(format!(
         "candle-mi {} has no PatchAt, which came with 0.1.24",

@@ -19,6 +19,9 @@ mod call_offsets;
 mod call_protocol;
 #[cfg(feature = "calls")]
 mod call_sae;
+#[cfg(feature = "calls")]
+#[cfg_attr(not(feature = "stoicheia"), path = "call_stoicheia_absent.rs")]
+mod call_stoicheia;
 #[cfg_attr(not(feature = "clt"), path = "clt_absent.rs")]
 mod clt;
 mod clt_protocol;
@@ -47,6 +50,9 @@ mod request;
 mod rwkv;
 #[cfg_attr(not(feature = "sae"), path = "sae_absent.rs")]
 mod sae;
+#[cfg(all(feature = "calls", feature = "stoicheia"))]
+mod stoicheia;
+mod stoicheia_protocol;
 mod tensor;
 #[cfg(feature = "tokens")]
 mod tokenize;

@@ -40,7 +40,7 @@ def by_formula(formula: Formula) -> Callable[[CallTable, Path, Answered], Answer
         finite = all(np.isfinite(array).all() for array in table.arrays().values())
         if right.outcome != "results" or not finite:
             return right
-        values = computation(table.call[0], table.arrays(), directory, (formula,), transcoders=table.transcoders)()
+        values = computation(table.call[0], table.arrays(), directory, (formula,), table=table)()
         return answered({name: value.float().double().numpy() for name, value in values.items()})
 
     return fault
