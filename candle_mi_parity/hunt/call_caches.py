@@ -23,6 +23,7 @@ from candle_mi_parity.hunt.call_inputs import (
     tensor,
     tensors,
 )
+from candle_mi_parity.hunt.call_stoicheia import STOICHEIA
 from candle_mi_parity.hunt.call_transcoders import CALLS
 
 _LAYER = st.integers(0, 2)
@@ -145,7 +146,7 @@ _CACHES: dict[str, Callable[[], SearchStrategy[CallTable]]] = {
 
 
 GENERATED: dict[str, SearchStrategy[CallTable]] = {
-    **{fn: make() for fn, make in (MEASURES | _CACHES | CALLS).items()},
+    **{fn: make() for fn, make in (MEASURES | _CACHES | CALLS | STOICHEIA).items()},
     **SAES,
 }
 """What is called → a strategy for a table with one call and its tensors."""

@@ -15,6 +15,7 @@ from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
 from candle_mi_parity.coverage.calls_range import SMALLEST_NORMAL
 from candle_mi_parity.coverage.calls_truth import REFUSALS, check_refusal, computation, with_noise
 from candle_mi_parity.coverage.calls_wrong import torch_sae
+from candle_mi_parity.hunt.call_stoicheia import undecided
 from candle_mi_parity.hunt.call_transcoders import decided
 from candle_mi_parity.trace.truth import TruthTensor
 
@@ -62,6 +63,8 @@ def expected(table: CallTable, directory: Path, formulas: Collection[Formula] = 
             if isinstance(found := decided(table, arrays, formulas), str):
                 return Expected(row, unknown=found)
             row = found
+        if noisy and row.network is not None and (why := undecided(table, arrays, formulas)):
+            return Expected(row, unknown=why)
         sampled = noisy and not row.exact and all(array.size for array in arrays.values())
         values, overflows = with_noise(row, once, sampled, formulas)
         if overflows:
