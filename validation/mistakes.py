@@ -46,7 +46,7 @@ class Mistake(TableRow):
         "cache", "capture", "length", "batch", "type", "range", "edit", "nth", "first", "shared", "load", "call",
         "tokens", "config", "half", "sae", "contrastive", "continuation", "lens", "text",
         "offsets", "attention", "mask", "embedding", "calibration", "names",
-        "transcoder", "decoder", "injection",
+        "transcoder", "decoder", "injection", "network", "neuron", "region", "task",
     ]  # fmt: skip
     says: str
     at: str

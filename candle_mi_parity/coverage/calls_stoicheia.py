@@ -159,7 +159,7 @@ def _weights(net: TorchNetwork) -> Named:
 
 def _forward(net: TorchNetwork, x: torch.Tensor, edits: Edits = ()) -> Named:
     output, hooks = net.run(x, edits)
-    return {"output": output[:, None], **hooks}
+    return {"output": output[:, None], "captured_output": output[:, None], **hooks}
 
 
 def _ablated(net: TorchNetwork, x: torch.Tensor, ablated: list[int]) -> Named:

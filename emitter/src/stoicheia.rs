@@ -99,9 +99,6 @@ pub fn forward(
         _ => (x.clone(), hooks_of_steps(steps)),
     };
     let mut hooks = HookSpec::new();
-    for name in &names {
-        hooks.capture(point(name)?);
-    }
     for (hook, kind, number, tensor) in edits {
         let hook: HookPoint = point(hook)?;
         let intervention = match kind {
@@ -118,8 +115,16 @@ pub fn forward(
         };
         hooks.intervene(hook, intervention);
     }
+    // Where nothing is captured, candle-mi takes other ways.
+    let bare = backend.forward(&x, &hooks).map_err(refused)?;
+    for name in &names {
+        hooks.capture(point(name)?);
+    }
     let cache = backend.forward(&x, &hooks).map_err(refused)?;
-    let mut found = vec![Answer::of("output", cache.output())?];
+    let mut found = vec![
+        Answer::of("output", bare.output())?,
+        Answer::of("captured_output", cache.output())?,
+    ];
     for name in names {
         let tensor = cache.require(&point(&name)?).map_err(refused)?;
         found.push(Answer::of(name, tensor)?);

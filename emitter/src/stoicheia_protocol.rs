@@ -61,7 +61,7 @@ pub enum StoicheiaCall {
     NetworkWeights {
         network: Network,
     },
-    /// The output, and the tensors at all hook points.
+    /// The output without captures, and with all of them the output and the tensors at the hook points.
     NetworkForward {
         network: Network,
         x: String,

@@ -140,7 +140,8 @@ def test_torchs_modules_give_the_truth_of_a_forward(call: str) -> None:
         hooks |= {"rnn.hook_final_state": states[:, -1], "rnn.hook_output": output}
     else:
         output, hooks = found(x_of(call))
-    given = {name: numbers(tensor) for name, tensor in hooks.items()} | {"output": numbers(output)[:, None]}
+    given = {name: numbers(tensor) for name, tensor in hooks.items()}
+    given |= dict.fromkeys(("output", "captured_output"), numbers(output)[:, None])
     assert given["output"].size and passes(call, right(call) | given)
 
 
@@ -406,6 +407,10 @@ PLANTED: dict[str, Callable[[], tuple[str, Values]]] = {
     "W_hh transposed": lambda: changed("weights/pth-views", np.transpose, "weight_hh"),
     "bfloat16 rounded once more": lambda: changed("weights/f16", lambda weights: weights * (1 + 2**-11), "weight_oh"),
     "a row of the batch for another": lambda: changed("forward/4x3", lambda out: out[::-1], "output"),
+    "edits that are ignored where nothing is captured": lambda: (
+        "edit/hidden-zero",
+        right("edit/hidden-zero") | {"output": right("edit/hidden-zero", Formula.EDITS_IGNORED)["output"]},
+    ),
     "the state of the step before": lambda: changed(
         "forward/4x3", lambda _: right("forward/4x3")["rnn.hook_hidden.0"], "rnn.hook_hidden.1"
     ),
