@@ -201,6 +201,8 @@ class Formula(StrEnum):
     """A feature whose decoder row is 0 has no cosine, where that of PyTorch is 0."""
     SHORT_DIRECTION = "short-direction"
     """A direction with a norm of at most 1e-10 is not normalised, and in a batch divided by 1e-10."""
+    RELU_OF_NAN = "relu-of-nan"
+    """A neuron of a network whose pre-activation is NaN is 0."""
     EDITS_IGNORED = "edits-ignored"
     """A network computes what it computes without edits."""
     BIASES_UNREAD = "biases-unread"

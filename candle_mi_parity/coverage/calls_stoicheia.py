@@ -110,7 +110,7 @@ class TorchNetwork:
         return found + self.weights[bias] if has else found
 
     def _relu(self, pre: torch.Tensor) -> torch.Tensor:
-        return torch.where(pre.isnan(), 0.0, pre.relu()) if Formula.NAN_IS_ZERO in self.formulas else pre.relu()
+        return torch.where(pre.isnan(), 0.0, pre.relu()) if Formula.RELU_OF_NAN in self.formulas else pre.relu()
 
     def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [N, T] → [N, T, H]."""
@@ -294,7 +294,7 @@ def _surprise(net: TorchNetwork, n_samples: int, class_: int | None = None) -> N
     }
 
 
-_RNN = frozenset({Formula.NAN_IS_ZERO, Formula.BIASES_UNREAD})
+_RNN = frozenset({Formula.RELU_OF_NAN, Formula.BIASES_UNREAD})
 _COUNTED = _RNN | {Formula.NO_INPUTS}
 _GATES = _RNN | {Formula.ZERO_FIRES}
 _ALL = _RNN | {Formula.EDITS_IGNORED, Formula.ONE_HEAD, Formula.NO_STEPS}
