@@ -25,6 +25,7 @@ _FILES = {
     "call_measures.rs": "calls",
     "call_model.rs": "calls",
     "call_offsets.rs": "calls",
+    "call_rwkv.rs": "rwkv-tokenizer",
     "call_sae.rs": "calls",
     "call_stoicheia.rs": "stoicheia",
     "clt.rs": "clt",

@@ -17,6 +17,7 @@ from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.sources import LiveSource, NotStoredError, Source, StoredSource
 from candle_mi_parity.coverage.calls_models import ModelRow
 from candle_mi_parity.coverage.calls_networks import NetworkRow
+from candle_mi_parity.coverage.calls_vocabularies import VocabularyRow
 from candle_mi_parity.errors import CaseTableError, TraceError
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.untrusted import read_json, validated
@@ -227,6 +228,10 @@ class Formula(StrEnum):
     """The class of a longest cycle is the number of places on the longest way that enters no place twice."""
     NAN_PASSED_OVER = "nan-passed-over"
     """argmax takes the largest of what is not NaN, and 0 of nothing."""
+    NO_TOKEN_IS_EMPTY = "no-token-is-empty"
+    """An id below the largest that has no token is decoded as nothing."""
+    COUNTED_FROM_0 = "counted-from-0"
+    """A vocabulary has as many tokens as its largest id and 1."""
 
 
 class CallRow(TableRow):
@@ -237,6 +242,7 @@ class CallRow(TableRow):
     :ivar weights: whose tensors are listed.
     :ivar transcoder: whose functions are called.
     :ivar network: whose functions are called.
+    :ivar vocabulary: of a tokenizer, whose functions are called.
     :ivar exact: the result must be bitwise equal to the truth in float32.
     :ivar ties: any of equal features may be kept, but as many as in the truth and with the same values.
     :ivar raises: PyTorch raises, so that any result is wrong, and a refusal is right.
@@ -250,6 +256,7 @@ class CallRow(TableRow):
     weights: str | None = Field(default=None, exclude_if=lambda weights: weights is None)
     transcoder: str | None = Field(default=None, exclude_if=lambda transcoder: transcoder is None)
     network: str | None = Field(default=None, exclude_if=lambda network: network is None)
+    vocabulary: str | None = Field(default=None, exclude_if=lambda vocabulary: vocabulary is None)
     exact: bool = False
     ties: bool = False
     raises: bool = Field(default=False, exclude_if=lambda raises: not raises)
@@ -262,6 +269,7 @@ class CallTable(TableRow):
     weights: dict[str, WeightsRow] = Field(default_factory=dict, exclude_if=lambda weights: not weights)
     transcoders: dict[str, TranscoderRow] = Field(default_factory=dict, exclude_if=lambda found: not found)
     networks: dict[str, NetworkRow] = Field(default_factory=dict, exclude_if=lambda networks: not networks)
+    vocabularies: dict[str, VocabularyRow] = Field(default_factory=dict, exclude_if=lambda found: not found)
     call: list[CallRow]
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -280,7 +288,7 @@ class CallTable(TableRow):
         return publish(cache / "calls" / content_key(LAYOUT, self.digest()), lambda out: self.write(out, cache))
 
     def write(self, out: Path, cache: Path) -> None:
-        """Write ``inputs.safetensors`` and a directory for each SAE, model, checkpoint, transcoder and network.
+        """Write ``inputs.safetensors`` and a directory for all else that is named.
 
         :param cache: for the models that are generated.
         """
@@ -295,6 +303,8 @@ class CallTable(TableRow):
             transcoder.write(out / name)
         for name, network in self.networks.items():
             network.write(out / name)
+        for name, vocabulary in self.vocabularies.items():
+            vocabulary.write(out / name)
 
     def request(self, directory: Path, out: Path) -> dict[str, object]:
         """The emitter's request for all calls.
@@ -314,10 +324,12 @@ class CallTable(TableRow):
         model = {} if row.model is None else {"model": str(directory / row.model)}
         weights = {} if row.weights is None else {"path": str(directory / row.weights)}
         transcoder = {} if row.transcoder is None else {"transcoder": str(directory / row.transcoder)}
-        network = (
-            {} if row.network is None else {"network": self.networks[row.network].request(directory / row.network)}
-        )
-        return {"fn": row.fn, **row.args, **sae, **model, **weights, **transcoder, **network}
+        network, vocabulary = {}, {}
+        if row.network is not None:
+            network["network"] = self.networks[row.network].request(directory / row.network)
+        if row.vocabulary is not None:
+            vocabulary["vocabulary"] = str(self.vocabularies[row.vocabulary].at(directory / row.vocabulary))
+        return {"fn": row.fn, **row.args, **sae, **model, **weights, **transcoder, **network, **vocabulary}
 
 
 class Answer(Part):
@@ -361,14 +373,14 @@ class Calls(Part):
 
 
 def load_calls(path: Path = FIXTURES / "calls.toml") -> CallTable:
-    """:raises CaseTableError: malformed, a call twice, an unknown SAE, model, checkpoint, transcoder or network."""
+    """:raises CaseTableError: malformed, a call twice, or of an SAE, model or the like that is unknown."""
     table = read_toml(path, CallTable, CaseTableError)
     ids = [row.id for row in table.call]
     if not ids or len(set(ids)) != len(ids):
         raise CaseTableError(f"{path}: no calls, or a call twice")
     known: dict[str, Collection[str]] = {
         "SAE": table.saes, "model": table.models, "weights": table.weights, "transcoder": table.transcoders,
-        "network": table.networks,
+        "network": table.networks, "vocabulary": table.vocabularies,
     }  # fmt: skip
     for kind, names in known.items():
         asked = {row.id: getattr(row, kind.lower()) for row in table.call}

@@ -16,6 +16,7 @@ from candle_mi_parity.coverage.calls_measures import MEASURES, Named, eigen
 from candle_mi_parity.coverage.calls_model_truth import MODEL_FUNCTIONS, model_truth
 from candle_mi_parity.coverage.calls_offsets import OFFSETS, offsets
 from candle_mi_parity.coverage.calls_range import RangeNoise, RangeTruth
+from candle_mi_parity.coverage.calls_rwkv import RWKV, rwkv_call
 from candle_mi_parity.coverage.calls_stoicheia import NETWORKS, network_call
 from candle_mi_parity.coverage.calls_tasks import TASKS
 from candle_mi_parity.coverage.calls_transcoders import TRANSCODERS, TorchTranscoder
@@ -93,6 +94,10 @@ def computation(
 
     if row.fn in OFFSETS and OFFSETS[row.fn][0].issuperset(formulas):
         return lambda: offsets(row, directory / str(row.model), formulas)
+    if row.fn in RWKV and RWKV[row.fn][0].issuperset(formulas):
+        assert table is not None and row.vocabulary is not None
+        vocabulary = table.vocabularies[row.vocabulary]
+        return lambda: rwkv_call(row, vocabulary, formulas)
     args: dict[str, Any] = {key: given(value) for key, value in row.args.items()}
     if row.weights is not None:
         args["path"] = directory / row.weights

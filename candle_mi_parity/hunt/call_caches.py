@@ -23,6 +23,7 @@ from candle_mi_parity.hunt.call_inputs import (
     tensor,
     tensors,
 )
+from candle_mi_parity.hunt.call_rwkv import VOCABULARIES
 from candle_mi_parity.hunt.call_stoicheia import STOICHEIA
 from candle_mi_parity.hunt.call_transcoders import CALLS
 
@@ -146,7 +147,7 @@ _CACHES: dict[str, Callable[[], SearchStrategy[CallTable]]] = {
 
 
 GENERATED: dict[str, SearchStrategy[CallTable]] = {
-    **{fn: make() for fn, make in (MEASURES | _CACHES | CALLS | STOICHEIA).items()},
+    **{fn: make() for fn, make in (MEASURES | _CACHES | CALLS | STOICHEIA | VOCABULARIES).items()},
     **SAES,
 }
 """What is called → a strategy for a table with one call and its tensors."""

@@ -12,6 +12,7 @@ use crate::call_measures;
 use crate::call_model::{self, CallModels};
 use crate::call_offsets::{self, Tokenizers};
 use crate::call_protocol::{CallRequest, Function};
+use crate::call_rwkv::{self, Vocabularies};
 use crate::call_sae;
 use crate::call_stoicheia;
 use crate::error::{one_line, EmitError};
@@ -49,6 +50,7 @@ pub fn run(request: &CallRequest) -> Result<(), EmitError> {
     let mut saes = SaeCache::default();
     let mut models = CallModels::default();
     let mut tokenizers = Tokenizers::default();
+    let mut vocabularies = Vocabularies::default();
     let mut calls = Vec::with_capacity(request.calls.len());
     for call in &request.calls {
         let outcome = catch_unwind(AssertUnwindSafe(|| match &call.run {
@@ -58,6 +60,7 @@ pub fn run(request: &CallRequest) -> Result<(), EmitError> {
             Function::Offsets(wanted) => call_offsets::run(wanted, &mut tokenizers),
             Function::Cache(wanted) => call_caches::run(wanted, &inputs),
             Function::Clt(wanted) => call_clt::run(wanted, &inputs),
+            Function::Rwkv(wanted) => call_rwkv::run(wanted, &mut vocabularies),
             Function::Stoicheia(wanted) => call_stoicheia::run(wanted, &inputs),
         }));
         let (outcome, results, error) = match outcome {

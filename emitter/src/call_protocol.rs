@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use crate::clt_protocol::CltCall;
 use crate::protocol::{Case, Precision};
+use crate::rwkv_protocol::RwkvCall;
 use crate::stoicheia_protocol::StoicheiaCall;
 
 pub const CALL_REQUEST: &str = "candle-mi-parity/call/1";
@@ -40,6 +41,7 @@ pub enum Function {
     Offsets(OffsetsCall),
     Cache(CacheCall),
     Clt(CltCall),
+    Rwkv(RwkvCall),
     Stoicheia(StoicheiaCall),
 }
 

@@ -18,6 +18,9 @@ mod call_model;
 mod call_offsets;
 mod call_protocol;
 #[cfg(feature = "calls")]
+#[cfg_attr(not(feature = "rwkv-tokenizer"), path = "call_rwkv_absent.rs")]
+mod call_rwkv;
+#[cfg(feature = "calls")]
 mod call_sae;
 #[cfg(feature = "calls")]
 #[cfg_attr(not(feature = "stoicheia"), path = "call_stoicheia_absent.rs")]
@@ -48,6 +51,7 @@ mod quantized;
 mod request;
 #[cfg_attr(not(feature = "rwkv"), path = "rwkv_absent.rs")]
 mod rwkv;
+mod rwkv_protocol;
 #[cfg_attr(not(feature = "sae"), path = "sae_absent.rs")]
 mod sae;
 #[cfg(all(feature = "calls", feature = "stoicheia"))]

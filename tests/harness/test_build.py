@@ -286,11 +286,12 @@ esac
 @pytest.mark.parametrize(
     ("broken", "kept", "missing"),
     [
-        (["call_measures.rs"], "clt,quantized,rwkv,sae,stoicheia,tokens", {"calls"}),
-        (["call_clt.rs"], "calls,quantized,rwkv,sae,stoicheia,tokens", {"clt"}),
-        (["call_stoicheia.rs"], "calls,clt,quantized,rwkv,sae,tokens", {"stoicheia"}),
-        (["sae.rs"], "clt,quantized,rwkv,stoicheia,tokens", {"sae", "calls"}),
-        (["tokenize.rs", "call.rs"], "clt,quantized,rwkv,sae,stoicheia", {"tokens", "calls"}),
+        (["call_measures.rs"], "clt,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,tokens", {"calls"}),
+        (["call_clt.rs"], "calls,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,tokens", {"clt"}),
+        (["call_rwkv.rs"], "calls,clt,quantized,rwkv,sae,stoicheia,tokens", {"rwkv-tokenizer"}),
+        (["call_stoicheia.rs"], "calls,clt,quantized,rwkv,rwkv-tokenizer,sae,tokens", {"stoicheia"}),
+        (["sae.rs"], "clt,quantized,rwkv,rwkv-tokenizer,stoicheia,tokens", {"sae", "calls"}),
+        (["tokenize.rs", "call.rs"], "clt,quantized,rwkv,rwkv-tokenizer,sae,stoicheia", {"tokens", "calls"}),
         (["forward.rs"], "", None),
         (["call.rs", "forward.rs"], "", None),
     ],
@@ -322,7 +323,7 @@ def test_a_part_that_does_not_compile_costs_no_other(
 
 CARGO_WITH_A_BROKEN_FEATURE = """#!/bin/sh
 echo "$*" >>{log}
-case "$*" in *--no-default-features*) ;; *) set -- --features calls,clt,quantized,rwkv,sae,stoicheia,tokens ;; esac
+case "$*" in *--no-default-features*) ;; *) set -- --features calls,clt,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,tokens ;; esac
 case "$*" in
 {pattern})
     cat <<'EOF'
@@ -381,14 +382,14 @@ def test_a_release_is_built_without_the_features_that_it_does_not_have(put: Carg
     old, new = (plan_of(parse_candidate(version), tmp_path) for version in ("0.1.12", "0.1.13"))
     assert (old.absent, new.absent) == (("quantized",), ())
     features = tomllib.loads(old.manifest)["features"]
-    assert features["default"] == ["calls", "clt", "rwkv", "sae", "stoicheia", "tokens"]
+    assert features["default"] == ["calls", "clt", "rwkv", "rwkv-tokenizer", "sae", "stoicheia", "tokens"]
     assert features["quantized"] == []
     assert features["mmap"] == ["candle-mi/mmap"]
     crate = write_crate(tmp_path / "crate")
     manifest = crate / "Cargo.toml"
     for offered, absent in (
-        ("sae = []\nclt = []\nstoicheia = []", ("mmap", "quantized", "rwkv")),
-        ("mmap = []", ("calls", "clt", "quantized", "rwkv", "sae", "stoicheia")),
+        ("sae = []\nclt = []\nstoicheia = []", ("mmap", "quantized", "rwkv", "rwkv-tokenizer")),
+        ("mmap = []", ("calls", "clt", "quantized", "rwkv", "rwkv-tokenizer", "sae", "stoicheia")),
     ):
         manifest.write_text(f"{manifest.read_text().partition('[features]')[0]}[features]\n{offered}\n")
         assert plan_of(parse_candidate(f"path:{crate}"), tmp_path).absent == absent
