@@ -323,7 +323,8 @@ def test_a_part_that_does_not_compile_costs_no_other(
 
 CARGO_WITH_A_BROKEN_FEATURE = """#!/bin/sh
 echo "$*" >>{log}
-case "$*" in *--no-default-features*) ;; *) set -- --features calls,clt,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,tokens ;; esac
+every=calls,clt,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,tokens
+case "$*" in *--no-default-features*) ;; *) set -- --features $every ;; esac
 case "$*" in
 {pattern})
     cat <<'EOF'
