@@ -30,11 +30,11 @@ fn load(path: &Path) -> Result<MITokenizer, EmitError> {
 
 fn answers(call: &RwkvCall, tokenizer: &MITokenizer) -> Result<Vec<Answer>, MIError> {
     Ok(match call {
-        RwkvCall::RwkvVocabSize { .. } => {
+        RwkvCall::VocabSize { .. } => {
             // Far below 2^53.
             vec![Answer::scalar("value", tokenizer.vocab_size() as f64)]
         }
-        RwkvCall::RwkvEncode { texts, .. } => {
+        RwkvCall::Encode { texts, .. } => {
             let (mut ids, mut raw, mut decoded) = (Vec::new(), Vec::new(), Vec::new());
             for text in texts {
                 let encoded = tokenizer.encode(text)?;
@@ -48,7 +48,7 @@ fn answers(call: &RwkvCall, tokenizer: &MITokenizer) -> Result<Vec<Answer>, MIEr
                 Answer::texts("text", decoded),
             ]
         }
-        RwkvCall::RwkvEncodeWithOffsets { text, .. } => {
+        RwkvCall::EncodeWithOffsets { text, .. } => {
             let found = tokenizer.encode_with_offsets(text)?;
             let places = found.offsets.iter().flat_map(|(start, end)| [*start, *end]);
             vec![
@@ -56,13 +56,13 @@ fn answers(call: &RwkvCall, tokenizer: &MITokenizer) -> Result<Vec<Answer>, MIEr
                 Answer::list("offsets", places.map(|place| place as f64)),
             ]
         }
-        RwkvCall::RwkvDecode { tokens, .. } => {
+        RwkvCall::Decode { tokens, .. } => {
             vec![Answer::texts("text", [tokenizer.decode(tokens)?])]
         }
-        RwkvCall::RwkvDecodeToken { token, .. } => {
+        RwkvCall::DecodeToken { token, .. } => {
             vec![Answer::texts("text", [tokenizer.decode_token(*token)?])]
         }
-        RwkvCall::RwkvFindTokenId { word, .. } => {
+        RwkvCall::FindTokenId { word, .. } => {
             let found = tokenizer.find_token_id(word)?;
             vec![Answer::scalar("token", f64::from(found))]
         }

@@ -7,44 +7,39 @@ use serde::Deserialize;
 /// `vocabulary` is the file of one.
 #[cfg_attr(not(feature = "rwkv-tokenizer"), allow(dead_code))]
 #[derive(Debug, Deserialize)]
-#[serde(tag = "fn", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(tag = "fn", deny_unknown_fields)]
 pub enum RwkvCall {
-    RwkvVocabSize {
-        vocabulary: PathBuf,
-    },
+    #[serde(rename = "rwkv_vocab_size")]
+    VocabSize { vocabulary: PathBuf },
     /// The ids of each text with and without special tokens, each list ended by −1, and the texts of the ids.
-    RwkvEncode {
+    #[serde(rename = "rwkv_encode")]
+    Encode {
         vocabulary: PathBuf,
         texts: Vec<String>,
     },
-    RwkvEncodeWithOffsets {
-        vocabulary: PathBuf,
-        text: String,
-    },
-    RwkvDecode {
+    #[serde(rename = "rwkv_encode_with_offsets")]
+    EncodeWithOffsets { vocabulary: PathBuf, text: String },
+    #[serde(rename = "rwkv_decode")]
+    Decode {
         vocabulary: PathBuf,
         tokens: Vec<u32>,
     },
-    RwkvDecodeToken {
-        vocabulary: PathBuf,
-        token: u32,
-    },
-    RwkvFindTokenId {
-        vocabulary: PathBuf,
-        word: String,
-    },
+    #[serde(rename = "rwkv_decode_token")]
+    DecodeToken { vocabulary: PathBuf, token: u32 },
+    #[serde(rename = "rwkv_find_token_id")]
+    FindTokenId { vocabulary: PathBuf, word: String },
 }
 
 impl RwkvCall {
     #[cfg_attr(not(feature = "rwkv-tokenizer"), allow(dead_code))]
     pub fn vocabulary(&self) -> &Path {
         match self {
-            Self::RwkvVocabSize { vocabulary }
-            | Self::RwkvEncode { vocabulary, .. }
-            | Self::RwkvEncodeWithOffsets { vocabulary, .. }
-            | Self::RwkvDecode { vocabulary, .. }
-            | Self::RwkvDecodeToken { vocabulary, .. }
-            | Self::RwkvFindTokenId { vocabulary, .. } => vocabulary,
+            Self::VocabSize { vocabulary }
+            | Self::Encode { vocabulary, .. }
+            | Self::EncodeWithOffsets { vocabulary, .. }
+            | Self::Decode { vocabulary, .. }
+            | Self::DecodeToken { vocabulary, .. }
+            | Self::FindTokenId { vocabulary, .. } => vocabulary,
         }
     }
 }
