@@ -82,9 +82,10 @@ def _find(vocabulary: Vocabulary, word: str) -> Named:
 
     :raises ValueError: there is none.
     """
-    for text in (f" {word}", word):
-        if len(found := vocabulary.encode(text)) == 1:
-            return {"token": torch.tensor(float(found[0][0]))}
+    second = Formula.AFTER_AN_ADDED_TOKEN in vocabulary.formulas
+    each = [vocabulary.encode(text) for text in (f" {word}", word)]
+    for found in [ids for ids in each if len(ids) == 1 + second] + each[:second]:
+        return {"token": torch.tensor(float(found[-1][0]))}
     raise ValueError(f"{word} is more than one token")
 
 
@@ -100,7 +101,7 @@ RWKV: dict[str, tuple[frozenset[Formula], Callable[..., Named]]] = {
         frozenset({Formula.NO_TOKEN_IS_EMPTY}),
         lambda vocabulary, token: {"text": texts([vocabulary.decode([token])])},
     ),
-    "rwkv_find_token_id": (frozenset(), _find),
+    "rwkv_find_token_id": (frozenset({Formula.AFTER_AN_ADDED_TOKEN}), _find),
 }
 """Function → its wrong formulas, and what computes it with some of them."""
 

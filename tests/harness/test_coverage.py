@@ -50,7 +50,12 @@ def test_every_fixture_file_belongs_to_something() -> None:
     used = tiny | saes | quantized | {f"goldens/{name}{suffix}" for name in goldens for suffix in (".npz", ".json")}
     tables = {"cases.toml", "explanations.toml", "config_fields.toml", "census.toml", "texts.json"}
     tables |= {"calls.toml", "known_calls.toml", "tokenizers.toml", "hunt.toml"}
-    makers = {"saes/README.md", "saes/make_tiny.py", "quantized/make.py"} | {f"tokenizer/{name}" for name in FILES}
+    makers = {
+        "vocabularies/rwkv_vocab_v20230424.txt.xz",
+        "saes/README.md",
+        "saes/make_tiny.py",
+        "quantized/make.py",
+    } | {f"tokenizer/{name}" for name in FILES}
     there = {
         str(path.relative_to(FIXTURES)) for path in FIXTURES.rglob("*") if path.is_file() and path.suffix != ".pyc"
     }
