@@ -16,7 +16,7 @@ KNOWN = {
     "CMI110": 2, "CMI111": 1, "CMI112": 2, "CMI113": 4, "CMI114": 1, "CMI115": 2, "CMI116": 3, "CMI117": 4,
     "CMI118": 2, "CMI119": 5, "CMI120": 3, "CMI121": 1, "CMI122": 1, "CMI123": 1, "CMI140": 17, "CMI141": 7,
     "CMI142": 2, "CMI143": 1, "CMI144": 1, "CMI145": 1, "CMI146": 4, "CMI147": 3, "CMI150": 1, "CMI170": 2,
-    "CMI175": 3, "CMI176": 3, "CMI180": 6, "CMI181": 4, "CMI182": 2, "CMI183": 3, "CMI184": 2, "CMI185": 1,
+    "CMI175": 3, "CMI176": 3, "CMI180": 6, "CMI181": 4, "CMI182": 3, "CMI183": 3, "CMI184": 2, "CMI185": 1,
 }  # fmt: skip
 """Explanation → number of calls that differ in every release."""
 STOICHEIA = {
@@ -55,7 +55,7 @@ def check(found: JudgedCalls, own: dict[str, int]) -> None:
     assert absent == sum(
         own.get(id, 0) for id in ("CMI109", "CMI131", "CMI149", "CMI164", "CMI178", "CMI179", "CMI199")
     )
-    assert len(found.results) == 924
+    assert len(found.results) == 925
 
 
 def test_every_release_is_stored() -> None:

@@ -86,7 +86,7 @@ def _find(vocabulary: Vocabulary, word: str) -> Named:
     each = [vocabulary.encode(text) for text in (f" {word}", word)]
     for found in [ids for ids in each if len(ids) == 1 + second] + each[:second]:
         return {"token": torch.tensor(float(found[-1][0]))}
-    raise ValueError(f"{word} is more than one token")
+    raise ValueError(f"{word!r} is more than one token")
 
 
 RWKV: dict[str, tuple[frozenset[Formula], Callable[..., Named]]] = {
