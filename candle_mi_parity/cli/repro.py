@@ -27,7 +27,10 @@ def repro_command(
         with progress_bar() as bar:
             task = bar.add_task("starting", total=None)
             tell = lambda line: bar.update(task, description=line)  # noqa: E731
-            found = repro(case, candidate, out, cache_root(), tell, prove, fixed)
+            left: list[str] = []
+            found = repro(case, candidate, out, cache_root(), tell, prove, fixed, left.append)
+        for reason in left:
+            print(printable(f"not reproduced: {reason}"))
         for reproduced in found:
             print(printable(reproduced.line()))
         print(f"{len(found)} reproduced, below {out}")

@@ -30,6 +30,7 @@ from candle_mi_parity.errors import HubError, NoTruthError, OutOfRangeError, Par
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.known import Evidence, decoder_of, facts_of, known_divergence, known_refusal
 from candle_mi_parity.judge.notes import edits_before, other_ids, padding_notes, truth_notes, unexercised
+from candle_mi_parity.judge.reproducible import not_reproducible
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.torch_state import TORCH
@@ -101,7 +102,8 @@ def judge_case(
         try:
             if case.text is None or _same_ids(result, subject, source, progress):
                 evidence = _judge(result, oracle, source, table, release, progress)
-                result.shrink = shrink_command(case, spec) if result.status is Status.FAIL else ""
+                if result.status is Status.FAIL:
+                    _offer_test(result, case, spec)
         except EmitterError as error:
             result.error, result.failure = str(error), failure_of(error)
             if result.failure is Failure.ABSENT:
@@ -127,10 +129,18 @@ def reproduce_command(case: Case, source: Source, spec: str) -> str:
     return command("run", "--candidate", spec, "--cases", case.id, *device)
 
 
-def shrink_command(case: Case, spec: str) -> str:
-    """The command that makes a failing Rust test of a divergence; empty for a candidate that cannot be built."""
-    buildable = spec.startswith(("path:", "git:")) or spec[:1].isdecimal()
-    return command("repro", case.id, "--candidate", spec) if buildable else ""
+def _offer_test(result: CaseResult, case: Case, spec: str) -> None:
+    """The command that makes a failing Rust test of a divergence, or a note on why there is none.
+
+    A candidate that cannot be built gets neither.
+    """
+    first = result.first_divergence
+    if not (spec.startswith(("path:", "git:")) or spec[:1].isdecimal()):
+        return
+    if why := not_reproducible(case, first.name if first else ""):
+        result.notes.append(f"`repro` makes no Rust test of this: {why}")
+    else:
+        result.shrink = command("repro", case.id, "--candidate", spec)
 
 
 def _same_ids(result: CaseResult, subject: PreparedCase, source: Source, progress: Progress) -> bool:

@@ -14,9 +14,10 @@ from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.repro.crate import dependencies
 from candle_mi_parity.repro.prove import TestOutcome, prove
-from candle_mi_parity.repro.repro import AgreesError, Reproduction, known_of, reproduce
+from candle_mi_parity.repro.repro import AgreesError, Reproduction, ReproError, known_of, reproduce
 from candle_mi_parity.repro.write import Origin, slug, write_folder
 from candle_mi_parity.spec.cases import load_cases, select
+from candle_mi_parity.trace.trace import CandleMi
 
 
 @dataclass
@@ -47,6 +48,15 @@ class ReproducedCase:
         return text + (f"; test: {self.fixed.value} on the fixed one" if self.fixed else "")
 
 
+def named(found: CandleMi, spec: str) -> str:
+    """Which candle-mi a candidate is: ``0.2.2``, or the version, place and digest of a source tree."""
+    if found.source == "registry":
+        return found.version
+    digest = f"; revision {found.revision}" if found.revision else ""
+    digest += f"; sha256 of its files {found.tree_digest}" if found.tree_digest else ""
+    return f"{found.version} of `{spec}` (not the release{digest})"
+
+
 def repro(
     pattern: str | None,
     candidate: str,
@@ -55,14 +65,18 @@ def repro(
     tell: Callable[[str], None],
     proof: bool = False,
     fixed: str | None = None,
+    leave: Callable[[str], None] = lambda line: None,
 ) -> list[ReproducedCase]:
     """Reproduce cases, write a folder for each, and prove them.
 
-    :param pattern: glob over case ids, of which those that agree are skipped; None for every known divergence.
+    :param pattern: glob over case ids, of which those that agree or cannot be reproduced are skipped; None for every
+        known divergence.
     :param proof: whether the tests are run on the candidate.
     :param fixed: a candidate on which the tests must pass.
+    :param leave: called with the reason for each case that diverges or is refused and cannot be reproduced.
     :raises AgreesError: nothing diverges.
-    :raises ParityError: a case is refused, or the candidate cannot be built.
+    :raises ReproError: the only case cannot be reproduced.
+    :raises ParityError: the candidate cannot be built.
     """
     chosen = parse_candidate(candidate)
     if not chosen.has_source:
@@ -70,7 +84,8 @@ def repro(
     # transformers warns about special tokens outside a vocabulary of eight.
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    found = []
+    found: list[ReproducedCase] = []
+    left = 0
     with (
         tempfile.TemporaryDirectory(prefix="parity-repro-") as traces,
         open_source(chosen, cache, Path(traces), tell) as source,
@@ -88,11 +103,20 @@ def repro(
                 if pattern == case.id:
                     raise
                 continue
+            except ReproError as error:
+                if pattern == case.id:
+                    raise
+                left += 1
+                leave(str(error))
+                continue
             again = f"candle-mi-parity repro {case.id} --candidate {candidate}"
-            origin = Origin(source.identity.version, again, sentence)
+            origin = Origin(named(source.identity, candidate), again, sentence)
             found.append(ReproducedCase(reproduction, write_folder(reproduction, origin, needed, out / case.id)))
     if not found:
-        raise AgreesError(f"no case of {pattern or 'the default lane'} diverges; there is nothing to reproduce")
+        where = pattern or "the default lane"
+        if left:
+            raise ReproError(f"none of the {left} cases of {where} that diverge or are refused can be reproduced")
+        raise AgreesError(f"no case of {where} diverges; there is nothing to reproduce")
     tests = [line.folder / "tests" / f"{slug(line.reproduction.original.id)}.rs" for line in found]
     for spec, field in ((candidate if proof or fixed else None, "proof"), (fixed, "fixed")):
         if spec is not None:

@@ -10,11 +10,13 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
+from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import Source
 from candle_mi_parity.compare.verdict import Explained, Status, TensorResult
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.judge.case import Progress, judge_mode
-from candle_mi_parity.judge.known import Evidence, facts_of, known_divergence
+from candle_mi_parity.judge.case import Progress, failure_of, judge_mode
+from candle_mi_parity.judge.known import Evidence, facts_of, known_divergence, known_refusal
+from candle_mi_parity.judge.reproducible import not_reproducible
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
@@ -27,13 +29,12 @@ from candle_mi_parity.spec.cases import (
     Layout,
     LocalModel,
     PackageModel,
-    SaeFile,
     SaelensDirectory,
-    ScopeSae,
     TinyModel,
 )
-from candle_mi_parity.spec.edits import Inject, Knockout, Scale, Steer
+from candle_mi_parity.spec.edits import Inject
 from candle_mi_parity.spec.explanations import Explanation, load_explanations
+from candle_mi_parity.spec.hook_points import WEIGHTS
 from candle_mi_parity.spec.recurrent import feedback_key
 from candle_mi_parity.trace.truth import Truth
 
@@ -46,6 +47,10 @@ class AgreesError(ReproError):
     """There is no divergence to reproduce."""
 
 
+class RefusedError(ReproError):
+    """candle-mi refuses the case, so that there are no numbers to compare."""
+
+
 @dataclass(frozen=True)
 class Reproduction:
     """The smallest input that was found.
@@ -53,6 +58,8 @@ class Reproduction:
     :ivar first: its first diverging tensor.
     :ivar original: the case that it was shrunk from.
     :ivar fed: the vector of each feedback.
+    :ivar weight: of a quantised checkpoint, which is not made smaller, what is wrong with the first weight that
+        differs; empty if none does.
     """
 
     original: Case
@@ -61,6 +68,7 @@ class Reproduction:
     truth: Truth
     first: TensorResult
     fed: tuple[list[float], ...] = ()
+    weight: str = ""
 
 
 def model_of(tried: Input, scratch: Path) -> Path:
@@ -116,21 +124,28 @@ def reproduce(
 
     :param new: whether the divergence is in no explanation, so that a known one must not take its place.
     :raises AgreesError: nothing diverges.
+    :raises RefusedError: candle-mi refuses the case.
     :raises ReproError: a generated model with its config does not diverge in the same way, or there is no Rust code
         for what the smallest input needs.
-    :raises ParityError: the case cannot be judged, for example because candle-mi refuses it.
+    :raises ParityError: the case cannot be judged.
     """
-    _check_edits(case)
+    if why := not_reproducible(case):
+        raise ReproError(f"{case.id}: {why}")
     subject = prepare(case, cache)
-    if subject.quantized_dir is not None:
-        raise ReproError(
-            f"{case.id}: a quantised checkpoint cannot be made smaller, and the Rust test writes plain weights; "
-            f"MIModel::from_pretrained of the files in {subject.quantized_dir} shows the divergence"
-        )
-    results = judge_mode(Oracle(subject, cache, source.device), source, "free", Progress()).tensors
+    oracle = Oracle(subject, cache, source.device)
+    try:
+        results = judge_mode(oracle, source, "free", Progress()).tensors
+    except EmitterError as error:
+        if not failure_of(error).refused:
+            raise
+        raise RefusedError(_refusal(error, oracle, source)) from None
     first = _first(results)
     if first is None:
         raise AgreesError(f"{case.id}: nothing diverges; there is nothing to reproduce")
+    if why := not_reproducible(case, first.name):
+        raise ReproError(f"{case.id}: {why}")
+    if subject.quantized_dir is not None:
+        return _quantized(oracle, results)
     wanted = Divergence.at(first.name, first.reason)
     known = {row.id for row in known_of(subject, source)}
     with tempfile.TemporaryDirectory(prefix="parity-repro-") as scratch:
@@ -146,10 +161,7 @@ def reproduce(
         # An SAE that the divergence does not touch stays out of the reproduction.
         injected = any(isinstance(edit, Inject) for edit in case.edits)
         sae = case.sae if first.name.startswith("sae.") or injected else None
-        if isinstance(sae, SaeFile):
-            raise ReproError(f"{case.id}: only a generated SAE can be shrunk, and {sae.path} is a file")
-        if isinstance(sae, ScopeSae):
-            raise ReproError(f"{case.id}: an SAE in Gemma Scope's layout cannot be shrunk")
+        assert sae is None or isinstance(sae, SaelensDirectory)
         rest = (tuple(case.edits), case.recurrent)
         start = Input(read_config(subject.model_dir), tuple(subject.tokens[0]), case.dtype, sae, *rest)
         start = replace(start, loader=case.loader, features=tuple(case.features))
@@ -158,7 +170,13 @@ def reproduce(
             start = replace(start, weights=unusual[0], layout=unusual[1], shards=model.shards, seed=model.seed)
         if isinstance(case.model, PackageModel):
             start = _small(start)
-        pair = next((pair for pair in _pairs(case, start, cache) if shrinker.holds(pair)), None)
+        rows = [replace(start, tokens=tuple(row)) for row in subject.tokens]
+        pair = next((pair for row in rows for pair in _pairs(case, row, cache) if shrinker.holds(pair)), None)
+        if pair is None and len(rows) > 1:
+            raise ReproError(
+                f"{case.id}: it diverges at {first.name} as a batch of {len(rows)}, and no row of it does alone; a "
+                "Rust test is written for one row"
+            )
         if pair is None:
             raise ReproError(f"{case.id}: a generated model with its config does not diverge at {first.name}")
         pair = shrinker.shrink(pair)
@@ -177,6 +195,42 @@ def reproduce(
         return Reproduction(case, pair, evidence.subject, oracle.truth(), first, _fed(pair.case, oracle))
 
 
+def _refusal(error: EmitterError, oracle: Oracle, source: Source) -> str:
+    """What candle-mi refuses, and what transformers does instead."""
+    subject = oracle.subject
+    text = (
+        f"{subject.case.id}: candle-mi refuses it, and transformers computes it, with {len(oracle.truth().tensors)} "
+        f"tensors to compare; there is no number of candle-mi's to reproduce. Its message is: {error}."
+    )
+    if source.identity is not None:
+        table = load_explanations()
+        known, _ = known_refusal(error, subject, table, table.baseline(source.identity.version))
+        text += f" This is known: {known.ids[0]}, {known.says}" if known else " This refusal is not known"
+    return text.rstrip(".")
+
+
+def _quantized(oracle: Oracle, results: list[TensorResult]) -> Reproduction:
+    """The divergence of a quantised checkpoint as it is, at the first tensor of the forward pass.
+
+    candle-mi does not hand out a model's weights, so that the Rust test cannot look at them.
+
+    :raises ReproError: only weights differ, or the case is a batch.
+    """
+    subject = oracle.subject
+    case = subject.case
+    if len(subject.tokens) > 1:
+        raise ReproError(f"{case.id}: a batch of a quantised checkpoint, and a Rust test is written for one row")
+    wrong = [result for result in results if result.status is Status.FAIL]
+    first = next((result for result in wrong if not result.name.startswith(WEIGHTS)), None)
+    if first is None:
+        raise ReproError(f"{case.id}: only the weight {wrong[0].name} differs, and candle-mi hands out no weights")
+    sae = case.sae if isinstance(case.sae, SaelensDirectory) else None
+    whole = Input(read_config(subject.given), tuple(subject.tokens[0]), case.dtype, sae, tuple(case.edits))
+    whole = replace(whole, loader=case.loader, features=tuple(case.features))
+    weight = f"{wrong[0].name.removeprefix(WEIGHTS)}: {wrong[0].detail}" if wrong[0] is not first else ""
+    return Reproduction(case, Pair(whole, None), subject, oracle.truth(), first, weight=weight)
+
+
 def _fed(case: Input, oracle: Oracle) -> tuple[list[float], ...]:
     """The vector of each feedback."""
     if case.recurrent is None:
@@ -193,14 +247,6 @@ def _known_ids(evidence: Evidence, source: Source) -> list[str]:
     evidence = replace(evidence, release=table.baseline(source.identity.version))
     found = known_divergence(evidence, table, source.identity)
     return found.ids if isinstance(found, Explained) else []
-
-
-def _check_edits(case: Case) -> None:
-    """:raises ReproError: there is no Rust code for an edit."""
-    for edit in case.edits:
-        at = {Scale: ("attn.hook_scores", "attn.hook_pattern"), Inject: ("hook_resid_post",)}.get(type(edit), ())
-        if not (isinstance(edit, Knockout | Steer) or edit.hook.endswith(at or "nowhere")):
-            raise ReproError(f"{case.id}: no Rust test is written for {edit.kind} at {edit.hook}")
 
 
 def _first(results: list[TensorResult]) -> TensorResult | None:

@@ -27,6 +27,8 @@ from candle_mi_parity.spec.families import BIDIRECTIONAL, transformers_type
 from candle_mi_parity.spec.recurrent import feedback_key
 
 FORMAT = "candle-mi-parity/expected/1"
+PLAIN = "plain"
+"""Directory of a quantised checkpoint's own weights, dequantised, which transformers reads on any machine."""
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 IMPORTS = {
     "knockout": {"create_knockout_mask", "KnockoutSpec", "Intervention"},
@@ -40,12 +42,12 @@ IMPORTS = {
 class Origin:
     """The candidate that diverges.
 
-    :ivar version: its candle-mi version.
+    :ivar named: which candle-mi it is, as a reader elsewhere can tell it: a release, or a version and its source.
     :ivar command: what shows the divergence and writes the folder again.
     :ivar known: what is known of the divergence; empty if nothing is.
     """
 
-    version: str
+    named: str
     command: str
     known: str
 
@@ -64,8 +66,11 @@ def write_folder(reproduction: Reproduction, origin: Origin, dependencies: Depen
     shutil.rmtree(folder, ignore_errors=True)
     data = folder / "tests" / name
     data.mkdir(parents=True)
+    quantized = reproduction.subject.quantized_dir
     with tempfile.TemporaryDirectory(prefix="parity-repro-") as scratch:
-        shutil.copytree(model_of(reproduction.pair.case, Path(scratch)), data / "model")
+        shutil.copytree(quantized or model_of(reproduction.pair.case, Path(scratch)), data / "model")
+        if quantized is not None:
+            shutil.copytree(reproduction.subject.model_dir, data / PLAIN)
         if (sae := reproduction.pair.case.sae) is not None:
             made = sae_path(sae, reproduction.pair.case.config["hidden_size"], Path(scratch))
             shutil.copytree(made, data / "sae")
@@ -135,7 +140,7 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
         "slug": slug(reproduction.original.id),
         "case": one_line(reproduction.original.id),
         "command": one_line(origin.command),
-        "version": origin.version,
+        "named": one_line(origin.named),
         "title": one_line(origin.known) or f"`{first.name}` differs from PyTorch",
         "model_type": reproduction.subject.model_type,
         "stands_for": reproduction.subject.model_type in BIDIRECTIONAL and transformers_type(config["model_type"]),
@@ -160,6 +165,8 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
         "edits": case.edits,
         "recurrent": case.recurrent,
         "pretrained": pretrained,
+        "plain": PLAIN if reproduction.subject.quantized_dir is not None else "",
+        "weight": one_line(reproduction.weight),
         "was_pretrained": reproduction.original.loader == "pretrained",
         "in_attention": [edit for edit in case.edits if edit.hook.endswith(("hook_scores", "hook_pattern"))],
         "entries": entries,

@@ -15,6 +15,7 @@ from candle_mi_parity.errors import ParityError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.json_out import write_text
 from candle_mi_parity.report.hunt_page import PAGE, hunt_page
+from candle_mi_parity.repro.command import named
 from candle_mi_parity.repro.crate import dependencies
 from candle_mi_parity.repro.repro import Reproduction, ReproError, reproduce
 from candle_mi_parity.repro.write import Origin, write_folder
@@ -54,7 +55,9 @@ def reproduce_causes(result: HuntResult, out: Path, cache: Path, log: Log) -> No
             tempfile.TemporaryDirectory(prefix="parity-repro-") as traces,
             open_source(candidate, cache, Path(traces), log) as source,
         ):
-            needed, origin = dependencies(candidate, cache), Origin(result.version, result.command, known="")
+            needed = dependencies(candidate, cache)
+            which = named(source.identity, result.candidate) if source.identity else result.version
+            origin = Origin(which, result.command, known="")
             for place, cause in fit:
                 log(f"cause {place} of {len(result.causes)}: writing its reproduction")
                 try:

@@ -29,7 +29,6 @@ from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import InMemory
 from candle_mi_parity.trace.truth import Truth
-from tests.support.command import command, one_line
 from validation.catalogue import SourceEdit
 from validation.source_faults import edited, released_crate
 
@@ -326,17 +325,3 @@ def test_the_script_prints_what_pytorch_computes(folder: Path) -> None:
     assert len(expected["values"]) == len(expected["sigma"])
     config = json.loads(next((folder / "tests").glob("*/model/config.json")).read_text())
     assert config["num_hidden_layers"] == 1 and config["hidden_size"] <= 4 and config["vocab_size"] == 8
-
-
-@pytest.mark.rust
-@pytest.mark.parametrize(
-    "case, message", [("llama/hub", "nothing diverges"), ("llama/edit-add-attention", "no Rust test is written")]
-)
-def test_what_cannot_be_reproduced_is_one_line(tmp_path: Path, case: str, message: str) -> None:
-    assert message in one_line(command("repro", case, "--out", str(tmp_path)))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_stored_candidate_cannot_be_asked(tmp_path: Path) -> None:
-    message = one_line(command("repro", "llama/v5", "--candidate", "stored:0.2.2", "--out", str(tmp_path)))
-    assert "`repro` must build candle-mi" in message
