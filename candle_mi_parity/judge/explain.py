@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.suspects import hook_point
-from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
+from candle_mi_parity.compare.verdict import CaseResult, Explained, Outcome, Status
 from candle_mi_parity.judge.case import Judgement, Progress
+from candle_mi_parity.judge.known import Evidence, explained
 from candle_mi_parity.oracle.torch_state import TORCH
 from candle_mi_parity.spec.explanations import Explanations
 from candle_mi_parity.trace.trace import CandleMi
@@ -29,8 +30,8 @@ def explain_new(
 ) -> None:
     """Search for the explanation of every new divergence.
 
-    Cases of one family that first diverge at the same hook point are assumed to have one cause: the smallest is
-    searched in full, and its explanation is tried on the others.
+    Cases of one family that first diverge at the same hook point often have one cause. The smallest of each such
+    group is searched first. Another is searched after all of these, unless that explanation gives its first tensor.
 
     :param seconds: limit for all cases together.
     :param each: limit for one case; None for the default.
@@ -47,21 +48,50 @@ def explain_new(
     from candle_mi_parity.judge.search import SECONDS, search
 
     explains: list[Hypothesis] = []
-    for group in causes.values():
-        leader: CaseResult | None = None
-        for judgement in sorted(group, key=lambda one: _size(one)):
-            assert judgement.evidence is not None
-            if (left := min(each or SECONDS, end - time.monotonic())) <= 0:
-                reasons = [judgement.result.unexplained, "the time limit of the search was reached"]
-                judgement.result.unexplained = "; ".join(filter(None, reasons))
+    of_leader: dict[str, Hypothesis] = {}
+    groups = [sorted(group, key=_size) for group in causes.values()]
+    followers = [(group[0], one) for group in groups for one in group[1:]]
+    for leader, judgement in [*((group[0], group[0]) for group in groups), *followers]:
+        result = judgement.result
+        assert judgement.evidence is not None
+        if (left := min(each or SECONDS, end - time.monotonic())) <= 0:
+            _add_reason(result, "the time limit of the search was reached")
+            continue
+        progress.note(f"{result.id}: what is computed instead?")
+        with TORCH:
+            if (known := of_leader.get(leader.result.id)) and _follows(
+                result, judgement.evidence, known, leader.result
+            ):
                 continue
-            progress.note(f"{judgement.result.id}: what is computed instead?")
-            only = f"first diverges where {leader.id} does, see there" if leader else ""
-            with TORCH:
-                found = search(judgement.result, judgement.evidence, table, cache, explains, left, only)
-            leader = leader or judgement.result
-            if found is not None:
-                explains = [found, *(one for one in explains if one is not found)]
+            found = search(result, judgement.evidence, table, cache, explains, left)
+        if found is not None:
+            explains = [found, *(one for one in explains if one is not found)]
+            if judgement is leader:
+                of_leader[result.id] = found
+
+
+def _follows(result: CaseResult, evidence: Evidence, known: Hypothesis, leader: CaseResult) -> bool:
+    """Whether the explanation of another case gives the numbers of a case, or of its first diverging tensor.
+
+    The result then has the explanation, or where the case differs from it.
+    """
+    found = explained(evidence, known.change, known.rows)
+    if isinstance(found, Explained):
+        result.explained = found
+        return True
+    names = list(evidence.oracle.truth().tensors)
+    first = result.first_divergence
+    if first is None or first.name not in names or not found.first:
+        return False
+    if found.first in names[: names.index(first.name) + 1]:
+        return False
+    change, result.beyond_known = known.change.describe(), found.first
+    _add_reason(result, f"{first.name} is that of {leader.id}, with {change}; then {found.first} differs from it too")
+    return True
+
+
+def _add_reason(result: CaseResult, reason: str) -> None:
+    result.unexplained = "; ".join(filter(None, [result.unexplained, reason]))
 
 
 def _size(judgement: Judgement) -> int:

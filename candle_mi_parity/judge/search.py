@@ -125,22 +125,25 @@ def search(
     cache: Path,
     first: list[Hypothesis],
     seconds: float,
-    only_first: str = "",
 ) -> Hypothesis | None:
     """Search for the explanation of a diverging case, and record it, or what was tried, in the result.
 
     :param first: hypotheses to try first, such as those that explained another case.
-    :param only_first: why nothing else is tried; empty to try everything.
     :returns: the explanation, or None.
     """
     diverging = result.first_divergence
     if diverging is None or diverging.name not in evidence.oracle.truth().tensors:
         return None
-    ideas = [*first, *([] if only_first else hypotheses(evidence, table, diverging.name, cache))]
+    # A NaN fails under every change, and a change under which PyTorch has one has no truth.
+    if broken := [tensor.name for tensor in result.tensors if tensor.reason == "nonfinite"]:
+        no_search = f"{broken[0]} holds NaN or infinities, which no change of a setting explains: none was tried"
+        result.unexplained = f"{result.unexplained}; {no_search}".removeprefix("; ")
+        return None
+    ideas = [*first, *(one for one in hypotheses(evidence, table, diverging.name, cache) if one not in first)]
     attempt = Search(evidence, diverging.name, time.monotonic() + seconds)
     found = attempt.run(ideas)
     if found is None:
-        result.unexplained = f"{result.unexplained}; {only_first or attempt.summary()}".removeprefix("; ")
+        result.unexplained = f"{result.unexplained}; {attempt.summary()}".removeprefix("; ")
         return None
     result.explained = found
     return next((idea for idea in ideas if idea.change.describe() == found.change), None)

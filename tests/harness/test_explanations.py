@@ -13,57 +13,34 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.torch_source import TorchSource
-from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Explained, Outcome, Status, TensorResult
 from candle_mi_parity.judge.case import Judgement, Progress, judge_case
 from candle_mi_parity.judge.explain import hold_table
 from candle_mi_parity.judge.hypotheses import hypotheses
-from candle_mi_parity.judge.known import Evidence, NotExplained, facts_of, known_divergence, known_refusal
-from candle_mi_parity.judge.search import Search, search
-from candle_mi_parity.models.checkpoint import read_config, weight_files
+from candle_mi_parity.judge.known import NotExplained, facts_of, known_divergence, known_refusal
+from candle_mi_parity.judge.search import Search
 from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.run.run import run
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
-from candle_mi_parity.spec.explanations import NOTHING_KNOWN, Explanations, combined, load_explanations
+from candle_mi_parity.spec.explanations import Explanations, combined, load_explanations
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.trace import CandleMi
-from tests.support.planting import RELEASE, Arrays, Giving, Real, explanation, real, rerun, with_arrays
+from tests.support.explaining import changed, evidence, searched
+from tests.support.planting import RELEASE, Arrays, Giving, Real, explanation, real, rerun
 
 TABLE = load_explanations()
 NEWER = RELEASE.model_copy(update={"version": "0.3.0"})
 CHECKOUT = CandleMi(version="0.2.3-dev", source="path", checksum=None, revision=None, tree_digest="b" * 64)
 
 
-def changed(directory: Path, there: Real, config: dict[str, Any], weights: dict[str, float] | None = None) -> Real:
-    """float32 under another config, and with the parameters of some endings filled with a number."""
-    base = there.subject.model_dir
-    directory.mkdir(parents=True)
-    changed_config = {key: value for key, value in (read_config(base) | config).items() if value is not None}
-    (directory / "config.json").write_text(json.dumps(changed_config))
-    for file in weight_files(base):
-        tensors = load_file(file)
-        for name in tensors:
-            for ending, value in (weights or {}).items():
-                if name.endswith(ending):
-                    tensors[name] = np.full_like(tensors[name], value)
-        save_file(tensors, directory / file.name, metadata={"format": "pt"})
-    return replace(there, emitted=with_arrays(there.emitted, rerun(there, directory)))
-
-
 def diverging(tmp_path: Path, name: str) -> Real:
     """float32 that computes what the explanation says."""
     case, config, weights = HONEST[name]
     return changed(tmp_path / "model", real(case), config, weights)
-
-
-def evidence(there: Real, arrays: Arrays | None = None) -> Evidence:
-    emitted = there.emitted if arrays is None else with_arrays(there.emitted, arrays)
-    return Evidence(there.oracle, emitted, None, set(), "0.2.2")
 
 
 def known(there: Real, arrays: Arrays | None = None, identity: CandleMi = RELEASE) -> tuple[Explained | None, str]:
@@ -214,14 +191,6 @@ def test_a_checkout_may_have_fixed_a_part_and_a_release_may_not(tmp_path: Path) 
     assert known_divergence(older, TABLE, RELEASE) == NotExplained(""), "another release's rows excuse nothing"
 
 
-def searched(there: Real, arrays: Arrays | None = None) -> CaseResult:
-    found = evidence(there, arrays)
-    result = CaseResult(there.subject.case.id, "", "", Status.FAIL, "")
-    result.tensors = compare(there.truth, found.trace, there.decoder, None)
-    search(result, found, NOTHING_KNOWN, cache_root(), [], 120)
-    return result
-
-
 SINGLE = [(name, ()) for name in ("CMI001", "CMI006", "CMI012", "CMI013")]
 PAIR = pytest.param("CMI009", ("sliding_window + 1", "layer_types"), marks=pytest.mark.thorough)
 
@@ -232,16 +201,6 @@ def test_the_search_finds_a_change_without_the_list(name: str, parts: tuple[str,
     assert found.explained is not None, found.unexplained
     assert not found.explained.ids and found.explained.worst < 8
     assert all(part in found.explained.change for part in parts)
-
-
-@pytest.mark.thorough
-def test_the_search_does_not_explain_a_fault_that_no_setting_makes() -> None:
-    there = real("llama/hub")
-    arrays = there.arrays
-    arrays["blocks.1.attn.hook_q"][0, 2] *= np.float32(1.01)
-    found = searched(there, arrays)
-    assert found.explained is None
-    assert found.unexplained.startswith("none of ") and "single changes" in found.unexplained
 
 
 def test_a_counterfactual_that_changes_no_tensor_explains_nothing() -> None:
