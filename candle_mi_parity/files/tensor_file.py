@@ -54,17 +54,44 @@ class TensorFile:
     def _opened(self) -> Any:
         if self._file is None:
             self._check_header()
-            self._file, self._read = safe_open(self._path, framework="numpy"), 0
+            try:
+                self._file, self._read = safe_open(self._path, framework="numpy"), 0
+            except SafetensorError as error:
+                raise SafetensorError(f"{self._path.name}: {self._cut_off() or error}") from error
         return self._file
 
     def _check_header(self) -> None:
         require_regular(self._path)
         with self._path.open("rb") as file:
             start = file.read(8)
+            if len(start) < 8:
+                raise SafetensorError(
+                    f"{self._path.name}: it has {len(start) or 'no'} bytes, and a safetensors file begins with 8 "
+                    "that give the length of its header"
+                )
             if start == b"version ":
-                raise SafetensorError("it is a pointer of Git LFS in place of the file: run `git lfs pull`")
+                raise SafetensorError(
+                    f"{self._path.name}: it is a pointer of Git LFS in place of the file: run `git lfs pull`"
+                )
             if (size := int.from_bytes(start, "little")) > MAX_HEADER:
-                raise SafetensorError(f"a header of {size} bytes, more than {MAX_HEADER}")
+                raise SafetensorError(f"{self._path.name}: a header of {size} bytes, more than {MAX_HEADER}")
+
+    def _cut_off(self) -> str:
+        """How many bytes are missing at the end of the file; empty if its header does not tell or none is."""
+        there = self._path.stat().st_size - 8
+        with self._path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > there:
+                return f"it is cut off: its header has {size} bytes, and the file has {there} after the first 8"
+            try:
+                header = json.loads(file.read(size))
+                described = max(part["data_offsets"][1] for name, part in header.items() if name != "__metadata__")
+            except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+                return ""
+        there -= size
+        if isinstance(described, int) and described > there:
+            return f"it is cut off: its header describes {described} bytes of tensors, and {there} follow it"
+        return ""
 
     def _counted(self, array: np.ndarray) -> np.ndarray:
         self._read += array.nbytes

@@ -80,7 +80,8 @@ def foretold_lines(result: CheckResult) -> Iterator[str]:
     if not result.forecast:
         yield f"{result.candidate}: nothing is known against any of the {result.keys} keys that this model sets."
     elif not now:
-        yield f"{result.candidate}: of the {result.keys} keys that this model sets, {len(later)} may matter."
+        some = f"{len(later)} may matter on some inputs"
+        yield f"{result.candidate}: of the {result.keys} keys that this model sets, {some}."
     else:
         keys, of_sae = set[str](), set[str]()
         for found in now:
@@ -92,10 +93,11 @@ def foretold_lines(result: CheckResult) -> Iterator[str]:
         yield f"{result.candidate} does not read {' and '.join(counts)} as PyTorch does:"
     if result.census:
         yield f"  {result.census}"
-    for found in [*now, *later]:
-        needs = f" ({found.needs})" if found.needs else ""
+    for found in now:
         remedy = f" {found.remedy}" if found.remedy else ""
-        yield f"  {found.about or found.id}{needs}: {found.says}{remedy}"
+        yield f"  {found.about or found.id}: {found.says}{remedy}"
+    # What an input does not show is told with the answer, by not_exercised.
+    yield from (f"  {found.about or found.id} ({found.needs}): known as {found.id}" for found in later)
 
 
 def matters_line(prompt: PromptResult) -> str:

@@ -22,6 +22,7 @@ from candle_mi_parity.models.checkpoint import local_path, read_config, require_
 from candle_mi_parity.models.quantized_facts import weight_facts
 from candle_mi_parity.models.resolve import as_model
 from candle_mi_parity.models.sae import sae_path
+from candle_mi_parity.run.check_files import require_usable
 from candle_mi_parity.run.check_inputs import Prompt, sae_of
 from candle_mi_parity.spec import paths
 from candle_mi_parity.spec.cases import HubModel, Model, SaeFile
@@ -174,4 +175,5 @@ def _config(model: Model) -> dict[str, Any]:
     directory = local_path(getattr(model, "path", ""), ModelError)
     if directory.is_file():
         raise ModelError(f"{directory} is a file; give the directory that holds config.json and safetensors weights")
-    return read_config(require_model(directory))
+    require_usable(require_model(directory))
+    return read_config(directory)

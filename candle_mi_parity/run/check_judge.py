@@ -34,6 +34,7 @@ from candle_mi_parity.models.resolve import as_model, model_directory
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.oracle.torch_state import TORCH
 from candle_mi_parity.run.check import CheckOptions, known_release
+from candle_mi_parity.run.check_files import TOKENIZERS, nonfinite_weight, require_usable, tokenizer_fault
 from candle_mi_parity.run.check_findings import not_exercised, unknown_keys
 from candle_mi_parity.run.check_inputs import Prompt, built_in
 from candle_mi_parity.run.check_measures import Decode, continuation, lens_rows, matters
@@ -49,8 +50,6 @@ if TYPE_CHECKING:  # they import torch, which a check with cached truths does no
     from candle_mi_parity.coverage.census_record import Reader
     from candle_mi_parity.coverage.unmapped import Give
 
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-
 
 class Checking:
     """One check; see :func:`candle_mi_parity.run.check.check`."""
@@ -65,6 +64,7 @@ class Checking:
 
             progress.keep(to_download(self.model))
         self.directory = model_directory(self.model, options.cache)
+        require_usable(self.directory)
         self.config: dict[str, Any] = read_config(self.directory)
         self.quantized = quantization_of(self.directory) is not None
         if self.quantized and self.config.get("model_type") not in MAPPED:
@@ -110,7 +110,10 @@ class Checking:
 
     def _case(self, prompt: Prompt) -> Case:
         if prompt.text is not None and not self.has_tokenizer:
-            raise ModelError(f"{self.directory} has no tokenizer, which --prompt needs: give token ids with --tokens")
+            raise ModelError(
+                f"{self.directory} has no tokenizer, which --prompt needs: give token ids with --tokens, or one of "
+                f"{', '.join(TOKENIZERS)}"
+            )
         return Case(
             id=f"check/{prompt.id}",
             model=self.model,
@@ -136,7 +139,11 @@ class Checking:
     def _mapped(self, cases: list[Case]) -> list[PreparedCase]:
         """Judge a model of a family with a hook map, as ``run`` does, and explain divergences."""
         options = self.options
-        subjects = [prepare(case, options.cache) for case in cases]
+        try:
+            subjects = [prepare(case, options.cache) for case in cases]
+        except ModelError as error:
+            texts = any(case.text is not None for case in cases)
+            raise ModelError((tokenizer_fault(self.directory) if texts else "") or str(error)) from error
         self._hold_tokens(subjects[0])
         self.progress.keep(plan(subjects, options.cache, options.device, options.generate))
         with self._open() as source:
@@ -192,6 +199,8 @@ class Checking:
     def _add(self, subject: PreparedCase, case: CaseResult, seen: Seen | None, generated: int = 0) -> None:
         """Add a prompt to the result, with measures of the difference where both sides gave numbers."""
         case.reproduce = self.options.command()
+        if case.status is Status.ERROR and case.failure is Failure.INPUT and self._broken:
+            case.error = self._broken
         tokens = subject.tokens[0]
         text = subject.case.text if subject.case.text is not None else f"{len(tokens)} token ids"
         prompt = PromptResult(subject.case.id.removeprefix("check/"), text, tokens, case, generated)
@@ -202,6 +211,10 @@ class Checking:
             prompt.matters = matters(seen, list(dict.fromkeys(hooks)))
             if subject.captures and case.status is Status.FAIL:
                 prompt.lens = lens_rows(seen, self._decode, partial(self._likeliest, subject))
+
+    @cached_property
+    def _broken(self) -> str:
+        return nonfinite_weight(self.directory)
 
     @cached_property
     def _decode(self) -> Decode:

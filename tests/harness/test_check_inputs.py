@@ -71,7 +71,7 @@ def configured(**change: Any) -> Callable[[Path], None]:
         (lambda mine: [path.unlink() for path in mine.iterdir()], "has no config.json; it holds nothing"),
         (lambda mine: (mine / "config.json").write_text("text"), "config.json: "),
         (lambda mine: (mine / "model.safetensors").rename(mine / "model.gguf"), "it holds config.json, model.gguf"),
-        (configured(quantization_config={"bits": 4}), "quantization_config with quant_method None"),
+        (configured(quantization_config={"bits": 4}), "quant_method is null, expected an object"),
         (configured(transformers_weights="../x.safetensors"), "transformers_weights is set"),
         (sharded, "model-00002-of-00002.safetensors"),
         (lambda mine: without(mine, "model.norm.weight"), "model.norm.weight"),

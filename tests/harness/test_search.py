@@ -41,9 +41,7 @@ def test_a_second_cause_at_the_same_hook_is_searched(tmp_path: Path) -> None:
         assert one.result.explained.change == change
     told = on_top.result
     assert told.explained is None and told.beyond_known == "logits"
-    assert (
-        told.unexplained == f"{SCORES} is that of llama/a, with no rope_theta; then logits differs from it too"
-    )
+    assert told.unexplained == f"{SCORES} is that of llama/a, with no rope_theta; then logits differs from it too"
 
 
 @pytest.mark.thorough
