@@ -19,6 +19,12 @@ CallTruth = Mapping[str, TruthTensor]
 """Name of a result → value and noise. For ``top_changed_tokens`` of all tokens, for ``encode_sparse`` dense, for
 ``top_attended_positions`` all positions in order and the weights of all."""
 Results = dict[str, np.ndarray]
+TEXT = "text"
+"""Name of a result that is a list of texts, each as its bytes and a 0."""
+PLACES = frozenset({"ids", "token", "tokens", "start", "end", "first", "exact"})
+"""Names of results that are token ids, indices or flags; -1 stands for none."""
+SHOWN = 12
+"""Entries of a list in a message."""
 
 
 def compare_call(row: CallRow, got: Results, truth: CallTruth) -> list[TensorResult]:
@@ -83,6 +89,8 @@ def _mismatch(name: str, detail: str) -> TensorResult:
 
 def _compare_result(row: CallRow, name: str, got: np.ndarray, expected: TruthTensor) -> TensorResult:
     value, noise = expected.value, expected.noise
+    if name == TEXT or name in PLACES:
+        return _listed(name, got, value)
     if got.shape != value.shape:
         return _mismatch(name, f"got shape {list(got.shape)}, expected {list(value.shape)}")
     if value.size == 0:  # as of no tokens; its shape is all there is
@@ -107,6 +115,40 @@ def _compare_result(row: CallRow, name: str, got: np.ndarray, expected: TruthTen
         error = np.where(same, 0.0, got - value)
     found = measure(error, np.where(np.isfinite(value), value, 0.0), noise)
     return _at(judged(name, found, got, value, None, None, exact=row.exact), expected.shape)
+
+
+def _listed(name: str, got: np.ndarray, value: np.ndarray) -> TensorResult:
+    """Compare texts with texts, or indices with indices, which are equal or not."""
+    if got.shape == value.shape and (got == value).all():
+        return TensorResult(name, Status.PASS, compared=value.size, exact=True)
+    ours, theirs = (_entries(name, array) for array in (got, value))
+    pairs = list(zip(ours, theirs, strict=False))
+    different = [place for place, (one, other) in enumerate(pairs) if one != other]
+    if len(ours) != len(theirs):
+        detail = f"got {len(ours)} entries, expected {len(theirs)}: {_shown(ours)}, expected {_shown(theirs)}"
+    elif len(pairs) == 1:
+        detail = f"got {ours[0]}, expected {theirs[0]}"
+    else:
+        first = different[0]
+        detail = (
+            f"entry {first} is {ours[first]}, expected {theirs[first]}; {len(different)} of {len(pairs)} differ: "
+        )
+        detail += f"got {_shown(ours)}, expected {_shown(theirs)}"
+    past = len(different) + abs(len(ours) - len(theirs))
+    return replace(_mismatch(name, detail), compared=max(len(theirs), 1), past=past, exact=True)
+
+
+def _entries(name: str, array: np.ndarray) -> list[str]:
+    """Each text in quotes, or each index; a number that is neither a byte nor an index as it is."""
+    numbers = array.reshape(-1)
+    if name == TEXT and np.isin(numbers, np.arange(256)).all():
+        each = bytes(numbers.astype(np.uint8).tolist()).split(b"\0")
+        return [repr(text.decode("utf-8", "backslashreplace")) for text in each[:-1] + [each[-1]] * bool(each[-1])]
+    return ["none" if number == -1 else f"{number:.17g}" for number in numbers.tolist()]
+
+
+def _shown(entries: list[str]) -> str:
+    return f"[{', '.join(entries[:SHOWN])}{', …' if len(entries) > SHOWN else ''}]"
 
 
 def _at(result: TensorResult, shape: tuple[int, ...]) -> TensorResult:

@@ -214,6 +214,28 @@ def test_a_planted_fault_fails(name: str) -> None:
     assert passes(call, right(call)) and not passes(call, values)
 
 
+def told(call: str, **changes: np.ndarray) -> str:
+    """The message of the first result that fails."""
+    results = compare_call(ROWS[call], right(call) | changes, truth(call))
+    failed = next(result for result in results if result.status is Status.FAIL)
+    return failed.message()
+
+
+def test_texts_are_told_as_texts_and_indices_as_indices() -> None:
+    labels = np.frombuffer("thé\0 rose\0".encode(), np.uint8).astype(np.float64)
+    assert text("offsets/ends") == ["the", " rose"] or len(text("offsets/ends")) > 2
+    message = told("offsets/ends", text=labels)
+    assert "got 2 entries, expected" in message and "['thé', ' rose'], expected [" in message and "ULP" not in message
+    token = right("char/bytes")["token"].copy()
+    token[1] = -1
+    message = told("char/bytes", token=token)
+    assert f"entry 1 is none, expected {int(right('char/bytes')['token'][1])}; 1 of 9 differ: got [" in message
+    assert "ULP" not in message
+    [one] = [call for call in of("decode_token") if len(text(call)) == 1][:1]
+    broken = np.array([0xE2, 0x98, 0.0])
+    assert f"got '\\\\xe2\\\\x98', expected {text(one)[0]!r}" in told(one, text=broken)
+
+
 def test_near_ties_may_be_exchanged_where_their_weights_are_rounded() -> None:
     row = ROWS["top_attended/2"]
     weights, noise = np.array([0.5, 0.25, 0.5 + 1e-9, 0.1]), np.full(4, 1e-8)
