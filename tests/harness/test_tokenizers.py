@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.tokens import load_texts
@@ -200,3 +201,37 @@ def test_a_damaged_answer_in_the_cache_is_asked_for_again(monkeypatch: pytest.Mo
     (tmp_path / "tokenizer").rename(tmp_path / "before")
     assert judged(monkeypatch, tmp_path, texts_of(PLAIN), None).status is Status.PASS
     assert kept.read_text() != "{"
+
+
+TRIMMED: dict[str, dict[str, dict[str, Any]]] = {
+    "words_truncated": {"truncation": {"max_length": 7}},
+    "words_padded": {"padding": {"strategy": {"Fixed": 15}}},
+}
+"""Tokenizer of the table → what a candidate reads in place of its own setting, which is not known."""
+
+
+@pytest.mark.parametrize("name", TRIMMED)
+def test_a_tokenizer_is_known_to_obey_its_own_truncation_and_padding_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    [own] = [one for one in TABLE.tokenizer if one.name == name]
+    other = own.model_copy(update={"change": {key: value | TRIMMED[name][key] for key, value in own.change.items()}})
+    directory, cache = tokenizer_directory(own, tmp_path / "cache"), tmp_path / "cache"
+    [known] = [one for one in TABLE.known if name in one.tokenizers]
+    found = {}
+    for reads, read in (("own", directory), ("other", tokenizer_directory(other, tmp_path / "cache"))):
+        answers: Any = tokens_judge.tokenised(tokens_judge.load_reference(read, written=True), load_texts())
+        digest = file_digest(directory / "tokenizer.json")
+        given = SimpleNamespace(**answers, candle_mi=RELEASE, tokenizer_digest=digest)
+        monkeypatch.setattr(tokens_judge, "_answers", lambda *_, given=given: given)
+        source: Any = SimpleNamespace(identity=RELEASE)
+        found[reads] = judge_tokenizer(name, directory, source, known, cache, tmp_path / "o.json", "again")
+    assert found["own"].status is Status.KNOWN and found["own"].explained is not None
+    assert found["own"].explained.ids == ["CMI230"]
+    assert found["other"].status is Status.FAIL and "not CMI230" in found["other"].unexplained
+
+
+def test_a_row_of_tokenizers_has_one_source() -> None:
+    for wrong in ({"path": "tokenizer", "package": "@a/b@1.0.0", "integrity": "sha512-x"}, {}, {"path": "../x"}):
+        with pytest.raises(ValidationError):
+            TokenizerRow.model_validate({"name": "x"} | wrong)
