@@ -24,6 +24,7 @@ from candle_mi_parity.candidate.tokens import TextIds, stored_text_ids, text_ids
 from candle_mi_parity.compare.compare import check_header
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.digest import file_digest
+from candle_mi_parity.models.indexed import read_digest
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.spec.paths import OUTPUTS
@@ -314,7 +315,7 @@ class StoredSource(StatelessSource):
                 raise TraceError(f"{trace.path}: {entry.name} is not kept as this case is ({subject.case.stored})")
         if trace.header.device != "cpu":
             raise TraceError(f"{trace.path}: made on {trace.header.device}, expected cpu")
-        check_header(truth, trace, file_digest(inputs), subject.given_digest)
+        check_header(truth, trace, file_digest(inputs), read_digest(subject))
         check_id(trace, subject)
         return trace
 

@@ -330,7 +330,7 @@ def _layout(rng: random.Random, family: str) -> Genes:
         return {"shards": rng.choice([2, 3])}
     if rng.random() < 0.2:
         return {"loader": "pretrained"} | ({"layout.pickle": True} if rng.random() < 0.3 else {})
-    possible = [each for each in Layout if each not in (Layout.PICKLE, Layout.TOKENIZER)]
+    possible = [each for each in Layout if each not in (Layout.PICKLE, Layout.SHARDS_BESIDE, Layout.TOKENIZER)]
     if not base_config(family)["tie_word_embeddings"]:
         possible.remove(Layout.STORED_HEAD)
     return {f"layout.{rng.choice(possible)}": True}

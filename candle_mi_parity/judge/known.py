@@ -21,7 +21,8 @@ from candle_mi_parity.compare.verdict import Explained, Status, TensorResult
 from candle_mi_parity.errors import ExplanationError, ParityError
 from candle_mi_parity.files.tensor_file import TensorFile
 from candle_mi_parity.files.untrusted import read_json
-from candle_mi_parity.models.checkpoint import given_files, read_config, weight_tensors
+from candle_mi_parity.models.checkpoint import read_config, weight_tensors
+from candle_mi_parity.models.indexed import files_read, shards_beside
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.models.quantized_facts import weight_facts
 from candle_mi_parity.models.sae import load_sae
@@ -42,7 +43,7 @@ def facts_of(subject: PreparedCase) -> Facts:
     """The facts of a case that conditions refer to."""
     case, config = subject.case, read_config(subject.given)
     edits = [_edit_facts(edit) for edit in case.edits]
-    files, names = given_files(subject.given), list(weight_tensors(subject.model_dir))
+    files, names = files_read(subject.given, case.loader), list(weight_tensors(subject.model_dir))
     facts = facts_about(config, subject.sae_file, len(subject.tokens[0]), case.dtype, edits)
     return replace(
         facts,
@@ -51,6 +52,7 @@ def facts_of(subject: PreparedCase) -> Facts:
         features=case.features,
         files=len(files),
         pickled=files[0].suffix == ".bin",
+        shards_beside=case.loader == "pretrained" and bool(shards_beside(subject.given)),
         prefixed=any(name.startswith("model.") for name in names),
         stored_head="lm_head.weight" in names,
         weights=weight_facts(subject.given),

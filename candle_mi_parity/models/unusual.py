@@ -101,6 +101,14 @@ def write_unusual(arrays: Arrays, layout: Sequence[Layout], shards: int, out: Pa
         (out / f"{stem}.{ending}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file, held in files.items():
         _save({name: tensors[name] for name in held}, layout, out / file)
+    if Layout.SHARDS_BESIDE in layout:
+        if shards > 1 or "model.norm.weight" not in tensors:
+            raise ModelError("shards-beside is of one file with a final norm")
+        shard = f"{stem}-00001-of-00001.{ending}"
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, shard)}
+        (out / f"{stem}.{ending}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        other = {"model.norm.weight": np.ones_like(tensors["model.norm.weight"])}
+        _save(tensors | other, layout, out / shard)
 
 
 def _save(arrays: Arrays, layout: Sequence[Layout], path: Path) -> None:

@@ -27,8 +27,9 @@ from candle_mi_parity.errors import CaseTableError, ModelError, ParityError, Tra
 from candle_mi_parity.files.cache import cached
 from candle_mi_parity.judge.case import Judgement, Progress, judge_case
 from candle_mi_parity.judge.explain import explain_new
-from candle_mi_parity.models.checkpoint import read_config, weight_files
+from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.dequantize import quantization_of
+from candle_mi_parity.models.indexed import files_read
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare, tokenizer
 from candle_mi_parity.models.resolve import as_model, model_directory
 from candle_mi_parity.oracle.oracle import Oracle
@@ -133,7 +134,7 @@ class Checking:
             return ["quantized"]
         if self.config.get("model_type") in RECURRENT:
             return ["rwkv"]
-        sharded = len(weight_files(self.directory)) > 1
+        sharded = len(files_read(self.directory, self.options.loader)) > 1
         return ["mmap"] if self.options.loader == "pretrained" and sharded else []
 
     def _mapped(self, cases: list[Case]) -> list[PreparedCase]:

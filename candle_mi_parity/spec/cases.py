@@ -94,6 +94,8 @@ class Layout(StrEnum):
     FLOAT64 = "float64"
     TOKENIZER = "tokenizer"
     """There is a tokenizer, of a few words."""
+    SHARDS_BESIDE = "shards-beside"
+    """There is an index too, with a shard of which only the final norm's weight is another: 1 everywhere."""
     PICKLE = "pickle"
     """The candidate is given ``pytorch_model.bin``, or such shards, in place of safetensors."""
 

@@ -6,8 +6,9 @@ Subjects: ``config.KEY``, ``block.KEY`` (of the rotary block that transformers r
 ``rope_parameters``), ``rope.KEY`` (of the rotary embedding, at the top level or in a block), ``sae.KEY`` (of
 ``cfg.json``), ``edit.KEY``, ``family`` (the model type), ``dtype``, ``rope_type``, ``alternating`` (whether every
 second layer, from the first, has the window), ``sae_weights``, ``sae_threshold``, ``tokens``, ``batch``,
-``loader``, ``features``, ``files`` (number of files of weights), ``pickled``, ``prefixed`` (whether tensors are
-named ``model.…``), ``stored_head``, ``weights.KEY`` (of a quantised checkpoint, see
+``loader``, ``features``, ``files`` (number of files of weights), ``pickled``, ``shards_beside``
+(whether candle-mi finds an index of shards beside a whole file), ``prefixed`` (whether tensors are named
+``model.…``), ``stored_head``, ``weights.KEY`` (of a quantised checkpoint, see
 :mod:`candle_mi_parity.models.quantized_facts`); a dot leads into a block.
 
 Operators: ``absent`` (no such key), ``null`` (there, and null), ``present`` (there, and not null), ``number``,
@@ -28,7 +29,7 @@ from candle_mi_parity.spec.counterfactual import rotary_block
 
 _SUBJECT = (
     r"(?:config|block|rope|sae|edit|weights)\.[A-Za-z0-9_.]+|family|dtype|rope_type|alternating|sae_weights|sae_threshold"
-    r"|tokens|batch|loader|features|files|pickled|prefixed|stored_head"
+    r"|tokens|batch|loader|features|files|pickled|shards_beside|prefixed|stored_head"
 )
 _CONDITION = re.compile(
     rf"({_SUBJECT}) (?:(absent|null|present|number|no number)|(=|!=|other than|<|>|in|not in) (.+))"
@@ -51,6 +52,7 @@ class Facts:
     :ivar loader: as ``features``, of the case.
     :ivar files: number of files of weights that the candidate is given.
     :ivar pickled: whether they are pickles.
+    :ivar shards_beside: whether a loader that prefers an index finds shards beside ``model.safetensors``.
     :ivar prefixed: whether any tensor's name starts with ``model.``, as in a checkpoint with a head.
     :ivar stored_head: whether there is an ``lm_head.weight``.
     """
@@ -67,6 +69,7 @@ class Facts:
     features: list[str] = field(default_factory=list)
     files: int = 1
     pickled: bool = False
+    shards_beside: bool = False
     prefixed: bool = True
     stored_head: bool = False
     weights: dict[str, Any] = field(default_factory=dict)
