@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from candle_mi_parity.coverage.calls import Formula
-from candle_mi_parity.coverage.calls_measures import Named
+from candle_mi_parity.coverage.calls_measures import Named, dtype_name
 from candle_mi_parity.coverage.calls_offsets import texts
 from candle_mi_parity.trace.formats import round_to_dtype
 
@@ -85,13 +85,15 @@ def _bidirectional(_: Formulas, seq_len: int) -> Named:
     return _additive(seq_len, seq_len, 0, bidirectional_mask_function)
 
 
-def _generation(formulas: Formulas, new_seq_len: int, total_seq_len: int, start_pos: int) -> Named:
+def _generation(
+    formulas: Formulas, new_seq_len: int, total_seq_len: int, start_pos: int, dtype: str | None = None
+) -> Named:
     """As transformers' mask of queries from ``start_pos`` on over ``total_seq_len`` keys."""
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
     free = new_seq_len == 1 and Formula.ONE_QUERY_SEES_ALL in formulas
     rule = bidirectional_mask_function if free else causal_mask_function
-    return _additive(new_seq_len, total_seq_len, start_pos, rule)
+    return _additive(new_seq_len, total_seq_len, start_pos, rule) | dtype_name(dtype)
 
 
 def _additive(queries: int, keys: int, offset: int, rule: Callable[..., object]) -> Named:

@@ -12,6 +12,7 @@ import torch
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.oracle.interventions import scale_steering, set_steering
 from candle_mi_parity.spec.edits import Attention
+from candle_mi_parity.trace.formats import round_to_dtype
 
 Named = dict[str, torch.Tensor]
 
@@ -121,12 +122,22 @@ def _causal(seq_len: int) -> Named:
     return {"value": torch.zeros(1, 1, seq_len, seq_len, dtype=torch.float64).masked_fill(above, -math.inf)}
 
 
-def _position_delta(direction: torch.Tensor, position: int, seq_len: int) -> Named:
+def dtype_name(dtype: str | None) -> Named:
+    """The text result of a call that was asked for a precision, as candle names it; none without one."""
+    if dtype is None:
+        return {}
+    name = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[dtype]
+    return {"text": torch.tensor([*name.encode(), 0], dtype=torch.float64)}
+
+
+def _position_delta(direction: torch.Tensor, position: int, seq_len: int, dtype: str | None = None) -> Named:
     """:raises IndexError: there is no such position."""
+    if dtype is not None:
+        direction = torch.from_numpy(round_to_dtype(direction.numpy(), dtype)).to(direction.dtype)
     if position >= seq_len:
         raise IndexError(f"position {position} is out of range for {seq_len} positions")
     rows = [direction if at == position else torch.zeros_like(direction) for at in range(seq_len)]
-    return {"value": torch.stack(rows)[None]}
+    return {"value": torch.stack(rows)[None]} | dtype_name(dtype)
 
 
 def gram(matrix: torch.Tensor, k: int, iterations: int) -> Named:

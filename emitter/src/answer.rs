@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::error::EmitError;
+use crate::protocol::Precision;
 
 /// How one call ended. A refusal of candle-mi is an outcome of that call alone.
 pub enum Outcome {
@@ -31,6 +32,23 @@ impl Outcome {
             Ok(value) => Self::Results(vec![Answer::of("value", &value)?]),
             Err(error) => Self::Refused(error),
         })
+    }
+
+    /// A tensor; where a precision was asked for, the name of its own too.
+    pub fn tensor_of(
+        value: Result<Tensor, MIError>,
+        dtype: Option<Precision>,
+    ) -> Result<Self, EmitError> {
+        let named = value
+            .as_ref()
+            .ok()
+            .zip(dtype)
+            .map(|(tensor, _)| tensor.dtype().as_str());
+        let mut outcome = Self::tensor(value)?;
+        if let (Self::Results(results), Some(name)) = (&mut outcome, named) {
+            results.push(Answer::texts("text", [name]));
+        }
+        Ok(outcome)
     }
 }
 

@@ -11,7 +11,7 @@ use candle_mi::{
 use crate::answer::{Answer, Outcome};
 use crate::call_protocol::CacheCall;
 use crate::error::EmitError;
-use crate::inputs::Inputs;
+use crate::inputs::{rounded, Inputs};
 use crate::model;
 use crate::protocol::Precision;
 
@@ -81,13 +81,17 @@ pub fn run(call: &CacheCall, inputs: &Inputs) -> Result<Outcome, EmitError> {
             new_seq_len,
             total_seq_len,
             start_pos,
-        } => Outcome::tensor(candle_mi::create_generation_mask(
-            *new_seq_len,
-            *total_seq_len,
-            *start_pos,
-            &Device::Cpu,
-            DType::F32,
-        ))?,
+            dtype,
+        } => Outcome::tensor_of(
+            candle_mi::create_generation_mask(
+                *new_seq_len,
+                *total_seq_len,
+                *start_pos,
+                &Device::Cpu,
+                dtype.map_or(DType::F32, model::dtype_of),
+            ),
+            *dtype,
+        )?,
         CacheCall::SteeringCalibration {
             source,
             baseline,
@@ -128,13 +132,6 @@ fn list(name: &'static str, values: Result<Vec<f32>, MIError>) -> Outcome {
         Ok(values) => Outcome::Results(vec![Answer::list(name, values.into_iter().map(f64::from))]),
         Err(error) => Outcome::Refused(error),
     }
-}
-
-/// Without a precision the tensor is the float32 one of the inputs.
-fn rounded(tensor: &Tensor, dtype: Option<Precision>) -> Result<Tensor, EmitError> {
-    tensor
-        .to_dtype(dtype.map_or(DType::F32, model::dtype_of))
-        .map_err(|error| EmitError::Request(error.to_string()))
 }
 
 fn calibration(source: f32, baseline: f32, target: f32) -> Outcome {

@@ -7,7 +7,7 @@ use crate::answer::{Answer, Outcome};
 use crate::call_protocol::Measure;
 use crate::entries::name_entries;
 use crate::error::EmitError;
-use crate::inputs::Inputs;
+use crate::inputs::{rounded, Inputs};
 use crate::protocol::Attention;
 
 pub fn run(measure: &Measure, inputs: &Inputs) -> Result<Outcome, EmitError> {
@@ -112,11 +112,14 @@ pub fn run(measure: &Measure, inputs: &Inputs) -> Result<Outcome, EmitError> {
             direction,
             position,
             seq_len,
-        } => Outcome::tensor(candle_mi::position_delta(
-            inputs.get(direction)?,
-            *position,
-            *seq_len,
-        ))?,
+            dtype,
+        } => {
+            let direction = rounded(inputs.get(direction)?, *dtype)?;
+            Outcome::tensor_of(
+                candle_mi::position_delta(&direction, *position, *seq_len),
+                *dtype,
+            )?
+        }
         #[cfg(not(since_0_1_24))]
         Measure::PositionDelta { .. } => Outcome::Absent,
     })

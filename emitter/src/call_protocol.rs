@@ -106,6 +106,9 @@ pub enum Measure {
         direction: String,
         position: usize,
         seq_len: usize,
+        /// To which the direction is rounded, and of which the answer says whether it has it.
+        #[serde(default)]
+        dtype: Option<Precision>,
     },
 }
 
@@ -378,6 +381,9 @@ pub enum CacheCall {
         new_seq_len: usize,
         total_seq_len: usize,
         start_pos: usize,
+        /// That is asked for, and of which the answer says whether the mask has it; float32 if it is left out.
+        #[serde(default)]
+        dtype: Option<Precision>,
     },
     SteeringCalibration {
         source: f32,

@@ -3,10 +3,12 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::digest;
 use crate::error::EmitError;
+use crate::model;
+use crate::protocol::Precision;
 
 #[derive(Default)]
 pub struct Inputs {
@@ -45,4 +47,11 @@ impl Inputs {
             ))
         })
     }
+}
+
+/// Without a precision the tensor is the float32 one of the inputs.
+pub fn rounded(tensor: &Tensor, dtype: Option<Precision>) -> Result<Tensor, EmitError> {
+    tensor
+        .to_dtype(dtype.map_or(DType::F32, model::dtype_of))
+        .map_err(|error| EmitError::Request(error.to_string()))
 }
