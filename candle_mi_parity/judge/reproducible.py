@@ -14,6 +14,8 @@ def not_reproducible(case: Case, first: str = "") -> str:
     """
     if first == TOKENS:
         return "the token ids differ, and the Rust test is given token ids; compare the tokenizers on the case's text"
+    if other := [feature for feature in case.features if feature not in ("quantized", "mmap")]:
+        return f"no Rust test is written for a model of candle-mi's feature {other[0]}"
     for edit in case.edits:
         at = {Scale: ("attn.hook_scores", "attn.hook_pattern"), Inject: ("hook_resid_post",)}.get(type(edit), ())
         if not (isinstance(edit, Knockout | Steer) or edit.hook.endswith(at or "nowhere")):
