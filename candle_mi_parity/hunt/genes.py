@@ -72,6 +72,34 @@ def case_of(family: str, genes: Genes) -> Case:
     return case
 
 
+def conditions_of(genes: Genes) -> list[str]:
+    """What the genes of a smallest input set, as conditions of an explanation; each is one without which it agrees.
+
+    Weights, files and edits are left out: conditions have no words for most of them.
+    """
+    found = []
+    for slot, value in sorted(genes.items()):
+        subject = slot.replace("sae.cfg.", "sae.", 1)
+        if slot.startswith(("config.", "sae.cfg.")):
+            found += _set_to(subject, value)
+        elif slot in ("dtype", "loader"):
+            found.append(f"{slot} = {json.dumps(value)}")
+        elif slot == "tokens" and isinstance(value, dict) and value["random"] > PLAIN_TOKENS["random"]:
+            found.append(f"tokens > {value['random'] - 1}")
+    return found
+
+
+def _set_to(subject: str, value: list[Any]) -> list[str]:
+    """A key that is absent, null or set; of a block, each of its keys; of a list, that it is there."""
+    if value[0] != "set":
+        return [f"{subject} {value[0]}"]
+    if isinstance(value[1], dict):
+        return [each for key, held in value[1].items() for each in _set_to(f"{subject}.{key}", ["set", held])]
+    if value[1] is None or isinstance(value[1], list):
+        return [f"{subject} {'null' if value[1] is None else 'present'}"]
+    return [f"{subject} = {json.dumps(value[1])}"]
+
+
 def _of(genes: Genes, prefix: str) -> dict[str, Any]:
     """The genes of one file by what they do: ``set``, ``null``, ``absent``."""
     found: dict[str, Any] = {"set": {}, "null": [], "absent": []}

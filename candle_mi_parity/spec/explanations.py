@@ -191,13 +191,18 @@ def combined(rows: Iterable[Explanation]) -> Counterfactual:
         ) from error
 
 
-def proposed(explained_by: Counterfactual | Refusal, family: str, release: str, table: Explanations) -> str:
-    """The TOML of a row for a new divergence or refusal; `says`, `when` and `remedy` are to be written by hand."""
+def proposed(
+    explained_by: Counterfactual | Refusal, family: str, release: str, table: Explanations, when: Sequence[str] = ()
+) -> str:
+    """The TOML of a row for a new divergence or refusal; `says` and `remedy` are to be written by hand.
+
+    :param when: the conditions, as far as they are known; the rest of them is to be written by hand too.
+    """
     taken = [int(row.id.removeprefix("CMI")) for row in table.explanation]
     answer = {"change" if isinstance(explained_by, Counterfactual) else "refuses": explained_by}
     kind = "wrong number" if isinstance(explained_by, Counterfactual) else "refusal"
     fields: dict[str, object] = {"id": f"CMI{max(taken, default=0) + 1:03}", "name": "", "says": "", "kind": kind}
-    fields |= {"families": [family], "when": []}
+    fields |= {"families": [family], "when": [*when]}
     fields |= {key: value.model_dump(exclude_defaults=True, mode="json") for key, value in answer.items()}
     fields |= {"releases": [release], "remedy": ""}
     return toml_rows({"explanation": [fields]})
