@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from pydantic import model_validator
 
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.requests import TIMEOUT_SECONDS, request
 from candle_mi_parity.candidate.sources import LiveSource, Made, Source
 from candle_mi_parity.compare.run_result import Section
 from candle_mi_parity.compare.verdict import CaseResult, Failure, Status, TensorResult
+from candle_mi_parity.coverage.forwards_reply import Answered, Document
 from candle_mi_parity.errors import ParityError, TraceError
 from candle_mi_parity.files.untrusted import read_json, validated
 from candle_mi_parity.judge.case import failure_of
@@ -28,7 +27,7 @@ from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.hook_points import place
 from candle_mi_parity.spec.paths import command
 from candle_mi_parity.trace.release import trace_name
-from candle_mi_parity.trace.trace import Digest, Header, Part, TensorEntry, Tensors, Text, Trace
+from candle_mi_parity.trace.trace import Tensors, Trace
 
 REQUESTS = 10
 """A case is asked again at the end, when the process has answered at least this number of requests."""
@@ -64,30 +63,6 @@ class Forward:
     def row(self) -> dict[str, object]:
         """For the request."""
         return {key: value for key, value in asdict(self).items() if key != "like"}
-
-
-class Answered(Part):
-    """SHA-256 of the bytes of the logits and of each capture; ``error`` for a forward that failed."""
-
-    name: Text
-    logits: Digest | None
-    captures: dict[Text, Digest]
-    error: Text | None
-
-    @model_validator(mode="after")
-    def _one_outcome(self) -> Answered:
-        if (self.logits is None) == (self.error is None):
-            raise ValueError("give exactly one of `logits` and `error`")
-        return self
-
-
-class Document(Part):
-    """What the emitter wrote; ``tensors`` are the logits that the trace does not hold."""
-
-    format: Literal["candle-mi-parity/forwards/1"]
-    header: Header
-    forwards: list[Answered]
-    tensors: list[TensorEntry]
 
 
 def plain(made: Made, alone: bool) -> list[Forward]:

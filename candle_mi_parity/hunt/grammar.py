@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from candle_mi_parity.errors import CaseTableError
-from candle_mi_parity.hunt.genes import Genes, case_of, entries_of, layers_of
+from candle_mi_parity.hunt.edits import drawn_edit, drawn_recurrence, places_of
+from candle_mi_parity.hunt.genes import Genes, case_of, entries_of
 from candle_mi_parity.spec.cases import Layout, SaeStatistic, Statistic
 from candle_mi_parity.spec.families import MAPPED, is_bidirectional, transformers_type
-from candle_mi_parity.spec.hook_points import hook_names
 from candle_mi_parity.spec.paths import FIXTURES
 from candle_mi_parity.spec.table import TableRow, read_toml
 
 LENGTHS = ("sliding_window", "original_max_position_embeddings", "max_position_embeddings", "attention_chunk_size")
 """Config keys that hold a number of tokens, at which behaviour may change."""
-LAST_PLACE = 5
-"""Last position that an edit names in a bidirectional model."""
 LONGEST = 70
 """Longest prompt that a boundary asks for."""
 _SUBKEYS: dict[str, tuple[str, ...]] = {
@@ -156,8 +154,10 @@ class Grammar:
         if kind == "dtype":
             return {"dtype": rng.choice(["bfloat16", "float16"])}
         if kind == "recurrent":
-            return {"recurrent": _recurrent(rng)}
-        return self._sae(rng, genes) if kind == "sae" else _edit(rng, family, genes)
+            return {"recurrent": drawn_recurrence(rng)}
+        if kind == "sae":
+            return self._sae(rng, genes)
+        return drawn_edit(rng, genes, is_bidirectional(config_of(family, genes)))
 
     def _config(self, rng: random.Random, family: str, weight: Weight) -> tuple[str, list[Any]]:
         genes = self._config_genes(family)
@@ -255,7 +255,7 @@ class Grammar:
         changes = [edit for slot, edit in genes.items() if slot.startswith("edit.") or slot == "recurrent"]
         edited = bool(changes)
         if edited:
-            places = [place for change in changes for place in _places(change)]
+            places = [place for change in changes for place in places_of(change)]
             count = max([count, *(place + 1 for place in places)])
         if kind < 0.08 and not edited:
             genes["tokens"] = {"random": count, "batch": rng.choice([2, 3])}
@@ -334,77 +334,6 @@ def _layout(rng: random.Random, family: str) -> Genes:
     if not base_config(family)["tie_word_embeddings"]:
         possible.remove(Layout.STORED_HEAD)
     return {f"layout.{rng.choice(possible)}": True}
-
-
-def _edit(rng: random.Random, family: str, genes: Genes) -> Genes:
-    """An edit in a layer that the input has; in a bidirectional model also of a key after its query."""
-    layers = layers_of(genes)
-    hook = rng.choice(hook_names(layers))
-    count = sum(slot.startswith("edit.") for slot in genes)
-    wide = ".attn." not in hook
-    kinds = ["replace", "add", "scale", "zero"]
-    kinds += ["patch_at", "patch_at"] if wide else []
-    kinds += ["knockout"] * 4 if hook.endswith("hook_scores") else []
-    kinds += ["steer"] * 4 if hook.endswith("hook_pattern") else []
-    kind = rng.choice(kinds)
-    edit: dict[str, Any] = {"kind": kind, "hook": hook}
-    if kind in ("replace", "add", "patch_at"):
-        edit |= {"seed": rng.randrange(3), "size": rng.choice([0.1, 1.0, 10.0])}
-        shapes = {
-            "add": ["[d]", "[1, d]", "[1, 1, d]", "[1, T, d]", "[B, 1, d]"],
-            "patch_at": ["[1, 1, d]", "[B, 1, d]"],
-        }
-        if wide and kind in shapes and rng.random() < 0.5:
-            edit["shape"] = rng.choice(shapes[kind])
-    if kind == "patch_at":
-        edit["position"] = rng.choice([0, 1, 2, 5])
-    if kind == "scale":
-        edit["factor"] = rng.choice([0.0, 0.5, -1.0, 2.0])
-    if kind in ("knockout", "steer"):
-        edit["spec"] = _spec(rng, layers, LAST_PLACE if is_bidirectional(config_of(family, genes)) else None)
-    if kind == "steer":
-        how = rng.choice(["scale", "set_value"])  # candle-mi refuses to set a weight above 1
-        edit |= {"how": how, "value": rng.choice([0.0, 0.25, 1.0, *([3.0] if how == "scale" else [])])}
-    return {f"edit.{count}": edit}
-
-
-def _recurrent(rng: random.Random) -> dict[str, Any]:
-    """A range of the two layers."""
-    first = rng.randrange(2)
-    fed = [
-        {"position": rng.choice([0, 1, 2, 5]), "strength": rng.choice([-1.0, 0.5, 4.0]), "seed": rng.randrange(3)}
-        for _ in range(rng.choice([0, 0, 1, 2]))
-    ]
-    return {"layers": [first, rng.randrange(first, 2)], "depth": rng.choice([1, 2, 2, 3]), "feedback": fed}
-
-
-def _spec(rng: random.Random, layers: int, last: int | None) -> dict[str, Any]:
-    """:param last: the last key; None for keys before their query."""
-    spec: dict[str, Any] = {}
-    if rng.random() < 0.3:
-        first = rng.randrange(layers)
-        spec["layers"] = [first, rng.randrange(first, layers)]
-    if rng.random() < 0.4:
-        spec["heads"] = sorted(rng.sample(range(4), rng.choice([1, 2])))
-    query = rng.choice([1, 2, 3, 4])
-    keys = query if last is None else last + 1
-    which = rng.choice(["edges", "edges", "from_to", "to_positions", "from_positions"])
-    if which == "edges":
-        spec["edges"] = [[query, rng.randrange(keys)] for _ in range(rng.choice([1, 1, 2]))]
-    elif which == "from_to":
-        spec["from_to"] = [{"query": query, "keys": sorted({0, rng.randrange(keys)})}]
-    else:
-        spec[which] = [query]
-    return spec
-
-
-def _places(edit: Mapping[str, Any]) -> list[int]:
-    """The positions that an edit or a recurrence names."""
-    spec = edit.get("spec", {})
-    places = [edit.get("position", 0), *spec.get("from_positions", []), *spec.get("to_positions", [])]
-    places += [place for edge in spec.get("edges", []) for place in edge]
-    places += [place for fan in spec.get("from_to", []) for place in (fan["query"], *fan["keys"])]
-    return places + [row["position"] for row in edit.get("feedback", [])]
 
 
 def all_families(glob: str) -> list[str]:

@@ -12,8 +12,9 @@ import torch
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.errors import CaseTableError, ModelError, TraceError
 from candle_mi_parity.hunt.bench import message
+from candle_mi_parity.hunt.edits import drawn_edit
 from candle_mi_parity.hunt.genes import Genes, case_of, entries_of
-from candle_mi_parity.hunt.grammar import Grammar, _edit, all_families, base_config, lengths_of
+from candle_mi_parity.hunt.grammar import Grammar, all_families, base_config, config_of, lengths_of
 from candle_mi_parity.hunt.shrink import cause_of, smallest
 from candle_mi_parity.models.generate import generated_model, tensor_values
 from candle_mi_parity.models.prepared_case import PreparedCase
@@ -21,7 +22,7 @@ from candle_mi_parity.oracle.built import built_model
 from candle_mi_parity.oracle.hooks import load_model
 from candle_mi_parity.spec.cases import Layout, Statistic, TinyModel
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
-from candle_mi_parity.spec.families import MAPPED, family_of
+from candle_mi_parity.spec.families import MAPPED, family_of, is_bidirectional
 from tests.support.hunting import (
     KEYS,
     bench,
@@ -136,7 +137,8 @@ def test_what_is_drawn_is_a_case_or_does_not_fit_together() -> None:
 def test_edits_of_later_keys_are_drawn_where_they_are_attended() -> None:
     def later(family: str, genes: Genes) -> bool:
         """Whether an attention edge with its key after its query is drawn."""
-        edits = [_edit(random.Random(place), family, genes)["edit.0"] for place in range(600)]
+        bidirectional = is_bidirectional(config_of(family, genes))
+        edits = [drawn_edit(random.Random(place), genes, bidirectional)["edit.0"] for place in range(600)]
         edges = [edge for edit in edits for edge in edit.get("spec", {}).get("edges", [])]
         return any(key > query for query, key in edges)
 
