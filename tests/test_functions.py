@@ -17,6 +17,7 @@ KNOWN = {
     "CMI118": 2, "CMI119": 5, "CMI120": 3, "CMI121": 1, "CMI122": 1, "CMI123": 1, "CMI140": 17, "CMI141": 7,
     "CMI142": 2, "CMI143": 1, "CMI144": 1, "CMI145": 1, "CMI146": 4, "CMI147": 3, "CMI150": 1, "CMI170": 2,
     "CMI175": 3, "CMI176": 3, "CMI180": 6, "CMI181": 4, "CMI182": 3, "CMI183": 3, "CMI184": 2, "CMI185": 1,
+    "CMI211": 1,
 }  # fmt: skip
 """Explanation → number of calls that differ in every release."""
 STOICHEIA = {
@@ -27,16 +28,17 @@ STOICHEIA = {
 """Those of AlgZoo's networks, which 0.1.6 does not have."""
 IGNORED = {"CMI198": 24}
 """Edits of these networks, in the releases before 0.2.2."""
-OLD = {"CMI109": 5, "CMI131": 27, "CMI148": 2, "CMI149": 4, "CMI186": 2, "CMI172": 7, "CMI178": 16}
+OLD = {"CMI109": 5, "CMI131": 27, "CMI148": 2, "CMI149": 4, "CMI186": 2, "CMI172": 7, "CMI178": 16, "CMI202": 108,
+       "CMI213": 9, "CMI214": 6, "CMI215": 27}  # fmt: skip
 """Those of 0.1.6 and 0.1.10, which lack ``position_delta``, contrastive steering, a mask, ``decoder_matrix``."""
 OLDEST = OLD | {"CMI177": 57, "CMI179": 32, "CMI199": 247}
 """Of 0.1.6, which lacks all transcoders but cross-layer ones."""
 PER_LAYER = {"CMI171": 2, "CMI174": 2}
-NEW = {"CMI130": 4, "CMI173": 2, **PER_LAYER}
+NEW = {"CMI130": 4, "CMI173": 2, "CMI200": 1, "CMI201": 1, "CMI210": 3, **PER_LAYER}
 RELEASES = {
     "0.1.6": OLDEST,
     "0.1.10": OLD | PER_LAYER | STOICHEIA | IGNORED | {"CMI162": 2, "CMI164": 5},
-    "0.1.24": NEW | STOICHEIA | IGNORED | {"CMI163": 8},
+    "0.1.24": NEW | STOICHEIA | IGNORED | {"CMI163": 8, "CMI203": 8, "CMI212": 13},
     "0.2.2": NEW | STOICHEIA | {"CMI153": 3},
 }
 
@@ -53,9 +55,10 @@ def check(found: JudgedCalls, own: dict[str, int]) -> None:
     assert causes == KNOWN | own
     absent = sum("has no " in call.error for call in found.results)
     assert absent == sum(
-        own.get(id, 0) for id in ("CMI109", "CMI131", "CMI149", "CMI164", "CMI178", "CMI179", "CMI199")
+        own.get(id, 0)
+        for id in ("CMI109", "CMI131", "CMI149", "CMI164", "CMI178", "CMI179", "CMI199", "CMI202", "CMI203", "CMI215")
     )
-    assert len(found.results) == 925
+    assert len(found.results) == 1087
 
 
 def test_every_release_is_stored() -> None:

@@ -47,7 +47,7 @@ class Mistake(TableRow):
         "tokens", "config", "half", "sae", "contrastive", "continuation", "lens", "text",
         "offsets", "attention", "mask", "embedding", "calibration", "names",
         "transcoder", "decoder", "injection", "network", "neuron", "region", "task",
-        "vocabulary",
+        "vocabulary", "optimizer", "gradient", "diffusion", "sampler", "fused",
     ]  # fmt: skip
     says: str
     at: str

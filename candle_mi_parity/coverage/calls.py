@@ -15,7 +15,7 @@ from safetensors.numpy import save, save_file
 
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
 from candle_mi_parity.candidate.sources import LiveSource, NotStoredError, Source, StoredSource
-from candle_mi_parity.coverage.calls_models import ModelRow
+from candle_mi_parity.coverage.calls_models import DiffusionRow, ModelRow
 from candle_mi_parity.coverage.calls_networks import NetworkRow
 from candle_mi_parity.coverage.calls_vocabularies import VocabularyRow
 from candle_mi_parity.errors import CaseTableError, TraceError
@@ -232,6 +232,18 @@ class Formula(StrEnum):
     """An id below the largest that has no token is decoded as nothing."""
     COUNTED_FROM_0 = "counted-from-0"
     """A vocabulary has as many tokens as its largest id and 1."""
+    STEPS_OF_THE_OPTIMIZER = "steps-of-the-optimizer"
+    """AdamW's bias correction counts the steps in which a parameter had no gradient."""
+    ROPE_DETACHED = "rope-detached"
+    """No gradient goes back through the rotation of queries and keys."""
+    NORMS_DETACHED = "norms-detached"
+    """No gradient goes back through a norm, so that the logits reach no weight but the head's."""
+    SOFTMAX_DETACHED = "softmax-detached"
+    """No gradient goes back through the softmax of the attention."""
+    LAYER_NORM_IN_ONE_PASS = "layer-norm-in-one-pass"
+    """The variance of a layer norm is mean(x²) − mean(x)²: the same value with a larger noise."""
+    PADDING_TRAINED = "padding-trained"
+    """The embedding of the config's padding token has a gradient where the token is in the prompt."""
 
 
 class CallRow(TableRow):
@@ -243,6 +255,7 @@ class CallRow(TableRow):
     :ivar transcoder: whose functions are called.
     :ivar network: whose functions are called.
     :ivar vocabulary: of a tokenizer, whose functions are called.
+    :ivar diffusion: whose functions are called.
     :ivar exact: the result must be bitwise equal to the truth in float32.
     :ivar ties: any of equal features may be kept, but as many as in the truth and with the same values.
     :ivar raises: PyTorch raises, so that any result is wrong, and a refusal is right.
@@ -257,6 +270,7 @@ class CallRow(TableRow):
     transcoder: str | None = Field(default=None, exclude_if=lambda transcoder: transcoder is None)
     network: str | None = Field(default=None, exclude_if=lambda network: network is None)
     vocabulary: str | None = Field(default=None, exclude_if=lambda vocabulary: vocabulary is None)
+    diffusion: str | None = Field(default=None, exclude_if=lambda diffusion: diffusion is None)
     exact: bool = False
     ties: bool = False
     raises: bool = Field(default=False, exclude_if=lambda raises: not raises)
@@ -270,6 +284,7 @@ class CallTable(TableRow):
     transcoders: dict[str, TranscoderRow] = Field(default_factory=dict, exclude_if=lambda found: not found)
     networks: dict[str, NetworkRow] = Field(default_factory=dict, exclude_if=lambda networks: not networks)
     vocabularies: dict[str, VocabularyRow] = Field(default_factory=dict, exclude_if=lambda found: not found)
+    diffusions: dict[str, DiffusionRow] = Field(default_factory=dict, exclude_if=lambda found: not found)
     call: list[CallRow]
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -305,6 +320,8 @@ class CallTable(TableRow):
             network.write(out / name)
         for name, vocabulary in self.vocabularies.items():
             vocabulary.write(out / name)
+        for name, diffusion in self.diffusions.items():
+            diffusion.write(out / name)
 
     def request(self, directory: Path, out: Path) -> dict[str, object]:
         """The emitter's request for all calls.
@@ -329,7 +346,10 @@ class CallTable(TableRow):
             network["network"] = self.networks[row.network].request(directory / row.network)
         if row.vocabulary is not None:
             vocabulary["vocabulary"] = str(self.vocabularies[row.vocabulary].at(directory / row.vocabulary))
-        return {"fn": row.fn, **row.args, **sae, **model, **weights, **transcoder, **network, **vocabulary}
+        diffusion = {} if row.diffusion is None else {"diffusion": str(directory / row.diffusion)}
+        return {
+            "fn": row.fn, **row.args, **sae, **model, **weights, **transcoder, **network, **vocabulary, **diffusion,
+        }  # fmt: skip
 
 
 class Answer(Part):
@@ -381,6 +401,7 @@ def load_calls(path: Path = FIXTURES / "calls.toml") -> CallTable:
     known: dict[str, Collection[str]] = {
         "SAE": table.saes, "model": table.models, "weights": table.weights, "transcoder": table.transcoders,
         "network": table.networks, "vocabulary": table.vocabularies,
+        "diffusion": table.diffusions,
     }  # fmt: skip
     for kind, names in known.items():
         asked = {row.id: getattr(row, kind.lower()) for row in table.call}

@@ -48,7 +48,7 @@ class KnownCall(Cause):
     :ivar refuses: a regular expression for the whole message of a refusal or of a function's absence.
     """
 
-    id: Annotated[str, Field(pattern=r"^CMI1\d\d$")]
+    id: Annotated[str, Field(pattern=r"^CMI[12]\d\d$")]
     calls: Annotated[list[str], Field(min_length=1)]
     formula: Annotated[Formula | None, Field(strict=False)] = None
     refuses: Pattern = ""
@@ -138,13 +138,17 @@ def expectations(cache: Path, known: KnownCalls | None = None) -> Expectations:
     truths = _truths(table, asked, cache)
     for row, call in matches:
         right, wrong = truths[call, None], truths[call, row.formula]
-        if (
-            row.formula
-            and not rows[call].raises
-            and _status(compare_call(rows[call], answer_of(rows[call], wrong), right)) is not Status.FAIL
-        ):
+        if row.formula and not rows[call].raises and not _differs(rows[call], right, wrong):
             raise ExplanationError(f"{row.id} explains nothing: {row.formula} gives the right value of {call}")
     return Expectations(table, matches, truths)
+
+
+def _differs(row: CallRow, right: CallTruth, wrong: CallTruth) -> bool:
+    """Whether a formula gives another value, or the same with twice the noise, as an order of operations does that
+    cancels."""
+    if _status(compare_call(row, answer_of(row, wrong), right)) is Status.FAIL:
+        return True
+    return any(np.square(wrong[name].noise).sum() > 4 * np.square(right[name].noise).sum() for name in right)
 
 
 def _truths(table: CallTable, asked: dict[TruthKey, str], cache: Path) -> dict[TruthKey, CallTruth]:
@@ -166,7 +170,9 @@ def _truths(table: CallTable, asked: dict[TruthKey, str], cache: Path) -> dict[T
             except CaseTableError as error:
                 raise ExplanationError(f"{owner or FIXTURES / 'calls.toml'}: {error}") from error
             for place, (name, tensor) in enumerate(truth.items()):
-                arrays[f"{index:04}.{place:03}.{name}"] = np.stack([tensor.value, tensor.noise])
+                # Of a transposed array safetensors would write the numbers in the order of memory.
+                pair = np.ascontiguousarray(np.stack([tensor.value, tensor.noise]))
+                arrays[f"{index:04}.{place:03}.{name}"] = pair
         save_file(arrays, out / "truth.safetensors")
 
     code = digest_files(list(Path(__file__).parent.glob("calls*.py")))

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
+from safetensors.numpy import save_file
 
-from candle_mi_parity.models.generate import generated_model
+from candle_mi_parity.models.generate import generated_model, tensor_values
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.spec.cases import PackageModel, Setting, Statistic
 from candle_mi_parity.spec.table import TableRow
@@ -71,6 +72,68 @@ class ModelRow(TableRow):
             (out / "tokenizer.json").write_text(text, encoding="utf-8")
             # Otherwise transformers takes the class of the model's type, which changes what the file says.
             (out / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
+
+
+class DiffusionRow(TableRow):
+    """A generated diffusion model, with weights as those of :mod:`generate`; none of them is 0.
+
+    :ivar config: ``config.json``, whose ``model_type`` is ``mdlm`` or ``othello``.
+    """
+
+    config: dict[str, Setting]
+    seed: int = 0
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each weight, under the names of the checkpoints that the two authors published."""
+        given: dict[str, Any] = dict(self.config)
+        return _mdlm(given) if given["model_type"] == "mdlm" else _othello(given)
+
+    def write(self, directory: Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``."""
+        directory.mkdir(exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(self.config), encoding="utf-8")
+        arrays = {name: tensor_values(name, shape, 0, self.seed) for name, shape in self.shapes().items()}
+        save_file(arrays, directory / "model.safetensors")
+
+
+def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if bias else {})
+
+
+def _mdlm(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    width, condition, vocabulary = (config[key] for key in ("hidden_dim", "cond_dim", "vocab_size"))
+    found: dict[str, tuple[int, ...]] = {"vocab_embed.embedding": (vocabulary, width)}
+    found |= _linear("sigma_map.mlp.0", 256, condition) | _linear("sigma_map.mlp.2", condition, condition)
+    for layer in range(config["n_blocks"]):
+        block = f"blocks.{layer}"
+        found |= {f"{block}.norm1.weight": (width,), f"{block}.norm2.weight": (width,)}
+        found |= _linear(f"{block}.adaLN_modulation", condition, 6 * width)
+        found |= _linear(f"{block}.attn_qkv", width, 3 * width, False) | _linear(
+            f"{block}.attn_out", width, width, False
+        )
+        found |= _linear(f"{block}.mlp.0", width, 4 * width) | _linear(f"{block}.mlp.2", 4 * width, width)
+    found |= {"output_layer.norm_final.weight": (width,)}
+    found |= _linear("output_layer.adaLN_modulation", condition, 2 * width)
+    found |= _linear("output_layer.linear", width, vocabulary)
+    return {f"backbone.{name}": shape for name, shape in found.items()}
+
+
+def _othello(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    width, vocabulary = config["n_embd"], config["vocab_size"]
+
+    def norm(name: str) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+    found: dict[str, tuple[int, ...]] = {"tok_emb.weight": (vocabulary, width)}
+    found |= {"pos_emb.weight": (config["block_size"], width)}
+    if config.get("self_conditioning"):
+        found |= {"self_cond_emb.weight": (vocabulary + 1, width)}
+    for layer in range(config["n_layer"]):
+        block = f"blocks.{layer}"
+        found |= norm(f"{block}.ln1") | norm(f"{block}.ln2")
+        found |= _linear(f"{block}.attn.qkv", width, 3 * width) | _linear(f"{block}.attn.proj", width, width)
+        found |= _linear(f"{block}.mlp.0", width, 4 * width) | _linear(f"{block}.mlp.2", 4 * width, width)
+    return found | norm("ln_f") | _linear("head", width, vocabulary, False)
 
 
 def _tokenizer(vocabulary: list[str], merges: list[tuple[str, str]], bos: bool, **parts: Any) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import torch
 
 from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
 from candle_mi_parity.coverage.calls_caches import CACHES
+from candle_mi_parity.coverage.calls_diffusion import DIFFUSIONS, load_diffusion
+from candle_mi_parity.coverage.calls_gradients import GRADIENTS, gradient_truth
 from candle_mi_parity.coverage.calls_measures import MEASURES, Named, eigen
 from candle_mi_parity.coverage.calls_model_truth import MODEL_FUNCTIONS, model_truth
 from candle_mi_parity.coverage.calls_offsets import OFFSETS, offsets
@@ -19,6 +21,7 @@ from candle_mi_parity.coverage.calls_range import RangeNoise, RangeTruth
 from candle_mi_parity.coverage.calls_rwkv import RWKV, rwkv_call
 from candle_mi_parity.coverage.calls_stoicheia import NETWORKS, network_call
 from candle_mi_parity.coverage.calls_tasks import TASKS
+from candle_mi_parity.coverage.calls_training import TRAINING
 from candle_mi_parity.coverage.calls_transcoders import TRANSCODERS, TorchTranscoder
 from candle_mi_parity.coverage.calls_wrong import SAE_FORMULAS, WRONG, Formulas, norm_out_of_range, torch_sae
 from candle_mi_parity.errors import CaseTableError, OracleError
@@ -60,6 +63,8 @@ SAE_FUNCTIONS = frozenset(
 )
 
 
+_PLAIN = CACHES | TRAINING
+"""Functions of tensors and numbers alone, each with its formulas."""
 REFUSALS = (IndexError, RuntimeError, ValueError)
 """What torch and numpy raise for arguments that they do not take."""
 
@@ -90,6 +95,8 @@ def computation(
         """An argument, or the tensors that it names."""
         if isinstance(value, list):
             return [given(each) for each in value]
+        if isinstance(value, dict):
+            return {key: given(each) for key, each in value.items()}
         return torch.from_numpy(arrays[value]).to(dtype) if isinstance(value, str) and value in arrays else value
 
     if row.fn in OFFSETS and OFFSETS[row.fn][0].issuperset(formulas):
@@ -108,8 +115,11 @@ def computation(
     if row.fn in NETWORKS | TASKS and (NETWORKS | TASKS)[row.fn][0].issuperset(formulas):
         network = None if table is None or row.network is None else table.networks[row.network]
         return network_call(row.fn, network, formulas, dtype, args)
-    if row.fn in CACHES and CACHES[row.fn][0].issuperset(formulas):
-        return lambda: CACHES[row.fn][1](formulas, **args)
+    if row.fn in DIFFUSIONS and DIFFUSIONS[row.fn][0].issuperset(formulas):
+        diffusion = load_diffusion(directory / str(row.diffusion), dtype, formulas)
+        return lambda: DIFFUSIONS[row.fn][1](diffusion, **args)
+    if row.fn in _PLAIN and _PLAIN[row.fn][0].issuperset(formulas):
+        return lambda: _PLAIN[row.fn][1](formulas, **args)
     if row.sae is not None and row.fn in SAE_FUNCTIONS and SAE_FORMULAS.issuperset(formulas):
         sae = torch_sae(directory / row.sae, formulas, dtype)
         finite = all(np.isfinite(array).all() for array in arrays.values())
@@ -190,6 +200,9 @@ def truth_of(row: CallRow, table: CallTable, cache: Path, formula: Formula | Non
             if formula is not None:
                 raise CaseTableError(f"{row.id}: {row.fn} has no formula {formula}")
             values = model_truth(row, arrays, directory / row.model)
+        elif row.fn in GRADIENTS:
+            assert row.model is not None
+            values = gradient_truth(row, arrays, directory / row.model, formula)
         else:
             once = computation(row, arrays, directory, formulas, table=table)
             values, overflows = with_noise(row, once, not row.exact, formulas)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from candle_mi_parity.coverage.calls import CallRow, CallTable, InputTensor, WeightsRow
+from candle_mi_parity.hunt import call_diffusion, call_training, call_transcoders
 from candle_mi_parity.hunt.call_inputs import (
     ID,
     INDEX,
@@ -25,7 +26,6 @@ from candle_mi_parity.hunt.call_inputs import (
 )
 from candle_mi_parity.hunt.call_rwkv import VOCABULARIES
 from candle_mi_parity.hunt.call_stoicheia import STOICHEIA
-from candle_mi_parity.hunt.call_transcoders import CALLS
 
 _LAYER = st.integers(0, 2)
 _SMALL = (0.0, 1e-30, 1e-12, 1e-11, 5e-11, 1e-10, 2e-10, 1e-8)
@@ -147,7 +147,8 @@ _CACHES: dict[str, Callable[[], SearchStrategy[CallTable]]] = {
 
 
 GENERATED: dict[str, SearchStrategy[CallTable]] = {
-    **{fn: make() for fn, make in (MEASURES | _CACHES | CALLS | STOICHEIA | VOCABULARIES).items()},
+    **{fn: make() for fn, make in (MEASURES | _CACHES | STOICHEIA | VOCABULARIES).items()},
+    **{fn: make() for part in (call_transcoders, call_training, call_diffusion) for fn, make in part.CALLS.items()},
     **SAES,
 }
 """What is called → a strategy for a table with one call and its tensors."""

@@ -297,6 +297,7 @@ def forward(
     family: Family | None = None,
     variants: frozenset[Variant] = frozenset(),
     recurrence: Recurrence | None = None,
+    gradients: bool = False,
 ) -> Recorder:
     """One forward pass with every hook point recorded, ``logits`` last.
 
@@ -304,6 +305,7 @@ def forward(
     :param edits: see :class:`Recorder`; honoured at every hook, not at ``logits``.
     :param family: None for that of the model's type.
     :param variants: see :class:`Recorder`; ``recurrence`` too.
+    :param gradients: whether autograd records the pass.
     """
     recorder = Recorder(edits, variants, recurrence)
     handles = _attach(model, recorder, family)
@@ -311,7 +313,7 @@ def forward(
     # Positions for each sequence, so that samples in one batch have independent rotary noise.
     positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             logits = model(tokens, position_ids=positions, use_cache=False).logits
     finally:
         _recorder.reset(token)

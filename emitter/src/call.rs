@@ -8,6 +8,8 @@ use serde::Serialize;
 use crate::answer::{Answer, Outcome};
 use crate::call_caches;
 use crate::call_clt;
+use crate::call_diffusion;
+use crate::call_gradients;
 use crate::call_measures;
 use crate::call_model::{self, CallModels};
 use crate::call_offsets::{self, Tokenizers};
@@ -15,6 +17,7 @@ use crate::call_protocol::{CallRequest, Function};
 use crate::call_rwkv::{self, Vocabularies};
 use crate::call_sae;
 use crate::call_stoicheia;
+use crate::call_training;
 use crate::error::{one_line, EmitError};
 use crate::identity::{CandleMi, Identity};
 use crate::inputs::Inputs;
@@ -62,6 +65,9 @@ pub fn run(request: &CallRequest) -> Result<(), EmitError> {
             Function::Clt(wanted) => call_clt::run(wanted, &inputs),
             Function::Rwkv(wanted) => call_rwkv::run(wanted, &mut vocabularies),
             Function::Stoicheia(wanted) => call_stoicheia::run(wanted, &inputs),
+            Function::Diffusion(wanted) => call_diffusion::run(wanted, &inputs),
+            Function::Gradient(wanted) => call_gradients::run(wanted, &inputs),
+            Function::Training(wanted) => call_training::run(wanted, &inputs),
         }));
         let (outcome, results, error) = match outcome {
             Ok(Ok(Outcome::Results(results))) => ("results", results, None),

@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use crate::clt_protocol::CltCall;
+use crate::diffusion_protocol::DiffusionCall;
 use crate::protocol::{Case, Precision};
 use crate::rwkv_protocol::RwkvCall;
 use crate::stoicheia_protocol::StoicheiaCall;
+use crate::training_protocol::{GradientCall, TrainingCall};
 
 pub const CALL_REQUEST: &str = "candle-mi-parity/call/1";
 
@@ -43,6 +45,9 @@ pub enum Function {
     Clt(CltCall),
     Rwkv(RwkvCall),
     Stoicheia(StoicheiaCall),
+    Diffusion(DiffusionCall),
+    Gradient(GradientCall),
+    Training(TrainingCall),
 }
 
 /// A function and its arguments; a string is a key of the inputs.

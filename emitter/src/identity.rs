@@ -46,10 +46,13 @@ impl Identity {
         let features = [
             ("clt", cfg!(feature = "clt")),
             ("cuda", cfg!(feature = "cuda")),
+            ("diffusion", cfg!(feature = "diffusion")),
+            ("fused-attn", cfg!(feature = "fused-attn")),
             ("mmap", cfg!(feature = "mmap")),
             ("quantized", cfg!(feature = "quantized")),
             ("rwkv", cfg!(feature = "rwkv")),
             ("sae", cfg!(feature = "sae")),
+            ("training", cfg!(feature = "training")),
             ("transformer", true),
         ];
         Self {

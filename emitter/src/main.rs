@@ -11,6 +11,11 @@ mod call_caches;
 #[cfg_attr(not(feature = "clt"), path = "call_clt_absent.rs")]
 mod call_clt;
 #[cfg(feature = "calls")]
+#[cfg_attr(not(feature = "diffusion"), path = "call_diffusion_absent.rs")]
+mod call_diffusion;
+#[cfg(feature = "calls")]
+mod call_gradients;
+#[cfg(feature = "calls")]
 mod call_measures;
 #[cfg(feature = "calls")]
 mod call_model;
@@ -25,9 +30,13 @@ mod call_sae;
 #[cfg(feature = "calls")]
 #[cfg_attr(not(feature = "stoicheia"), path = "call_stoicheia_absent.rs")]
 mod call_stoicheia;
+#[cfg(feature = "calls")]
+#[cfg_attr(not(feature = "training"), path = "call_training_absent.rs")]
+mod call_training;
 #[cfg_attr(not(feature = "clt"), path = "clt_absent.rs")]
 mod clt;
 mod clt_protocol;
+mod diffusion_protocol;
 mod digest;
 mod dispatch;
 mod edits;
@@ -61,6 +70,7 @@ mod tensor;
 #[cfg(feature = "tokens")]
 mod tokenize;
 mod trace;
+mod training_protocol;
 mod weights;
 
 use std::io::{BufRead, Write};

@@ -286,12 +286,36 @@ esac
 @pytest.mark.parametrize(
     ("broken", "kept", "missing"),
     [
-        (["call_measures.rs"], "clt,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,tokens", {"calls"}),
-        (["call_clt.rs"], "calls,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,tokens", {"clt"}),
-        (["call_rwkv.rs"], "calls,clt,quantized,rwkv,sae,stoicheia,tokens", {"rwkv-tokenizer"}),
-        (["call_stoicheia.rs"], "calls,clt,quantized,rwkv,rwkv-tokenizer,sae,tokens", {"stoicheia"}),
-        (["sae.rs"], "clt,quantized,rwkv,rwkv-tokenizer,stoicheia,tokens", {"sae", "calls"}),
-        (["tokenize.rs", "call.rs"], "clt,quantized,rwkv,rwkv-tokenizer,sae,stoicheia", {"tokens", "calls"}),
+        (
+            ["call_measures.rs"],
+            "clt,diffusion,fused-attn,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,tokens,training",
+            {"calls"},
+        ),
+        (
+            ["call_clt.rs"],
+            "calls,diffusion,fused-attn,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,tokens,training",
+            {"clt"},
+        ),
+        (
+            ["call_rwkv.rs"],
+            "calls,clt,diffusion,fused-attn,quantized,rwkv,sae,stoicheia,tokens,training",
+            {"rwkv-tokenizer"},
+        ),
+        (
+            ["call_stoicheia.rs"],
+            "calls,clt,diffusion,fused-attn,quantized,rwkv,rwkv-tokenizer,sae,tokens,training",
+            {"stoicheia"},
+        ),
+        (
+            ["sae.rs"],
+            "clt,diffusion,fused-attn,quantized,rwkv,rwkv-tokenizer,stoicheia,tokens,training",
+            {"sae", "calls"},
+        ),
+        (
+            ["tokenize.rs", "call.rs"],
+            "clt,diffusion,fused-attn,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,training",
+            {"tokens", "calls"},
+        ),
         (["forward.rs"], "", None),
         (["call.rs", "forward.rs"], "", None),
     ],
@@ -323,7 +347,7 @@ def test_a_part_that_does_not_compile_costs_no_other(
 
 CARGO_WITH_A_BROKEN_FEATURE = """#!/bin/sh
 echo "$*" >>{log}
-every=calls,clt,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,tokens
+every=calls,clt,diffusion,fused-attn,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,tokens,training
 case "$*" in *--no-default-features*) ;; *) set -- --features $every ;; esac
 case "$*" in
 {pattern})
@@ -346,7 +370,7 @@ esac
     [
         # As a whole; without any feature; without the one that is named, or each until it is found; and as it stays.
         ("*quantized*", "src/quantized.rs", {"quantized"}, 4),
-        ("*quantized*", "src/backend.rs", {"quantized"}, 5),
+        ("*quantized*", "src/backend.rs", {"quantized"}, 7),
         ("*sae*", "src/sae/mod.rs", {"calls", "sae"}, 4),
         ("*", "src/backend.rs", None, 2),
     ],
@@ -381,7 +405,10 @@ def test_every_feature_that_a_case_needs_is_one_that_the_emitter_switches_on() -
 def test_a_release_is_built_without_the_features_that_it_does_not_have(put: Cargo, tmp_path: Path) -> None:
     put("")
     old, new = (plan_of(parse_candidate(version), tmp_path) for version in ("0.1.12", "0.1.13"))
-    assert (old.absent, new.absent) == (("quantized",), ())
+    assert (old.absent, new.absent) == (
+        ("diffusion", "fused-attn", "quantized", "training"),
+        ("diffusion", "fused-attn", "training"),
+    )
     features = tomllib.loads(old.manifest)["features"]
     assert features["default"] == ["calls", "clt", "rwkv", "rwkv-tokenizer", "sae", "stoicheia", "tokens"]
     assert features["quantized"] == []
@@ -389,8 +416,25 @@ def test_a_release_is_built_without_the_features_that_it_does_not_have(put: Carg
     crate = write_crate(tmp_path / "crate")
     manifest = crate / "Cargo.toml"
     for offered, absent in (
-        ("sae = []\nclt = []\nstoicheia = []", ("mmap", "quantized", "rwkv", "rwkv-tokenizer")),
-        ("mmap = []", ("calls", "clt", "quantized", "rwkv", "rwkv-tokenizer", "sae", "stoicheia")),
+        (
+            "sae = []\nclt = []\nstoicheia = []",
+            ("diffusion", "fused-attn", "mmap", "quantized", "rwkv", "rwkv-tokenizer", "training"),
+        ),
+        (
+            "mmap = []",
+            (
+                "calls",
+                "clt",
+                "diffusion",
+                "fused-attn",
+                "quantized",
+                "rwkv",
+                "rwkv-tokenizer",
+                "sae",
+                "stoicheia",
+                "training",
+            ),
+        ),
     ):
         manifest.write_text(f"{manifest.read_text().partition('[features]')[0]}[features]\n{offered}\n")
         assert plan_of(parse_candidate(f"path:{crate}"), tmp_path).absent == absent
