@@ -198,6 +198,7 @@ def test_nan_is_expected_where_pytorch_gives_nan_and_nowhere_else() -> None:
     assert {call for call in nan if not call.endswith("nan")} == {
         *("attention/no-targets", "kl/infinite", "logit_diff/infinite", "token_prob/infinite"),
         *("pca/equal-rows", "steering/scale-to-nothing"),
+        *(f"stoicheia-{of}/none" for of in ("neurons", "pairs", "accuracy", "surprise")),
     }
     row = np.full((1, 8), np.nan)
     assert judged(spoilt(answered("jump/nan", {"value": row})))["jump/nan"].status is Status.PASS
@@ -308,7 +309,7 @@ def test_a_run_judges_calls_and_fails_where_a_function_is_broken(tmp_path: Path)
         return run_cases(RunOptions(f"stored:{tmp_path}", cases), [], {}, Progress())
 
     honest, broken, torn = ran(STORED), ran(spoilt(*HALVED)), ran(None)
-    assert honest.sections["calls"].line() == "743 of 925 direct calls agree, 182 do not for 63 known causes"
+    assert honest.sections["calls"].line() == "899 of 1087 direct calls agree, 188 do not for 67 known causes"
     assert [call.id for call in broken.sections["calls"].new] == ["calls/kl/1d", "calls/kl/2d", "calls/kl/3d"]
     assert [call.status for call in torn.sections["calls"].results] == [Status.ERROR]
     assert "calls" not in ran(STORED, "llama/*").sections
