@@ -1,14 +1,18 @@
-"""The source for ``command:PROGRAM ARGS``: any program that answers requests as ``docs/emitter-protocol.md`` says."""
+"""The source for ``command:PROGRAM ARGS``: any program that answers requests as ``docs/emitter-protocol.md`` says.
+
+:mod:`lens` is such a program, for ``transformer-lens``.
+"""
 
 from __future__ import annotations
 
 import shlex
+from importlib import metadata
 from pathlib import Path
 from typing import Self
 
 from candle_mi_parity.candidate.process import EmitterProcess
 from candle_mi_parity.candidate.requests import TIMEOUT_SECONDS, opened, request
-from candle_mi_parity.candidate.spelling import Candidate
+from candle_mi_parity.candidate.spelling import Candidate, CandidateError
 from candle_mi_parity.candidate.tokens import TextIds
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.models.prepared_case import PreparedCase
@@ -16,6 +20,21 @@ from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.trace.release import trace_name
 from candle_mi_parity.trace.trace import CandleMi, Trace
 from candle_mi_parity.trace.truth import Truth
+
+OLDEST_LENS = (4, 3)
+
+
+def require_transformer_lens() -> None:
+    """:raises CandidateError: TransformerLens is not installed, or is too old."""
+    remedy = "pip install 'candle-mi-parity[lens]'"
+    try:
+        found = metadata.version("transformer-lens")
+    except metadata.PackageNotFoundError:
+        raise CandidateError(f"candidate transformer-lens: TransformerLens is not installed; {remedy}") from None
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_LENS:
+        raise CandidateError(
+            f"candidate transformer-lens: TransformerLens is {found}, expected 4.3 or later; {remedy}"
+        )
 
 
 class ProgramSource:
@@ -30,7 +49,8 @@ class ProgramSource:
     def __init__(self, candidate: Candidate, out: Path, device: str) -> None:
         self.device = device
         self._out = out.resolve()
-        self._process = EmitterProcess(shlex.split(candidate.target))
+        offline = {"HF_HUB_OFFLINE": "1"} if candidate.kind == "transformer-lens" else {}
+        self._process = EmitterProcess(shlex.split(candidate.target), environment=offline)
         self._is: CandleMi | None = None
 
     def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Trace:
@@ -43,6 +63,9 @@ class ProgramSource:
         out.parent.mkdir(parents=True, exist_ok=True)
         path = self._process.emit(request(subject, mode, inputs, out, self.device), self.seconds)
         trace = opened(path, subject, truth, inputs, self.device)
+        if unknown := sorted(set(trace.document.absent) - set(subject.captures)):
+            raise TraceError(f"{trace.path}: {unknown[0]} is no hook point, and cannot be absent")
+        trace.asked = set(truth.tensors) - set(trace.document.absent)
         self._is = self._is or trace.header.candle_mi
         if trace.header.candle_mi != self._is:
             raise TraceError(f"{trace.path}: made by {trace.header.candle_mi}, and earlier traces by {self._is}")

@@ -17,7 +17,7 @@ from candle_mi_parity.candidate.branches import Branches
 from candle_mi_parity.candidate.build import build
 from candle_mi_parity.candidate.parts import LANES
 from candle_mi_parity.candidate.process import EmitterError, EmitterProcess
-from candle_mi_parity.candidate.program import ProgramSource
+from candle_mi_parity.candidate.program import ProgramSource, require_transformer_lens
 from candle_mi_parity.candidate.requests import TIMEOUT_SECONDS, check_id, opened, request
 from candle_mi_parity.candidate.spelling import Candidate, CandidateError, OutOfReachError, stored_index
 from candle_mi_parity.candidate.tokens import TextIds, stored_text_ids, text_ids
@@ -106,7 +106,9 @@ def open_source(
         return TorchSource(device)
     if candidate.kind == "stored":
         return StoredSource(stored_index(candidate, OUTPUTS))
-    if candidate.kind == "command":
+    if candidate.kind == "transformer-lens":
+        require_transformer_lens()
+    if candidate.kind in ("command", "transformer-lens"):
         return ProgramSource(candidate, out, device)
     return LiveSource(candidate, cache, out, log, device, counted)
 

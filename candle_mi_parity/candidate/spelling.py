@@ -2,13 +2,14 @@
 
 ``0.2.2``, ``path:DIR`` and ``git:URL@REV`` are built by :mod:`candle_mi_parity.candidate.build`;
 ``stored:VERSION_OR_DIR`` names stored traces and needs no Rust; ``command:PROGRAM ARGS`` is any program that speaks
-the emitter's protocol; ``torch`` is the control.
+the emitter's protocol, ``transformer-lens`` is such a program of this package; ``torch`` is the control.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,11 +17,11 @@ from typing import Literal
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.spec.explanations import numbers
 
-Kind = Literal["version", "path", "git", "stored", "command", "torch"]
+Kind = Literal["version", "path", "git", "stored", "command", "transformer-lens", "torch"]
 
 ACCEPTED = (
-    "a version such as 0.2.2, path:DIR, git:URL@REV, stored:VERSION_OR_DIR, command:PROGRAM, or torch (float32, the "
-    "control)"
+    "a version such as 0.2.2, path:DIR, git:URL@REV, stored:VERSION_OR_DIR, command:PROGRAM, transformer-lens, or "
+    "torch (float32, the control)"
 )
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?")
@@ -51,7 +52,7 @@ class Candidate:
     @property
     def is_candle_mi(self) -> bool:
         """Whether what is known of candle-mi's releases may hold of it."""
-        return self.kind not in ("command", "torch")
+        return self.kind not in ("command", "transformer-lens", "torch")
 
     @property
     def has_source(self) -> bool:
@@ -69,6 +70,9 @@ def parse_candidate(spec: str) -> Candidate:
         return Candidate(text, "version", f"candle-mi {text}", text)
     if text == "torch":
         return Candidate(text, "torch", "torch float32", text)
+    if text == "transformer-lens":
+        program = shlex.join([sys.executable, "-m", "candle_mi_parity.candidate.lens"])
+        return Candidate(text, "transformer-lens", "TransformerLens", program)
     form, _, rest = text.partition(":")
     if form == "path" and rest:
         return Candidate(text, "path", f"candle-mi in {rest}", rest)
@@ -76,11 +80,11 @@ def parse_candidate(spec: str) -> Candidate:
         return Candidate(text, "stored", f"candle-mi {rest} (stored)", rest)
     if form == "command" and rest:
         try:
-            program = shlex.split(rest)
+            words = shlex.split(rest)
         except ValueError as error:
             raise CandidateError(f"candidate {spec!r} is no command line: {error}") from error
-        if program:
-            return Candidate(text, "command", Path(program[-1] if len(program) > 1 else program[0]).name, rest)
+        if words:
+            return Candidate(text, "command", Path(words[-1] if len(words) > 1 else words[0]).name, rest)
     if form == "git":
         # A URL may itself hold an @ (git@host:…).
         url, _, revision = rest.rpartition("@")

@@ -13,7 +13,10 @@ OUT = Path("build/parity")
 Globs = Annotated[list[str] | None, typer.Argument(help="Globs over case ids; without any, the default lane.")]
 CasesOption = Annotated[list[str] | None, typer.Option("--cases", "--case", help="A glob; may be given again.")]
 CandidateOption = Annotated[
-    str, typer.Option(help="0.2.2 | path:DIR | git:URL@REV | stored:VERSION_OR_DIR | command:PROGRAM | torch")
+    str,
+    typer.Option(
+        help="0.2.2 | path:DIR | git:URL@REV | stored:VERSION_OR_DIR | command:PROGRAM | transformer-lens | torch"
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu | cuda:N (the emitter is then built with CUDA)")]
 OnlyOption = Annotated[

@@ -29,7 +29,14 @@ from candle_mi_parity.compare.verdict import (
 from candle_mi_parity.errors import HubError, NoTruthError, OutOfRangeError, ParityError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.known import Evidence, decoder_of, facts_of, known_divergence, known_refusal
-from candle_mi_parity.judge.notes import edits_before, other_ids, padding_notes, truth_notes, unexercised
+from candle_mi_parity.judge.notes import (
+    absent_notes,
+    edits_before,
+    other_ids,
+    padding_notes,
+    truth_notes,
+    unexercised,
+)
 from candle_mi_parity.judge.reproducible import not_reproducible
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.oracle.oracle import Oracle
@@ -175,7 +182,7 @@ def _judge(
     result.tensors, result.diagnosis, result.sae = judged.tensors, judged.diagnosis, judged.sae
     result.expected, result.in_part = len(result.tensors), judged.in_part
     result.status, result.error = status_of(result.tensors, case, result.in_part)
-    result.notes += truth_notes(oracle.truth(), case)
+    result.notes += truth_notes(oracle.truth(), case) + absent_notes(judged.evidence.trace)
     if result.status is not Status.FAIL and (reason := unexercised(oracle.truth())):
         result.status, result.error = Status.UNMEASURED, reason
     if result.status is not Status.FAIL:

@@ -6,6 +6,7 @@ from candle_mi_parity.compare.verdict import TOKENS, Status, TensorResult
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.cases import Case
+from candle_mi_parity.trace.trace import Emitted, Trace
 from candle_mi_parity.trace.truth import Truth
 
 SHOWN = 3
@@ -40,6 +41,17 @@ def padding_notes(subject: PreparedCase) -> list[str]:
         f"the prompt holds the padding id {pad} ({', '.join(places)}) as plain tokens: candle-mi takes no attention "
         "mask, so that on both sides every query attends to them"
     ]
+
+
+def absent_notes(trace: Emitted) -> list[str]:
+    """A note for each reason why hook points are not compared: a program may say that it does not have them."""
+    absent = trace.document.absent if isinstance(trace, Trace) else {}
+    notes = []
+    for why in sorted(set(absent.values())):
+        names = [name for name in absent if absent[name] == why]
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        notes.append(f"not compared: {', '.join(names[:SHOWN])}{more}: {why}")
+    return notes
 
 
 def edits_before(first: TensorResult | None, subject: PreparedCase) -> list[str]:

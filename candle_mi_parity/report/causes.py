@@ -18,7 +18,8 @@ NEW = "Is anything new?"
 
 def right(result: RunResult) -> str:
     """The first question, of candle-mi or of another program."""
-    who = "the program" if result.candidate.startswith("command:") else "candle-mi"
+    program = "TransformerLens" if result.candidate == "transformer-lens" else "the program"
+    who = program if result.candidate.startswith(("command:", "transformer-lens")) else "candle-mi"
     return f"Does {who} compute what PyTorch computes?"
 
 

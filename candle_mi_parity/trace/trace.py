@@ -147,6 +147,7 @@ class Document(Part):
     """The JSON file.
 
     :ivar run: None in a stored trace.
+    :ivar absent: hook points that a program does not have → why. They are not compared; candle-mi has all of them.
     """
 
     format: Literal["candle-mi-parity/trace/1"]
@@ -156,12 +157,15 @@ class Document(Part):
     tensors: list[TensorEntry]
     scalars: dict[Text, float]
     top_features_last_pos: list[Feature]
+    absent: dict[Text, Text] = Field(default={}, exclude_if=lambda absent: not absent)
 
     @model_validator(mode="after")
     def _unique(self) -> Document:
         counts = Counter(tensor.name for tensor in self.tensors)
         if doubled := sorted(name for name, count in counts.items() if count > 1):
             raise ValueError(f"tensors given twice: {', '.join(doubled)}")
+        if both := sorted(set(counts) & set(self.absent)):
+            raise ValueError(f"tensors given and absent: {', '.join(both)}")
         return self
 
     @model_validator(mode="after")
