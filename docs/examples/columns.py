@@ -1,6 +1,7 @@
-"""Several candidates side by side: the reports of their runs as one Markdown table, and the divergences of the last.
+"""Markdown tables of reports: several candidates side by side, or the divergences of one.
 
 python docs/examples/columns.py torch/report.json transformer-lens/report.json 0.2.2/report.json
+python docs/examples/columns.py transformer-lens/report.json
 """
 
 import json
@@ -43,8 +44,9 @@ def divergences(report):
         if case["outcome"] == "diverges":
             name = case["first_divergence"]
             first = next(tensor for tensor in case["tensors"] if tensor["name"] == name)
-            worst = first["worst"]
-            size = (f"{worst['absolute']:.2g}", f"{worst['ratio']:.2g}") if worst else (first["reason"], "")
+            # A report has infinities as texts.
+            sizes = [f"{float(first['worst'][key]):.2g}" for key in ("absolute", "ratio")] if first["worst"] else []
+            size = sizes or [first["reason"], ""]
             rows.append([case["id"], f"`{name}`", *size])
     return markdown(["case", "first at", "error", "ratio"], rows)
 
@@ -55,4 +57,4 @@ def markdown(head, rows):
 
 if __name__ == "__main__":
     given = [json.loads(Path(path).read_text(encoding="utf-8")) for path in sys.argv[1:]]
-    print(table(given), divergences(given[-1]), sep="\n\n")
+    print(table(given) if len(given) > 1 else divergences(given[0]))

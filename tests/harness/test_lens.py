@@ -210,7 +210,7 @@ def test_reports_stand_side_by_side(tmp_path: Path) -> None:
     assert spec is not None and spec.loader is not None
     columns = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(columns)
-    worst = {"absolute": 0.25, "ratio": 1234.0}
+    worst = {"absolute": 0.25, "ratio": "inf"}
     differs = {
         "id": "llama/b",
         "outcome": "diverges",
@@ -226,4 +226,4 @@ def test_reports_stand_side_by_side(tmp_path: Path) -> None:
         "| llama | 1 agree | 1 other numbers |",
         "| all | 1 agree | 1 other numbers, 1 absent |",
     ]
-    assert columns.divergences(reports[1]).splitlines()[2:] == ["| llama/b | `logits` | 0.25 | 1.2e+03 |"]
+    assert columns.divergences(reports[1]).splitlines()[2:] == ["| llama/b | `logits` | 0.25 | inf |"]
