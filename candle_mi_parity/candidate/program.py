@@ -62,7 +62,8 @@ class ProgramSource:
         out = self._out / f"{trace_name(subject.case.id, mode)}.json"
         out.parent.mkdir(parents=True, exist_ok=True)
         path = self._process.emit(request(subject, mode, inputs, out, self.device), self.seconds)
-        trace = opened(path, subject, truth, inputs, self.device)
+        # A program reads the files that transformers does, where candle-mi may read others.
+        trace = opened(path, subject, truth, inputs, self.device, subject.given_digest)
         if unknown := sorted(set(trace.document.absent) - set(subject.captures)):
             raise TraceError(f"{trace.path}: {unknown[0]} is no hook point, and cannot be absent")
         trace.asked = set(truth.tensors) - set(trace.document.absent)

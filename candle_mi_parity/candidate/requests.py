@@ -8,7 +8,6 @@ from candle_mi_parity.compare.compare import check_header
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.files.escape import one_line
-from candle_mi_parity.models.indexed import read_digest
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.edits import for_emitter
 from candle_mi_parity.spec.hook_points import FORCED, Mode, is_lens
@@ -48,9 +47,10 @@ def request(subject: PreparedCase, mode: Mode, inputs: Path, out: Path, device: 
     }
 
 
-def opened(path: Path, subject: PreparedCase, truth: Truth, inputs: Path, device: str) -> Trace:
+def opened(path: Path, subject: PreparedCase, truth: Truth, inputs: Path, device: str, weights: str) -> Trace:
     """The trace that an emitter wrote just now.
 
+    :param weights: the digest of the model's files that it has to have read.
     :raises TraceError: it is malformed, or of another case, model, input, format or device, or in part.
     """
     trace = Trace(path)
@@ -58,7 +58,7 @@ def opened(path: Path, subject: PreparedCase, truth: Truth, inputs: Path, device
         raise TraceError(f"{trace.path}: an emitter writes whole tensors, and this trace holds parts")
     if trace.header.device != device:
         raise TraceError(f"{trace.path}: made on {trace.header.device}, expected {device}")
-    check_header(truth, trace, file_digest(inputs), read_digest(subject))
+    check_header(truth, trace, file_digest(inputs), weights)
     check_id(trace, subject)
     return trace
 

@@ -259,7 +259,7 @@ class LiveSource:
         except EmitterError as error:
             # Where the model lies is no part of an answer.
             raise EmitterError(error.kind, error.message.replace(f"{subject.given}/", "")) from error
-        trace = same_candidate(opened(path, subject, truth, inputs, self.device), self.identity)
+        trace = same_candidate(opened(path, subject, truth, inputs, self.device, read_digest(subject)), self.identity)
         if lacking := set(subject.case.features) - set(trace.header.features):
             raise TraceError(f"{trace.path}: made without the feature {sorted(lacking)[0]}")
         if mode == "free":

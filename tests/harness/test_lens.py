@@ -58,6 +58,7 @@ AGREE = (
     "llama/edit-steer-set",
     "llama/edit-knockout",
     "llama/edit-zero-attention",
+    "llama/pretrained-shards-beside",
 )
 
 
