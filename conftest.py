@@ -20,6 +20,7 @@ from candle_mi_parity.compare.verdict import CaseResult
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.spec.cases import OPT_IN_LANES, Case, load_cases
 from candle_mi_parity.spec.explanations import load_explanations
+from candle_mi_parity.spec.families import RECURRENT
 from candle_mi_parity.spec.paths import OUTPUTS, ROOT, cache_root
 from tests import plugin
 
@@ -27,6 +28,8 @@ CASES = {case.id: case for case in load_cases()}
 STORED = stored_releases(OUTPUTS)
 NEWEST = STORED[-1]
 PLAIN = [name for name in CASES if name.endswith("/hub")]
+ATTENTIVE = [name for name in PLAIN if name.partition("/")[0] not in RECURRENT]
+"""RWKV has no attention."""
 WITH_SAE = ["gemma2/hub", "llama/sae-standard", "llama/sae-jumprelu", "llama/sae-topk", "smollm2/hub"]
 LIVE = "0.2.2"
 CUDA = "cuda:0"
@@ -94,7 +97,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case_id" in names and "judged" in names and "candidate" in names:
         pairs = [_pair(candidate, case) for candidate in _candidates() for case in CASES.values()]
         metafunc.parametrize(("candidate", "case_id"), [pair for pair in pairs if pair is not None])
-    for name, cases in (("plain_case_id", PLAIN), ("sae_case_id", WITH_SAE)):
+    for name, cases in (("plain_case_id", PLAIN), ("attentive_case_id", ATTENTIVE), ("sae_case_id", WITH_SAE)):
         if name in names:
             metafunc.parametrize(("candidate", name), [_pair(NEWEST, CASES[case]) for case in cases])
 

@@ -14,5 +14,5 @@ def belongs(name: str) -> bool:
     return ".attn." in name
 
 
-def test_attention(candidate: str, plain_case_id: str, judged: Callable[[str, str], CaseResult]) -> None:
-    check(judged(candidate, plain_case_id), belongs)
+def test_attention(candidate: str, attentive_case_id: str, judged: Callable[[str, str], CaseResult]) -> None:
+    check(judged(candidate, attentive_case_id), belongs)

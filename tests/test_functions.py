@@ -28,7 +28,7 @@ STOICHEIA = {
 """Those of AlgZoo's networks, which 0.1.6 does not have."""
 IGNORED = {"CMI198": 24}
 """Edits of these networks, in the releases before 0.2.2."""
-OLD = {"CMI109": 5, "CMI131": 27, "CMI148": 2, "CMI149": 4, "CMI186": 2, "CMI172": 7, "CMI178": 16, "CMI202": 108,
+OLD = {"CMI109": 7, "CMI131": 27, "CMI148": 2, "CMI149": 4, "CMI186": 2, "CMI172": 7, "CMI178": 16, "CMI202": 108,
        "CMI213": 9, "CMI214": 6, "CMI215": 27}  # fmt: skip
 """Those of 0.1.6 and 0.1.10, which lack ``position_delta``, contrastive steering, a mask, ``decoder_matrix``."""
 OLDEST = OLD | {"CMI177": 57, "CMI179": 32, "CMI199": 247}

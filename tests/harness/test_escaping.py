@@ -18,7 +18,7 @@ from tests.support.results import HOSTILE, a_history, a_hunt, a_report, checked,
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
 TEXTS = """slug case command version title model_type torch transformers tensor dtype candle_dtype heads element_gate
 position_gate samples imports watched module value extra lines settings unusual pretrained
-was_pretrained stands_for full_attention"""
+was_pretrained stands_for full_attention named plain"""
 WORST = Worst.of([0], 1.0, 2.0, 0.5, 2.0)
 OTHERS: dict[str, Any] = {
     "edits": [], "in_attention": [], "tokens": [1], "shape": [1, 1], "differing": [(HOSTILE, HOSTILE, HOSTILE)],

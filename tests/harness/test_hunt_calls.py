@@ -249,8 +249,9 @@ def test_the_same_seed_finds_the_same(tmp_path: Path) -> None:
 def test_every_function_of_the_table_is_generated() -> None:
     from candle_mi_parity.coverage.calls import load_calls
 
-    """But for those that run a model."""
-    assert {row.fn for row in load_calls().call if row.model is None} == {what.split(" of ")[0] for what in GENERATED}
+    """But for those that run a model, and a sampler, which draws random numbers unless it is given one step."""
+    asked = {row.fn for row in load_calls().call if row.model is None} - {"diffusion_sample"}
+    assert asked == {what.split(" of ")[0] for what in GENERATED}
 
 
 def clt_call(fn: str, row: TranscoderRow, values: list[float], **args: Any) -> CallTable:

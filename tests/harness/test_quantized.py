@@ -12,8 +12,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity import check
-from candle_mi_parity.candidate.sources import open_source
-from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.compare_weights import judge_weight
 from candle_mi_parity.compare.verdict import CaseResult, Status
@@ -23,7 +21,6 @@ from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.dequantize import QuantizedWeights, plain_model, quantized_names, write_plain
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.quantize import packed, quantization_config, quantized
-from candle_mi_parity.repro.repro import ReproError, reproduce
 from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.run.run import run
 from candle_mi_parity.spec.cases import PackedModel
@@ -325,14 +322,6 @@ def test_0_2_2_and_a_release_without_the_feature(tmp_path: Path) -> None:
     result = run(RunOptions("0.1.6", cases, tmp_path / "old", search=0), lambda count: Progress())
     assert not result.cases and all("no feature quantized" in why for why in result.skipped.values())
     assert set(cases) <= set(result.skipped)
-
-
-def test_repro_says_why_it_makes_nothing_of_a_quantised_checkpoint(tmp_path: Path) -> None:
-    with (
-        open_source(parse_candidate("torch"), cache_root(), tmp_path, print) as source,
-        pytest.raises(ReproError, match="a quantised checkpoint cannot be made smaller"),
-    ):
-        reproduce(CASES["llama/nf4"], source, cache_root(), print)
 
 
 def test_the_digest_of_a_case_is_of_the_file_that_the_candidate_reads() -> None:
