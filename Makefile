@@ -5,6 +5,8 @@
 #   make test-all          Rust lint and tests, and every test of every lane that this machine can run
 # Validation of the suite, weekly; docs/sensitivity.md has what was measured:
 #   make faults            is every seeded fault detected where it was planted? (SOURCE=1: in candle-mi's own source)
+# Does the emitter compile with CUDA? Neither a GPU nor a toolkit is needed:
+#   make cuda-build        20 minutes of processor time, once
 # To publish:
 #   make wheel             build/dist: the package with its data, and that of the stored releases
 #   make docs              build/site
@@ -19,7 +21,7 @@ CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
 PYTEST = $(PY) -m pytest --require-rust -n auto --dist loadgroup
 
-.PHONY: parity test test-all faults docs wheel lint rust-lint lock setup
+.PHONY: parity test test-all faults cuda-build docs wheel lint rust-lint lock setup
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
@@ -32,6 +34,9 @@ test-all: lint rust-lint
 
 faults: setup
 	@$(PY) -m validation.faults $(if $(SOURCE),--source)
+
+cuda-build: setup
+	@emitter/cuda-build.sh "$(CACHE)" "$$(cat .venv/packages)" "$(CURDIR)/$(PY)"
 
 wheel: setup
 	$(PY) -m uv build --quiet --out-dir build/dist
