@@ -255,6 +255,7 @@ def held(calls: Calls, source: str = "registry") -> RunResult:
     return result
 
 
+@pytest.mark.thorough
 def test_what_agrees_though_it_is_listed_is_stale_and_of_a_checkout_gone() -> None:
     fixed = spoilt(answered("kl/far", right("kl/far")), answered("logit_diff/2d", right("logit_diff/2d")))
     assert held(STORED).stale == [] and held(STORED, "path").gone == {}

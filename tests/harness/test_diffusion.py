@@ -123,6 +123,7 @@ def mdlm_by_torch(name: str, tokens: torch.Tensor) -> torch.Tensor:
 PLAIN = [id for id in RIGHT if ROWS[id].fn == "diffusion_forward" and "edit" not in ROWS[id].args]
 
 
+@pytest.mark.every(8)
 @pytest.mark.parametrize("call", PLAIN)
 def test_the_layers_of_torch_give_the_logits(call: str) -> None:
     row: Any = ROWS[call]
@@ -229,6 +230,7 @@ def edited(call: str) -> Values:
     return found | {"logits": linear("output_layer.linear" if mdlm else "head", final)}
 
 
+@pytest.mark.every(12)
 @pytest.mark.parametrize("call", [id for id in RIGHT if ROWS[id].fn == "diffusion_forward"])
 def test_numpy_gives_every_hook_and_an_edit_is_seen(call: str) -> None:
     found, expected = edited(call), truth(call)
@@ -253,6 +255,7 @@ def edited_without(call: str) -> Values:
         del ROWS["plain"]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("call", [id for id in RIGHT if ROWS[id].fn == "diffusion_sample"])
 def test_the_sampler_takes_the_likeliest_token_of_each_masked_position(call: str) -> None:
     args: Any = ROWS[call].args
@@ -327,6 +330,7 @@ PLANTED: dict[str, Callable[[], tuple[str, Values]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_fault_fails(name: str) -> None:
     call, values = PLANTED[name]()

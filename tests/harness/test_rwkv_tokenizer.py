@@ -113,6 +113,7 @@ def test_each_token_is_the_longest_that_fits(name: str) -> None:
             )
 
 
+@pytest.mark.thorough
 def test_a_text_comes_back_from_its_ids_whatever_its_characters() -> None:
     vocabulary = Vocabulary(VocabularyRow())
     draw = np.random.Generator(np.random.PCG64(3))

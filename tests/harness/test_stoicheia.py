@@ -126,6 +126,7 @@ def numbers(tensor: torch.Tensor) -> np.ndarray:
     return tensor.double().numpy()
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize(
     "call", [id for id, row in RIGHT.items() if row.fn == "network_forward" and not row.args.get("edits")]
 )
@@ -145,6 +146,7 @@ def test_torchs_modules_give_the_truth_of_a_forward(call: str) -> None:
     assert given["output"].size and passes(call, right(call) | given)
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("call", [id for id, row in RIGHT.items() if row.fn.startswith("forward_fast")])
 def test_torchs_rnn_gives_the_truth_of_the_fast_passes(call: str) -> None:
     row = ROWS[call]
@@ -156,6 +158,7 @@ def test_torchs_rnn_gives_the_truth_of_the_fast_passes(call: str) -> None:
     assert passes(call, right(call) | {"value": given[0] if row.fn == "forward_fast_traced" else given})
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize(
     "call", [id for id, row in RIGHT.items() if row.fn in ("network_weights", "network_project")]
 )
@@ -196,6 +199,7 @@ def test_the_regions_are_where_the_states_of_torchs_rnn_are_positive(call: str) 
     assert passes(call, named | {"counts": counts, "own": shaped})
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize(
     "call",
     [
@@ -236,6 +240,7 @@ def test_a_standardised_network_gives_the_same_outputs(call: str) -> None:
     assert passes(call, found | {"value": standard(x_of(call)).detach().numpy()})
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize(
     "call", [id for id, row in RIGHT.items() if row.fn == "network_forward" and row.args.get("edits")]
 )
@@ -285,6 +290,7 @@ ALGZOO: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 NAMED = {"2nd_argmax": "second_argmax", "argmedian": "argmedian", "longest_cycle": "longest_cycle"}
 
 
+@pytest.mark.every(8)
 @pytest.mark.parametrize("call", [id for id, row in RIGHT.items() if row.fn in ALGZOO or row.fn == "oracle_predict"])
 def test_algzoos_tasks_give_the_truth(call: str) -> None:
     """Of equal values its argsort takes any, so that values are compared and not places."""
@@ -354,6 +360,7 @@ def test_inputs_are_drawn_by_the_generator_that_candle_mi_has() -> None:
 # --- what rounding may decide ---------------------------------------------------------------------------
 
 
+@pytest.mark.every(20)
 @pytest.mark.parametrize(
     "call", [id for id, row in RIGHT.items() if row.network is not None and "none" not in id and "no-rows" not in id]
 )
@@ -461,6 +468,7 @@ PLANTED: dict[str, Callable[[], tuple[str, Values]]] = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_fault_fails(name: str) -> None:
     call, values = PLANTED[name]()
@@ -473,6 +481,7 @@ def test_every_function_is_faulty_once() -> None:
     assert set(NETWORKS | TASKS) - faulty == {"oracle_predict", "forward_fast"}
 
 
+@pytest.mark.thorough
 def test_a_known_formula_gives_another_answer_to_every_call_that_it_explains() -> None:
     ours = [(row, call) for row, call in load_known_calls().matches(TABLE) if call.startswith("stoicheia-")]
     formulas = {(row.formula, call.removeprefix("stoicheia-")) for row, call in ours if row.formula}
@@ -481,6 +490,7 @@ def test_a_known_formula_gives_another_answer_to_every_call_that_it_explains() -
         assert ROWS[call].raises or not passes(call, right(call, formula))
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("call", [id for id, row in ROWS.items() if row.raises])
 def test_pytorch_raises_where_the_table_says_so(call: str) -> None:
     assert truth(call) == {}

@@ -80,6 +80,7 @@ def by_torch(call: str, dtype: torch.dtype = torch.float64, **changed: Any) -> V
 OPTIMIZED = [call for call, row in ROWS.items() if row.fn != "tracked_forward"]
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("call", OPTIMIZED)
 def test_torch_gives_the_truth_of_the_optimizer_and_in_float32_stays_within_its_noise(call: str) -> None:
     found = by_torch(call)
@@ -140,6 +141,7 @@ def by_autograd(call: str, dtype: torch.dtype) -> Values:
     return {name: tensor.detach().double().numpy() for name, tensor in found.items()}
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("call", GRADIENTS)
 def test_autograd_gives_the_truth_and_in_float32_stays_within_its_noise(call: str) -> None:
     expected = truth(call)
@@ -160,6 +162,7 @@ def test_every_gradient_of_a_row_is_compared_with_autograd_in_some_row() -> None
     assert asked - compared == others
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     "hook", ["attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_scores", "attn.hook_pattern"]
 )
@@ -257,6 +260,7 @@ PLANTED: dict[str, Callable[[], tuple[str, Values]]] = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_fault_fails(name: str) -> None:
     call, values = PLANTED[name]()

@@ -153,6 +153,7 @@ def plainly(call: str) -> Values:
 # --- the truth --------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(20)
 @pytest.mark.parametrize("call", RIGHT)
 def test_the_files_alone_give_the_truth(call: str) -> None:
     assert passes(call, plainly(call))
@@ -325,6 +326,7 @@ PLANTED: dict[str, Callable[[], tuple[str, Values]]] = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_fault_fails(name: str) -> None:
     call, values = PLANTED[name]()
@@ -339,6 +341,7 @@ def test_a_known_formula_gives_another_answer_to_every_call_that_it_explains(id:
         assert not passes(call, right(call, row.formula))
 
 
+@pytest.mark.every(7)
 @pytest.mark.parametrize("call", [id for id, row in ROWS.items() if row.raises])
 def test_pytorch_raises_where_the_table_says_so(call: str) -> None:
     assert truth(call) == {}
