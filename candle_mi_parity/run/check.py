@@ -19,6 +19,7 @@ from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.judge.known import facts_about
 from candle_mi_parity.models.checkpoint import local_path, read_config, require_model
+from candle_mi_parity.models.indexed import shards_beside
 from candle_mi_parity.models.quantized_facts import weight_facts
 from candle_mi_parity.models.resolve import as_model
 from candle_mi_parity.models.sae import sae_path
@@ -113,7 +114,8 @@ def foretold(options: CheckOptions) -> CheckResult:
     directory = Path(options.model).expanduser()
     stored = weight_facts(directory) if config.get("quantization_config") and directory.is_dir() else {}
     facts = facts_about(config, sae, 0, options.dtype or "float32", edits, stored)
-    facts = replace(facts, loader="pretrained" if config.get("quantization_config") else options.loader)
+    loader = "pretrained" if config.get("quantization_config") else options.loader
+    facts = replace(facts, loader=loader, shards_beside=loader == "pretrained" and bool(shards_beside(directory)))
     known = forecast(table, known_release(candidate, table), facts) if named.is_candle_mi else []
     who = f"the trace in {options.trace}" if options.trace else named.label
     census = _census(str(config.get("model_type")), known_release(candidate, table))
