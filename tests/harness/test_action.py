@@ -64,7 +64,7 @@ def test_a_pull_request_that_breaks_a_case_fails_and_is_told_which(pull_request:
     lines = (tmp_path / "comment.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) < 12
     assert "| 🔴 agrees → diverges | 1 | `gemma2/hub` |" in lines
-    assert any("first blocks.1.attn.hook_scores" in line.replace("\\", "") for line in lines)
+    assert any("first blocks.1.attn.hook_pattern" in line.replace("\\", "") for line in lines)
 
 
 @pytest.mark.thorough
