@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from candle_mi_parity.coverage.calls import Formula
 from candle_mi_parity.coverage.calls_measures import Named, dtype_name
 from candle_mi_parity.coverage.calls_offsets import texts
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.trace.formats import round_to_dtype
 
 Formulas = Collection[Formula]

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from candle_mi_parity.coverage.calls import Formula
 from candle_mi_parity.coverage.calls_measures import Named
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.oracle.interventions import Change
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from candle_mi_parity.coverage.calls import CallRow, Formula
+from candle_mi_parity.coverage.calls import CallRow
 from candle_mi_parity.coverage.calls_measures import Named
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.oracle.compute import SAMPLES
 from candle_mi_parity.oracle.gradients import Variables, modes, only, with_respect_to

@@ -20,8 +20,9 @@ from candle_mi_parity.candidate.sources import NotStoredError, Source
 from candle_mi_parity.compare.diff import CaseDiff, diff_call
 from candle_mi_parity.compare.run_result import RunResult, Section
 from candle_mi_parity.compare.verdict import CaseResult, Explained, Failure, Outcome, Status, TensorResult
-from candle_mi_parity.coverage.calls import CallRow, Calls, CallTable, Formula, answers, load_calls
+from candle_mi_parity.coverage.calls import CallRow, Calls, CallTable, answers, load_calls
 from candle_mi_parity.coverage.calls_compare import CallTruth, Results, answer_of, compare_call, distance
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.errors import CaseTableError, ExplanationError, OracleError, TraceError
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.digest import digest_files

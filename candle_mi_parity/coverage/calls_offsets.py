@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from candle_mi_parity.coverage.calls import CallRow, Formula
+from candle_mi_parity.coverage.calls import CallRow
 from candle_mi_parity.coverage.calls_measures import Named
 from candle_mi_parity.coverage.calls_model_truth import load_tokenizer
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.coverage.tokens_judge import in_bytes
 
 Formulas = Collection[Formula]

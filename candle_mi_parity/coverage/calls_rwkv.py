@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from candle_mi_parity.coverage.calls import CallRow, Formula
+from candle_mi_parity.coverage.calls import CallRow
 from candle_mi_parity.coverage.calls_measures import Named
 from candle_mi_parity.coverage.calls_offsets import texts
 from candle_mi_parity.coverage.calls_vocabularies import VocabularyRow
+from candle_mi_parity.coverage.formulas import Formula
 
 Formulas = Collection[Formula]
 END = -1

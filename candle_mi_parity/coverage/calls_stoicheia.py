@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from candle_mi_parity.coverage.calls import Formula
 from candle_mi_parity.coverage.calls_measures import Named
 from candle_mi_parity.coverage.calls_networks import NetworkRow
 from candle_mi_parity.coverage.calls_tasks import PROBES, SAMPLES, TASKS, Formulas, classes, drawn, signals
+from candle_mi_parity.coverage.formulas import Formula
 
 Edits = Sequence[tuple[str, str, float, torch.Tensor]]
 """A hook point, a kind, the factor or the position, and the tensor."""

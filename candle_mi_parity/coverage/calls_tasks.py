@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection
 import numpy as np
 import torch
 
-from candle_mi_parity.coverage.calls import Formula
 from candle_mi_parity.coverage.calls_measures import Named
 from candle_mi_parity.coverage.calls_networks import Task
+from candle_mi_parity.coverage.formulas import Formula
 
 Formulas = Collection[Formula]
 

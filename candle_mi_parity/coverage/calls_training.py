@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from candle_mi_parity.coverage.calls import Formula
 from candle_mi_parity.coverage.calls_measures import Named
+from candle_mi_parity.coverage.formulas import Formula
 
 Gradients = Sequence[Sequence[torch.Tensor | str]]
 """Of each step the gradient of each parameter; an empty string where it has none."""

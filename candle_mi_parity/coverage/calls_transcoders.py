@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from candle_mi_parity.coverage.calls import Formula, TranscoderRow
+from candle_mi_parity.coverage.calls import TranscoderRow
 from candle_mi_parity.coverage.calls_measures import Named
+from candle_mi_parity.coverage.formulas import Formula
 
 Formulas = Collection[Formula]
 COSINE_EPSILON = 1e-8

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
+from candle_mi_parity.coverage.calls import CallRow, CallTable
 from candle_mi_parity.coverage.calls_caches import CACHES
 from candle_mi_parity.coverage.calls_diffusion import DIFFUSIONS, load_diffusion
 from candle_mi_parity.coverage.calls_gradients import GRADIENTS, gradient_truth
@@ -24,6 +24,7 @@ from candle_mi_parity.coverage.calls_tasks import TASKS
 from candle_mi_parity.coverage.calls_training import TRAINING
 from candle_mi_parity.coverage.calls_transcoders import TRANSCODERS, TorchTranscoder
 from candle_mi_parity.coverage.calls_wrong import SAE_FORMULAS, WRONG, Formulas, norm_out_of_range, torch_sae
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.errors import CaseTableError, OracleError
 from candle_mi_parity.oracle.arithmetic import UNIT
 from candle_mi_parity.oracle.compute import SAMPLES

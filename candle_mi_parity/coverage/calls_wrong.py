@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from candle_mi_parity.coverage.calls import Formula
 from candle_mi_parity.coverage.calls_measures import Named, changes, check_heads, gram, knockout, log_softmax, softmax
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.models.sae import Sae, load_sae
 from candle_mi_parity.oracle.interventions import scale_steering, set_steering
 from candle_mi_parity.oracle.torch_sae import TorchSae

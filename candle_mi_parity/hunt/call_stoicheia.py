@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from candle_mi_parity.compare.gate import ELEMENT_GATE, UNIT
-from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula, InputTensor
+from candle_mi_parity.coverage.calls import CallRow, CallTable, InputTensor
 from candle_mi_parity.coverage.calls_measures import Named
 from candle_mi_parity.coverage.calls_networks import NetworkRow, Task
 from candle_mi_parity.coverage.calls_stoicheia import NETWORKS, THRESHOLD, TorchNetwork, correlations
 from candle_mi_parity.coverage.calls_tasks import SAMPLES, TASKS, drawn
 from candle_mi_parity.coverage.calls_truth import with_noise
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.hunt.call_inputs import ID, NUMBERS, tensor, tensors
 from candle_mi_parity.trace.truth import TruthTensor
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from candle_mi_parity.compare.gate import ELEMENT_GATE, UNIT
-from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula, TranscoderRow
+from candle_mi_parity.coverage.calls import CallRow, CallTable, TranscoderRow
 from candle_mi_parity.coverage.calls_transcoders import TRANSCODERS, TorchTranscoder
 from candle_mi_parity.coverage.calls_truth import with_noise
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.hunt.call_inputs import ID, NUMBERS, SIZE, single, tensor, tensors
 from candle_mi_parity.spec.transcoder import Layout
 from candle_mi_parity.trace.truth import TruthTensor

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from candle_mi_parity.compare.gate import ELEMENT_GATE, UNIT
-from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula
+from candle_mi_parity.coverage.calls import CallRow, CallTable
 from candle_mi_parity.coverage.calls_range import SMALLEST_NORMAL
 from candle_mi_parity.coverage.calls_truth import REFUSALS, check_refusal, computation, with_noise
 from candle_mi_parity.coverage.calls_wrong import torch_sae
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.hunt.call_stoicheia import undecided
 from candle_mi_parity.hunt.call_transcoders import decided
 from candle_mi_parity.trace.truth import TruthTensor

@@ -12,11 +12,12 @@ import torch
 
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import LiveSource
-from candle_mi_parity.coverage.calls import TIMEOUT_SECONDS, Answer, Answered, CallRow, CallTable, Formula, read_calls
+from candle_mi_parity.coverage.calls import TIMEOUT_SECONDS, Answer, Answered, CallRow, CallTable, read_calls
 from candle_mi_parity.coverage.calls_compare import Results, answer_of
 from candle_mi_parity.coverage.calls_judge import PANICKED
 from candle_mi_parity.coverage.calls_measures import Named
 from candle_mi_parity.coverage.calls_truth import REFUSALS, computation, finish
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.errors import TraceError
 from candle_mi_parity.files.json_out import plain
 from candle_mi_parity.trace.truth import TruthTensor

@@ -18,10 +18,11 @@ from hypothesis.strategies import SearchStrategy
 from candle_mi_parity.compare.gate import UNIT
 from candle_mi_parity.compare.hunt_result import Cause, Tally
 from candle_mi_parity.compare.verdict import Status, TensorResult
-from candle_mi_parity.coverage.calls import Answered, CallRow, CallTable, Formula, load_calls
+from candle_mi_parity.coverage.calls import Answered, CallRow, CallTable, load_calls
 from candle_mi_parity.coverage.calls_compare import Results, compare_call
 from candle_mi_parity.coverage.calls_judge import PANICKED, KnownCall, KnownCalls, load_known_calls
 from candle_mi_parity.coverage.calls_wrong import SAE_FORMULAS
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.hunt.call_caches import GENERATED
 from candle_mi_parity.hunt.call_truth import OVERFLOW, Expected, Truths, expected
 from candle_mi_parity.hunt.callees import Callee, TorchCallee, write_inputs

@@ -52,7 +52,7 @@ def facts_of(subject: PreparedCase) -> Facts:
         features=case.features,
         files=len(files),
         pickled=files[0].suffix == ".bin",
-        shards_beside=case.loader == "pretrained" and bool(shards_beside(subject.given)),
+        shards_beside=bool(shards_beside(subject.given, case.loader)),
         prefixed=any(name.startswith("model.") for name in names),
         stored_head="lm_head.weight" in names,
         weights=weight_facts(subject.given),

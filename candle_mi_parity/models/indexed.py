@@ -19,20 +19,22 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def files_read(directory: Path, loader: str) -> list[Path]:
     """The files of weights that candle-mi reads of a directory with a given loader, as the emitter lists them."""
-    shards = shards_beside(directory) if loader == "pretrained" else []
-    return shards or given_files(directory)
+    return shards_beside(directory, loader) or given_files(directory)
 
 
 def read_digest(subject: PreparedCase) -> str:
     """The digest of the config and the weights that candle-mi reads of a case."""
-    shards = shards_beside(subject.given) if subject.case.loader == "pretrained" else []
+    shards = shards_beside(subject.given, subject.case.loader)
     return digest_files([subject.given / "config.json", *shards]) if shards else subject.given_digest
 
 
-def shards_beside(directory: Path) -> list[Path]:
-    """The shards that an index names beside a whole file of weights, sorted; none where either is missing."""
+def shards_beside(directory: Path, loader: str) -> list[Path]:
+    """The shards that an index names beside a whole file of weights, sorted, if the loader prefers the index.
+
+    None where either file is missing.
+    """
     index = directory / INDEX
-    if not (index.is_file() and (directory / WHOLE).is_file()):
+    if loader != "pretrained" or not (index.is_file() and (directory / WHOLE).is_file()):
         return []
     listed = read_object(index, ModelError).get("weight_map")
     names = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []

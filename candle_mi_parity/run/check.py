@@ -115,7 +115,7 @@ def foretold(options: CheckOptions) -> CheckResult:
     stored = weight_facts(directory) if config.get("quantization_config") and directory.is_dir() else {}
     facts = facts_about(config, sae, 0, options.dtype or "float32", edits, stored)
     loader = "pretrained" if config.get("quantization_config") else options.loader
-    facts = replace(facts, loader=loader, shards_beside=loader == "pretrained" and bool(shards_beside(directory)))
+    facts = replace(facts, loader=loader, shards_beside=bool(shards_beside(directory, loader)))
     known = forecast(table, known_release(candidate, table), facts) if named.is_candle_mi else []
     who = f"the trace in {options.trace}" if options.trace else named.label
     census = _census(str(config.get("model_type")), known_release(candidate, table))

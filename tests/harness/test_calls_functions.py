@@ -16,12 +16,13 @@ from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.candidate.sources import open_source
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.verdict import Status
-from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula, WeightsRow, answers, load_calls
+from candle_mi_parity.coverage.calls import CallRow, CallTable, WeightsRow, answers, load_calls
 from candle_mi_parity.coverage.calls_caches import CACHES
 from candle_mi_parity.coverage.calls_compare import answer_of, compare_call
 from candle_mi_parity.coverage.calls_judge import load_known_calls
 from candle_mi_parity.coverage.calls_offsets import OFFSETS
 from candle_mi_parity.coverage.calls_truth import computation, truth_of, with_noise
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.models.prepared_case import tokenizer
 from candle_mi_parity.spec.paths import cache_root

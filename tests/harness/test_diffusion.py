@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from candle_mi_parity.compare.verdict import Status
-from candle_mi_parity.coverage.calls import Formula, load_calls
+from candle_mi_parity.coverage.calls import load_calls
 from candle_mi_parity.coverage.calls_compare import CallTruth, answer_of, compare_call
 from candle_mi_parity.coverage.calls_diffusion import load_diffusion
 from candle_mi_parity.coverage.calls_judge import Expectations, _differs, expectations, load_known_calls
 from candle_mi_parity.coverage.calls_truth import truth_of
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.spec.paths import cache_root
 

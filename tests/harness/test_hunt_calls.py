@@ -11,8 +11,9 @@ import pytest
 from candle_mi_parity.candidate.sources import LiveSource, open_source
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.hunt_result import Cause, Tally
-from candle_mi_parity.coverage.calls import Answered, CallRow, CallTable, Formula, InputTensor, SaeRow, TranscoderRow
+from candle_mi_parity.coverage.calls import Answered, CallRow, CallTable, InputTensor, SaeRow, TranscoderRow
 from candle_mi_parity.coverage.calls_truth import computation
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.hunt.call_caches import GENERATED
 from candle_mi_parity.hunt.call_truth import Expected, expected
 from candle_mi_parity.hunt.callees import Emitted, TorchCallee, answered, refused, write_inputs

@@ -24,7 +24,7 @@ NORM = "model.norm.weight"
 
 def test_transformers_reads_the_whole_file() -> None:
     directory = prepare(CASE, cache_root()).model_dir
-    [shard] = shards_beside(directory)
+    [shard] = shards_beside(directory, "pretrained")
     whole, other = load_file(directory / WHOLE), load_file(shard)
     assert (other[NORM] == 1).all() and not np.array_equal(whole[NORM], other[NORM])
     assert all(np.array_equal(whole[name], other[name]) for name in whole if name != NORM)

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from candle_mi_parity.compare.verdict import Status
-from candle_mi_parity.coverage.calls import Formula, load_calls
+from candle_mi_parity.coverage.calls import load_calls
 from candle_mi_parity.coverage.calls_compare import answer_of, compare_call
 from candle_mi_parity.coverage.calls_judge import load_known_calls
 from candle_mi_parity.coverage.calls_rwkv import RWKV, Vocabulary
 from candle_mi_parity.coverage.calls_truth import truth_of
 from candle_mi_parity.coverage.calls_vocabularies import VocabularyRow, world
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.truth import TruthTensor

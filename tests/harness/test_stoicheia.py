@@ -13,13 +13,14 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from candle_mi_parity.compare.verdict import Status
-from candle_mi_parity.coverage.calls import CallRow, CallTable, Formula, InputTensor, load_calls
+from candle_mi_parity.coverage.calls import CallRow, CallTable, InputTensor, load_calls
 from candle_mi_parity.coverage.calls_compare import answer_of, compare_call
 from candle_mi_parity.coverage.calls_judge import load_known_calls
 from candle_mi_parity.coverage.calls_networks import NetworkRow
 from candle_mi_parity.coverage.calls_stoicheia import NETWORKS, TorchNetwork
 from candle_mi_parity.coverage.calls_tasks import PROBES, SAMPLES, TASKS, drawn, signals
 from candle_mi_parity.coverage.calls_truth import truth_of
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.hunt.call_stoicheia import undecided
 from candle_mi_parity.hunt.call_truth import expected

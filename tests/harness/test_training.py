@@ -10,10 +10,11 @@ import torch
 import transformers
 
 from candle_mi_parity.compare.verdict import Status
-from candle_mi_parity.coverage.calls import Formula, load_calls
+from candle_mi_parity.coverage.calls import load_calls
 from candle_mi_parity.coverage.calls_compare import CallTruth, answer_of, compare_call
 from candle_mi_parity.coverage.calls_judge import Expectations, expectations, load_known_calls
 from candle_mi_parity.coverage.calls_truth import truth_of
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.oracle.gradients import GradientNoise, GradientTruth, with_respect_to
 from candle_mi_parity.oracle.rounding import MatmulScales, NoisePool

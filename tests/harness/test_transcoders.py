@@ -20,11 +20,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from candle_mi_parity.compare.verdict import Status
-from candle_mi_parity.coverage.calls import Formula, TranscoderRow, load_calls
+from candle_mi_parity.coverage.calls import TranscoderRow, load_calls
 from candle_mi_parity.coverage.calls_compare import answer_of, compare_call
 from candle_mi_parity.coverage.calls_judge import load_known_calls
 from candle_mi_parity.coverage.calls_transcoders import TRANSCODERS
 from candle_mi_parity.coverage.calls_truth import truth_of
+from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.transcoder import SCOPE
