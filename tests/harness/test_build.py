@@ -284,44 +284,20 @@ esac
 
 
 @pytest.mark.parametrize(
-    ("broken", "kept", "missing"),
+    ("broken", "missing"),
     [
-        (
-            ["call_measures.rs"],
-            "clt,diffusion,fused-attn,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,tokens,training",
-            {"calls"},
-        ),
-        (
-            ["call_clt.rs"],
-            "calls,diffusion,fused-attn,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,tokens,training",
-            {"clt"},
-        ),
-        (
-            ["call_rwkv.rs"],
-            "calls,clt,diffusion,fused-attn,quantized,rwkv,sae,stoicheia,tokens,training",
-            {"rwkv-tokenizer"},
-        ),
-        (
-            ["call_stoicheia.rs"],
-            "calls,clt,diffusion,fused-attn,quantized,rwkv,rwkv-tokenizer,sae,tokens,training",
-            {"stoicheia"},
-        ),
-        (
-            ["sae.rs"],
-            "clt,diffusion,fused-attn,quantized,rwkv,rwkv-tokenizer,stoicheia,tokens,training",
-            {"sae", "calls"},
-        ),
-        (
-            ["tokenize.rs", "call.rs"],
-            "clt,diffusion,fused-attn,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,training",
-            {"tokens", "calls"},
-        ),
-        (["forward.rs"], "", None),
-        (["call.rs", "forward.rs"], "", None),
+        (["call_measures.rs"], {"calls"}),
+        (["call_clt.rs"], {"clt"}),
+        (["call_rwkv.rs"], {"rwkv-tokenizer"}),
+        (["call_stoicheia.rs"], {"stoicheia"}),
+        (["sae.rs"], {"sae", "calls"}),
+        (["tokenize.rs", "call.rs"], {"tokens", "calls"}),
+        (["forward.rs"], None),
+        (["call.rs", "forward.rs"], None),
     ],
 )
 def test_a_part_that_does_not_compile_costs_no_other(
-    put: Cargo, tmp_path: Path, broken: list[str], kept: str, missing: set[str] | None
+    put: Cargo, tmp_path: Path, broken: list[str], missing: set[str] | None
 ) -> None:
     put("")
     identity = {"candle_mi": {"version": "0.2.2", "source": "registry"}}
@@ -332,6 +308,7 @@ def test_a_part_that_does_not_compile_costs_no_other(
         messages.append({"reason": "compiler-message", "target": {"name": "parity-emitter"}, "message": error})
     messages.append({"reason": "compiler-message", "target": {"name": "parity-emitter"}, "message": ABORTING})
     lines = "\n".join(map(json.dumps, messages))
+    kept = ",".join(sorted(set(PARTS) - (missing or set(PARTS))))
     script = CARGO_WITHOUT_PARTS.format(kept=kept, identity=json.dumps(identity), messages=lines)
     (tmp_path / "bin" / "cargo").write_text(script)
     if missing is None:
@@ -347,7 +324,7 @@ def test_a_part_that_does_not_compile_costs_no_other(
 
 CARGO_WITH_A_BROKEN_FEATURE = """#!/bin/sh
 echo "$*" >>{log}
-every=calls,clt,diffusion,fused-attn,quantized,rwkv,rwkv-tokenizer,sae,stoicheia,tokens,training
+every={every}
 case "$*" in *--no-default-features*) ;; *) set -- --features $every ;; esac
 case "$*" in
 {pattern})
@@ -387,7 +364,10 @@ def test_a_feature_of_candle_mi_that_does_not_compile_costs_no_other(
     lines = "\n".join(map(json.dumps, [*messages, FINISHED]))
     identity = json.dumps({"candle_mi": {"version": "0.2.2", "source": "registry"}})
     log = tmp_path / "log"
-    script = CARGO_WITH_A_BROKEN_FEATURE.format(log=log, pattern=pattern, messages=lines, identity=identity)
+    every = ",".join(sorted(PARTS))
+    script = CARGO_WITH_A_BROKEN_FEATURE.format(
+        every=every, log=log, pattern=pattern, messages=lines, identity=identity
+    )
     (tmp_path / "bin" / "cargo").write_text(script)
     if missing is None:
         assert f"does not compile: {file}:1120:5: error" in str(fails("0.2.2", tmp_path / "cache"))
@@ -415,29 +395,13 @@ def test_a_release_is_built_without_the_features_that_it_does_not_have(put: Carg
     assert features["mmap"] == ["candle-mi/mmap"]
     crate = write_crate(tmp_path / "crate")
     manifest = crate / "Cargo.toml"
-    for offered, absent in (
-        (
-            "sae = []\nclt = []\nstoicheia = []",
-            ("diffusion", "fused-attn", "mmap", "quantized", "rwkv", "rwkv-tokenizer", "training"),
-        ),
-        (
-            "mmap = []",
-            (
-                "calls",
-                "clt",
-                "diffusion",
-                "fused-attn",
-                "quantized",
-                "rwkv",
-                "rwkv-tokenizer",
-                "sae",
-                "stoicheia",
-                "training",
-            ),
-        ),
+    head = manifest.read_text().partition("[features]")[0]
+    for offered, parts in (
+        ("sae clt stoicheia", {"calls", "clt", "sae", "stoicheia", "tokens"}),
+        ("mmap", {"mmap", "tokens"}),
     ):
-        manifest.write_text(f"{manifest.read_text().partition('[features]')[0]}[features]\n{offered}\n")
-        assert plan_of(parse_candidate(f"path:{crate}"), tmp_path).absent == absent
+        manifest.write_text(f"{head}[features]\n" + "".join(f"{feature} = []\n" for feature in offered.split()))
+        assert plan_of(parse_candidate(f"path:{crate}"), tmp_path).absent == tuple(sorted({*PARTS, *LANES} - parts))
     with pytest.raises(builder.AbsentFeatureError, match=r"0\.0\.1 has no feature mmap"):
         builder.build(parse_candidate("0.0.1"), tmp_path / "cache", print, ("mmap",))
 
