@@ -90,6 +90,11 @@ class Storing:
         if self._fields.setdefault("candle_mi", identity.model_dump()) != identity.model_dump():
             raise CandidateError(f"{self.index} is of another candle-mi; store the whole release")
 
+    @property
+    def has_cases(self) -> bool:
+        """Whether there is an outcome of a case, also that a release does not offer what it needs."""
+        return bool(self._cases)
+
     def case(self, case_id: str) -> dict[str, object]:
         """The outcomes of a case, see :class:`StoredCase`, without those of an earlier index."""
         return self._cases.setdefault(case_id, {})

@@ -66,8 +66,9 @@ def store(
             result = run_with_progress(options)
             parts = [result.sections[part].results for part in ("calls", "tokens") if part in result.sections]
             made = [*result.cases, *chain(*parts)]
-            if not made or (lost := [one for one in made if one.status is Status.ERROR]):
-                reason = f"{lost[0].id}: {lost[0].error}" if made else "nothing ran that is stored"
+            lost = [one for one in made if one.status is Status.ERROR]
+            if lost or not (made or keep.has_cases):  # a case that a release does not offer is stored, and is not made
+                reason = f"{lost[0].id}: {lost[0].error}" if lost else "nothing ran that is stored"
                 raise CandidateError(f"nothing is stored of {candidate}: {reason}")
             if "tokens" in options.parts:
                 model = next(case.model for case in load_cases() if case.id == "smollm2/hub")

@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import bit_stream
 from candle_mi_parity.spec.cases import PackedModel
 
-PACKER = 1
+PACKER = 2
 """Part of the key of cached models; raise it when the packed weights change."""
 COLUMNS_OF_A_WORD = (0, 2, 4, 6, 1, 3, 5, 7)
 """Place in a 32-bit word → column among eight (``AWQ_ORDER`` of AutoAWQ)."""
@@ -71,7 +71,15 @@ def _save(tensors: Tensors, header: dict[str, str], shards: int, out: Path) -> N
         index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file, held in files.items():
-        save_file({name: tensors[name] for name in held}, out / file, header)
+        (out / file).write_bytes(_with_metadata(save({name: tensors[name] for name in held}), header))
+
+
+def _with_metadata(file: bytes, metadata: dict[str, str]) -> bytes:
+    """A safetensors file with metadata in the order that is given: safetensors itself takes any, another each time."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.dumps({"__metadata__": metadata} | json.loads(file[8 : 8 + size]), separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + file[8 + size :]
 
 
 def packed(base: str, weight: np.ndarray, model: PackedModel) -> Tensors:

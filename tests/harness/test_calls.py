@@ -1,6 +1,5 @@
 """Direct calls: each planted fault fails, also on top of a known one, and a run and a diff report it."""
 
-import functools
 import json
 import math
 import re
@@ -20,7 +19,6 @@ from candle_mi_parity.coverage import calls_judge
 from candle_mi_parity.coverage.calls import Answer, Answered, Calls, answers, load_calls
 from candle_mi_parity.coverage.calls_compare import compare_call
 from candle_mi_parity.coverage.calls_judge import (
-    Expectations,
     KnownCalls,
     diff_calls,
     expectations,
@@ -34,21 +32,12 @@ from candle_mi_parity.report import page, report_model, tables, views_ci
 from candle_mi_parity.report.causes import grouped
 from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.run.run import run_cases
-from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.release import StoredRelease
+from tests.support.calls import ARRAYS, ROWS, TABLE, Values, held_to
 from tests.support.results import case, run_of, shown
 from tests.support.stored import INDEX, write_index
 
-TABLE = load_calls()
-ROWS = {row.id: row for row in TABLE.call}
-ARRAYS = {name: array.astype(np.float64) for name, array in TABLE.arrays().items()}
 STORED = answers(StoredSource(INDEX), TABLE, Path(), Path())
-Values = dict[str, np.ndarray]
-
-
-@functools.cache
-def held_to() -> Expectations:
-    return expectations(cache_root())
 
 
 def right(call: str) -> Values:

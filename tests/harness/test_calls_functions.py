@@ -18,8 +18,7 @@ from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.verdict import Status
 from candle_mi_parity.coverage.calls import CallRow, CallTable, WeightsRow, answers, load_calls
 from candle_mi_parity.coverage.calls_caches import CACHES
-from candle_mi_parity.coverage.calls_compare import answer_of, compare_call
-from candle_mi_parity.coverage.calls_judge import load_known_calls
+from candle_mi_parity.coverage.calls_compare import compare_call
 from candle_mi_parity.coverage.calls_offsets import OFFSETS
 from candle_mi_parity.coverage.calls_truth import computation, truth_of, with_noise
 from candle_mi_parity.coverage.formulas import Formula
@@ -27,25 +26,9 @@ from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.models.prepared_case import tokenizer
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.truth import TruthTensor
+from tests.support.calls import ARRAYS, ROWS, TABLE, Values, changed, passes, right, truth
 
-TABLE = load_calls()
-ROWS = {row.id: row for row in TABLE.call}
-ARRAYS = {name: array.astype(np.float64) for name, array in TABLE.arrays().items()}
 OURS = [row for row in TABLE.call if row.fn in OFFSETS | CACHES | {"embedding_vector": ()}]
-Values = dict[str, np.ndarray]
-
-
-@functools.cache
-def truth(call: str, formula: Formula | None = None) -> dict[str, TruthTensor]:
-    return truth_of(ROWS[call], TABLE, cache_root(), formula)
-
-
-def right(call: str, formula: Formula | None = None) -> Values:
-    return answer_of(ROWS[call], truth(call, formula))
-
-
-def passes(call: str, values: Values) -> bool:
-    return all(result.status is Status.PASS for result in compare_call(ROWS[call], values, truth(call)))
 
 
 def where(call: str) -> Path:
@@ -163,49 +146,45 @@ TIES = "top_attended/ties"
 CHUNK = "generation/chunk"
 
 
-def changed(call: str, name: str, change: Callable[[np.ndarray], Any]) -> tuple[str, Values]:
-    return call, right(call) | {name: np.asarray(change(right(call)[name]), dtype=np.float64)}
-
-
 PLANTED: dict[str, Callable[[], tuple[str, Values]]] = {
     "bytes for characters": lambda: (IN_BYTES, right(IN_BYTES, Formula.BYTE_OFFSETS)),
-    "one token off": lambda: changed("char/bytes", "token", lambda token: token + 1),
-    "the added token not counted": lambda: changed("char/bos", "token", lambda token: token - 1),
-    "a token's end its last character": lambda: changed("offsets/bytes-ascii", "end", lambda end: end - 1),
-    "another token string": lambda: changed("offsets/bytes-ascii", "text", lambda letters: np.roll(letters, 1)),
+    "one token off": lambda: changed("char/bytes", lambda token: token + 1, "token"),
+    "the added token not counted": lambda: changed("char/bos", lambda token: token - 1, "token"),
+    "a token's end its last character": lambda: changed("offsets/bytes-ascii", lambda end: end - 1, "end"),
+    "another token string": lambda: changed("offsets/bytes-ascii", lambda letters: np.roll(letters, 1), "text"),
     "no special tokens": lambda: (
         "offsets/bos-ascii",
         {name: value[1:] for name, value in right("offsets/bos-ascii").items()},
     ),
-    "an exact match that is none": lambda: changed("convert/words", "exact", np.ones_like),
-    "a range with its end": lambda: changed("range/bytes", "tokens", lambda tokens: [*tokens, tokens[-1] + 1]),
-    "a label of the last span": lambda: changed("labels/overlapping", "text", lambda letters: np.roll(letters, 2)),
-    "ties the other way": lambda: changed(TIES, "positions", lambda _: [4, 3, 1]),
-    "a lower weight first": lambda: changed("top_attended/2", "positions", lambda order: order[::-1]),
-    "a position twice": lambda: changed("top_attended/2", "positions", lambda order: order[[0, 0]]),
-    "a weight of another position": lambda: changed("top_attended/2", "weights", lambda weights: weights[::-1]),
+    "an exact match that is none": lambda: changed("convert/words", np.ones_like, "exact"),
+    "a range with its end": lambda: changed("range/bytes", lambda tokens: [*tokens, tokens[-1] + 1], "tokens"),
+    "a label of the last span": lambda: changed("labels/overlapping", lambda letters: np.roll(letters, 2), "text"),
+    "ties the other way": lambda: changed(TIES, lambda _: [4, 3, 1], "positions"),
+    "a lower weight first": lambda: changed("top_attended/2", lambda order: order[::-1], "positions"),
+    "a position twice": lambda: changed("top_attended/2", lambda order: order[[0, 0]], "positions"),
+    "a weight of another position": lambda: changed("top_attended/2", lambda weights: weights[::-1], "weights"),
     "a position short": lambda: ("top_attended/2", {name: v[:1] for name, v in right("top_attended/2").items()}),
     "a column for a row": lambda: ("from/first", {"value": ARRAYS["attention"][0, :, :, 0].mean(0)}),
     "the mean over the batch too": lambda: ("from/first", {"value": ARRAYS["attention"][:, :, 0].mean((0, 1))}),
     "one head": lambda: ("from/first", {"value": ARRAYS["attention"][0, 0, 0]}),
     "the next layer": lambda: ("from/last", {"value": ARRAYS["attention"][0].mean(0)[3]}),
     "the next position": lambda: ("get_position/first", {"value": ARRAYS["x2"][1]}),
-    "layers in another order": lambda: changed("vectors/layers", "value", lambda value: value[::-1]),
+    "layers in another order": lambda: changed("vectors/layers", lambda value: value[::-1]),
     "half not rounded": lambda: ("vectors/half", {"value": np.append(ARRAYS["x1"], ARRAYS["huge"])}),
     "a causal mask": lambda: ("bidirectional/5", {"value": np.where(np.tri(5), 0.0, -np.inf)[None, None]}),
     "a mask one off": lambda: (CHUNK, {"value": np.where(np.tri(3, 7, 5), 0.0, -np.inf)[None, None]}),
     "a mask without its offset": lambda: (CHUNK, {"value": np.where(np.tri(3, 7), 0.0, -np.inf)[None, None]}),
-    "a ratio upside down": lambda: changed("ratio/usual", "value", lambda ratio: 1 / ratio),
-    "a factor upside down": lambda: changed("calibration/usual", "for_target", lambda factor: 1 / factor),
-    "levels of the source": lambda: changed("calibration/usual", "levels", lambda levels: levels * 3.6),
-    "the nearest measured scale": lambda: changed("dose/between", "value", lambda _: [1.0]),
+    "a ratio upside down": lambda: changed("ratio/usual", lambda ratio: 1 / ratio),
+    "a factor upside down": lambda: changed("calibration/usual", lambda factor: 1 / factor, "for_target"),
+    "levels of the source": lambda: changed("calibration/usual", lambda levels: levels * 3.6, "levels"),
+    "the nearest measured scale": lambda: changed("dose/between", lambda _: [1.0]),
     "a scale outside the range": lambda: ("dose/outside", {"value": np.array([4.0])}),
     "a scale short": lambda: ("dose/between", {"value": np.zeros(0)}),
-    "metadata among the names": lambda: changed("names/metadata", "text", lambda t: [*b"__metadata__\0", *t]),
-    "a name short": lambda: changed("names/index", "text", lambda letters: letters[:-9]),
-    "an embedding scaled": lambda: changed("embedding/gemma2", "value", lambda row: row * math.sqrt(32)),
-    "the next token's embedding": lambda: changed("embedding/llama", "value", lambda row: np.roll(row, 1)),
-    "NaN": lambda: changed("ratio/usual", "value", lambda _: [math.nan]),
+    "metadata among the names": lambda: changed("names/metadata", lambda t: [*b"__metadata__\0", *t], "text"),
+    "a name short": lambda: changed("names/index", lambda letters: letters[:-9], "text"),
+    "an embedding scaled": lambda: changed("embedding/gemma2", lambda row: row * math.sqrt(32)),
+    "the next token's embedding": lambda: changed("embedding/llama", lambda row: np.roll(row, 1)),
+    "NaN": lambda: changed("ratio/usual", lambda _: [math.nan]),
 }
 
 
@@ -275,20 +254,6 @@ def test_the_noise_does_not_choose_the_branch_of_a_formula() -> None:
     assert value.value == pytest.approx(0.01) and 0 < value.noise < 1e-6
 
 
-@pytest.mark.parametrize("call", [row.id for row in OURS if row.raises])
-def test_pytorch_raises_where_the_table_says_so(call: str) -> None:
-    assert truth(call) == {}
-
-
-@pytest.mark.parametrize("id", [f"CMI14{digit}" for digit in range(9)])
-def test_a_known_formula_gives_another_answer_to_every_call_that_it_explains(id: str) -> None:
-    known = next(row for row in load_known_calls().known if row.id == id)
-    formulas = {each for functions in (OFFSETS, CACHES) for each, _ in functions.values()}
-    assert known.formula in frozenset().union(*formulas)
-    for call in {call for row, call in load_known_calls().matches(TABLE) if row.id == id}:
-        assert ROWS[call].raises or not passes(call, right(call, known.formula)), call
-
-
 def test_checkpoints_that_are_not_in_the_table_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "calls.toml"
     path.write_text('call = [{ id = "a", fn = "tensor_names_from_index", weights = "none" }]\n[tensors]\n')
@@ -315,3 +280,11 @@ def test_the_call_that_ends_the_process_is_named(tmp_path: Path) -> None:
         pytest.raises(EmitterError, match=r"^crash: names/lfs ends the process, and no call is answered: .*memory"),
     ):
         answers(source, table, tmp_path, tmp_path / "calls.json")
+
+
+def test_a_row_that_is_wrong_on_whether_pytorch_raises_is_an_error() -> None:
+    raising = next(row for row in OURS if row.raises)
+    assert truth(raising.id) == {}
+    for row, message in ((raising, "PyTorch raises"), (ROWS["ratio/usual"], "PyTorch does not raise")):
+        with pytest.raises(CaseTableError, match=f"{row.id}: {message}"):
+            truth_of(row.model_copy(update={"raises": not row.raises}), TABLE, cache_root())

@@ -15,26 +15,17 @@ from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.compare.verdict import Status
 from candle_mi_parity.coverage.calls import load_calls, read_calls
 from candle_mi_parity.coverage.calls_compare import answer_of, compare_call
-from candle_mi_parity.coverage.calls_truth import truth_of
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.models.prepared_case import tokenizer
 from candle_mi_parity.oracle.hooks import load_model
 from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.spec.paths import cache_root
 from candle_mi_parity.trace.truth import TruthTensor
-
-TABLE = load_calls()
-ROWS = {row.id: row for row in TABLE.call}
-Values = dict[str, np.ndarray]
-
-
-@functools.cache
-def truth(call: str) -> dict[str, TruthTensor]:
-    return truth_of(ROWS[call], TABLE, cache_root())
+from tests.support.calls import ROWS, TABLE, Values, passes, truth, where
 
 
 def directory(call: str) -> Path:
-    return TABLE.lay_out(cache_root()) / str(ROWS[call].model)
+    return where(ROWS[call].model)
 
 
 @functools.cache
@@ -53,10 +44,6 @@ def residual(call: str, text: str, place: int) -> np.ndarray:
     ids = tokenizer(directory(call))(text)["input_ids"]
     layer: int = ROWS[call].args["prompts"]["layer"]  # type: ignore[index, call-overload, assignment]
     return np.asarray(run(directory(call), ids).hidden_states[layer + 1][0, place].numpy())
-
-
-def passes(call: str, values: Values) -> bool:
-    return all(result.status is Status.PASS for result in compare_call(ROWS[call], values, truth(call)))
 
 
 def means(call: str, place: int = -1) -> list[np.ndarray]:

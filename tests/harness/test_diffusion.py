@@ -10,47 +10,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from candle_mi_parity.compare.verdict import Status
-from candle_mi_parity.coverage.calls import load_calls
-from candle_mi_parity.coverage.calls_compare import CallTruth, answer_of, compare_call
 from candle_mi_parity.coverage.calls_diffusion import load_diffusion
-from candle_mi_parity.coverage.calls_judge import Expectations, _differs, expectations, load_known_calls
+from candle_mi_parity.coverage.calls_judge import _differs, load_known_calls
 from candle_mi_parity.coverage.calls_truth import truth_of
 from candle_mi_parity.coverage.formulas import Formula
 from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.spec.paths import cache_root
+from tests.support.calls import ARRAYS, ROWS, TABLE, Values, changed, passes, right, truth, where
 
-TABLE = load_calls()
-ROWS = {row.id: row for row in TABLE.call if row.diffusion is not None}
-RIGHT = [id for id, row in ROWS.items() if not row.raises]
-ARRAYS = {name: array.astype(np.float64) for name, array in TABLE.arrays().items()}
-Values = dict[str, np.ndarray]
+OURS = {row.id: row for row in TABLE.call if row.diffusion is not None}
+
+RIGHT = [id for id, row in OURS.items() if not row.raises]
 Array = np.ndarray
 
 
 @functools.cache
-def held_to() -> Expectations:
-    return expectations(cache_root())
-
-
-@functools.cache
-def truth(call: str, formula: Formula | None = None) -> CallTruth:
-    """From the cache, where it is asked of every candidate."""
-    found = held_to().truths.get((call, formula))
-    return truth_of(ROWS[call], TABLE, cache_root(), formula) if found is None else found
-
-
-def right(call: str, formula: Formula | None = None) -> Values:
-    return answer_of(ROWS[call], truth(call, formula))
-
-
-def passes(call: str, values: Values) -> bool:
-    return all(result.status is Status.PASS for result in compare_call(ROWS[call], values, truth(call)))
-
-
-@functools.cache
 def weights(name: str) -> dict[str, torch.Tensor]:
-    tensors = load_file(TABLE.lay_out(cache_root()) / name / "model.safetensors")
+    tensors = load_file(where(name) / "model.safetensors")
     return {key.removeprefix("backbone."): tensor.double() for key, tensor in tensors.items()}
 
 
@@ -284,7 +260,7 @@ def test_a_token_that_is_not_sure_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_no_weight_of_a_model_is_zero_and_the_modulation_matters() -> None:
     for name in TABLE.diffusions:
         assert all(bool(tensor.any(-1).all()) for tensor in weights(name).values())
-    model = load_diffusion(TABLE.lay_out(cache_root()) / "mdlm")
+    model = load_diffusion(where("mdlm"))
     tokens = torch.tensor([[3, 17, 18]])
     before = model.forward(tokens)["logits"]
     for key in [key for key in model._weights if "adaLN" in key or "sigma_map.mlp.2" in key]:
@@ -297,10 +273,6 @@ def test_no_weight_of_a_model_is_zero_and_the_modulation_matters() -> None:
 # --- faults -----------------------------------------------------------------------------------------
 
 
-def changed(call: str, name: str, change: Callable[[Array], Array]) -> tuple[str, Values]:
-    return call, right(call) | {name: change(right(call)[name])}
-
-
 def other(call: str, of: str) -> tuple[str, Values]:
     """The right answer to another call."""
     return call, {name: value for name, value in right(of).items() if name in right(call)}
@@ -308,27 +280,32 @@ def other(call: str, of: str) -> tuple[str, Values]:
 
 PLANTED: dict[str, Callable[[], tuple[str, Values]]] = {
     "no rotation": lambda: changed(
-        "mdlm/plain", "blocks.0.attn.hook_scores",
-        lambda _: np.einsum("bhqd,bhkd->bhqk", *(right("mdlm/plain")[f"blocks.0.attn.hook_{n}"] for n in "qk")) / 2),
-    "a causal mask": lambda: changed("mdlm/plain", "blocks.0.attn.hook_pattern", np.tril),
+        "mdlm/plain",
+        lambda _: np.einsum("bhqd,bhkd->bhqk", *(right("mdlm/plain")[f"blocks.0.attn.hook_{n}"] for n in "qk")) / 2,
+        "blocks.0.attn.hook_scores",
+    ),
+    "a causal mask": lambda: changed("mdlm/plain", np.tril, "blocks.0.attn.hook_pattern"),
     "no causal mask": lambda: changed(
-        "othello-causal/plain", "blocks.0.attn.hook_scores", lambda x: np.where(np.isinf(x), 0, x)),
+        "othello-causal/plain", lambda x: np.where(np.isinf(x), 0, x), "blocks.0.attn.hook_scores"
+    ),
     "the output before its gate": lambda: changed(
-        "mdlm/plain", "blocks.0.hook_mlp_out", lambda _: right("mdlm/plain")["blocks.0.mlp.hook_post"]),
-    "no shift": lambda: changed("mdlm/plain", "hook_final_norm", lambda x: x - x.mean()),
+        "mdlm/plain", lambda _: right("mdlm/plain")["blocks.0.mlp.hook_post"], "blocks.0.hook_mlp_out"
+    ),
+    "no shift": lambda: changed("mdlm/plain", lambda x: x - x.mean(), "hook_final_norm"),
     "the edit at the next position": lambda: changed(
-        "othello/patch-post", "blocks.1.hook_resid_pre", lambda x: np.roll(x, 1, axis=1)),
+        "othello/patch-post", lambda x: np.roll(x, 1, axis=1), "blocks.1.hook_resid_pre"
+    ),
     "an edit without effect": lambda: other("othello/scale-attn-out", "othello/plain"),
     "a knockout without effect": lambda: other("othello-causal/knockout", "othello-causal/plain"),
     "self-conditioning without effect": lambda: other("before/given", "before/none-given"),
     "none taken for a token": lambda: other("before/all-none", "before/given"),
-    "bias left out": lambda: changed("othello/project-rows", "value", lambda x: x + 1e-5),
-    "the mask sampled": lambda: changed("mdlm/sample", "value", lambda x: np.where(np.arange(8) == 7, 18, x)),
-    "the prompt sampled": lambda: changed("othello/sample", "value", lambda x: np.where(np.arange(7) == 0, 4, x)),
-    "a neighbour's embedding": lambda: changed("mdlm/embedding", "value", lambda x: np.roll(x, 1)),
-    "the first positions of a batch": lambda: changed("othello/batch", "logits", lambda x: x[[0, 0]]),
-    "NaN": lambda: changed("mdlm/no-capture", "logits", lambda x: x * np.nan),
-}  # fmt: skip
+    "bias left out": lambda: changed("othello/project-rows", lambda x: x + 1e-5),
+    "the mask sampled": lambda: changed("mdlm/sample", lambda x: np.where(np.arange(8) == 7, 18, x)),
+    "the prompt sampled": lambda: changed("othello/sample", lambda x: np.where(np.arange(7) == 0, 4, x)),
+    "a neighbour's embedding": lambda: changed("mdlm/embedding", lambda x: np.roll(x, 1)),
+    "the first positions of a batch": lambda: changed("othello/batch", lambda x: x[[0, 0]], "logits"),
+    "NaN": lambda: changed("mdlm/no-capture", lambda x: x * np.nan, "logits"),
+}
 
 
 @pytest.mark.every(4)
@@ -345,11 +322,6 @@ def test_a_layer_norm_in_one_pass_has_the_same_value_and_a_larger_noise() -> Non
         np.testing.assert_allclose(one[name].value, two[name].value, rtol=1e-9)
     key = "blocks.0.attn.hook_k"
     assert np.sqrt(np.square(one[key].noise).mean()) > 3 * np.sqrt(np.square(two[key].noise).mean())
-
-
-@pytest.mark.parametrize("call", [id for id, row in ROWS.items() if row.raises])
-def test_pytorch_raises_where_the_table_says_so(call: str) -> None:
-    assert truth(call) == {}
 
 
 def test_a_formula_with_a_larger_noise_explains_and_one_with_the_same_does_not() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity import check
@@ -20,7 +21,7 @@ from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.dequantize import QuantizedWeights, plain_model, quantized_names, write_plain
 from candle_mi_parity.models.prepared_case import prepare
-from candle_mi_parity.models.quantize import packed, quantization_config, quantized
+from candle_mi_parity.models.quantize import _save, packed, quantization_config, quantized
 from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.run.run import run
 from candle_mi_parity.spec.cases import PackedModel
@@ -95,6 +96,18 @@ def test_what_is_packed_is_read(tmp_path: Path, fields: dict[str, Any]) -> None:
         assert set(np.unique(zeros)) == {0, (1 << model.bits) - 1}
     else:  # it is a quantisation of the weight
         assert np.abs(found - weight).max() < 1.1 * float(scales.max())
+
+
+def test_a_checkpoint_with_metadata_is_the_same_file_each_time(tmp_path: Path) -> None:
+    """safetensors writes several entries in any order, and a case's digest is also of its files."""
+    metadata, files = {"format": "pt", "gptq_bits": "8", "gptq_group_size": "32"}, []
+    for name in "abcdefgh":
+        (tmp_path / name).mkdir()
+        _save({"weight": drawn()}, metadata, 1, tmp_path / name)
+        files.append(tmp_path / name / "model.safetensors")
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], "np") as found:
+        assert found.metadata() == metadata and np.array_equal(found.get_tensor("weight"), drawn())
 
 
 def test_awq_as_autoawq_unpacks_it(tmp_path: Path) -> None:
@@ -319,7 +332,7 @@ def test_0_2_2_and_a_release_without_the_feature(tmp_path: Path) -> None:
     assert explained == [["CMI065", "CMI066"], ["CMI065", "CMI067"], ["CMI070"]]
     first = result.cases[0].first_divergence
     assert first is not None and first.name.startswith("weights.")
-    result = run(RunOptions("0.1.6", cases, tmp_path / "old", search=0), lambda count: Progress())
+    result = run(RunOptions("stored:0.1.6", cases, tmp_path / "old", search=0), lambda count: Progress())
     assert not result.cases and all("no feature quantized" in why for why in result.skipped.values())
     assert set(cases) <= set(result.skipped)
 

@@ -13,34 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from candle_mi_parity.compare.verdict import Status
-from candle_mi_parity.coverage.calls import load_calls
-from candle_mi_parity.coverage.calls_compare import answer_of, compare_call
-from candle_mi_parity.coverage.calls_judge import load_known_calls
 from candle_mi_parity.coverage.calls_rwkv import RWKV, Vocabulary
-from candle_mi_parity.coverage.calls_truth import truth_of
 from candle_mi_parity.coverage.calls_vocabularies import VocabularyRow, world
 from candle_mi_parity.coverage.formulas import Formula
-from candle_mi_parity.errors import CaseTableError
-from candle_mi_parity.spec.paths import cache_root
-from candle_mi_parity.trace.truth import TruthTensor
+from tests.support.calls import ROWS, TABLE, Values, changed, other, passes, right, where
 
-TABLE = load_calls()
-ROWS = {row.id.removeprefix("rwkv-"): row for row in TABLE.call if row.fn in RWKV}
-Values = dict[str, np.ndarray]
-
-
-@cache
-def truth(call: str, formula: Formula | None = None) -> dict[str, TruthTensor]:
-    return truth_of(ROWS[call], TABLE, cache_root(), formula)
-
-
-def right(call: str, formula: Formula | None = None) -> Values:
-    return answer_of(ROWS[call], truth(call, formula))
-
-
-def passes(call: str, values: Values) -> bool:
-    return all(result.status is Status.PASS for result in compare_call(ROWS[call], values, truth(call)))
+OURS = {row.id: row for row in TABLE.call if row.fn in RWKV}
 
 
 @cache
@@ -56,7 +34,7 @@ def package(name: str) -> Any:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.TRIE_TOKENIZER(TABLE.vocabularies[name].at(TABLE.lay_out(cache_root()) / name))
+    return module.TRIE_TOKENIZER(TABLE.vocabularies[name].at(where(name)))
 
 
 def by_package(call: str) -> Values:
@@ -84,7 +62,7 @@ def in_bytes(texts: list[str]) -> np.ndarray:
     return np.array([float(byte) for text in texts for byte in (*text.encode(), 0)])
 
 
-@pytest.mark.parametrize("call", [id for id, row in ROWS.items() if not row.raises])
+@pytest.mark.parametrize("call", [id for id, row in OURS.items() if not row.raises])
 def test_the_package_gives_the_truth(call: str) -> None:
     assert passes(call, by_package(call))
 
@@ -102,7 +80,7 @@ def test_each_token_is_the_longest_that_fits(name: str) -> None:
     vocabulary = Vocabulary(TABLE.vocabularies[name])
     tokens = set(vocabulary.tokens.values())
     rows: Any = [
-        row for row in ROWS.values() if row.vocabulary == name and row.fn == "rwkv_encode" and not row.raises
+        row for row in OURS.values() if row.vocabulary == name and row.fn == "rwkv_encode" and not row.raises
     ]
     for text in (text for row in rows for text in row.args["texts"]):
         source, found = text.encode(), vocabulary.encode(text)
@@ -123,30 +101,23 @@ def test_a_text_comes_back_from_its_ids_whatever_its_characters() -> None:
     assert vocabulary.decode([id for id, _, _ in vocabulary.encode(text)]) == text
 
 
-def changed(call: str, change: Callable[[np.ndarray], Any], name: str) -> tuple[str, Values]:
-    return call, right(call) | {name: np.asarray(change(right(call)[name]), dtype=np.float64)}
-
-
-def other(call: str, **args: Any) -> tuple[str, Values]:
-    """The right answer to another question."""
-    row = ROWS[call].model_copy(update={"args": ROWS[call].args | args})
-    return call, answer_of(row, truth_of(row, TABLE, cache_root()))
-
-
 PLANTED: dict[str, Callable[[], tuple[str, Values]]] = {
-    "a token more": lambda: changed("size/world", lambda size: size + 1, "value"),
-    "the shortest token": lambda: other("encode/backtrack", texts=["a", "b", "c"]),
-    "a token before the text": lambda: changed("encode/ascii", lambda ids: np.concatenate([[0], ids]), "tokens"),
-    "ids from 0": lambda: changed("encode/scripts", lambda ids: ids - (ids > 0), "raw"),
+    "a token more": lambda: changed("rwkv-size/world", lambda size: size + 1, "value"),
+    "the shortest token": lambda: other("rwkv-encode/backtrack", texts=["a", "b", "c"]),
+    "a token before the text": lambda: changed("rwkv-encode/ascii", lambda ids: np.concatenate([[0], ids]), "tokens"),
+    "ids from 0": lambda: changed("rwkv-encode/scripts", lambda ids: ids - (ids > 0), "raw"),
     "the first of equal tokens": lambda: changed(
-        "encode/equal-tokens", lambda ids: np.where(ids == 259, 257, ids), "tokens"
+        "rwkv-encode/equal-tokens", lambda ids: np.where(ids == 259, 257, ids), "tokens"
     ),
-    "a byte lost": lambda: changed("encode/planes", lambda data: np.delete(data, 1), "text"),
-    "offsets in characters": lambda: changed("offsets/world", lambda at: np.minimum(at, 8), "offsets"),
-    "the halves of a character apart": lambda: other("decode/halves", tokens=[196]),
-    "another token": lambda: other("decode-token/world", token=33156),
-    "the bare word first": lambda: changed("find/cat", lambda _: 32, "token"),
-    "nothing for no token": lambda: ("decode/end-of-text", right("decode/end-of-text", Formula.NO_TOKEN_IS_EMPTY)),
+    "a byte lost": lambda: changed("rwkv-encode/planes", lambda data: np.delete(data, 1), "text"),
+    "offsets in characters": lambda: changed("rwkv-offsets/world", lambda at: np.minimum(at, 8), "offsets"),
+    "the halves of a character apart": lambda: other("rwkv-decode/halves", tokens=[196]),
+    "another token": lambda: other("rwkv-decode-token/world", token=33156),
+    "the bare word first": lambda: changed("rwkv-find/cat", lambda _: 32, "token"),
+    "nothing for no token": lambda: (
+        "rwkv-decode/end-of-text",
+        right("rwkv-decode/end-of-text", Formula.NO_TOKEN_IS_EMPTY),
+    ),
 }
 
 
@@ -157,18 +128,4 @@ def test_a_planted_fault_fails(name: str) -> None:
 
 
 def test_every_function_is_called_and_faulty_once() -> None:
-    assert {ROWS[make()[0]].fn for make in PLANTED.values()} == set(RWKV) == {row.fn for row in ROWS.values()}
-
-
-def test_a_known_formula_gives_another_answer_to_every_call_that_it_explains() -> None:
-    known = [(row.formula, call) for row, call in load_known_calls().matches(TABLE) if call.startswith("rwkv-")]
-    formulas = [(formula, call.removeprefix("rwkv-")) for formula, call in known if formula]
-    assert len(formulas) >= 7
-    assert not any(passes(call, right(call, formula)) for formula, call in formulas)
-
-
-@pytest.mark.parametrize("call", [id for id, row in ROWS.items() if row.raises])
-def test_the_reference_raises_where_the_table_says_so(call: str) -> None:
-    assert truth(call) == {}
-    with pytest.raises(CaseTableError, match="PyTorch raises"):
-        truth_of(ROWS[call].model_copy(update={"raises": False}), TABLE, cache_root())
+    assert {ROWS[make()[0]].fn for make in PLANTED.values()} == set(RWKV) == {row.fn for row in OURS.values()}

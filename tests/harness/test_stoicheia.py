@@ -12,41 +12,22 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from candle_mi_parity.compare.verdict import Status
-from candle_mi_parity.coverage.calls import CallRow, CallTable, InputTensor, load_calls
-from candle_mi_parity.coverage.calls_compare import answer_of, compare_call
-from candle_mi_parity.coverage.calls_judge import load_known_calls
+from candle_mi_parity.coverage.calls import CallRow, CallTable, InputTensor
 from candle_mi_parity.coverage.calls_networks import NetworkRow
 from candle_mi_parity.coverage.calls_stoicheia import NETWORKS, TorchNetwork
 from candle_mi_parity.coverage.calls_tasks import PROBES, SAMPLES, TASKS, drawn, signals
 from candle_mi_parity.coverage.calls_truth import truth_of
 from candle_mi_parity.coverage.formulas import Formula
-from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.hunt.call_stoicheia import undecided
 from candle_mi_parity.hunt.call_truth import expected
 from candle_mi_parity.hunt.callees import write_inputs
 from candle_mi_parity.spec.paths import cache_root
-from candle_mi_parity.trace.truth import TruthTensor
+from tests.support.calls import ARRAYS, ROWS, TABLE, Values, changed, other, passes, right, truth, where
 
-TABLE = load_calls()
-ROWS = {row.id.removeprefix("stoicheia-"): row for row in TABLE.call if row.fn in NETWORKS | TASKS}
-RIGHT = {id: row for id, row in ROWS.items() if not row.raises}
+OURS = {row.id: row for row in TABLE.call if row.fn in NETWORKS | TASKS}
+
+RIGHT = {id: row for id, row in OURS.items() if not row.raises}
 SINGLES = TABLE.arrays()
-ARRAYS = {name: torch.from_numpy(array.astype(np.float64)) for name, array in SINGLES.items()}
-Values = dict[str, np.ndarray]
-
-
-@functools.cache
-def truth(call: str, formula: Formula | None = None) -> dict[str, TruthTensor]:
-    return truth_of(ROWS[call], TABLE, cache_root(), formula)
-
-
-def right(call: str, formula: Formula | None = None) -> Values:
-    return answer_of(ROWS[call], truth(call, formula))
-
-
-def passes(call: str, values: Values) -> bool:
-    return all(result.status is Status.PASS for result in compare_call(ROWS[call], values, truth(call)))
 
 
 def net_of(call: str) -> NetworkRow:
@@ -54,7 +35,7 @@ def net_of(call: str) -> NetworkRow:
 
 
 def x_of(call: str) -> torch.Tensor:
-    return ARRAYS[str(ROWS[call].args["x"])]
+    return torch.from_numpy(ARRAYS[str(ROWS[call].args["x"])])
 
 
 # --- torch's own modules ------------------------------------------------------------------------------
@@ -100,7 +81,7 @@ class AttentionOnlyTransformer(torch.nn.Module):
 def module(name: str) -> Any:
     """The network of a file, read by torch, in float64."""
     row = TABLE.networks[name]
-    path = row.at(TABLE.lay_out(cache_root()) / name)
+    path = row.at(where(name))
     state = load_file(path) if row.file == "safetensors" else torch.load(path, weights_only=True)
     found: torch.nn.Module = OneLayerRNN(row) if row.recurrent else AttentionOnlyTransformer(row)
     # As AlgZoo's, whose networks are float32.
@@ -253,7 +234,7 @@ def test_an_edit_changes_what_follows_and_nothing_before(call: str) -> None:
         same = np.array_equal(found[name].value, plain[name])
         assert same or place > first  # a hook point is captured before its own edit
     output = TorchNetwork(net_of(call)).run(x_of(call))[0].numpy()
-    assert np.array_equal(found["output"].value[:, 0], output) == (call == "edit/no-such-step")
+    assert np.array_equal(found["output"].value[:, 0], output) == (call == "stoicheia-edit/no-such-step")
 
 
 # --- AlgZoo's own lines ---------------------------------------------------------------------------------
@@ -343,7 +324,7 @@ def test_numpy_gives_the_correlations_of_probed_neurons(call: str) -> None:
 
 
 def test_neurons_that_compute_a_role_exactly_have_it() -> None:
-    recent, maximum = right("probe/signs"), right("probe/maximum")
+    recent, maximum = right("stoicheia-probe/signs"), right("stoicheia-probe/maximum")
     assert recent["role"].tolist() == [4, 4] and np.allclose(recent["value"], 1)  # the last input, and its negative
     # What the last input adds to the maximum, and the maximum of all others.
     assert maximum["role"].tolist() == [2, 3] and np.allclose(maximum["value"], 1)
@@ -395,77 +376,79 @@ def test_a_call_that_rounding_decides_has_no_truth(why: str, tmp_path: Path) -> 
 # --- faults ---------------------------------------------------------------------------------------------
 
 
-def changed(call: str, change: Callable[[np.ndarray], Any], name: str = "value") -> tuple[str, Values]:
-    return call, right(call) | {name: np.asarray(change(right(call)[name]), dtype=np.float64)}
-
-
-def other(call: str, **args: Any) -> tuple[str, Values]:
-    """The right answer to another question, also of another network."""
-    network = args.pop("network", ROWS[call].network)
-    row = ROWS[call].model_copy(update={"args": ROWS[call].args | args, "network": network})
-    return call, answer_of(row, truth_of(row, TABLE, cache_root()))
-
-
 def by(call: str, formula: Formula) -> tuple[str, Values]:
     return call, right(call, formula)
 
 
 PLANTED: dict[str, Callable[[], tuple[str, Values]]] = {
-    "a parameter more": lambda: changed("config/cycle", lambda sizes: sizes + np.array([0, 0, 0, 0, 0, 1])),
-    "W_hh transposed": lambda: changed("weights/pth-views", np.transpose, "weight_hh"),
-    "bfloat16 rounded once more": lambda: changed("weights/f16", lambda weights: weights * (1 + 2**-11), "weight_oh"),
-    "a row of the batch for another": lambda: changed("forward/4x3", lambda out: out[::-1], "output"),
+    "a parameter more": lambda: changed("stoicheia-config/cycle", lambda sizes: sizes + np.array([0, 0, 0, 0, 0, 1])),
+    "W_hh transposed": lambda: changed("stoicheia-weights/pth-views", np.transpose, "weight_hh"),
+    "bfloat16 rounded once more": lambda: changed(
+        "stoicheia-weights/f16", lambda weights: weights * (1 + 2**-11), "weight_oh"
+    ),
+    "a row of the batch for another": lambda: changed("stoicheia-forward/4x3", lambda out: out[::-1], "output"),
     "edits that are ignored where nothing is captured": lambda: (
-        "edit/hidden-zero",
-        right("edit/hidden-zero") | {"output": right("edit/hidden-zero", Formula.EDITS_IGNORED)["output"]},
+        "stoicheia-edit/hidden-zero",
+        right("stoicheia-edit/hidden-zero")
+        | {"output": right("stoicheia-edit/hidden-zero", Formula.EDITS_IGNORED)["output"]},
     ),
     "the state of the step before": lambda: changed(
-        "forward/4x3", lambda _: right("forward/4x3")["rnn.hook_hidden.0"], "rnn.hook_hidden.1"
+        "stoicheia-forward/4x3", lambda _: right("stoicheia-forward/4x3")["rnn.hook_hidden.0"], "rnn.hook_hidden.1"
     ),
-    "no positions": lambda: other("forward/cycle", x="net_tokens3"),
-    "a causal mask": lambda: changed("forward/cycle", np.tril, "blocks.0.attn.hook_pattern"),
-    "one head": lambda: by("forward/cycle-heads", Formula.ONE_HEAD),
-    "no biases": lambda: by("forward/cycle-bias", Formula.BIASES_UNREAD),
-    "edits that are ignored": lambda: by("edit/pattern-scale", Formula.EDITS_IGNORED),
-    "an edit of the next step": lambda: other("edit/hidden-scale", edits=[["rnn.hook_hidden.2", "scale", -0.5, ""]]),
+    "no positions": lambda: other("stoicheia-forward/cycle", x="net_tokens3"),
+    "a causal mask": lambda: changed("stoicheia-forward/cycle", np.tril, "blocks.0.attn.hook_pattern"),
+    "one head": lambda: by("stoicheia-forward/cycle-heads", Formula.ONE_HEAD),
+    "no biases": lambda: by("stoicheia-forward/cycle-bias", Formula.BIASES_UNREAD),
+    "edits that are ignored": lambda: by("stoicheia-edit/pattern-scale", Formula.EDITS_IGNORED),
+    "an edit of the next step": lambda: other(
+        "stoicheia-edit/hidden-scale", edits=[["rnn.hook_hidden.2", "scale", -0.5, ""]]
+    ),
     "an edit of the next position": lambda: other(
-        "edit/embed-patch", edits=[["hook_embed", "patch_at", 2, "net_donor4"]]
+        "stoicheia-edit/embed-patch", edits=[["hook_embed", "patch_at", 2, "net_donor4"]]
     ),
     "two edits in another order": lambda: other(
-        "edit/one-hook-twice",
+        "stoicheia-edit/one-hook-twice",
         edits=[["rnn.hook_hidden.1", "scale", -2.0, ""], ["rnn.hook_hidden.1", "add", 0, "net_donor4"]],
     ),
-    "the first row projected": lambda: changed("project/stream", lambda rows: rows[:1].repeat(2, 0)),
-    "the neuron after the ablated one": lambda: other("ablated/first", ablated=[1]),
-    "ablated before ReLU alone": lambda: other("ablated/two", ablated=[]),
-    "states for pre-activations": lambda: changed("traced/4x3", lambda pre: np.maximum(pre, 0), "pre"),
-    "one more right": lambda: changed("accuracy/4x3", lambda share: share + 1 / 64),
-    "the last of equal": lambda: changed("argmax/tie", lambda _: 2.0),
-    "a list from the best": lambda: changed("neurons/4x3", lambda deltas: deltas[::-1], "listed"),
-    "a difference the other way": lambda: changed("neurons/4x3", np.negative, "delta"),
+    "the first row projected": lambda: changed("stoicheia-project/stream", lambda rows: rows[:1].repeat(2, 0)),
+    "the neuron after the ablated one": lambda: other("stoicheia-ablated/first", ablated=[1]),
+    "ablated before ReLU alone": lambda: other("stoicheia-ablated/two", ablated=[]),
+    "states for pre-activations": lambda: changed("stoicheia-traced/4x3", lambda pre: np.maximum(pre, 0), "pre"),
+    "one more right": lambda: changed("stoicheia-accuracy/4x3", lambda share: share + 1 / 64),
+    "the last of equal": lambda: changed("stoicheia-argmax/tie", lambda _: 2.0),
+    "a list from the best": lambda: changed("stoicheia-neurons/4x3", lambda deltas: deltas[::-1], "listed"),
+    "a difference the other way": lambda: changed("stoicheia-neurons/4x3", np.negative, "delta"),
     "an interaction that is added": lambda: changed(
-        "pairs/4x3", lambda each: 2 * right("pairs/4x3")["delta"] - each, "interaction"
+        "stoicheia-pairs/4x3", lambda each: 2 * right("stoicheia-pairs/4x3")["delta"] - each, "interaction"
     ),
-    "scales for their inverse": lambda: changed("standardize/4x3", lambda each: 1 / each, "scales"),
-    "W_hh not scaled": lambda: changed("standardize/4x3", lambda _: right("weights/4x3")["weight_hh"], "weight_hh"),
-    "active at 0": lambda: by("pattern/zero", Formula.ZERO_FIRES),
-    "a region lost": lambda: changed("regions/2x2", lambda counts: counts - (np.arange(len(counts)) == 0), "counts"),
-    "a representative of another region": lambda: changed("regions/4x3", lambda own: np.roll(own, 1, 0), "own"),
-    "the map at 0 of the region above": lambda: by("map/zero", Formula.ZERO_FIRES),
-    "columns in the reverse order": lambda: changed("map/4x3", lambda columns: columns[:, ::-1]),
-    "roles as they are coded": lambda: by("probe/maximum", Formula.SIGNALS_AS_CODED),
-    "roles as they are coded, of a recent input": lambda: by("probe/signs", Formula.SIGNALS_AS_CODED),
-    "a correlation with its sign": lambda: changed("probe/signs", np.negative),
-    "agreement for disagreement": lambda: changed("surprise/4x3", lambda share: 1 - share, "disagreement"),
+    "scales for their inverse": lambda: changed("stoicheia-standardize/4x3", lambda each: 1 / each, "scales"),
+    "W_hh not scaled": lambda: changed(
+        "stoicheia-standardize/4x3", lambda _: right("stoicheia-weights/4x3")["weight_hh"], "weight_hh"
+    ),
+    "active at 0": lambda: by("stoicheia-pattern/zero", Formula.ZERO_FIRES),
+    "a region lost": lambda: changed(
+        "stoicheia-regions/2x2", lambda counts: counts - (np.arange(len(counts)) == 0), "counts"
+    ),
+    "a representative of another region": lambda: changed(
+        "stoicheia-regions/4x3", lambda own: np.roll(own, 1, 0), "own"
+    ),
+    "the map at 0 of the region above": lambda: by("stoicheia-map/zero", Formula.ZERO_FIRES),
+    "columns in the reverse order": lambda: changed("stoicheia-map/4x3", lambda columns: columns[:, ::-1]),
+    "roles as they are coded": lambda: by("stoicheia-probe/maximum", Formula.SIGNALS_AS_CODED),
+    "roles as they are coded, of a recent input": lambda: by("stoicheia-probe/signs", Formula.SIGNALS_AS_CODED),
+    "a correlation with its sign": lambda: changed("stoicheia-probe/signs", np.negative),
+    "agreement for disagreement": lambda: changed("stoicheia-surprise/4x3", lambda share: 1 - share, "disagreement"),
     "the estimator's accuracy for the network's": lambda: changed(
-        "surprise/constant", lambda _: right("surprise/constant")["model"], "estimate"
+        "stoicheia-surprise/constant", lambda _: right("stoicheia-surprise/constant")["model"], "estimate"
     ),
-    "other samples": lambda: other("surprise/6x5", n_samples=149),
-    "the largest": lambda: changed("2nd-argmax/x4", lambda _: SINGLES["net_x4"].max(1)),
-    "the lower of two": lambda: changed("argmedian/x4", lambda _: np.sort(SINGLES["net_x4"])[:, 1]),
-    "the upper median": lambda: by("median/x4", Formula.UPPER_MEDIAN),
-    "a length for a class": lambda: by("cycle/permutations", Formula.CYCLE_LENGTH),
-    "the way into a cycle counted": lambda: changed("cycle/functions", lambda each: each + np.array([1, 0, 0, 0])),
+    "other samples": lambda: other("stoicheia-surprise/6x5", n_samples=149),
+    "the largest": lambda: changed("stoicheia-2nd-argmax/x4", lambda _: SINGLES["net_x4"].max(1)),
+    "the lower of two": lambda: changed("stoicheia-argmedian/x4", lambda _: np.sort(SINGLES["net_x4"])[:, 1]),
+    "the upper median": lambda: by("stoicheia-median/x4", Formula.UPPER_MEDIAN),
+    "a length for a class": lambda: by("stoicheia-cycle/permutations", Formula.CYCLE_LENGTH),
+    "the way into a cycle counted": lambda: changed(
+        "stoicheia-cycle/functions", lambda each: each + np.array([1, 0, 0, 0])
+    ),
 }
 
 
@@ -480,23 +463,6 @@ def test_every_function_is_faulty_once() -> None:
     faulty = {ROWS[make()[0]].fn for make in PLANTED.values()}
     # oracle_predict has the tasks' own truth; forward_fast the one of network_forward, of which a pass is planted.
     assert set(NETWORKS | TASKS) - faulty == {"oracle_predict", "forward_fast"}
-
-
-@pytest.mark.thorough
-def test_a_known_formula_gives_another_answer_to_every_call_that_it_explains() -> None:
-    ours = [(row, call) for row, call in load_known_calls().matches(TABLE) if call.startswith("stoicheia-")]
-    formulas = {(row.formula, call.removeprefix("stoicheia-")) for row, call in ours if row.formula}
-    assert len(formulas) > 40
-    for formula, call in formulas:
-        assert ROWS[call].raises or not passes(call, right(call, formula))
-
-
-@pytest.mark.every(6)
-@pytest.mark.parametrize("call", [id for id, row in ROWS.items() if row.raises])
-def test_pytorch_raises_where_the_table_says_so(call: str) -> None:
-    assert truth(call) == {}
-    with pytest.raises(CaseTableError, match="PyTorch raises"):
-        truth_of(ROWS[call].model_copy(update={"raises": False}), TABLE, cache_root())
 
 
 BAD: dict[str, dict[str, Any]] = {
@@ -516,8 +482,8 @@ def test_a_network_that_cannot_be_is_refused(message: str) -> None:
 
 
 def test_every_function_is_called_on_every_kind_of_network_and_file() -> None:
-    assert {row.fn for row in ROWS.values()} == set(NETWORKS | TASKS)
-    called = {TABLE.networks[str(row.network)].task for row in ROWS.values() if row.network is not None}
+    assert {row.fn for row in OURS.values()} == set(NETWORKS | TASKS)
+    called = {TABLE.networks[str(row.network)].task for row in OURS.values() if row.network is not None}
     assert called == {"2nd_argmax", "argmedian", "median", "longest_cycle"}
     files = {(row.file, row.dtype) for row in TABLE.networks.values()}
     assert {file for file, _ in files} == {"safetensors", "pth", "pth-legacy", "pkl", "bin"}

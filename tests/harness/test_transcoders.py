@@ -19,14 +19,8 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from candle_mi_parity.compare.verdict import Status
-from candle_mi_parity.coverage.calls import TranscoderRow, load_calls
-from candle_mi_parity.coverage.calls_compare import answer_of, compare_call
-from candle_mi_parity.coverage.calls_judge import load_known_calls
+from candle_mi_parity.coverage.calls import TranscoderRow
 from candle_mi_parity.coverage.calls_transcoders import TRANSCODERS
-from candle_mi_parity.coverage.calls_truth import truth_of
-from candle_mi_parity.coverage.formulas import Formula
-from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.transcoder import SCOPE
 from candle_mi_parity.oracle.hooks import forward, load_model
@@ -34,32 +28,13 @@ from candle_mi_parity.oracle.interventions import edits_of
 from candle_mi_parity.oracle.rounding import Float64
 from candle_mi_parity.spec.edits import CltInject
 from candle_mi_parity.spec.paths import cache_root
-from candle_mi_parity.trace.truth import TruthTensor
+from tests.support.calls import ARRAYS, ROWS, TABLE, Values, changed, passes, right, where
 from tests.support.planting import CASES
 
-TABLE = load_calls()
-ROWS = {row.id: row for row in TABLE.call if row.transcoder is not None}
-RIGHT = [id for id, row in ROWS.items() if not row.raises]
-ARRAYS = {name: array.astype(np.float64) for name, array in TABLE.arrays().items()}
-Values = dict[str, np.ndarray]
+OURS = {row.id: row for row in TABLE.call if row.transcoder is not None}
+
+RIGHT = [id for id, row in OURS.items() if not row.raises]
 Weights = dict[str, np.ndarray]
-
-
-@functools.cache
-def truth(call: str, formula: Formula | None = None) -> dict[str, TruthTensor]:
-    return truth_of(ROWS[call], TABLE, cache_root(), formula)
-
-
-def right(call: str, formula: Formula | None = None) -> Values:
-    return answer_of(ROWS[call], truth(call, formula))
-
-
-def passes(call: str, values: Values) -> bool:
-    return all(result.status is Status.PASS for result in compare_call(ROWS[call], values, truth(call)))
-
-
-def where(name: str) -> Path:
-    return TABLE.lay_out(cache_root()) / name
 
 
 @functools.cache
@@ -161,13 +136,13 @@ def test_the_files_alone_give_the_truth(call: str) -> None:
 
 
 def test_there_is_a_call_of_each_function_with_each_layout_and_each_pair_of_layers() -> None:
-    layouts = {(row.fn, TABLE.transcoders[str(row.transcoder)].layout) for row in ROWS.values()}
+    layouts = {(row.fn, TABLE.transcoders[str(row.transcoder)].layout) for row in OURS.values()}
     for fn in ("clt_encode", "clt_encode_pre_activation", "clt_decoder_vector", "clt_decoder_matrix"):
         assert {layout for name, layout in layouts if name == fn} == {"clt", "clt-index", "plt", "gemma-scope"}
     assert {name for name, _ in layouts} == set(TRANSCODERS)
     pairs = {
         (row.args["layer"], row.args["target"])
-        for row in ROWS.values()
+        for row in OURS.values()
         if (row.fn, row.transcoder, row.raises) == ("clt_decoder_vector", "clt", False)
     }
     assert pairs == {(layer, target) for layer in range(3) for target in range(layer, 3)}
@@ -261,10 +236,6 @@ def test_our_files_are_those_that_circuit_tracer_writes(name: str, tmp_path: Pat
 # --- faults -----------------------------------------------------------------------------------------
 
 
-def changed(call: str, change: Callable[[np.ndarray], Any], name: str = "value") -> tuple[str, Values]:
-    return call, right(call) | {name: np.asarray(change(right(call)[name]), dtype=np.float64)}
-
-
 def fires(call: str, fired: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> tuple[str, Values]:
     """Another activation function of the pre-activation and the thresholds."""
     row: Any = ROWS[call]
@@ -332,22 +303,6 @@ PLANTED: dict[str, Callable[[], tuple[str, Values]]] = {
 def test_a_planted_fault_fails(name: str) -> None:
     call, values = PLANTED[name]()
     assert passes(call, right(call)) and not passes(call, values)
-
-
-@pytest.mark.parametrize("id", [f"CMI17{digit}" for digit in range(7)])
-def test_a_known_formula_gives_another_answer_to_every_call_that_it_explains(id: str) -> None:
-    known = [(row, call) for row, call in load_known_calls().matches(TABLE) if row.id == id]
-    assert known
-    for row, call in known:
-        assert not passes(call, right(call, row.formula))
-
-
-@pytest.mark.every(7)
-@pytest.mark.parametrize("call", [id for id, row in ROWS.items() if row.raises])
-def test_pytorch_raises_where_the_table_says_so(call: str) -> None:
-    assert truth(call) == {}
-    with pytest.raises(CaseTableError, match="PyTorch raises"):
-        truth_of(ROWS[call].model_copy(update={"raises": False}), TABLE, cache_root())
 
 
 PLT = {"layout": "plt", "features": 4, "seed": 1}
