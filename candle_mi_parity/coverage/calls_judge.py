@@ -176,7 +176,8 @@ def _truths(table: CallTable, asked: dict[TruthKey, str], cache: Path) -> dict[T
                 arrays[f"{index:04}.{place:03}.{name}"] = pair
         save_file(arrays, out / "truth.safetensors")
 
-    code = digest_files(list(Path(__file__).parent.glob("calls*.py")))
+    judges = {Path(__file__), Path(__file__).with_name("calls_compare.py")}  # of which no truth depends
+    code = digest_files([path for path in Path(__file__).parent.glob("calls*.py") if path not in judges])
     key = content_key(table.digest(), list(asked), code, rules_digest(), library_versions())
     path = publish(cache / "truth" / f"calls-{key}", compute) / "truth.safetensors"
     truths: dict[TruthKey, dict[str, TruthTensor]] = {key: {} for key in asked}
@@ -241,7 +242,8 @@ def judge_calls(calls: Calls, held_to: Expectations, again: str = "") -> JudgedC
     :raises TraceError: another table, other inputs, or a call missing, unknown or answered twice.
     """
     table = held_to.table
-    if calls.case.digest != table.digest():
+    digest = table.digest()
+    if calls.case.digest != digest:
         raise TraceError("the calls are of another table; emit them again")
     if calls.inputs_digest != table.inputs_digest():
         raise TraceError("the calls were answered on other inputs than the table's; emit them again")
@@ -253,7 +255,7 @@ def judge_calls(calls: Calls, held_to: Expectations, again: str = "") -> JudgedC
     found, known = {answer.id: answer for answer in calls.calls}, held_to.known(calls.candle_mi.version)
     results, arrays = [], {}
     for row in table.call:
-        result = CaseResult(f"calls/{row.id}", "calls", table.digest(), Status.FAIL, again)
+        result = CaseResult(f"calls/{row.id}", "calls", digest, Status.FAIL, again)
         answer, cause = found[row.id], known.get(row.id)
         if answer.outcome == "results":
             arrays[row.id] = {each.name: each.array() for each in answer.results}
