@@ -54,7 +54,7 @@ docs: setup
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy
+	$(PY) -m mypy --cache-dir "$(CACHE)/mypy"
 	$(PY) -c "from importlinter.cli import lint_imports_command as main; main()"
 
 rust-lint: setup

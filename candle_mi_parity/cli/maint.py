@@ -67,7 +67,7 @@ def store(
             parts = [result.sections[part].results for part in ("calls", "tokens") if part in result.sections]
             made = [*result.cases, *chain(*parts)]
             lost = [one for one in made if one.status is Status.ERROR]
-            if lost or not (made or keep.has_cases):  # a case that a release does not offer is stored, and is not made
+            if lost or not (made or keep.has_cases):  # what a release does not offer is stored, and not made
                 reason = f"{lost[0].id}: {lost[0].error}" if lost else "nothing ran that is stored"
                 raise CandidateError(f"nothing is stored of {candidate}: {reason}")
             if "tokens" in options.parts:

@@ -75,7 +75,7 @@ def _save(tensors: Tensors, header: dict[str, str], shards: int, out: Path) -> N
 
 
 def _with_metadata(file: bytes, metadata: dict[str, str]) -> bytes:
-    """A safetensors file with metadata in the order that is given: safetensors itself takes any, another each time."""
+    """A safetensors file with metadata in the given order; safetensors takes any, another each time."""
     size = int.from_bytes(file[:8], "little")
     header = json.dumps({"__metadata__": metadata} | json.loads(file[8 : 8 + size]), separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
