@@ -18,6 +18,7 @@ from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.run_result import RunResult, Section
 from candle_mi_parity.compare.verdict import CaseResult, Status, TensorResult
 from candle_mi_parity.errors import Stopped, TraceError
+from candle_mi_parity.run.options import RunOptions
 from candle_mi_parity.spec.paths import OUTPUTS
 from candle_mi_parity.trace.release import StoredCase, StoredRelease
 from candle_mi_parity.trace.trace import Trace
@@ -287,3 +288,25 @@ def test_calls_are_stored_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert stored.tokens is None and not stored.cases
     [answers] = (tmp_path / "traces").iterdir()
     assert answers.name == f"calls.{stored.calls}.json" and len(json.loads(answers.read_text())["calls"]) > 100
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_case_that_a_release_does_not_offer_is_stored_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, absent: bool
+) -> None:
+    index, refusal = tmp_path / "0.2.2.json", {"kind": "absent", "error": "no feature", "case": "0" * 64}
+    release = json.loads((OUTPUTS / index.name).read_text(encoding="utf-8")) | {"calls": None, "tokens": None}
+    index.write_text(json.dumps(release | {"cases": {}}), encoding="utf-8")
+    monkeypatch.setattr("candle_mi_parity.spec.paths.OUTPUTS", tmp_path)
+
+    def ran(options: RunOptions) -> RunResult:
+        assert options.keep is not None
+        if absent:
+            options.keep.case("llama/gptq")["free"] = refusal
+        return RunResult("0.2.2", {}, {}, [], {"llama/gptq": "no feature"})
+
+    monkeypatch.setattr("candle_mi_parity.cli.run.run_with_progress", ran)
+    done = command("maint", "store", "0.2.2", "--cases", "llama/gptq", "--out", str(tmp_path / "out"))
+    assert done.returncode == (0 if absent else 2), done.stderr
+    assert absent or "nothing is stored of 0.2.2: nothing ran that is stored" in done.stderr
+    assert json.loads(index.read_text())["cases"] == ({"llama/gptq": {"free": refusal}} if absent else {})
