@@ -25,7 +25,7 @@ Default = bool | int | float | str
 Keys = dict[str, set[Default]]
 """Key → the literal defaults that it is given; a key in an inner object is ``outer.key``."""
 
-FEATURES = {"transformer", "sae"}
+FEATURES = {"transformer", "sae", "rwkv"}
 """The features of candle-mi that read a config; modules for others are not searched."""
 _OTHER_FILES = {"weight_map"}
 """Keys of ``model.safetensors.index.json``."""
@@ -44,10 +44,12 @@ class SourceKeys:
 
     :ivar config: those of ``config.json``.
     :ivar sae: those of ``cfg.json``.
+    :ivar rwkv: those of the ``config.json`` of a recurrent model.
     """
 
     config: Keys
     sae: Keys
+    rwkv: Keys
 
 
 def source_keys(candidate: Candidate, cache: Path) -> SourceKeys:
@@ -117,19 +119,19 @@ def _compiled(directory: Path) -> Iterator[Path]:
 def keys_in(files: Mapping[Path, str]) -> SourceKeys:
     """The keys that are read in Rust source.
 
-    :param files: path relative to ``src`` → text. Files in ``sae/`` read ``cfg.json``, all others ``config.json``.
+    :param files: path relative to ``src`` → text. Files in ``sae/`` read ``cfg.json``, those in ``rwkv/`` the
+        ``config.json`` of a recurrent model, and all others that of any other.
     """
     texts = {path: _code(text) for path, text in files.items()}
     named = rf"\b(?:const (\w+): [^=;]+ = |fn (\w+)\(\) -> [^{{]+\{{\s*)({_LITERAL})"
     constants = {each[1] or each[2]: each[3] for text in texts.values() for each in re.finditer(named, text)}
-    config: Keys = defaultdict(set)
-    sae: Keys = defaultdict(set)
+    found: dict[str, Keys] = {place: defaultdict(set) for place in ("config", "sae", "rwkv")}
     for path, text in texts.items():
-        of_file = sae if "sae" in path.with_suffix("").parts else config
+        of_file = found[next((place for place in path.with_suffix("").parts if place in ("sae", "rwkv")), "config")]
         for key, default in [*_serde(text), *_calls(text)]:
             if key not in _OTHER_FILES:
                 of_file[key] |= _value(constants.get(default, default))
-    return SourceKeys(dict(sorted(config.items())), dict(sorted(sae.items())))
+    return SourceKeys(**{place: dict(sorted(keys.items())) for place, keys in found.items()})
 
 
 def _code(text: str) -> str:

@@ -7,23 +7,62 @@ from collections.abc import Mapping
 from typing import Any
 
 from candle_mi_parity.hunt.genes import Genes, layers_of
-from candle_mi_parity.spec.hook_points import hook_names
+from candle_mi_parity.spec.hook_points import STATE, hook_names
 
 LAST_PLACE = 5
 """Last position that an edit names in a bidirectional model."""
+_STATE_EDITS = ("state_knockout", "state_steer")
 
 
 def drawn_edit(rng: random.Random, genes: Genes, bidirectional: bool) -> Genes:
     """An edit in a layer that the input has; in a bidirectional model also of a key after its query."""
     layers = layers_of(genes)
     hook = rng.choice(hook_names(layers))
-    count = sum(slot.startswith("edit.") for slot in genes)
     wide = ".attn." not in hook
     kinds = ["replace", "add", "scale", "zero"]
     kinds += ["patch_at", "patch_at"] if wide else []
     kinds += ["knockout"] * 4 if hook.endswith("hook_scores") else []
     kinds += ["steer"] * 4 if hook.endswith("hook_pattern") else []
     kind = rng.choice(kinds)
+    edit = _tensor_edit(rng, kind, hook, wide)
+    if kind in ("knockout", "steer"):
+        edit["spec"] = _spec(rng, layers, LAST_PLACE if bidirectional else None)
+    if kind == "steer":
+        how = rng.choice(["scale", "set_value"])  # candle-mi refuses to set a weight above 1
+        edit |= {"how": how, "value": rng.choice([0.0, 0.25, 1.0, *([3.0] if how == "scale" else [])])}
+    return _as_gene(genes, edit)
+
+
+def drawn_recurrent_edit(rng: random.Random, genes: Genes) -> Genes:
+    """An edit of the stream of a model without attention, or of what is written into its state.
+
+    A pass takes one edit of each kind of the state, whose positions may lie behind the prompt.
+    """
+    layers = layers_of(genes)
+    there = {edit["kind"] for slot, edit in genes.items() if slot.startswith("edit.")}
+    free = [kind for kind in _STATE_EDITS if kind not in there]
+    if not free or rng.random() < 0.4:
+        hook = rng.choice([name for name in hook_names(layers, recurrent=True) if ".rwkv." not in name])
+        kind = rng.choice(["replace", "add", "scale", "zero", "patch_at"])
+        return _as_gene(genes, _tensor_edit(rng, kind, hook, wide=True))
+    edit: dict[str, Any] = {"kind": rng.choice(free), "hook": f"blocks.{rng.randrange(layers)}.{STATE}"}
+    edit["at"] = sorted(rng.sample([0, 1, 2, 3, 4, 7, 12, 40], rng.choice([1, 1, 2, 3])))
+    first = rng.randrange(layers)
+    edit["layers"] = rng.choice([None, None, "all", [first, rng.randrange(first, layers)]])
+    if edit["kind"] == "state_steer":
+        edit["factor"] = rng.choice([0.0, 0.5, 2.0, -1.0, 1.0])
+    return _as_gene(genes, edit)
+
+
+def _as_gene(genes: Genes, edit: dict[str, Any]) -> Genes:
+    return {f"edit.{sum(slot.startswith('edit.') for slot in genes)}": edit}
+
+
+def _tensor_edit(rng: random.Random, kind: str, hook: str, wide: bool) -> dict[str, Any]:
+    """An edit of a kind, with what one of a whole tensor is given.
+
+    :param wide: whether the hook's tensor is [B, T, d].
+    """
     edit: dict[str, Any] = {"kind": kind, "hook": hook}
     if kind in ("replace", "add", "patch_at"):
         edit |= {"seed": rng.randrange(3), "size": rng.choice([0.1, 1.0, 10.0])}
@@ -37,12 +76,7 @@ def drawn_edit(rng: random.Random, genes: Genes, bidirectional: bool) -> Genes:
         edit["position"] = rng.choice([0, 1, 2, 5])
     if kind == "scale":
         edit["factor"] = rng.choice([0.0, 0.5, -1.0, 2.0])
-    if kind in ("knockout", "steer"):
-        edit["spec"] = _spec(rng, layers, LAST_PLACE if bidirectional else None)
-    if kind == "steer":
-        how = rng.choice(["scale", "set_value"])  # candle-mi refuses to set a weight above 1
-        edit |= {"how": how, "value": rng.choice([0.0, 0.25, 1.0, *([3.0] if how == "scale" else [])])}
-    return {f"edit.{count}": edit}
+    return edit
 
 
 def drawn_recurrence(rng: random.Random) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from candle_mi_parity.errors import CaseTableError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.edits import Steer
-from candle_mi_parity.spec.families import BIDIRECTIONAL, is_bidirectional, transformers_type
+from candle_mi_parity.spec.families import BIDIRECTIONAL, RECURRENT, is_bidirectional, transformers_type
 
 Genes = dict[str, Any]
 """Slot → value. A slot ``config.KEY`` or ``sae.cfg.KEY`` holds ``["set", value]``, ``["null"]`` or ``["absent"]``."""
@@ -61,6 +61,8 @@ def case_of(family: str, genes: Genes) -> Case:
         row["sae"] = _sae(genes)
     if "recurrent" in genes:
         row["recurrent"] = genes["recurrent"]
+    if family in RECURRENT:
+        row["features"] = ["rwkv"]
     row["edits"] = [genes[slot] for slot in sorted(genes) if slot.startswith("edit.")]
     try:
         case = Case.model_validate(row)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from candle_mi_parity.errors import CaseTableError
-from candle_mi_parity.hunt.edits import drawn_edit, drawn_recurrence, places_of
+from candle_mi_parity.hunt.edits import drawn_edit, drawn_recurrence, drawn_recurrent_edit, places_of
 from candle_mi_parity.hunt.genes import Genes, case_of, entries_of
 from candle_mi_parity.spec.cases import Layout, SaeStatistic, Statistic
-from candle_mi_parity.spec.families import MAPPED, is_bidirectional, transformers_type
+from candle_mi_parity.spec.families import MAPPED, RECURRENT, is_bidirectional, transformers_type
+from candle_mi_parity.spec.hook_points import hook_names
 from candle_mi_parity.spec.paths import FIXTURES
 from candle_mi_parity.spec.table import TableRow, read_toml
 
@@ -36,6 +37,14 @@ _SUBKEYS: dict[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
     "su": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
+KINDS = {"config": 54, "rotary": 12, "weights": 9, "layout": 3, "dtype": 4, "sae": 10, "edit": 8, "recurrent": 3}
+"""What is added to an input, and how often."""
+RECURRENT_KINDS = {"config": 40, "weights": 18, "layout": 3, "dtype": 4, "sae": 8, "edit": 20, "layers": 7}
+"""The same of a model without attention; one of two layers alone has more than the first layer does."""
+COUNTS, RECURRENT_COUNTS = (1, 2, 3, 5, 6, 8, 9), (1, 2, 3, 5, 8, 13, 20, 33)
+"""Numbers of tokens where the config has no length; a recurrence is over all positions before."""
+SAE_POINTS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out")
+"""Where an SAE is placed now and then."""
 PAIR_TRIES = 12
 """Pairs that are drawn to find one that was not drawn before."""
 _RARE = 0.12
@@ -138,10 +147,8 @@ class Grammar:
 
     def _added(self, rng: random.Random, family: str, genes: Genes, weight: Weight) -> Genes:
         """Genes to add to those that an input has."""
-        kind = rng.choices(
-            ("config", "rotary", "weights", "layout", "dtype", "sae", "edit", "recurrent"),
-            (54, 12, 9, 3, 4, 10, 8, 3),
-        )[0]
+        kinds = RECURRENT_KINDS if family in RECURRENT else KINDS
+        kind = rng.choices([*kinds], [*kinds.values()])[0]
         if kind == "config":
             slot, value = self._config(rng, family, weight)
             return {slot: value}
@@ -155,8 +162,12 @@ class Grammar:
             return {"dtype": rng.choice(["bfloat16", "float16"])}
         if kind == "recurrent":
             return {"recurrent": drawn_recurrence(rng)}
+        if kind == "layers":
+            return {"layers": 2}
         if kind == "sae":
-            return self._sae(rng, genes)
+            return self._sae(rng, family, genes)
+        if family in RECURRENT:
+            return drawn_recurrent_edit(rng, genes)
         return drawn_edit(rng, genes, is_bidirectional(config_of(family, genes)))
 
     def _config(self, rng: random.Random, family: str, weight: Weight) -> tuple[str, list[Any]]:
@@ -216,7 +227,7 @@ class Grammar:
                 block[key] = rng.choice(menu[key])
         return {key: value for key, value in block.items() if rng.random() > _RARE}
 
-    def _sae(self, rng: random.Random, genes: Genes) -> Genes:
+    def _sae(self, rng: random.Random, family: str, genes: Genes) -> Genes:
         if "sae.npz" in genes or rng.random() < 0.1:
             return {"sae.npz": rng.choice([1e-6, 0.1, 1.0, 100.0])}
         more: Genes = {}
@@ -238,7 +249,8 @@ class Grammar:
             elif kind == "statistics":
                 more[f"sae.statistics.{rng.choice([*SaeStatistic])}"] = True
             elif kind == "point":
-                more["sae.point"] = rng.choice(["hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out"])
+                there = hook_names(1, family in RECURRENT)
+                more["sae.point"] = rng.choice([point for point in SAE_POINTS if f"blocks.0.{point}" in there])
             else:
                 more["sae.scaling_factor"] = True
         return more
@@ -248,7 +260,7 @@ class Grammar:
         if "tokens" in genes and rng.random() < 0.5:
             return
         lengths = [length for length in lengths_of(family, genes) if 1 <= length <= LONGEST - 2]
-        count = rng.choice([1, 2, 3, 5, 6, 8, 9])
+        count = rng.choice(RECURRENT_COUNTS if family in RECURRENT else COUNTS)
         if lengths and rng.random() < 0.7:
             count = max(1, rng.choice(lengths) + rng.choice([-1, 0, 1, 2]))
         kind = rng.random()
@@ -316,10 +328,11 @@ def lengths_of(family: str, genes: Genes) -> list[int]:
 def _statistic(rng: random.Random, family: str, genes: Genes) -> Genes:
     """A statistic of weights that the family's plain config has."""
     config = base_config(family)
-    possible = [one for one in Statistic if not one.of_recurrence]
+    recurrent = family in RECURRENT
+    possible = [one for one in Statistic if recurrent or not one.of_recurrence]
     if config["tie_word_embeddings"] and genes.get("config.tie_word_embeddings") != ["set", False]:
         possible.remove(Statistic.HEAD_EQUAL)
-    biased = transformers_type(family) in ("qwen2", "starcoder2")
+    biased = recurrent or transformers_type(family) in ("qwen2", "starcoder2")
     if not biased and genes.get("config.attention_bias") != ["set", True]:
         possible.remove(Statistic.BIAS_LARGE)
     return {f"weights.{rng.choice(possible)}": True}
@@ -331,6 +344,8 @@ def _layout(rng: random.Random, family: str) -> Genes:
     if rng.random() < 0.2:
         return {"loader": "pretrained"} | ({"layout.pickle": True} if rng.random() < 0.3 else {})
     possible = [each for each in Layout if each not in (Layout.PICKLE, Layout.SHARDS_BESIDE, Layout.TOKENIZER)]
+    if family in RECURRENT:
+        possible = [each for each in possible if each not in (Layout.NO_PREFIX, Layout.MISSING_NORM)]
     if not base_config(family)["tie_word_embeddings"]:
         possible.remove(Layout.STORED_HEAD)
     return {f"layout.{rng.choice(possible)}": True}
@@ -343,7 +358,8 @@ def all_families(glob: str) -> list[str]:
     """
     import fnmatch
 
-    found = [name for name in MAPPED if fnmatch.fnmatchcase(name, glob)]
+    there = (*MAPPED, *RECURRENT)
+    found = [name for name in there if fnmatch.fnmatchcase(name, glob)]
     if not found:
-        raise CaseTableError(f"no family matches {glob!r}; there are {', '.join(MAPPED)}")
+        raise CaseTableError(f"no family matches {glob!r}; there are {', '.join(there)}")
     return found

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from candle_mi_parity.candidate.source_keys import SourceKeys
+from candle_mi_parity.candidate.source_keys import Keys, SourceKeys
 from candle_mi_parity.hunt.grammar import base_config
 from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.models.quiet import quiet
+from candle_mi_parity.models.rwkv_auto import register
 from candle_mi_parity.oracle.fields_read import cached_fields_read
-from candle_mi_parity.spec.families import transformers_type
+from candle_mi_parity.spec.families import RECURRENT, transformers_type
 
 
 def keys_read(family: str, cache: Path) -> set[str]:
@@ -22,6 +23,13 @@ def keys_read(family: str, cache: Path) -> set[str]:
     return {key for key in cached_fields_read(directory, family, cache) if "." not in key}
 
 
+def keys_of(family: str, candidate: SourceKeys | None) -> Keys:
+    """The keys of a family's ``config.json`` that the candidate's source reads; none for the control, None."""
+    if candidate is None:
+        return {}
+    return candidate.rwkv if family in RECURRENT else candidate.config
+
+
 def defaults_of(family: str, candidate: SourceKeys | None) -> dict[str, list[Any]]:
     """Key → transformers' default in the family's config class, and the defaults in the candidate's source.
 
@@ -29,9 +37,11 @@ def defaults_of(family: str, candidate: SourceKeys | None) -> dict[str, list[Any
     """
     import transformers
 
+    if family in RECURRENT:
+        register()
     with quiet():
         plain = transformers.AutoConfig.for_model(transformers_type(family)).to_dict()
     found = {key: [value] for key, value in plain.items() if isinstance(value, bool | int | float | str)}
-    for key, values in candidate.config.items() if candidate is not None else ():
+    for key, values in keys_of(family, candidate).items():
         found.setdefault(key, []).extend(sorted(values, key=repr))
     return found

@@ -37,7 +37,7 @@ def smallest(judge: Callable[[Genes], Answer], genes: Genes, answer: Answer) -> 
 
 
 def _fewer(genes: Genes) -> Iterator[Genes]:
-    """Smaller genes: without one, with a smaller block, with fewer tokens."""
+    """Smaller genes: without one, with a smaller block, with fewer positions of an edit, with fewer tokens."""
     for slot in genes:
         if slot != "tokens":
             yield {name: value for name, value in genes.items() if name != slot}
@@ -45,6 +45,10 @@ def _fewer(genes: Genes) -> Iterator[Genes]:
         if isinstance(value, list) and len(value) == 2 and isinstance(value[1], dict):
             for key in value[1]:
                 yield genes | {slot: ["set", {name: held for name, held in value[1].items() if name != key}]}
+        if slot.startswith("edit.") and len(places := value.get("at", [])) > 1:
+            yield from (
+                genes | {slot: value | {"at": [each for each in places if each != place]}} for place in places
+            )
     if fed := genes.get("recurrent", {}).get("feedback"):
         yield genes | {"recurrent": genes["recurrent"] | {"feedback": fed[1:]}}
     yield from _fewer_tokens(genes)

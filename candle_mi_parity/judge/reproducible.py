@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from candle_mi_parity.compare.verdict import TOKENS
 from candle_mi_parity.spec.cases import Case, SaeFile, ScopeSae
-from candle_mi_parity.spec.edits import Inject, Knockout, Scale, Steer
+from candle_mi_parity.spec.edits import Inject, Knockout, Scale, StateKnockout, StateSteer, Steer
+
+_SCALED = ("attn.hook_scores", "attn.hook_pattern")
+_ANYWHERE = (Knockout, Steer, StateKnockout, StateSteer)
 
 
 def not_reproducible(case: Case, first: str = "") -> str:
@@ -14,11 +17,13 @@ def not_reproducible(case: Case, first: str = "") -> str:
     """
     if first == TOKENS:
         return "the token ids differ, and the Rust test is given token ids; compare the tokenizers on the case's text"
-    if other := [feature for feature in case.features if feature not in ("quantized", "mmap")]:
+    if other := [feature for feature in case.features if feature not in ("quantized", "mmap", "rwkv")]:
         return f"no Rust test is written for a model of candle-mi's feature {other[0]}"
     for edit in case.edits:
-        at = {Scale: ("attn.hook_scores", "attn.hook_pattern"), Inject: ("hook_resid_post",)}.get(type(edit), ())
-        if not (isinstance(edit, Knockout | Steer) or edit.hook.endswith(at or "nowhere")):
+        at = {Scale: _SCALED, Inject: ("hook_resid_post",)}.get(type(edit), ())
+        if "rwkv" in case.features and isinstance(edit, Scale):
+            at = ("",)  # its script runs the layers one by one
+        if not (isinstance(edit, _ANYWHERE) or (at and edit.hook.endswith(at))):
             return f"no Rust test is written for {edit.kind} at {edit.hook}"
     # An SAE that the divergence does not touch stays out of the reproduction.
     if first.startswith("sae.") or any(isinstance(edit, Inject) for edit in case.edits):

@@ -1,9 +1,10 @@
-"""RWKV-6 and RWKV-7 in torch, for transformers, which has neither.
+"""What RWKV-6 and RWKV-7 have in common, in torch alone; transformers has neither.
 
 The formulas are those of the papers: RWKV-6 (Finch) of Peng et al. 2024 (arXiv:2404.05892, section 4), RWKV-7
 (Goose) of Peng et al. 2025 (arXiv:2503.14456, section 4). Config keys and names of tensors are those of published
-checkpoints: RWKV-6 as in ``RWKV/v6-Finch-1B6-HF``, RWKV-7 as flash-linear-attention saves it. :func:`register` makes
-both known to transformers' Auto classes.
+checkpoints: RWKV-6 as in ``RWKV/v6-Finch-1B6-HF``, RWKV-7 as flash-linear-attention saves it.
+:mod:`candle_mi_parity.models.rwkv_auto` makes both known to transformers; ``repro`` copies this module and one of the
+others beside its script.
 
 A tensor that is a hook point but no output of a layer goes through an ``nn.Identity``, to which a hook can be
 attached. In bfloat16 the recurrence and the norm of its heads are computed in float32, as in RWKV-6's published code.
@@ -11,94 +12,22 @@ attached. In bfloat16 the recurrence and the norm of its heads are computed in f
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import transformers
 from torch import nn
 from torch.nn import functional
-from transformers.modeling_outputs import CausalLMOutput
 
 SMALLEST_SUM = 1e-10
 """Added to the sum by which a row of effective attention is divided."""
-DECAY_SCALE = 0.6065306597126334
-"""exp(-1/2), the largest rate at which RWKV-7's state decays."""
-MIX_RANK, DECAY_RANK = 32, 64
-"""Ranks of RWKV-6's two low-rank projections, which its config does not have; twice that at a width of 4096."""
 
 
-class Rwkv6Config(transformers.PreTrainedConfig):  # type: ignore[no-untyped-call]
-    model_type = "rwkv6"
-    vocab_size: int = 65536
-    hidden_size: int = 768
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 64
-    head_size: int | None = None
-    head_size_divisor: int = 8
-    intermediate_size: int | None = None
-    layer_norm_epsilon: float = 1e-5
-    tie_word_embeddings: bool = False
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 0
+def fitting(width: int, size: int) -> int:
+    """The width of a head.
 
-    @property
-    def head_width(self) -> int:
-        """``num_attention_heads`` holds the size of a head, as ``head_size`` does."""
-        return self.head_size or self.num_attention_heads
-
-    @property
-    def head_norm_eps(self) -> float:
-        """1e-5·divisor², whatever ``layer_norm_epsilon`` is."""
-        return 1e-5 * self.head_size_divisor**2
-
-    @property
-    def inner_size(self) -> int:
-        return self.intermediate_size or int(self.hidden_size * 3.5) // 32 * 32
-
-
-class Rwkv7Config(transformers.PreTrainedConfig):  # type: ignore[no-untyped-call]
-    model_type = "rwkv7"
-    vocab_size: int = 32000
-    hidden_size: int = 2048
-    num_hidden_layers: int = 24
-    head_dim: int | None = 64
-    num_heads: int | None = None
-    hidden_ratio: float | None = 4.0
-    intermediate_size: int | None = None
-    decay_low_rank_dim: int | None = None
-    a_low_rank_dim: int | None = None
-    v_low_rank_dim: int | None = None
-    gate_low_rank_dim: int | None = None
-    hidden_act: str = "sqrelu"
-    norm_first: bool = True
-    norm_bias: bool = True
-    norm_eps: float = 1e-5
-    attn: dict[str, Any] | None = None
-    tie_word_embeddings: bool = False
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-
-    @property
-    def head_width(self) -> int:
-        if self.head_dim is None and self.num_heads is None:
-            raise ValueError("give `head_dim` or `num_heads`")
-        return self.head_dim or self.hidden_size // (self.num_heads or 1)
-
-    @property
-    def head_norm_eps(self) -> float:
-        return self.head_width * self.norm_eps
-
-    @property
-    def inner_size(self) -> int:
-        return self.intermediate_size or -(int(self.hidden_size * (self.hidden_ratio or 4)) // -32) * 32
-
-    def rank(self, of: str) -> int:
-        """The rank of a low-rank projection: ``decay``, ``a``, ``v`` or ``gate``."""
-        scale = {"decay": 2.5, "a": 2.5, "v": 1.7, "gate": 5.0}[of] * self.hidden_size**0.5
-        default = max(32, round(scale * (1 if of == "gate" else self.head_width / 64) / 32) * 32)
-        return int(getattr(self, f"{of}_low_rank_dim") or default)
+    :raises ValueError: no number of heads has the width of the model.
+    """
+    if width < 1 or size % width or not size:
+        raise ValueError(f"a width of {size} is not a number of heads of {width}")
+    return width
 
 
 class Shift(nn.Module):
@@ -179,30 +108,3 @@ def normalised_columns(columns: list[torch.Tensor]) -> tuple[torch.Tensor, torch
     positive = weights.relu()
     sums = positive.sum(-1, keepdim=True) + SMALLEST_SUM
     return positive / sums, weights / sums
-
-
-class RwkvModel(transformers.PreTrainedModel):  # type: ignore[no-untyped-call]
-    """The common part of the two models, which have the stream, ``layers``, ``norm`` and ``lm_head``."""
-
-    _supports_attention_backend = True
-
-    def _init_weights(self, _module: nn.Module) -> None:
-        """All weights come from files."""
-
-    def forward(self, input_ids: torch.Tensor, **_unused: Any) -> CausalLMOutput:
-        """Logits [B, T, V] of token ids [B, T]."""
-        inner: Any = self.model
-        stream, first_value = inner.embeddings(input_ids), None
-        for layer in inner.layers:
-            stream, first_value = layer(stream, first_value)
-        return CausalLMOutput(logits=self.lm_head(inner.norm(stream)))
-
-
-def register() -> None:
-    """Make transformers' Auto classes know both models; it may be called again."""
-    from candle_mi_parity.models.rwkv6 import Rwkv6ForCausalLM
-    from candle_mi_parity.models.rwkv7 import Rwkv7ForCausalLM
-
-    for config, model in ((Rwkv6Config, Rwkv6ForCausalLM), (Rwkv7Config, Rwkv7ForCausalLM)):
-        transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-        transformers.AutoModelForCausalLM.register(config, model, exist_ok=True)

@@ -1,22 +1,20 @@
-"""RWKV-6 (Finch), see :mod:`candle_mi_parity.models.rwkv`."""
+"""RWKV-6 (Finch), see :mod:`candle_mi_parity.models.rwkv`.
 
-from __future__ import annotations
+Annotations are evaluated here: transformers checks the values of a config against them.
+"""
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from candle_mi_parity.models.rwkv import (
-    DECAY_RANK,
-    MIX_RANK,
     HeadNorm,
-    Rwkv6Config,
-    RwkvModel,
     Shift,
     TimeMix,
     dot,
+    fitting,
     heads,
     normalised_columns,
     outer,
@@ -25,10 +23,44 @@ from candle_mi_parity.models.rwkv import (
 
 MIXED = "wkvrg"
 """What is computed from the stream mixed with the position before it, in the order of ``time_maa_w2``."""
+MIX_RANK, DECAY_RANK = 32, 64
+"""Ranks of the two low-rank projections, which the config does not have; twice that at a width of 4096."""
 SMALLEST = 2.0**-150
 """Half of float32's smallest number: what is below it becomes 0."""
 WIDE = 4096
 """The width at which the ranks are twice as large."""
+
+
+@dataclass
+class Settings6:
+    """What of ``config.json`` decides the numbers, with the defaults of the published code."""
+
+    vocab_size: int = 65536
+    hidden_size: int = 768
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 64
+    head_size: int | None = None
+    head_size_divisor: int = 8
+    intermediate_size: int | None = None
+    layer_norm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+
+    @property
+    def head_width(self) -> int:
+        """``num_attention_heads`` holds the size of a head, as ``head_size`` does."""
+        return fitting(self.head_size or self.num_attention_heads, self.hidden_size)
+
+    @property
+    def head_norm_eps(self) -> float:
+        """1e-5·divisor², whatever ``layer_norm_epsilon`` is."""
+        return 1e-5 * self.head_size_divisor**2
+
+    @property
+    def inner_size(self) -> int:
+        return self.intermediate_size or int(self.hidden_size * 3.5) // 32 * 32
 
 
 class TimeMix6(TimeMix):
@@ -37,7 +69,7 @@ class TimeMix6(TimeMix):
     The hook of the decay has ``w``.
     """
 
-    def __init__(self, config: Rwkv6Config) -> None:
+    def __init__(self, config: Settings6) -> None:
         super().__init__()
         size, self.width = config.hidden_size, config.head_width
         factor = 2 if size == WIDE else 1
@@ -86,7 +118,7 @@ class TimeMix6(TimeMix):
         """:param bonus: [n, D]; the others, and the result, are [B, T, n, D]."""
         batch, length, count, width = key.shape
         writes, attended = self.factors(length)
-        state = torch.zeros(batch, count, width, width, dtype=torch.float32)
+        state = torch.zeros(batch, count, width, width, dtype=key.dtype)
         outs = []
         for at in range(length):
             combined = outer(key, value, at) * bonus[:, :, None] + state
@@ -129,7 +161,7 @@ def effective_attention(
 class ChannelMix6(nn.Module):
     """``sigmoid(receptance(…))·value(relu(key(…))²)`` of the stream mixed with the position before it."""
 
-    def __init__(self, config: Rwkv6Config) -> None:
+    def __init__(self, config: Settings6) -> None:
         super().__init__()
         size, inner = config.hidden_size, config.inner_size
         self.time_shift = Shift()
@@ -146,7 +178,7 @@ class ChannelMix6(nn.Module):
 
 
 class Block6(nn.Module):
-    def __init__(self, config: Rwkv6Config, layer: int) -> None:
+    def __init__(self, config: Settings6, layer: int) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.layer_norm_epsilon
         self.pre_ln = nn.LayerNorm(size, eps) if layer == 0 else nn.Identity()
@@ -160,7 +192,7 @@ class Block6(nn.Module):
 
 
 class Stack6(nn.Module):
-    def __init__(self, config: Rwkv6Config) -> None:
+    def __init__(self, config: Settings6) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block6(config, layer) for layer in range(config.num_hidden_layers))
@@ -173,29 +205,3 @@ class Stack6(nn.Module):
     @property
     def norm(self) -> nn.LayerNorm:
         return self.ln_out
-
-
-class Rwkv6ForCausalLM(RwkvModel):  # type: ignore[no-untyped-call]
-    config_class = Rwkv6Config
-    base_model_prefix = "rwkv"
-    _tied_weights_keys = {"head.weight": "rwkv.embeddings.weight"}
-
-    def __init__(self, config: Rwkv6Config, *_: Any) -> None:
-        super().__init__(config)
-        self.rwkv = Stack6(config)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()  # type: ignore[no-untyped-call]
-
-    @property
-    def model(self) -> Stack6:
-        return self.rwkv
-
-    @property
-    def lm_head(self) -> nn.Linear:
-        return self.head
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.rwkv.embeddings
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.head

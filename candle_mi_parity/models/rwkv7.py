@@ -1,28 +1,78 @@
-"""RWKV-7 (Goose), see :mod:`candle_mi_parity.models.rwkv`."""
+"""RWKV-7 (Goose), see :mod:`candle_mi_parity.models.rwkv`.
 
-from __future__ import annotations
+Annotations are evaluated here: transformers checks the values of a config against them.
+"""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from candle_mi_parity.models.rwkv import (
-    DECAY_SCALE,
     HeadNorm,
-    Rwkv7Config,
-    RwkvModel,
     Shift,
     TimeMix,
     dot,
+    fitting,
     heads,
     normalised_columns,
     outer,
     times,
 )
 
+DECAY_SCALE = 0.6065306597126334
+"""exp(-1/2), the largest rate at which the state decays."""
+SMALLEST_LENGTH = 1e-12
+"""A shorter key is not normalised to a length of 1."""
 MIXED = "rwkvag"
 """What is computed from the stream mixed with the position before it, each with its own weights."""
+
+
+@dataclass
+class Settings7:
+    """What of ``config.json`` decides the numbers, with the defaults of the published code."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    head_dim: int | None = 64
+    num_heads: int | None = None
+    hidden_ratio: float | None = 4.0
+    intermediate_size: int | None = None
+    decay_low_rank_dim: int | None = None
+    a_low_rank_dim: int | None = None
+    v_low_rank_dim: int | None = None
+    gate_low_rank_dim: int | None = None
+    hidden_act: str = "sqrelu"
+    norm_first: bool = True
+    norm_bias: bool = True
+    norm_eps: float = 1e-5
+    attn: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    @property
+    def head_width(self) -> int:
+        if self.head_dim is None and self.num_heads is None:
+            raise ValueError("give `head_dim` or `num_heads`")
+        return fitting(self.head_dim or self.hidden_size // (self.num_heads or 1), self.hidden_size)
+
+    @property
+    def head_norm_eps(self) -> float:
+        return self.head_width * self.norm_eps
+
+    @property
+    def inner_size(self) -> int:
+        return self.intermediate_size or -(int(self.hidden_size * (self.hidden_ratio or 4)) // -32) * 32
+
+    def rank(self, of: str) -> int:
+        """The rank of a low-rank projection: ``decay``, ``a``, ``v`` or ``gate``."""
+        scale = {"decay": 2.5, "a": 2.5, "v": 1.7, "gate": 5.0}[of] * self.hidden_size**0.5
+        default = max(32, round(scale * (1 if of == "gate" else self.head_width / 64) / 32) * 32)
+        return int(getattr(self, f"{of}_low_rank_dim") or default)
 
 
 class LowRank(nn.Module):
@@ -40,7 +90,7 @@ class LowRank(nn.Module):
 class TimeMix7(TimeMix):
     """``S ← diag(e^w) S − (κ a)(κᵀ S) + k vᵀ``, read by ``r`` after the update; the hook of the decay has ``w``."""
 
-    def __init__(self, config: Rwkv7Config, layer: int) -> None:
+    def __init__(self, config: Settings7, layer: int) -> None:
         super().__init__()
         size, self.width = config.hidden_size, config.head_width
         for name in MIXED:
@@ -54,6 +104,12 @@ class TimeMix7(TimeMix):
         self.g_lora = LowRank(size, config.rank("gate"), nn.Sigmoid, bias=False)
         self.v_lora = LowRank(size, config.rank("v"), nn.Identity) if layer else None
         self.g_norm = HeadNorm(size, config.head_norm_eps)
+        self.eps_in_root = False
+        """Whether :data:`SMALLEST_LENGTH` is added to the square of a key's length, for a counterfactual."""
+
+    def _length(self, squared: torch.Tensor) -> torch.Tensor:
+        """The number by which a key is divided, given the square of its length."""
+        return (squared + SMALLEST_LENGTH).sqrt() if self.eps_in_root else squared.sqrt().clamp_min(SMALLEST_LENGTH)
 
     def forward(self, x: torch.Tensor, first: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """:param first: the values of layer 0, [B, T, d]; None in layer 0.
@@ -71,7 +127,7 @@ class TimeMix7(TimeMix):
         rank_one = self.a_lora(mixed["a"]).sigmoid()
         gate = self.g_lora(mixed["g"])
         scaled = heads(key * self.k_k, self.width).float()
-        removed = scaled / scaled.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
+        removed = scaled / self._length(scaled.square().sum(-1, keepdim=True))
         key = key + key * (rank_one - 1) * self.k_a
         read, key, value, rank_one = (heads(each, self.width).float() for each in (read, key, value, rank_one))
         out = self._recurrence(read, rate.exp(), key, value, removed, removed * rank_one)
@@ -92,7 +148,7 @@ class TimeMix7(TimeMix):
         """All arguments, and the result, are [B, T, n, D]."""
         batch, length, count, width = key.shape
         writes, attended = self.factors(length)
-        state = torch.zeros(batch, count, width, width, dtype=torch.float32)
+        state = torch.zeros(batch, count, width, width, dtype=key.dtype)
         outs = []
         for at in range(length):
             seen = torch.bmm(-removed[:, at].reshape(-1, 1, width), state.reshape(-1, width, width))
@@ -132,7 +188,7 @@ def effective_attention(
 class ChannelMix7(nn.Module):
     """``value(relu(key(x mixed with the position before))²)``."""
 
-    def __init__(self, config: Rwkv7Config) -> None:
+    def __init__(self, config: Settings7) -> None:
         super().__init__()
         self.time_shift = Shift()
         self.x_k = nn.Parameter(torch.empty(config.hidden_size))
@@ -145,7 +201,7 @@ class ChannelMix7(nn.Module):
 
 
 class Block7(nn.Module):
-    def __init__(self, config: Rwkv7Config, layer: int) -> None:
+    def __init__(self, config: Settings7, layer: int) -> None:
         super().__init__()
         size = config.hidden_size
 
@@ -164,28 +220,8 @@ class Block7(nn.Module):
 
 
 class Stack7(nn.Module):
-    def __init__(self, config: Rwkv7Config) -> None:
+    def __init__(self, config: Settings7) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block7(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, config.norm_eps, bias=config.norm_bias)
-
-
-class Rwkv7ForCausalLM(RwkvModel):  # type: ignore[no-untyped-call]
-    config_class = Rwkv7Config
-    base_model_prefix = "model"
-    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
-
-    def __init__(self, config: Rwkv7Config, *_: Any) -> None:
-        super().__init__(config)
-        if config.attn or config.hidden_act != "sqrelu":
-            raise ValueError("hybrid attention and other activations than sqrelu are not implemented here")
-        self.model = Stack7(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()  # type: ignore[no-untyped-call]
-
-    def get_input_embeddings(self) -> Any:
-        return self.model.embeddings
-
-    def get_output_embeddings(self) -> Any:
-        return self.lm_head

@@ -23,7 +23,7 @@ def load_config(directory: Path) -> Any:
 
     config = read_config(directory)
     if config.get("model_type") in RECURRENT:
-        from candle_mi_parity.models.rwkv import register
+        from candle_mi_parity.models.rwkv_auto import register
 
         register()
     if (written := str(config.get("model_type"))) not in BIDIRECTIONAL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,25 +34,40 @@ def _every_second(factor: float) -> Callable[[np.ndarray], np.ndarray]:
 
 _EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight")
 _DECAYS = (".time_decay", ".w_lora.lora.2.bias")
-_QUERIES = ("q_proj.weight", "qkv_proj.weight")
-_MLP = ("gate_proj.weight", "up_proj.weight", "gate_up_proj.weight", "c_fc.weight")
-_NOT_MATRICES = ("norm.weight", ".bias", "embed_tokens.weight")
+_QUERIES = ("q_proj.weight", "qkv_proj.weight", ".attn.r_proj.weight", ".attention.receptance.weight")
+_MLP = (
+    *("gate_proj.weight", "up_proj.weight", "gate_up_proj.weight", "c_fc.weight"),
+    *(".ffn.key.weight", ".feed_forward.key.weight"),
+)
+_HEADS = ("lm_head.weight", "head.weight")
+_NORMS = ("norm.weight", ".ln1.weight", ".ln2.weight", ".ln_x.weight", ".ln_out.weight", ".pre_ln.weight")
+_VECTORS = re.compile(r"\.(x_[rwkvag]|k_[ka]|r_k|time_(maa_[xwkvrg]|decay|faaaa))$")
+"""The parameters of RWKV's time mixing that are no matrices."""
+_REMOVED = (".k_k", ".attention.key.weight")
+_NOT_MATRICES = (*_NORMS, ".bias", *_EMBEDDINGS)
+
+
+def _is_matrix(name: str) -> bool:
+    return not (name.endswith(_NOT_MATRICES) or _VECTORS.search(name))
+
+
 _RULES: dict[Statistic, tuple[Callable[[str], bool], Callable[[np.ndarray, int], np.ndarray]]] = {
     Statistic.EMBEDDING_MEAN: (lambda name: name.endswith(_EMBEDDINGS), lambda array, _: array + 4),
     Statistic.EMBEDDING_TINY: (lambda name: name.endswith(_EMBEDDINGS), lambda array, _: array / 1024),
     Statistic.EMBEDDING_HUGE: (lambda name: name.endswith(_EMBEDDINGS), lambda array, _: array * 1024),
     Statistic.EMBEDDING_EQUAL: (lambda name: name.endswith(_EMBEDDINGS), lambda array, _: _twins(array)),
-    Statistic.HEAD_EQUAL: (lambda name: name == "lm_head.weight", lambda array, _: _twins(array)),
-    Statistic.NORM_ZERO: (lambda name: name.endswith("norm.weight"), _of_norm(_every_second(0))),
-    Statistic.NORM_NEGATIVE: (lambda name: name.endswith("norm.weight"), _of_norm(_every_second(-1))),
-    Statistic.NORM_LARGE: (lambda name: name.endswith("norm.weight"), _of_norm(lambda array: array * 32)),
+    Statistic.HEAD_EQUAL: (lambda name: name in _HEADS, lambda array, _: _twins(array)),
+    Statistic.NORM_ZERO: (lambda name: name.endswith(_NORMS), _of_norm(_every_second(0))),
+    Statistic.NORM_NEGATIVE: (lambda name: name.endswith(_NORMS), _of_norm(_every_second(-1))),
+    Statistic.NORM_LARGE: (lambda name: name.endswith(_NORMS), _of_norm(lambda array: array * 32)),
     Statistic.BIAS_LARGE: (lambda name: name.endswith(".bias"), lambda array, _: array * 32),
     Statistic.QUERY_LARGE: (lambda name: name.endswith(_QUERIES), lambda array, _: array * 16),
-    Statistic.MATRICES_TINY: (lambda name: not name.endswith(_NOT_MATRICES), lambda array, _: array / 1024),
+    Statistic.MATRICES_TINY: (_is_matrix, lambda array, _: array / 1024),
     Statistic.MLP_LARGE: (lambda name: name.endswith(_MLP), lambda array, _: array * 16),
     Statistic.DECAY_WEAK: (lambda name: name.endswith(_DECAYS), lambda array, _: array - 6),
     Statistic.DECAY_STRONG: (lambda name: name.endswith(_DECAYS), lambda array, _: array + 2),
     Statistic.DECAY_WHOLE: (lambda name: name.endswith(_DECAYS), lambda array, _: array + 8),
+    Statistic.KEY_TINY: (lambda name: name.endswith(_REMOVED), lambda array, _: array / 2**20),
 }
 """Statistic → the tensors that it concerns, and the change of an array, given the norm's offset."""
 

@@ -39,8 +39,10 @@ from candle_mi_parity.oracle.hooks import (
 from candle_mi_parity.oracle.plain import require_runs
 from candle_mi_parity.oracle.recurrence import recurrence_of
 from candle_mi_parity.oracle.rounding import Float64, MatmulScales, NoisePool, RoundingNoise, Truth64
+from candle_mi_parity.oracle.rwkv_hooks import alike
 from candle_mi_parity.oracle.variants import apply_to_model
 from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
+from candle_mi_parity.spec.families import RECURRENT
 from candle_mi_parity.spec.hook_points import SIGNED, WEIGHTS, Mode
 from candle_mi_parity.trace.truth import Truth, TruthTensor
 
@@ -160,6 +162,8 @@ class Computation:
         recorder, values, squares = sample(
             self.model, tokens, seed, then, changes, self._arithmetic, samples=samples, run=run
         )
+        if self._subject.model_type in RECURRENT:
+            squares = {name: square * alike(self._subject.tokens) for name, square in squares.items()}
         streamed = streaming.is_streamed(self._subject.model_dir)
         meta = {"mode": mode, "weights": "streamed" if streamed else "whole"}
         truth = _as_truth(self._subject, meta, recorder, values, squares, sae)

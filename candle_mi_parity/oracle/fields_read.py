@@ -1,4 +1,7 @@
-"""The fields of ``config.json`` that transformers reads, recorded while a model is built and run."""
+"""The fields of ``config.json`` that transformers reads, recorded while a model is built and run.
+
+Of a recurrent model, which transformers lacks, also those that :mod:`candle_mi_parity.models.rwkv` reads.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from candle_mi_parity.files.cache import cached
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.quiet import quiet
 from candle_mi_parity.models.transformers_config import load_config
-from candle_mi_parity.oracle.provenance import code_of, made_with
+from candle_mi_parity.oracle.provenance import PACKAGE, code_of, made_with
 from candle_mi_parity.spec.counterfactual import ROTARY
 
 LISTING = frozenset({"to_dict", "to_diff_dict", "dict_dtype_to_str", "validate_token_ids"})
@@ -75,10 +78,10 @@ def _recorded(kind: type[Any], read: set[str]) -> Iterator[None]:
     import transformers
 
     plain: Any = kind.__getattribute__
-    library = str(Path(str(transformers.__file__)).parent)
+    places = (str(Path(str(transformers.__file__)).parent), str(PACKAGE / "models" / "rwkv"))
 
     def note(name: str, frame: Any) -> None:
-        if frame.f_code.co_filename.startswith(library) and frame.f_code.co_name not in LISTING:
+        if frame.f_code.co_filename.startswith(places) and frame.f_code.co_name not in LISTING:
             read.add(name)
 
     class Rotary(dict[str, Any]):

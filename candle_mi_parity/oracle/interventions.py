@@ -92,7 +92,7 @@ def edits_of(subject: PreparedCase, drawn: Captured, counterfactual: Counterfact
     if not subject.case.edits:
         return changes
     config = read_config(subject.model_dir)
-    n_heads = int(str(config.get("num_attention_heads", 0)))
+    n_heads = int(str(config.get("num_attention_heads") or 0))
     for index, row in enumerate(subject.case.edits):
         edit = counterfactual.edit_at(index, row)
         if isinstance(edit, StateKnockout | StateSteer):

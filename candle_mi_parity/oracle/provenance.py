@@ -79,7 +79,7 @@ def modeling_files(model_type: str) -> list[Path]:
     :raises OracleError: this transformers has no such family.
     """
     if model_type in RECURRENT:
-        return [PACKAGE / "models" / f"{name}.py" for name in ("rwkv", model_type)]
+        return [PACKAGE / "models" / f"{name}.py" for name in ("rwkv", "rwkv_auto", model_type)]
     spec = find_spec("transformers")
     if spec is None or spec.origin is None:
         raise OracleError("transformers is not installed")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,6 +45,15 @@ def attach(
             layer.register_forward_hook(_first_output(f"{prefix}hook_resid_post", at)),
         ]
     return handles
+
+
+def alike(tokens: Sequence[Sequence[int]]) -> int:
+    """The largest number of positions with the same token behind the same token.
+
+    What is written into the state is rounded in the same way at each of them, and the samples of the noise round each
+    in its own: the sum of m equal errors is √m times that of m independent ones.
+    """
+    return max(max(Counter(pairwise(row)).values(), default=1) for row in tokens)
 
 
 def _changed(changes: Sequence[Change]) -> Callable[..., Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from candle_mi_parity.errors import OracleError
 from candle_mi_parity.models.rwkv import HeadNorm, TimeMix
 from candle_mi_parity.models.rwkv6 import TimeMix6
+from candle_mi_parity.models.rwkv7 import TimeMix7
 from candle_mi_parity.spec.counterfactual import Counterfactual, Variant, matching
 
 M = TypeVar("M", bound=nn.Module)
@@ -30,6 +33,8 @@ def apply_to_model(model: Any, change: Counterfactual, dtype: torch.dtype, strea
         _replace_layer_norms(model, RmsNorm)
     elif change.has(Variant.LAYER_NORM_IN_ONE_PASS):
         _replace_layer_norms(model, OnePassLayerNorm)
+    elif change.has(Variant.LAYER_NORM_OVERFLOWS):
+        _replace_layer_norms(model, partial(OverflowingLayerNorm, most=torch.finfo(dtype).max))
     if change.has(Variant.NO_QUERY_KEY_NORM):
         _leave_out(model, ("q_norm", "k_norm"))
     if change.has(Variant.KEYS_OF_OTHER_FAMILIES):
@@ -47,6 +52,9 @@ def apply_to_model(model: Any, change: Counterfactual, dtype: torch.dtype, strea
     if change.has(Variant.HEAD_NORM_EPS_OF_LAYER_NORM):
         for norm in _of_kind(model, HeadNorm):
             norm.eps *= model.config.layer_norm_epsilon / 1e-5
+    if change.has(Variant.KEY_NORM_EPS_IN_ROOT):
+        for mixing in _of_kind(model, TimeMix7):
+            mixing.eps_in_root = True
     if change.has(Variant.ROTARY_IN_MODEL_DTYPE):
         model.model.rotary_emb = RoundedRotary(model.model.rotary_emb, dtype)
 
@@ -128,7 +136,23 @@ class OnePassLayerNorm(nn.Module):
         return (out if self.bias is None else out + self.bias.float()).to(x.dtype)
 
 
-def _replace_layer_norms(model: nn.Module, norm_class: type[RmsNorm] | type[OnePassLayerNorm]) -> None:
+class OverflowingLayerNorm(nn.Module):
+    """A LayerNorm that divides by infinity where the sum of squares is larger than a number."""
+
+    def __init__(self, norm: nn.LayerNorm, most: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self._eps, self._most = norm.weight, norm.bias, norm.eps, most
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        squares = centred.square().sum(-1, keepdim=True)
+        normed = centred * torch.rsqrt(squares / x.shape[-1] + self._eps)
+        # Not by a division by infinity, which the noise would turn into NaN.
+        out = torch.where(squares > self._most, 0.0, normed) * self.weight
+        return out if self.bias is None else out + self.bias
+
+
+def _replace_layer_norms(model: nn.Module, norm_class: Callable[[nn.LayerNorm], nn.Module]) -> None:
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
     if not found:
         raise OracleError("the model has no LayerNorm")

@@ -40,7 +40,7 @@ class ReproducedCase:
     def line(self) -> str:
         """Case, first tensor, error, size and test results."""
         config, first = self.reproduction.pair.case.config, self.reproduction.first
-        layers, width, heads = (config[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+        layers, width, heads = config["num_hidden_layers"], config["hidden_size"], self.reproduction.heads
         tokens = len(self.reproduction.pair.case.tokens)
         text = f"{self.reproduction.original.id}: {first.name} {first.element_ratio:.3g} σ, {layers} layers of width "
         text += f"{width}, {heads} heads, {tokens} tokens"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from candle_mi_parity.spec.families import family_of
+from candle_mi_parity.spec.families import RECURRENT, family_of
 
 
 def place(name: str, model_type: str, config: dict[str, Any]) -> tuple[str, str, str]:
@@ -15,6 +15,8 @@ def place(name: str, model_type: str, config: dict[str, Any]) -> tuple[str, str,
     found = '(seen["it"][0] if isinstance(seen["it"], tuple) else seen["it"])'
     if name == "logits":
         return "", "", "out.logits"
+    if model_type in RECURRENT:  # whose script runs the layers one by one
+        return "", "", f'seen["{name}"]'
     if name.endswith(("attn.hook_scores", "attn.hook_pattern")):
         return "", "", f'seen["{name}"]'
     if name == "hook_embed":

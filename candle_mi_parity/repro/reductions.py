@@ -9,9 +9,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from candle_mi_parity.repro.shrink import Input, Pair, Step
+from candle_mi_parity.repro.shrink import RWKV, Input, Pair, Step
 from candle_mi_parity.spec.cases import Layout, SaelensDirectory, SaeStatistic, Statistic
-from candle_mi_parity.spec.edits import Edit, Inject, Knockout, Steer
+from candle_mi_parity.spec.edits import Edit, Inject, Knockout, StateKnockout, StateSteer, Steer
+from candle_mi_parity.spec.families import RECURRENT
 
 Change = Callable[..., Input]
 """``change(side, size)``: a side of that size; what no longer exists moves to the last that is left."""
@@ -126,6 +127,11 @@ def _fewer_entries(edit: Edit) -> Iterator[tuple[str, Edit]]:
             for index in range(len(getattr(edit.spec, name))):
                 kept = [entry for place, entry in enumerate(getattr(edit.spec, name)) if place != index]
                 yield name, edit.model_copy(update={"spec": edit.spec.model_copy(update={name: kept})})
+    if isinstance(edit, StateKnockout | StateSteer):
+        for position in edit.at if len(edit.at) > 1 else ():
+            yield "a position", edit.model_copy(update={"at": [each for each in edit.at if each != position]})
+        if edit.layers is not None:
+            yield "other layers", edit.model_copy(update={"layers": None})
 
 
 def _on_features(side: Input, size: int) -> Input:
@@ -173,8 +179,18 @@ def _heads(pair: Pair) -> Iterator[tuple[str, Pair]]:
         return replace(side, config=side.config | change, edits=edits)
 
     for ours, theirs in ((1, 1), (2, 1), (2, 2), (4, 1)):
-        if ours < pair.case.config["num_attention_heads"]:
+        if pair.case.config["model_type"] not in RECURRENT and ours < pair.case.config["num_attention_heads"]:
             yield f"{ours} heads, {theirs} for keys", pair.both(fewer)
+
+
+def _head_width(side: Input) -> object:
+    """Of RWKV-6, whose ``num_attention_heads`` is the width of a head; None for any other model."""
+    return side.config["num_attention_heads"] if side.config["model_type"] == "rwkv6" else None
+
+
+def _on_head_width(side: Input, size: int) -> Input:
+    keys = [key for key in ("num_attention_heads", "head_size") if key in side.config]
+    return replace(side, config=side.config | dict.fromkeys(keys, size))
 
 
 def _usual(oddity: Statistic | Layout | SaeStatistic) -> Step:
@@ -197,7 +213,8 @@ def _plain_loader(pair: Pair) -> Iterator[tuple[str, Pair]]:
 def loaded_plainly(side: Input) -> Input:
     """The same weights without from_pretrained, which alone reads pickles."""
     layout = tuple(held for held in side.layout if held is not Layout.PICKLE)
-    return replace(side, loader="hf", features=(), layout=layout)
+    features = tuple(held for held in side.features if held == RWKV)
+    return replace(side, loader="hf", features=features, layout=layout)
 
 
 def _without_oddity(side: Input, oddity: Statistic | Layout | SaeStatistic) -> Input:
@@ -218,7 +235,7 @@ def _settings(pair: Pair) -> Iterator[tuple[str, Pair]]:
                 yield f"{key} {size}", Pair(case, pair.control)
 
 
-_POSITIONS = frozenset({"position", "edges", "from_positions", "to_positions", "query", "keys"})
+_POSITIONS = frozenset({"at", "position", "edges", "from_positions", "to_positions", "query", "keys"})
 
 STEPS: tuple[Step, ...] = (
     _plain_loader,
@@ -232,7 +249,9 @@ STEPS: tuple[Step, ...] = (
     _settings,
     _sizes("{} tokens", (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128), lambda side: len(side.tokens), _on_tokens),
     _heads,
+    _sizes("heads of {}", (2, 4, 8), _head_width, _on_head_width),
     _key_sizes("head_dim", (2, 4, 8)),
+    *(_key_sizes(f"{projection}_low_rank_dim", (1, 2, 4, 8)) for projection in ("decay", "a", "v", "gate")),
     _key_sizes("hidden_size", (2, 4, 8, 16, 32)),
     _sizes("d_sae {}", (2, 4, 8, 16, 32), lambda side: side.sae and side.sae.d_sae, _on_features),
     _fewer_sae_keys,

@@ -23,7 +23,7 @@ from candle_mi_parity.models.prepared_case import PreparedCase, prepare
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.oracle.oracle import Oracle
 from candle_mi_parity.repro.reductions import STEPS, loaded_plainly
-from candle_mi_parity.repro.shrink import SHAPE, Config, Divergence, Input, Pair, Shrinker
+from candle_mi_parity.repro.shrink import RWKV, SHAPE, Config, Divergence, Input, Pair, Shrinker
 from candle_mi_parity.spec.cases import (
     Case,
     Layout,
@@ -34,7 +34,7 @@ from candle_mi_parity.spec.cases import (
 )
 from candle_mi_parity.spec.edits import Inject
 from candle_mi_parity.spec.explanations import Explanation, load_explanations
-from candle_mi_parity.spec.hook_points import WEIGHTS
+from candle_mi_parity.spec.hook_points import STATE, WEIGHTS
 from candle_mi_parity.spec.recurrent import feedback_key
 from candle_mi_parity.trace.truth import Truth
 
@@ -69,6 +69,12 @@ class Reproduction:
     first: TensorResult
     fed: tuple[list[float], ...] = ()
     weight: str = ""
+
+    @property
+    def heads(self) -> int:
+        """Number of heads; what a recurrent model's config holds is their width."""
+        state = self.truth.tensors.get(f"blocks.0.{STATE}")
+        return int(self.pair.case.config["num_attention_heads"]) if state is None else state.value.shape[1]
 
 
 def model_of(tried: Input, scratch: Path) -> Path:
@@ -182,8 +188,7 @@ def reproduce(
         pair = shrinker.shrink(pair)
         evidence, first = judge_input(pair.case, source, Path(scratch))
         assert first is not None
-        if pair.case.features:
-            needed = ", ".join(pair.case.features)
+        if needed := ", ".join(feature for feature in pair.case.features if feature != RWKV):
             raise ReproError(
                 f"{case.id}: it needs candle-mi's feature {needed}, and the Rust test is built without it"
             )

@@ -25,8 +25,12 @@ SHAPE = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+    "head_size",
+    *(f"{projection}_low_rank_dim" for projection in ("decay", "a", "v", "gate")),
 )
 """Config keys that are made smaller; all others are left out if possible."""
+RWKV = "rwkv"
+"""The feature of candle-mi that a recurrent model needs however it is loaded."""
 MOST_ATTEMPTS = 150
 ROUNDS = 3
 
@@ -60,7 +64,8 @@ class Input:
         """What is unusual about the weights and their files."""
         files = [f"{self.shards} files"] if self.shards > 1 else []
         loader = ["MIModel::from_pretrained"] if self.loader == "pretrained" else []
-        return [*self.weights, *self.layout, *files, *loader, *(f"feature {feature}" for feature in self.features)]
+        features = [f"feature {feature}" for feature in self.features if feature != RWKV]
+        return [*self.weights, *self.layout, *files, *loader, *features]
 
 
 @dataclass(frozen=True)

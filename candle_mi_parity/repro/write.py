@@ -20,20 +20,27 @@ from candle_mi_parity.files.versions import version
 from candle_mi_parity.models.sae import Sae, load_sae, sae_path
 from candle_mi_parity.models.transformers_config import FULL_ATTENTION
 from candle_mi_parity.oracle.compute import SAMPLES
+from candle_mi_parity.oracle.provenance import PACKAGE
 from candle_mi_parity.repro.crate import Dependencies, write_crate
 from candle_mi_parity.repro.probe import place
 from candle_mi_parity.repro.repro import Reproduction, model_of
-from candle_mi_parity.spec.families import BIDIRECTIONAL, transformers_type
+from candle_mi_parity.repro.shrink import Input
+from candle_mi_parity.spec.edits import StateKnockout, StateSteer
+from candle_mi_parity.spec.families import BIDIRECTIONAL, RECURRENT, transformers_type
 from candle_mi_parity.spec.recurrent import feedback_key
 
 FORMAT = "candle-mi-parity/expected/1"
 PLAIN = "plain"
 """Directory of a quantised checkpoint's own weights, dequantised, which transformers reads on any machine."""
+MODELS, MODELS_NAME = PACKAGE / "models", "candle_mi_parity.models"
+"""Where the formulas of RWKV lie, which are copied beside the script."""
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 IMPORTS = {
     "knockout": {"create_knockout_mask", "KnockoutSpec", "Intervention"},
     "steer": {"apply_steering", "SteeringSpec", "Intervention"},
     "scale": {"Intervention"},
+    "state_knockout": {"StateKnockoutSpec"},
+    "state_steer": {"StateSteeringSpec"},
 }
 """Kind of edit → names of ``candle_mi`` that its lines of the Rust test need."""
 
@@ -76,7 +83,13 @@ def write_folder(reproduction: Reproduction, origin: Origin, dependencies: Depen
             shutil.copytree(made, data / "sae")
     (data / "expected.json").write_text(json.dumps(expected(reproduction)) + "\n", encoding="utf-8")
     facts = _facts(reproduction, origin, load_sae(data / "sae") if sae is not None else None)
-    for template, target in {"test.rs": f"tests/{name}.rs", "check.py": "check.py", "ISSUE.md": "ISSUE.md"}.items():
+    script = "check.py"
+    if (model_type := reproduction.subject.model_type) in RECURRENT:
+        script = "check_rwkv.py"
+        for module in ("rwkv", model_type):
+            text = (MODELS / f"{module}.py").read_text(encoding="utf-8")
+            (folder / f"{module}.py").write_text(text.replace(f"{MODELS_NAME}.", ""), encoding="utf-8")
+    for template, target in {"test.rs": f"tests/{name}.rs", script: "check.py", "ISSUE.md": "ISSUE.md"}.items():
         (folder / target).write_text(
             templates(html=False).get_template(f"{template}.j2").render(facts), encoding="utf-8"
         )
@@ -123,11 +136,12 @@ def expected(reproduction: Reproduction) -> dict[str, Any]:
 def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[str, Any]:
     """The values of the templates."""
     first, case = reproduction.first, reproduction.pair.case
-    config, heads = case.config, case.config["num_attention_heads"]
+    config, heads, model_type = case.config, reproduction.heads, reproduction.subject.model_type
     watched = case.sae.hook if case.sae is not None and first.name.startswith("sae.") else first.name
-    module, side, value = place(watched, reproduction.subject.model_type, config)
-    pretrained = case.loader == "pretrained"
-    names = {"HookPoint", "HookSpec"} | ({"MIModel"} if pretrained else {"GenericTransformer", "TransformerConfig"})
+    module, side, value = place(watched, model_type, config)
+    pretrained, rwkv = case.loader == "pretrained", model_type in RECURRENT
+    loaded = {"GenericRwkv", "RwkvConfig"} if rwkv else {"GenericTransformer", "TransformerConfig"}
+    names = {"HookPoint", "HookSpec"} | ({"MIModel"} if pretrained else loaded)
     if not pretrained:
         names.add("MIBackend" if case.recurrent is None else "RecurrentPassSpec")
     names = names.union(*(IMPORTS.get(edit.kind, ()) for edit in case.edits))
@@ -142,8 +156,11 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
         "command": one_line(origin.command),
         "named": one_line(origin.named),
         "title": one_line(origin.known) or f"`{first.name}` differs from PyTorch",
-        "model_type": reproduction.subject.model_type,
-        "stands_for": reproduction.subject.model_type in BIDIRECTIONAL and transformers_type(config["model_type"]),
+        "model_type": model_type,
+        "rwkv": rwkv,
+        "oracle": f"torch {version('torch')}" if rwkv else f"transformers {version('transformers')}",
+        "writes": _writes(case),
+        "stands_for": model_type in BIDIRECTIONAL and transformers_type(config["model_type"]),
         "full_attention": FULL_ATTENTION,
         "torch": version("torch"),
         "transformers": version("transformers"),
@@ -178,6 +195,14 @@ def _facts(reproduction: Reproduction, origin: Origin, sae: Sae | None) -> dict[
         "one_line": one_line,
         "json": partial(json.dumps, indent=2),
     }
+
+
+def _writes(case: Input) -> dict[int, list[float]]:
+    """Layer → the factor of what each position writes into the state, for the layers with an edit of it."""
+    edits = [edit for edit in case.edits if isinstance(edit, StateKnockout | StateSteer)]
+    layers = [layer for layer in range(case.config["num_hidden_layers"]) if any(edit.holds(layer) for edit in edits)]
+    width = len(case.tokens)
+    return {layer: np.prod([edit.factors(layer, width) for edit in edits], axis=0).tolist() for layer in layers}
 
 
 def _differing(reproduction: Reproduction) -> list[tuple[str, str, str]]:

@@ -18,7 +18,7 @@ from candle_mi_parity.compare.hunt_result import Branches, HuntResult
 from candle_mi_parity.errors import CaseTableError, HubError, Stopped
 from candle_mi_parity.hunt.grammar import Grammar, all_families
 from candle_mi_parity.hunt.hunt import Hunt, Limits
-from candle_mi_parity.hunt.keys import defaults_of, keys_read
+from candle_mi_parity.hunt.keys import defaults_of, keys_of, keys_read
 from candle_mi_parity.models.tokenizers import load_tokenizers, tokenizer_directory
 from candle_mi_parity.report.hunt_page import PAGE
 from candle_mi_parity.report.views import remove, require_writable
@@ -167,8 +167,10 @@ def _parts(source: Source, cache: Path) -> Parts:
 def _grammar(candidate: Candidate, families: list[str], cache: Path) -> Grammar:
     """Of the config keys that transformers and the candidate read."""
     theirs = source_keys(candidate, cache) if candidate.has_source else None
-    more = {key for key in theirs.config if "." not in key} if theirs is not None else set()
-    keys = {family: keys_read(family, cache) | more for family in families}
+    keys = {
+        family: keys_read(family, cache) | {key for key in keys_of(family, theirs) if "." not in key}
+        for family in families
+    }
     return Grammar(families, keys, {family: defaults_of(family, theirs) for family in families})
 
 

@@ -71,11 +71,13 @@ class Statistic(StrEnum):
     """2 is added to the bias of RWKV's decay."""
     DECAY_WHOLE = "decay-whole"
     """8 is added to the bias of RWKV's decay; of RWKV-6, a step leaves less of the state than float32 can hold."""
+    KEY_TINY = "key-tiny"
+    """RWKV-6's keys are divided by 2²⁰, and of RWKV-7's the factors of those that the state is cleared of."""
 
     @property
     def of_recurrence(self) -> bool:
         """Whether only RWKV has such weights."""
-        return self in (Statistic.DECAY_WEAK, Statistic.DECAY_STRONG, Statistic.DECAY_WHOLE)
+        return self.startswith("decay-") or self is Statistic.KEY_TINY
 
 
 class Layout(StrEnum):

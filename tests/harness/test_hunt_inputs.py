@@ -22,7 +22,7 @@ from candle_mi_parity.oracle.built import built_model
 from candle_mi_parity.oracle.hooks import load_model
 from candle_mi_parity.spec.cases import Layout, Statistic, TinyModel
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
-from candle_mi_parity.spec.families import MAPPED, family_of, is_bidirectional
+from candle_mi_parity.spec.families import MAPPED, RECURRENT, family_of, is_bidirectional
 from tests.support.hunting import (
     KEYS,
     bench,
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # --- The model in memory
 
 
-@pytest.mark.parametrize("family", MAPPED)
+@pytest.mark.parametrize("family", [*MAPPED, *RECURRENT])
 def test_a_model_that_is_built_is_the_one_that_is_loaded(family: str, tmp_path: Path) -> None:
     for change in ({"tie_word_embeddings": True}, {"tie_word_embeddings": False, "attention_bias": True}):
         directory = generated_model(base_config(family) | {"num_hidden_layers": 1} | change, "hub", tmp_path)
@@ -114,10 +114,10 @@ def test_a_seed_draws_the_same_inputs_and_another_seed_others() -> None:
     grammar = Grammar(all_families("*"), KEYS)
 
     def drawn(seed: int) -> list[tuple[str, Genes]]:
-        return [grammar.draw(random.Random(f"{seed}:{i}"), [], lambda family, entry: 1.0, set()) for i in range(50)]
+        return [grammar.draw(random.Random(f"{seed}:{i}"), [], lambda family, entry: 1.0, set()) for i in range(90)]
 
     assert drawn(0) == drawn(0) != drawn(1)
-    assert {family for family, _ in drawn(0)} == set(MAPPED)
+    assert {family for family, _ in drawn(0)} == {*MAPPED, *RECURRENT}
 
 
 def test_what_is_drawn_is_a_case_or_does_not_fit_together() -> None:

@@ -112,11 +112,14 @@ def test_the_keys_that_serde_reads() -> None:
 
 def test_modules_of_other_features_are_not_searched(tmp_path: Path) -> None:
     crate = write_crate(tmp_path / "crate")
-    lib = '#[cfg(feature = "rwkv")]\npub mod rwkv;\n#[cfg(any(feature = "clt", feature = "sae"))]\nmod both;\n'
+    switched = {"rwkv": "pub mod rwkv", "diffusion": "mod other"}
+    lib = "".join(f'#[cfg(feature = "{feature}")]\n{module};\n' for feature, module in switched.items())
+    lib += '#[cfg(any(feature = "clt", feature = "sae"))]\nmod both;\n'
     touch(crate / "src" / "lib.rs", lib + "mod config;")
-    for name in ("rwkv/config.rs", "both.rs", "config.rs"):
+    for name in ("rwkv/config.rs", "other/config.rs", "both.rs", "config.rs"):
         touch(crate / "src" / name, f'fn f(config: &Value) {{ config.get("of_{name[:4]}"); }}')
-    assert source_keys(parse_candidate(f"path:{crate}"), tmp_path).config.keys() == {"of_both", "of_conf"}
+    found = source_keys(parse_candidate(f"path:{crate}"), tmp_path)
+    assert found.config.keys() == {"of_both", "of_conf"} and found.rwkv.keys() == {"of_rwkv"}
 
 
 def test_without_a_source_or_a_key_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +155,8 @@ def test_the_keys_of_the_real_release() -> None:
     inner = {"factor", "type", "rope_type", "low_freq_factor", "long_factor", "original_max_position_embeddings"}
     assert {f"{outer}.{key}" for outer in ("rope_scaling", "rope_parameters") for key in inner} < found.config.keys()
     assert {"d_in", "d_sae", "architecture", "activation_fn_str", "activation_fn_kwargs.k"} < found.sae.keys()
+    assert found.rwkv["head_size_divisor"] == {8} and "rope_theta" not in found.rwkv
+    assert {"head_size_divisor", "decay_low_rank_dim", "norm_eps"}.isdisjoint(found.config)
     # candle-mi lists what it reads, for a report of its own.
     source = (source_directory(candidate, cache_root()) / "config.rs").read_text("utf-8")
     listed = re.search(r"const CONSUMED_CONFIG_KEYS: &\[&str\] = &\[(.*?)\];", source, re.DOTALL)
@@ -164,4 +169,4 @@ def test_the_keys_of_the_real_release() -> None:
 
 def test_the_features_are_those_of_the_emitter() -> None:
     manifest = tomllib.loads((EMITTER / "Cargo.toml").read_text("utf-8"))
-    assert {*manifest["dependencies"]["candle-mi"]["features"], "sae"} == FEATURES
+    assert {*manifest["dependencies"]["candle-mi"]["features"], "sae", "rwkv"} == FEATURES

@@ -19,12 +19,13 @@ from candle_mi_parity.hunt.hunt import Hunt, Limits
 from candle_mi_parity.hunt.worker import Worker
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
-from candle_mi_parity.spec.families import MAPPED
+from candle_mi_parity.spec.families import MAPPED, RECURRENT
 from candle_mi_parity.spec.hook_points import Mode
 from candle_mi_parity.trace.trace import InMemory
 from candle_mi_parity.trace.truth import Truth
 
 KEYS = {family: {"rms_norm_eps", "hidden_act", "rope_theta", "sliding_window"} for family in MAPPED}
+KEYS |= {family: {"head_size_divisor", "hidden_size", "layer_norm_epsilon", "norm_eps"} for family in RECURRENT}
 Fault = Callable[[PreparedCase, dict[str, np.ndarray]], None]
 
 
