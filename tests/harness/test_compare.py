@@ -258,6 +258,7 @@ def faulty(arrays: Arrays) -> None:
 
 @pytest.mark.parametrize("pieces", PIECES)
 @pytest.mark.parametrize("fault", [honest, faulty])
+@pytest.mark.every(2)
 def test_pieces_give_the_result_of_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: str, fault: Callable[[Arrays], None]
 ) -> None:

@@ -284,6 +284,7 @@ def test_a_transcoders_features_within_rounding_of_a_decision_have_no_truth(tmp_
 
 
 @pytest.mark.parametrize("formula", [Formula.THRESHOLD_UNREAD, Formula.NEGATIVE_LEFT_OUT])
+@pytest.mark.every(2)
 def test_a_transcoders_wrong_activation_is_found_and_known(formula: Formula, tmp_path: Path) -> None:
     _, causes = hunt(Fake(by_formula(formula)), "clt_encode", tmp_path, examples=200)
     assert {(cause.what, cause.first, cause.reason) for cause in causes} == {("clt_encode", "value", "values")}

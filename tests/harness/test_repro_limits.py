@@ -90,6 +90,7 @@ def test_a_run_offers_no_command_that_repro_refuses(tmp_path: Path) -> None:
         assert len(told) == (not offered)
 
 
+@pytest.mark.thorough
 def test_a_quantised_checkpoint_is_reproduced_as_it_is(tmp_path: Path) -> None:
     case = case_of("llama/nf4-128")
     found = reproduce(case, Odd(lambda tokens: True), cache_root(), lambda line: None)

@@ -149,6 +149,7 @@ UNRUNNABLE: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", UNRUNNABLE)
+@pytest.mark.every(3)
 def test_a_config_that_transformers_cannot_run_is_an_input_error(judged: Judged, tmp_path: Path, name: str) -> None:
     family, config, message = UNRUNNABLE[name]
     found = judged(local(tmp_path / "model", family, **config))
