@@ -33,8 +33,8 @@ def apply_to_model(model: Any, change: Counterfactual, dtype: torch.dtype, strea
         _replace_layer_norms(model, RmsNorm)
     elif change.has(Variant.LAYER_NORM_IN_ONE_PASS):
         _replace_layer_norms(model, OnePassLayerNorm)
-    elif change.has(Variant.LAYER_NORM_OVERFLOWS):
-        _replace_layer_norms(model, partial(OverflowingLayerNorm, most=torch.finfo(dtype).max))
+    elif change.has(Variant.LAYER_NORM_IN_MODEL_DTYPE):
+        _replace_layer_norms(model, partial(SteppedLayerNorm, most=torch.finfo(dtype).max))
     if change.has(Variant.NO_QUERY_KEY_NORM):
         _leave_out(model, ("q_norm", "k_norm"))
     if change.has(Variant.KEYS_OF_OTHER_FAMILIES):
@@ -136,8 +136,9 @@ class OnePassLayerNorm(nn.Module):
         return (out if self.bias is None else out + self.bias.float()).to(x.dtype)
 
 
-class OverflowingLayerNorm(nn.Module):
-    """A LayerNorm that divides by infinity where the sum of squares is larger than a number."""
+class SteppedLayerNorm(nn.Module):
+    """A LayerNorm of single steps, each with its rounding, which divides by infinity where the sum of squares is
+    larger than a number."""
 
     def __init__(self, norm: nn.LayerNorm, most: float) -> None:
         super().__init__()

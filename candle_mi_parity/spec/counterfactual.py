@@ -66,9 +66,9 @@ class Variant(StrEnum):
     """The eps of RWKV-6's norm of heads is ``layer_norm_epsilon``·divisor², not 1e-5·divisor²."""
     KEY_NORM_EPS_IN_ROOT = "key-norm-eps-in-root"
     """The keys that RWKV-7's state is cleared of are divided by √(|k|² + 1e-12), not by max(|k|, 1e-12)."""
-    LAYER_NORM_OVERFLOWS = "layer-norm-overflows"
-    """The squares of every LayerNorm are summed in the model's format. Where the sum is beyond float16's largest
-    number, all that is left of the norm is its bias."""
+    LAYER_NORM_IN_MODEL_DTYPE = "layer-norm-in-model-dtype"
+    """Every step of a LayerNorm is rounded to the model's format. Where the sum of squares is beyond float16's
+    largest number, all that is left of the norm is its bias."""
 
     @property
     def of_recurrence(self) -> bool:
