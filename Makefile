@@ -7,6 +7,8 @@
 #   make faults            is every seeded fault detected where it was planted? (SOURCE=1: in candle-mi's own source)
 # Does the emitter compile with CUDA? Neither a GPU nor a toolkit is needed:
 #   make cuda-build        20 minutes of processor time, once
+# On a machine with a GPU, without network and in 8 minutes; EMITTER=FILE is what cuda-build compiled:
+#   make gpu-check         rounding, candle-mi, determinism and memory on CUDA
 # To publish:
 #   make wheel             build/dist: the package with its data, and that of the stored releases
 #   make docs              build/site
@@ -21,7 +23,7 @@ CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
 PYTEST = $(PY) -m pytest --require-rust -n auto --dist loadgroup
 
-.PHONY: parity test test-all faults cuda-build docs wheel lint rust-lint lock setup
+.PHONY: parity test test-all faults cuda-build gpu-check docs wheel lint rust-lint lock setup
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
@@ -37,6 +39,11 @@ faults: setup
 
 cuda-build: setup
 	@emitter/cuda-build.sh "$(CACHE)" "$$(cat .venv/packages)" "$(CURDIR)/$(PY)"
+
+# Without set-up, which needs the network: a machine with torch and transformers of its own is enough.
+EMITTER ?= $(firstword $(wildcard $(CACHE)/target/cuda/*/release/parity-emitter.stripped))
+gpu-check:
+	@$(or $(wildcard $(PY)),python3) -m validation.gpu_check $(if $(EMITTER),--emitter "$(EMITTER)")
 
 wheel: setup
 	$(PY) -m uv build --quiet --out-dir build/dist

@@ -17,8 +17,9 @@ fi
 mkdir work
 cd work
 parity=../env/bin/candle-mi-parity
+ends() { local code=0; "${@:2}" || code=$?; [ "$code" -eq "$1" ]; } # ends CODE COMMAND…
 $parity --help >help.txt
-$parity run --candidate stored:0.2.2 && exit 1 || [ $? -eq 2 ] # says which package has what is stored
+ends 2 $parity run --candidate stored:0.2.2 # says which package has what is stored
 ../env/bin/pip install --quiet --no-index --no-deps "$dist"/candle_mi_parity_stored-*.whl
 $parity run --candidate stored:0.2.2 --cases 'llama/*' --only traces
 $parity run --candidate 0.2.2 --cases llama/hub --only traces
@@ -31,7 +32,7 @@ sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidd
 sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
 LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained("model")
 PY
-$parity check model --tokens 1,2,3,4,5 && exit 1 || [ $? -eq 1 ] # transformers 5 saves it, which candle-mi misreads
+ends 1 $parity check model --tokens 1,2,3,4,5 # transformers 5 saves it, which candle-mi misreads
 echo 'def test_mine(assert_parity): assert_parity(model="model", tokens=[[1, 2, 3]], candidate="torch")' >test_mine.py
 ../env/bin/python -m pytest --quiet test_mine.py
-$parity maint fields && exit 1 || [ $? -eq 2 ] # says that it needs a clone
+ends 2 $parity maint fields # says that it needs a clone

@@ -38,6 +38,7 @@ started=$SECONDS
 RUSTFLAGS=$flags CARGO_TARGET_DIR=$cache/target/cuda cargo build --release --locked --features cuda --target "$host"
 built=$cache/target/cuda/$host/release/parity-emitter
 strip -o "$built.stripped" "$built"
+command -v xz >/dev/null && xz --keep --force "$built.stripped" # to be carried to a GPU
 echo "built in $((SECONDS - started)) s: $built, $(du -m "$built" | cut -f 1) MB, stripped $(du -m "$built.stripped" | cut -f 1) MB"
 needed=$(readelf -d "$built" | grep -c 'NEEDED.*\(libcuda\|libcublas\|libcurand\|libnvrtc\)')
 [ "$needed" -ge 4 ] || { echo "cuda-build: the binary links $needed of CUDA's libraries" >&2; exit 1; }

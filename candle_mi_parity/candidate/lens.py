@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
 
+from candle_mi_parity.candidate.program import lens_identity
 from candle_mi_parity.candidate.requests import REQUEST_FORMAT
 from candle_mi_parity.files.digest import file_digest
 from candle_mi_parity.files.escape import one_line
@@ -215,7 +217,10 @@ def require_known(request: Request) -> None:
         raise AbsentError("TransformerLens has no SAEs")
     if request.get("recurrent"):
         raise AbsentError("TransformerLens has no recurrent passes")
-    if request.get("weights") or read_config(Path(request["model_dir"])).get("quantization_config"):
+    config = read_config(Path(request["model_dir"]))
+    if (model_type := config.get("model_type")) not in CONFIG_MAPPING:
+        raise AbsentError(f"TransformerLens boots models of transformers, which has no model type {model_type}")
+    if request.get("weights") or config.get("quantization_config"):
         raise AbsentError("a quantised checkpoint: this program loads plain weights")
 
 
@@ -248,7 +253,7 @@ def write(request: Request, tensors: Tensors, absent: Mapping[str, str]) -> None
     ]
     header = {
         "emitter": "1",
-        "candle_mi": {"version": f"TransformerLens {version('transformer-lens')}", "source": "program"},
+        "candle_mi": lens_identity().model_dump(exclude_none=True),
         "candle": f"torch {version('torch')}",
         "features": [],
         "device": request["device"],

@@ -37,21 +37,30 @@ def require_transformer_lens() -> None:
         )
 
 
-class ProgramSource:
-    """A process that answers for all cases. Nothing is known of it, so that no divergence is excused.
+def lens_identity() -> CandleMi:
+    """The TransformerLens that is installed, as its traces name it."""
+    return CandleMi(version=f"TransformerLens {metadata.version('transformer-lens')}", source="program")
 
+
+class ProgramSource:
+    """A process that answers for all cases.
+
+    :ivar identity: of TransformerLens, of which a table says what is known. Nothing is known of any other program, so
+        that no divergence is excused: None.
     :ivar seconds: time limit of one trace.
     """
 
-    identity = None
     seconds = TIMEOUT_SECONDS
 
     def __init__(self, candidate: Candidate, out: Path, device: str) -> None:
         self.device = device
         self._out = out.resolve()
-        offline = {"HF_HUB_OFFLINE": "1"} if candidate.kind == "transformer-lens" else {}
-        self._process = EmitterProcess(shlex.split(candidate.target), environment=offline)
-        self._is: CandleMi | None = None
+        is_lens = candidate.kind == "transformer-lens"
+        self._process = EmitterProcess(
+            shlex.split(candidate.target), environment={"HF_HUB_OFFLINE": "1"} if is_lens else {}
+        )
+        self.identity = lens_identity() if is_lens else None
+        self._is = self.identity
 
     def trace(self, subject: PreparedCase, mode: Mode, truth: Truth, inputs: Path) -> Trace:
         """Have the program write a trace, and open it.

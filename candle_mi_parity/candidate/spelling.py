@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from candle_mi_parity.errors import ParityError
-from candle_mi_parity.spec.explanations import numbers
+from candle_mi_parity.spec.explanations import LENS_TABLE, TABLE, numbers
 
 Kind = Literal["version", "path", "git", "stored", "command", "transformer-lens", "torch"]
 
@@ -53,6 +53,11 @@ class Candidate:
     def is_candle_mi(self) -> bool:
         """Whether what is known of candle-mi's releases may hold of it."""
         return self.kind not in ("command", "transformer-lens", "torch")
+
+    @property
+    def table(self) -> Path:
+        """The table of what is known of it."""
+        return LENS_TABLE if self.kind == "transformer-lens" else TABLE
 
     @property
     def has_source(self) -> bool:

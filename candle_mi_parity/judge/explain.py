@@ -121,8 +121,7 @@ def hold_table(
         result.stale = [
             f"{row.id} is expected, and no case needs it: remove it from the file of expected divergences"
             if table.exactly
-            else f"{row.id} is listed for candle-mi {identity.version}, and no case needs it: "
-            "remove the release from its row"
+            else f"{row.id} is listed for {identity.title}, and no case needs it: remove the release from its row"
             for row in table.explanation
             if result.baseline in row.releases and row.id not in needed
         ]

@@ -17,6 +17,7 @@ import numpy as np
 from candle_mi_parity.candidate.process import EmitterError
 from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.gate import UNITS, measure
+from candle_mi_parity.compare.suspects import hook_point
 from candle_mi_parity.compare.verdict import Explained, Status, TensorResult
 from candle_mi_parity.errors import ExplanationError, ParityError
 from candle_mi_parity.files.tensor_file import TensorFile
@@ -60,8 +61,12 @@ def facts_of(subject: PreparedCase) -> Facts:
 
 
 def _edit_facts(edit: Edit) -> dict[str, Any]:
-    """An edit's row, and for steering whether it ``repeats`` an edge."""
-    return edit.model_dump() | ({"repeats": edit.spec.repeats} if isinstance(edit, Steer) else {})
+    """An edit's row, its hook ``point`` in whatever block, and for steering whether it ``repeats`` an edge."""
+    return (
+        edit.model_dump()
+        | {"point": hook_point(edit.hook)}
+        | ({"repeats": edit.spec.repeats} if isinstance(edit, Steer) else {})
+    )
 
 
 def facts_about(

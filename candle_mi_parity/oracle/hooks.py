@@ -83,7 +83,8 @@ class Recorder:
             edited = edit(edited)
             if edited.shape != tensor.shape:
                 raise OracleError(f"an edit at {name} made {tuple(edited.shape)} of {tuple(tensor.shape)}")
-        if edited is not tensor and name.endswith("hook_resid_mid"):
+        owes = Variant.RESID_MID_EDITS_REACH_THE_MLP_ALONE not in self.variants
+        if edited is not tensor and name.endswith("hook_resid_mid") and owes:
             # A hook on the norm cannot change the stream in the residual sum at the end of the layer.
             self._owed[name.replace("resid_mid", "resid_post")] = edited - tensor
         return edited
@@ -146,7 +147,8 @@ def attention(
     allowed = attention_mask == 0
     if Variant.NO_CAUSAL_MASK in recorder.variants:
         allowed = torch.ones_like(allowed)
-    if Variant.CAUSAL_MASK in recorder.variants:
+    unmasked = Variant.CAUSAL_MASK_FOR_NO_MASK in recorder.variants and bool(allowed.all())
+    if Variant.CAUSAL_MASK in recorder.variants or unmasked:
         allowed = allowed.tril()
     if window is not None:
         allowed = allowed.triu(-window)

@@ -77,7 +77,7 @@ class Checking:
         if self.dump:
             result.dumped = list(self.dump.arrays)
             check_names(self.dump, self.layers, self.sae.hook if self.sae else None)
-        self.table = load_explanations()
+        self.table = load_explanations(parse_candidate(result.candidate).table)
         self.release = known_release(result.candidate, self.table)
         self._model: Any = None
 

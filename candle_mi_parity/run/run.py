@@ -116,7 +116,8 @@ def _held(options: RunOptions) -> tuple[Explanations, ExpectedDivergences | None
     """The explanations that the options choose, and the file of expected divergences."""
     others = [*load_known_calls().known, *load_tokenizers().known]
     expected = load_expected(options.known, others) if options.known else None
-    return held_to(load_explanations(), options.baseline, expected), expected
+    table = load_explanations(parse_candidate(options.candidate).table)
+    return held_to(table, options.baseline, expected), expected
 
 
 def _take(judged: CaseResult, result: RunResult) -> None:

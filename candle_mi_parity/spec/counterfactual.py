@@ -42,6 +42,10 @@ class Variant(StrEnum):
     """Every position attends to every other."""
     CAUSAL_MASK = "causal-mask"
     """No position attends to a later one, also in a bidirectional model."""
+    CAUSAL_MASK_FOR_NO_MASK = "causal-mask-for-no-mask"
+    """In a layer whose mask forbids nothing no position attends to a later one."""
+    RESID_MID_EDITS_REACH_THE_MLP_ALONE = "resid-mid-edits-reach-the-mlp-alone"
+    """An edit at ``hook_resid_mid`` changes what the MLP reads; the MLP's output is added to the unedited stream."""
     KEYS_OF_OTHER_FAMILIES = "keys-of-other-families"
     """``sliding_window`` (of that many keys and one more), both softcaps and ``query_pre_attn_scalar`` of the config
     count, although the architecture does not read them."""

@@ -1,4 +1,6 @@
-"""The table of explanations, ``fixtures/explanations.toml``: what candle-mi is known to compute instead, and where.
+"""The tables of explanations: what a candidate is known to compute instead, and where.
+
+``fixtures/explanations.toml`` is candle-mi's, ``fixtures/transformer_lens.toml`` that of TransformerLens.
 
 A row is one cause with a stable id: the cases in which it applies, and the counterfactual under which PyTorch gives
 candle-mi's numbers, or the message with which candle-mi refuses.
@@ -22,6 +24,7 @@ from candle_mi_parity.spec.counterfactual import PLAIN, Counterfactual
 from candle_mi_parity.spec.paths import FIXTURES
 from candle_mi_parity.spec.table import TableRow, read_toml
 
+TABLE, LENS_TABLE = FIXTURES / "explanations.toml", FIXTURES / "transformer_lens.toml"
 MOST_STORED = 3
 """Largest number of explanations that refer to a stored trace, because no counterfactual expresses them."""
 
@@ -63,10 +66,10 @@ class Refusal(TableRow):
 class Cause(TableRow):
     """The common part of a known divergence of cases and of direct calls.
 
-    :ivar id: CMI1xx for direct calls, all others for cases.
+    :ivar id: CMI1xx for direct calls, all others for cases; TL0xx of TransformerLens.
     :ivar name: a few words, for links and searches.
     :ivar says: one sentence: what candle-mi does instead.
-    :ivar releases: the releases of candle-mi in which it holds.
+    :ivar releases: the releases of candle-mi in which it holds, or ``TransformerLens VERSION``.
     :ivar remedy: what a user can do about it, or empty.
     """
 
@@ -88,7 +91,7 @@ class Explanation(Cause):
     :ivar stored: why there is neither; the candidate is then compared with the release's stored trace.
     """
 
-    id: Annotated[str, Field(pattern=r"^CMI[02-9]\d\d$")]
+    id: Annotated[str, Field(pattern=r"^(CMI[02-9]|TL0)\d\d$")]
     families: list[str] = []
     when: list[str] = []
     change: Counterfactual | None = None
@@ -131,8 +134,10 @@ def releases_of(rows: Iterable[Cause]) -> list[str]:
 
 
 def baseline(rows: Iterable[Cause], version: str) -> str:
-    """The release whose rows apply to a version: the newest that is not later, or empty."""
-    older = [release for release in releases_of(rows) if numbers(release) <= numbers(version)]
+    """The release whose rows apply to a version: the newest of the same program that is not later, or empty."""
+    program = version.rpartition(" ")[0]
+    mine = [release for release in releases_of(rows) if release.rpartition(" ")[0] == program]
+    older = [release for release in mine if numbers(release) <= numbers(version)]
     return older[-1] if older else ""
 
 
@@ -166,7 +171,7 @@ class Explanations(TableRow):
 
     def lists(self, source: str, version: str) -> bool:
         """Whether a candidate is the release that it is held to, and not a build from source or another release."""
-        return source == "registry" and version == self.baseline(version)
+        return source in ("registry", "program") and version == self.baseline(version)
 
     def applicable(self, facts: Facts, release: str) -> list[Explanation]:
         """The rows of a release that apply to a case, in the table's order."""
@@ -209,12 +214,12 @@ def proposed(
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """``0.2.3-dev`` → (0, 2, 3), to order versions; a pre-release counts as its release."""
-    found = re.match(r"\d+(?:\.\d+)*", version)
+    """``0.2.3-dev`` → (0, 2, 3), to order versions; a pre-release counts as its release, and a name is left out."""
+    found = re.search(r"\d+(?:\.\d+)*", version)
     return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 
-def load_explanations(path: Path = FIXTURES / "explanations.toml") -> Explanations:
+def load_explanations(path: Path = TABLE) -> Explanations:
     """The table.
 
     :raises ExplanationError: unreadable, unknown key, wrong type, duplicate id or name, incomplete row.

@@ -68,6 +68,11 @@ class CandleMi(Part):
     revision: Text | None = None
     tree_digest: Digest | None = None
 
+    @property
+    def title(self) -> str:
+        """``candle-mi 0.2.2``, or the name and version of another program."""
+        return self.version if self.source == "program" else f"candle-mi {self.version}"
+
 
 class CaseRef(Part):
     id: Text

@@ -1,4 +1,5 @@
-"""``transformer-lens``: it agrees where it does, a wrong map of its hooks fails, and what it lacks is said.
+"""``transformer-lens``: it agrees where it does, what is known of it is explained, a wrong map of its hooks fails,
+and what it lacks is said.
 
 The first half runs TransformerLens and is skipped without it; the second needs none.
 """
@@ -11,17 +12,26 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from candle_mi_parity.candidate.program import ProgramSource
 from candle_mi_parity.candidate.sources import Source, open_source
 from candle_mi_parity.candidate.spelling import CandidateError, parse_candidate
-from candle_mi_parity.compare.verdict import Outcome, Status
+from candle_mi_parity.compare.run_result import RunResult, Verdict
+from candle_mi_parity.compare.verdict import CaseResult, Explained, Outcome, Status, TensorResult
+from candle_mi_parity.judge.case import Judgement, Progress, judge_case
+from candle_mi_parity.judge.explain import hold_table
+from candle_mi_parity.run.options import RunOptions
+from candle_mi_parity.run.run import run
+from candle_mi_parity.spec.explanations import LENS_TABLE, Explanations, load_explanations
 from candle_mi_parity.spec.paths import ROOT, cache_root
-from tests.support.planting import CASES, judged
+from candle_mi_parity.trace.trace import CandleMi
+from tests.support.planting import CASES, Real, judged, real, real_of
 
-LENS = ROOT / "candle_mi_parity" / "candidate" / "lens.py"
+PROGRAM = ROOT / "candle_mi_parity" / "candidate" / "lens.py"
 PORT = ROOT / "docs" / "examples" / "port.py"
+TABLE = load_explanations(LENS_TABLE)
 
 needs_lens = pytest.mark.skipif(
     importlib.util.find_spec("transformer_lens") is None,
@@ -86,6 +96,7 @@ LACKS = {
     "llama/awq-32": "a quantised checkpoint",
     "llama/edit-clt": "for the edit clt_inject",
     "gemma2/edit-scale-attention": "behind the soft cap",
+    "rwkv7/hub": "has no model type rwkv7",
 }
 
 
@@ -95,6 +106,37 @@ def test_what_it_lacks_is_absent_and_no_pass(lens: Source, case: str) -> None:
     found = judged(CASES[case], lens)
     assert (found.outcome, found.status) == (Outcome.ABSENT, Status.UNMEASURED)
     assert LACKS[case] in found.error
+
+
+KNOWN = {
+    "llama/edit-add-stream": "TL001",
+    "gemma2/edit-patch-at": "TL001",
+    "llama/bidirectional": "TL002",
+    "mistral/bidirectional": "TL002",
+    "qwen2/bidirectional-window": "TL002",
+    "starcoder2/norm-eps": "TL003",
+}
+
+
+@needs_lens
+@pytest.mark.every(2)
+@pytest.mark.parametrize("case", KNOWN)
+def test_what_is_known_of_it_is_pytorchs_numbers_under_a_counterfactual(lens: Source, case: str) -> None:
+    found = judge_case(CASES[case], lens, "transformer-lens", cache_root(), TABLE, Progress()).result
+    assert found.status is Status.KNOWN and found.explained is not None, found.unexplained
+    assert found.explained.ids == [KNOWN[case]] and max(found.explained.ratios.values()) < 4
+    others = [row for row in TABLE.explanation if row.id != KNOWN[case]]
+    without = Explanations(format=1, explanation=others)
+    assert judge_case(CASES[case], lens, "x", cache_root(), without, Progress()).result.status is Status.FAIL
+
+
+@needs_lens
+@pytest.mark.thorough
+def test_every_divergence_is_explained_by_a_needed_row(tmp_path: Path) -> None:
+    options = RunOptions("transformer-lens", out=tmp_path, only=("traces",), search=0.0)
+    result = run(options, lambda count: Progress())
+    assert result.verdict is Verdict.KNOWN and result.stale == [] and result.gone == {}
+    assert {id for case in result.cases if case.explained for id in case.explained.ids} == set(KNOWN.values())
 
 
 MISTAKES = {
@@ -137,12 +179,64 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_the_map_fails(tmp_path: Path, mistake: str) -> None:
     replaced, case, where = MISTAKES[mistake]
-    text = LENS.read_text(encoding="utf-8")
+    text = PROGRAM.read_text(encoding="utf-8")
     assert text.count(replaced[0]) == 1
     with program(text.replace(*replaced), tmp_path) as source:
         found = judged(CASES[case], source)
     assert found.status is Status.FAIL, found.error
     assert found.first_divergence is not None and found.first_divergence.name == where
+
+
+LENS = CandleMi(version="TransformerLens 4.3.0", source="program")
+
+
+def test_rows_apply_to_the_program_that_they_are_of() -> None:
+    assert TABLE.baseline(LENS.version) == TABLE.baseline("TransformerLens 4.4.1") == LENS.version
+    assert TABLE.baseline("TransformerLens 4.2.0") == TABLE.baseline("0.2.2") == ""
+    candle_mi = load_explanations()
+    assert candle_mi.baseline(LENS.version) == "" and candle_mi.baseline("0.2.3-dev") == "0.2.2"
+    assert TABLE.lists(LENS.source, LENS.version) and not TABLE.lists(LENS.source, "TransformerLens 4.4.1")
+    assert parse_candidate("transformer-lens").table == LENS_TABLE != parse_candidate("command:x").table
+
+
+def test_a_row_that_no_case_needs_fails() -> None:
+    """TL002 and TL003 apply to cases that agree, or to none."""
+    tensor = TensorResult("logits", Status.FAIL, position_ratio=1e6, compared=1)
+    case = CaseResult("llama/edit-add-stream", "llama", "", Status.KNOWN, "", [tensor])
+    case.explained = Explained(["TL001"], "says", "change", {"logits": 1.0})
+    result = RunResult("transformer-lens", {}, {}, [case], {}, baseline=LENS.version)
+    hold_table([Judgement(case, applicable=("TL001",))], TABLE, LENS, result, whole=True)
+    assert [line.partition(",")[0] for line in result.stale] == [
+        f"{id} is listed for TransformerLens 4.3.0" for id in ("TL002", "TL003")
+    ]
+    assert result.verdict is Verdict.FAIL
+
+
+def under(there: Real, id: str) -> dict[str, np.ndarray]:
+    [change] = [row.change for row in TABLE.explanation if row.id == id and row.change is not None]
+    return {name: tensor.value for name, tensor in there.oracle.under(change).truth().tensors.items()}
+
+
+@pytest.mark.thorough
+def test_an_edit_of_resid_mid_that_reaches_the_mlp_alone() -> None:
+    """The stream behind the block is what came before the edit, and what the MLP made of the edited."""
+    whole = CASES["llama/edit-zero-and-add"]
+    [edit] = [edit for edit in whole.edits if edit.hook == "blocks.0.hook_resid_mid" and edit.kind == "zero"]
+    there = real_of(whole.model_copy(update={"edits": [edit]}))
+    right, found = there.truth.tensors, under(there, "TL001")
+    before, output, behind = (f"blocks.0.hook_{name}" for name in ("resid_mid", "mlp_out", "resid_post"))
+    np.testing.assert_allclose(found[behind], found[before] + found[output], rtol=0, atol=1e-14)
+    np.testing.assert_array_equal(found[output], right[output].value)
+    np.testing.assert_allclose(right[behind].value, right[output].value, rtol=0, atol=1e-14)
+
+
+@pytest.mark.thorough
+def test_a_layer_without_a_mask_alone_becomes_causal() -> None:
+    there = real("qwen2/bidirectional-window")
+    found = under(there, "TL002")
+    full, window = (found[f"blocks.{layer}.attn.hook_pattern"][0] for layer in (0, 1))
+    assert not np.triu(full, 1).any() and np.triu(window, 1).any()
+    assert np.triu(there.truth.tensors["blocks.0.attn.hook_pattern"].value, 1).any()
 
 
 def test_without_transformer_lens_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ def test_a_workflow_is_pinned_read_only_and_bounded(name: str) -> None:
     text, workflow = WORKFLOWS[name]
     used = re.findall(r"uses: (.*)", text)
     # `./` is the action of this repository, as it is in the same commit.
-    assert [line for line in used if not re.fullmatch(r"\S+@[0-9a-f]{40} # v\d+\.\d+\.\d+|\./", line)] == []
+    pinned = r"\S+@[0-9a-f]{40} # v\d+\.\d+\.\d+|\./ # zizmor: .*"
+    assert [line for line in used if not re.fullmatch(pinned, line)] == []
     assert workflow["permissions"] == {"contents": "read"}
     granted = {job: found["permissions"] for job, found in workflow["jobs"].items() if "permissions" in found}
     may = {"nightly": {"issue": {"issues": "write"}}, "release": {"publish": {"id-token": "write"}}}
@@ -101,10 +102,8 @@ def test_the_pythons_are_those_of_the_project() -> None:
 
 def test_every_command_of_a_workflow_exists() -> None:
     lines = [line.split() for text, _ in WORKFLOWS.values() for line in re.findall(r"(?:make|\$PARITY) .*", text)]
-    weekly = WORKFLOWS["weekly"][1]["jobs"]["validation"]["strategy"]["matrix"]["target"]
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    made = {words[1] for words in lines if words[0] == "make"} - {"$TARGET"}
-    assert made | {target.split()[0] for target in weekly} <= targets
+    assert {words[1] for words in lines if words[0] == "make"} <= targets
     ours = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     assert {words[1] for words in lines if words[0] == "$PARITY"} <= ours
 
