@@ -18,7 +18,7 @@ from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import bit_stream
 from candle_mi_parity.spec.cases import PackedModel
 
-PACKER = 2
+PACKER = 3
 """Part of the key of cached models; raise it when the packed weights change."""
 COLUMNS_OF_A_WORD = (0, 2, 4, 6, 1, 3, 5, 7)
 """Place in a 32-bit word → column among eight (``AWQ_ORDER`` of AutoAWQ)."""
