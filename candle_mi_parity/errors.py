@@ -31,6 +31,10 @@ class OracleError(ParityError):
     """The truth cannot be computed as promised (an op without a noise rule, a float32 result, …)."""
 
 
+class LibraryError(OracleError):
+    """An installed library is older than what a case needs: of a run, that case is not run."""
+
+
 class OutOfRangeError(OracleError):
     """A weight is beyond the case's format, so that there is no truth in it: of a run's case, UNMEASURED."""
 

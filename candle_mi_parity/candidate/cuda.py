@@ -81,7 +81,7 @@ def strict_float32(device: str) -> Iterator[None]:
     try:
         os.environ[WORKSPACE] = ":4096:8"  # without it, cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True)
-        _set(_STRICT)
+        _set({name: _STRICT[name] for name in before})
         check_strict()
         yield
         check_strict()
@@ -108,7 +108,8 @@ def check_strict() -> None:
 def _settings() -> dict[str, bool]:
     import torch
 
-    matmul = {f"matmul.{name}": bool(getattr(torch.backends.cuda.matmul, name)) for name in _MATMUL}
+    place = torch.backends.cuda.matmul  # torch 2.6 has no accumulation in float16, and no setting for it
+    matmul = {f"matmul.{name}": bool(getattr(place, name)) for name in _MATMUL if hasattr(place, name)}
     return matmul | {f"cudnn.{name}": bool(getattr(torch.backends.cudnn, name)) for name in _CUDNN}
 
 

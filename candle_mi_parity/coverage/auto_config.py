@@ -22,6 +22,7 @@ from candle_mi_parity.compare.verdict import CaseResult, Explained, Status, Tens
 from candle_mi_parity.coverage.census_record import STORED, Entry, Reader, read_census
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.digest import file_digest
+from candle_mi_parity.files.versions import version
 from candle_mi_parity.judge.case import taking_errors
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.oracle.provenance import library_versions, rules_digest
@@ -53,6 +54,15 @@ def recorded(release: str) -> list[Entry]:
     """
     classes = read_census(STORED / f"{release}.json").classes
     return [entry for entry in classes if entry.reader == "auto" and entry.outcome in ("same", "different")]
+
+
+def other_transformers(release: str) -> str:
+    """Why a release's census does not hold here; empty if it does: another transformers has other tiny models."""
+    taken, found = read_census(STORED / f"{release}.json").transformers, version("transformers")
+    if taken == found:
+        return ""
+    says = f"the census of candle-mi {release} was taken with transformers {taken}, and {found} is installed"
+    return f"{says}; install transformers {taken}"
 
 
 def loaded_class(model_type: str, cache: Path) -> LoadedClass:

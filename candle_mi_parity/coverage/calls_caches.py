@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from candle_mi_parity.coverage.calls_measures import Named, dtype_name
 from candle_mi_parity.coverage.calls_offsets import texts
 from candle_mi_parity.coverage.formulas import Formula
+from candle_mi_parity.models.transformers_private import private
 from candle_mi_parity.trace.formats import round_to_dtype
 
 Formulas = Collection[Formula]
@@ -80,28 +81,24 @@ def _vectors(_: Formulas, layers: list[torch.Tensor], half: bool) -> Named:
 
 def _bidirectional(_: Formulas, seq_len: int) -> Named:
     """As transformers' mask of a model that is not causal."""
-    from transformers.masking_utils import bidirectional_mask_function
-
-    return _additive(seq_len, seq_len, 0, bidirectional_mask_function)
+    return _additive(seq_len, seq_len, 0, private("masking_utils.bidirectional_mask_function"))
 
 
 def _generation(
     formulas: Formulas, new_seq_len: int, total_seq_len: int, start_pos: int, dtype: str | None = None
 ) -> Named:
     """As transformers' mask of queries from ``start_pos`` on over ``total_seq_len`` keys."""
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-
     free = new_seq_len == 1 and Formula.ONE_QUERY_SEES_ALL in formulas
-    rule = bidirectional_mask_function if free else causal_mask_function
+    rule = private(f"masking_utils.{'bidirectional' if free else 'causal'}_mask_function")
     return _additive(new_seq_len, total_seq_len, start_pos, rule) | dtype_name(dtype)
 
 
 def _additive(queries: int, keys: int, offset: int, rule: Callable[..., object]) -> Named:
-    from transformers.masking_utils import sdpa_mask
-
     if not queries or not keys:
         return {"value": torch.zeros(1, 1, queries, keys, dtype=torch.float64)}
-    seen = sdpa_mask(1, queries, keys, q_offset=offset, mask_function=rule, allow_is_causal_skip=False)
+    seen = private("masking_utils.sdpa_mask")(
+        1, queries, keys, q_offset=offset, mask_function=rule, allow_is_causal_skip=False
+    )
     assert seen is not None
     return {"value": torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -math.inf)}
 

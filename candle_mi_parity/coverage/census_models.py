@@ -13,8 +13,7 @@ import torch
 import transformers
 from pydantic import Field
 from torch import nn
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING
 
 from candle_mi_parity.errors import CensusError, ModelError
 from candle_mi_parity.files.cache import content_key, publish
@@ -22,6 +21,7 @@ from candle_mi_parity.files.digest import digest_files
 from candle_mi_parity.models import generate
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.generate import tensor_values
+from candle_mi_parity.models.transformers_private import config_fields, private
 from candle_mi_parity.spec.cases import Scalar
 from candle_mi_parity.spec.families import BIDIRECTIONAL, transformers_type
 from candle_mi_parity.spec.paths import FIXTURES
@@ -71,7 +71,8 @@ def load_table(path: Path = FIXTURES / "census.toml") -> Table:
 def mapped_classes() -> dict[str, str]:
     """model_type → class of every causal language model that the installed transformers knows, and of each
     bidirectional decoder that has the layers of one."""
-    known = {name: str(kind) for name, kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+    listed = private("models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+    known = {name: str(kind) for name, kind in listed.items()}
     return dict(sorted((known | {name: known[family] for name, family in BIDIRECTIONAL.items()}).items()))
 
 
@@ -105,7 +106,7 @@ def tiny_model(model_type: str, cache: Path) -> Tiny:
 
 def settings(model_type: str, table: Table) -> dict[str, object]:
     """The keys of the table that a class has, with their values."""
-    fields = CONFIG_MAPPING[model_type].__dataclass_fields__
+    fields = config_fields(CONFIG_MAPPING[model_type])
     found: dict[str, object] = {key: value for key, value in table.shrink.items() if key in fields}
     found |= {
         key: value for key, value in table.shrink_given.items() if key in fields and fields[key].default is not None

@@ -9,6 +9,7 @@ from candle_mi_parity.coverage.fields import CoveredField, FieldError, FieldLedg
 from candle_mi_parity.coverage.sensitivity import ROTARY, Effect, effect
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.resolve import model_directory
+from candle_mi_parity.models.transformers_private import private
 from candle_mi_parity.oracle.fields_read import cached_fields_read
 from candle_mi_parity.spec.cases import Case, TinyModel
 from candle_mi_parity.spec.counterfactual import places
@@ -87,14 +88,12 @@ def _fault(family: str, field: str, fault: str) -> FieldFinding:
 
 def _rope_types(ledger: FieldLedger, family: str, cases: list[Case], cache: Path) -> list[FieldFinding]:
     """Every rope type of transformers needs a case, because it may read fields that no other reads."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # importing it takes seconds
-
     examples = {rope_type(case, cache): case for case in generated(cases) if _scales(case)}
     own = {rope_type(case, cache) for case in generated(cases) if case.family == family}
     refused = ledger.refused_ropes.get(family, [])
     base = _base(family, cases)
     findings = []
-    for kind in sorted({*ROPE_INIT_FUNCTIONS, *refused} - own):
+    for kind in sorted({*private("modeling_rope_utils.ROPE_INIT_FUNCTIONS"), *refused} - own):
         field = f"{ROTARY} = {kind}"
         if kind not in refused or kind not in examples:
             findings.append(_fault(family, field, "no case has this rope type"))

@@ -4,3 +4,9 @@ from functools import cache
 from importlib import metadata
 
 version = cache(metadata.version)
+
+
+def is_at_least(name: str, *numbers: int) -> bool:
+    """Whether an installed package has this version or a later one, by its first numbers."""
+    found = version(name).split(".")[: len(numbers)]
+    return tuple(int(number) for number in found) >= numbers

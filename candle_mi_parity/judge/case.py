@@ -26,7 +26,7 @@ from candle_mi_parity.compare.verdict import (
     Status,
     TensorResult,
 )
-from candle_mi_parity.errors import HubError, NoTruthError, OutOfRangeError, ParityError
+from candle_mi_parity.errors import HubError, LibraryError, NoTruthError, OutOfRangeError, ParityError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.known import Evidence, decoder_of, facts_of, known_divergence, known_refusal
 from candle_mi_parity.judge.notes import (
@@ -36,6 +36,7 @@ from candle_mi_parity.judge.notes import (
     padding_notes,
     truth_notes,
     unexercised,
+    version_notes,
 )
 from candle_mi_parity.judge.reproducible import not_reproducible
 from candle_mi_parity.models.prepared_case import PreparedCase, prepare
@@ -105,7 +106,7 @@ def judge_case(
         release = table.baseline(source.identity.version) if source.identity is not None else ""
         if release:
             applicable = tuple(row.id for row in table.applicable(facts_of(subject), release))
-        result.notes = padding_notes(subject)
+        result.notes = padding_notes(subject) + version_notes(subject)
         try:
             if case.text is None or _same_ids(result, subject, source, progress):
                 evidence = _judge(result, oracle, source, table, release, progress)
@@ -120,6 +121,8 @@ def judge_case(
                 result.status = Status.FAIL if result.explained is None else Status.KNOWN
     except (HubError, OutOfRangeError) as error:  # neither the candidate nor the suite is at fault
         result.error, result.failure, result.status = str(error), Failure.INPUT, Status.UNMEASURED
+    except LibraryError as error:
+        result.error, result.failure, result.status = str(error), Failure.ABSENT, Status.UNMEASURED
     except NotStoredError as error:
         result.error, result.failure = str(error), Failure.ABSENT
     except ParityError as error:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from candle_mi_parity.compare.verdict import TOKENS, Status, TensorResult
 from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.files.versions import is_at_least, version
+from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.prepared_case import PreparedCase
+from candle_mi_parity.models.transformers_config import LEGACY_GELU
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.trace.trace import Emitted, Trace
 from candle_mi_parity.trace.truth import Truth
@@ -40,6 +43,17 @@ def padding_notes(subject: PreparedCase) -> list[str]:
     return [
         f"the prompt holds the padding id {pad} ({', '.join(places)}) as plain tokens: candle-mi takes no attention "
         "mask, so that on both sides every query attends to them"
+    ]
+
+
+def version_notes(subject: PreparedCase) -> list[str]:
+    """A note where the installed transformers by itself computes something else than a later one."""
+    config = read_config(subject.model_dir)
+    if (config.get("model_type"), config.get("hidden_act")) != LEGACY_GELU or is_at_least("transformers", 5, 24):
+        return []
+    return [
+        f"transformers {version('transformers')} by itself computes the exact gelu for this Gemma config; compared "
+        "is the tanh approximation, which Gemma's releases mean by gelu and transformers 5.24 computes"
     ]
 
 

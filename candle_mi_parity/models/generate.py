@@ -19,7 +19,8 @@ from candle_mi_parity.errors import ModelError
 from candle_mi_parity.files.cache import content_key, publish
 from candle_mi_parity.files.versions import version
 from candle_mi_parity.models.quiet import transformers_runs
-from candle_mi_parity.models.transformers_config import load_config
+from candle_mi_parity.models.transformers_config import as_meant, load_config
+from candle_mi_parity.models.transformers_private import import_model
 from candle_mi_parity.models.unusual import varied, write_unusual
 from candle_mi_parity.spec.cases import Layout, Statistic, TinyModel
 from candle_mi_parity.spec.families import family_of, transformers_type
@@ -79,7 +80,7 @@ def model_key(
 
 def dialect_key(dialect: str) -> str:
     """Part of a cache key: the v5 dialect depends on the installed transformers."""
-    return "" if dialect == "hub" else f"saved by {version('transformers')}, which is not in the file"
+    return "" if dialect == "hub" else f"saved by {version('transformers')} as meant, which is not in the file"
 
 
 def _generate(
@@ -97,9 +98,11 @@ def _generate(
 
     offset = family_of(str(hub["model_type"])).norm_offset
     write_config(hub, dialect, out)
-    with transformers_runs(out), torch.device("meta"):
+    with transformers_runs(out):
         config = load_config(out)
         config._attn_implementation = "eager"  # whatever the config says
+        import_model(config)
+    with transformers_runs(out), torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:
@@ -137,7 +140,7 @@ def write_config(hub: dict[str, object], dialect: str, out: Path) -> None:
     settings, model_type = dict(hub), str(hub["model_type"])
     del settings["model_type"]
     with transformers_runs(out):
-        transformers.AutoConfig.for_model(transformers_type(model_type), **settings).save_pretrained(out)
+        as_meant(transformers.AutoConfig.for_model(transformers_type(model_type), **settings)).save_pretrained(out)
     saved = json.loads((out / "config.json").read_text(encoding="utf-8")) | {"model_type": model_type}
     del saved["transformers_version"]
     (out / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")

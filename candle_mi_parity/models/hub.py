@@ -18,9 +18,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_cached_repo_tree, snapshot_download
+import huggingface_hub
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
     GatedRepoError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -102,6 +102,8 @@ def _fetch(repo: str, revision: str, wanted: tuple[str, ...]) -> tuple[Path, Dow
     digests = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
+        if not path.exists():  # a link to a blob that is gone, at which an older huggingface_hub does not look
+            raise HubError(_cannot(repo, revision, _reason(OfflineModeIsEnabled(), repo, revision)))
         if path.is_file() and any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted):
             _check(repo, path)
             digests[name] = file_digest(path)
@@ -167,11 +169,18 @@ def _reason(error: BaseException, repo: str, revision: str) -> str:
 
 def _no_file(repo: str, path: str, commit: str) -> str:
     """The message for a missing file, with the most similar names in the repository."""
-    try:
-        known = [file.path for file in get_cached_repo_tree(repo, revision=commit)]
-    except CachedRepoTreeNotFoundError:  # another client filled the cache
-        known = []
+    known = _listed(repo, commit)
     if not known:
         return f"{constants.HF_HUB_CACHE} does not hold {path}: run once online, without HF_HUB_OFFLINE"
     near = difflib.get_close_matches(path, known, n=3)
     return f"it has no file {path}" + (f"; it has {', '.join(near)}" if near else "")
+
+
+def _listed(repo: str, commit: str) -> list[str]:
+    """The files of a repository, as the cache lists them; an older huggingface_hub keeps no list and asks the hub."""
+    try:
+        if (cached := getattr(huggingface_hub, "get_cached_repo_tree", None)) is not None:
+            return [file.path for file in cached(repo, revision=commit)]
+        return huggingface_hub.HfApi().list_repo_files(repo, revision=commit)
+    except Exception:  # another client filled the cache, or there is no connection
+        return []

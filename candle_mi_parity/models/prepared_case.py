@@ -260,6 +260,10 @@ def _whole_number(config: dict[str, object], key: str, model_dir: Path) -> int:
     return value
 
 
+NO_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
+"""Files from which alone an older transformers makes a tokenizer with an empty vocabulary."""
+
+
 def _token_ids(case: Case, model_dir: Path, config: dict[str, object], cache: Path) -> list[list[int]]:
     if isinstance(case.tokens, RandomTokens):
         return random_tokens(case.tokens, _whole_number(config, "vocab_size", model_dir))
@@ -268,6 +272,8 @@ def _token_ids(case: Case, model_dir: Path, config: dict[str, object], cache: Pa
     assert case.text is not None
     # A tokenizer may read any file but the weights.
     files = [path for path in model_dir.iterdir() if path.is_file() and path not in weight_files(model_dir)]
+    if all(path.name in NO_TOKENIZER for path in files):
+        raise ModelError(f"no usable tokenizer in {model_dir}: there is no file of one")
     key = [digest_files(files), case.text, version("transformers"), version("tokenizers")]
     return [cached(cache, "tokens", key, lambda: list(tokenizer(model_dir)(case.text)["input_ids"]))]
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers.initialization import no_init_weights
 
+from candle_mi_parity.models.transformers_private import no_init_weights
 from candle_mi_parity.oracle.hooks import ignore_tensors, mode_for, model_config, our_attention
 from candle_mi_parity.oracle.plain import require_runs
 from candle_mi_parity.oracle.torch_state import torch_state

@@ -5,7 +5,6 @@ Of a recurrent model, which transformers lacks, also those that :mod:`candle_mi_
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from candle_mi_parity.files.cache import cached
 from candle_mi_parity.models.checkpoint import read_config
 from candle_mi_parity.models.quiet import quiet
 from candle_mi_parity.models.transformers_config import load_config
+from candle_mi_parity.models.transformers_private import config_fields, import_model
 from candle_mi_parity.oracle.provenance import PACKAGE, code_of, made_with
 from candle_mi_parity.spec.counterfactual import ROTARY
 
@@ -43,7 +43,8 @@ def _fields_built(directory: Path) -> set[str]:
     import torch
     import transformers
 
-    kind = type(load_config(directory))
+    kind = type(config := load_config(directory))
+    import_model(config)
     read: set[str] = set()
     with _recorded(kind, read), quiet(), torch.device("meta"):
         config = load_config(directory)
@@ -111,6 +112,6 @@ def _is_field(kind: type[Any], name: str) -> bool:
     """Whether a name is a declared field, a settable property, or not a member of the class."""
     if name.startswith("_"):
         return False
-    if name in {field.name for field in dataclasses.fields(kind)} or not hasattr(kind, name) or "." in name:
+    if name in config_fields(kind) or not hasattr(kind, name) or "." in name:
         return True
     return getattr(getattr(kind, name), "fset", None) is not None

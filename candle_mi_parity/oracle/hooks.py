@@ -22,6 +22,7 @@ from candle_mi_parity.errors import ModelError, OracleError, OutOfRangeError, Pa
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.models.quiet import quiet, transformers_runs
 from candle_mi_parity.models.transformers_config import load_config
+from candle_mi_parity.models.transformers_private import import_model, private
 from candle_mi_parity.oracle import rwkv_hooks
 from candle_mi_parity.oracle.plain import require_loads
 from candle_mi_parity.oracle.recurrence import Recurrence
@@ -182,7 +183,8 @@ def our_attention() -> str:
 
 def _mask(*sizes: Any, **settings: Any) -> torch.Tensor:
     """transformers' own mask for eager attention, [B, 1, T, T], also where it forbids nothing and is not needed."""
-    return transformers.masking_utils.eager_mask(*sizes, **(settings | {"allow_is_bidirectional_skip": False}))
+    eager = private("masking_utils.eager_mask")
+    return cast(torch.Tensor, eager(*sizes, **(settings | {"allow_is_bidirectional_skip": False})))
 
 
 def load_model(
@@ -252,7 +254,7 @@ def model_config(directory: Path, attention: str) -> Any:
         config._attn_implementation = attention
         # A training option with which the embedding's output requires a gradient.
         config.gradient_checkpointing = False
-        transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        import_model(config)
         return config
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.initialization import no_init_weights
 
 from candle_mi_parity.models.quiet import transformers_runs
 from candle_mi_parity.models.transformers_config import load_config
+from candle_mi_parity.models.transformers_private import no_init_weights
 
 
 def require_runs(directory: Path, tokens: list[list[int]] | None = None) -> None:

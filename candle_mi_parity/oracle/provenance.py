@@ -22,7 +22,7 @@ MODULES = (
     *("compare/gate", "trace/truth", "trace/formats"),
     *("spec/counterfactual", "spec/edits", "spec/families", "spec/hook_points", "spec/recurrent"),
     *("models/checkpoint", "models/dequantize", "models/generate", "models/prepared_case", "models/sae"),
-    *("models/saelens", "models/transcoder", "models/transformers_config"),
+    *("models/saelens", "models/transcoder", "models/transformers_config", "models/transformers_private"),
     *("oracle/compute", "oracle/downstream", "oracle/gradients", "oracle/hooks", "oracle/interventions"),
     *("oracle/oracle", "oracle/recurrence", "oracle/remarks", "oracle/rounding", "oracle/rwkv_hooks"),
     *("oracle/streaming", "oracle/torch_sae", "oracle/torch_state", "oracle/variants"),

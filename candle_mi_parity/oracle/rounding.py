@@ -87,7 +87,7 @@ class _AboveDispatch(TorchFunctionMode):
     """Two cases that a dispatch mode does not see.
 
     ``torch.tensor(0.1, dtype=torch.float32)`` rounds before any dispatch. ``x.to(dtype)`` dispatches nothing where x
-    has that dtype, though in a narrower model it would round.
+    has that dtype, though in a narrower model it would round; ``x.to(device)`` never does.
     """
 
     def __init__(self, narrow: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -99,7 +99,8 @@ class _AboveDispatch(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and out.is_floating_point():
             return func(*args, **{**kwargs, "dtype": torch.float64})
-        if func in (torch.Tensor.to, torch.Tensor.type_as) and out is args[0] and out.is_floating_point():
+        cast = any(isinstance(value, torch.dtype | torch.Tensor) for value in (*args[1:], *kwargs.values()))
+        if func in (torch.Tensor.to, torch.Tensor.type_as) and cast and out is args[0] and out.is_floating_point():
             return self._narrow(out)
         return out
 

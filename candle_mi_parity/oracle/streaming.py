@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers.initialization import no_init_weights
 
 from candle_mi_parity.errors import ModelError, ParityError
 from candle_mi_parity.files.untrusted import memory_bytes
 from candle_mi_parity.models.checkpoint import weight_bytes, weight_tensors
 from candle_mi_parity.models.quiet import quiet
+from candle_mi_parity.models.transformers_private import no_init_weights, tied_weights
 from candle_mi_parity.oracle.hooks import ignore_tensors, in_format, model_config, our_attention, require_weights
 from candle_mi_parity.oracle.plain import parameters_on_meta, require_runs
 from candle_mi_parity.oracle.rounding import Float64
@@ -123,7 +123,7 @@ def _skeleton(directory: Path) -> Any:
 
 def _names(directory: Path, model: Any, weights: Weights) -> dict[str, str]:
     """Parameter → its tensor in the files, which for tied parameters may have the other's name."""
-    tied = dict(model.all_tied_weights_keys)
+    tied = tied_weights(model)
     tied |= {source: target for target, source in tied.items()}
     held = {name: _spelt(name, tied.get(name), weights) for name in model.state_dict()}
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}

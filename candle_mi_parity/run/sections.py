@@ -10,7 +10,7 @@ from candle_mi_parity.candidate.sources import LiveSource, Source, StoredSource
 from candle_mi_parity.candidate.tokens import stored_tokens
 from candle_mi_parity.compare.run_result import FORWARDS, RunResult, Section
 from candle_mi_parity.compare.verdict import CaseResult, Status
-from candle_mi_parity.coverage.auto_config import judge_class, recorded
+from candle_mi_parity.coverage.auto_config import judge_class, other_transformers, recorded
 from candle_mi_parity.coverage.calls_judge import (
     Expectations,
     JudgedCalls,
@@ -162,6 +162,8 @@ def judge_classes(source: Source, release: str, spec: str, cache: Path, out: Pat
         return replace(section, skipped=NOT_BUILT if not isinstance(source, LiveSource) else "asked on the CPU alone")
     if not release:
         return replace(section, skipped="there is no earlier release whose census says which classes load")
+    if other := other_transformers(release):
+        return replace(section, skipped=other)
     again = command("run", "--only", "auto-config", "--candidate", spec)
     section.results.extend(judge_class(record, source, cache, out, again) for record in recorded(release))
     return section

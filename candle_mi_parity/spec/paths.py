@@ -28,7 +28,8 @@ def cache_root() -> Path:
 
 def command(*arguments: str) -> str:
     """A call of ``candle-mi-parity`` that a shell runs as it is: by its path where a clone's own is meant."""
-    if Path(sys.prefix).resolve() != ROOT / ".venv":
+    prefix = Path(sys.prefix).resolve()
+    if not prefix.is_relative_to(ROOT):
         return shlex.join(["candle-mi-parity", *arguments])
-    program = Path(".venv/bin/candle-mi-parity")
+    program = prefix.relative_to(ROOT) / "bin" / "candle-mi-parity"
     return shlex.join([str(program if Path.cwd() == ROOT else ROOT / program), *arguments])

@@ -44,9 +44,9 @@ def test_strict_settings_are_restored(monkeypatch: pytest.MonkeyPatch, workspace
 
 
 def test_a_changed_setting_is_named() -> None:
-    for name, strict in cuda._STRICT.items():
+    for name in cuda._settings():
         with pytest.raises(DeviceError, match=name), cuda.strict_float32("cuda:0"):
-            cuda._set({name: not strict})
+            cuda._set({name: not cuda._STRICT[name]})
     with pytest.raises(DeviceError, match="deterministic algorithms"), cuda.strict_float32("cuda:0"):
         torch.use_deterministic_algorithms(False)
 

@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from candle_mi_parity.coverage.field_check import COVERING, NO_EFFECT, check
 from candle_mi_parity.coverage.fields import CoveredField, FieldError, FieldLedger, FieldRow, WaivedField, load_fields
 from candle_mi_parity.coverage.sensitivity import effect
+from candle_mi_parity.errors import LibraryError
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.oracle.fields_read import fields_read
 from candle_mi_parity.spec.cases import Case, Setting
@@ -21,8 +22,12 @@ TABLE = list(CASES.values())
 
 
 def faults(ledger: FieldLedger, family: str = "llama", cases: list[Case] = TABLE) -> dict[str, str]:
-    """Field → fault of the rows that do not hold."""
-    return {found.field: found.fault for found in check(ledger, cases, cache_root(), [family]) if found.fault}
+    """Field → fault of the rows that do not hold; they are of a transformers that can run every case."""
+    try:
+        found = check(ledger, cases, cache_root(), [family])
+    except LibraryError as error:
+        pytest.skip(str(error))
+    return {row.field: row.fault for row in found if row.fault}
 
 
 def planted(field: str, row: FieldRow | None, family: str = "llama") -> FieldLedger:

@@ -220,7 +220,8 @@ def test_offline_sends_no_request(hub: Hub, home: Path, monkeypatch: pytest.Monk
     hub.asked.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert complete(fetch(), hub.repos[MODEL])
-    shutil.rmtree(next(home.rglob("trees")))  # another client keeps no listing of the repository
+    if (trees := next(home.rglob("trees"), None)) is not None:  # another client, or before 1.25, keeps no listing
+        shutil.rmtree(trees)
     assert "run once" in refusal(SCOPE, SCOPE_COMMIT, SAE.replace("105", "13"))
     blob(home, WEIGHTS).unlink()
     assert "HF_HUB_OFFLINE is set" in refusal()

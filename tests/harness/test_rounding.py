@@ -276,6 +276,14 @@ def test_noise_scales_with_the_format() -> None:
     assert rms(coarse - x * 3) / rms(noisy(lambda y: y * 3, x)) == pytest.approx(2.0**16)
 
 
+def test_a_cast_to_the_models_format_rounds_and_a_move_to_a_device_does_not() -> None:
+    x = normal(8, 8)
+    with torch.no_grad(), RoundingNoise(NoisePool(0), MatmulScales(), Arithmetic(2.0**-8)):
+        wide = x.float()
+        moved, cast = wide.to(wide.device), wide.to(torch.float64)
+    assert torch.equal(moved, x) and not torch.equal(cast, x)
+
+
 @pytest.mark.parametrize("n", [64, 256, 2304])
 def test_a_sequential_matmul_has_the_noise_of_cuda(n: int) -> None:
     x, w = normal(16, n), normal(n, 32, seed=3)

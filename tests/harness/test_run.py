@@ -148,6 +148,7 @@ def test_one_model_is_made_or_run_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(judge_case_module, "Oracle", FakeOracle)
     monkeypatch.setattr(judge_case_module, "facts_of", lambda _: Facts({}, 1))
     monkeypatch.setattr(judge_case_module, "padding_notes", lambda _: [])
+    monkeypatch.setattr(judge_case_module, "version_notes", lambda _: [])
     if not locked:
         monkeypatch.setattr(judge_case_module, "TORCH", nullcontext())
     found = run.run_cases(RunOptions("stored:0.2.2", ("*",), tmp_path, cache=tmp_path), CASES, {}, Progress())

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.compare.run_result import RunResult
 from candle_mi_parity.compare.verdict import CaseResult, Status
+from candle_mi_parity.files.versions import is_at_least
 from candle_mi_parity.judge.case import Progress, judge_case
 from candle_mi_parity.judge.notes import padding_notes
 from candle_mi_parity.models.prepared_case import prepare
@@ -153,6 +154,8 @@ UNRUNNABLE: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_a_config_that_transformers_cannot_run_is_an_input_error(judged: Judged, tmp_path: Path, name: str) -> None:
     family, config, message = UNRUNNABLE[name]
     found = judged(local(tmp_path / "model", family, **config))
+    if name == "odd head_dim" and not is_at_least("transformers", 5, 17):
+        pytest.skip(f"this transformers looks at the weights first: {found.error}")
     assert found.status is Status.ERROR
     assert found.error.startswith("transformers cannot run this config: ") and message in found.error, found.error
 

@@ -88,7 +88,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(fault.status, b"{}", {})
         elif parts[:2] == ["api", "models"]:
             if repo := self._repo("/".join(parts[2:4]), parts[5], content=False):
-                listing = {"id": "x", "sha": repo.commit, "siblings": []} if parts[4] == "revision" else _tree(repo)
+                # Since 1.25, huggingface_hub takes the names from the tree.
+                names = [{"rfilename": path} for path in sorted(repo.files)]
+                info = {"id": "x", "sha": repo.commit, "siblings": names}
+                listing = info if parts[4] == "revision" else _tree(repo)
                 self._send(200, json.dumps(listing).encode(), {"Content-Type": "application/json"})
         elif repo := self._repo("/".join(parts[:2]), parts[3], content=True):
             self._file(repo, "/".join(parts[4:]), fault)
