@@ -260,10 +260,6 @@ def _whole_number(config: dict[str, object], key: str, model_dir: Path) -> int:
     return value
 
 
-NO_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
-"""Files from which alone an older transformers makes a tokenizer with an empty vocabulary."""
-
-
 def _token_ids(case: Case, model_dir: Path, config: dict[str, object], cache: Path) -> list[list[int]]:
     if isinstance(case.tokens, RandomTokens):
         return random_tokens(case.tokens, _whole_number(config, "vocab_size", model_dir))
@@ -272,8 +268,6 @@ def _token_ids(case: Case, model_dir: Path, config: dict[str, object], cache: Pa
     assert case.text is not None
     # A tokenizer may read any file but the weights.
     files = [path for path in model_dir.iterdir() if path.is_file() and path not in weight_files(model_dir)]
-    if all(path.name in NO_TOKENIZER for path in files):
-        raise ModelError(f"no usable tokenizer in {model_dir}: there is no file of one")
     key = [digest_files(files), case.text, version("transformers"), version("tokenizers")]
     return [cached(cache, "tokens", key, lambda: list(tokenizer(model_dir)(case.text)["input_ids"]))]
 
@@ -290,6 +284,10 @@ def random_tokens(wanted: RandomTokens, vocabulary: int) -> list[list[int]]:
     return [[1, *(SPECIAL + int(word) % (vocabulary - SPECIAL) for word in words)] for words in rows]
 
 
+NO_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
+"""Files from which alone an older transformers makes a tokenizer with an empty vocabulary."""
+
+
 def tokenizer(model_dir: Path) -> Any:
     """The Hugging Face tokenizer of a model directory.
 
@@ -297,6 +295,8 @@ def tokenizer(model_dir: Path) -> Any:
     """
     import transformers
 
+    if all(path.name in NO_TOKENIZER or path.suffix == ".safetensors" for path in model_dir.iterdir()):
+        raise ModelError(f"no usable tokenizer in {model_dir}: there is no file of one")
     try:
         return transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises many kinds
