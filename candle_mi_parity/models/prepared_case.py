@@ -268,7 +268,7 @@ def _token_ids(case: Case, model_dir: Path, config: dict[str, object], cache: Pa
     assert case.text is not None
     # A tokenizer may read any file but the weights.
     files = [path for path in model_dir.iterdir() if path.is_file() and path not in weight_files(model_dir)]
-    key = [digest_files(files), case.text, version("transformers"), version("tokenizers")]
+    key = [case.text, digest_files(files), version("transformers"), version("tokenizers")]
     return [cached(cache, "tokens", key, lambda: list(tokenizer(model_dir)(case.text)["input_ids"]))]
 
 
