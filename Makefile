@@ -23,7 +23,8 @@ CARGO := CARGO_TARGET_DIR="$(CACHE)/target/candle-0.11" cargo
 STAND_IN := emitter/hf-fetch-model
 CRATE := --release --locked --manifest-path emitter/Cargo.toml
 
-PYTEST = $(PY) -m pytest --require-rust -n auto --dist loadgroup
+# A process for each core, so that each computes with one thread.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --require-rust -n auto --dist loadgroup
 
 .PHONY: parity test test-all test-lowest faults cuda-build gpu-check docs wheel lint rust-lint lock setup
 

@@ -49,7 +49,7 @@ def test_every_fixture_file_belongs_to_something() -> None:
     }
     used = tiny | saes | quantized | {f"goldens/{name}{suffix}" for name in goldens for suffix in (".npz", ".json")}
     tables = {"cases.toml", "explanations.toml", "config_fields.toml", "census.toml", "texts.json"}
-    tables |= {"calls.toml", "known_calls.toml", "tokenizers.toml", "hunt.toml"}
+    tables |= {"calls.toml", "known_calls.toml", "tokenizers.toml", "hunt.toml", "transformer_lens.toml"}
     makers = {
         "vocabularies/rwkv_vocab_v20230424.txt.xz",
         "saes/README.md",

@@ -18,20 +18,21 @@ from tests.support.results import HOSTILE, a_history, a_hunt, a_report, checked,
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
 TEXTS = """slug case command version title model_type torch transformers tensor dtype candle_dtype heads element_gate
 position_gate samples imports watched module value extra lines settings unusual pretrained
-was_pretrained stands_for full_attention named plain"""
+was_pretrained stands_for full_attention named plain oracle"""
 WORST = Worst.of([0], 1.0, 2.0, 0.5, 2.0)
 OTHERS: dict[str, Any] = {
     "edits": [], "in_attention": [], "tokens": [1], "shape": [1, 1], "differing": [(HOSTILE, HOSTILE, HOSTILE)],
     "first": TensorResult(HOSTILE, Status.FAIL, worst=WORST, detail=HOSTILE), "side": "input",
     "config": {"num_hidden_layers": HOSTILE, "hidden_size": HOSTILE}, "json": str, "one_line": one_line,
-    "recurrent": None, "sae": SimpleNamespace(hook=HOSTILE, cfg={"dtype": HOSTILE}),
+    "recurrent": None, "rwkv": False, "writes": {0: [HOSTILE]},
+    "sae": SimpleNamespace(hook=HOSTILE, cfg={"dtype": HOSTILE}),
     "encoder": SimpleNamespace(normalize="layer_norm", centred=True, by_decoder_norm=True, k=HOSTILE, threshold=[]),
 }  # fmt: skip
 
 
-def reproduced(name: str) -> Callable[[], str]:
-    """A file of a reproduction with the hostile text in every place."""
-    given = dict.fromkeys(TEXTS.split(), HOSTILE) | OTHERS
+def reproduced(name: str, **known: str) -> Callable[[], str]:
+    """A file of a reproduction with the hostile text in every place that is not known."""
+    given = dict.fromkeys(TEXTS.split(), HOSTILE) | OTHERS | known
     return lambda: templates(html=False).get_template(f"{name}.j2").render(given)
 
 
@@ -51,6 +52,7 @@ VIEWS: dict[str, Callable[[], str]] = {
     "summary.md": lambda: views_ci.summary(a_report()),
     "annotations": lambda: "\n".join(views_ci.workflow_commands(a_report())),
     **{name: reproduced(name) for name in ("ISSUE.md", "test.rs", "check.py", "Cargo.toml")},
+    "check_rwkv.py": reproduced("check_rwkv.py", model_type="rwkv6"),
 }
 
 
