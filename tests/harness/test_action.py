@@ -195,7 +195,7 @@ def test_a_whole_clone_stays_whole(steps: Steps, origin: Path) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("ends", "code"), [("0", 0), ("1", 1), ("2", 2), ("3", 0)])
+@pytest.mark.parametrize(("ends", "code"), [("0", 0), ("1", 1), ("2", 2), ("3", 3)])
 def test_a_base_that_cannot_be_fetched_is_said_and_costs_no_verdict(
     steps: Steps, origin: Path, ends: str, code: int
 ) -> None:
