@@ -10,7 +10,7 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
@@ -184,7 +184,7 @@ def rounding(setup: Setup) -> Iterator[Line]:
         started = time.monotonic()
         found = _on(setup.device, operation, given)
         line = rounded(name, found, *_expected(operation, given, ACCUMULATION[setup.kind]))
-        yield Line(line.step, line.name, line.outcome, line.says, time.monotonic() - started)
+        yield replace(line, seconds=time.monotonic() - started)
 
 
 def _expected(operation: Op, given: list[torch.Tensor], accumulation: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,10 +213,8 @@ def rounded(name: str, found: torch.Tensor, truth: torch.Tensor, noise: torch.Te
     right = low <= ratios.rms <= high and position < POSITION_GATE / 2 and element < ELEMENT_GATE / 2
     says = f"error / noise: rms {ratios.rms:.3g}, position {position:.3g}, element {element:.3g}"
     if not right:
-        says += (
-            f"; expected rms {low} to {high}, and of the others less than half the gate, {POSITION_GATE / 2:g} and "
-        )
-        says += f"{ELEMENT_GATE / 2:g}"
+        halves = f"{POSITION_GATE / 2:g} and {ELEMENT_GATE / 2:g}"
+        says += f"; expected rms {low} to {high}, and of the others less than half the gate, {halves}"
     return Line("rounding", name, Outcome.PASS if right else Outcome.FAIL, says)
 
 
@@ -273,7 +271,7 @@ def _twice(name: str, case: str, opened: Callable[[str], Source]) -> Line:
             found.append(digests(_trace(case, source)))
     names = [name for name in dict.fromkeys(chain(*found)) if found[0].get(name) != found[1].get(name)]
     line = repeated(name, len(found[0]), names)
-    return Line(line.step, line.name, line.outcome, line.says, time.monotonic() - started)
+    return replace(line, seconds=time.monotonic() - started)
 
 
 def _trace(case: str, source: Source) -> Emitted:
@@ -312,7 +310,7 @@ def memory(setup: Setup) -> Iterator[Line]:
         line = peaked(
             case, _peak(setup.device, work), least, 2 * (weights + captures) + DATA["memory"][setup.kind] * MIB
         )
-        yield Line(line.step, line.name, line.outcome, line.says, time.monotonic() - started)
+        yield replace(line, seconds=time.monotonic() - started)
 
 
 def _peak(device: str, work: Callable[[], None]) -> int:

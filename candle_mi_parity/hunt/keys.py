@@ -9,7 +9,6 @@ from candle_mi_parity.candidate.source_keys import Keys, SourceKeys
 from candle_mi_parity.hunt.grammar import base_config
 from candle_mi_parity.models.generate import generated_model
 from candle_mi_parity.models.quiet import quiet
-from candle_mi_parity.models.rwkv_auto import register
 from candle_mi_parity.oracle.fields_read import cached_fields_read
 from candle_mi_parity.spec.families import RECURRENT, transformers_type
 
@@ -38,6 +37,8 @@ def defaults_of(family: str, candidate: SourceKeys | None) -> dict[str, list[Any
     import transformers
 
     if family in RECURRENT:
+        from candle_mi_parity.models.rwkv_auto import register
+
         register()
     with quiet():
         plain = transformers.AutoConfig.for_model(transformers_type(family)).to_dict()

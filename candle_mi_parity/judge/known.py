@@ -62,11 +62,8 @@ def facts_of(subject: PreparedCase) -> Facts:
 
 def _edit_facts(edit: Edit) -> dict[str, Any]:
     """An edit's row, its hook ``point`` in whatever block, and for steering whether it ``repeats`` an edge."""
-    return (
-        edit.model_dump()
-        | {"point": hook_point(edit.hook)}
-        | ({"repeats": edit.spec.repeats} if isinstance(edit, Steer) else {})
-    )
+    facts = edit.model_dump() | {"point": hook_point(edit.hook)}
+    return facts | {"repeats": edit.spec.repeats} if isinstance(edit, Steer) else facts
 
 
 def facts_about(
