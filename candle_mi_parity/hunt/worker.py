@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from candle_mi_parity.hunt.shrink import cause_of
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.oracle.fields_read import fields_read
 from candle_mi_parity.spec.explanations import Explanations
+
+REMOVAL_SECONDS = 10.0
+"""How long the files of a hunt that was killed are removed again, while a candidate's process may still write one."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,21 @@ def start(candidate: str, cache: Path, table: Explanations, counted: bool, share
 
 
 def _end_with_the_hunt(shared: Path) -> None:
-    """Wait until the process of the hunt is killed, or stopped twice; then remove all files and end this process."""
-    parent = multiprocessing.parent_process()
+    """Wait until the process of the hunt is killed, or stopped twice; then end this process and remove all files.
+
+    A child removes them once this process is gone: beside a thread that still writes an input, the removal could miss
+    a file.
+    """
+    parent, this = multiprocessing.parent_process(), os.getpid()
     assert parent is not None, "a worker is a process of its own"
     parent.join()
-    shutil.rmtree(shared, ignore_errors=True)
-    os._exit(1)
+    if os.fork():
+        os._exit(1)
+    until = time.monotonic() + REMOVAL_SECONDS
+    while os.getppid() == this or (shared.exists() and time.monotonic() < until):
+        time.sleep(0.05)
+        shutil.rmtree(shared, ignore_errors=True)
+    os._exit(0)
 
 
 def _silent(line: str) -> None: ...

@@ -196,6 +196,40 @@ def test_a_hunt_that_is_stopped_twice_leaves_no_process_and_no_file(tmp_path: Pa
             os.kill(left, signal.SIGKILL)
 
 
+WRITING = """
+import multiprocessing, threading, time
+from itertools import count
+from pathlib import Path
+from candle_mi_parity.hunt.worker import _end_with_the_hunt
+
+def write():
+    threading.Thread(target=_end_with_the_hunt, args=[Path({shared!r})], daemon=True).start()
+    for number in count():
+        path = Path({shared!r}) / str(number % 50) / str(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+multiprocessing.get_context("fork").Process(target=write).start()
+time.sleep(600)
+"""
+"""A hunt with one process, which makes its directories again when they are removed."""
+
+
+def test_a_file_that_is_written_while_a_killed_hunt_is_removed_is_removed_too(tmp_path: Path) -> None:
+    shared, token = tmp_path / "shared", uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITING.format(shared=str(shared))], env={**os.environ, TOKEN: token}
+    )
+    until = time.monotonic() + 60
+    while not (shared / "49" / "999").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    while alive(token) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not alive(token) and not shared.exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_stop_outside_a_run_is_one_line_and_no_verdict(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
