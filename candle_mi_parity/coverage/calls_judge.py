@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -125,10 +125,13 @@ class Expectations:
         return {call: row for row, call in self.matches if release in row.releases}
 
 
-def expectations(cache: Path, known: KnownCalls | None = None) -> Expectations:
+def expectations(
+    cache: Path, known: KnownCalls | None = None, note: Callable[[str], None] = lambda line: None
+) -> Expectations:
     """The tables and their truths, from the cache or computed.
 
     :param known: None for ``fixtures/known_calls.toml``.
+    :param note: called with what is being computed, as it takes minutes.
     :raises ExplanationError: a row has no call, two rows have the same, or a formula gives the right value.
     """
     table = load_calls()
@@ -136,7 +139,7 @@ def expectations(cache: Path, known: KnownCalls | None = None) -> Expectations:
     matches = list((known or load_known_calls()).matches(table))
     asked: dict[TruthKey, str] = {(call, None): "" for call in rows}
     asked |= {(call, row.formula): row.id for row, call in matches if row.formula}
-    truths = _truths(table, asked, cache)
+    truths = _truths(table, asked, cache, note)
     for row, call in matches:
         right, wrong = truths[call, None], truths[call, row.formula]
         if row.formula and not rows[call].raises and not _differs(rows[call], right, wrong):
@@ -152,7 +155,9 @@ def _differs(row: CallRow, right: CallTruth, wrong: CallTruth) -> bool:
     return any(np.square(wrong[name].noise).sum() > 4 * np.square(right[name].noise).sum() for name in right)
 
 
-def _truths(table: CallTable, asked: dict[TruthKey, str], cache: Path) -> dict[TruthKey, CallTruth]:
+def _truths(
+    table: CallTable, asked: dict[TruthKey, str], cache: Path, note: Callable[[str], None]
+) -> dict[TruthKey, CallTruth]:
     """The truths and formula values, from the cache or computed.
 
     :param asked: each with the id of the row that has the formula.
@@ -166,6 +171,7 @@ def _truths(table: CallTable, asked: dict[TruthKey, str], cache: Path) -> dict[T
 
         rows, arrays = {row.id: row for row in table.call}, {}
         for index, ((call, formula), owner) in enumerate(asked.items()):
+            note(f"truth of direct call {index + 1} of {len(asked)}: {call}")
             try:
                 truth = truth_of(rows[call], table, cache, formula)
             except CaseTableError as error:

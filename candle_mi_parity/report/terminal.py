@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from candle_mi_parity.judge.case import Progress
 from candle_mi_parity.spec.cases import Case
 
 LOG_SECONDS = 15.0
-"""Shortest time between two lines of progress if stderr is not a terminal."""
+"""Time between two lines of progress if stderr is not a terminal."""
 
 
 class Terminal(Progress):
@@ -29,8 +30,8 @@ class Terminal(Progress):
 
     def __init__(self, bar: Bar, total: int | None = None) -> None:
         self._bar, self._done, self._total = bar, 0, total
-        self._task = bar.add_task("starting", total=None)
-        self._logged, self._silent = time.monotonic(), True
+        self._task = bar.add_task("starting", total=None, logged=time.monotonic())
+        self._silent = True
 
     def case_starts(self, case: Case, step: str) -> None:
         if step == "model" and case.lane == "hub":
@@ -57,10 +58,18 @@ class Terminal(Progress):
 
     def _show(self, line: str, at_once: bool = False) -> None:
         self._bar.update(self._task, description=line)
-        # A short run without a build logs nothing.
-        if not self._bar.console.is_terminal and (at_once or time.monotonic() - self._logged >= LOG_SECONDS):
-            self._logged = time.monotonic()
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        _log(self._bar, at_once=at_once)
+
+
+def _log(bar: Bar, at_once: bool = False) -> None:
+    """Print what is being done as a line, if stderr is not a terminal and has had no line for a while.
+
+    A short run without a build logs nothing.
+    """
+    for task in bar.tasks if not bar.console.is_terminal else []:
+        if at_once or time.monotonic() - task.fields["logged"] >= LOG_SECONDS:
+            bar.update(task.id, logged=time.monotonic())
+            bar.console.print(task.description, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -82,5 +91,24 @@ def say(line: str) -> None:
 def progress_bar() -> Iterator[Bar]:
     """A progress bar on stderr that is removed at the end."""
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar, repeated(bar):
         yield bar
+
+
+@contextmanager
+def repeated(bar: Bar, every: float = 1.0) -> Iterator[None]:
+    """Repeat the last line of progress where nothing new is told for a while: a log that stands still looks dead.
+
+    :param every: seconds between two looks at the clock.
+    """
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(every):
+            _log(bar)
+
+    threading.Thread(target=repeat, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()

@@ -169,7 +169,7 @@ def _beside(
     done: list[CaseDiff] = []
     if "calls" in parts:
         progress.note("direct calls")
-        held_to = expectations(cache)
+        held_to = expectations(cache, note=progress.note)
         judged = [judge_source(source, spec, held_to, cache, at / "calls.json") for source, spec, at in sides]
         done += diff_calls(judged[0], judged[1], held_to)
     found: list[dict[str, CaseResult]] = []

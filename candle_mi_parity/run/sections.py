@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,7 @@ def judge_sections(
     with at_once(1, forwards_of, [cases] if "traces" in parts else []) as forwards, own as other:
         if "calls" in parts:
             progress.note("direct calls")
-            held_to = expected_calls(options.cache, known.chosen, expected)
+            held_to = expected_calls(options.cache, known.chosen, expected, progress.note)
             judged = judge_source(other, options.candidate, held_to, options.cache, out / "calls.json")
             take_calls(judged, held_to, other, result)
             if options.keep and judged.lost is None:
@@ -90,12 +91,14 @@ def judge_sections(
         result.sections[part] = replace(result.sections[part], asked_for=True)
 
 
-def expected_calls(cache: Path, release: str, expected: ExpectedDivergences | None) -> Expectations:
+def expected_calls(
+    cache: Path, release: str, expected: ExpectedDivergences | None, note: Callable[[str], None]
+) -> Expectations:
     """What direct calls are compared with, of the chosen release or of a file of expected divergences."""
     known = load_known_calls()
     if expected is not None:
         known = KnownCalls(known=listed_as(known.known, release, set(expected.expected)))
-    return replace(expectations(cache, known), chosen=release, exactly=expected is not None)
+    return replace(expectations(cache, known, note), chosen=release, exactly=expected is not None)
 
 
 def take_calls(judged: JudgedCalls, held_to: Expectations, source: Source, result: RunResult) -> None:

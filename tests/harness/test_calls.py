@@ -286,6 +286,15 @@ def test_a_row_that_cannot_be_is_an_error_that_names_it(
         expectations(tmp_path, KnownCalls.model_validate({"known": spoilt_rows}))
 
 
+def test_truths_that_are_computed_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, said = load_calls(), list[str]()
+    few = [row for row in table.call if row.id in ("kl/2d", "kl/3d")]
+    monkeypatch.setattr(calls_judge, "load_calls", lambda: table.model_copy(update={"call": few}))
+    for _ in range(2):
+        expectations(tmp_path, KnownCalls(), said.append)
+    assert said == ["truth of direct call 1 of 2: kl/2d", "truth of direct call 2 of 2: kl/3d"], "once, then cached"
+
+
 HALVED = [times(call, 0.5) for call in ("kl/1d", "kl/2d", "kl/3d")]
 
 

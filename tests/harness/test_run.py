@@ -212,3 +212,19 @@ def test_a_log_gets_a_line_now_and_then_and_a_terminal_none(clock: list[float]) 
         clock[0] += 10 * terminal.LOG_SECONDS
         progress.note("building")
         assert "building" not in stream.getvalue()
+
+
+def test_a_log_gets_a_line_again_where_nothing_new_is_told(clock: list[float]) -> None:
+    stream = io.StringIO()
+    with Bar(console=Console(file=stream, width=100), transient=True, auto_refresh=False) as bar:
+        with terminal.repeated(bar, every=0.001):
+            terminal.Terminal(bar).note("direct calls")
+            for number in (2, 3):
+                clock[0] += terminal.LOG_SECONDS
+                until = time.perf_counter() + 10
+                while stream.getvalue().count("direct calls\n") < number and time.perf_counter() < until:
+                    time.sleep(0.001)
+            time.sleep(0.05)
+        clock[0] += terminal.LOG_SECONDS
+        time.sleep(0.05)
+    assert stream.getvalue().split() == ["direct", "calls"] * 3, "once for each span of silence, none after the end"
