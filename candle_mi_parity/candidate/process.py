@@ -16,9 +16,20 @@ from pathlib import Path
 from typing import IO, Self
 
 from candle_mi_parity.errors import ParityError
+from candle_mi_parity.files.escape import one_line
 
 _REAP_SECONDS = 5.0
 """How long to wait for a killed process."""
+_POLL_SECONDS = 0.5
+"""How often to look whether a process has ended whose pipe another one holds open."""
+_LONGEST = 1 << 20
+"""Bytes of a line that are read at once, so that output without an end does not fill the memory."""
+_MOST_REPLIES = 64
+"""Replies without a request after which no more is read."""
+_LONGEST_ERROR = 1000
+"""Characters of a program's own words; the emitter gives no more than 600."""
+KINDS = ("absent", "request", "model", "sae", "forward", "io", "panic", "not-built")
+"""Every kind of failure that a reply may name."""
 _BACKTRACE = b"note: run with `RUST_BACKTRACE"
 """Rust's last line after most faults, which says nothing of them."""
 
@@ -74,18 +85,33 @@ class _Pipes:
 
     def _collect(self, pipe: IO[bytes]) -> None:
         with contextlib.suppress(OSError, ValueError):
-            for line in pipe:
+            while self.replies.qsize() < _MOST_REPLIES and (line := pipe.readline(_LONGEST)):
                 self.replies.put(line)
         self.replies.put(None)
 
     def _keep_last_lines(self, pipe: IO[bytes]) -> None:
         with contextlib.suppress(OSError, ValueError):
-            for line in pipe:
+            while line := pipe.readline(_LONGEST):
                 if line.strip() and not line.startswith(_BACKTRACE):
                     self._last_lines.append(line)
 
     def send(self, line: bytes) -> None:
         self._requests.put(line)
+
+    def answer(self, deadline: float) -> bytes | None:
+        """The next line on stdout; None at its end, also where a child of an ended process holds it open.
+
+        :raises queue.Empty: there is none before the deadline.
+        """
+        while True:
+            ended = self.process.poll() is not None
+            try:
+                return self.replies.get(timeout=max(0.0, min(_POLL_SECONDS, deadline - time.monotonic())))
+            except queue.Empty:
+                if ended:
+                    return None
+                if time.monotonic() >= deadline:
+                    raise
 
     def last_line(self) -> str:
         """The last line on stderr, formatted for an error message; empty if there is none."""
@@ -95,16 +121,19 @@ class _Pipes:
         return f"; last line on stderr: {self._last_lines[-1].decode('utf-8', 'replace').strip()[:400]}"
 
     def end(self, patience: float) -> int | None:
-        """Wait ``patience`` seconds for the process to finish, then kill it; returns its exit code if known."""
+        """Wait ``patience`` seconds for the process to end, then kill it; returns its exit code if it ended by itself.
+
+        Processes that it started are killed too.
+        """
         self._requests.put(None)
-        try:
-            return self.process.wait(timeout=patience)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-        try:
-            return self.process.wait(timeout=_REAP_SECONDS)
-        except subprocess.TimeoutExpired:  # blocked in the kernel
-            return None
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self.process.wait(timeout=patience)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # blocked in the kernel
+            self.process.wait(timeout=_REAP_SECONDS)
+        return code
 
 
 class EmitterProcess:
@@ -172,7 +201,7 @@ class EmitterProcess:
         pipes = self._running()
         pipes.send(line)
         try:
-            answer = pipes.replies.get(timeout=max(0.0, deadline - time.monotonic()))
+            answer = pipes.answer(deadline)
         except queue.Empty:
             self._abandon(patience=0.0)
             raise EmitterError("timeout", f"no reply within {timeout:g} s{pipes.last_line()}") from None
@@ -181,14 +210,21 @@ class EmitterProcess:
             raise
         if answer is None:
             code = self._abandon(patience=1.0)
-            raise EmitterError("crash", f"emitter {_ending(code)}{pipes.last_line()}")
+            raise EmitterError("crash", f"emitter {_ending(code)} before it replied{pipes.last_line()}")
         reply = _parse_reply(answer)
         if reply is None or reply.get("case") not in (case_id, None):
             self._abandon(patience=0.0)
             shown = answer[:200].decode("utf-8", "replace").strip()
             raise EmitterError("protocol", f"invalid reply to case {case_id}: {shown!r}")
         if reply["ok"] is not True:
-            kind, told = str(reply.get("kind", "protocol")), str(reply.get("error", "no reason given"))
+            kind, told = reply.get("kind"), reply.get("error")
+            if not (isinstance(kind, str) and kind in KINDS and isinstance(told, str)):
+                raise EmitterError(
+                    "protocol",
+                    f"the reply to case {case_id} has the kind {one_line(repr(kind))} and the error "
+                    f"{one_line(repr(told))}, expected one of {', '.join(KINDS)} and a text",
+                )
+            told = one_line(told, _LONGEST_ERROR)
             raise self._of_part(told) if kind == "not-built" else EmitterError(kind, told)
         # The trace of an earlier run must not pass for this one.
         after = _stamp(out)
@@ -208,8 +244,9 @@ class EmitterProcess:
         )
 
     def _running(self) -> _Pipes:
-        if self._pipes is not None and self._pipes.process.poll() is not None:
-            self._abandon(patience=0.0)
+        if (pipes := self._pipes) is not None and pipes.process.poll() is not None:
+            code = self._abandon(patience=0.0)
+            raise EmitterError("crash", f"emitter {_ending(code)} after it replied to another case{pipes.last_line()}")
         with self._starting:
             if self._closed:
                 raise EmitterError("crash", "emitter is not started again: the run has ended")
@@ -246,7 +283,7 @@ def _parse_reply(line: bytes) -> dict[str, object] | None:
 
 def _ending(code: int | None) -> str:
     if code is None:
-        return "closed its output and could not be killed"
+        return "closed its output without ending, and was killed"
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}"
-    return f"exited with code {code} before it replied"
+    return f"exited with code {code}"

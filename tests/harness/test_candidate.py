@@ -135,7 +135,8 @@ def test_a_refusal_keeps_its_kind_and_the_process(fake: Fake, tmp_path: Path) ->
     [
         ('print("out of cheese", file=sys.stderr); sys.exit(3)', ("code 3", "out of cheese")),
         ("os.kill(os.getpid(), signal.SIGABRT)", ("SIGABRT",)),
-        ("os.close(1); time.sleep(60)", ("SIGKILL",)),
+        ("os.close(1); time.sleep(60)", ("closed its output without ending, and was killed",)),
+        ("import subprocess; subprocess.Popen(['sleep', '60']); sys.exit(5)", ("code 5 before it replied",)),
     ],
 )
 def test_a_crash_fails_its_own_case(fake: Fake, tmp_path: Path, body: str, expected: tuple[str, ...]) -> None:
@@ -143,6 +144,43 @@ def test_a_crash_fails_its_own_case(fake: Fake, tmp_path: Path, body: str, expec
         error = fails(emitter, ask(tmp_path / "o.json"))
         assert error.kind == "crash" and all(part in error.message for part in expected)
         emitter.emit(ask(tmp_path / "o.json", case="good"), timeout=20)
+
+
+def test_an_end_between_two_requests_is_a_crash_that_a_new_process_follows(fake: Fake, tmp_path: Path) -> None:
+    ends = 'reply({"case": "bad", "ok": False, "kind": "model", "error": "no"}); sys.exit(7)'
+    with EmitterProcess(fake(ends)) as emitter:
+        assert fails(emitter, ask(tmp_path / "o.json")).kind == "model"
+        assert emitter._pipes
+        emitter._pipes.process.wait()
+        error = fails(emitter, ask(tmp_path / "o.json", case="good"))
+        assert str(error) == "crash: emitter exited with code 7 after it replied to another case"
+        emitter.emit(ask(tmp_path / "o.json", case="good"), timeout=20)
+
+
+@pytest.mark.parametrize("pipe", ["stdout", "stderr"])
+def test_output_without_an_end_is_read_in_parts(fake: Fake, tmp_path: Path, pipe: str) -> None:
+    """A line without an end is no reply, and is not kept whole."""
+    with EmitterProcess(fake(f"sys.{pipe}.write('x' * 40_000_000); sys.{pipe}.flush(); sys.exit(3)")) as emitter:
+        error = fails(emitter, ask(tmp_path / "o.json"))
+        assert error.kind == ("protocol" if pipe == "stdout" else "crash") and len(str(error)) < 600
+        emitter.emit(ask(tmp_path / "o.json", case="good"), timeout=20)
+
+
+def test_replies_to_no_request_are_not_kept_without_a_limit(fake: Fake, tmp_path: Path) -> None:
+    flood = 'reply({"case": "bad", "ok": False, "kind": "model", "error": "no"})\n        while True: reply({"case": "bad"})'
+    with EmitterProcess(fake(flood)) as emitter:
+        assert fails(emitter, ask(tmp_path / "o.json")).kind == "model"
+        assert emitter._pipes
+        time.sleep(0.3)
+        assert emitter._pipes.replies.qsize() < 100
+        assert fails(emitter, ask(tmp_path / "o.json")).kind == "protocol"
+
+
+@pytest.mark.parametrize("reply", ['"kind": "banana", "error": "no"', '"kind": [], "error": "no"', '"kind": "model"'])
+def test_a_failure_of_no_known_kind_is_an_invalid_reply(fake: Fake, tmp_path: Path, reply: str) -> None:
+    with EmitterProcess(fake(f'reply({{"case": "bad", "ok": False, {reply}}})')) as emitter:
+        error = fails(emitter, ask(tmp_path / "o.json"))
+    assert error.kind == "protocol" and "expected one of absent, request, model" in error.message
 
 
 def test_a_hang_ends_at_the_timeout(fake: Fake, tmp_path: Path) -> None:
