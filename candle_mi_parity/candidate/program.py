@@ -76,12 +76,9 @@ class ProgramSource:
         if unknown := sorted(set(trace.document.absent) - set(subject.captures)):
             raise TraceError(f"{trace.path}: {unknown[0]} is no hook point, and cannot be absent")
         trace.asked = set(truth.tensors) - set(trace.document.absent)
-        made = trace.header.candle_mi
-        if made.source != "program":
-            raise TraceError(f"{trace.path}: header.candle_mi.source is {made.source!r}, expected 'program'")
-        self._is = self._is or made
-        if made != self._is:
-            raise TraceError(f"{trace.path}: made by {made}, and earlier traces by {self._is}")
+        self._is = self._is or trace.header.candle_mi
+        if trace.header.candle_mi != self._is:
+            raise TraceError(f"{trace.path}: made by {trace.header.candle_mi}, and earlier traces by {self._is}")
         return trace
 
     def text_ids(self, subject: PreparedCase) -> TextIds:

@@ -54,7 +54,6 @@ LIES = {
     "NaN": (('at("logits", at(', 'at("logits", np.nan * at('), "FAIL", "logits"),
     "another shape": (("(array, np.float32) for", "(array[:, 1:], np.float32) for"), "FAIL", "hook_embed"),
     "zeros": (("(array, np.float32) for", "(array * 0, np.float32) for"), "FAIL", "hook_embed"),
-    "another maker": (('"source": "program"', '"source": "registry"'), "ERROR", "source is 'registry', expected"),
     "no trace": (("write(asked, run(asked))", "run(asked)"), "ERROR", "replied ok but wrote no new trace"),
     "another case": (('reply | {"case": asked["case"]["id"]}', 'reply | {"case": "x"}'), "ERROR", "invalid reply"),
     "another model": (('"model_digest": sha(', '"model_digest": sha(b"x" + '), "ERROR", "model digest is"),
