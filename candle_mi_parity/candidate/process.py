@@ -121,7 +121,7 @@ class _Pipes:
         return f"; last line on stderr: {self._last_lines[-1].decode('utf-8', 'replace').strip()[:400]}"
 
     def end(self, patience: float) -> int | None:
-        """Wait ``patience`` seconds for the process to end, then kill it; returns its exit code if it ended by itself.
+        """Wait ``patience`` seconds for the process to end, then kill it; its exit code if it ended by itself.
 
         Processes that it started are killed too.
         """
@@ -246,7 +246,9 @@ class EmitterProcess:
     def _running(self) -> _Pipes:
         if (pipes := self._pipes) is not None and pipes.process.poll() is not None:
             code = self._abandon(patience=0.0)
-            raise EmitterError("crash", f"emitter {_ending(code)} after it replied to another case{pipes.last_line()}")
+            raise EmitterError(
+                "crash", f"emitter {_ending(code)} after it replied to another case{pipes.last_line()}"
+            )
         with self._starting:
             if self._closed:
                 raise EmitterError("crash", "emitter is not started again: the run has ended")

@@ -167,7 +167,8 @@ class CheckResult:
         if error := next((case for case in cases if case.status is Status.ERROR), None):
             return f"Not answered: {one_line(error.error)}"
         tensors, compared = sum(case.expected for case in cases), sum(case.compared for case in cases)
-        worst = max((tensor.ratio for case in cases for tensor in case.tensors), default=0.0)
+        judged = [tensor for case in cases for tensor in case.tensors if tensor.status is not Status.UNMEASURED]
+        worst = max((tensor.ratio for tensor in judged), default=0.0)
         count = sum(1 for prompt in self.prompts if not prompt.generated)
         prompts = ("1 prompt" if count == 1 else f"{count} prompts") + " with continuations" * (count < len(cases))
         size = f"{'' if self.in_part else f'{of_what}, '}{prompts}, worst {worst:.2g} of 8"
@@ -183,7 +184,7 @@ class CheckResult:
         derived = ", with those that are computed from your dump," if self.dumped else ""
         return (
             f"{self.subject} computes PyTorch's numbers on {where} as far as can be judged: {size}; "
-            f"{noisy} of {tensors} tensors{derived} are too noisy in this format to judge."
+            f"{noisy} of {tensors} tensors{derived} are too noisy in this format, or beyond its range, to judge."
         )
 
     def _causes(self, wrong: list[CaseResult]) -> list[str]:

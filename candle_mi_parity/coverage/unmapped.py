@@ -14,7 +14,7 @@ from candle_mi_parity.candidate.watched import Seen
 from candle_mi_parity.compare.compare import compare, first_diagnosis
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage.census_truth import truth_of
-from candle_mi_parity.errors import CaseTableError, ModelError, ParityError
+from candle_mi_parity.errors import CaseTableError, ModelError, OracleError, ParityError
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.case import failure_of
 from candle_mi_parity.models.checkpoint import local_path, model_digest, read_config
@@ -35,15 +35,19 @@ def unmapped_subject(case: Case, cache: Path) -> PreparedCase:
     :raises ParityError: no such model, a type that transformers does not have, or no tokenizer.
     """
     directory = model_directory(case.model, cache)
-    _require_class(read_config(directory))
+    _require_class(config := read_config(directory), directory)
     given = case.tokens if isinstance(case.tokens, list) else tokenizer(directory)(case.text)["input_ids"]
-    tokens = list(given)
+    tokens, vocabulary = list(given), config.get("vocab_size")
+    if not tokens:
+        raise CaseTableError(f"{case.id}: no token; nothing would be compared")
+    if isinstance(vocabulary, int) and (outside := [token for token in tokens if not 0 <= token < vocabulary]):
+        raise CaseTableError(f"{case.id}: token {outside[0]} is outside the vocabulary of {vocabulary}")
     digest = model_digest(directory)
     content = json.dumps({"model": digest, "tokens": [tokens]}, sort_keys=True)
     return PreparedCase(
         case=case,
         model_dir=local_path(str(directory), CaseTableError),
-        model_type=str(read_config(directory).get("model_type")),
+        model_type=str(config.get("model_type")),
         tokens=[tokens],
         captures=[],
         sae_file=None,
@@ -53,15 +57,18 @@ def unmapped_subject(case: Case, cache: Path) -> PreparedCase:
     )
 
 
-def _require_class(config: dict[str, object]) -> None:
-    """:raises ModelError: transformers has no code of its own for the model's type."""
+def _require_class(config: dict[str, object], directory: Path) -> None:
+    """:raises ModelError: transformers has no code of its own for the model's type, or none with a language head."""
     import transformers
 
-    kind = config.get("model_type")
-    if transformers_type(str(kind)) not in transformers.CONFIG_MAPPING:
-        remote = "; the remote code that its auto_map names is not run" if config.get("auto_map") else ""
-        has = f"transformers {transformers.__version__} has no model type {one_line(repr(kind))}"
-        raise ModelError(f"config.json: {has}{remote}")
+    kind = str(config.get("model_type"))
+    has = f"{directory}/config.json: transformers {transformers.__version__} has no"
+    none = "so that there is no truth to compare with"
+    if transformers_type(kind) not in transformers.CONFIG_MAPPING:
+        remote = "; the code that its auto_map names is not run" if config.get("auto_map") else ""
+        raise ModelError(f"{has} model type {one_line(repr(kind))}, {none}{remote}")
+    if transformers.CONFIG_MAPPING[transformers_type(kind)] not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{has} language model (AutoModelForCausalLM) of model type {one_line(repr(kind))}, {none}")
 
 
 def judge_unmapped(subject: PreparedCase, cache: Path, give: Give) -> tuple[CaseResult, Seen | None, str]:
@@ -79,10 +86,12 @@ def judge_unmapped(subject: PreparedCase, cache: Path, give: Give) -> tuple[Case
         result.error, result.failure = str(error).replace(str(subject.model_dir), "the model"), failure_of(error)
         result.status = Status.FAIL if result.failure.refused else Status.ERROR
         return result, None, ""
+    except OracleError as error:
+        raise OracleError(f"{subject.model_dir}: there is no truth for a {subject.model_type}: {error}") from error
     except ParityError:
         raise
     except Exception as error:  # whatever the class's own code raises at what it is given
-        result.error = f"PyTorch cannot run this model: {type(error).__name__}: {one_line(str(error))}"
+        result.error = f"PyTorch cannot run this model in float64: {type(error).__name__}: {one_line(str(error))}"
         return result, None, ""
     result.tensors = compare(truth, emitted, None, emitted.asked)
     failed = [tensor.name for tensor in result.tensors if tensor.status is Status.FAIL]

@@ -34,6 +34,7 @@ from candle_mi_parity.judge.notes import (
     edits_before,
     other_ids,
     padding_notes,
+    truncation_notes,
     truth_notes,
     unexercised,
     version_notes,
@@ -166,6 +167,8 @@ def _same_ids(result: CaseResult, subject: PreparedCase, source: Source, progres
         return True
     if failure := other_ids(subject, asked.ids):
         result.tensors, result.expected, result.status = [failure], 1, Status.FAIL
+    else:
+        result.notes += truncation_notes(subject)
     return failure is None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from candle_mi_parity.compare.verdict import TOKENS, Status, TensorResult
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.files.versions import is_at_least, version
@@ -26,8 +28,36 @@ def other_ids(subject: PreparedCase, ids: list[int]) -> TensorResult | None:
     pairs = enumerate(zip(ids, expected, strict=False))
     place = next((i for i, (one, other) in pairs if one != other), min(len(ids), len(expected)))
     message = f"candle-mi's tokenizer gives other ids from place {place} on: got {one_line(str(ids), LONGEST)}"
-    message += f", transformers gives {one_line(str(expected), LONGEST)}"
+    message += f", transformers gives {one_line(str(expected), LONGEST)}{_by_settings(subject, ids)}"
     return TensorResult(TOKENS, Status.FAIL, "values", compared=len(expected), exact=True, detail=message)
+
+
+def _by_settings(subject: PreparedCase, ids: list[int]) -> str:
+    """That ids are those of ``tokenizer.json`` with its own truncation or padding; empty if they are not."""
+    path, text = subject.model_dir / "tokenizer.json", subject.case.text
+    if text is None or not path.is_file():
+        return ""
+    import tokenizers
+
+    written = tokenizers.Tokenizer.from_file(str(path))
+    on = [name for name in ("truncation", "padding") if getattr(written, name) is not None]
+    if not on or written.encode(text).ids != ids:
+        return ""
+    return (
+        f"; candle-mi obeys the {' and '.join(on)} of tokenizer.json, which transformers does only if it is asked: "
+        "set it to null in a copy of the file (CMI230)"
+    )
+
+
+def truncation_notes(subject: PreparedCase) -> list[str]:
+    """A note where ``tokenizer.json`` has a truncation, which a longer text would show."""
+    path = subject.model_dir / "tokenizer.json"
+    if not path.is_file() or not isinstance(found := json.loads(path.read_bytes()).get("truncation"), dict):
+        return []
+    return [
+        f"not exercised: tokenizer.json truncates to {one_line(str(found.get('max_length')))} tokens; candle-mi "
+        "obeys it, so that a longer text loses a part without a word, and transformers does not (CMI230)"
+    ]
 
 
 def padding_notes(subject: PreparedCase) -> list[str]:

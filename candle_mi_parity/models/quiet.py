@@ -9,6 +9,7 @@ from pathlib import Path
 
 from candle_mi_parity.errors import ModelError, ParityError
 from candle_mi_parity.files.escape import one_line
+from candle_mi_parity.models.checkpoint import read_config
 
 
 @contextmanager
@@ -44,5 +45,15 @@ def transformers_runs(directory: Path, what: str = "run this config") -> Iterato
     except Exception as error:
         said = one_line(str(error))
         if isinstance(error, LookupError | AttributeError) or not said:  # their text is the bare name of a key
-            said = f"{type(error).__name__}: {said}"
+            said = _unknown_value(directory, error) or f"{type(error).__name__}: {said}"
         raise ModelError(f"transformers cannot {what}: {directory}: {said}") from error
+
+
+def _unknown_value(directory: Path, error: Exception) -> str:
+    """The key of ``config.json`` whose value a lookup did not find; empty if there is none."""
+    if not isinstance(error, KeyError) or not (directory / "config.json").is_file():
+        return ""
+    config = read_config(directory)
+    blocks = {f"{name}.": block for name, block in config.items() if isinstance(block, dict)} | {"": config}
+    held = [f"{start}{key}" for start, block in blocks.items() for key in block if [block[key]] == [*error.args]]
+    return f"config.json: it does not know the {held[0]} {one_line(repr(error.args[0]))}" if held else ""

@@ -13,7 +13,7 @@ from typing import Any
 
 from candle_mi_parity.files.cache import cached
 from candle_mi_parity.models.checkpoint import read_config
-from candle_mi_parity.models.quiet import quiet
+from candle_mi_parity.models.quiet import transformers_runs
 from candle_mi_parity.models.transformers_config import load_config
 from candle_mi_parity.models.transformers_private import config_fields, import_model
 from candle_mi_parity.oracle.provenance import PACKAGE, code_of, made_with
@@ -30,7 +30,10 @@ def cached_fields_read(directory: Path, model_type: str, cache: Path) -> set[str
 
 
 def cached_fields_built(directory: Path, model_type: str, cache: Path) -> set[str]:
-    """The fields that are read while a model is built without weights, which takes a second."""
+    """The fields that are read while a model is built without weights, which takes a second.
+
+    :raises ModelError: transformers cannot build it.
+    """
     key = ["built", *_key(directory, model_type)]
     return set(cached(cache, "fields", key, lambda: sorted(_fields_built(directory))))
 
@@ -43,11 +46,13 @@ def _fields_built(directory: Path) -> set[str]:
     import torch
     import transformers
 
-    kind = type(config := load_config(directory))
-    import_model(config)
+    with transformers_runs(directory):
+        kind = type(config := load_config(directory))
+        import_model(config)
     read: set[str] = set()
-    with _recorded(kind, read), quiet(), torch.device("meta"):
+    with transformers_runs(directory), _recorded(kind, read), torch.device("meta"):
         config = load_config(directory)
+        config._attn_implementation = "eager"  # whatever the config says
         transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return {name for name in read if _is_field(kind, name)}
 

@@ -89,5 +89,5 @@ def modeling_files(model_type: str) -> list[Path]:
     files = [family / f"modeling_{kind}.py", family / f"configuration_{kind}.py"]
     files += [root / f"{name}.py" for name in ("modeling_rope_utils", "masking_utils", "activations")]
     if missing := [path for path in files if not path.is_file()]:
-        raise OracleError(f"this transformers has no model_type {model_type!r}: {missing[0]} does not exist")
+        raise OracleError(f"no source file of model_type {model_type!r} was found: {missing[0]} does not exist")
     return files

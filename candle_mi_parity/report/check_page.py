@@ -70,7 +70,7 @@ def notes(result: CheckResult) -> list[str]:
 def unknown_line(result: CheckResult) -> str:
     """The line on keys about which nothing is known."""
     keys = ", ".join(result.unknown)
-    return f"transformers reads {keys}; whether {result.who} does so too is not known."
+    return f"PyTorch's model reads {keys}; whether {result.who} does so too is not known."
 
 
 def foretold_lines(result: CheckResult) -> Iterator[str]:
@@ -80,24 +80,24 @@ def foretold_lines(result: CheckResult) -> Iterator[str]:
     if not result.forecast:
         yield f"{result.candidate}: nothing is known against any of the {result.keys} keys that this model sets."
     elif not now:
-        some = f"{len(later)} may matter on some inputs"
-        yield f"{result.candidate}: of the {result.keys} keys that this model sets, {some}."
+        yield f"Known of {result.candidate} on a model like this, with some inputs:"
     else:
         keys, of_sae = set[str](), set[str]()
         for found in now:
             own = set(result.sae_keys.get(found.id, ()))
             keys |= {*found.keys, *found.lacking} - own
             of_sae |= {*found.keys, *found.lacking} & own
-        counts = [f"{len(keys)} of the {result.keys} keys of this model"] if keys or not of_sae else []
-        counts += [f"{len(of_sae)} {'key' if len(of_sae) == 1 else 'keys'} of this SAE"] if of_sae else []
-        yield f"{result.candidate} does not read {' and '.join(counts)} as PyTorch does:"
+        counts = [f"{len(keys)} of its {result.keys} keys"] if keys else []
+        counts += [f"{len(of_sae)} {'key' if len(of_sae) == 1 else 'keys'} of the SAE"] if of_sae else []
+        by = f", by {' and '.join(counts)}" if counts else ""
+        yield f"Known of {result.candidate} on a model like this{by}:"
     if result.census:
         yield f"  {result.census}"
     for found in now:
         remedy = f" {found.remedy}" if found.remedy else ""
         yield f"  {found.about or found.id}: {found.says}{remedy}"
     # What an input does not show is told with the answer, by not_exercised.
-    yield from (f"  {found.about or found.id} ({found.needs}): known as {found.id}" for found in later)
+    yield from (f"  {found.id}{f' by {found.about}' if found.about else ''}, with {found.needs}" for found in later)
 
 
 def matters_line(prompt: PromptResult) -> str:

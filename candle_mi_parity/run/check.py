@@ -115,7 +115,8 @@ def foretold(options: CheckOptions) -> CheckResult:
     stored = weight_facts(directory) if config.get("quantization_config") and directory.is_dir() else {}
     facts = facts_about(config, sae, 0, options.dtype or "float32", edits, stored)
     loader = "pretrained" if config.get("quantization_config") else options.loader
-    facts = replace(facts, loader=loader, shards_beside=bool(shards_beside(directory, loader)))
+    twice = bool(shards_beside(directory, "pretrained"))
+    facts = replace(facts, loader=loader, shards_beside=twice and loader == "pretrained")
     known = forecast(table, known_release(candidate, table), facts) if named.is_candle_mi else []
     who = f"the trace in {options.trace}" if options.trace else named.label
     census = _census(str(config.get("model_type")), known_release(candidate, table))
@@ -125,6 +126,11 @@ def foretold(options: CheckOptions) -> CheckResult:
         subjects = [subject for c in conditions[found.id] for subject in (c.subject, c.other)]
         result.sae_keys[found.id] = [s.removeprefix("sae.") for s in subjects if s.startswith("sae.")]
     result.in_part = bool(options.hooks or options.layers)
+    if twice and loader == "hf" and named.is_candle_mi:
+        result.notes.append(
+            "there are model.safetensors and an index with its shards; read was model.safetensors, as transformers "
+            "does, and candle-mi's from_pretrained reads the shards (CMI231): ask with --loader pretrained"
+        )
     return result
 
 

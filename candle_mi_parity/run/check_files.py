@@ -77,25 +77,45 @@ def _require_method(where: str, given: Mapping[str, object], marks: dict[str, st
     )
 
 
+_LAYOUTS = {"awq": ("version", ("gemm", "exllama", "ipex")), "gptq": ("checkpoint_format", ("gptq", "gptq_v2"))}
+"""Method → the key that names how the weights are packed, and its values that are read here, as without the key."""
+
+
 def _require_packing(where: str, given: Mapping[str, object], stored: Mapping[str, StoredTensor]) -> None:
-    """:raises ModelError: bits or group_size contradict the shapes of the packed weights."""
+    """:raises ModelError: an unknown layout, or method, bits or group_size contradict the shapes of weights."""
     awq, bits, size = given["quant_method"] == "awq", given.get("bits", 4), given.get("group_size", 128)
+    where = f"{where}: quantization_config"
+    key, known = _LAYOUTS[str(given["quant_method"])]
+    if (layout := given.get(key)) is not None and str(layout).lower() not in known:
+        raise ModelError(f"{where}: {key} is {one_line(json.dumps(layout))}, expected one of {', '.join(known)}")
+    if type(bits) is not int:
+        raise ModelError(f"{where}: bits is {one_line(json.dumps(bits))}, expected a whole number such as 4")
+    if type(size) is not int or (size != -1 and size < 1):
+        raise ModelError(
+            f"{where}: group_size is {one_line(json.dumps(size))}, expected -1 or a positive whole number"
+        )
     for name in stored:
         base = name.removesuffix(".qweight")
         parts = [stored[each].shape for each in (name, f"{base}.qzeros", f"{base}.scales") if each in stored]
         if base == name or len(parts) < 3 or any(len(shape) != 2 for shape in parts) or 0 in parts[2]:
             continue  # what is missing is said when it is dequantised
         (rows, columns), (_, zeros), (groups, outputs) = parts
+        if zeros < outputs and columns == (outputs if awq else zeros):
+            raise ModelError(
+                f"{where} says {'awq' if awq else 'gptq'}, and the qweight of {one_line(base)} has {columns} columns "
+                f"for {outputs} outputs, as {'GPTQ' if awq else 'AWQ'} packs it; expected weights and "
+                "quantization_config of the same method"
+            )
         really = (columns if awq else zeros) * 32 / outputs
         if really != bits:
             raise ModelError(
-                f"{where}: quantization_config says {bits} bits, and {one_line(base)} is packed in {really:g}: its "
+                f"{where} says {bits} bits, and {one_line(base)} is packed in {really:g}: its "
                 f"{'qweight' if awq else 'qzeros'} has {columns if awq else zeros} words a row for {outputs} outputs"
             )
         inputs = rows if awq else int(rows * 32 / really)
-        if isinstance(size, int) and size > 0 and (said := math.ceil(inputs / size)) != groups:
+        if size > 0 and (said := math.ceil(inputs / size)) != groups:
             raise ModelError(
-                f"{where}: quantization_config says group_size {size}, which makes {said} groups of "
+                f"{where} says group_size {size}, which makes {said} groups of "
                 f"the {inputs} inputs of {one_line(base)}, and the file has the scales of {groups}"
             )
 

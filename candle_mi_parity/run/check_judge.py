@@ -95,11 +95,11 @@ class Checking:
         cases = [self._case(prompt) for prompt in self._prompts()]
         known = (*MAPPED, *RECURRENT)
         subjects = self._mapped(cases) if self.config.get("model_type") in known else self._unmapped(cases)
-        self._conclude(subjects)
         judged = [prompt.case for prompt in self.result.prompts]
         if all(case.status is Status.ERROR and case.failure is Failure.INPUT for case in judged):
             self.result.prompts.clear()
             raise ParityError(judged[0].error)
+        self._conclude(subjects)
 
     def _prompts(self) -> list[Prompt]:
         given = list(self.options.prompts)

@@ -12,8 +12,9 @@ from candle_mi_parity.oracle.oracle import Oracle
 
 SAMPLES, BATCH = 16, 160
 """Samples of the noise, and rows × tokens of one pass of them, see :func:`candle_mi_parity.oracle.compute.sample`."""
-PER_SECOND, FIXED = 2e10, 3.0
-"""Float64 operations a second on two cores, with noise, and the fixed cost of a truth in seconds; measured."""
+PER_SECOND, PER_ELEMENT, FIXED = 2e10, 4e-8, 3.0
+"""Float64 operations a second on two cores, with noise; the seconds that a number of a hook point takes in each pass,
+which is what a long prompt's attention costs; the fixed cost of a truth in seconds: measured."""
 
 
 def plan(subjects: list[PreparedCase], cache: Path, device: str, steps: int) -> str:
@@ -38,6 +39,7 @@ def plan(subjects: list[PreparedCase], cache: Path, device: str, steps: int) -> 
     # A prompt and its continuation have a truth each.
     passes = sum((1 + SAMPLES + steps) * count for count in tokens) * (2 if steps else 1)
     seconds = 2 * parameters * passes / PER_SECOND + FIXED * (len(todo) + 1)
+    seconds += PER_ELEMENT * sum(elements) * (1 + SAMPLES)
     time = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
     how = " and their continuations" * bool(steps) + ", layer by layer" * streamed
     return (

@@ -99,7 +99,7 @@ def _forecast_of(row: Explanation, facts: Facts) -> Forecast:
 def _needed(condition: Condition, facts: Facts) -> str:
     if condition.subject == "tokens":
         length = look_up(condition.other, facts, None) if condition.other else condition.value
-        return f"a prompt longer than {length} tokens"
+        return f"a prompt longer than {length} token{'' if length == 1 else 's'}"
     if condition.subject == "batch":
         return "several prompts at a time"
     if condition.subject == "edit.kind":

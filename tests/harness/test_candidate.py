@@ -167,7 +167,8 @@ def test_output_without_an_end_is_read_in_parts(fake: Fake, tmp_path: Path, pipe
 
 
 def test_replies_to_no_request_are_not_kept_without_a_limit(fake: Fake, tmp_path: Path) -> None:
-    flood = 'reply({"case": "bad", "ok": False, "kind": "model", "error": "no"})\n        while True: reply({"case": "bad"})'
+    refusal = 'reply({"case": "bad", "ok": False, "kind": "model", "error": "no"})'
+    flood = f"{refusal}\n        while True: reply(1)"
     with EmitterProcess(fake(flood)) as emitter:
         assert fails(emitter, ask(tmp_path / "o.json")).kind == "model"
         assert emitter._pipes

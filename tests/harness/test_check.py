@@ -55,7 +55,7 @@ print(check(options).verdict.value, *({{"torch", "transformers"}} & set(sys.modu
     assert check(model, trace=trace).agrees  # now the truth is cached
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     first, theta, *_, last = done.stdout.splitlines()
-    assert first == "0.2.2 does not read 1 of the 24 keys of this model as PyTorch does:"
+    assert first == "Known of 0.2.2 on a model like this, by 1 of its 24 keys:"
     assert theta.startswith("  rope_parameters.rope_theta 500000.0: ") and "top level" in theta
     assert last == "PASS", f"{last}: a check that computes nothing imports neither"
 
@@ -272,7 +272,7 @@ def test_the_command_answers_in_its_first_line_and_its_exit_code(tmp_path: Path)
     assert command(trace, "--layers", "0-1", "--hooks", "*.hook_resid_post").stdout.startswith(
         f"The trace in {trace} computes PyTorch's numbers on the 3 tensors of your dump that were looked at: 1 prompt"
     )
-    assert done.stderr.startswith("0.2.2: of the 24 keys")
+    assert done.stderr.startswith("Known of 0.2.2 on a model like this, with some inputs:")
     document = json.loads((out / "check.json").read_text())
     assert document["verdict"] == "PASS" and document["cite"]["command"].startswith(paths.command("check") + " ")
     assert document["cite"]["command"].endswith("--layers 0,1 --hooks '*.hook_resid_post'"), "it repeats the check"

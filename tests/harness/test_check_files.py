@@ -8,17 +8,31 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from candle_mi_parity.candidate.torch_source import TorchSource
 from candle_mi_parity.errors import ModelError, ParityError
+from candle_mi_parity.judge.notes import other_ids, truncation_notes
 from candle_mi_parity.models.dequantize import quantization_of
+from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.report.check_page import foretold_lines, lines
-from candle_mi_parity.run.check import CheckOptions, check
+from candle_mi_parity.run.check import CheckOptions, check, foretold
 from candle_mi_parity.run.check_files import require_usable, tokenizer_fault
+from candle_mi_parity.run.check_findings import unknown_keys
 from candle_mi_parity.run.check_inputs import Prompt
-from candle_mi_parity.spec.cases import FixtureModel, Layout, Model, PackedModel, TinyModel, load_cases, select
+from candle_mi_parity.spec.cases import (
+    Case,
+    FixtureModel,
+    Layout,
+    LocalModel,
+    Model,
+    PackedModel,
+    TinyModel,
+    load_cases,
+    select,
+)
 from candle_mi_parity.spec.paths import cache_root
 
 TINY = TinyModel(source="tiny", config="models/llama.json", dialect="hub", layout=[Layout.TOKENIZER])
@@ -80,6 +94,20 @@ QUANTIZED = "quantization_config"
         (packed("llama/gptq"), lambda config: config[QUANTIZED].update(bits=8), "is packed in 4: its qzeros has 8"),
         (
             packed("llama/awq-64"),
+            lambda config: config[QUANTIZED].update(quant_method="gptq"),
+            "says gptq, and the qweight of model.layers.0.mlp.down_proj has 8 columns for 64 outputs, as AWQ packs",
+        ),
+        (packed("llama/gptq"), lambda config: config[QUANTIZED].update(quant_method="awq"), "as GPTQ packs it; exp"),
+        (packed("llama/gptq"), lambda config: config[QUANTIZED].update(bits="4"), 'bits is "4", expected a whole'),
+        (packed("llama/gptq"), lambda config: config[QUANTIZED].update(group_size=0), "group_size is 0, expected -1"),
+        (
+            packed("llama/gptq"),
+            lambda config: config[QUANTIZED].update(checkpoint_format="marlin"),
+            'checkpoint_format is "marlin", expected one of gptq, gptq_v2',
+        ),
+        (packed("llama/awq-64"), lambda config: config[QUANTIZED].update(version="gemv"), 'version is "gemv", exp'),
+        (
+            packed("llama/awq-64"),
             lambda config: config[QUANTIZED].update(group_size=32),
             "group_size 32, which makes 4 groups of the 128 inputs of model.layers.0.mlp.down_proj, and the file has",
         ),
@@ -138,6 +166,54 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:
     assert f"{model}/model.safetensors: {name} holds NaN or infinity in 2 of 9216 numbers, first at [3, 5]" in str(
         raised.value
     )
+
+
+@pytest.mark.parametrize("key", ["hidden_act", "rope_scaling"])
+def test_a_setting_that_transformers_does_not_know_is_one_line(key: str, tmp_path: Path) -> None:
+    model = copied(TINY, tmp_path)
+    value = {"hidden_act": "none_such", "rope_scaling": {"type": "none_such", "factor": 2.0}}[key]
+    told = {"hidden_act": "hidden_act", "rope_scaling": r"rope_scaling\.type"}[key]
+    configured(model, lambda config: config.update({key: value}))
+    options = CheckOptions(str(model), (Prompt(id="p", tokens=[1, 5]),), candidate="0.2.2", out=tmp_path / "out")
+    with pytest.raises(ParityError, match=rf"^transformers cannot run[^\n]*it does not know the {told} 'none_such'$"):
+        check(options, opened=TorchSource)
+
+
+@pytest.mark.parametrize("settings", [{"truncation": 2}, {"truncation": 99}, {"padding": 40}])
+def test_a_tokenizer_s_own_truncation_and_padding_are_named(settings: dict[str, int], tmp_path: Path) -> None:
+    model = copied(TINY, tmp_path)
+    own = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    own.enable_padding(length=40) if "padding" in settings else own.enable_truncation(settings["truncation"])
+    own.save(str(model / "tokenizer.json"))
+    subject = prepare(
+        Case(id="t", model=LocalModel(source="local", path=str(model)), text="the river runs"), tmp_path
+    )
+    failure, notes = other_ids(subject, own.encode("the river runs").ids), truncation_notes(subject)
+    shown = [
+        f"tokenizer.json truncates to {length} tokens" for name, length in settings.items() if name == "truncation"
+    ]
+    assert len(notes) == len(shown) and all(text in note for text, note in zip(shown, notes, strict=True))
+    if settings == {"truncation": 99}:
+        assert failure is None
+        return
+    [name] = settings
+    assert failure is not None and f"candle-mi obeys the {name} of tokenizer.json" in failure.detail
+    other = other_ids(subject, [1, 2])
+    assert other is not None and "obeys" not in other.detail
+
+
+def test_a_whole_file_beside_shards_is_told_where_the_loader_does_not_show_it(tmp_path: Path) -> None:
+    beside = model_directory(TINY.model_copy(update={"layout": [Layout.SHARDS_BESIDE]}), cache_root())
+    told = [note for note in foretold(CheckOptions(str(beside))).notes if "ask with --loader pretrained" in note]
+    assert len(told) == 1
+    assert not foretold(CheckOptions(str(beside), loader="pretrained")).notes
+    assert not foretold(CheckOptions(str(model_directory(TINY, cache_root())))).notes
+
+
+@pytest.mark.parametrize(("family", "unknown"), [("rwkv6", []), ("rwkv7", ["hidden_act"])])
+def test_keys_of_rwkv_that_a_case_changes_are_not_unknown(family: str, unknown: list[str], tmp_path: Path) -> None:
+    model = TinyModel(source="tiny", config=f"models/{family}.json", dialect="hub")
+    assert unknown_keys(model_directory(model, cache_root()), family, tmp_path) == unknown
 
 
 def test_what_no_prompt_shows_is_told_once(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def configured(**change: Any) -> Callable[[Path], None]:
         (lambda mine: without(mine, "model.norm.weight"), "model.norm.weight"),
         (lambda mine: (mine / "adapter_config.json").write_text("{}"), "an adapter to another model"),
         (configured(auto_map={"AutoConfig": "a.B"}, model_type="mine"), "code that its auto_map names is not run"),
+        (configured(model_type="vit"), "has no language model (AutoModelForCausalLM) of model type 'vit', so that"),
         (configured(model_type="no_such_family"), "has no model type 'no_such_family'"),
         (configured(model_type="cohere"), "cohere has no hook map: only a candle-mi can be asked, not torch"),
         (configured(hidden_size=1 << 20), "are more than"),

@@ -259,9 +259,24 @@ def test_keys_of_the_sae_are_not_counted_as_the_model_s() -> None:
     result = result_of()
     result.forecast = [Forecast("CMI020", "b_dec is not taken.", "", False, {"d_sae": 160}, ["apply_b_dec_to_input"])]
     result.sae_keys = {"CMI020": ["apply_b_dec_to_input", "d_sae"]}
-    assert next(foretold_lines(result)) == "0.2.2 does not read 2 keys of this SAE as PyTorch does:"
+    assert next(foretold_lines(result)) == "Known of 0.2.2 on a model like this, by 2 keys of the SAE:"
     result.forecast.append(Forecast("CMI001", "Theta is not read.", "", False, {"rope_theta": 1e5}))
-    assert next(foretold_lines(result)).startswith("0.2.2 does not read 1 of the 26 keys of this model and 2 keys of")
+    assert next(foretold_lines(result)).endswith(" this, by 1 of its 26 keys and 2 keys of the SAE:")
+
+
+def test_what_is_known_of_a_model_without_a_key_counts_no_keys() -> None:
+    result = result_of()
+    result.forecast = [Forecast("CMI005", "Tables are rounded.", "", False, needs="a prompt longer than 128 tokens")]
+    assert [*foretold_lines(result)] == [
+        "Known of 0.2.2 on a model like this, with some inputs:",
+        "  CMI005, with a prompt longer than 128 tokens",
+    ]
+    result.forecast.append(Forecast("CMI232", "Keys are divided.", "", False))
+    assert [*foretold_lines(result)] == [
+        "Known of 0.2.2 on a model like this:",
+        "  CMI232: Keys are divided.",
+        "  CMI005, with a prompt longer than 128 tokens",
+    ]
 
 
 def test_a_divergence_of_nothing_is_not_below_zero() -> None:
