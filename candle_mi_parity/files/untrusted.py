@@ -112,7 +112,9 @@ def require_inside(directory: Path, fault: type[ParityError]) -> None:
             continue
         # A blob may itself be a link, into the store that several repositories share.
         if blobs is None or Path(os.path.normpath(root / entry.readlink())).parent != blobs:
-            raise fault(f"{directory}: {entry.name} is a link that leads out of the directory; it is not followed: put the file in its place")
+            raise fault(
+                f"{directory}: {entry.name} is a link that leads out of the directory; it is not followed: put the file in its place"
+            )
 
 
 def require_memory(wanted: int, what: str, fault: type[ParityError]) -> None:
