@@ -18,7 +18,7 @@ from candle_mi_parity.errors import CaseTableError, ModelError, OracleError, Par
 from candle_mi_parity.files.escape import one_line
 from candle_mi_parity.judge.case import failure_of
 from candle_mi_parity.models.checkpoint import local_path, model_digest, read_config
-from candle_mi_parity.models.prepared_case import PreparedCase, tokenizer
+from candle_mi_parity.models.prepared_case import PreparedCase, text_ids
 from candle_mi_parity.models.resolve import model_directory
 from candle_mi_parity.spec.cases import Case
 from candle_mi_parity.spec.families import transformers_type
@@ -36,8 +36,8 @@ def unmapped_subject(case: Case, cache: Path) -> PreparedCase:
     """
     directory = model_directory(case.model, cache)
     _require_class(config := read_config(directory), directory)
-    given = case.tokens if isinstance(case.tokens, list) else tokenizer(directory)(case.text)["input_ids"]
-    tokens, vocabulary = list(given), config.get("vocab_size")
+    tokens = list(case.tokens) if isinstance(case.tokens, list) else text_ids(directory, str(case.text))
+    vocabulary = config.get("vocab_size")
     if not tokens:
         raise CaseTableError(f"{case.id}: no token; nothing would be compared")
     if isinstance(vocabulary, int) and (outside := [token for token in tokens if not 0 <= token < vocabulary]):

@@ -113,7 +113,8 @@ def require_inside(directory: Path, fault: type[ParityError]) -> None:
         # A blob may itself be a link, into the store that several repositories share.
         if blobs is None or Path(os.path.normpath(root / entry.readlink())).parent != blobs:
             raise fault(
-                f"{directory}: {entry.name} is a link that leads out of the directory; it is not followed: put the file in its place"
+                f"{directory}: {entry.name} is a link that leads out of the directory, and is not followed; put the "
+                "file itself there"
             )
 
 

@@ -22,16 +22,31 @@ def require_model(directory: Path) -> Path:
     """
     if not directory.is_dir():
         raise ModelError(f"model directory {directory} does not exist")
-    held = ", ".join(sorted(path.name for path in directory.iterdir())[:8]) or "nothing"
+    names = sorted(path.name for path in directory.iterdir())
+    held = one_line(", ".join(names[:8])) or "nothing"
+    if "adapter_config.json" in names:
+        raise ModelError(
+            f"model directory {directory} holds adapter_config.json: an adapter to another model; merge it into that "
+            "model and save the whole"
+        )
     if not (directory / "config.json").is_file():
-        raise ModelError(f"model directory {directory} has no config.json; it holds {held}")
+        below = "; give a directory below its snapshots" if {"blobs", "snapshots"} <= {*names} else ""
+        raise ModelError(f"model directory {directory} has no config.json; it holds {held}{below}")
     if not weight_files(directory):
-        raise ModelError(f"model directory {directory} has no model.safetensors and no shards; it holds {held}")
+        other = next((remedy for end, remedy in _OTHER_WEIGHTS.items() if any(n.endswith(end) for n in names)), "")
+        raise ModelError(
+            f"model directory {directory} has no model.safetensors and no shards; it holds {held}{other}"
+        )
     require_inside(directory, ModelError)
     _require_plain_weights(directory)
     return directory
 
 
+_OTHER_WEIGHTS = {
+    ".bin": "; load it with transformers and save it with save_pretrained, which writes safetensors",
+    ".gguf": "; GGUF is not read: give the directory of the model that it was made from",
+}
+"""End of a name of weights that are not read → what to do."""
 ELSEWHERE = ("transformers_weights",)
 """Keys of ``config.json`` with which transformers loads other weights than the digested ones."""
 
@@ -39,10 +54,8 @@ ELSEWHERE = ("transformers_weights",)
 def _require_plain_weights(directory: Path) -> None:
     """Refuse a directory from which transformers would load other weights than candle-mi.
 
-    :raises ModelError: an adapter, a key of :data:`ELSEWHERE`, or shards that the index does not list exactly.
+    :raises ModelError: a key of :data:`ELSEWHERE`, or shards that the index does not list exactly.
     """
-    if (directory / "adapter_config.json").exists():
-        raise ModelError(f"model directory {directory} holds adapter_config.json: an adapter to another model")
     config = read_config(directory)
     if odd := [key for key in ELSEWHERE if config.get(key) is not None]:
         raise ModelError(f"{directory}/config.json: {odd[0]} is set; only the weights of this directory are compared")
@@ -50,10 +63,16 @@ def _require_plain_weights(directory: Path) -> None:
     if files == ["model.safetensors"]:
         return
     index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        raise ModelError(
+            f"{directory}: there are shards ({one_line(', '.join(files))}) and no {index.name}, their index"
+        )
     listed = read_object(index, ModelError).get("weight_map")
     named = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else "no weight_map"
     if named != files:
-        raise ModelError(f"{index}: lists {one_line(str(named))}, and there are {one_line(str(files))}")
+        raise ModelError(
+            f"{index}: lists {one_line(str(named))}, and there are {one_line(str(files))}; expected the same files"
+        )
 
 
 def weight_files(directory: Path) -> list[Path]:

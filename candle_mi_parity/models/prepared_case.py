@@ -110,7 +110,8 @@ def prepare(case: Case, cache: Path, loaded: Any = None) -> PreparedCase:
     tokens = _token_ids(case, model_dir, config, cache)
     vocabulary = _whole_number(config, "vocab_size", model_dir)
     if not tokens[0]:
-        raise CaseTableError(f"{case.id}: no token; nothing would be compared")
+        whose = "" if case.text is None else f", as the tokenizer of {model_dir} gives none for the text"
+        raise CaseTableError(f"{case.id}: there is no token{whose}; nothing would be compared")
     if outside := [token for token in tokens[0] if not 0 <= token < vocabulary]:
         raise CaseTableError(f"{case.id}: token {outside[0]} is outside the vocabulary of {vocabulary}")
     n_layers = _whole_number(config, "num_hidden_layers", model_dir)
@@ -269,7 +270,7 @@ def _token_ids(case: Case, model_dir: Path, config: dict[str, object], cache: Pa
     # A tokenizer may read any file but the weights.
     files = [path for path in model_dir.iterdir() if path.is_file() and path not in weight_files(model_dir)]
     key = [case.text, digest_files(files), version("transformers"), version("tokenizers")]
-    return [cached(cache, "tokens", key, lambda: list(tokenizer(model_dir)(case.text)["input_ids"]))]
+    return [cached(cache, "tokens", key, lambda: text_ids(model_dir, str(case.text)))]
 
 
 def random_tokens(wanted: RandomTokens, vocabulary: int) -> list[list[int]]:
@@ -284,8 +285,8 @@ def random_tokens(wanted: RandomTokens, vocabulary: int) -> list[list[int]]:
     return [[1, *(SPECIAL + int(word) % (vocabulary - SPECIAL) for word in words)] for words in rows]
 
 
-NO_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
-"""Files from which alone an older transformers makes a tokenizer with an empty vocabulary."""
+NO_TOKENIZER = ("config.json", "generation_config.json"), (".index.json", ".safetensors", ".bin", ".md")
+"""Names of files, and their ends, from which alone an older transformers makes a tokenizer with no vocabulary."""
 
 
 def tokenizer(model_dir: Path) -> Any:
@@ -295,11 +296,26 @@ def tokenizer(model_dir: Path) -> Any:
     """
     import transformers
 
-    if all(path.name in NO_TOKENIZER or path.suffix == ".safetensors" for path in model_dir.iterdir()):
+    names, ends = NO_TOKENIZER
+    if all(path.name in names or path.name.endswith(ends) for path in model_dir.iterdir()):
         raise ModelError(f"no usable tokenizer in {model_dir}: there is no file of one")
     try:
         return transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises many kinds
         raise ModelError(
             f"no usable tokenizer in {model_dir}: {one_line(str(error)) or type(error).__name__}"
+        ) from error
+
+
+def text_ids(model_dir: Path, text: str) -> list[int]:
+    """The ids that the Hugging Face tokenizer of a model directory gives for a text.
+
+    :raises ModelError: it cannot be loaded, or refuses the text.
+    """
+    known = tokenizer(model_dir)
+    try:
+        return list(known(text)["input_ids"])
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise ModelError(
+            f"the tokenizer of {model_dir} refuses {one_line(ascii(text), 60)}: {one_line(str(error))}"
         ) from error

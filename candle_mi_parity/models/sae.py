@@ -165,7 +165,10 @@ def load_sae(path: Path, change: Counterfactual = PLAIN) -> Sae:
     jump = config.architecture == "jumprelu"
     _check_arrays(path, arrays, {*_REQUIRED, "threshold"} if jump else {*_REQUIRED})
     if jump != ("threshold" in arrays):
-        raise SaeError(f"{path}: architecture {config.architecture}, threshold {'missing' if jump else 'given'}")
+        raise SaeError(
+            f"{path}: the architecture is {config.architecture}, and the threshold {'missing' if jump else 'given'}; "
+            "expected a threshold with jumprelu alone"
+        )
     weights = _as_float32(path, arrays)
     if weights["W_enc"].shape != (config.d_in, config.d_sae):
         shape = weights["W_enc"].shape

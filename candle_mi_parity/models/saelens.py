@@ -138,9 +138,14 @@ def _config(path: Path, change: Counterfactual) -> SaelensConfig:
         if first["type"] == "literal_error":
             what, known = f"{first['loc'][0]} {first['input']!r}", first.get("ctx", {}).get("expected", "others")
             raise _no_truth(path, what, known) from error
-        raise SaeError(f"{path}: {one_line('.'.join(map(str, first['loc'])))}: {one_line(first['msg'])}") from error
+        key, said = one_line(".".join(map(str, first["loc"]))), one_line(first["msg"])
+        raise SaeError(
+            f"{path}: {f'{key} is missing' if first['type'] == 'missing' else f'{key}: {said}'}"
+        ) from error
     if (config.architecture == "topk") != (config.k is not None):
-        raise SaeError(f"{path}: architecture {config.architecture} with k = {config.k}")
+        raise SaeError(
+            f"{path}: the architecture is {config.architecture} with k = {config.k}; expected a k with topk alone"
+        )
     if config.rescale_acts_by_decoder_norm and config.architecture != "topk":
         raise SaeError(
             f"{path}: rescale_acts_by_decoder_norm belongs to topk, the architecture is {config.architecture}"

@@ -261,7 +261,7 @@ def _as_truth(
     tensors, scalars = {}, {}
     for name, value in values.items():
         if not bool(torch.isfinite(value).all() and torch.isfinite(squares[name]).all()):
-            raise OracleError(f"{subject.case.id}: the truth's {name} holds NaN or Inf")
+            raise OracleError(f"{subject.case.id}: the truth's {name} holds NaN or Inf in float64")
         noise = squares[name].sqrt()
         if name.endswith(("reconstruction_mse", "_last_norm")):
             scalars[name] = (float(value), float(noise))

@@ -275,8 +275,8 @@ def require_weights(directory: Path, missing: Iterable[str], mismatched: Mapping
         )
     for name, (held, wanted) in sorted(mismatched.items()):
         raise ModelError(
-            f"{directory}: {one_line(name)} has shape {held}, expected {wanted}; transformers would initialise it at "
-            "random: there is no truth"
+            f"{directory}: {one_line(name)} has shape {held}, expected {wanted} by config.json; transformers would "
+            "initialise it at random: there is no truth"
         )
 
 

@@ -63,6 +63,10 @@ def prompts_of(texts: list[str], file: Path | None, tokens: list[str]) -> list[P
             raise PromptError(f"{where}: {_wrong(str(error.errors()[0]['loc'][0]))}") from error
         if (prompt.text is None) == (prompt.tokens is None):
             raise PromptError(f"{where}: give exactly one of `text` and `tokens`")
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt.text or ""):
+            raise PromptError(
+                f"{where}: {one_line(ascii(prompt.text), 60)} is not valid Unicode; expected UTF-8 text"
+            )
         if not re.match(BELOW, prompt.id):
             raise PromptError(f"{where}: the id {prompt.id!a} is not a plain name")
         prompts.append(prompt)
@@ -148,6 +152,12 @@ def sae_of(text: str, hook: str | None) -> SaeFile:
     if path.exists() or text.startswith((".", "/", "~")) or "/" not in text:
         if not path.exists():
             raise SaeError(f"SAE {text} does not exist")
+        if path.is_dir() and not (path / "cfg.json").is_file():
+            raise SaeError(f"SAE {text} has no cfg.json; expected a directory as SAELens saves one, or an NPZ")
+        if path.is_file() and path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+            raise SaeError(
+                f"SAE {text}: expected an NPZ, or the directory in which SAELens saved weights and cfg.json"
+            )
         file, there = {"path": str(path.resolve())}, path
     else:
         repo, _, inner = text.partition(":")
@@ -166,7 +176,9 @@ def _place(hook: str, text: str) -> dict[str, Any]:
     points = get_args(SaePlace.model_fields["point"].annotation)
     found = re.fullmatch(rf"blocks\.(\d{{1,4}})\.({'|'.join(points)})", hook)
     if found is None:
-        raise SaeError(f"SAE {text}: {one_line(hook)} is not a place for an SAE: blocks.LAYER.{{{','.join(points)}}}")
+        raise SaeError(
+            f"SAE {text}: {one_line(hook)} is not a place for an SAE; expected blocks.LAYER.{{{','.join(points)}}}"
+        )
     return {"layer": int(found[1]), "point": found[2]}
 
 

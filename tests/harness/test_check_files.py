@@ -179,6 +179,21 @@ def test_a_setting_that_transformers_does_not_know_is_one_line(key: str, tmp_pat
         check(options, opened=TorchSource)
 
 
+def test_a_tokenizer_that_refuses_a_text_or_gives_no_token_is_one_line(tmp_path: Path) -> None:
+    model = copied(TINY, tmp_path)
+    case = Case(id="t", model=LocalModel(source="local", path=str(model)), text="the")
+    written = json.loads((model / "tokenizer.json").read_text())
+    written["model"]["vocab"] = {}
+    (model / "tokenizer.json").write_text(json.dumps(written))
+    with pytest.raises(ModelError, match=r"^the tokenizer of \S+ refuses 'the': [^\n]*\[UNK\] token"):
+        prepare(case, tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    (model / "pytorch_model.bin").touch()
+    with pytest.raises(ModelError, match="there is no file of one"):
+        prepare(case, tmp_path)
+
+
 @pytest.mark.parametrize("settings", [{"truncation": 2}, {"truncation": 99}, {"padding": 40}])
 def test_a_tokenizer_s_own_truncation_and_padding_are_named(settings: dict[str, int], tmp_path: Path) -> None:
     model = copied(TINY, tmp_path)

@@ -17,7 +17,7 @@ from candle_mi_parity.errors import ParityError
 from candle_mi_parity.models.prepared_case import prepare
 from candle_mi_parity.run import check_plan
 from candle_mi_parity.run.check_inputs import built_in, prompts_of
-from candle_mi_parity.spec.paths import cache_root
+from candle_mi_parity.spec.paths import FIXTURES, cache_root
 from tests.support.planting import CASES, real
 
 SAE = "llama/sae-jumprelu"
@@ -63,6 +63,18 @@ def configured(**change: Any) -> Callable[[Path], None]:
     return spoil
 
 
+def unindexed(mine: Path) -> None:
+    sharded(mine)
+    (mine / "model.safetensors.index.json").unlink()
+
+
+def hub_cache(mine: Path) -> None:
+    for path in mine.iterdir():
+        path.unlink()
+    for name in ("blobs", "refs", "snapshots"):
+        (mine / name).mkdir()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -70,7 +82,14 @@ def configured(**change: Any) -> Callable[[Path], None]:
         (lambda mine: (mine / "config.json").unlink(), "has no config.json; it holds"),
         (lambda mine: [path.unlink() for path in mine.iterdir()], "has no config.json; it holds nothing"),
         (lambda mine: (mine / "config.json").write_text("text"), "config.json: "),
-        (lambda mine: (mine / "model.safetensors").rename(mine / "model.gguf"), "it holds config.json, model.gguf"),
+        (lambda mine: (mine / "model.safetensors").rename(mine / "model.gguf"), "model.gguf; GGUF is not read: give"),
+        (lambda mine: (mine / "model.safetensors").rename(mine / "pytorch_model.bin"), "and save it with save_pre"),
+        (
+            lambda mine: [(mine / "config.json").unlink(), (mine / "adapter_config.json").touch()],
+            "merge it into that",
+        ),
+        (unindexed, "there are shards (model-00001-of-00002.safetensors) and no model.safetensors.index.json, their"),
+        (hub_cache, "it holds blobs, refs, snapshots; give a directory below its snapshots"),
         (configured(quantization_config={"bits": 4}), "quant_method is null, expected an object"),
         (configured(transformers_weights="../x.safetensors"), "transformers_weights is set"),
         (sharded, "model-00002-of-00002.safetensors"),
@@ -110,6 +129,9 @@ def test_a_bad_model(spoil: Callable[[Path], object], message: str, mine: Path, 
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--sae", "./nowhere.npz"], "SAE ./nowhere.npz does not exist"),
         (["--sae", "nowhere.npz"], "SAE nowhere.npz does not exist"),
+        (["--sae", str(FIXTURES / "models")], "models has no cfg.json; expected a directory as SAELens saves one"),
+        (["--sae", str(FIXTURES / "quantized/nf4/model.safetensors")], "expected an NPZ, or the directory in which"),
+        (["--prompt", "caf\udce9"], r"--prompt: 'caf\udce9' is not valid Unicode; expected UTF-8 text"),
         (["--trace", "nowhere"], "trace nowhere: it does not exist"),
         (["--edits", "nowhere.toml"], "nowhere.toml: "),
     ],

@@ -1,5 +1,6 @@
 """The sentence of ``check``: whether it names what is wrong, on copies of models and on made-up results."""
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -277,6 +278,13 @@ def test_what_is_known_of_a_model_without_a_key_counts_no_keys() -> None:
         "  CMI232: Keys are divided.",
         "  CMI005, with a prompt longer than 128 tokens",
     ]
+
+
+def test_what_cannot_be_judged_is_not_the_worst() -> None:
+    noisy = case("check/p1", Status.UNMEASURED)
+    noisy.tensors[1] = replace(noisy.tensors[1], position_ratio=math.inf)
+    noisy.error = "1 of 2 tensors are too noisy in bfloat16 to judge"
+    assert "1 prompt, worst 0 of 8; 1 of 2 tensors are too noisy in this format, or" in result_of(noisy).sentence
 
 
 def test_a_divergence_of_nothing_is_not_below_zero() -> None:

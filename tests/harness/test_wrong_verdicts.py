@@ -142,7 +142,7 @@ UNRUNNABLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "partial rotary that the family does not implement": ("llama", ROTARY, "size of tensor a"),
     "sliding layers without a window": ("qwen2", SLIDING, "sliding_window"),
     "unknown kind of layer": ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "KeyError: 'chunked_attention'"),
-    "unknown activation": ("llama", {"hidden_act": "nope"}, "KeyError: 'nope'"),
+    "unknown activation": ("llama", {"hidden_act": "nope"}, "it does not know the hidden_act 'nope'"),
     "heads that do not divide the width": ("llama", {"num_attention_heads": 7}, "not a multiple"),
     "padding id outside the vocabulary": ("llama", {"pad_token_id": 500}, "Padding_idx"),
     "a string for a number": ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps"),
