@@ -123,20 +123,23 @@ def truth_notes(truth: Truth, case: Case) -> list[str]:
             f"{'it' if len(truth.ignored) == 1 else 'them'}"
         )
     if truth.constant and not case.changed:  # an edit may intend it
-        notes.append(f"not exercised: {_names(list(truth.constant))} {_everywhere(truth)}")
+        verb = "is" if len(truth.constant) == 1 else "are"
+        notes.append(f"not exercised: {_names(list(truth.constant))} {verb} {_everywhere(truth)}")
     return notes
 
 
 def unexercised(truth: Truth) -> str:
     """Why a case measures nothing: half of its tensors are constant, or no feature of its SAE fires; or empty."""
     if 2 * len(truth.constant) >= len(truth.tensors):
-        return f"{len(truth.constant)} of {len(truth.tensors)} tensors {_everywhere(truth)}: nothing was exercised"
+        return (
+            f"{len(truth.constant)} of {len(truth.tensors)} tensors are {_everywhere(truth)}: nothing was exercised"
+        )
     silent = [name for name in truth.sae if truth.constant.get(f"{name}.features") == 0]
     return "no feature of the SAE fires at any position: it was not exercised" if "sae" in silent else ""
 
 
 def _everywhere(truth: Truth) -> str:
-    return "are 0 everywhere" if not any(truth.constant.values()) else "are one number everywhere"
+    return "0 everywhere" if not any(truth.constant.values()) else "one number everywhere"
 
 
 def _names(names: list[str]) -> str:

@@ -228,3 +228,16 @@ def test_a_log_gets_a_line_again_where_nothing_new_is_told(clock: list[float]) -
         clock[0] += terminal.LOG_SECONDS
         time.sleep(0.05)
     assert stream.getvalue().split() == ["direct", "calls"] * 3, "once for each span of silence, none after the end"
+
+
+@pytest.mark.parametrize(
+    ("candidate", "asked"), [("stored:0.2.2", "0.2.2"), ("0.2.2", "0.2.2"), ("stored:my/traces", "stored:my/traces")]
+)
+def test_what_is_not_run_names_a_candidate_that_can_be_asked(
+    candidate: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No release stores a case that needs a download or much memory."""
+    monkeypatch.setattr(run, "run_cases", lambda _options, _cases, skipped, *_: skipped)
+    skipped: Any = run.run(RunOptions(candidate, cache=tmp_path, out=tmp_path), lambda _: Progress())
+    assert set(skipped) == {case.id for case in load_cases() if case.lane != "default"}
+    assert all(f"run --candidate {asked} --cases {id}" in why for id, why in skipped.items())
