@@ -13,7 +13,7 @@ from typing import Any
 
 from candle_mi_parity.files.cache import cached
 from candle_mi_parity.models.checkpoint import read_config
-from candle_mi_parity.models.quiet import transformers_runs
+from candle_mi_parity.models.quiet import quiet, transformers_runs
 from candle_mi_parity.models.transformers_config import load_config
 from candle_mi_parity.models.transformers_private import config_fields, import_model
 from candle_mi_parity.oracle.provenance import PACKAGE, code_of, made_with
@@ -69,9 +69,10 @@ def fields_read(directory: Path) -> set[str]:
     from candle_mi_parity.oracle.hooks import forward, load_model
 
     config = read_config(directory)
-    kind = type(load_config(directory))
+    with quiet():
+        kind = type(load_config(directory))
     read: set[str] = set()
-    with _recorded(kind, read):
+    with quiet(), _recorded(kind, read):
         model: Any = load_model(directory)
         forward(model, torch.arange(8)[None])
     consumed = set(config) - set(vars(model.config)) - {"model_type"}

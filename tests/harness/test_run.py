@@ -231,7 +231,7 @@ def test_a_log_gets_a_line_again_where_nothing_new_is_told(clock: list[float]) -
 
 
 @pytest.mark.parametrize(
-    ("candidate", "asked"), [("stored:0.2.2", "0.2.2"), ("0.2.2", "0.2.2"), ("stored:my/traces", "stored:my/traces")]
+    ("candidate", "asked"), [("stored:0.2.2", "0.2.2"), ("stored:my/traces", "stored:my/traces")]
 )
 def test_what_is_not_run_names_a_candidate_that_can_be_asked(
     candidate: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
