@@ -1,10 +1,8 @@
 """Every fixture and stored file is used, and what nothing compares is listed here. The sets must be equal."""
 
 import json
-import os
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -17,6 +15,7 @@ from candle_mi_parity.spec.hook_points import LAYER_POINTS, RECURRENT_POINTS
 from candle_mi_parity.spec.paths import FIXTURES, OUTPUTS, ROOT
 from candle_mi_parity.trace.release import StoredRelease, short_digest
 from tests.support.goldens import has_golden
+from validation.source_faults import released_crate
 
 CASES = load_cases()
 DEFAULT = select(CASES, [])
@@ -30,11 +29,8 @@ NO_MODEL = {"Custom"}
 
 
 def candle_mi_source(name: str) -> str:
-    """A source file of candle-mi 0.2.2 as cargo unpacked it."""
-    home = Path(os.environ.get("CARGO_HOME", Path.home() / ".cargo"))
-    found = sorted(home.glob(f"registry/src/*/candle-mi-0.2.2/src/{name}"))
-    assert found, "cargo has not unpacked candle-mi 0.2.2 here: run `make parity` once"
-    return found[0].read_text(encoding="utf-8")
+    """A source file of candle-mi 0.2.2, which cargo unpacks where no build has done so yet."""
+    return (released_crate() / "src" / name).read_text(encoding="utf-8")
 
 
 def test_every_fixture_file_belongs_to_something() -> None:

@@ -175,12 +175,26 @@ def test_a_process_that_dies_between_two_submissions_is_replaced(
 def test_a_long_round_says_what_is_being_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The judgement of inputs and the search of one cause may each take minutes."""
     notes: list[str] = []
+    judging, searching = "judging round 1", "shrinking and explaining what differs in mistral at logits"
+    until = time.monotonic() + 30
 
-    def answer(family: str, genes: Genes) -> Answer:
-        time.sleep(0.002)
-        return new_where("config.hidden_act", RELU)(family, genes)
+    def count(doing: str) -> int:
+        return sum(note.endswith(doing) for note in notes)
+
+    def long(work: Callable[..., Any], doing: str, wanted: int) -> Callable[..., Any]:
+        """The work takes as long as the notes on it."""
+
+        def done(*given: Any) -> Any:
+            while count(doing) < wanted and time.monotonic() < until:
+                time.sleep(0.001)
+            return work(*given)
+
+        return done
 
     monkeypatch.setattr("candle_mi_parity.hunt.hunt.NOTE_SECONDS", 0.005)
+    monkeypatch.setattr(worker, "judge_all", long(worker.judge_all, judging, 13))
+    monkeypatch.setattr(worker, "close_in", long(worker.close_in, searching, 2))
+    answer = new_where("config.hidden_act", RELU)
     own = Worker(Imagined(tmp_path, answer), NOTHING_KNOWN, tmp_path, tmp_path)
     monkeypatch.setattr(worker, "_worker", own)
     monkeypatch.setattr(worker, "_keys", lambda one: ())
@@ -188,11 +202,8 @@ def test_a_long_round_says_what_is_being_done(monkeypatch: pytest.MonkeyPatch, t
     result = HuntResult("torch", 3, ["mistral"])
     start = lambda hunt: ThreadPoolExecutor(1)  # noqa: E731
     Hunt(result, grammar, NOTHING_KNOWN, tmp_path, limits, lambda found: None, start=start, note=notes.append).run()
-    assert sum(note.endswith("judging round 1") for note in notes) > 12, "more than one for each chunk"
-    searching = [
-        note for note in notes if note.endswith("shrinking and explaining what differs in mistral at logits")
-    ]
-    assert len(searching) > len(result.causes) == 1
+    assert count(judging) > 12, "more than one for each chunk"
+    assert count(searching) > len(result.causes) == 1
 
 
 def test_what_was_reached_first_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
