@@ -3,6 +3,8 @@ failures, and a summary."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Generator
@@ -20,6 +22,9 @@ INCONCLUSIVE = 3
 
 Seen = tuple[str, str, str, float, str]
 """Candidate, case, status, worst ratio, and the first divergence or the error."""
+
+FROM_OUTSIDE = re.compile(r"GITHUB_|(FORCE_COLOR|PY_COLORS|TTY_\w+|GIT_(DIR|WORK_TREE|INDEX_FILE|PREFIX))$")
+"""Variables of GitHub's runners, of terminals, and of git's hooks."""
 
 _SEEN = pytest.StashKey[set[Seen]]()
 _GPU_RAN = pytest.StashKey[list[str]]()
@@ -40,6 +45,12 @@ def pytest_configure(config: pytest.Config) -> None:
     regenerates = any(getattr(option, name, False) for name in ("force_regen", "regen_all"))
     if regenerates and len(str(option.reason).strip()) < 10:
         raise pytest.UsageError("goldens are regenerated only with --reason 'why the truth moved'")
+
+
+def pytest_sessionstart() -> None:
+    """Take away what changes how a command prints, where it writes a summary, and to which repository git commits."""
+    for name in filter(FROM_OUTSIDE.match, list(os.environ)):
+        del os.environ[name]
 
 
 def pytest_report_header() -> list[str]:

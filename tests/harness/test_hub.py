@@ -66,6 +66,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name in ("NO_PROXY", "no_proxy"):  # a proxy does not reach the loopback of this machine
+        monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     return home
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from huggingface_hub import constants
 
 REACH = {
     "connect": "socket.socket().connect(('192.0.2.1', 9))",
@@ -16,7 +17,11 @@ REACH = {
 
 
 @pytest.mark.parametrize("code", REACH.values(), ids=REACH)
-def test_connections_to_other_machines_fail(code: str) -> None:
+def test_connections_to_other_machines_fail(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The hub's client would not connect with HF_HUB_OFFLINE=1, and to this machine alone with a proxy on it.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "*")
     with pytest.raises(RuntimeError, match="the tests run without a network"):
         exec(f"import socket; {code}", {})
 

@@ -104,6 +104,18 @@ def test_an_opt_in_lane_is_skipped_with_its_remedy(pytester: pytest.Pytester, la
     outcomes(pytester, f"@pytest.mark.rust\n{body}", "--require-rust").assert_outcomes(skipped=1)
 
 
+def test_a_test_sees_no_variable_of_a_runner_a_terminal_or_a_git_hook(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """typer and rich take either of the first two for a terminal with colours."""
+    names = ("GITHUB_ACTIONS", "FORCE_COLOR", "GITHUB_STEP_SUMMARY", "TTY_COMPATIBLE", "GIT_INDEX_FILE")
+    for name in (*names, "GIT_AUTHOR_NAME"):
+        monkeypatch.setenv(name, "1")
+    wanted = "set() == {*NAMES} & {*os.environ} and 'GIT_AUTHOR_NAME' in os.environ"
+    body = f"import os\nNAMES = {names}\ndef test_it(): assert {wanted}\n"
+    outcomes(pytester, body).assert_outcomes(passed=1)
+
+
 def test_goldens_are_not_regenerated_without_a_reason(pytester: pytest.Pytester) -> None:
     done = outcomes(pytester, "def test_it(): pass\n", "--force-regen", "--reason", "short")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
