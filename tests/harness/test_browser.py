@@ -84,7 +84,7 @@ def quiet(browser: Browser, path: Path) -> list[str]:
         tab.goto(path.as_uri())
         _ask(tab, "open")
         tab.mouse.wheel(0, 1e6)  # loads what is loaded lazily
-        tab.wait_for_load_state("networkidle", timeout=10_000)
+        tab.wait_for_load_state("networkidle", timeout=120_000)
     faults.remove(f"request: {path.as_uri()}")
     return faults
 

@@ -214,7 +214,7 @@ def test_a_row_that_no_case_needs_fails() -> None:
 
 def under(there: Real, id: str) -> dict[str, np.ndarray]:
     [change] = [row.change for row in TABLE.explanation if row.id == id and row.change is not None]
-    return {name: tensor.value for name, tensor in there.oracle.under(change).truth().tensors.items()}
+    return {name: tensor.value for name, tensor in there.oracle.under(change).values().tensors.items()}
 
 
 @pytest.mark.thorough
@@ -223,7 +223,7 @@ def test_an_edit_of_resid_mid_that_reaches_the_mlp_alone() -> None:
     whole = CASES["llama/edit-zero-and-add"]
     [edit] = [edit for edit in whole.edits if edit.hook == "blocks.0.hook_resid_mid" and edit.kind == "zero"]
     there = real_of(whole.model_copy(update={"edits": [edit]}))
-    right, found = there.truth.tensors, under(there, "TL001")
+    right, found = there.oracle.values().tensors, under(there, "TL001")
     before, output, behind = (f"blocks.0.hook_{name}" for name in ("resid_mid", "mlp_out", "resid_post"))
     np.testing.assert_allclose(found[behind], found[before] + found[output], rtol=0, atol=1e-14)
     np.testing.assert_array_equal(found[output], right[output].value)

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from candle_mi_parity.candidate.spelling import Candidate, parse_candidate
 from candle_mi_parity.candidate.torch_source import TorchSource
+from candle_mi_parity.files.cache import publish
 from candle_mi_parity.models.prepared_case import PreparedCase
 from candle_mi_parity.repro.command import repro
 from candle_mi_parity.repro.crate import Dependencies
@@ -279,13 +280,13 @@ FIX = SourceEdit(
 def fixed() -> Candidate:
     """A copy of candle-mi 0.2.2 with the fix, beside the emitters: cargo builds it once."""
     out = cache_root() / "fixed" / hashlib.sha256(repr(FIX).encode()).hexdigest()[:16]
-    if not (out / "Cargo.toml").is_file():
-        partial = out.with_name(f"{out.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(released_crate(), partial, ignore=shutil.ignore_patterns("target", ".cargo-ok"))
-        (partial / FIX.file).write_text(edited((partial / FIX.file).read_text(), FIX))
-        partial.rename(out)
-    return parse_candidate(f"path:{out}")
+
+    def make(copy: Path) -> None:
+        ignored = shutil.ignore_patterns("target", ".cargo-ok")
+        shutil.copytree(released_crate(), copy, ignore=ignored, dirs_exist_ok=True)
+        (copy / FIX.file).write_text(edited((copy / FIX.file).read_text(), FIX))
+
+    return parse_candidate(f"path:{publish(out, make)}")
 
 
 @pytest.fixture(scope="module")
