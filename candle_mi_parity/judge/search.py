@@ -5,6 +5,7 @@ A trial costs one float64 pass; the noise is computed only for a counterfactual 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,8 @@ PARTNERS = 8
 """Number of single changes that are combined with every other in pairs."""
 NEARER = 0.9
 """A change is a candidate for pairs when it leaves less than this part of the error of the first tensor."""
+SAME = 1e-9
+"""Part of an error that may differ between two processors, of which one rounded the plain truth."""
 
 
 @dataclass
@@ -94,7 +97,7 @@ class Search:
             if isinstance(found, Explained):
                 return found
         distance = self._distance(truth)
-        return Trial(idea, distance, distance != self._plain_distance)
+        return Trial(idea, distance, not math.isclose(distance, self._plain_distance, rel_tol=SAME))
 
     @cached_property
     def _plain_distance(self) -> float:

@@ -1,5 +1,6 @@
 """The search for what is computed instead: it finds one change or two, and is made for each cause."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ from candle_mi_parity.compare.compare import compare
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.judge.case import Judgement, Progress
 from candle_mi_parity.judge.explain import explain_new
+from candle_mi_parity.judge.hypotheses import Hypothesis
+from candle_mi_parity.judge.search import Search, Trial
+from candle_mi_parity.spec.counterfactual import Counterfactual
 from candle_mi_parity.spec.explanations import NOTHING_KNOWN
 from candle_mi_parity.spec.paths import cache_root
 from tests.support.explaining import changed, evidence, searched
@@ -54,6 +58,16 @@ def test_what_is_not_explained_does_not_stand_for_others(tmp_path: Path) -> None
     assert no_setting.result.explained is None and other.result.explained is not None
     explain_new([late := rotated(tmp_path / "c", 1e6)], NOTHING_KNOWN, cache_root(), 0, Progress())
     assert late.result.unexplained == "the time limit of the search was reached"
+
+
+def test_a_change_moves_no_tensor_whose_truth_another_processor_rounded(tmp_path: Path) -> None:
+    """The plain truth is from the cache, which a machine of CI may have filled that adds up in another order."""
+    there = changed(tmp_path / "a", real("llama/hub"), {"rope_theta": 1e4})
+    search = Search(evidence(there), SCORES, math.inf)
+    search.__dict__["_plain_distance"] = float(np.nextafter(search._plain_distance, 2))
+    for change, moves in (({"max_position_embeddings": 256}, False), ({"rope_theta": 1e6}, True)):
+        trial = search._try(Hypothesis(Counterfactual(config_set=change), []), "single changes")
+        assert isinstance(trial, Trial) and trial.moves is moves, change
 
 
 def test_nothing_is_searched_where_the_numbers_are_not_finite() -> None:
