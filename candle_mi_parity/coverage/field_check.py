@@ -156,9 +156,8 @@ def _covered(family: str, field: str, row: CoveredField, own: list[Case], cache:
     if found.outcome != "moved":
         fault = f"no ratio: {found.outcome} ({found.detail}); compare it `against` another value"
         return FieldFinding(family, field, row.covered_by, None, fault)
-    fault = (
-        "" if found.ratio > COVERING else f"changes the truth by only {found.ratio:.3g} × noise, gate {COVERING:g}"
-    )
+    size = 0.0 if _has_no_effect(found) else found.ratio  # the last bits depend on the processor
+    fault = "" if size > COVERING else f"changes the truth by only {size:.3g} × noise, gate {COVERING:g}"
     return FieldFinding(family, field, row.covered_by, found.ratio, fault)
 
 
