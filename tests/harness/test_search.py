@@ -65,9 +65,9 @@ def test_a_change_moves_no_tensor_whose_truth_another_processor_rounded(tmp_path
     there = changed(tmp_path / "a", real("llama/hub"), {"rope_theta": 1e4})
     search = Search(evidence(there), SCORES, math.inf)
     search.__dict__["_plain_distance"] = float(np.nextafter(search._plain_distance, 2))
-    for change, moves in (({"max_position_embeddings": 256}, False), ({"rope_theta": 1e6}, True)):
-        trial = search._try(Hypothesis(Counterfactual(config_set=change), []), "single changes")
-        assert isinstance(trial, Trial) and trial.moves is moves, change
+    for field, value, moves in (("max_position_embeddings", 256, False), ("rope_theta", 1e6, True)):
+        trial = search._try(Hypothesis(Counterfactual(config_set={field: value}), []), "single changes")
+        assert isinstance(trial, Trial) and trial.moves is moves, field
 
 
 def test_nothing_is_searched_where_the_numbers_are_not_finite() -> None:
