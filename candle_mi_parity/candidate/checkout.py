@@ -119,6 +119,10 @@ def _files(root: Path, suffixes: Container[str] | None = None) -> Iterator[Path]
                 yield path
 
 
+OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
+"""Variables by which a hook of git names its own repository."""
+
+
 def fetch(candidate: Candidate, cache: Path) -> tuple[str, str]:
     """The commit of a ``git:`` candidate, and the text of its ``Cargo.toml``.
 
@@ -129,7 +133,8 @@ def fetch(candidate: Candidate, cache: Path) -> tuple[str, str]:
     mirror.parent.mkdir(parents=True, exist_ok=True)
     revision = candidate.revision or ""
     # A private repository is an error; git must not ask for a password.
-    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    environment = {name: value for name, value in os.environ.items() if name not in OF_A_HOOK}
+    environment["GIT_TERMINAL_PROMPT"] = "0"
 
     def git(*arguments: str, failing: type[CandidateError] = CandidateError, remedy: str = "") -> str:
         try:
@@ -155,7 +160,8 @@ def fetch(candidate: Candidate, cache: Path) -> tuple[str, str]:
             # A commit that is in the mirror needs no network; a branch may have moved.
             test = ["git", "-C", str(mirror), "cat-file", "-e", revision]
             is_commit = re.fullmatch(r"[0-9a-f]{40}", revision)
-            if not is_commit or subprocess.run(test, capture_output=True, check=False).returncode != 0:
+            known = is_commit and subprocess.run(test, capture_output=True, check=False, env=environment)
+            if not known or known.returncode != 0:
                 git_remote("-C", str(mirror), "remote", "update", "--prune")
         commit = git("-C", str(mirror), "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
         commit = commit.splitlines()[-1]

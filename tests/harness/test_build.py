@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -20,19 +19,10 @@ from candle_mi_parity.candidate.plan import known_releases, lay_out, plan_of
 from candle_mi_parity.candidate.spelling import CandidateError, OutOfReachError, parse_candidate
 from candle_mi_parity.spec.cases import load_cases
 from candle_mi_parity.spec.paths import EMITTER
-from tests.support.crate import touch, write_crate
+from tests.support.crate import committed, touch, write_crate
 
 Cargo = Callable[..., None]
 FINISHED = {"reason": "build-finished", "success": False}
-
-
-def committed(root: Path) -> str:
-    """The spelling of a git repository with a crate, at HEAD."""
-    crate = write_crate(root)
-    author = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
-    for command in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "a")):
-        subprocess.run(["git", "-C", str(crate), *command], check=True)
-    return f"git:{crate}@HEAD"
 
 
 @pytest.fixture

@@ -8,11 +8,18 @@ import pytest
 
 from candle_mi_parity.candidate import build as builder
 from candle_mi_parity.candidate import cargo
-from candle_mi_parity.candidate.checkout import configuration, note_inputs, tree_digest, written_since
+from candle_mi_parity.candidate.checkout import (
+    OF_A_HOOK,
+    configuration,
+    fetch,
+    note_inputs,
+    tree_digest,
+    written_since,
+)
 from candle_mi_parity.candidate.plan import plan_of
 from candle_mi_parity.candidate.spelling import parse_candidate
 from candle_mi_parity.trace.trace import CandleMi
-from tests.support.crate import touch, write_crate
+from tests.support.crate import committed, touch, write_crate
 
 
 def watched_crate(root: Path, notes: Path) -> Path:
@@ -104,3 +111,11 @@ def test_the_environment_of_cargo_is_in_the_key(
     touch(tmp_path / ".cargo" / "config.toml", "[build]")
     monkeypatch.delenv(change)
     assert configuration(tmp_path) != before
+
+
+def test_a_hook_of_git_does_not_name_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    candidate = parse_candidate(committed(tmp_path / "repository"))
+    for name in OF_A_HOOK:
+        monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
+    for _ in range(2):  # cloned, then updated
+        assert 'name = "candle-mi"' in fetch(candidate, tmp_path / "cache")[1]

@@ -1,5 +1,6 @@
 """A crate that a checkout of candle-mi may be, in a few files."""
 
+import subprocess
 from pathlib import Path
 
 
@@ -16,3 +17,12 @@ def write_crate(root: Path, name: str = "candle-mi", candle: str = "0.11", downl
 def touch(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+def committed(root: Path) -> str:
+    """The spelling of a git repository with a crate, at HEAD."""
+    crate = write_crate(root)
+    author = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+    for command in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "a")):
+        subprocess.run(["git", "-C", str(crate), *command], check=True)
+    return f"git:{crate}@HEAD"
