@@ -37,21 +37,23 @@ class InputTensor(TableRow):
     """A float32 tensor: its values, or a shape and the seed of normal numbers.
 
     :ivar attention: absolute values, with rows that sum to 1.
+    :ivar half: the function is given the float16 tensor of the rounded numbers, which are then exact.
     """
 
     values: Any = None
     shape: list[int] = Field(default_factory=list)
     seed: int = 0
     attention: bool = False
+    half: bool = Field(default=False, exclude_if=lambda half: not half)
 
     def array(self) -> np.ndarray:
-        """float32, of ``shape`` or the shape of ``values``."""
+        """float32 or float16, of ``shape`` or the shape of ``values``."""
         if self.values is not None:
             return np.asarray(self.values, dtype=np.float32)
         numbers = np.random.Generator(np.random.PCG64(self.seed)).standard_normal(self.shape)
         if self.attention:
             numbers = np.abs(numbers) / np.abs(numbers).sum(-1, keepdims=True)
-        return numbers.astype(np.float32)
+        return numbers.astype(np.float16 if self.half else np.float32)
 
 
 class SaeRow(TableRow):
@@ -119,10 +121,14 @@ class WeightsRow(TableRow):
 
 
 class TranscoderRow(GeneratedTranscoder):
-    """A transcoder for a number of layers of a width."""
+    """A transcoder for a number of layers of a width.
+
+    :ivar comments: whether the list of Gemma Scope's files has a comment and an empty line between two of them.
+    """
 
     layers: int
     width: int
+    comments: bool = Field(default=False, exclude_if=lambda comments: not comments)
 
     def weights(self) -> list[Weights]:
         """Those of each layer."""
@@ -131,6 +137,10 @@ class TranscoderRow(GeneratedTranscoder):
     def write(self, directory: Path) -> None:
         directory.mkdir(exist_ok=True)
         write_transcoder(self, self.layers, self.width, directory)
+        if self.comments:
+            config = directory / "config.yaml"
+            text = config.read_text(encoding="utf-8")
+            config.write_text(text.replace('npz"\n', 'npz"\n  # another\n\n', 1), encoding="utf-8")
 
 
 class CallRow(TableRow):

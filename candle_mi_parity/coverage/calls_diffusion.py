@@ -131,6 +131,8 @@ class Mdlm(Diffusion):
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float64, formulas: Formulas = ()) -> None:
         super().__init__(directory, dtype, formulas)
         self._layers, self._heads = self.config["n_blocks"], self.config["n_heads"]
+        if self.config.get("time_conditioning", False):
+            raise ValueError("the pass depends on a time, which a forward is not given")
 
     def _embedded(self, tokens: torch.Tensor, self_conditioning: torch.Tensor | None) -> torch.Tensor:
         if self_conditioning is not None:
@@ -272,21 +274,32 @@ def _embedding(model: Diffusion, token: int) -> Named:
 
 
 def _sample(
-    model: Diffusion, prompt: list[int], seq_len: int, mask: int, temperature: float = 1.0, seed: int = 0
+    model: Diffusion,
+    prompt: list[int],
+    seq_len: int,
+    mask: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    steps: int = 1,
 ) -> Named:
-    """One step with ``top_k`` = 1 reveals every masked position, as the likeliest token but the mask.
+    """Steps with ``top_k`` = 1 reveal every masked position, as the likeliest token but the mask.
 
-    :raises CaseTableError: two tokens are too near for the likeliest to be sure.
+    Of several steps the trajectory is left to chance, and of one masked position the end is not.
+
+    :raises CaseTableError: two tokens are too near for the likeliest to be sure, or the end is left to chance.
     """
     start = torch.full((seq_len,), mask)
     start[: len(prompt)] = torch.tensor(prompt[:seq_len], dtype=torch.int64)
+    if steps > 1 and (start == mask).sum() > 1:
+        raise CaseTableError("of several steps only one place may be masked")
     logits = model.forward(start[None])["logits"][0].clone()
     logits[:, mask] = -torch.inf
     best = logits.topk(2, -1).values
     if (best[:, 0] - best[:, 1]).min() < _SURE:
         raise CaseTableError("the likeliest token is not sure")
     final = torch.where(start == mask, logits.argmax(-1), start)
-    return {"value": final.double(), "trajectory": torch.stack([start, final]).double()}
+    trajectory = {} if steps > 1 else {"trajectory": torch.stack([start, final]).double()}
+    return {"value": final.double()} | trajectory
 
 
 DIFFUSIONS: dict[str, tuple[frozenset[Formula], Callable[..., Named]]] = {

@@ -149,16 +149,19 @@ def _generate(
     return lambda rows: {"logits": torch.stack([step(rows, ids) for ids in path], dim=1)}
 
 
-def _lens(directory: Path, logits: torch.Tensor, k: int, token: str) -> Rows:
+def _lens(directory: Path, logits: torch.Tensor, k: int, token: str, layers: list[int] | None = None) -> Rows:
     """Of each layer's logits [L, V]: the largest probability and its token, and the first layer with a token.
 
     A token is in the top k of a layer if one of its k likeliest has it as a part. ``text`` are the bytes of the
     layers' likeliest tokens, each ended by 0; ``first`` is -1 where there is none.
+
+    :param layers: of the rows of ``logits``; None for all from 0.
     """
     spelt = load_tokenizer(directory)
     ranked = np.argsort(-logits.numpy(), axis=-1, kind="stable")
     texts = [[spelt.decode([int(place)]) for place in row] for row in ranked]
-    first = next((layer for layer, row in enumerate(texts) if any(token in text for text in row[:k])), -1)
+    named = zip(layers or range(len(texts)), texts, strict=True)
+    first = next((layer for layer, row in named if any(token in text for text in row[:k])), -1)
     text = [float(byte) for row in texts for byte in (*row[0].encode(), 0)]
     best = torch.from_numpy(ranked[:, :1].copy())
 

@@ -33,6 +33,7 @@ def _adamw(
     eps: float,
     weight_decay: float,
     restored_after: int | None = None,
+    partly_restored_after: int | None = None,
     later: Mapping[str, float] | None = None,
 ) -> Named:
     """Each parameter after the last step, with both of its moments.
@@ -40,6 +41,7 @@ def _adamw(
     A parameter without a gradient is left as it is, with its moments, and the step does not count for it.
 
     :param restored_after: changes nothing.
+    :param partly_restored_after: changes nothing.
     :param later: another learning rate ``lr``, ``after`` a number of steps.
     """
     values = list(parameters)

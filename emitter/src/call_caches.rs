@@ -135,7 +135,7 @@ fn list(name: &'static str, values: Result<Vec<f32>, MIError>) -> Outcome {
 }
 
 fn calibration(source: f32, baseline: f32, target: f32) -> Outcome {
-    let found = SteeringCalibration::new(source, baseline, 0, 1, 1);
+    let found = SteeringCalibration::new(source, baseline, 0, 1, 1).with_target(target);
     let levels = found.dose_levels_absolute();
     Outcome::Results(vec![
         Answer::scalar("ratio", f64::from(found.attention_ratio)),

@@ -71,12 +71,13 @@ pub fn run(call: &DiffusionCall, inputs: &Inputs) -> Result<Outcome, EmitError> 
             mask,
             temperature,
             seed,
+            steps,
             ..
         } => {
             let model = Model::read(call.directory())?;
             let mut config = DiffusionSamplingConfig::default();
             config.seq_len = *seq_len;
-            config.num_steps = 1;
+            config.num_steps = *steps;
             config.temperature = *temperature;
             config.top_k = Some(1);
             config.seed = *seed;
@@ -238,9 +239,10 @@ fn sampled(
     config: &DiffusionSamplingConfig,
 ) -> Result<Outcome, EmitError> {
     let last = generate(model, &Device::Cpu, mask, prompt, config).map_err(refused)?;
-    let states = generate_trajectory(model, &Device::Cpu, mask, prompt, config).map_err(refused)?;
-    Ok(Outcome::Results(vec![
-        Answer::list("value", last.into_iter().map(f64::from)),
-        Answer::of("trajectory", &ids(&states)?)?,
-    ]))
+    let mut answers = vec![Answer::list("value", last.into_iter().map(f64::from))];
+    if config.num_steps == 1 {
+        let states = generate_trajectory(model, &Device::Cpu, mask, prompt, config);
+        answers.push(Answer::of("trajectory", &ids(&states.map_err(refused)?)?)?);
+    }
+    Ok(Outcome::Results(answers))
 }

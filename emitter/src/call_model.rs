@@ -129,7 +129,9 @@ fn logit_lens(lens: &Lens, inputs: &Inputs) -> Result<Outcome, EmitError> {
         .and_then(|probabilities| probabilities.to_vec2())
         .map_err(unreadable)?;
     let mut analysis = LogitLensAnalysis::new(String::new(), probabilities.len());
-    for (layer, row) in probabilities.into_iter().enumerate() {
+    let layers = lens.layers.clone();
+    let layers = layers.unwrap_or_else(|| (0..probabilities.len()).collect());
+    for (layer, row) in layers.into_iter().zip(probabilities) {
         let mut ranked: Vec<(u32, f32)> = (0..).zip(row).collect();
         ranked.sort_by(|a, b| b.1.total_cmp(&a.1));
         let predictions = decode_predictions_with(&ranked, |id| {

@@ -250,6 +250,9 @@ pub struct Lens {
     pub logits: String,
     pub k: usize,
     pub token: String,
+    /// Of the rows of `logits`; all from 0 where they are not given.
+    #[serde(default)]
+    pub layers: Option<Vec<usize>>,
 }
 
 impl SaeCall {

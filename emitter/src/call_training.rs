@@ -53,6 +53,12 @@ fn adamw(asked: &Optimized, inputs: &Inputs) -> Result<Outcome, EmitError> {
             optimizer = AdamW::new(variables.clone(), params.clone()).map_err(refused)?;
             optimizer.restore(&state, taken).map_err(refused)?;
         }
+        if asked.partly_restored_after == Some(step) {
+            let mut state = optimizer.state();
+            state.retain(|name, _| name.ends_with(".0"));
+            let taken = optimizer.steps_taken();
+            optimizer.restore(&state, taken).map_err(refused)?;
+        }
         let loss = loss(&variables, gradients, inputs)?;
         optimizer
             .step(&loss.backward().map_err(refused)?)

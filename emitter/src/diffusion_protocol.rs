@@ -27,7 +27,7 @@ pub enum DiffusionCall {
     Project { diffusion: PathBuf, hidden: String },
     #[serde(rename = "diffusion_embedding")]
     Embedding { diffusion: PathBuf, token: u32 },
-    /// One step of the sampler, which takes the likeliest token.
+    /// Steps of the sampler, which takes the likeliest token.
     #[serde(rename = "diffusion_sample")]
     Sample {
         diffusion: PathBuf,
@@ -39,7 +39,14 @@ pub enum DiffusionCall {
         temperature: f32,
         #[serde(default)]
         seed: u64,
+        #[serde(default = "once")]
+        steps: usize,
     },
+}
+
+#[cfg_attr(not(feature = "diffusion"), allow(dead_code))]
+fn once() -> usize {
+    1
 }
 
 #[cfg_attr(not(feature = "diffusion"), allow(dead_code))]

@@ -124,7 +124,7 @@ impl Editor<'_> {
         };
         let spec = match chosen.layers {
             Some((first, last)) => KnockoutSpec::new().layer_range(first, last),
-            None => KnockoutSpec::new().layer(*layer),
+            None => KnockoutSpec::new().layers(&[0, *layer]), // registered at this layer alone
         };
         let spec = name_entries!(spec, chosen);
         let (heads, width) = (self.loaded.backend().num_heads(), self.width()?);
@@ -155,7 +155,7 @@ impl Editor<'_> {
         };
         let spec = match chosen.layers {
             Some((first, last)) => spec.layer_range(first, last),
-            None => spec.layer(*layer),
+            None => spec.layers(&[0, *layer]), // registered at this layer alone
         };
         let spec = name_entries!(spec, chosen);
         let (heads, width) = (self.loaded.backend().num_heads(), self.width()?);

@@ -34,6 +34,9 @@ pub struct Optimized {
     /// Number of steps after which the state is handed to a new optimizer.
     #[serde(default)]
     pub restored_after: Option<usize>,
+    /// Number of steps after which the optimizer is handed its own state of the first parameter.
+    #[serde(default)]
+    pub partly_restored_after: Option<usize>,
     #[serde(default)]
     pub later: Option<Later>,
 }
