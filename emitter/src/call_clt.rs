@@ -130,6 +130,7 @@ fn answer(call: &CltCall, inputs: &Inputs) -> Result<Outcome, EmitError> {
             let graph = clt
                 .build_attribution_graph(direction, of.target, of.k, of.cosine)
                 .map_err(refused)?
+                .top_k(of.k)
                 .threshold(*least);
             let found = graph.edges().iter().map(|edge| (edge.feature, edge.score));
             scores(&clt, &[found.collect()], false)
