@@ -22,23 +22,23 @@ KNOWN = {
 """Explanation → number of calls that differ in every release."""
 STOICHEIA = {
     "CMI151": 4, "CMI152": 3, "CMI154": 1, "CMI155": 3, "CMI156": 3, "CMI157": 3, "CMI158": 1, "CMI159": 1,
-    "CMI160": 1, "CMI161": 1, "CMI190": 5, "CMI191": 3, "CMI192": 1, "CMI193": 5, "CMI194": 3, "CMI195": 1,
+    "CMI160": 1, "CMI161": 1, "CMI190": 5, "CMI191": 3, "CMI192": 1, "CMI193": 6, "CMI194": 3, "CMI195": 1,
     "CMI196": 6, "CMI197": 1,
 }  # fmt: skip
 """Those of AlgZoo's networks, which 0.1.6 does not have."""
 IGNORED = {"CMI198": 24}
 """Edits of these networks, in the releases before 0.2.2."""
-OLD = {"CMI109": 7, "CMI131": 27, "CMI148": 2, "CMI149": 4, "CMI186": 2, "CMI172": 7, "CMI178": 16, "CMI202": 108,
-       "CMI213": 9, "CMI214": 6, "CMI215": 27}  # fmt: skip
+OLD = {"CMI109": 7, "CMI131": 28, "CMI148": 2, "CMI149": 4, "CMI186": 2, "CMI172": 9, "CMI178": 16, "CMI202": 114,
+       "CMI213": 13, "CMI214": 6, "CMI215": 30, "CMI216": 3}  # fmt: skip
 """Those of 0.1.6 and 0.1.10, which lack ``position_delta``, contrastive steering, a mask, ``decoder_matrix``."""
-OLDEST = OLD | {"CMI177": 57, "CMI179": 32, "CMI199": 247}
+OLDEST = OLD | {"CMI177": 59, "CMI179": 33, "CMI199": 254}
 """Of 0.1.6, which lacks all transcoders but cross-layer ones."""
 PER_LAYER = {"CMI171": 2, "CMI174": 2}
 NEW = {"CMI130": 4, "CMI173": 2, "CMI200": 1, "CMI201": 1, "CMI210": 3, **PER_LAYER}
 RELEASES = {
     "0.1.6": OLDEST,
     "0.1.10": OLD | PER_LAYER | STOICHEIA | IGNORED | {"CMI162": 2, "CMI164": 5},
-    "0.1.24": NEW | STOICHEIA | IGNORED | {"CMI163": 8, "CMI203": 8, "CMI212": 13},
+    "0.1.24": NEW | STOICHEIA | IGNORED | {"CMI163": 8, "CMI203": 8, "CMI212": 19},
     "0.2.2": NEW | STOICHEIA | {"CMI153": 3},
 }
 

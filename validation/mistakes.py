@@ -48,6 +48,7 @@ class Mistake(TableRow):
         "offsets", "attention", "mask", "embedding", "calibration", "names",
         "transcoder", "decoder", "injection", "network", "neuron", "region", "task",
         "vocabulary", "optimizer", "gradient", "diffusion", "sampler", "fused",
+        "input", "backward", "moments", "default", "list", "shape", "boundary",
     ]  # fmt: skip
     says: str
     at: str

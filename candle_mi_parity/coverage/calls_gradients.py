@@ -26,7 +26,6 @@ from candle_mi_parity.trace.truth import TruthTensor
 Edit = Callable[[torch.Tensor], torch.Tensor]
 
 
-
 @lru_cache(maxsize=1)
 def _model(directory: Path) -> nn.Module:
     """Its LayerNorms in operations whose backward passes have a noise rule, which torch's own has not."""

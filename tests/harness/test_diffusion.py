@@ -248,7 +248,15 @@ def test_the_sampler_takes_the_likeliest_token_of_each_masked_position(call: str
         int(best) if token == args["mask"] else token for token, best in zip(start, logits.argmax(-1), strict=True)
     ]
     assert right(call)["value"].tolist() == final
-    assert right(call)["trajectory"].tolist() == [start, final]
+    if "steps" not in args:
+        assert right(call)["trajectory"].tolist() == [start, final]
+
+
+def test_several_steps_with_two_masked_positions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ROWS["othello/sample-steps-0"]
+    monkeypatch.setitem(ROWS, "two", row.model_copy(update={"args": row.args | {"seq_len": 6}}))
+    with pytest.raises(CaseTableError, match="only one place"):
+        right("two")
 
 
 def test_a_token_that_is_not_sure_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
