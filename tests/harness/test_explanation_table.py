@@ -4,10 +4,16 @@ from typing import Any
 
 import pytest
 
+from candle_mi_parity.candidate.plan import known_releases
 from candle_mi_parity.errors import ExplanationError
+from candle_mi_parity.judge.known import facts_of
+from candle_mi_parity.models.prepared_case import prepare
+from candle_mi_parity.spec.cases import load_cases, select
 from candle_mi_parity.spec.conditions import Condition, Facts, all_hold
 from candle_mi_parity.spec.counterfactual import Counterfactual
 from candle_mi_parity.spec.explanations import Explanations, combined, load_explanations
+from candle_mi_parity.spec.paths import OUTPUTS, cache_root
+from candle_mi_parity.trace.release import StoredRelease
 from tests.support.planting import explanation
 
 TABLE = load_explanations()
@@ -108,3 +114,18 @@ def test_a_nested_config_key_is_changed_where_it_is() -> None:
     assert copied.changed_config({"rope_scaling": {"x": 2}})["x"] == 2
     with pytest.raises(ExplanationError, match="cannot add 1 to sliding_window, which is None"):
         Counterfactual(config_add={"sliding_window": 1}).changed_config({"sliding_window": None})
+
+
+@pytest.mark.thorough
+def test_no_refusal_is_excused_of_a_case_that_the_release_runs() -> None:
+    """Its condition says exactly when a model is refused: a fault that refuses another case is new."""
+    subjects = {case.id: prepare(case, cache_root()) for case in select(load_cases(), [])}
+    excused = {
+        (version, id, row.id)
+        for version in known_releases()
+        for id, stored in StoredRelease(OUTPUTS / f"{version}.json").release.cases.items()
+        if isinstance(stored.free, str) and id in subjects
+        for row in TABLE.applicable(facts_of(subjects[id]), version)
+        if row.refuses is not None
+    }
+    assert excused == set()
