@@ -338,7 +338,7 @@ def captured(model: nn.Module, tokens: list[list[int]]) -> Recorder:
 
 def test_a_family_without_model_code_and_attention_without_a_mask_are_refused() -> None:
     for model_type in ("no_such_family", "byt5"):  # byt5 is a tokenizer only
-        with pytest.raises(OracleError, match=f"no model_type '{model_type}'"):
+        with pytest.raises(OracleError, match=f"no source file of model_type '{model_type}'"):
             modeling_files(model_type)
     one = torch.zeros(1, 1, 1, 4)
     with pytest.raises(OracleError, match="no attention mask"):
