@@ -31,7 +31,7 @@ from validation.catalogue import load_faults
 from validation.source_faults import Checkout
 
 RELEASE = "0.2.2"
-DIVERGENCES = 170
+DIVERGENCES = 176
 """Cases of the table in which the release is known to compute something else."""
 FAULTS = {"source-rope-exponent", "source-query-norm", "source-gate-half"}
 """Faults in candle-mi's source that no change of a setting imitates."""
