@@ -290,6 +290,7 @@ def test_truths_that_are_computed_are_counted(tmp_path: Path, monkeypatch: pytes
     table, said = load_calls(), list[str]()
     few = [row for row in table.call if row.id in ("kl/2d", "kl/3d")]
     monkeypatch.setattr(calls_judge, "load_calls", lambda: table.model_copy(update={"call": few}))
+    monkeypatch.setattr("candle_mi_parity.coverage.calls_truth.truth_of", lambda *_: {})
     for _ in range(2):
         expectations(tmp_path, KnownCalls(), said.append)
     assert said == ["truth of direct call 1 of 2: kl/2d", "truth of direct call 2 of 2: kl/3d"], "once, then cached"
