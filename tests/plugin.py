@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from candle_mi_parity.candidate import cuda
+from candle_mi_parity.candidate.checkout import OF_A_HOOK
 from candle_mi_parity.compare.verdict import CaseResult, Outcome, Status
 from candle_mi_parity.files.escape import one_line, printable
 from candle_mi_parity.run.run import library_versions
@@ -23,7 +24,7 @@ INCONCLUSIVE = 3
 Seen = tuple[str, str, str, float, str]
 """Candidate, case, status, worst ratio, and the first divergence or the error."""
 
-FROM_OUTSIDE = re.compile(r"GITHUB_|(FORCE_COLOR|PY_COLORS|TTY_\w+|GIT_(DIR|WORK_TREE|INDEX_FILE|PREFIX))$")
+FROM_OUTSIDE = re.compile(rf"GITHUB_|(FORCE_COLOR|PY_COLORS|TTY_\w+|{'|'.join(OF_A_HOOK)})$")
 """Variables of GitHub's runners, of terminals, and of git's hooks."""
 
 _SEEN = pytest.StashKey[set[Seen]]()

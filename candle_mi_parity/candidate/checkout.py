@@ -160,8 +160,10 @@ def fetch(candidate: Candidate, cache: Path) -> tuple[str, str]:
             # A commit that is in the mirror needs no network; a branch may have moved.
             test = ["git", "-C", str(mirror), "cat-file", "-e", revision]
             is_commit = re.fullmatch(r"[0-9a-f]{40}", revision)
-            known = is_commit and subprocess.run(test, capture_output=True, check=False, env=environment)
-            if not known or known.returncode != 0:
+            held = (
+                is_commit and not subprocess.run(test, capture_output=True, check=False, env=environment).returncode
+            )
+            if not held:
                 git_remote("-C", str(mirror), "remote", "update", "--prune")
         commit = git("-C", str(mirror), "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
         commit = commit.splitlines()[-1]

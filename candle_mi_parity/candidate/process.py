@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Self
 
+from candle_mi_parity.compare.verdict import Failure
 from candle_mi_parity.errors import ParityError
 from candle_mi_parity.files.escape import one_line
 
@@ -28,7 +29,10 @@ _MOST_REPLIES = 64
 """Replies without a request after which no more is read."""
 _LONGEST_ERROR = 1000
 """Characters of a program's own words; the emitter gives no more than 600."""
-KINDS = ("absent", "request", "model", "sae", "forward", "io", "panic", "not-built")
+KINDS = (
+    Failure.ABSENT, Failure.REQUEST, Failure.MODEL, Failure.SAE, Failure.FORWARD, Failure.IO, Failure.PANIC,
+    Failure.NOT_BUILT,
+)  # fmt: skip
 """Every kind of failure that a reply may name."""
 _BACKTRACE = b"note: run with `RUST_BACKTRACE"
 """Rust's last line after most faults, which says nothing of them."""

@@ -30,7 +30,7 @@ from candle_mi_parity.oracle.fields_read import fields_read
 from candle_mi_parity.spec.explanations import Explanations
 
 REMOVAL_SECONDS = 10.0
-"""How long the files of a hunt that was killed are removed again, while a candidate's process may still write one."""
+"""How long to go on removing the directory of a killed hunt while a candidate's process still writes into it."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,9 @@ def _log(bar: Bar, at_once: bool = False) -> None:
 
     A short run without a build logs nothing.
     """
-    for task in bar.tasks if not bar.console.is_terminal else []:
+    if bar.console.is_terminal:
+        return
+    for task in bar.tasks:
         if at_once or time.monotonic() - task.fields["logged"] >= LOG_SECONDS:
             bar.update(task.id, logged=time.monotonic())
             bar.console.print(task.description, markup=False, highlight=False, soft_wrap=True)

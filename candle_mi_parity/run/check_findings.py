@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from candle_mi_parity.coverage.fields import WaivedField, load_fields
@@ -26,8 +25,8 @@ def not_exercised(foretold: list[Forecast], table: Explanations, subjects: list[
     for found in foretold:
         covered |= set(found.keys)
         if found.needs and not any(rows[found.id].applies(one) for one in facts):
-            length = re.search(r"longer than (\d+)", found.needs)
-            short = f"the longest prompt has {longest} tokens, and " if length and longest <= int(length[1]) else ""
+            too_short = found.longer_than is not None and longest <= found.longer_than
+            short = f"the longest prompt has {longest} tokens, and " if too_short else ""
             about = f"{found.about}: " if found.about else ""
             lines.append(f"{about}{short}it takes {found.needs} to see this: {found.says} ({found.id})")
     for key in LENGTHS:

@@ -31,6 +31,7 @@ class Forecast:
     :ivar keys: the keys of ``config.json`` and ``cfg.json`` that cause it, with their values.
     :ivar lacking: absent keys for which the candidate has another default.
     :ivar needs: the prompt that shows it; empty where every prompt does.
+    :ivar longer_than: the number of tokens beyond which a prompt shows it; None where length does not matter.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Forecast:
     keys: dict[str, Any] = field(default_factory=dict)
     lacking: list[str] = field(default_factory=list)
     needs: str = ""
+    longer_than: float | None = None
 
     @property
     def about(self) -> str:
@@ -76,7 +78,7 @@ def _can_show(row: Explanation, facts: Facts) -> bool:
 
 def _forecast_of(row: Explanation, facts: Facts) -> Forecast:
     keys: dict[str, Any] = {}
-    lacking, needs = [], []
+    lacking, needs, longer_than = [], [], None
     for condition in row.conditions:
         for subject in (condition.subject, condition.other):
             root, _, key = subject.partition(".")
@@ -91,14 +93,21 @@ def _forecast_of(row: Explanation, facts: Facts) -> Forecast:
                 lacking.append(key)
         if _is_about_the_input(condition):
             needs.append(_needed(condition, facts))
+        if condition.subject == "tokens" and isinstance(length := _length(condition, facts), int | float):
+            longer_than = length
     # "rope_theta absent" with "rope_parameters.rope_theta present" means a nested key, not an absent one.
     lacking = [key for key in lacking if not any(other.endswith(f".{key}") for other in keys)]
-    return Forecast(row.id, row.says, row.remedy, row.refuses is not None, keys, lacking, " and ".join(needs))
+    refused, needed = row.refuses is not None, " and ".join(needs)
+    return Forecast(row.id, row.says, row.remedy, refused, keys, lacking, needed, longer_than)
+
+
+def _length(condition: Condition, facts: Facts) -> Any:
+    return look_up(condition.other, facts, None) if condition.other else condition.value
 
 
 def _needed(condition: Condition, facts: Facts) -> str:
     if condition.subject == "tokens":
-        length = look_up(condition.other, facts, None) if condition.other else condition.value
+        length = _length(condition, facts)
         return f"a prompt longer than {length} token{'' if length == 1 else 's'}"
     if condition.subject == "batch":
         return "several prompts at a time"
