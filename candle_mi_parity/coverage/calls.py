@@ -34,10 +34,10 @@ LAYOUT = 2
 
 
 class InputTensor(TableRow):
-    """A float32 tensor: its values, or a shape and the seed of normal numbers.
+    """A float32 or float16 tensor: its values, or a shape and the seed of normal numbers.
 
     :ivar attention: absolute values, with rows that sum to 1.
-    :ivar half: the function is given the float16 tensor of the rounded numbers, which are then exact.
+    :ivar half: float16; the truth is computed from the rounded numbers.
     """
 
     values: Any = None
@@ -48,12 +48,13 @@ class InputTensor(TableRow):
 
     def array(self) -> np.ndarray:
         """float32 or float16, of ``shape`` or the shape of ``values``."""
+        dtype = np.float16 if self.half else np.float32
         if self.values is not None:
-            return np.asarray(self.values, dtype=np.float32)
+            return np.asarray(self.values, dtype=dtype)
         numbers = np.random.Generator(np.random.PCG64(self.seed)).standard_normal(self.shape)
         if self.attention:
             numbers = np.abs(numbers) / np.abs(numbers).sum(-1, keepdims=True)
-        return numbers.astype(np.float16 if self.half else np.float32)
+        return numbers.astype(dtype)
 
 
 class SaeRow(TableRow):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from candle_mi_parity.compare.diff import Diff
 from candle_mi_parity.compare.run_result import RunResult, Verdict
 from candle_mi_parity.compare.verdict import CaseResult, Status
 from candle_mi_parity.coverage import calls_judge
-from candle_mi_parity.coverage.calls import Answer, Answered, Calls, answers, load_calls
+from candle_mi_parity.coverage.calls import Answer, Answered, Calls, InputTensor, answers, load_calls
 from candle_mi_parity.coverage.calls_compare import compare_call
 from candle_mi_parity.coverage.calls_judge import (
     KnownCalls,
@@ -284,6 +285,13 @@ def test_a_row_that_cannot_be_is_an_error_that_names_it(
     spoilt_rows = [row | (BAD_ROWS[message] if row["id"] == "CMI103" else {}) for row in rows]
     with pytest.raises((ValueError, ExplanationError), match=re.escape(message)):
         expectations(tmp_path, KnownCalls.model_validate({"known": spoilt_rows}))
+
+
+@pytest.mark.parametrize("given", [{"values": [0.1]}, {"shape": [1]}])
+def test_a_half_precision_input_is_rounded(given: dict[str, Any]) -> None:
+    whole, half = (InputTensor(**given, half=half).array() for half in (False, True))
+    assert whole.dtype == np.float32 and half.dtype == np.float16
+    assert half == whole.astype(np.float16) and half != whole
 
 
 def test_truths_that_are_computed_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
